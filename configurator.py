@@ -1,0 +1,199 @@
+"""Configuration: a frozen dataclass <- config/x.py <- --key=value, each later one wins.
+
+    cfg, given = configure(TrainConfig, ["config/train_shakespeare.py", "--max_steps=200"])
+
+The dataclass is the whole schema: its annotations are the types, its defaults the defaults, and the comment that
+trails each field is the --help text. A config file is plain assignments, run in a namespace of its own. Values from
+the command line are parsed, never executed. Whatever a user can get wrong ends in a UserError: one line that names
+the place and the nearest right name. `run_script` turns it into exit code 2.
+
+Left out on purpose: nested keys, environment variables, YAML, and `--key value` with a space.
+"""
+
+import ast
+import dataclasses
+import difflib
+import inspect
+import os
+import re
+import signal
+import sys
+import types
+import typing
+from pathlib import Path
+
+
+class UserError(ValueError):
+    """A fault of the input, not of the program: shown as one line, never as a traceback."""
+
+
+def configure(schema: type, argv: list[str], usage: str = "") -> tuple[typing.Any, dict[str, str]]:
+    """Build `schema` from config files and `--key=value` words.
+
+    Returns the frozen instance and `given`: the place each explicitly set key came from (`config/x.py:3` or
+    `command line`). Prints the keys and exits 0 on --help. Raises UserError for an unknown key, a wrong type, a value
+    outside a Literal, an unreadable config file, or whatever the schema's own __post_init__ refuses.
+    """
+    if {"--help", "-h"} & set(argv):
+        print(help_text(schema, usage))
+        raise SystemExit(0)
+    values, given = {}, {}
+    for word in argv:
+        if word.startswith("--"):
+            key, equals, text = word[2:].partition("=")
+            if not equals:
+                raise UserError(f"command line: {word}: write --{key}=value")
+            values[key] = parse(text, field_types(schema, key, "command line")[key], f"command line: --{key}")
+            given[key] = "command line"
+        else:
+            for key, (value, place) in read_config_file(word).items():
+                values[key] = checked(schema, key, value, place)
+                given[key] = place
+    return schema(**values), given
+
+
+def read_config_file(path: str) -> dict[str, tuple[typing.Any, str]]:
+    """Run a file of assignments; returns {name: (value, "path:line")} of the public names it binds."""
+    try:
+        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+    except FileNotFoundError:
+        near = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1)
+        raise UserError(f"{path}: no such config file{did_you_mean(near)} (options are written --key=value)") from None
+    except (SyntaxError, UnicodeDecodeError, IsADirectoryError) as error:
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not a config file: {error}") from None
+    lines = {n.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign)
+             for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    names: dict[str, typing.Any] = {"__file__": path}
+    try:
+        exec(compile(tree, path, "exec"), names)  # the user's own file, as in nanoGPT; never a stranger's
+    except Exception as error:
+        raise UserError(f"{path}: {type(error).__name__}: {error}") from None
+    return {name: (value, f"{path}:{lines.get(name, 1)}") for name, value in names.items()
+            if not name.startswith("_") and not isinstance(value, types.ModuleType)}
+
+
+def override(config: typing.Any, changes: dict, place: str) -> typing.Any:
+    """A copy of `config` with `changes`, each checked like a config file's assignment at `place`."""
+    return dataclasses.replace(config, **{k: checked(type(config), k, v, place) for k, v in changes.items()})
+
+
+def field_types(schema: type, key: str, place: str) -> dict[str, typing.Any]:
+    """The schema's annotations by field name; raises UserError if `key` is not one of them."""
+    hints = typing.get_type_hints(schema)
+    hints = {field.name: hints[field.name] for field in dataclasses.fields(schema)}
+    if key not in hints:
+        near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+        raise UserError(f"{place}: unknown key {key!r}{did_you_mean(near)} (--help lists them all)")
+    return hints
+
+
+def did_you_mean(near: list[str]) -> str:
+    return f", did you mean {near[0]!r}?" if near else ""
+
+
+def alternatives(hint: typing.Any) -> tuple:
+    """`int | None` -> (int, NoneType); anything else -> (itself,)."""
+    return typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+
+
+def type_name(hint: typing.Any) -> str:
+    """How a message and --help spell an annotation: `int`, `adamw|muon`, `float or None`."""
+    if typing.get_origin(hint) is typing.Literal:
+        return "|".join(str(choice) for choice in typing.get_args(hint))
+    if hint is types.NoneType:
+        return "None"
+    names = [type_name(h) if h != hint else str(getattr(h, "__name__", h)) for h in alternatives(hint)]
+    return " or ".join(names)
+
+
+def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
+    """One command-line value by its annotation: "1e-3" -> 0.001 for float, "None" -> None for `str | None`."""
+    for kind in alternatives(hint):
+        if kind is types.NoneType:
+            if text == "None":
+                return None
+        elif kind is str:
+            return text
+        elif typing.get_origin(kind) is typing.Literal and text in map(str, typing.get_args(kind)):
+            return next(choice for choice in typing.get_args(kind) if str(choice) == text)
+        elif kind in (bool, int, float) or typing.get_origin(kind) in (list, dict, tuple):
+            try:
+                return conform(ast.literal_eval(text), kind)
+            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+                continue
+    raise UserError(f"{place}={text}: expected {type_name(hint)}")
+
+
+def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any:
+    """`value` if it fits the field `key` of `schema` (an int where a float is wanted becomes one), or UserError."""
+    hint = field_types(schema, key, place)[key]
+    for kind in alternatives(hint):
+        try:
+            return conform(value, kind)
+        except TypeError:
+            continue
+    raise UserError(f"{place}: {key} = {value!r}: expected {type_name(hint)}")
+
+
+def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
+    """`value` as `kind`, without surprises: 3 is a float, 1e9 is an int, but True is not a number. Else TypeError."""
+    origin, is_number = typing.get_origin(kind), isinstance(value, int | float) and not isinstance(value, bool)
+    if origin is typing.Literal:
+        fits = value in typing.get_args(kind)
+    elif kind is float and is_number:
+        return float(value)
+    elif kind is int and is_number and value == value // 1:
+        return int(value)
+    elif origin in (list, tuple, dict):
+        fits = isinstance(value, (list, tuple) if origin is not dict else dict)
+    else:
+        fits = type(value) is kind
+    if not fits:
+        raise TypeError
+    return value
+
+
+def field_comments(schema: type) -> dict[str, str]:
+    """{field: trailing comment} of a dataclass and its bases, read from their source."""
+    comments: dict[str, str] = {}
+    for cls in reversed(schema.__mro__):
+        if dataclasses.is_dataclass(cls):
+            comments |= re.findall(r"^ {4}(\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+    return comments
+
+
+def help_text(schema: type, usage: str) -> str:
+    """The --help page: the script's docstring, then one line a key with type, default and comment."""
+    comments, hints = field_comments(schema), typing.get_type_hints(schema)
+    lines = [f"  --{f.name}={default(f)}".ljust(40) + f" {type_name(hints[f.name])}: {comments.get(f.name, '')}"
+             for f in dataclasses.fields(schema)]
+    return f"{usage.strip()}\n\nkeys (--key=value, or `key = value` in a config file):\n" + "\n".join(lines)
+
+
+def differences(config: typing.Any) -> dict[str, typing.Any]:
+    """The fields of `config` that are not at their defaults."""
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != default(f)}
+
+
+def default(field: dataclasses.Field) -> typing.Any:
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+
+
+def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
+    """Run `main(argv)` as a program. Exit codes: its own or 0; 2 the user's fault, in one line; 130 interrupted.
+
+    Files that are missing, unreadable or do not fit the disk (OSError) are the user's to mend as well. Every other
+    exception is ours and keeps its traceback (exit code 1).
+    """
+    first_rank = os.environ.get("RANK", "0") == "0"  # torchrun starts one process a rank: let one of them speak
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # `... | head`: the reader has gone, and so may we
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except (UserError, OSError) as error:
+        if first_rank or not isinstance(error, UserError):
+            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

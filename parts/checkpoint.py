@@ -1,0 +1,101 @@
+"""Checkpoints that are whole or absent: written beside their name, hashed, forced to disk, then renamed.
+
+    out_dir/step_000500/     config.json, model.safetensors, tokenizer.json, ...   a Hugging Face folder
+                             trainer/state.pt                                      what only training needs
+                             manifest.json                                         sha256 of every file, written last
+    out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", ...}
+
+A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit without a word.
+"""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from parts.shards import file_sha256, sync_folder, write_json
+
+NAME = re.compile(r"step_(\d{6,})")
+
+
+def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Make out_dir/step_<step> from what `write(folder)` puts into a folder; returns its path. OSError if it did not fit."""
+    folder = out_dir / f"step_{step:06d}"
+    beside = out_dir / f".{folder.name}.tmp"
+    shutil.rmtree(beside, ignore_errors=True)
+    beside.mkdir(parents=True)
+    try:
+        write(beside)
+        files = sorted(path for path in beside.rglob("*") if path.is_file())
+        for path in files:
+            with open(path, "rb") as file:
+                os.fsync(file.fileno())
+        write_json(beside / "manifest.json", {"files": {str(p.relative_to(beside)): file_sha256(p) for p in files}})
+        for path in beside.rglob("*"):
+            if path.is_dir():
+                sync_folder(path)
+        shutil.rmtree(folder, ignore_errors=True)  # an unverified one of the same step
+        os.replace(beside, folder)
+        sync_folder(out_dir)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+    return folder
+
+
+def fault(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file is there and has its sha256."""
+    try:
+        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, digest in listed.items():
+            if file_sha256(folder / name) != digest:
+                return f"{name} does not match its sha256"
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        return f"{type(error).__name__}: {error}"
+    return None
+
+
+def step_folders(out_dir: Path) -> list[Path]:
+    """The checkpoint folders of a run, oldest first."""
+    folders = [path for path in out_dir.glob("step_*") if NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(folders, key=folder_step)
+
+
+def folder_step(folder: Path) -> int:
+    return int(NAME.fullmatch(folder.name)[1])
+
+
+def newest_verified(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
+    """The latest checkpoint whose files are all intact; says which ones it passed over."""
+    for folder in reversed(step_folders(out_dir)):
+        problem = fault(folder)
+        if problem is None:
+            return folder
+        warn(f"{folder}: passed over: {problem}")
+    return None
+
+
+def read_pointers(out_dir: Path) -> dict[str, Any]:
+    """checkpoints.json, or {} where there is none."""
+    path = out_dir / "checkpoints.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+
+
+def point(out_dir: Path, keep: int, **pointers: Any) -> None:
+    """Update checkpoints.json, then delete all but the newest `keep` checkpoints and the ones it points to."""
+    pointers = read_pointers(out_dir) | pointers
+    write_json(out_dir / "checkpoints.json", pointers)
+    folders = step_folders(out_dir)
+    for folder in folders[:-keep]:
+        if folder.name not in (pointers.get("last"), pointers.get("best")):
+            shutil.rmtree(folder)
+
+
+def remove_checkpoints(out_dir: Path) -> None:
+    """Delete every checkpoint of a run; the pointers first, so that none of them is ever dangling."""
+    (out_dir / "checkpoints.json").unlink(missing_ok=True)
+    for folder in step_folders(out_dir):
+        shutil.rmtree(folder)

@@ -1,0 +1,132 @@
+"""Generation: a batch of prompts of any lengths in, tokens out one step at a time, with a static key/value cache.
+
+    for tokens in generate(model, [[1, 2, 3], [4]], max_new_tokens=100, sampling=Sampling(temperature=0.8)):
+        ...                                        # one new token a row, None for a row that has ended
+
+Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context is full,
+its last block_size // 2 tokens are read anew and the others forgotten. Shapes: B rows, V vocab_size.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from configurator import UserError
+from model import GPT, KVCache
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How the next token is chosen from its distribution; the filters apply in this order, as in transformers."""
+
+    temperature: float = 0.8  # divides the logits; 0 takes the most likely token (the lowest id of equals)
+    top_k: int | None = None  # only the k most likely tokens; None, 0 or more than there are: all
+    top_p: float = 1.0  # only the most likely tokens that together reach this probability, at least one
+    min_p: float = 0.0  # only tokens at least this likely relative to the most likely one
+    repetition_penalty: float = 1.0  # divides positive logits of tokens already in the row, multiplies negative ones
+    seed: int = 1337  # row r draws from the seed (seed, r)
+
+    def __post_init__(self) -> None:
+        for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1)):
+            if not low <= getattr(self, key) <= high:
+                raise UserError(f"{key}={getattr(self, key)}: must be between {low} and {high}")
+        if self.repetition_penalty <= 0:
+            raise UserError(f"repetition_penalty={self.repetition_penalty}: must be positive")
+        if self.top_k is not None and self.top_k < 0:
+            raise UserError(f"top_k={self.top_k}: must not be negative")
+
+
+def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """One token a row: logits (B, V) float32, uniform (B,) in [0, 1) -> ids (B,) int64.
+
+    Inverts the cumulative distribution at `uniform`, with the tokens from most to least likely, equals by id.
+    """
+    if sampling.temperature == 0:
+        return logits.argmax(dim=-1)
+    logits, order = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)  # (B, V) both
+    probabilities = logits.softmax(dim=-1)
+    if sampling.top_k:
+        probabilities[:, sampling.top_k:] = 0
+        probabilities /= probabilities.sum(dim=-1, keepdim=True)
+    before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
+    drop = (before >= sampling.top_p) & (sampling.top_p < 1) | (probabilities < sampling.min_p * probabilities[:, :1])
+    drop[:, 0] = False
+    mass = probabilities.masked_fill(drop, 0).cumsum(dim=-1)
+    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
+    return order.gather(-1, place)[:, 0]
+
+
+def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
+    """Make the tokens that stand in a row less likely in it (CTRL, arXiv 1909.05858, as transformers has it)."""
+    if penalty == 1.0:
+        return logits
+    for row, tokens in enumerate(rows):
+        seen = torch.tensor(sorted(set(tokens)), device=logits.device)
+        values = logits[row, seen]
+        logits[row, seen] = torch.where(values > 0, values / penalty, values * penalty)
+    return logits
+
+
+@torch.no_grad()
+def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+             is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
+             vocab_size: int | None = None) -> Iterator[list[int | None]]:
+    """Yield one token a row and step, None for rows that have ended, until all have or after max_new_tokens steps.
+
+    prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row, new ids):
+    asked after each token whether the row ends with it. vocab_size: ids from there on are never chosen (a model may
+    have more rows than its tokenizer has tokens).
+    """
+    if not prompts or not all(prompts):
+        raise ValueError("every prompt needs at least one token")
+    block_size, device = model.config.block_size, model.head_weight.device
+    context = [prompt[-block_size:] for prompt in prompts]  # what each row attends to
+    new: list[list[int]] = [[] for _ in prompts]
+    live = [True] * len(prompts)
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed * 2**20 + row))
+                           for row in range(len(prompts))]).to(device)  # (B, steps)
+    cache = None
+    for step in range(max_new_tokens):
+        if cache is None:
+            longest = min(block_size, max(map(len, context)) + max_new_tokens - step)
+            cache = KVCache(model.config, len(context), longest, device, compute_dtype(model))
+            logits = forward_last(model, context, cache)
+        else:
+            logits = forward_last(model, [row[-1:] for row in context], cache)
+        cache.hold([len(row) for row in context])
+        logits = penalize(logits[:, :vocab_size].float(), context, sampling.repetition_penalty)
+        tokens = choose(logits, uniform[:, step], sampling).tolist()
+        step_tokens = [token if alive else None for token, alive in zip(tokens, live, strict=True)]
+        for row, token in enumerate(step_tokens):
+            if token is None:
+                continue
+            new[row].append(token)
+            context[row].append(token)
+            if is_done(row, new[row]):
+                live[row], context[row] = False, [token]  # it keeps its place in the batch, but needs none in the cache
+            elif len(context[row]) > block_size:
+                context[row], cache = context[row][-max(1, block_size // 2):], None
+        yield step_tokens
+        if not any(live):
+            return
+
+
+def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
+    """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
+    device, lengths = cache.lengths.device, [len(row) for row in rows]
+    ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=device)  # padded on the right
+    last = torch.tensor(lengths, device=device) - 1
+
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden = hidden[torch.arange(len(rows), device=device), last]  # (B, C)
+        return (hidden @ weight.T.to(hidden.dtype))[:, :model.config.vocab_size]
+
+    return model(ids, cache=cache, head=head)
+
+
+def compute_dtype(model: GPT) -> torch.dtype:
+    """What keys and values are computed in: autocast's dtype where it is on, else the weights'."""
+    device = model.head_weight.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head_weight.dtype

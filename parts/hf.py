@@ -1,0 +1,229 @@
+"""Hugging Face's layout on disk: config.json keys, tensor names, safetensors files, for the architectures we know.
+
+    folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
+    fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
+    for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
+    save_folder(folder, config, state, eos)     # what transformers' from_pretrained reads
+
+In memory all parameters have Llama's names; only GPT-2 needs renaming (and its Conv1D matrices transposing). What
+fits no architecture of transformers is saved under our own model_type, with the reason beside it, and loads here only.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from configurator import UserError
+
+LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
+              "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_dim": "head_dim",
+              "intermediate_size": "intermediate_size", "block_size": "max_position_embeddings",
+              "norm_eps": "rms_norm_eps", "dropout": "attention_dropout", "tie_embeddings": "tie_word_embeddings"}
+GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
+             "intermediate_size": "n_inner", "block_size": "n_positions", "norm_eps": "layer_norm_epsilon",
+             "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
+# What transformers assumes where a config.json leaves the key out.
+LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
+GPT2_DEFAULTS = {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
+                 "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
+TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gpt2": True}
+
+
+def find_folder(path: str | Path) -> Path:
+    """The folder with config.json for a model folder, an out_dir (its best checkpoint, else its last) or a hub id."""
+    path = Path(path)
+    if (path / "config.json").is_file():
+        return path
+    if (path / "checkpoints.json").is_file():
+        pointers = json.loads((path / "checkpoints.json").read_text())
+        return path / (pointers.get("best") or pointers["last"])
+    nested_here = path.parent != Path(".") and path.parent.exists()
+    if path.exists() or nested_here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        raise UserError(f"{path}: no model here (config.json is missing)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"{path}: no such folder, and the hub does not give it: {str(error).splitlines()[0]}") from None
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """GPTConfig's fields from config.json. Raises UserError naming the first thing that is not supported."""
+    place = folder / "config.json"
+    try:
+        config = json.loads(place.read_text(encoding="utf-8"))
+        kind = config["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{place}: not a model's config ({type(error).__name__}: {error})") from None
+    if kind == "nanollama":
+        return config["gpt_config"]
+    if kind not in TIED_BY_DEFAULT:
+        raise UserError(f"{place}: model_type {kind!r} is not supported (llama, mistral, qwen2, qwen3, gpt2 are)")
+    config = {"tie_word_embeddings": TIED_BY_DEFAULT[kind]} | (GPT2_DEFAULTS if kind == "gpt2" else LLAMA_DEFAULTS) | config
+    refuse_unsupported(config, place)
+    try:
+        return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
+    except KeyError as error:
+        raise UserError(f"{place}: needs the key {error}") from None
+
+
+def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
+    """UserError for every known setting that our model does not compute; silence would give wrong logits."""
+    kind, window = config["model_type"], config.get("sliding_window")
+    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
+        window = None
+    biases = config.get("attention_bias", False), config.get("mlp_bias", False)
+    faults = {
+        "quantization_config": config.get("quantization_config") is not None,
+        "hidden_act": kind != "gpt2" and config["hidden_act"] != "silu",
+        "activation_function": kind == "gpt2" and config["activation_function"] != "gelu_new",
+        "sliding_window": window is not None and window < config.get("max_position_embeddings", 0),
+        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
+        "attention_bias": biases[0] != biases[1] or (any(biases) and kind != "llama"),
+        "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False),
+        "scale_attn_weights": not config.get("scale_attn_weights", True),
+        "add_cross_attention": config.get("add_cross_attention", False),
+    }
+    for key, fault in faults.items():
+        if fault:
+            raise UserError(f"{place}: {key}={config.get(key)} is not supported")
+
+
+def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """Llama, Mistral, Qwen2, Qwen3. Rotary settings are top-level keys in older files, `rope_parameters` in newer."""
+    fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs in config}
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
+    scaling = {"rope_type": kind} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
+    if kind == "yarn":  # transformers' default where the file does not say
+        scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    return fields | {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else scaling,
+                     "qk_norm": config["model_type"] == "qwen3",
+                     "bias": "qkv" if config["model_type"] == "qwen2" else "all" if config.get("mlp_bias") else "none"}
+
+
+def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
+    fields = {ours: config[theirs] for ours, theirs in GPT2_KEYS.items()}
+    fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["n_embd"]
+    return fields | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"}
+
+
+def architecture(config: Any) -> str:
+    """transformers' model_type that computes exactly this GPTConfig, or "nanollama" where there is none."""
+    shape = (config.position, config.norm, config.mlp)
+    if shape == ("learned", "layernorm", "gelu") and config.bias == "all" and not config.qk_norm:
+        plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
+        return "gpt2" if plain else "nanollama"
+    if shape == ("rope", "rmsnorm", "swiglu"):
+        kinds = {("none", False): "llama", ("all", False): "llama", ("qkv", False): "qwen2", ("none", True): "qwen3"}
+        return kinds.get((config.bias, config.qk_norm), "nanollama")
+    return "nanollama"
+
+
+def write_config(config: Any, eos_token_id: int | None) -> dict[str, Any]:
+    """config.json's contents for a GPTConfig."""
+    kind = architecture(config)
+    common = {"model_type": kind, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None,
+              "torch_dtype": "float32"}
+    if kind == "nanollama":
+        return common | {"gpt_config": dataclasses.asdict(config),
+                         "note": "no architecture of transformers has this combination: only nanollama loads it"}
+    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
+             "gpt2": "GPT2LMHeadModel"}
+    common["architectures"] = [names[kind]]
+    if kind == "gpt2":
+        return common | {theirs: getattr(config, ours) for ours, theirs in GPT2_KEYS.items()} | {
+            "activation_function": "gelu_new", "attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
+    return common | {theirs: getattr(config, ours) for ours, theirs in LLAMA_KEYS.items()} | {
+        "hidden_act": "silu", "attention_bias": config.bias == "all", "mlp_bias": config.bias == "all",
+        "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+
+
+def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """One stored tensor under our names: none for the buffers old files hold, three for GPT-2's fused q, k, v."""
+    name = name.removeprefix("transformer.")
+    if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+        return
+    match = re.fullmatch(r"h\.(\d+)\.(\w+)(?:\.(\w+))?\.(weight|bias)", name)
+    if match is None:
+        plain = {"wte": "model.embed_tokens", "wpe": "model.embed_positions", "ln_f": "model.norm"}
+        head, _, tail = name.rpartition(".")
+        yield f"{plain.get(head, head)}.{tail}", tensor
+        return
+    layer, module, part, kind = match.groups()
+    if part is None:
+        norm = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}[module]
+        yield f"model.layers.{layer}.{norm}.{kind}", tensor
+        return
+    if kind == "weight":
+        tensor = tensor.T  # Conv1D stores (in, out)
+    if part == "c_attn":
+        for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
+            yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", piece
+        return
+    ours = {("attn", "c_proj"): "self_attn.o_proj", ("mlp", "c_fc"): "mlp.up_proj", ("mlp", "c_proj"): "mlp.down_proj"}
+    yield f"model.layers.{layer}.{ours[module, part]}.{kind}", tensor
+
+
+def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our names -> GPT-2's: the inverse of `from_hf`."""
+    plain = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj",
+             "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "model.embed_tokens": "wte",
+             "model.embed_positions": "wpe", "model.norm": "ln_f"}
+    result = {}
+    for name, tensor in state.items():
+        head, _, kind = name.rpartition(".")
+        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", head)
+        prefix, module = (f"h.{match[1]}.", match[2]) if match else ("", head)
+        if module == "self_attn.q_proj":
+            module = "attn.c_attn"
+            tensor = torch.cat([tensor] + [state[name.replace("q_proj", p)] for p in ("k_proj", "v_proj")])
+        elif module in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue
+        else:
+            module = plain.get(module, module)
+        is_matrix = prefix and tensor.ndim == 2
+        root = "" if module == "lm_head" else "transformer."
+        result[f"{root}{prefix}{module}.{kind}"] = tensor.T.contiguous() if is_matrix else tensor
+    return result
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """(our name, tensor) of every stored weight, one at a time; UserError for a file that is missing or damaged."""
+    index = folder / "model.safetensors.index.json"
+    files = ["model.safetensors"]
+    if index.is_file():
+        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    for file in files:
+        if not (folder / file).is_file():
+            raise UserError(f"{folder / file}: missing (weights are read from safetensors only, never from pickle)")
+        try:
+            with safe_open(folder / file, framework="pt") as stored:
+                for name in stored.keys():
+                    yield from from_hf(name, stored.get_tensor(name))
+        except SafetensorError as error:
+            raise UserError(f"{folder / file}: damaged: {error}") from None
+
+
+def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: int | None) -> None:
+    """Write the three files of a model folder. state: our names; padding rows are cut off, everything is float32."""
+    folder.mkdir(parents=True, exist_ok=True)
+    described = write_config(config, eos_token_id)
+    generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
+    for name, content in (("config.json", described), ("generation_config.json", generation)):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    tables = {"model.embed_tokens.weight", "lm_head.weight"}
+    state = {name: tensor[:config.vocab_size] if name in tables else tensor for name, tensor in state.items()}
+    state = to_gpt2(state) if described["model_type"] == "gpt2" else state
+    save_file({name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()},
+              folder / "model.safetensors", metadata={"format": "pt"})

@@ -1,0 +1,327 @@
+"""What a run is: the keys every stage of the pipeline has, the stages inside one run, its processes, folder and log.
+
+    stages = plan(cfg)                       # one, or those the config file lists
+    run = start_run(cfg)                     # joins torchrun's group, claims out_dir, refuses a changed configuration
+    run.identify(data=sha256)                # ... and changed data
+    run.print(...); run.log({"step": 10, "loss": 3.2}); run.sum([count])
+
+Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl. loop.py does the training.
+"""
+
+import dataclasses
+import fcntl
+import json
+import os
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from tqdm import tqdm
+
+from configurator import UserError, differences, override
+from parts.checkpoint import remove_checkpoints, step_folders
+from parts.shards import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """The keys of every stage. The defaults are those of the run that `python train.py` does."""
+
+    out_dir: str = "out/base"  # checkpoints and logs go here; the same command again continues the run
+    init_from: str | None = None  # model folder, out_dir or hub id to start from; None: random weights
+    dataset: str = "pystdlib"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
+    seed: int = 1337  # of the weights, the order of the data, and dropout
+    device: str | None = None  # cpu, cuda, cuda:1, mps; None: the best there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # to compute in; None: bfloat16 on cuda, else float32
+    compile: bool | None = None  # torch.compile each block; None: on cuda (on a cpu it takes most of a minute)
+    parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work; alone it changes nothing
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    global_batch_size: int = 8  # sequences a step, over all ranks
+    micro_batch_size: int = 8  # sequences a rank puts through the model at a time
+    max_steps: int = 1000  # optimizer steps; where stages are listed, their sum counts instead
+    learning_rate: float = 4e-3  # peak
+    min_lr: float = 0.0  # at the end of the decay
+    warmup_steps: int | None = None  # None: 2 % of max_steps
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # wsd: warmup, stable, linear decay
+    decay_steps: int | None = None  # of wsd; None: 30 % of max_steps
+    optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, AdamW for the rest
+    beta1: float = 0.9  # of AdamW
+    beta2: float = 0.95  # of AdamW
+    weight_decay: float = 0.1  # on matrices
+    grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
+    lr_multipliers: dict = field(default_factory=dict)  # {regex of parameter names: factor}, first match wins, 0 freezes
+    stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..] in a config file
+    eval_interval: int = 250  # steps between evaluations; 0: only at the end
+    eval_tokens: int | None = 32768  # validation tokens of an evaluation on the way; None: all, as at the end
+    save_interval: int = 250  # steps between checkpoints; 0: only at the end
+    keep_checkpoints: int = 2  # the newest ones, and the best
+    log_interval: int = 10  # steps between log lines
+    wandb: bool = False  # mirror the log to Weights & Biases
+    wandb_project: str = "nanollama"  # its project
+    run_name: str | None = None  # its name there; None: the name of out_dir
+    overwrite: bool = False  # delete what is in out_dir and start anew
+
+    def __post_init__(self) -> None:
+        """UserError for a value outside its range."""
+        for key in ("global_batch_size", "micro_batch_size", "max_steps", "learning_rate", "keep_checkpoints",
+                    "log_interval"):
+            if getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        for key in ("min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed", "warmup_steps",
+                    "decay_steps", "eval_tokens"):
+            if getattr(self, key) is not None and getattr(self, key) < 0:
+                raise UserError(f"{key}={getattr(self, key)}: must not be negative")
+        for key in ("beta1", "beta2"):
+            if not 0 <= getattr(self, key) < 1:
+                raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+
+
+# These may differ when a run is resumed: they change where, how fast and how long it goes, not what it computes.
+OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "activation_checkpointing", "max_steps",
+               "eval_interval", "eval_tokens", "save_interval", "keep_checkpoints", "log_interval", "wandb",
+               "wandb_project", "run_name", "overwrite"}
+
+
+# ---- Stages: keys that change during a run -------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Stage:
+    """Steps `first` up to, not including, `last`, under `cfg`. Its schedule spans the steps `begin` to `end`."""
+
+    cfg: Any
+    changes: dict[str, Any]
+    first: int
+    last: int
+    begin: int
+    end: int
+
+
+def plan(cfg: Any) -> list[Stage]:
+    """The stages of a run; one of max_steps where none are listed. UserError for what a stage cannot say."""
+    if not cfg.stages:
+        return [Stage(cfg, {}, 0, cfg.max_steps, 0, cfg.max_steps)]
+    stages, begins, first = [], [0], 0
+    for number, entry in enumerate(cfg.stages):
+        stage_cfg, changes = stage_config(cfg, number)
+        if not isinstance(entry.get("steps"), int) or entry["steps"] <= 0:
+            raise UserError(f"stages[{number}]: needs a positive number of steps (or of epochs)")
+        if entry.get("restart") and first:
+            begins.append(first)
+        stages.append(Stage(stage_cfg, changes, first, first + entry["steps"], begins[-1], 0))
+        first += entry["steps"]
+    ends = [*begins[1:], first]
+    return [dataclasses.replace(stage, end=ends[begins.index(stage.begin)]) for stage in stages]
+
+
+def stage_configs(cfg: Any) -> list[Any]:
+    """The configuration of each stage; `cfg` itself where none are listed."""
+    return [stage_config(cfg, number)[0] for number in range(len(cfg.stages))] or [cfg]
+
+
+def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
+    """The configuration inside stages[number], and the keys it changes."""
+    entry = cfg.stages[number]
+    if not isinstance(entry, dict):
+        raise UserError(f"stages[{number}]: must be a dict, like dict(steps=100, learning_rate=1e-3)")
+    changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
+    if fixed := {"stages", "max_steps", "out_dir", "seed", "optimizer", "init_from"} & changes.keys():
+        raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
+    return override(cfg, changes, f"stages[{number}]"), changes
+
+
+def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:
+    """`cfg` with every stage's `epochs` turned into `steps`; steps_in_epoch(stage's cfg) says how many one takes."""
+    stages = []
+    for number, entry in enumerate(cfg.stages):
+        if isinstance(entry, dict) and "epochs" in entry:
+            entry = {key: value for key, value in entry.items() if key != "epochs"} | {
+                "steps": max(1, round(entry["epochs"] * steps_in_epoch(stage_config(cfg, number)[0])))}
+        stages.append(entry)
+    return dataclasses.replace(cfg, stages=stages)
+
+
+def stage_at(stages: list[Stage], step: int) -> Stage:
+    return next(stage for stage in stages if step < stage.last)
+
+
+# ---- The run: this process's place, the folder, the log ------------------------------------------------------------
+
+@dataclass
+class Run:
+    """One process of a run. Only rank 0 prints, logs and writes."""
+
+    out_dir: Path
+    device: torch.device
+    rank: int = 0
+    world_size: int = 1
+    tokenizer: Any = None  # saved with every checkpoint
+    wandb: Any = None
+    lock: Any = None  # the open file whose lock says that out_dir is taken
+    stop_signal: int = 0  # SIGINT or SIGTERM once one came: the loop saves and leaves after the step
+
+    def print(self, text: str = "") -> None:
+        """To stdout, above a progress bar if there is one."""
+        if self.rank == 0:
+            tqdm.write(text, file=sys.stdout)
+            sys.stdout.flush()
+
+    def log(self, event: dict[str, Any]) -> None:
+        """Append one event to metrics.jsonl, unrounded, and mirror it to wandb."""
+        if self.rank == 0:
+            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+                file.write(json.dumps(event) + "\n")
+            if self.wandb is not None:
+                self.wandb.log({key: value for key, value in event.items() if key != "step"}, step=event["step"])
+
+    def cut_log(self, step: int) -> None:
+        """Forget the events after `step`: a resumed run makes them again."""
+        path = self.out_dir / "metrics.jsonl"
+        if self.rank == 0 and path.is_file():
+            lines = path.read_text(encoding="utf-8").split("\n")
+            whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            beside = path.with_suffix(".tmp")
+            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            os.replace(beside, path)
+
+    def last_event(self, key: str) -> dict[str, Any]:
+        """The newest event of metrics.jsonl that has `key`, or {}."""
+        path = self.out_dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+        return next((event for event in map(json.loads, reversed(lines)) if key in event), {})
+
+    def sum(self, values: list[float]) -> list[float]:
+        """Sum numbers over all ranks. It runs on the CPU: the accelerator is not waited for."""
+        if self.world_size == 1:
+            return values
+        total = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(total)
+        return total.tolist()
+
+    def sum_tensors(self, tensors: list[Tensor]) -> list[float]:
+        """Sum device scalars over all ranks and read them, which waits for the accelerator."""
+        return self.sum(torch.stack([tensor.detach().float() for tensor in tensors]).cpu().tolist())
+
+    def identify(self, **identity: Any) -> None:
+        """Record what besides the keys a resumed run must find unchanged (the hash of its data, say), or compare it."""
+        if self.rank == 0:
+            path = self.out_dir / "run.json"
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if is_bound(self.out_dir):
+                refuse_changes(self.out_dir, content["identity"], identity)
+            write_json(path, content | {"identity": identity})
+        self.barrier()
+
+    def barrier(self) -> None:
+        if self.world_size > 1:
+            dist.barrier()
+
+
+def start_run(cfg: Any) -> Run:
+    """Join the process group, claim out_dir, and print what differs from the defaults.
+
+    Raises UserError where out_dir holds another run or is in use, where the device is missing, or where the batch sizes
+    do not fit the ranks.
+    """
+    run = Run(Path(cfg.out_dir), pick_device(cfg))
+    if "RANK" in os.environ:  # torchrun's way to say so
+        if cfg.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
+            raise UserError(f"parallel=none: torchrun started {os.environ['WORLD_SIZE']} processes; give ddp or fsdp")
+        if run.device.type == "cuda":
+            torch.cuda.set_device(run.device)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+        run.rank, run.world_size = dist.get_rank(), dist.get_world_size()
+    for stage in stage_configs(cfg):
+        if stage.global_batch_size % (stage.micro_batch_size * run.world_size):
+            raise UserError(f"global_batch_size={stage.global_batch_size}: must be a multiple of micro_batch_size x ranks "
+                            f"= {stage.micro_batch_size} x {run.world_size}")
+    if cfg.dtype == "float16" and cfg.parallel == "fsdp" and run.world_size > 1:
+        raise UserError("dtype=float16: not with parallel=fsdp (its gradient scaler is not sharded); use bfloat16")
+    if run.rank == 0:
+        claim_folder(cfg, run)
+    run.barrier()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda received, frame: setattr(run, "stop_signal", received))
+    if run.device.type == "cuda" and cfg.dtype != "float32":
+        torch.set_float32_matmul_precision("high")  # what little runs in float32 beside bfloat16 may use TF32
+    if cfg.wandb and run.rank == 0:
+        run.wandb = start_wandb(cfg)
+    changed = "  ".join(f"{key}={value}" for key, value in differences(cfg).items())
+    run.print(f"run       {cfg.out_dir} on {run.world_size} x {device_name(run.device)}"
+              + (f"\nchanged   {changed}" if changed else ""))
+    return run
+
+
+def pick_device(cfg: Any) -> torch.device:
+    """cfg.device, or the best there is; under torchrun this rank's own GPU. UserError if it is missing."""
+    name = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"device={name}: torch knows no such device") from None
+    if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if (device.index or 0) >= available.get(device.type, 0):
+        raise UserError(f"device={device}: not on this machine ({available['cuda']} CUDA devices)")
+    return device
+
+
+def device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def claim_folder(cfg: Any, run: Run) -> None:
+    """Lock out_dir, then compare run.json with this configuration, or write it. Rank 0 only."""
+    run.out_dir.mkdir(parents=True, exist_ok=True)
+    run.lock = open(run.out_dir / ".lock", "w")
+    try:
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, however this process ends
+    except BlockingIOError:
+        raise UserError(f"out_dir={cfg.out_dir}: another process is training here") from None
+    if cfg.overwrite:
+        remove_checkpoints(run.out_dir)
+    new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as the file will spell it
+    path = run.out_dir / "run.json"
+    if is_bound(run.out_dir):
+        old = json.loads(path.read_text(encoding="utf-8"))["config"]
+        refuse_changes(cfg.out_dir, {k: v for k, v in old.items() if k not in OPERATIONAL},
+                       {k: v for k, v in new.items() if k not in OPERATIONAL})
+        if new["max_steps"] < old["max_steps"] and not cfg.stages:
+            refuse_changes(cfg.out_dir, {"max_steps": old["max_steps"]}, {"max_steps": new["max_steps"]})
+    identity = json.loads(path.read_text(encoding="utf-8"))["identity"] if is_bound(run.out_dir) else {}
+    write_json(path, {"config": new, "identity": identity,
+                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
+
+
+def is_bound(out_dir: Path) -> bool:
+    """Whether out_dir holds a run that can go on: before its first checkpoint a run may still change."""
+    return (out_dir / "run.json").is_file() and bool(step_folders(out_dir))
+
+
+def refuse_changes(out_dir: str | Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+    """UserError with every key whose value is not the one it was."""
+    changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old.keys() | new.keys())
+               if old.get(key) != new.get(key)]
+    if changed:
+        raise UserError(f"out_dir={out_dir}: holds a run with other settings: {'; '.join(changed)} "
+                        "(--out_dir= starts another run, --overwrite=True this one anew)")
+
+
+def start_wandb(cfg: Any) -> Any:
+    """A wandb run for rank 0. UserError with what is missing."""
+    try:
+        import wandb
+    except ImportError:
+        raise UserError("wandb=True: needs the package (pip install wandb)") from None
+    try:
+        return wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name, dir=cfg.out_dir,
+                          config=dataclasses.asdict(cfg))
+    except wandb.Error as error:
+        raise UserError(f"wandb=True: {str(error).splitlines()[0]} (WANDB_MODE=offline logs without an account)") from None

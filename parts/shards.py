@@ -1,0 +1,116 @@
+"""A data folder on disk: raw token shards and the meta.json that says what they are.
+
+    writer = ShardWriter(folder, "train", np.uint16);  writer.write(ids, documents, byte_count);  writer.close()
+    data = DataFolder("data/pystdlib");  data.shards["train"][0]           # np.memmap of ids
+    data.verify()                                                          # every byte, by sha256
+
+Shards are little-endian ids without a header, so np.memmap alone reads them too. meta.json is written last, by rename:
+a folder without it does not exist.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from configurator import UserError
+
+FORMAT_VERSION = 1
+SHARD_TOKENS = 2**27  # a new shard begins once one holds so many: 256 MiB of uint16
+
+
+class ShardWriter:
+    """Appends ids to <folder>/<split>_00000.bin, _00001.bin, ... and keeps count of what it wrote."""
+
+    def __init__(self, folder: Path, split: str, dtype: Any):
+        self.folder, self.split, self.dtype = folder, split, np.dtype(dtype).newbyteorder("<")
+        self.documents, self.tokens, self.bytes = 0, 0, 0
+        self.shards: list[dict[str, Any]] = []  # {"name", "tokens", "sha256"} of each closed shard
+        self.file: Any = None
+
+    def write(self, ids: np.ndarray, documents: int, byte_count: int) -> None:
+        """Append the ids (tokens,) of some whole documents that have so many bytes of UTF-8."""
+        if not len(ids):
+            return
+        if self.file is None:
+            self.name, self.digest, self.size = f"{self.split}_{len(self.shards):05d}.bin", hashlib.sha256(), 0
+            self.file = open(self.folder / self.name, "wb")
+        data = ids.astype(self.dtype, copy=False).tobytes()
+        self.file.write(data)
+        self.digest.update(data)
+        self.size += len(ids)
+        self.documents, self.tokens, self.bytes = self.documents + documents, self.tokens + len(ids), self.bytes + byte_count
+        if self.size >= SHARD_TOKENS:
+            self.close()
+
+    def close(self) -> None:
+        """Force the open shard, if any, to disk."""
+        if self.file is not None:
+            self.file.flush()
+            os.fsync(self.file.fileno())
+            self.file.close()
+            self.file = None
+            self.shards.append({"name": self.name, "tokens": self.size, "sha256": self.digest.hexdigest()})
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Replace a JSON file in one step: it is old or new, never half."""
+    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    with open(beside, "w", encoding="utf-8") as file:
+        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    sync_folder(path.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+class DataFolder:
+    """An opened data folder: meta.json as `meta`, and the memory-mapped shards of each split."""
+
+    def __init__(self, folder: str | Path):
+        """Check names and sizes (not contents: see `verify`) and map the shards. UserError in one line for any fault."""
+        self.folder = Path(folder)
+        try:
+            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
+            version, dtype = self.meta["format_version"], np.dtype(self.meta["dtype"]).newbyteorder("<")
+            listed = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
+        except FileNotFoundError:
+            raise UserError(f"{self.folder}: no data set here (meta.json is missing); prepare.py makes one") from None
+        except (ValueError, KeyError, TypeError) as error:
+            raise UserError(f"{self.folder / 'meta.json'}: not a data set's ({type(error).__name__}: {error})") from None
+        if version != FORMAT_VERSION:
+            raise UserError(f"{self.folder}: format version {version}, this program reads {FORMAT_VERSION}")
+        found = {path.name: path.stat().st_size for path in self.folder.glob("*.bin")}
+        for name in sorted(listed.keys() | found.keys()):
+            if name not in found:
+                raise UserError(f"{self.folder / name}: shard is missing")
+            if name not in listed:
+                raise UserError(f"{self.folder / name}: shard is not in meta.json")
+            if found[name] != listed[name]:
+                raise UserError(f"{self.folder / name}: {found[name]:,} bytes, meta.json says {listed[name]:,}")
+        self.shards: dict[str, list[np.memmap]] = {
+            split: [np.memmap(self.folder / name, dtype=dtype, mode="r") for name in listed if name.startswith(split)]
+            for split in ("train", "val")}
+
+    def verify(self) -> None:
+        """Compare every shard's content with its sha256. Raises UserError for the first that differs."""
+        for shard in self.meta["shards"]:
+            if file_sha256(self.folder / shard["name"]) != shard["sha256"]:
+                raise UserError(f"{self.folder / shard['name']}: content does not match its sha256 in meta.json")

@@ -1,0 +1,305 @@
+"""Where documents come from: files of any kind, read row by row with bounded memory, every row accounted for.
+
+    files, ignored = find_files("notes.md,corpus/*.jsonl.zst")   # files, folders, globs; or "pystdlib"
+    for row in read_rows(files, text_key="text"): ...            # raw rows: cheap, for the process that reads
+    text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
+
+A row is a line of .jsonl, an element of a .json array, a value of a .parquet column, or a text file (.txt .md .py; a
+large one is cut at line ends). .gz .xz .zst are unpacked on the way. Lines end at \\n and nowhere else.
+"""
+
+import glob
+import gzip
+import io
+import json
+import lzma
+import os
+import sysconfig
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from configurator import UserError
+
+TEXT_KINDS = {".txt", ".md", ".py"}
+KINDS = TEXT_KINDS | {".jsonl", ".json", ".parquet"}
+PACKED = {".gz", ".xz", ".zst"}
+LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory
+LARGEST_JSON = 512 * 2**20  # bytes; a .json array is read whole, a .jsonl of any size is not
+
+
+class Row(NamedTuple):
+    """A row before it is looked into. content: bytes of text or JSON, or a value that is already Python's."""
+
+    place: str  # "file:line", for messages
+    kind: str  # "text", "json", "value", or "bad" with the reason as content
+    content: Any
+
+
+class Skip(Exception):
+    """A row that cannot be used; the message is the reason it is counted under."""
+
+
+def find_files(source: str) -> tuple[list[Path], int]:
+    """All files that a comma-separated list of files, folders and globs names, and how many of other kinds were passed.
+
+    "pystdlib" is the source text of the running Python's standard library, without its tests and installed packages.
+    Order: as listed, sorted within a folder or glob. Raises UserError for a name without files or an unknown kind.
+    """
+    if source == "pystdlib":
+        return standard_library(), 0
+    files, ignored = [], 0
+    for name in source.split(","):
+        if os.path.isdir(name):
+            inside = sorted(path for path in Path(name).rglob("*") if path.is_file()
+                            and not any(part.startswith(".") for part in path.relative_to(name).parts))
+            known = [path for path in inside if file_kind(path) in KINDS]
+            ignored += len(inside) - len(known)
+        else:
+            known = [Path(path) for path in sorted(glob.glob(name, recursive=True))] or [Path(name)]
+            if unknown := [path for path in known if file_kind(path) not in KINDS and not path.is_dir()]:
+                raise UserError(f"source={unknown[0]}: unknown kind of file (known: {' '.join(sorted(KINDS))}, "
+                                f"each also {' '.join(sorted(PACKED))})")
+            known = [path for path in known if not path.is_dir()]
+        if not known or not known[0].exists():
+            raise UserError(f"source={name}: no such file, or nothing to read in it")
+        files += known
+    return files, ignored
+
+
+def standard_library() -> list[Path]:
+    """The .py files of the running Python's standard library, without tests: about 12 MB on every machine."""
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+    if not files:
+        raise UserError(f"source=pystdlib: {root} holds no .py files; give --source=FILES")
+    return files
+
+
+def file_kind(path: Path) -> str:
+    """".jsonl" for both a.jsonl and a.jsonl.zst."""
+    suffixes = path.suffixes
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in PACKED else path.suffix
+
+
+def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
+    """A stream of unpacked bytes over the open file `raw`."""
+    if path.suffix == ".gz":
+        return gzip.GzipFile(fileobj=raw)
+    if path.suffix == ".xz":
+        return lzma.LZMAFile(raw)
+    if path.suffix == ".zst":
+        import zstandard
+        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 2**20)
+    return raw
+
+
+def read_rows(files: list[Path], text_key: str, progress: Any = None) -> Iterator[Row]:
+    """Every row of every file, in order. progress(n) is told of n more bytes read from disk.
+
+    Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read whole.
+    """
+    # Text is split between training and validation by document, so even one file must give about a hundred of them.
+    piece = min(max(sum(path.stat().st_size for path in files) // 100, 2**10), 2**20)
+    for path in files:
+        kind = file_kind(path)
+        try:
+            with open(path, "rb") as raw:
+                if kind == ".parquet":
+                    rows = parquet_rows(path, text_key)
+                else:
+                    stream = open_packed(path, raw)
+                    rows = (text_pieces(stream, path, piece) if kind in TEXT_KINDS else
+                            json_lines(stream, path) if kind == ".jsonl" else json_elements(stream, path))
+                before = 0
+                for row in rows:
+                    yield row
+                    if progress and raw.tell() > before:
+                        progress(raw.tell() - before)
+                        before = raw.tell()
+        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{path}: damaged archive: {error}") from None
+        except Exception as error:  # zstandard's and pyarrow's own classes, known only where the packages are imported
+            if type(error).__name__ in ("ZstdError", "ArrowInvalid"):
+                raise UserError(f"{path}: damaged file: {error}") from None
+            raise
+
+
+def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
+    """A text file as one document, or cut near every `piece` bytes: at a blank line, else a line end, else a space."""
+    rest, number, first = b"", 0, True
+    while True:
+        new = stream.read(2 * piece - len(rest))
+        buffer = rest + new
+        if first:
+            buffer, first = buffer.removeprefix(b"\xef\xbb\xbf"), False  # a byte order mark is not text
+        last = len(new) < 2 * piece - len(rest)
+        cut = len(buffer)
+        if not last or cut > piece:
+            for mark in (b"\n\n", b"\n", b" "):
+                if (at := buffer.rfind(mark, piece // 2, piece)) >= 0:
+                    cut = at + len(mark)
+                    break
+            else:
+                cut = min(piece, len(buffer))
+                while cut > 1 and buffer[cut:cut + 1] and buffer[cut] & 0xC0 == 0x80:
+                    cut -= 1  # not inside a UTF-8 character
+        number += 1
+        place = str(path) if last and number == 1 else f"{path} (piece {number})"
+        if buffer or number == 1:
+            yield Row(place, "text", buffer[:cut])
+        rest = buffer[cut:]
+        if last and not rest:
+            return
+
+
+def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
+    """One row a line. A line over LONGEST_LINE is read past in small pieces."""
+    number = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number += 1
+        if number == 1:
+            line = line.removeprefix(b"\xef\xbb\xbf")
+        if len(line) > LONGEST_LINE:
+            while line and not line.endswith(b"\n"):
+                line = stream.readline(2**20)
+            yield Row(f"{path}:{number}", "bad", f"line over {LONGEST_LINE >> 20} MiB")
+        else:
+            yield Row(f"{path}:{number}", "json", line)
+
+
+def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
+    """One row an element of the file's array, each as its own JSON text; lines of JSON under .json are taken as such."""
+    data = stream.read(LARGEST_JSON + 1)
+    if len(data) > LARGEST_JSON:
+        raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; store one object a line, as .jsonl")
+    if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
+        yield from json_lines(io.BytesIO(data), path) if is_json_lines(data) else [Row(f"{path}:1", "json", data)]
+        return
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        yield Row(f"{path}:1", "bad", "not UTF-8")
+        return
+    decoder, number, at = json.JSONDecoder(), 0, text.index("[") + 1
+    while True:
+        at = skip_blank(text, at)
+        if text[at:at + 1] == "]" and number == 0:
+            return
+        number += 1
+        try:
+            end = decoder.raw_decode(text, at)[1]
+            follow = skip_blank(text, end)
+            if text[follow:follow + 1] not in (",", "]"):
+                raise ValueError
+        except (ValueError, RecursionError):  # nobody can say where this element ends: the rest is one bad row
+            yield Row(f"{path}[{number - 1}]", "bad", "not JSON")
+            return
+        yield Row(f"{path}[{number - 1}]", "json", text[at:end].encode("utf-8", "surrogatepass"))
+        if text[follow] == "]":
+            return
+        at = follow + 1
+
+
+def is_json_lines(data: bytes) -> bool:
+    """Whether the first line is a whole JSON value and more follows."""
+    first, _, rest = data.lstrip(b"\xef\xbb\xbf \t\r\n").partition(b"\n")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip())
+
+
+def skip_blank(text: str, at: int) -> int:
+    while text[at:at + 1] in (" ", "\t", "\n", "\r"):
+        at += 1
+    return at
+
+
+def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
+    """One row a value of the column, a batch of rows in memory at a time."""
+    import pyarrow.parquet
+    with pyarrow.parquet.ParquetFile(path) as file:
+        if text_key not in file.schema_arrow.names:
+            raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {', '.join(file.schema_arrow.names)}")
+        number = 0
+        for batch in file.iter_batches(batch_size=256, columns=[text_key]):
+            for value in batch.column(0).to_pylist():
+                number += 1
+                yield Row(f"{path}:{number}", "value", value)
+
+
+def hub_rows(name: str, text_key: str) -> Iterator[Row]:
+    """Stream `NAME[:CONFIG[:SPLIT]]` of the Hugging Face hub (or a local folder of data files) through `datasets`."""
+    try:
+        import datasets
+    except ImportError:
+        raise UserError("source=hf:...: needs the package `datasets` (pip install datasets)") from None
+    name, _, rest = name.partition(":")
+    config, _, split = rest.partition(":")
+    try:
+        stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
+        for number, row in enumerate(stream, 1):
+            yield Row(f"hf:{name}:{number}", "value", row.get(text_key))
+    except (OSError, ValueError) as error:  # all that `datasets` raises for a name, a network or a file it cannot use
+        raise UserError(f"source=hf:{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+
+
+def document(row: Row, text_key: str) -> str:
+    """The row's text. Raises Skip with the reason if there is none that can be used."""
+    value = row.content
+    if row.kind == "bad":
+        raise Skip(value)
+    if row.kind == "text":
+        try:
+            value = value.decode("utf-8")
+        except UnicodeDecodeError:
+            raise Skip("not UTF-8") from None
+    if row.kind == "json":
+        value = parse_json(value)
+        if not isinstance(value, dict):
+            raise Skip("not a JSON object")
+        if text_key not in value:
+            raise Skip(f"no key {text_key!r}")
+        value = value[text_key]
+    if not isinstance(value, str):
+        raise Skip(f"{text_key!r} is not a string")
+    if not value.strip():
+        raise Skip("empty text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError:
+        raise Skip("lone surrogate") from None
+    return value
+
+
+def parse_json(line: bytes) -> Any:
+    """Strict JSON (RFC 8259, with unique names). Raises Skip for everything else, however deep or long."""
+    try:
+        text = line.decode("utf-8")
+    except UnicodeDecodeError:
+        raise Skip("not UTF-8") from None
+    if not text.strip():
+        raise Skip("blank line")
+    try:
+        return json.loads(text, object_pairs_hook=unique_names, parse_constant=no_constant)
+    except RecursionError:
+        raise Skip("JSON nested too deeply") from None
+    except json.JSONDecodeError:
+        raise Skip("not JSON") from None
+    except ValueError:  # Python refuses to read integers of more than 4300 digits
+        raise Skip("JSON number too long") from None
+
+
+def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) < len(pairs):
+        raise Skip("JSON object with a name twice")
+    return result
+
+
+def no_constant(name: str) -> None:
+    raise Skip(f"{name} is not JSON")

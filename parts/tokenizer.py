@@ -1,0 +1,208 @@
+"""Text <-> token ids: one interface over Hugging Face's tokenizer.json (the file) and tiktoken (the speed).
+
+    tokenizer = Tokenizer.load("gpt2")                   # or a folder with tokenizer.json, or that file
+    tokenizer = Tokenizer.train(documents, 4096)         # byte-level BPE, split as Qwen2 splits
+    ids = tokenizer.encode("Hello <|endoftext|>")        # text is text: never a special token
+    tokenizer.save("out/base/step_000100")               # what transformers' AutoTokenizer reads
+
+A byte-level BPE is encoded by tiktoken, built from the file's own ranks, several times faster and with equal ids;
+any other tokenizer.json by the `tokenizers` library. Left out: training anything but BPE, and chat (parts/chat.py).
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import tiktoken
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from configurator import UserError
+
+END_OF_TEXT = "<|endoftext|>"
+# How a text is cut before merging. Qwen2's: digits one by one, at most one sign before a word, newlines by themselves.
+QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+
+
+def byte_letters() -> dict[str, int]:
+    """GPT-2's printable letter for each of the 256 bytes, as {letter: byte}: byte-level files spell tokens with them."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+LETTER_TO_BYTE = byte_letters()
+BYTE_TO_LETTER = {byte: letter for letter, byte in LETTER_TO_BYTE.items()}
+
+
+class Tokenizer:
+    """A tokenizer.json, and what its folder's tokenizer_config.json says of it.
+
+    vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text. special_ids: the ids that no
+    text can become.
+    """
+
+    def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
+        """definition, settings: the two files' contents. Raises UserError if there is no end-of-text token."""
+        self.definition = definition
+        self.settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
+                                     "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
+        self.hf = tokenizers.Tokenizer.from_str(json.dumps(definition))
+        # The library finds added tokens in any text it is given, so texts are encoded by a twin that has none.
+        self.plain = tokenizers.Tokenizer.from_str(json.dumps({**definition, "added_tokens": [], "post_processor": None}))
+        self.fast = tiktoken_encoding(definition)
+        self.special_ids = frozenset(self.hf.get_added_tokens_decoder())
+        self.vocab_size = 1 + max(self.hf.get_vocab().values())
+        end = self.settings.get("eos_token") or END_OF_TEXT
+        end = end["content"] if isinstance(end, dict) else end
+        self.eot_id = self.hf.token_to_id(end)
+        if self.eot_id is None:
+            raise UserError(f"tokenizer: the end-of-text token {end!r} is not in the vocabulary")
+
+    @classmethod
+    def load(cls, source: str | Path) -> "Tokenizer":
+        """`gpt2`, a folder that holds tokenizer.json, or such a file. UserError if it is none of them."""
+        if str(source) == "gpt2":
+            return cls(gpt2_definition())
+        path = Path(source)
+        path = path / "tokenizer.json" if path.is_dir() else path
+        settings = path.with_name("tokenizer_config.json")
+        try:
+            definition = json.loads(path.read_text(encoding="utf-8"))
+            return cls(definition, json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None)
+        except FileNotFoundError:
+            raise UserError(f"{path}: no tokenizer there (give gpt2, or a folder with tokenizer.json)") from None
+        except UserError:
+            raise
+        except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
+            raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Byte-level BPE of `vocab_size` ids, the last of them END_OF_TEXT. Every text round-trips: all bytes are tokens."""
+        hf = tokenizers.Tokenizer(models.BPE())
+        hf.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        hf.decoder = decoders.ByteLevel()
+        hf.train_from_iterator(texts, trainers.BpeTrainer(
+            vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+        hf.add_special_tokens([END_OF_TEXT])
+        return cls(json.loads(hf.to_str()))
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
+        text.encode("utf-8")
+        if self.fast is not None and not has_long_blank(text):
+            return self.fast.encode_ordinary(text)
+        return self.plain.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of ids, special tokens by name; bytes that are not UTF-8 become U+FFFD."""
+        return self.hf.decode(list(ids), skip_special_tokens=False)
+
+    def token_bytes(self) -> list[bytes]:
+        """The bytes of every id, empty for special and unused ones: what "bits per byte" counts."""
+        table = [b""] * self.vocab_size
+        for token, index in self.hf.get_vocab().items():
+            if index not in self.special_ids:
+                table[index] = bytes(LETTER_TO_BYTE[c] for c in token) if self.fast else self.hf.decode([index]).encode()
+        return table
+
+    def save(self, folder: str | Path) -> None:
+        """Write tokenizer.json and tokenizer_config.json."""
+        for name, content in (("tokenizer.json", self.definition), ("tokenizer_config.json", self.settings)):
+            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+            (Path(folder) / name).write_text(text, encoding="utf-8")
+
+
+def has_long_blank(text: str, window: int = 65536) -> bool:
+    """Whether some aligned window is all white space: tiktoken's regex engine backtracks over such a run and gives up
+    at a million characters (a Rust panic); `tokenizers` does not."""
+    return any(text[start:start + window].isspace() for start in range(0, len(text) - window + 1, window))
+
+
+def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
+    """Decode ids as they come: each yield is new text, held back while a character's bytes are incomplete."""
+    seen, shown = [], 0
+    for token in ids:
+        seen.append(token)
+        text = tokenizer.decode(seen)
+        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
+            yield text[shown:]
+            # Nothing before a newline changes what follows it, so the window stays short.
+            seen, shown = ([], 0) if text.endswith("\n") else (seen, len(text))
+    if seen:
+        yield tokenizer.decode(seen)[shown:]
+
+
+def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
+    """The same byte-level BPE for tiktoken, or None where tokenizer.json asks for something tiktoken does not do.
+
+    tiktoken joins the pair whose union has the lowest id, `tokenizers` the pair that comes first in its list of merges.
+    They agree when the merged tokens are numbered in the order of their merges, which is checked here.
+    """
+    model = definition["model"]
+    split = split_pattern(definition.get("pre_tokenizer"))
+    plain = not any(model.get(key) for key in ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix",
+                                               "end_of_word_suffix"))
+    if model.get("type") != "BPE" or not plain or split is None or definition.get("normalizer") is not None:
+        return None
+    added = {token["content"] for token in definition["added_tokens"]}
+    vocab = {token: index for token, index in model["vocab"].items() if token not in added}
+    if not all(letter in LETTER_TO_BYTE for letter in set().union(*vocab)) or not LETTER_TO_BYTE.keys() <= vocab.keys():
+        return None
+    merged = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
+    if merged != sorted(merged) or len(merged) + 256 != len(vocab):
+        return None
+    ranks = {bytes(LETTER_TO_BYTE[letter] for letter in token): index for token, index in vocab.items()}
+    return tiktoken.Encoding("tokenizer.json", pat_str=split, mergeable_ranks=ranks, special_tokens={})
+
+
+def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
+    """The regular expression a byte-level pre-tokenizer splits by, or None if it does anything else."""
+    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    *before, last = steps
+    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
+        return None
+    if not before and last.get("use_regex", True):
+        return GPT2_SPLIT
+    if len(before) != 1 or last.get("use_regex", True) or before[0].get("type") != "Split":
+        return None
+    split = before[0]
+    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
+    return split["pattern"].get("Regex") if isolated else None
+
+
+def gpt2_definition() -> dict[str, Any]:
+    """GPT-2's tokenizer.json, rebuilt from tiktoken's ranks (which need the network once, or TIKTOKEN_CACHE_DIR)."""
+    try:
+        encoding = tiktoken.get_encoding("gpt2")
+    except Exception as error:  # whatever the download raised
+        raise UserError(f"tokenizer=gpt2: its ranks could not be downloaded ({type(error).__name__}); with no network "
+                        "set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+    ranks = encoding._mergeable_ranks
+    hf = tokenizers.Tokenizer(models.BPE(
+        vocab={letters(token): index for token, index in ranks.items()},
+        merges=[tuple(map(letters, last_merge(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]))
+    hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    hf.decoder = decoders.ByteLevel()
+    hf.add_special_tokens([END_OF_TEXT])
+    return json.loads(hf.to_str())
+
+
+def letters(token: bytes) -> str:
+    return "".join(BYTE_TO_LETTER[byte] for byte in token)
+
+
+def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
+    """The two parts a token was made of: merge its bytes by all earlier ranks. b"the" -> [b"t", b"he"], say."""
+    parts = [bytes([byte]) for byte in token]
+    while len(parts) > 2:
+        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
+        best = pairs.index(min(pairs))
+        parts[best:best + 2] = [parts[best] + parts[best + 1]]
+    return parts

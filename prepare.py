@@ -1,0 +1,320 @@
+"""Stage 0, the data: text -> packed shards of token ids that every training script reads.
+
+    python prepare.py                                                   # the standard library -> data/pystdlib
+    python prepare.py --source=books/,notes.jsonl.zst --tokenizer=gpt2 --out=data/books
+    python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --max_tokens=1e9
+    python prepare.py --out=data/books --verify=True                    # do the shards still have their hashes?
+
+Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian uint16, readable by np.memmap as
+nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text token stands
+behind every document. Which side of the split a document falls on is decided by its hash, so the same text is never on
+both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason, always.
+"""
+
+import hashlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from configurator import UserError, configure, run_script
+from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, write_json
+from parts.sources import Row, Skip, document, find_files, hub_rows, read_rows
+from parts.tokenizer import Tokenizer
+
+BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
+BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the training text at the most
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    source: str = "pystdlib"  # pystdlib, or files, folders and globs separated by commas, or hf:NAME[:CONFIG[:SPLIT]]
+    out: str | None = None  # the data folder itself; None: data/<name of the source>
+    kind: Literal["text"] = "text"  # what a row is
+    text_key: str = "text"  # the key or column that holds the text of a .jsonl, .json, .parquet or hub row
+    tokenizer: str = "bpe"  # bpe (trained here), gpt2, or a folder with tokenizer.json
+    vocab_size: int = 4096  # ids of a bpe trained here
+    val_fraction: float = 0.03  # share of the documents for validation, chosen by their hash
+    max_tokens: int | None = None  # stop at the document that reaches so many; None: read everything
+    num_proc: int | None = None  # processes that tokenize; None: one a core
+    strict: bool = False  # stop at the first row that cannot be used
+    overwrite: bool = False  # replace a folder made from other inputs
+    verify: bool = False  # only check an existing folder's hashes
+
+    def __post_init__(self) -> None:
+        for key in ("vocab_size", "max_tokens", "num_proc"):
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        if self.vocab_size < 257:
+            raise UserError(f"vocab_size={self.vocab_size}: 256 bytes and the end of text need 257")
+        if not 0 <= self.val_fraction < 1:
+            raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
+
+    @property
+    def folder(self) -> Path:
+        name = self.source.removeprefix("hf:").split(",")[0].split(":")[0].rstrip("/*")
+        return Path(self.out) if self.out else Path("data") / Path(name).name.split(".")[0]
+
+
+# ---- What each process does: rows in, ids out --------------------------------------------------------------------
+
+class Batch(NamedTuple):
+    """What became of some consecutive rows: one entry a row in everything but `ids`."""
+
+    ids: np.ndarray  # (tokens,) the documents one behind the other, each with its end-of-text token
+    lengths: np.ndarray  # (rows,) int64, tokens; 0 for a row that was skipped
+    byte_counts: np.ndarray  # (rows,) int64, bytes of UTF-8
+    hashes: np.ndarray  # (rows,) uint64, the first 8 bytes of the text's SHA-256
+    reasons: list[str | None]  # why a row was skipped
+
+
+def tokenize(rows: list[Row], tokenizer: Tokenizer, text_key: str) -> Batch:
+    """Read, hash and encode some rows."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    ids = [np.empty(0, dtype)]
+    lengths, byte_counts, hashes = (np.zeros(len(rows), dtype) for dtype in (np.int64, np.int64, np.uint64))
+    reasons: list[str | None] = [None] * len(rows)
+    for i, row in enumerate(rows):
+        try:
+            text = document(row, text_key)
+        except Skip as reason:
+            reasons[i] = str(reason)
+            continue
+        ids.append(np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype))
+        data = text.encode("utf-8")
+        lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
+    return Batch(np.concatenate(ids), lengths, byte_counts, hashes, reasons)
+
+
+def text_hash(data: bytes) -> int:
+    """64 bits of SHA-256: the document's name when duplicates are looked for and when the split is drawn."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def start_worker(definition: dict[str, Any], text_key: str) -> None:
+    """Give a worker process its tokenizer; Ctrl-C is the parent's to handle."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    global tokenize_here
+    tokenizer = Tokenizer(definition)
+    tokenize_here = lambda rows: tokenize(rows, tokenizer, text_key)  # noqa: E731
+
+
+def run_in_worker(rows: list[Row]) -> Batch:
+    return tokenize_here(rows)
+
+
+def tokenize_all(batches: Iterable[list[Row]], tokenizer: Tokenizer,
+                 cfg: PrepareConfig) -> Iterator[tuple[list[Row], Batch]]:
+    """`tokenize` over all batches, in their order, on cfg.num_proc processes, with few batches under way at a time."""
+    processes = cfg.num_proc or os.cpu_count() or 1
+    if processes == 1:
+        for rows in batches:
+            yield rows, tokenize(rows, tokenizer, cfg.text_key)
+        return
+    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(tokenizer.definition, cfg.text_key)) as pool:
+        waiting: deque = deque()
+        try:
+            for rows in batches:
+                waiting.append((rows, pool.submit(run_in_worker, rows)))
+                if len(waiting) > 2 * processes:
+                    rows, result = waiting.popleft()
+                    yield rows, result.result()
+            for rows, result in waiting:
+                yield rows, result.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
+    """Consecutive rows, about BATCH_BYTES at a time."""
+    batch, size = [], 0
+    for row in rows:
+        batch.append(row)
+        size += len(row.content) if isinstance(row.content, bytes | str) else 64
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+# ---- What the parent does: duplicates, split, shards, counts -----------------------------------------------------
+
+class SeenHashes:
+    """Which hashes have come by, at 8 bytes each: a few sorted arrays, merged so that each is at least twice the next."""
+
+    def __init__(self) -> None:
+        self.arrays: list[np.ndarray] = []
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Remember some uint64 hashes; returns bool, True where one is new (the first of equals within the call)."""
+        unique, first = np.unique(hashes, return_index=True)
+        new = np.ones(len(unique), dtype=bool)
+        for known in self.arrays:
+            at = np.searchsorted(known, unique)
+            new &= known[np.minimum(at, len(known) - 1)] != unique
+        if new.any():
+            self.arrays.append(unique[new])
+        while len(self.arrays) > 1 and len(self.arrays[-2]) < 2 * len(self.arrays[-1]):
+            self.arrays[-2:] = [np.sort(np.concatenate(self.arrays[-2:]))]
+        result = np.zeros(len(hashes), dtype=bool)
+        result[first[new]] = True
+        return result
+
+
+class Tally:
+    """Rows in, kept, and skipped by reason with the first three places of each."""
+
+    def __init__(self) -> None:
+        self.rows_in, self.kept = 0, 0
+        self.skipped: dict[str, int] = {}
+        self.places: dict[str, list[str]] = {}
+
+    def count(self, row: Row, reason: str | None) -> None:
+        self.rows_in += 1
+        if reason is None:
+            self.kept += 1
+            return
+        self.skipped[reason] = self.skipped.get(reason, 0) + 1
+        if self.skipped[reason] <= 3:
+            self.places.setdefault(reason, []).append(row.place)
+
+    def report(self) -> str:
+        lines = [f"rows    {self.rows_in:,} in = {self.kept:,} kept + {sum(self.skipped.values()):,} skipped"]
+        lines += [f"        {count:,} skipped: {reason} ({', '.join(self.places[reason])}{', ...' * (count > 3)})"
+                  for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1])]
+        return "\n".join(lines)
+
+
+def write_shards(batches: Iterable[list[Row]], tokenizer: Tokenizer, cfg: PrepareConfig,
+                 writers: dict[str, ShardWriter]) -> Tally:
+    """Tokenize all rows into the writers for "train" and "val". UserError at the first bad row if cfg.strict."""
+    tally, seen, tokens = Tally(), SeenHashes(), 0
+    for rows, batch in tokenize_all(batches, tokenizer, cfg):
+        keep = batch.lengths > 0
+        keep[keep] = seen.add(batch.hashes[keep])
+        total = tokens + np.cumsum(batch.lengths * keep)  # (rows,) tokens up to and with each row
+        used = len(rows)
+        if cfg.max_tokens is not None:
+            used = min(used, int(np.searchsorted(total, cfg.max_tokens)) + 1)
+            keep[used:] = False
+        for row, kept, reason in zip(rows[:used], keep, batch.reasons, strict=False):
+            if reason and cfg.strict:
+                raise UserError(f"{row.place}: {reason}")
+            tally.count(row, None if kept else reason or "duplicate document")
+        is_val = batch.hashes < np.uint64(cfg.val_fraction * 2**64)
+        for split, chosen in (("train", keep & ~is_val), ("val", keep & is_val)):
+            writers[split].write(batch.ids[np.repeat(chosen, batch.lengths)], int(chosen.sum()),
+                                 int(batch.byte_counts[chosen].sum()))
+        tokens = total[used - 1]
+        if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
+            break
+    for writer in writers.values():
+        writer.close()
+    return tally
+
+
+def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
+    """The first BPE_SAMPLE_BYTES of usable text that will not be validation text."""
+    total = 0
+    for row in rows:
+        try:
+            text = document(row, cfg.text_key)
+        except Skip:
+            continue  # counted when the rows are tokenized
+        data = text.encode("utf-8")
+        if text_hash(data) >= cfg.val_fraction * 2**64:
+            yield text
+            total += len(data)
+        if total > BPE_SAMPLE_BYTES:
+            return
+
+
+# ---- The command -------------------------------------------------------------------------------------------------
+
+def prepare(cfg: PrepareConfig) -> DataFolder:
+    """Make the data folder cfg describes, or find it made from the same inputs already; returns it opened."""
+    folder = cfg.folder
+    from_hub = cfg.source.startswith("hf:")
+    files, ignored = ([], 0) if from_hub else find_files(cfg.source)
+
+    def rows(progress: Any = None) -> Iterator[Row]:
+        return hub_rows(cfg.source[3:], cfg.text_key) if from_hub else read_rows(files, cfg.text_key, progress)
+
+    inputs = describe_inputs(cfg, files)
+    if (folder / "meta.json").exists() and not cfg.overwrite:
+        data = DataFolder(folder)
+        if differing := [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]:
+            raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); "
+                            "--overwrite=True replaces it, --out= makes another")
+        print(f"data      {folder} is up to date")
+        return data
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "meta.json", *folder.glob("*.bin")):  # meta.json first: from here on the folder does not exist
+        old.unlink(missing_ok=True)
+    start = time.perf_counter()
+    if cfg.tokenizer == "bpe":
+        tokenizer = Tokenizer.train(training_texts(rows(), cfg), cfg.vocab_size)
+        print(f"tokenizer  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - start:.1f} s")
+    else:
+        tokenizer = Tokenizer.load(cfg.tokenizer)
+    start = time.perf_counter()
+    writers = {split: ShardWriter(folder, split, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
+               for split in ("train", "val")}
+    with tqdm(total=sum(path.stat().st_size for path in files) or None, unit="B", unit_scale=True, desc="prepare",
+              disable=not sys.stderr.isatty(), leave=False) as bar:
+        tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
+    seconds = time.perf_counter() - start
+    print(tally.report())
+    if not writers["train"].tokens or (cfg.val_fraction and not writers["val"].tokens):
+        raise UserError(f"source={cfg.source}: no document fell to {'validation' if writers['train'].tokens else 'training'}"
+                        f" ({tally.kept} documents kept, val_fraction={cfg.val_fraction})")
+    tokenizer.save(folder)
+    write_json(folder / "meta.json", {
+        "format_version": FORMAT_VERSION, "kind": cfg.kind, "tokenizer": cfg.tokenizer,
+        "vocab_size": tokenizer.vocab_size, "dtype": writers["train"].dtype.name,
+        "documents": {split: writer.documents for split, writer in writers.items()},
+        "tokens": {split: writer.tokens for split, writer in writers.items()},
+        "bytes": {split: writer.bytes for split, writer in writers.items()},
+        "shards": [shard for writer in writers.values() for shard in writer.shards],
+        "source": cfg.source, "files_ignored": ignored, "inputs": inputs,
+        "rows": {"in": tally.rows_in, "kept": tally.kept, "skipped": tally.skipped}})
+    megabytes = sum(writer.bytes for writer in writers.values()) / 1e6
+    print(f"{folder}: {writers['train'].tokens:,} training and {writers['val'].tokens:,} validation tokens, "
+          f"{megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
+          + (f"; {ignored:,} files of other kinds ignored" if ignored else ""))
+    return DataFolder(folder)
+
+
+def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
+    """What the folder's content follows from: settings, and the content of every file."""
+    digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
+    settings = {key: getattr(cfg, key) for key in ("kind", "text_key", "tokenizer", "val_fraction", "max_tokens")}
+    settings |= {"vocab_size": cfg.vocab_size} if cfg.tokenizer == "bpe" else {}
+    return settings | ({"source": cfg.source} if not files else {"files": len(files), "content": digest})
+
+
+def main(argv: list[str]) -> int:
+    cfg, given = configure(PrepareConfig, argv, usage=__doc__)
+    if "vocab_size" in given and cfg.tokenizer != "bpe":
+        raise UserError(f"{given['vocab_size']}: vocab_size is only for --tokenizer=bpe; {cfg.tokenizer} has its own")
+    if cfg.verify:
+        DataFolder(cfg.folder).verify()
+        print(f"{cfg.folder}: every shard matches its sha256")
+        return 0
+    prepare(cfg)
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

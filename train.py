@@ -1,0 +1,219 @@
+"""Stage 1, pre-training: next-token prediction on packed text.
+
+    python train.py                                                     # a small Llama on the standard library's source
+    python train.py config/train_shakespeare.py --max_steps=500
+    torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_124m.py
+
+Reads data/<dataset>/, which prepare.py makes (the default one is made here when it is missing). Writes out_dir:
+checkpoints that transformers loads, run.json, metrics.jsonl. The same command again goes on where the run stopped.
+Left out: everything a chat needs (sft.py) and a teacher gives (distill.py).
+"""
+
+import dataclasses
+import gzip
+import lzma
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configurator import UserError, configure, run_script
+from loop import Run, RunConfig, fit, plan, stage_at, stage_configs, start_run, with_steps
+from model import GPT, GPTConfig
+from parts import hf
+from parts.data import Mix, Rows, text_batch, validation_batches
+from parts.generate import Sampling, generate
+from parts.losses import linear_cross_entropy
+from parts.shards import DataFolder
+from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig, GPTConfig):
+    """A run's keys, an architecture's keys, and those of pre-training."""
+
+    vocab_size: int | None = None  # token ids the model has; None: as many as the data's tokenizer
+    z_loss: float = 0.0  # weight of logsumexp^2, which keeps logits small; PaLM's is 1e-4
+    document_mask: bool = False  # attend within documents only
+    sample_tokens: int = 64  # length of the sample printed with each evaluation; 0: none
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.architecture(self.vocab_size or 64)
+        if self.z_loss < 0 or self.sample_tokens < 0:
+            raise UserError(f"z_loss={self.z_loss}, sample_tokens={self.sample_tokens}: must not be negative")
+
+    def architecture(self, vocab_size: int) -> GPTConfig:
+        """The model that the keys describe. Raises UserError for sizes that do not fit together."""
+        keys = {field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)}
+        return GPTConfig(**keys | {"vocab_size": vocab_size})
+
+
+# ---- Data -----------------------------------------------------------------------------------------------------------
+
+class TextData:
+    """Which rows a step trains on, stage by stage."""
+
+    def __init__(self, cfg: TrainConfig, run: Run):
+        self.stages, self.run = plan(cfg), run
+        self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed) for stage in self.stages}
+        self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
+
+    @staticmethod
+    def key(cfg: TrainConfig) -> tuple[str, int]:
+        """Stages that agree in this read the same rows, the later one from where the earlier one stopped."""
+        return cfg.dataset, cfg.block_size
+
+    def batches_at(self, step: int) -> list[dict[str, Any]]:
+        """This rank's micro-batches: its share of the step's samples, which are the same for any number of ranks."""
+        stage = stage_at(self.stages, step)
+        cfg, mix = stage.cfg, self.mixes[self.key(stage.cfg)]
+        earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
+                      if s.first < stage.first and self.key(s.cfg) == self.key(cfg))
+        share = cfg.global_batch_size // self.run.world_size
+        first = earlier + (step - stage.first) * cfg.global_batch_size + self.run.rank * share
+        rows = mix.samples(first, share)  # (share, T + 1)
+        eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
+        return [text_batch(part, eot_id) for part in np.split(rows, share // cfg.micro_batch_size)]
+
+
+# ---- Loss -----------------------------------------------------------------------------------------------------------
+
+def next_token_loss(model: nn.Module, batch: dict[str, Any], vocab_size: int,
+                    z_loss: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+    """Cross-entropy (and z-loss) summed over the batch's targets; the metric "loss" is without the z term."""
+    def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return linear_cross_entropy(hidden, weight, batch["targets"], vocab_size, z_loss)
+
+    loss, nll = model(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
+    return loss, {"loss": nll}
+
+
+# ---- Evaluation -----------------------------------------------------------------------------------------------------
+
+class Evaluation:
+    """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read."""
+
+    def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
+        self.cfg, self.mix, self.run = cfg, mix, run
+        self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
+
+    def __call__(self, model: GPT, last: bool) -> dict[str, float]:
+        """Each folder's first cfg.eval_tokens validation tokens, or all of them at the end, shared among the ranks.
+
+        A mix's figures are its folders', by their weights in training. Rows do not overlap, so a token sees half a
+        context on average, where a file compressor sees all that came before.
+        """
+        if self.cfg.sample_tokens and not last:
+            self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
+        results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
+        for folder, weight in zip(self.mix.folders, self.mix.weights, strict=True):
+            nll, targets, text_bytes = self.sums(model, folder, None if last else self.cfg.eval_tokens)
+            loss, bits = nll / targets, nll / math.log(2) / max(text_bytes, 1)
+            results["val_loss"] += weight * loss
+            results["val_bits_per_byte"] += weight * bits
+            if len(self.mix.folders) > 1:
+                results |= {f"val_loss/{folder.folder.name}": loss, f"val_bits_per_byte/{folder.folder.name}": bits}
+        return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
+
+    def sums(self, model: GPT, folder: DataFolder, limit: int | None) -> list[float]:
+        """Over one folder's validation targets and all ranks: nats, targets, bytes of text."""
+        nll, count, text_bytes = torch.zeros((), device=self.run.device), 0, 0
+        rows, tokenizer = Rows(folder, "val", self.cfg.block_size), self.mix.tokenizer
+        for batch in validation_batches(rows, limit, self.cfg.micro_batch_size, self.run.rank, self.run.world_size,
+                                        tokenizer.eot_id if self.cfg.document_mask else None):
+            count += batch["count"]
+            text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
+            batch = {k: v.to(self.run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            nll += next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"]
+        return self.run.sum([nll.item(), count, text_bytes])
+
+
+def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
+    """At most `length` tokens written from nothing, that is, behind the end-of-text token."""
+    ids = [tokens[0] for tokens in generate(model, [[tokenizer.eot_id]], length, Sampling(top_p=0.95),
+                                            lambda row, new: new[-1] == tokenizer.eot_id, tokenizer.vocab_size)]
+    return tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
+
+
+def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> str:
+    """Bits per byte that file compressors need for the validation text; empty where it is over 16 MB."""
+    if folder.meta["bytes"]["val"] > 16e6:
+        return ""
+    table = tokenizer.token_bytes()
+    text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
+    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    return "   ".join(f"{name} {8 * size / len(text):.3f}" for name, size in sizes.items())
+
+
+# ---- Go -------------------------------------------------------------------------------------------------------------
+
+def main(argv: list[str]) -> int:
+    cfg, given = configure(TrainConfig, argv, usage=__doc__)
+    if cfg.init_from:
+        cfg = with_architecture_of(cfg.init_from, cfg, given)
+    run = start_run(cfg)
+    if run.rank == 0 and any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
+        prepare(PrepareConfig())  # the embedded default; finds it up to date where it is there already
+    run.barrier()
+    cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed).epoch_samples()
+                     / stage.global_batch_size)
+    data = TextData(cfg, run)
+    tokenizer = run.tokenizer = data.last_mix.tokenizer
+    check_vocabulary(cfg, data)
+    run.identify(data={name: digest for mix in data.mixes.values() for name, digest in mix.hashes().items()})
+    with torch.device("meta"):  # no memory yet: fit gives each rank its part, from a checkpoint or at random
+        model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size))
+    run.print(f"model     {model.num_parameters():,} parameters, {model.flops_per_token(cfg.block_size) / 1e6:,.1f} "
+              f"MFLOP a token; a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
+    results = fit(cfg, model, data.batches_at,
+                  lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size, cfg.z_loss),
+                  Evaluation(data.stages[-1].cfg, data.last_mix, run), run)
+    print_summary(cfg, model.eval(), data, results, run)
+    return 0
+
+
+def with_architecture_of(source: str, cfg: TrainConfig, given: dict[str, str]) -> TrainConfig:
+    """`cfg` with the architecture of a model folder. UserError if the user gave some of it as well."""
+    fields = hf.read_config(hf.find_folder(source))
+    if both := sorted({field.name for field in dataclasses.fields(GPTConfig)} & given.keys()):
+        raise UserError(f"{given[both[0]]}: {both[0]} comes with init_from={source} and cannot be given")
+    return dataclasses.replace(cfg, **fields)
+
+
+def check_vocabulary(cfg: TrainConfig, data: TextData) -> None:
+    """UserError unless all data, and the model it starts from, agree in what an id means."""
+    tokenizer = data.last_mix.tokenizer
+    if any(mix.tokenizer.definition != tokenizer.definition for mix in data.mixes.values()):
+        raise UserError("stages: their data sets were made with different tokenizers")
+    if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={cfg.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids")
+    if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
+        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not the one that made dataset={cfg.dataset}")
+
+
+def print_summary(cfg: TrainConfig, model: GPT, data: TextData, results: dict[str, float], run: Run) -> None:
+    """What was trained, how good it is beside file compressors, how it writes, and what to do next."""
+    tokenizer, folder = data.last_mix.tokenizer, data.last_mix.folders[0]
+    sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all
+    if run.rank > 0 or not results:
+        return
+    event = run.last_event("tokens_per_second")
+    compressors = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else ""
+    run.print(f"""
+trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens in {event["seconds"]:,.0f} s \
+({event["tokens"] / event["seconds"]:,.0f} tokens/s)
+validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
+bits/byte   {results["val_bits_per_byte"]:.3f}{f"   ({compressors} for the same text)" if compressors else ""}
+sample      {sample}
+
+next        python sample.py --model={run.out_dir} --prompt="import os"
+            python train.py --help""")
+
+
+if __name__ == "__main__":
+    run_script(main)
