@@ -108,15 +108,15 @@ def type_name(hint: typing.Any) -> str:
 
 def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
     """One command-line value by its annotation: "1e-3" -> 0.001 for float, "None" -> None for `str | None`."""
-    for kind in alternatives(hint):
-        if kind is types.NoneType:
-            if text == "None":
-                return None
-        elif kind is str:
+    kinds = alternatives(hint)
+    if text == "None" and types.NoneType in kinds:
+        return None
+    for kind in kinds:
+        if kind is str:
             return text
-        elif typing.get_origin(kind) is typing.Literal and text in map(str, typing.get_args(kind)):
-            return next(choice for choice in typing.get_args(kind) if str(choice) == text)
-        elif kind in (bool, int, float) or typing.get_origin(kind) in (list, dict, tuple):
+        if typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind):
+            return text
+        if (typing.get_origin(kind) or kind) in (bool, int, float, list, dict):
             try:
                 return conform(ast.literal_eval(text), kind)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
@@ -144,10 +144,8 @@ def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
         return float(value)
     elif kind is int and is_number and value == value // 1:
         return int(value)
-    elif origin in (list, tuple, dict):
-        fits = isinstance(value, (list, tuple) if origin is not dict else dict)
     else:
-        fits = type(value) is kind
+        fits = type(value) is (origin or kind)
     if not fits:
         raise TypeError
     return value

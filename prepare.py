@@ -248,8 +248,12 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     from_hub = cfg.source.startswith("hf:")
     files, ignored = ([], 0) if from_hub else find_files(cfg.source)
 
+    size = sum(path.stat().st_size for path in files)
+    # The split is by document, so a few text files are cut until they give some ten documents for validation.
+    piece = 2**20 if len(files) * cfg.val_fraction >= 10 else int(max(size * cfg.val_fraction / 10, 2**10))
+
     def rows(progress: Any = None) -> Iterator[Row]:
-        return hub_rows(cfg.source[3:], cfg.text_key) if from_hub else read_rows(files, cfg.text_key, progress)
+        return hub_rows(cfg.source[3:], cfg.text_key) if from_hub else read_rows(files, cfg.text_key, min(piece, 2**20), progress)
 
     inputs = describe_inputs(cfg, files)
     if (folder / "meta.json").exists() and not cfg.overwrite:
@@ -271,14 +275,14 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     start = time.perf_counter()
     writers = {split: ShardWriter(folder, split, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
                for split in ("train", "val")}
-    with tqdm(total=sum(path.stat().st_size for path in files) or None, unit="B", unit_scale=True, desc="prepare",
+    with tqdm(total=size or None, unit="B", unit_scale=True, desc="prepare",
               disable=not sys.stderr.isatty(), leave=False) as bar:
         tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
     seconds = time.perf_counter() - start
     print(tally.report())
     if not writers["train"].tokens or (cfg.val_fraction and not writers["val"].tokens):
         raise UserError(f"source={cfg.source}: no document fell to {'validation' if writers['train'].tokens else 'training'}"
-                        f" ({tally.kept} documents kept, val_fraction={cfg.val_fraction})")
+                        f" ({tally.kept} documents kept, val_fraction={cfg.val_fraction}): give more text, or another share")
     tokenizer.save(folder)
     write_json(folder / "meta.json", {
         "format_version": FORMAT_VERSION, "kind": cfg.kind, "tokenizer": cfg.tokenizer,

@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from configurator import UserError
+from parts.losses import IGNORE
 from parts.shards import DataFolder, file_sha256
 from parts.tokenizer import Tokenizer
 
@@ -157,6 +158,5 @@ def validation_batches(rows: Rows, limit_tokens: int | None, batch_size: int, ra
         mine = np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
         batch = text_batch(rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64)), eot_id)
         if not len(mine):
-            batch["targets"].fill_(-100)
-            batch["count"] = 0
+            batch |= {"targets": torch.full_like(batch["targets"], IGNORE), "count": 0}
         yield batch

@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0  # only the most likely tokens that together reach this probability, at least one
     min_p: float = 0.0  # only tokens at least this likely relative to the most likely one
     repetition_penalty: float = 1.0  # divides positive logits of tokens already in the row, multiplies negative ones
-    seed: int = 1337  # row r draws from the seed (seed, r)
+    seed: int = 1337  # each row draws from this and its own number
 
     def __post_init__(self) -> None:
         for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1)):
@@ -72,12 +72,12 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
 @torch.no_grad()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
-             vocab_size: int | None = None) -> Iterator[list[int | None]]:
+             vocab_size: int | None = None, first_row: int = 0) -> Iterator[list[int | None]]:
     """Yield one token a row and step, None for rows that have ended, until all have or after max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row, new ids):
     asked after each token whether the row ends with it. vocab_size: ids from there on are never chosen (a model may
-    have more rows than its tokenizer has tokens).
+    have more rows than its tokenizer has tokens). first_row: number of the first prompt, for its seed.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -85,8 +85,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
     context = [prompt[-block_size:] for prompt in prompts]  # what each row attends to
     new: list[list[int]] = [[] for _ in prompts]
     live = [True] * len(prompts)
-    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(sampling.seed * 2**20 + row))
-                           for row in range(len(prompts))]).to(device)  # (B, steps)
+    seeds = [sampling.seed * 2**20 + first_row + row for row in range(len(prompts))]
+    uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
+                           for seed in seeds]).to(device)  # (B, steps)
     cache = None
     for step in range(max_new_tokens):
         if cache is None:

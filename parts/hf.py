@@ -76,6 +76,16 @@ def read_config(folder: Path) -> dict[str, Any]:
         raise UserError(f"{place}: needs the key {error}") from None
 
 
+def end_ids(folder: Path) -> list[int]:
+    """The end-of-text ids that generation_config.json, else config.json, names: none, one or several."""
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).is_file():
+            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []
+
+
 def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
     """UserError for every known setting that our model does not compute; silence would give wrong logits."""
     kind, window = config["model_type"], config.get("sliding_window")

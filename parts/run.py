@@ -229,8 +229,8 @@ def start_run(cfg: Any) -> Run:
     Raises UserError where out_dir holds another run or is in use, where the device is missing, or where the batch sizes
     do not fit the ranks.
     """
-    run = Run(Path(cfg.out_dir), pick_device(cfg))
-    if "RANK" in os.environ:  # torchrun's way to say so
+    run = Run(Path(cfg.out_dir), pick_device(cfg.device))
+    if "RANK" in os.environ and not dist.is_initialized():  # torchrun's way to say that there are others
         if cfg.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
             raise UserError(f"parallel=none: torchrun started {os.environ['WORLD_SIZE']} processes; give ddp or fsdp")
         if run.device.type == "cuda":
@@ -258,9 +258,9 @@ def start_run(cfg: Any) -> Run:
     return run
 
 
-def pick_device(cfg: Any) -> torch.device:
-    """cfg.device, or the best there is; under torchrun this rank's own GPU. UserError if it is missing."""
-    name = cfg.device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+def pick_device(name: str | None) -> torch.device:
+    """The named device, or the best there is; under torchrun this rank's own GPU. UserError if it is missing."""
+    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         device = torch.device(name)
     except RuntimeError:

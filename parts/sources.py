@@ -1,7 +1,7 @@
 """Where documents come from: files of any kind, read row by row with bounded memory, every row accounted for.
 
     files, ignored = find_files("notes.md,corpus/*.jsonl.zst")   # files, folders, globs; or "pystdlib"
-    for row in read_rows(files, text_key="text"): ...            # raw rows: cheap, for the process that reads
+    for row in read_rows(files, "text", piece=2**20): ...        # raw rows: cheap, for the process that reads
     text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
 
 A row is a line of .jsonl, an element of a .json array, a value of a .parquet column, or a text file (.txt .md .py; a
@@ -57,12 +57,11 @@ def find_files(source: str) -> tuple[list[Path], int]:
             known = [path for path in inside if file_kind(path) in KINDS]
             ignored += len(inside) - len(known)
         else:
-            known = [Path(path) for path in sorted(glob.glob(name, recursive=True))] or [Path(name)]
-            if unknown := [path for path in known if file_kind(path) not in KINDS and not path.is_dir()]:
+            known = [path for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file()]
+            if unknown := [path for path in known if file_kind(path) not in KINDS]:
                 raise UserError(f"source={unknown[0]}: unknown kind of file (known: {' '.join(sorted(KINDS))}, "
                                 f"each also {' '.join(sorted(PACKED))})")
-            known = [path for path in known if not path.is_dir()]
-        if not known or not known[0].exists():
+        if not known:
             raise UserError(f"source={name}: no such file, or nothing to read in it")
         files += known
     return files, ignored
@@ -91,18 +90,16 @@ def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
     if path.suffix == ".xz":
         return lzma.LZMAFile(raw)
     if path.suffix == ".zst":
-        import zstandard
-        return io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(raw, read_across_frames=True), 2**20)
+        import pyarrow  # which, unlike some, notices that a stream has been cut short
+        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), 2**20)
     return raw
 
 
-def read_rows(files: list[Path], text_key: str, progress: Any = None) -> Iterator[Row]:
-    """Every row of every file, in order. progress(n) is told of n more bytes read from disk.
+def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None) -> Iterator[Row]:
+    """Every row of every file, in order. Text files are cut near every `piece` bytes; progress(n) is told of n bytes read.
 
     Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read whole.
     """
-    # Text is split between training and validation by document, so even one file must give about a hundred of them.
-    piece = min(max(sum(path.stat().st_size for path in files) // 100, 2**10), 2**20)
     for path in files:
         kind = file_kind(path)
         try:
@@ -119,12 +116,12 @@ def read_rows(files: list[Path], text_key: str, progress: Any = None) -> Iterato
                     if progress and raw.tell() > before:
                         progress(raw.tell() - before)
                         before = raw.tell()
-        except (EOFError, gzip.BadGzipFile, lzma.LZMAError, zlib.error) as error:
-            raise UserError(f"{path}: damaged archive: {error}") from None
-        except Exception as error:  # zstandard's and pyarrow's own classes, known only where the packages are imported
-            if type(error).__name__ in ("ZstdError", "ArrowInvalid"):
-                raise UserError(f"{path}: damaged file: {error}") from None
+        except UserError:
             raise
+        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+            if getattr(error, "errno", None) is not None:
+                raise  # the disk's fault, and it names the file
+            raise UserError(f"{path}: damaged: {error}") from None
 
 
 def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:

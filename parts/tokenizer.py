@@ -10,7 +10,8 @@ any other tokenizer.json by the `tokenizers` library. Left out: training anythin
 """
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ class Tokenizer:
     """A tokenizer.json, and what its folder's tokenizer_config.json says of it.
 
     vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text. special_ids: the ids that no
-    text can become.
+    text can become. prefix_ids: what the tokenizer's own template puts before a text (Llama's <s>; nothing for ours).
     """
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
@@ -55,6 +56,7 @@ class Tokenizer:
         self.plain = tokenizers.Tokenizer.from_str(json.dumps({**definition, "added_tokens": [], "post_processor": None}))
         self.fast = tiktoken_encoding(definition)
         self.special_ids = frozenset(self.hf.get_added_tokens_decoder())
+        self.prefix_ids = list(takewhile(self.special_ids.__contains__, self.hf.encode("a").ids))
         self.vocab_size = 1 + max(self.hf.get_vocab().values())
         end = self.settings.get("eos_token") or END_OF_TEXT
         end = end["content"] if isinstance(end, dict) else end
@@ -123,20 +125,6 @@ def has_long_blank(text: str, window: int = 65536) -> bool:
     """Whether some aligned window is all white space: tiktoken's regex engine backtracks over such a run and gives up
     at a million characters (a Rust panic); `tokenizers` does not."""
     return any(text[start:start + window].isspace() for start in range(0, len(text) - window + 1, window))
-
-
-def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
-    """Decode ids as they come: each yield is new text, held back while a character's bytes are incomplete."""
-    seen, shown = [], 0
-    for token in ids:
-        seen.append(token)
-        text = tokenizer.decode(seen)
-        if not text.endswith("\N{REPLACEMENT CHARACTER}"):
-            yield text[shown:]
-            # Nothing before a newline changes what follows it, so the window stays short.
-            seen, shown = ([], 0) if text.endswith("\n") else (seen, len(text))
-    if seen:
-        yield tokenizer.decode(seen)[shown:]
 
 
 def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:

@@ -1,0 +1,168 @@
+"""Generation: continue prompts with any model folder, one by one or a file of them.
+
+    python sample.py --model=out/base --prompt="def main(" --max_new_tokens=100 --temperature=0.7
+    python sample.py --model=out/base --num_samples=4 --seed=7                   # from nothing
+    python sample.py --model=path/to/Qwen3-0.6B --prompt_file=prompts.jsonl > completions.jsonl
+
+Only generated text goes to stdout; the rest (the prompt on a terminal, tokens/s) goes to stderr. A prompt is text: the
+name of a special token in it is not that token. An empty prompt starts behind the end-of-text token. Of a prompt longer
+than the model's context the end is read. A sample ends with the end-of-text token, a --stop text (not shown), or after
+max_new_tokens; when the context is full on the way, its last half is read anew.
+
+A line of prompt_file is {"prompt": "..."} and may have other keys; a line of output is that with "completion" and
+"finish_reason" (stop or length), a line a sample, in order. Left out: chat (a later stage's), beam search.
+"""
+
+import json
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from configurator import UserError, configure, run_script
+from model import GPT
+from parts import hf
+from parts.generate import Sampling, generate
+from parts.run import pick_device
+from parts.sources import Skip, parse_json
+from parts.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleConfig(Sampling):
+    model: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    prompt: str = ""  # what to continue
+    prompt_file: str | None = None  # JSON lines with a "prompt" each, in place of prompt
+    num_samples: int = 1  # continuations of each prompt
+    max_new_tokens: int = 200  # most tokens of a continuation
+    stop: list | str | None = None  # text that ends a sample, or a list of such: '["\\n\\n", "def "]'
+    batch_size: int = 16  # rows generated together
+    device: str | None = None  # cpu, cuda, mps; None: the best there is
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda, else float32
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, least in (("num_samples", 1), ("max_new_tokens", 0), ("batch_size", 1), ("seed", 0)):
+            if getattr(self, key) < least:
+                raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
+        if self.prompt and self.prompt_file:
+            raise UserError("prompt and prompt_file: give one of them")
+        if any(not isinstance(text, str) or not text for text in self.stops):
+            raise UserError(f"stop={self.stop!r}: must be a text, or a list of texts, none of them empty")
+
+    @property
+    def stops(self) -> list[str]:
+        return self.stop if isinstance(self.stop, list) else [] if self.stop is None else [self.stop]
+
+
+class Sampler:
+    """A model with its tokenizer, and the rules by which a sample ends."""
+
+    def __init__(self, cfg: SampleConfig):
+        self.cfg = cfg
+        device = pick_device(cfg.device)
+        folder = hf.find_folder(cfg.model)
+        self.tokenizer = Tokenizer.load(folder)
+        self.model = GPT.from_pretrained(folder, device=device).eval()
+        if cfg.dtype or device.type == "cuda":
+            self.model.to({"float32": torch.float32, "float16": torch.float16}.get(cfg.dtype, torch.bfloat16))
+        self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
+
+    def encode(self, prompt: str, place: str) -> list[int]:
+        """Ids of a prompt, never empty; says so where the model will not read all of them."""
+        try:
+            ids = self.tokenizer.prefix_ids + self.tokenizer.encode(prompt)
+        except UnicodeEncodeError:
+            raise UserError(f"{place}: the prompt holds a lone surrogate, which is not text") from None
+        if len(ids) > self.model.config.block_size:
+            note(f"{place}: {len(ids):,} tokens; the model reads the last {self.model.config.block_size:,}")
+        return ids or [self.tokenizer.eot_id]
+
+    def shown(self, new: list[int], finished: bool) -> str:
+        """The text of a sample so far. While it is unfinished, what may still change is left out: an incomplete
+        character, or the beginning of a stop text."""
+        text = self.tokenizer.decode([i for i in new if i not in self.end_ids])
+        ends = [text.find(stop) for stop in self.cfg.stops if stop in text]
+        if ends:
+            return text[:min(ends)]
+        if finished:
+            return text
+        held = max((k for stop in self.cfg.stops for k in range(len(stop)) if k and text.endswith(stop[:k])), default=0)
+        return text[:len(text) - held].rstrip("\N{REPLACEMENT CHARACTER}")
+
+    def is_done(self, row: int, new: list[int]) -> bool:
+        return new[-1] in self.end_ids or (bool(self.cfg.stops) and any(s in self.tokenizer.decode(new) for s in self.cfg.stops))
+
+    def run(self, prompts: list[list[int]], first_row: int, stream: bool = False) -> list[tuple[str, str, int]]:
+        """(text, finish reason, tokens) of each prompt; `stream` writes the first row's text as it comes."""
+        new: list[list[int]] = [[] for _ in prompts]
+        written = ""
+        for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done,
+                               self.tokenizer.vocab_size, first_row):
+            for row, token in enumerate(tokens):
+                new[row] += [] if token is None else [token]
+            if stream:
+                text = self.shown(new[0], finished=False)
+                sys.stdout.write(text[len(written):])
+                sys.stdout.flush()
+                written = max(written, text, key=len)
+        texts = [self.shown(row, finished=True) for row in new]
+        if stream:
+            print(texts[0][len(written):], flush=True)
+        reasons = ["stop" if row and self.is_done(0, row) else "length" for row in new]
+        return [(text, reason, len(row)) for text, reason, row in zip(texts, reasons, new, strict=True)]
+
+
+def read_prompts(path: str) -> list[dict[str, Any]]:
+    """The rows of a JSON lines file with a "prompt" each. UserError with file:line for anything else."""
+    rows = []
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip():
+                continue
+            try:
+                row = parse_json(line.removeprefix(b"\xef\xbb\xbf"))
+            except Skip as reason:
+                raise UserError(f"{path}:{number}: {reason}") from None
+            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
+                raise UserError(f'{path}:{number}: needs the key "prompt" with a text')
+            rows.append(row)
+    if not rows:
+        raise UserError(f"{path}: no prompts in it")
+    return rows
+
+
+def note(text: str, end: str = "\n") -> None:
+    print(text, end=end, file=sys.stderr, flush=True)
+
+
+def main(argv: list[str]) -> int:
+    cfg, _ = configure(SampleConfig, argv, usage=__doc__)
+    rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [{"prompt": cfg.prompt}]
+    sampler = Sampler(cfg)
+    prompts = [sampler.encode(row["prompt"], f"{cfg.prompt_file}:{n}" if cfg.prompt_file else "prompt")
+               for n, row in enumerate(rows, 1)]
+    work = [number for number in range(len(rows)) for _ in range(cfg.num_samples)]  # which prompt each sample continues
+    total, begin = 0, time.perf_counter()
+    for first in range(0, len(work), cfg.batch_size):
+        batch = work[first:first + cfg.batch_size]
+        stream = len(work) == 1 and not cfg.prompt_file
+        if stream and sys.stdout.isatty():
+            note(f"\x1b[2m{cfg.prompt}\x1b[0m", end="")  # dim: the prompt is not generated
+        for number, (text, reason, tokens) in zip(batch, sampler.run([prompts[n] for n in batch], first, stream), strict=True):
+            total += tokens
+            if cfg.prompt_file:
+                print(json.dumps({**rows[number], "completion": text, "finish_reason": reason}, ensure_ascii=False))
+            elif not stream:
+                print(text)
+                note("---------------")
+    seconds = time.perf_counter() - begin
+    note(f"{total:,} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):,.0f} tokens/s")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,318 @@
+"""prepare.py, parts/shards.py and parts/data.py: what lies on disk, what a step reads, and every fault in one line."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import prepare as prepare_module
+from configurator import UserError
+from parts import shards as shards_module
+from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
+from parts.shards import DataFolder
+from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, SeenHashes, main, prepare
+from tests.conftest import ROOT, config_of
+
+
+def documents(count, start=0):
+    return [f"document {i}: " + " ".join(str(i * j) for j in range(i % 13 + 3)) + "\n" for i in range(start, start + count)]
+
+
+def write_jsonl(path, texts):
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def decoded(folder, split):
+    """The documents of a split, read back without this project's reader: np.memmap and the tokenizer file."""
+    meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder)
+    ids = np.concatenate([np.memmap(folder / s["name"], dtype="<u2", mode="r") for s in meta["shards"] if s["name"].startswith(split)])
+    assert ids[-1] == tokenizer.eot_id
+    ends = np.flatnonzero(ids == tokenizer.eot_id)
+    return [tokenizer.decode(part[part != tokenizer.eot_id].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_every_document_once_on_one_side(tmp_path, monkeypatch, num_proc):
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**12)
+    texts = documents(600)
+    source = write_jsonl(tmp_path / "a.jsonl", texts + texts[:50] + [" "])
+    data = prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300",
+                             "--val_fraction=0.2", f"--num_proc={num_proc}"))
+    train, val = decoded(tmp_path / "d", "train"), decoded(tmp_path / "d", "val")
+    assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
+    assert [t for t in texts if t in set(train)] == train  # in their order
+    assert 60 < len(val) < 180
+    assert data.meta["rows"] == {"in": 651, "kept": 600, "skipped": {"duplicate document": 50, "empty text": 1}}
+    assert data.meta["documents"] == {"train": len(train), "val": len(val)}
+    assert data.meta["bytes"]["val"] == sum(len(text.encode()) for text in val)
+    data.verify()
+    # The same documents in another file, and among others, fall to the same side.
+    other = write_jsonl(tmp_path / "b.jsonl", documents(50, start=600) + texts)
+    prepare(config_of(PrepareConfig, f"--source={other}", f"--out={tmp_path / 'e'}", "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"))
+    assert set(val) <= set(decoded(tmp_path / "e", "val"))
+
+
+def test_processes_do_not_change_a_byte(tmp_path, text_folder):
+    names = []
+    for num_proc in (1, 2):
+        folder = tmp_path / str(num_proc)
+        prepare(config_of(PrepareConfig, f"--source={text_folder}", f"--out={folder}", "--vocab_size=400", f"--num_proc={num_proc}"))
+        names.append(sorted((path.name, path.read_bytes()) for path in folder.iterdir()))
+    assert names[0] == names[1]
+
+
+def test_shards_roll_and_rows_do_not_span_them(tmp_path, monkeypatch):
+    monkeypatch.setattr(shards_module, "SHARD_TOKENS", 3000)
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**11)
+    source = write_jsonl(tmp_path / "a.jsonl", documents(400))
+    data = prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"))
+    train = data.shards["train"]
+    assert len(train) > 3 and sum(map(len, train)) == data.meta["tokens"]["train"]
+    rows = Rows(data, "train", 64)
+    assert len(rows) == sum((len(shard) - 1) // 64 for shard in train)
+    expected = [shard[i * 64:i * 64 + 65] for shard in train for i in range((len(shard) - 1) // 64)]
+    order = np.random.default_rng(0).permutation(len(rows))
+    assert np.array_equal(rows.read(order), np.stack(expected)[order])
+
+
+def test_same_inputs_do_nothing_others_are_refused(tmp_path, capsys):
+    source = tmp_path / "a.jsonl"
+    words = [f"--source={write_jsonl(source, documents(300))}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    assert main(words) == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    capsys.readouterr()
+    assert main(words) == 0 and main([*words, "--num_proc=2"]) == 0
+    assert capsys.readouterr().out.count("is up to date") == 2
+    assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
+    with pytest.raises(UserError, match="val_fraction differ"):
+        main([*words, "--val_fraction=0.5"])
+    write_jsonl(source, documents(301))
+    with pytest.raises(UserError, match="content differ.*--overwrite=True"):
+        main(words)
+    assert main([*words, "--overwrite=True"]) == 0
+    assert DataFolder(tmp_path / "d").meta["rows"]["in"] == 301
+    assert main([*words, "--verify=True"]) == 0
+
+
+def test_max_tokens_stops_at_a_document(tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    words = [f"--source={source}", "--vocab_size=300", "--num_proc=1", "--val_fraction=0.1"]
+    whole = prepare(config_of(PrepareConfig, *words, f"--out={tmp_path / 'all'}"))
+    limit = sum(whole.meta["tokens"].values()) // 2
+    part = prepare(config_of(PrepareConfig, *words, f"--out={tmp_path / 'part'}", f"--max_tokens={limit}"))
+    assert limit <= sum(part.meta["tokens"].values()) < limit + 100
+    assert part.meta["rows"]["in"] == part.meta["rows"]["kept"] == sum(part.meta["documents"].values()) < 300
+    assert decoded(tmp_path / "part", "train") == decoded(tmp_path / "all", "train")[:part.meta["documents"]["train"]]
+
+
+def test_strict_stops_at_the_first_bad_row(tmp_path):
+    source = tmp_path / "a.jsonl"
+    write_jsonl(source, documents(5))
+    source.write_text(source.read_text() + "{\n")
+    words = [f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
+        main([*words, "--strict=True"])
+    with pytest.raises(UserError, match="no data set here"):
+        DataFolder(tmp_path / "d")
+
+
+def test_too_little_text_says_so(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "alone"}\n')
+    with pytest.raises(UserError, match=r"no document fell to (validation|training) \(1 documents kept"):
+        main([f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}", "--num_proc=1"])
+    (tmp_path / "b.txt").write_text("".join(f"a single small file, line {i}\n" for i in range(900)))
+    assert main([f"--source={tmp_path / 'b.txt'}", f"--out={tmp_path / 'e'}", "--num_proc=1", "--val_fraction=0.2"]) == 0
+
+
+@pytest.mark.parametrize("word, message", [
+    ("--vocab_size=200", "257"), ("--val_fraction=1.0", "below 1"), ("--max_tokens=0", "positive"), ("--source=nowhere.txt", "no such file"),
+    ("--tokenizer=nowhere", "no tokenizer there"), ("--source=hf:no/such:data", "source=hf:no/such")])
+def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        main([f"--out={tmp_path / 'd'}", "--num_proc=1", word])
+
+
+def test_an_interrupt_leaves_no_data_set(tmp_path):
+    """Ctrl-C in the middle, with worker processes: exit code 130, no meta.json, no traceback; a rerun gives the same."""
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(60_000):
+            file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
+    (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(200)))
+    main([f"--source={tmp_path / 'small.jsonl'}", f"--out={tmp_path / 't'}", "--vocab_size=300", "--num_proc=1"])
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}",
+               f"--tokenizer={tmp_path / 't'}", "--num_proc=2"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.time() + 60
+    while not list((tmp_path / "d").glob("train*.bin")) and time.time() < deadline:
+        time.sleep(0.02)
+    os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the workers too
+    stderr = process.communicate(timeout=60)[1]
+    assert process.returncode == 130 and "Traceback" not in stderr, stderr
+    assert not (tmp_path / "d" / "meta.json").exists()
+
+
+# ---- Opening -----------------------------------------------------------------------------------------------------------
+
+@pytest.fixture
+def copy(data, tmp_path):
+    import shutil
+    return Path(shutil.copytree(data, tmp_path / "copy"))
+
+
+def test_every_fault_of_a_folder_is_one_line(copy):
+    shard = copy / "train_00000.bin"
+    whole = shard.read_bytes()
+    for content, message in ((whole[:-2], "bytes, meta.json says"), (whole[:-1], "bytes, meta.json says"), (b"", "0 bytes")):
+        shard.write_bytes(content)
+        with pytest.raises(UserError, match=rf"train_00000\.bin: .*{message}"):
+            DataFolder(copy)
+    shard.unlink()
+    with pytest.raises(UserError, match="shard is missing"):
+        DataFolder(copy)
+    shard.write_bytes(whole)
+    (copy / "train_00001.bin").write_bytes(b"xx")
+    with pytest.raises(UserError, match="not in meta.json"):
+        DataFolder(copy)
+    (copy / "train_00001.bin").unlink()
+    shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
+    with pytest.raises(UserError, match="does not match its sha256"):
+        DataFolder(copy).verify()
+    (copy / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="not a data set's"):
+        DataFolder(copy)
+    (copy / "meta.json").unlink()
+    with pytest.raises(UserError, match="no data set here"):
+        DataFolder(copy)
+
+
+@pytest.mark.parametrize("bad", [500, 65535])
+def test_an_id_outside_the_vocabulary_is_named(copy, bad):
+    ids = np.fromfile(copy / "train_00000.bin", dtype="<u2")
+    ids[130] = bad
+    ids.tofile(copy / "train_00000.bin")
+    with pytest.raises(UserError, match=rf"train_00000\.bin: token 130 is {bad}, the vocabulary has 500 ids"):
+        Rows(DataFolder(copy), "train", 64).read(np.arange(10))
+
+
+@pytest.mark.parametrize("vocab_size, dtype", [(65_535, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
+def test_large_vocabularies_are_wider_on_disk(tmp_path, monkeypatch, vocab_size, dtype):
+    """With ids up to the last one, which must come back as it was."""
+    tokenizer = Tokenizer.train(["some text to train on"], 260)
+    monkeypatch.setattr(Tokenizer, "train", classmethod(lambda cls, texts, size: tokenizer))
+    tokenizer.vocab_size = vocab_size
+    tokenizer.encode = lambda text: [vocab_size - 1, vocab_size - 2, 1] * 30
+    source = write_jsonl(tmp_path / "a.jsonl", documents(100))
+    data = prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--num_proc=1"))
+    assert data.meta["dtype"] == dtype
+    assert DataFolder(tmp_path / "d").shards["train"][0][:2].tolist() == [vocab_size - 1, vocab_size - 2]
+
+
+def test_ten_gigabytes_open_at_once(tmp_path, data):
+    """40 sparse shards of 256 MiB: sizes are checked, contents are not read."""
+    meta = json.loads((data / "meta.json").read_text())
+    meta["shards"] = [{"name": f"train_{i:05d}.bin", "tokens": 2**27, "sha256": ""} for i in range(40)]
+    for shard in meta["shards"]:
+        with open(tmp_path / shard["name"], "wb") as file:
+            file.truncate(2**28)
+    (tmp_path / "meta.json").write_text(json.dumps(meta))
+    begin = time.perf_counter()
+    folder = DataFolder(tmp_path)
+    assert time.perf_counter() - begin < 0.1
+    assert sum(map(len, folder.shards["train"])) == 40 * 2**27
+
+
+# ---- Duplicates, mixes, batches -----------------------------------------------------------------------------------------
+
+def test_seen_hashes_equals_a_set():
+    generator, seen, known = np.random.default_rng(0), SeenHashes(), set()
+    for _ in range(200):
+        hashes = generator.integers(0, 5000, size=generator.integers(0, 60)).astype(np.uint64)
+        new = seen.add(hashes)
+        for value, is_new in zip(hashes.tolist(), new.tolist(), strict=True):
+            assert is_new == (value not in known)
+            known.add(value)
+    sizes = [len(array) for array in seen.arrays]
+    assert sum(sizes) == len(known) and all(a >= 2 * b for a, b in zip(sizes, sizes[1:], strict=False))
+
+
+def test_parse_mix(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    assert parse_mix("a:3,b:1") == [(Path("data/a"), 0.75), (Path("data/b"), 0.25)]
+    assert parse_mix("elsewhere") == [(Path("elsewhere"), 1.0)]
+    assert parse_mix("/abs/x:y") == [(Path("/abs/x:y"), 1.0)]
+    for spec in ("a:0,b:1", "a:-1", "a:nan", "a:inf"):
+        with pytest.raises(UserError, match="must be positive"):
+            parse_mix(spec)
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [0.5, 0.49, 0.01], [1 / 3, 1 / 3, 1 / 3]])
+def test_picks_are_one_sequence_however_it_is_cut(data, weights):
+    """Every folder's samples in order without gaps, in proportion at every moment, whatever the batch size."""
+    mix = Mix(str(data), 64, seed=0)
+    mix.weights = weights
+    owners, numbers = mix.picks(0, 3000)
+    for folder, weight in enumerate(weights):
+        turns = numbers[owners == folder]
+        assert np.array_equal(turns, np.arange(len(turns)))
+        share = np.cumsum(owners == folder) - weight * np.arange(1, 3001)
+        assert np.abs(share).max() <= 1.5
+    for size in (1, 7, 64):
+        cut = [mix.picks(first, min(size, 3000 - first)) for first in range(0, 3000, size)]
+        assert np.array_equal(np.concatenate([o for o, _ in cut]), owners)
+        assert np.array_equal(np.concatenate([n for _, n in cut]), numbers)
+
+
+def test_an_epoch_is_every_row_once_in_a_new_order(data):
+    mix = Mix(str(data), 64, seed=5)
+    count = len(mix.rows[0])
+    first, second = mix.samples(0, count), mix.samples(count, count)
+    rows = mix.rows[0].read(np.arange(count))
+    assert not np.array_equal(first, rows) and not np.array_equal(first, second)
+    assert np.array_equal(np.unique(first, axis=0), np.unique(rows, axis=0))
+    assert np.array_equal(np.unique(second, axis=0), np.unique(rows, axis=0))
+    assert mix.epoch_samples() == count
+    assert not np.array_equal(Mix(str(data), 64, seed=6).samples(0, 8), first[:8])
+
+
+def test_folders_of_different_tokenizers_do_not_mix(data, tmp_path):
+    source = write_jsonl(tmp_path / "a.jsonl", documents(300))
+    prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"))
+    with pytest.raises(UserError, match="different tokenizers"):
+        Mix(f"{data}:1,{tmp_path / 'd'}:1", 64, seed=0)
+
+
+def test_rows_longer_than_the_text_are_refused(data):
+    with pytest.raises(UserError, match=r"make no row of block_size=10000000 \+ 1"):
+        Mix(str(data), 10_000_000, seed=0)
+
+
+def test_text_batch_by_hand():
+    batch = text_batch(np.array([[5, 9, 0, 7, 8, 0, 3]]), eot_id=0)
+    assert batch["input_ids"].tolist() == [[5, 9, 0, 7, 8, 0]]
+    assert batch["targets"].tolist() == [[9, 0, 7, 8, 0, 3]]
+    assert batch["document_ids"].tolist() == [[0, 0, 1, 1, 1, 2]]  # the end-of-text token opens the next document
+    assert batch["count"] == 6
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("limit", [None, 64 * 7, 1])
+def test_validation_is_shared_without_loss(data, world_size, limit):
+    rows = Rows(DataFolder(data), "val", 64)
+    ranks = [list(validation_batches(rows, limit, 4, rank, world_size)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1  # all ranks take part in as many forward passes
+    total = len(rows) if limit is None else max(1, limit // 64)
+    counted = [row for batches in ranks for batch in batches if batch["count"] for row in batch["input_ids"].tolist()]
+    assert sorted(counted) == sorted(rows.read(np.arange(total))[:, :-1].tolist())
+    assert sum(batch["count"] for batches in ranks for batch in batches) == total * 64
+    assert all((batch["targets"] == -100).all() for batches in ranks for batch in batches if not batch["count"])
