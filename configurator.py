@@ -2,10 +2,10 @@
 
     cfg, given = configure(TrainConfig, ["config/train_shakespeare.py", "--max_steps=200"])
 
-The dataclass is the whole schema: its annotations are the types, its defaults the defaults, and the comment that
-trails each field is the --help text. A config file is plain assignments, run in a namespace of its own. Values from
-the command line are parsed, never executed. Whatever a user can get wrong ends in a UserError: one line that names
-the place and the nearest right name. `run_script` turns it into exit code 2.
+The dataclass is the whole schema: its annotations are the types, its defaults the defaults, and the comment
+that trails each field is the --help text. A config file is plain assignments, run in a namespace of its own.
+Values from the command line are parsed, never executed. Whatever a user can get wrong ends in a UserError:
+one line that names the place and the nearest right name. `run_script` turns it into exit code 2.
 
 Left out on purpose: nested keys, environment variables, YAML, and `--key value` with a space.
 """
@@ -31,8 +31,8 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[typing.An
     """Build `schema` from config files and `--key=value` words.
 
     Returns the frozen instance and `given`: the place each explicitly set key came from (`config/x.py:3` or
-    `command line`). Prints the keys and exits 0 on --help. Raises UserError for an unknown key, a wrong type, a value
-    outside a Literal, an unreadable config file, or whatever the schema's own __post_init__ refuses.
+    `command line`). Prints the keys and exits 0 on --help. Raises UserError for an unknown key, a wrong type,
+    a value outside a Literal, an unreadable config file, or whatever the schema's own __post_init__ refuses.
     """
     if {"--help", "-h"} & set(argv):
         print(help_text(schema, usage))
@@ -58,7 +58,8 @@ def read_config_file(path: str) -> dict[str, tuple[typing.Any, str]]:
         tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         near = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1)
-        raise UserError(f"{path}: no such config file{did_you_mean(near)} (options are written --key=value)") from None
+        hint = f"no such config file{did_you_mean(near)} (options are written --key=value)"
+        raise UserError(f"{path}: {hint}") from None
     except (SyntaxError, UnicodeDecodeError, IsADirectoryError) as error:
         raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not a config file: {error}") from None
     lines = {n.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign)
@@ -107,7 +108,7 @@ def type_name(hint: typing.Any) -> str:
 
 
 def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
-    """One command-line value by its annotation: "1e-3" -> 0.001 for float, "None" -> None for `str | None`."""
+    """One command-line value by its annotation: "1e-3" as float is 0.001, "None" as `str | None` is None."""
     kinds = alternatives(hint)
     if text == "None" and types.NoneType in kinds:
         return None
@@ -125,7 +126,8 @@ def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
 
 
 def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any:
-    """`value` if it fits the field `key` of `schema` (an int where a float is wanted becomes one), or UserError."""
+    """`value` if it fits the field `key` of `schema` (an int where a float is wanted becomes one), or
+    UserError."""
     hint = field_types(schema, key, place)[key]
     for kind in alternatives(hint):
         try:
@@ -136,8 +138,10 @@ def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any
 
 
 def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
-    """`value` as `kind`, without surprises: 3 is a float, 1e9 is an int, but True is not a number. Else TypeError."""
-    origin, is_number = typing.get_origin(kind), isinstance(value, int | float) and not isinstance(value, bool)
+    """`value` as `kind`, without surprises: 3 is a float, 1e9 is an int, but True is not a number. Else
+    TypeError."""
+    origin = typing.get_origin(kind)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is typing.Literal:
         fits = value in typing.get_args(kind)
     elif kind is float and is_number:
@@ -163,14 +167,15 @@ def field_comments(schema: type) -> dict[str, str]:
 def help_text(schema: type, usage: str) -> str:
     """The --help page: the script's docstring, then one line a key with type, default and comment."""
     comments, hints = field_comments(schema), typing.get_type_hints(schema)
-    lines = [f"  --{f.name}={default(f)}".ljust(40) + f" {type_name(hints[f.name])}: {comments.get(f.name, '')}"
+    lines = [f"  --{f.name}={default(f)}".ljust(40) + f" {type_name(hints[f.name])}: {comments[f.name]}"
              for f in dataclasses.fields(schema)]
     return f"{usage.strip()}\n\nkeys (--key=value, or `key = value` in a config file):\n" + "\n".join(lines)
 
 
 def differences(config: typing.Any) -> dict[str, typing.Any]:
     """The fields of `config` that are not at their defaults."""
-    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config) if getattr(config, f.name) != default(f)}
+    return {f.name: getattr(config, f.name) for f in dataclasses.fields(config)
+            if getattr(config, f.name) != default(f)}
 
 
 def default(field: dataclasses.Field) -> typing.Any:
@@ -178,12 +183,13 @@ def default(field: dataclasses.Field) -> typing.Any:
 
 
 def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` as a program. Exit codes: its own or 0; 2 the user's fault, in one line; 130 interrupted.
+    """Run `main(argv)` as a program. Exit codes: its own or 0; 2 the user's fault, in one line; 130
+    interrupted.
 
-    Files that are missing, unreadable or do not fit the disk (OSError) are the user's to mend as well. Every other
-    exception is ours and keeps its traceback (exit code 1).
+    Files that are missing, unreadable or do not fit the disk (OSError) are the user's to mend as well. Every
+    other exception is ours and keeps its traceback (exit code 1).
     """
-    first_rank = os.environ.get("RANK", "0") == "0"  # torchrun starts one process a rank: let one of them speak
+    first_rank = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one speaks
     try:
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:  # `... | head`: the reader has gone, and so may we

@@ -1,15 +1,16 @@
-"""The model: one GPT class that is a Llama by default and a GPT-2, Qwen2 or Qwen3 by its settings.
+"""The model: one GPT class that is a Llama by default, and a GPT-2, Qwen2 or Qwen3 by its settings.
 
     model = GPT(GPTConfig(n_layer=6, n_embd=256))
     logits = model(ids)                                # (B, T) int64 -> (B, T, V)
-    loss = model(ids, head=loss_head)                  # loss_head(hidden, weight), no (B, T, V) tensor needed
-    model = GPT.from_pretrained("out/base")            # our checkpoints are Hugging Face folders, and so are others
+    loss = model(ids, head=loss_head)                  # loss_head(hidden, weight): no (B, T, V) tensor needed
+    model = GPT.from_pretrained("out/base")            # our checkpoints are Hugging Face folders
 
-Read it top down: GPTConfig, rotary positions, attention and its cache, MLP, block, GPT. Parameters carry Hugging Face
-Llama's names (`model.layers.0.self_attn.q_proj.weight`), whatever the architecture; parts/hf.py renames GPT-2's.
-Llama: arXiv 2302.13971. It knows no loss, no optimizer and no tokenizer.
+Read it top down: GPTConfig, rotary positions, the cache, attention, MLP, block, GPT. Parameters carry the
+names of Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`) whatever the architecture;
+parts/hf.py renames GPT-2's. Llama: arXiv 2302.13971. The model knows no loss, no optimizer and no tokenizer.
 
-Shapes: B batch, T time, S stored keys, C n_embd, H query heads, K key/value heads, D head_dim, V vocab_size.
+Shapes: B batch, T time, S stored keys, C n_embd, H query heads, K key/value heads, D head_dim, V vocab_size,
+P the rows of the table in memory (V and padding), L layers.
 """
 
 import math
@@ -28,42 +29,42 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from parts import hf
+from parts.rope import rope_frequencies
 
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The architecture. The defaults are the small Llama that `python train.py` trains; None is derived below."""
+    """The architecture. The defaults are the small Llama that `python train.py` trains; None is derived."""
 
-    vocab_size: int = 4096  # real token ids (in memory the table is padded to a multiple of 64)
+    vocab_size: int = 4096  # token ids
     n_layer: int = 6  # blocks
     n_head: int = 4  # query heads
-    n_kv_head: int | None = None  # key and value heads, shared by groups of query heads; None: n_head
+    n_kv_head: int | None = None  # key and value heads, each shared by a group of query heads; None: n_head
     n_embd: int = 256  # width of the residual stream
-    head_dim: int | None = None  # width of a head; None: n_embd // n_head
-    intermediate_size: int | None = None  # width inside the MLP; None: 8/3 n_embd (gelu: 4), up to a multiple of 256
-    block_size: int = 256  # longest context in tokens
+    head_dim: int | None = None  # width of a head; None: n_embd / n_head
+    intermediate_size: int | None = None  # width of the MLP; None: 8/3 (gelu: 4) n_embd, rounded up to 256s
+    block_size: int = 256  # longest context, in tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
-    rope_scaling: dict | None = None  # {"rope_type": "llama3"|"yarn", "factor": .., ..}, Hugging Face's keys
+    rope_scaling: dict | None = None  # {"rope_type": "llama3"|"yarn", "factor": .., ..}: Hugging Face's keys
     norm_eps: float = 1e-5  # added to the variance in every norm
     dropout: float = 0.0  # on embeddings, attention weights and both residual branches
     tie_embeddings: bool = True  # one table for input and output
-    qk_norm: bool = False  # RMSNorm on each query and key head (Qwen3)
-    position: Literal["rope", "learned"] = "rope"  # how a token knows its place
-    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm has a bias
-    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu is GPT-2's tanh form
-    bias: Literal["none", "qkv", "all"] = "none"  # of the linear layers: qkv is Qwen2, all is GPT-2
+    qk_norm: bool = False  # RMSNorm on every query and key head (Qwen3)
+    position: Literal["rope", "learned"] = "rope"  # how a token knows its place; learned is GPT-2's
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm, with its bias, is GPT-2's
+    mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu, in its tanh form, is GPT-2's
+    bias: Literal["none", "qkv", "all"] = "none"  # which linear layers have one: qkv is Qwen2's, all GPT-2's
 
     def __post_init__(self) -> None:
         """Derive what is None; raise UserError for sizes that do not fit together."""
         for key in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
                     "block_size", "rope_theta", "norm_eps"):
-            value = getattr(self, key)
-            if value is not None and value <= 0:
-                raise UserError(f"{key}={value}: must be positive")
+            if getattr(self, key) is not None and getattr(self, key) <= 0:
+                raise UserError(f"{key}={getattr(self, key)}: must be positive")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.head_dim is None and self.n_embd % self.n_head:
-            raise UserError(f"n_embd={self.n_embd}: must be divisible by n_head={self.n_head}, or give head_dim")
+            raise UserError(f"n_embd={self.n_embd}: not divisible by n_head={self.n_head} (or give head_dim)")
         width = 4 * self.n_embd if self.mlp == "gelu" else 8 * self.n_embd / 3
         derived = {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head,
                    "intermediate_size": 256 * math.ceil(width / 256)}
@@ -72,68 +73,22 @@ class GPTConfig:
                 object.__setattr__(self, key, value)  # the way into a frozen dataclass, here and nowhere else
         if self.n_head % self.n_kv_head:
             raise UserError(f"n_head={self.n_head}: must be divisible by n_kv_head={self.n_kv_head}")
-        if self.head_dim % 2 and self.position == "rope":
-            raise UserError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
-        if self.rope_scaling is not None:
-            rope_frequencies(self)  # refuses unknown kinds and missing keys
+        if self.position == "rope":
+            if self.head_dim % 2:
+                raise UserError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
+            rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # may refuse
 
     @property
     def padded_vocab_size(self) -> int:
-        """Rows of the table in memory: V up to a multiple of 64, which GPU matrix kernels want. Never saved."""
+        """P: V up to a multiple of 64, which GPU matrix kernels want. The rows beyond V are never saved."""
         return 64 * math.ceil(self.vocab_size / 64)
 
 
-def rope_frequencies(config: GPTConfig) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair, (D/2,) float32, and the factor on cos and sin (1 but for YaRN).
-
-    RoPE: arXiv 2104.09864. Scaling for longer contexts: Llama 3 (its reference code) and YaRN (arXiv 2309.00071,
-    section 3.2 and equation 22). Raises UserError for another kind or a missing key.
-    """
-    D, theta = config.head_dim, config.rope_theta
-    frequencies = theta ** -(torch.arange(0, D, 2, device="cpu").float() / D)  # (D/2,), fastest first
-    scaling = config.rope_scaling
-    if scaling is None:
-        return frequencies, 1.0
-    try:
-        kind, factor = scaling["rope_type"], scaling["factor"]
-        trained = scaling["original_max_position_embeddings"]  # context length before the extension, in tokens
-        if kind == "llama3":
-            # Pairs that turn more than `high` times in the trained context stay; fewer than `low` are stretched.
-            turns = trained * frequencies / (2 * math.pi)
-            low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-            keep = ((turns - low) / (high - low)).clamp(0, 1)
-            return frequencies * (keep + (1 - keep) / factor), 1.0
-        if kind == "yarn":
-            def pair_with(turns: float) -> float:  # the (fractional) pair that turns so often in the trained context
-                return D * math.log(trained / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-            first, last = pair_with(scaling.get("beta_fast") or 32), pair_with(scaling.get("beta_slow") or 1)
-            if scaling.get("truncate", True):
-                first, last = math.floor(first), math.ceil(last)
-            first, last = max(first, 0), min(last, D - 1)
-            stretch = ((torch.arange(D // 2, device="cpu") - first) / max(last - first, 1e-3)).clamp(0, 1)
-            return frequencies * (1 - stretch + stretch / factor), yarn_attention_factor(scaling)
-    except KeyError as error:
-        raise UserError(f"rope_scaling={scaling}: needs the key {error}") from None
-    raise UserError(f"rope_scaling={scaling}: rope_type must be llama3 or yarn")
-
-
-def yarn_attention_factor(scaling: dict) -> float:
-    """What YaRN multiplies cos and sin with: given, or 0.1 ln(factor) + 1 (the ratio of two such where both mscales are)."""
-    def temperature(mscale: float) -> float:
-        return 0.1 * mscale * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
-
-    if scaling.get("attention_factor") is not None:
-        return scaling["attention_factor"]
-    if scaling.get("mscale") and scaling.get("mscale_all_dim"):
-        return temperature(scaling["mscale"]) / temperature(scaling["mscale_all_dim"])
-    return temperature(1.0)
-
-
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of each head by their position's angle: Hugging Face's half-rotation layout.
+    """Turn the pairs (x[i], x[i + D/2]) of each head by the angle of their position: the half-rotation
+    layout.
 
-    x: (B, heads, T, D); rope: cos and sin, each (T, D/2) or (B, 1, T, D/2), float32. Same shape and dtype as x.
+    x: (B, heads, T, D). rope: cos and sin, (T, D/2) or (B, 1, T, D/2), float32. Shape and dtype are x's.
     """
     cos, sin = rope
     first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
@@ -143,13 +98,14 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class KVCache:
     """Static keys and values of every layer, for generation.
 
-    k, v: (L, B, K, S, D), allocated once. lengths: (B,) int64, the tokens each row holds; the slot of a token is its
-    position, so rows of unequal length need no padding on the left: what a shorter row's padding wrote beyond its
-    length is overwritten before it is ever attended to. used: int, a bound on all lengths, known without a
+    k, v: (L, B, K, S, D), allocated once. lengths: (B,) int64, the tokens that each row holds. A token's slot
+    is its position, so rows of unequal length need no padding on the left: what the padding behind a shorter
+    row wrote is overwritten before anything attends to it. used: int, the largest length, known without a
     synchronisation.
     """
 
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None, dtype: Any = None):
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
+                 dtype: Any = None):
         shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
@@ -158,21 +114,21 @@ class KVCache:
         self.used = 0
 
     def begin(self, T: int) -> Tensor:
-        """Make the next T slots of each row the ones `update` fills; returns them, the tokens' positions, (B, T)."""
+        """Make the next T slots of each row those that `update` fills; returns them: positions (B, T)."""
         self.slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)
         return self.slots
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) behind each row's tokens; returns all that is to be attended to, (B, K, S, D)."""
-        T = k.shape[2]
-        self.k[layer][self.rows, :, self.slots] = k.transpose(1, 2).to(self.k.dtype)  # indexed: (B, T, K, D)
+        """Store (B, K, T, D) in the begun slots; returns what is to be attended to, (B, K, S, D) each."""
+        self.k[layer][self.rows, :, self.slots] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, K, D)
         self.v[layer][self.rows, :, self.slots] = v.transpose(1, 2).to(self.v.dtype)
         if self.used == 0:  # nothing older: the new keys are all there is, and plain causal attention will do
             return k, v
-        return self.k[layer, :, :, :self.used + T].to(k.dtype), self.v[layer, :, :, :self.used + T].to(v.dtype)
+        S = self.used + k.shape[2]
+        return self.k[layer, :, :, :S].to(k.dtype), self.v[layer, :, :, :S].to(v.dtype)
 
     def hold(self, lengths: list[int]) -> None:
-        """Declare how many tokens each row holds, once a forward pass has stored them; what is beyond is forgotten."""
+        """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
         self.used = max(lengths)
 
@@ -205,15 +161,30 @@ class Attention(nn.Module):
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v: (B, H, T, D), (B, K, S, D) twice -> (B, H, T, D).
+    """softmax(q k^T / sqrt(D)) v: (B, H, T, D) and twice (B, K, S, D) -> (B, H, T, D).
 
-    mask: None (causal, S == T), bool (B, 1, T, S) where True may be seen, or a BlockMask for FlexAttention.
+    mask: None (causal, S = T), bool (B, 1, T, S) where True may be seen, or a BlockMask for FlexAttention.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
                                           enable_gqa=grouped)
+
+
+def document_mask(document_ids: Tensor, dense: bool = False) -> Tensor | BlockMask:
+    """Causal attention within documents: (B, T) int64 -> a mask for `attend`.
+
+    On a GPU FlexAttention's, which skips the blocks between documents; it has no backward pass on the CPU and
+    no dropout, so there, and where `dense` asks for it, a bool tensor (B, 1, T, T).
+    """
+    B, T = document_ids.shape
+    if document_ids.is_cuda and not dense:
+        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
+            return (kv <= q) & (document_ids[b, q] == document_ids[b, kv])
+        return create_block_mask(visible, B, None, T, T, device=document_ids.device)
+    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
+    return same & torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril()
 
 
 class MLP(nn.Module):
@@ -260,7 +231,7 @@ class GPT(nn.Module):
         """Random weights from `seed`; under `with torch.device("meta")` none, until `materialize`."""
         super().__init__()
         self.config = config
-        self.checkpoint_activations = False  # recompute each block in the backward pass: less memory, a third more work
+        self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -270,31 +241,30 @@ class GPT(nn.Module):
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.dropout = nn.Dropout(config.dropout)
-        if self.head_weight.is_meta:
-            return
-        self.init_weights(seed)
+        if not self.head_weight.is_meta:
+            self.init_weights(seed)
 
     @property
     def head_weight(self) -> Tensor:
-        """The output matrix, (V padded, C). Tied: the input table itself, so there is nothing to re-tie anywhere."""
+        """The output matrix, (P, C). Tied, it is the input table itself, so nothing is ever re-tied."""
         return self.model["embed_tokens"].weight if self.config.tie_embeddings else self.lm_head.weight
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None, cache: KVCache | None = None,
                 head: Callable[[Tensor, Tensor], Any] | None = None) -> Any:
-        """input_ids (B, T) int64 -> logits (B, T, V), or `head(hidden, weight)`.
+        """input_ids (B, T) int64 -> logits (B, T, V), or what `head` returns.
 
-        head: called with hidden (B, T, C) after the last norm and the output matrix (V padded, C), inside forward,
-            where FSDP has gathered the matrix. Columns from V on are padding; a head must leave them out.
-        document_ids: (B, T) int64, non-decreasing in a row: tokens see their own document only, and positions start
-            at 0 in each, so packed documents give the logits they give alone.
-        cache: the new tokens stand behind what it holds; the caller then says what it holds (`KVCache.hold`).
+        head: called with the hidden states after the last norm, (B, T, C), and the output matrix, (P, C),
+            inside forward, where FSDP has gathered it. Its rows from V on are padding, to be left out.
+        document_ids: (B, T) int64, non-decreasing along a row: tokens see their own document only, and
+            positions start at 0 in each, so that packed documents give the logits they give alone.
+        cache: the tokens stand behind those it holds; the caller then says what it holds (`KVCache.hold`).
+        Raises ValueError for more tokens than block_size.
         """
-        B, T = input_ids.shape
         mask, positions = self.mask_and_positions(input_ids, document_ids, cache)
         x = self.model["embed_tokens"](input_ids)  # (B, T, C)
         rope = None
         if self.config.position == "learned":
-            x = x + self.model["embed_positions"](positions)  # (B, T, C) + (T, C) or (B, T, C)
+            x = x + self.model["embed_positions"](positions)  # (T, C) or (B, T, C)
         else:
             rope = self.rope_cos[positions], self.rope_sin[positions]  # (T, D/2), or (B, T, D/2) ...
             if positions.ndim == 2:
@@ -310,89 +280,101 @@ class GPT(nn.Module):
             return head(x, self.head_weight)
         return F.linear(x, self.head_weight)[..., :self.config.vocab_size]  # (B, T, V)
 
-    def mask_and_positions(self, input_ids: Tensor, document_ids: Tensor | None, cache: KVCache | None) -> tuple:
-        """What `attend` takes as its mask, and positions (T,) or (B, T); ValueError beyond the context."""
-        T = input_ids.shape[1]
+    def mask_and_positions(self, input_ids: Tensor, document_ids: Tensor | None,
+                           cache: KVCache | None) -> tuple[Any, Tensor]:
+        """The mask for `attend`, and the tokens' positions, (T,) or (B, T)."""
+        T, used = input_ids.shape[1], cache.used if cache else 0
+        if used + T > self.config.block_size:
+            raise ValueError(f"{used + T} tokens do not fit block_size={self.config.block_size}")
         now = torch.arange(T, device=input_ids.device)  # (T,)
-        if T + (cache.used if cache else 0) > self.config.block_size:
-            raise ValueError(f"{T + (cache.used if cache else 0)} tokens: block_size is {self.config.block_size}")
         if cache is not None:
             positions = cache.begin(T)  # (B, T)
-            slots = torch.arange(cache.used + T, device=input_ids.device)  # (S,)
-            return (slots <= positions[:, None, :, None] if cache.used else None), positions  # (B, 1, T, S)
+            slots = torch.arange(used + T, device=input_ids.device)  # (S,)
+            return (slots <= positions[:, None, :, None] if used else None), positions  # (B, 1, T, S)
         if document_ids is None:
             return None, now
         begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)  # (B, T)
         positions = now - torch.where(begins, now, 0).cummax(dim=1).values  # (B, T)
         return document_mask(document_ids, dense=self.training and self.config.dropout > 0), positions
 
-    def init_weights(self, seed: int) -> None:
-        """N(0, 0.02), the two matrices that write to the residual stream divided by sqrt(2 L) (GPT-2); norms 1, biases 0.
+    # ---- Weights ------------------------------------------------------------------------------------------
 
-        Each parameter draws from its own generator, seeded by (seed, its name), so that the weights are the same on
-        one process and on many. Under FSDP a rank draws one whole matrix at a time and keeps its shard.
+    def init_weights(self, seed: int) -> None:
+        """Matrices N(0, 0.02), those that write to the residual stream 1 / sqrt(2 L) of that (GPT-2's
+        scheme).
+
+        Norms start at 1, biases at 0. Each parameter draws from a generator of its own, seeded by (seed,
+        name), so that one process and many get the same weights; under FSDP a rank draws one whole matrix at
+        a time.
         """
+        residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
-            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
             value = torch.empty(parameter.shape, device="cpu")
             if parameter.ndim == 1:
                 value.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
-                value.normal_(0.0, 0.02 / math.sqrt(2 * self.config.n_layer) if residual else 0.02, generator=generator)
-            if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                value.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
+            if name in hf.VOCABULARY_TABLES:
                 value[self.config.vocab_size:] = 0  # padding
             assign(parameter, value)
         self.rebuild_rope()
 
     def materialize(self, device: Any, seed: int) -> None:
-        """Give a model built on the meta device its memory and weights; the largest extra is one matrix."""
+        """Give a model built on the meta device its memory and random weights, without a second copy."""
         self.to_empty(device=device)
         self.init_weights(seed)
 
     def rebuild_rope(self) -> None:
-        """Tables of cos and sin, (block_size, D/2) float32 buffers, always computed on the CPU in float32."""
-        if self.config.position == "learned":
+        """Compute the tables of cos and sin, float32 buffers (block_size, D/2), in float32 on the CPU."""
+        config = self.config
+        if config.position == "learned":
             return
-        frequencies, factor = rope_frequencies(self.config)
-        angles = torch.arange(self.config.block_size, device="cpu").float()[:, None] * frequencies  # (block_size, D/2)
-        device = self.head_weight.device
-        self.register_buffer("rope_cos", (angles.cos() * factor).to(device), persistent=False)
-        self.register_buffer("rope_sin", (angles.sin() * factor).to(device), persistent=False)
+        frequencies, factor = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
+        times = torch.arange(config.block_size, device="cpu").float()
+        angles = times[:, None] * frequencies  # (block_size, D/2)
+        for name, table in (("rope_cos", angles.cos()), ("rope_sin", angles.sin())):
+            self.register_buffer(name, (table * factor).to(self.head_weight.device), persistent=False)
 
     def reconfigure(self, **changes: Any) -> None:
-        """Change the context of a trained model: block_size, rope_theta, rope_scaling. Raises UserError for others."""
+        """Change the context of a trained model: block_size, rope_theta, rope_scaling. UserError for anything
+        else."""
         changes = {key: value for key, value in changes.items() if value != getattr(self.config, key)}
         if not changes:
             return
-        fixed = set(changes) - {"block_size", "rope_theta", "rope_scaling"}
-        if fixed or self.config.position == "learned":
+        learned = self.config.position == "learned"
+        if learned or not changes.keys() <= {"block_size", "rope_theta", "rope_scaling"}:
             raise UserError(f"{', '.join(changes)}: cannot change in a trained model"
-                            + ("" if fixed else " with learned positions"))
+                            + " with learned positions" * learned)
         self.config = replace(self.config, **changes)
         self.rebuild_rope()
 
+    # ---- Counts -------------------------------------------------------------------------------------------
+
     def num_parameters(self) -> int:
-        """Trainable and frozen numbers, a tied table once, padding rows not at all."""
+        """All weights, a tied table counted once, padding rows not at all."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         tables = 1 if self.config.tie_embeddings else 2
-        return sum(p.numel() for p in self.parameters()) - tables * padding
+        return sum(parameter.numel() for parameter in self.parameters()) - tables * padding
 
     def flops_per_token(self, T: int) -> float:
-        """Forward and backward multiply-adds times two for one token in a context of T, causal attention counted by half.
+        """FLOPs of the forward and backward pass for one token in a context of T.
 
-        6 per weight that is multiplied (PaLM, arXiv 2204.02311, appendix B) and 12 H D (T / 2) a layer for attention.
+        6 for each weight that is multiplied (PaLM, arXiv 2204.02311, appendix B) and 12 H D a layer for each
+        token attended to, of which there are T / 2 on average.
         """
-        config = self.config
         weights = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and "embed_" not in n)
-        weights += config.padded_vocab_size * config.n_embd * config.tie_embeddings
-        return 6 * weights + 6 * config.n_layer * config.n_head * config.head_dim * T
+        weights += self.head_weight.numel() if self.config.tie_embeddings else 0
+        return 6 * weights + 6 * self.config.n_layer * self.config.n_head * self.config.head_dim * T
+
+    # ---- Folders ------------------------------------------------------------------------------------------
 
     @classmethod
     def from_pretrained(cls, path: str | Path, device: Any = "cpu") -> "GPT":
-        """Load a Hugging Face folder, an out_dir of ours, or a hub id, in float32; UserError for what is not supported.
+        """Load a Hugging Face folder, an out_dir of ours or a hub id, in float32.
 
-        Weights stream from safetensors into their places, one tensor at a time.
+        Raises UserError, by name, for an architecture or a setting that this model does not compute.
         """
         folder = hf.find_folder(path)
         with torch.device("meta"):
@@ -402,13 +384,17 @@ class GPT(nn.Module):
         return model
 
     def load(self, folder: str | Path) -> None:
-        """Fill the parameters (or this rank's shards) from a folder. UserError for a missing, extra or misshapen one."""
+        """Fill the parameters, or this rank's shards of them, from a folder's safetensors, one tensor at a
+        time.
+
+        Raises UserError for a parameter that is missing, superfluous or of another shape.
+        """
         missing = dict(self.named_parameters())
         for name, tensor in hf.read_tensors(Path(folder)):
             if name == "lm_head.weight" and self.config.tie_embeddings:
                 continue  # some files hold the tied table twice
             parameter = missing.pop(name, None)
-            if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            if name in hf.VOCABULARY_TABLES:
                 tensor = F.pad(tensor, (0, 0, 0, self.config.padded_vocab_size - len(tensor)))
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(f"{folder}: {name} {tuple(tensor.shape)} has no place in this architecture")
@@ -417,33 +403,23 @@ class GPT(nn.Module):
             raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} parameters are)")
         self.rebuild_rope()
 
-    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None, eos_token_id: int | None = None):
-        """Write config.json, generation_config.json and model.safetensors (float32) as transformers would.
+    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
+                        eos_token_id: int | None = None) -> None:
+        """Write config.json, generation_config.json and model.safetensors (float32), as transformers lays
+        them out.
 
-        state: the whole parameters by name, where this module holds only shards of them.
+        state: the whole parameters by name, where this module holds only its shards of them.
         """
-        state = state if state is not None else {n: p.detach() for n, p in self.named_parameters()}
+        if state is None:
+            state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         hf.save_folder(Path(path), self.config, state, eos_token_id)
-
-
-def document_mask(document_ids: Tensor, dense: bool = False) -> Tensor | BlockMask:
-    """Causal attention within documents: FlexAttention's block mask on a GPU, bool (B, 1, T, T) elsewhere or if dense.
-
-    On a GPU FlexAttention skips the blocks between documents; it has no backward on the CPU, and no dropout.
-    """
-    B, T = document_ids.shape
-    if document_ids.device.type == "cuda" and not dense:
-        def visible(b: Tensor, h: Tensor, q: Tensor, kv: Tensor) -> Tensor:
-            return (kv <= q) & (document_ids[b, q] == document_ids[b, kv])
-        return create_block_mask(visible, B, None, T, T, device=document_ids.device)
-    same = document_ids[:, None, :, None] == document_ids[:, None, None, :]  # (B, 1, T, T)
-    return same & torch.ones(T, T, dtype=torch.bool, device=document_ids.device).tril()
 
 
 @torch.no_grad()
 def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or into this rank's shard of it. Every rank calls it with the same value."""
+    """Copy a whole tensor into a parameter, or this rank's part of it into its shard. All ranks give the same
+    value."""
     if isinstance(parameter, DTensor):
         value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                  src_data_rank=None)  # None: all ranks have it, nothing is sent
+                                  src_data_rank=None)  # None: every rank has it, so nothing is sent
     parameter.copy_(value)

@@ -1,14 +1,15 @@
 """Stage 0, the data: text -> packed shards of token ids that every training script reads.
 
-    python prepare.py                                                   # the standard library -> data/pystdlib
+    python prepare.py                                    # the standard library -> data/pystdlib
     python prepare.py --source=books/,notes.jsonl.zst --tokenizer=gpt2 --out=data/books
     python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --max_tokens=1e9
-    python prepare.py --out=data/books --verify=True                    # do the shards still have their hashes?
+    python prepare.py --out=data/books --verify=True     # do the shards still have their hashes?
 
-Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian uint16, readable by np.memmap as
-nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text token stands
-behind every document. Which side of the split a document falls on is decided by its hash, so the same text is never on
-both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason, always.
+Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian uint16, readable by np.memmap
+as nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text
+token stands behind every document. Which side of the split a document falls on is decided by its hash, so the
+same text is never on both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason,
+always.
 """
 
 import hashlib
@@ -38,7 +39,7 @@ BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the traini
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    source: str = "pystdlib"  # pystdlib, or files, folders and globs separated by commas, or hf:NAME[:CONFIG[:SPLIT]]
+    source: str = "pystdlib"  # or files, folders, globs with commas between; or hf:NAME[:CONFIG[:SPLIT]]
     out: str | None = None  # the data folder itself; None: data/<name of the source>
     kind: Literal["text"] = "text"  # what a row is
     text_key: str = "text"  # the key or column that holds the text of a .jsonl, .json, .parquet or hub row
@@ -66,7 +67,7 @@ class PrepareConfig:
         return Path(self.out) if self.out else Path("data") / Path(name).name.split(".")[0]
 
 
-# ---- What each process does: rows in, ids out --------------------------------------------------------------------
+# ---- What each process does: rows in, ids out -------------------------------------------------------------
 
 class Batch(NamedTuple):
     """What became of some consecutive rows: one entry a row in everything but `ids`."""
@@ -115,13 +116,15 @@ def run_in_worker(rows: list[Row]) -> Batch:
 
 def tokenize_all(batches: Iterable[list[Row]], tokenizer: Tokenizer,
                  cfg: PrepareConfig) -> Iterator[tuple[list[Row], Batch]]:
-    """`tokenize` over all batches, in their order, on cfg.num_proc processes, with few batches under way at a time."""
+    """`tokenize` over all batches, in their order, on cfg.num_proc processes, with few batches under way at a
+    time."""
     processes = cfg.num_proc or os.cpu_count() or 1
     if processes == 1:
         for rows in batches:
             yield rows, tokenize(rows, tokenizer, cfg.text_key)
         return
-    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(tokenizer.definition, cfg.text_key)) as pool:
+    with ProcessPoolExecutor(processes, initializer=start_worker,
+                             initargs=(tokenizer.definition, cfg.text_key)) as pool:
         waiting: deque = deque()
         try:
             for rows in batches:
@@ -148,16 +151,18 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-# ---- What the parent does: duplicates, split, shards, counts -----------------------------------------------------
+# ---- What the parent does: duplicates, split, shards, counts ----------------------------------------------
 
 class SeenHashes:
-    """Which hashes have come by, at 8 bytes each: a few sorted arrays, merged so that each is at least twice the next."""
+    """Which hashes have come by, at 8 bytes each: a few sorted arrays, merged so that each is at least twice
+    the next."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Remember some uint64 hashes; returns bool, True where one is new (the first of equals within the call)."""
+        """Remember some uint64 hashes; returns bool, True where one is new (the first of equals within the
+        call)."""
         unique, first = np.unique(hashes, return_index=True)
         new = np.ones(len(unique), dtype=bool)
         for known in self.arrays:
@@ -191,14 +196,15 @@ class Tally:
 
     def report(self) -> str:
         lines = [f"rows    {self.rows_in:,} in = {self.kept:,} kept + {sum(self.skipped.values()):,} skipped"]
-        lines += [f"        {count:,} skipped: {reason} ({', '.join(self.places[reason])}{', ...' * (count > 3)})"
-                  for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1])]
+        for reason, count in sorted(self.skipped.items(), key=lambda item: -item[1]):
+            places = ", ".join(self.places[reason]) + ", ..." * (count > 3)
+            lines.append(f"        {count:,} skipped: {reason} ({places})")
         return "\n".join(lines)
 
 
 def write_shards(batches: Iterable[list[Row]], tokenizer: Tokenizer, cfg: PrepareConfig,
                  writers: dict[str, ShardWriter]) -> Tally:
-    """Tokenize all rows into the writers for "train" and "val". UserError at the first bad row if cfg.strict."""
+    """Tokenize all rows into the writers for "train" and "val". If cfg.strict, UserError at a bad row."""
     tally, seen, tokens = Tally(), SeenHashes(), 0
     for rows, batch in tokenize_all(batches, tokenizer, cfg):
         keep = batch.lengths > 0
@@ -240,61 +246,50 @@ def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
             return
 
 
-# ---- The command -------------------------------------------------------------------------------------------------
+# ---- The command ------------------------------------------------------------------------------------------
 
 def prepare(cfg: PrepareConfig) -> DataFolder:
-    """Make the data folder cfg describes, or find it made from the same inputs already; returns it opened."""
-    folder = cfg.folder
-    from_hub = cfg.source.startswith("hf:")
+    """Make the data folder that cfg describes, or find it made from the same inputs; returns it opened."""
+    folder, from_hub = cfg.folder, cfg.source.startswith("hf:")
     files, ignored = ([], 0) if from_hub else find_files(cfg.source)
-
+    inputs = describe_inputs(cfg, files)
+    if (folder / "meta.json").exists() and not cfg.overwrite:
+        return unchanged(folder, inputs)
+    folder.mkdir(parents=True, exist_ok=True)
+    for old in (folder / "meta.json", *folder.glob("*.bin")):  # meta.json first: the folder ends to exist
+        old.unlink(missing_ok=True)
     size = sum(path.stat().st_size for path in files)
-    # The split is by document, so a few text files are cut until they give some ten documents for validation.
+    # The split is by document, so a few text files are cut until they give some ten for validation.
     piece = 2**20 if len(files) * cfg.val_fraction >= 10 else int(max(size * cfg.val_fraction / 10, 2**10))
 
     def rows(progress: Any = None) -> Iterator[Row]:
-        return hub_rows(cfg.source[3:], cfg.text_key) if from_hub else read_rows(files, cfg.text_key, min(piece, 2**20), progress)
+        if from_hub:
+            return hub_rows(cfg.source.removeprefix("hf:"), cfg.text_key)
+        return read_rows(files, cfg.text_key, min(piece, 2**20), progress)
 
-    inputs = describe_inputs(cfg, files)
-    if (folder / "meta.json").exists() and not cfg.overwrite:
-        data = DataFolder(folder)
-        if differing := [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]:
-            raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); "
-                            "--overwrite=True replaces it, --out= makes another")
-        print(f"data      {folder} is up to date")
-        return data
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "meta.json", *folder.glob("*.bin")):  # meta.json first: from here on the folder does not exist
-        old.unlink(missing_ok=True)
-    start = time.perf_counter()
-    if cfg.tokenizer == "bpe":
-        tokenizer = Tokenizer.train(training_texts(rows(), cfg), cfg.vocab_size)
-        print(f"tokenizer  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - start:.1f} s")
-    else:
-        tokenizer = Tokenizer.load(cfg.tokenizer)
-    start = time.perf_counter()
-    writers = {split: ShardWriter(folder, split, np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32)
-               for split in ("train", "val")}
-    with tqdm(total=size or None, unit="B", unit_scale=True, desc="prepare",
-              disable=not sys.stderr.isatty(), leave=False) as bar:
+    tokenizer = make_tokenizer(rows(), cfg)
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    writers = {split: ShardWriter(folder, split, dtype) for split in ("train", "val")}
+    begin = time.perf_counter()
+    with tqdm(total=size or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
         tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - begin
     print(tally.report())
-    if not writers["train"].tokens or (cfg.val_fraction and not writers["val"].tokens):
-        raise UserError(f"source={cfg.source}: no document fell to {'validation' if writers['train'].tokens else 'training'}"
-                        f" ({tally.kept} documents kept, val_fraction={cfg.val_fraction}): give more text, or another share")
+    for split, writer in writers.items():
+        if not writer.tokens and (split == "train" or cfg.val_fraction):
+            raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
+                            f"val_fraction={cfg.val_fraction}: give more text, or another share")
     tokenizer.save(folder)
+    counts = {key: {split: getattr(writer, key) for split, writer in writers.items()}
+              for key in ("documents", "tokens", "bytes")}
     write_json(folder / "meta.json", {
         "format_version": FORMAT_VERSION, "kind": cfg.kind, "tokenizer": cfg.tokenizer,
-        "vocab_size": tokenizer.vocab_size, "dtype": writers["train"].dtype.name,
-        "documents": {split: writer.documents for split, writer in writers.items()},
-        "tokens": {split: writer.tokens for split, writer in writers.items()},
-        "bytes": {split: writer.bytes for split, writer in writers.items()},
+        "vocab_size": tokenizer.vocab_size, "dtype": np.dtype(dtype).name, **counts,
         "shards": [shard for writer in writers.values() for shard in writer.shards],
         "source": cfg.source, "files_ignored": ignored, "inputs": inputs,
         "rows": {"in": tally.rows_in, "kept": tally.kept, "skipped": tally.skipped}})
-    megabytes = sum(writer.bytes for writer in writers.values()) / 1e6
-    print(f"{folder}: {writers['train'].tokens:,} training and {writers['val'].tokens:,} validation tokens, "
+    tokens, megabytes = counts["tokens"], sum(counts["bytes"].values()) / 1e6
+    print(f"data    {folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
           f"{megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
           + (f"; {ignored:,} files of other kinds ignored" if ignored else ""))
     return DataFolder(folder)
@@ -302,21 +297,43 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
 
 def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     """What the folder's content follows from: settings, and the content of every file."""
-    digest = hashlib.sha256("".join(file_sha256(path) for path in files).encode()).hexdigest()
-    settings = {key: getattr(cfg, key) for key in ("kind", "text_key", "tokenizer", "val_fraction", "max_tokens")}
-    settings |= {"vocab_size": cfg.vocab_size} if cfg.tokenizer == "bpe" else {}
-    return settings | ({"source": cfg.source} if not files else {"files": len(files), "content": digest})
+    keys = ["kind", "text_key", "tokenizer", "val_fraction", "max_tokens"]
+    settings = {key: getattr(cfg, key) for key in keys + ["vocab_size"] * (cfg.tokenizer == "bpe")}
+    if not files:
+        return settings | {"source": cfg.source}
+    digests = "".join(file_sha256(path) for path in files)
+    return settings | {"files": len(files), "content": hashlib.sha256(digests.encode()).hexdigest()}
+
+
+def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
+    """The folder as it is. Raises UserError if it was made from other inputs."""
+    data = DataFolder(folder)
+    if differing := [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]:
+        raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); "
+                        "--overwrite=True replaces it, --out= makes another")
+    print(f"data    {folder} is up to date")
+    return data
+
+
+def make_tokenizer(rows: Iterable[Row], cfg: PrepareConfig) -> Tokenizer:
+    """The tokenizer that cfg names, or one trained on the training text."""
+    if cfg.tokenizer != "bpe":
+        return Tokenizer.load(cfg.tokenizer)
+    begin = time.perf_counter()
+    tokenizer = Tokenizer.train(training_texts(rows, cfg), cfg.vocab_size)
+    print(f"tokens  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")
+    return tokenizer
 
 
 def main(argv: list[str]) -> int:
     cfg, given = configure(PrepareConfig, argv, usage=__doc__)
     if "vocab_size" in given and cfg.tokenizer != "bpe":
-        raise UserError(f"{given['vocab_size']}: vocab_size is only for --tokenizer=bpe; {cfg.tokenizer} has its own")
+        raise UserError(f"{given['vocab_size']}: vocab_size is for --tokenizer=bpe, not {cfg.tokenizer}")
     if cfg.verify:
         DataFolder(cfg.folder).verify()
         print(f"{cfg.folder}: every shard matches its sha256")
-        return 0
-    prepare(cfg)
+    else:
+        prepare(cfg)
     return 0
 
 

@@ -4,13 +4,15 @@
     python sample.py --model=out/base --num_samples=4 --seed=7                   # from nothing
     python sample.py --model=path/to/Qwen3-0.6B --prompt_file=prompts.jsonl > completions.jsonl
 
-Only generated text goes to stdout; the rest (the prompt on a terminal, tokens/s) goes to stderr. A prompt is text: the
-name of a special token in it is not that token. An empty prompt starts behind the end-of-text token. Of a prompt longer
-than the model's context the end is read. A sample ends with the end-of-text token, a --stop text (not shown), or after
-max_new_tokens; when the context is full on the way, its last half is read anew.
+Only generated text goes to stdout; the rest (the prompt on a terminal, tokens/s) goes to stderr. A prompt is
+text: the name of a special token in it is not that token. An empty prompt starts behind the end-of-text
+token. Of a prompt longer than the model's context the end is read. A sample ends with the end-of-text token,
+a --stop text (not shown), or after max_new_tokens; when the context is full on the way, its last half is read
+anew.
 
-A line of prompt_file is {"prompt": "..."} and may have other keys; a line of output is that with "completion" and
-"finish_reason" (stop or length), a line a sample, in order. Left out: chat (a later stage's), beam search.
+A line of prompt_file is {"prompt": "..."} and may have other keys; a line of output is that with "completion"
+and "finish_reason" (stop or length), a line a sample, in order. Left out: chat (a later stage's), beam
+search.
 """
 
 import json
@@ -41,7 +43,7 @@ class SampleConfig(Sampling):
     stop: list | str | None = None  # text that ends a sample, or a list of such: '["\\n\\n", "def "]'
     batch_size: int = 16  # rows generated together
     device: str | None = None  # cpu, cuda, mps; None: the best there is
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda, else float32
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -82,21 +84,24 @@ class Sampler:
         return ids or [self.tokenizer.eot_id]
 
     def shown(self, new: list[int], finished: bool) -> str:
-        """The text of a sample so far. While it is unfinished, what may still change is left out: an incomplete
-        character, or the beginning of a stop text."""
+        """The text of a sample so far. While it is unfinished, what may still change is left out: an
+        incomplete character, or the beginning of a stop text."""
         text = self.tokenizer.decode([i for i in new if i not in self.end_ids])
         ends = [text.find(stop) for stop in self.cfg.stops if stop in text]
         if ends:
             return text[:min(ends)]
         if finished:
             return text
-        held = max((k for stop in self.cfg.stops for k in range(len(stop)) if k and text.endswith(stop[:k])), default=0)
-        return text[:len(text) - held].rstrip("\N{REPLACEMENT CHARACTER}")
+        begun = [n for stop in self.cfg.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+        return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
 
     def is_done(self, row: int, new: list[int]) -> bool:
-        return new[-1] in self.end_ids or (bool(self.cfg.stops) and any(s in self.tokenizer.decode(new) for s in self.cfg.stops))
+        if new[-1] in self.end_ids or not self.cfg.stops:
+            return new[-1] in self.end_ids
+        text = self.tokenizer.decode(new)
+        return any(stop in text for stop in self.cfg.stops)
 
-    def run(self, prompts: list[list[int]], first_row: int, stream: bool = False) -> list[tuple[str, str, int]]:
+    def run(self, prompts: list[list[int]], first_row: int, stream: bool) -> list[tuple[str, str, int]]:
         """(text, finish reason, tokens) of each prompt; `stream` writes the first row's text as it comes."""
         new: list[list[int]] = [[] for _ in prompts]
         written = ""
@@ -145,17 +150,19 @@ def main(argv: list[str]) -> int:
     sampler = Sampler(cfg)
     prompts = [sampler.encode(row["prompt"], f"{cfg.prompt_file}:{n}" if cfg.prompt_file else "prompt")
                for n, row in enumerate(rows, 1)]
-    work = [number for number in range(len(rows)) for _ in range(cfg.num_samples)]  # which prompt each sample continues
+    work = [n for n in range(len(rows)) for _ in range(cfg.num_samples)]  # the prompt of each sample
     total, begin = 0, time.perf_counter()
     for first in range(0, len(work), cfg.batch_size):
         batch = work[first:first + cfg.batch_size]
         stream = len(work) == 1 and not cfg.prompt_file
         if stream and sys.stdout.isatty():
             note(f"\x1b[2m{cfg.prompt}\x1b[0m", end="")  # dim: the prompt is not generated
-        for number, (text, reason, tokens) in zip(batch, sampler.run([prompts[n] for n in batch], first, stream), strict=True):
+        samples = sampler.run([prompts[number] for number in batch], first, stream)
+        for number, (text, reason, tokens) in zip(batch, samples, strict=True):
             total += tokens
             if cfg.prompt_file:
-                print(json.dumps({**rows[number], "completion": text, "finish_reason": reason}, ensure_ascii=False))
+                row = rows[number] | {"completion": text, "finish_reason": reason}
+                print(json.dumps(row, ensure_ascii=False))
             elif not stream:
                 print(text)
                 note("---------------")

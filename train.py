@@ -1,12 +1,12 @@
 """Stage 1, pre-training: next-token prediction on packed text.
 
-    python train.py                                                     # a small Llama on the standard library's source
+    python train.py                                      # a small Llama on the standard library's source
     python train.py config/train_shakespeare.py --max_steps=500
     torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_124m.py
 
-Reads data/<dataset>/, which prepare.py makes (the default one is made here when it is missing). Writes out_dir:
-checkpoints that transformers loads, run.json, metrics.jsonl. The same command again goes on where the run stopped.
-Left out: everything a chat needs (sft.py) and a teacher gives (distill.py).
+Reads data/<dataset>/, which prepare.py makes (the default one is made here when it is missing). Writes
+out_dir: checkpoints that transformers loads, run.json, metrics.jsonl. The same command again goes on where
+the run stopped. Left out: everything a chat needs (sft.py) and a teacher gives (distill.py).
 """
 
 import dataclasses
@@ -53,14 +53,15 @@ class TrainConfig(RunConfig, GPTConfig):
         return GPTConfig(**keys | {"vocab_size": vocab_size})
 
 
-# ---- Data -----------------------------------------------------------------------------------------------------------
+# ---- Data -------------------------------------------------------------------------------------------------
 
 class TextData:
     """Which rows a step trains on, stage by stage."""
 
     def __init__(self, cfg: TrainConfig, run: Run):
         self.stages, self.run = plan(cfg), run
-        self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed) for stage in self.stages}
+        self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed)
+                      for stage in self.stages}
         self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
 
     @staticmethod
@@ -69,7 +70,8 @@ class TextData:
         return cfg.dataset, cfg.block_size
 
     def batches_at(self, step: int) -> list[dict[str, Any]]:
-        """This rank's micro-batches: its share of the step's samples, which are the same for any number of ranks."""
+        """This rank's micro-batches: its share of the step's samples, which are the same for any number of
+        ranks."""
         stage = stage_at(self.stages, step)
         cfg, mix = stage.cfg, self.mixes[self.key(stage.cfg)]
         earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
@@ -81,7 +83,7 @@ class TextData:
         return [text_batch(part, eot_id) for part in np.split(rows, share // cfg.micro_batch_size)]
 
 
-# ---- Loss -----------------------------------------------------------------------------------------------------------
+# ---- Loss -------------------------------------------------------------------------------------------------
 
 def next_token_loss(model: nn.Module, batch: dict[str, Any], vocab_size: int,
                     z_loss: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
@@ -93,7 +95,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any], vocab_size: int,
     return loss, {"loss": nll}
 
 
-# ---- Evaluation -----------------------------------------------------------------------------------------------------
+# ---- Evaluation -------------------------------------------------------------------------------------------
 
 class Evaluation:
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read."""
@@ -103,10 +105,11 @@ class Evaluation:
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """Each folder's first cfg.eval_tokens validation tokens, or all of them at the end, shared among the ranks.
+        """Each folder's first cfg.eval_tokens validation tokens, or all of them at the end, shared among the
+        ranks.
 
-        A mix's figures are its folders', by their weights in training. Rows do not overlap, so a token sees half a
-        context on average, where a file compressor sees all that came before.
+        A mix's figures are its folders', by their weights in training. Rows do not overlap, so a token sees
+        half a context on average, where a file compressor sees all that came before.
         """
         if self.cfg.sample_tokens and not last:
             self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
@@ -117,15 +120,17 @@ class Evaluation:
             results["val_loss"] += weight * loss
             results["val_bits_per_byte"] += weight * bits
             if len(self.mix.folders) > 1:
-                results |= {f"val_loss/{folder.folder.name}": loss, f"val_bits_per_byte/{folder.folder.name}": bits}
+                name = folder.folder.name
+                results |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
         return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
 
     def sums(self, model: GPT, folder: DataFolder, limit: int | None) -> list[float]:
         """Over one folder's validation targets and all ranks: nats, targets, bytes of text."""
         nll, count, text_bytes = torch.zeros((), device=self.run.device), 0, 0
         rows, tokenizer = Rows(folder, "val", self.cfg.block_size), self.mix.tokenizer
-        for batch in validation_batches(rows, limit, self.cfg.micro_batch_size, self.run.rank, self.run.world_size,
-                                        tokenizer.eot_id if self.cfg.document_mask else None):
+        eot_id = tokenizer.eot_id if self.cfg.document_mask else None
+        for batch in validation_batches(rows, limit, self.cfg.micro_batch_size, self.run.rank,
+                                        self.run.world_size, eot_id):
             count += batch["count"]
             text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
             batch = {k: v.to(self.run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
@@ -135,9 +140,10 @@ class Evaluation:
 
 def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     """At most `length` tokens written from nothing, that is, behind the end-of-text token."""
-    ids = [tokens[0] for tokens in generate(model, [[tokenizer.eot_id]], length, Sampling(top_p=0.95),
-                                            lambda row, new: new[-1] == tokenizer.eot_id, tokenizer.vocab_size)]
-    return tokenizer.decode([i for i in ids if i != tokenizer.eot_id])
+    eot_id = tokenizer.eot_id
+    steps = generate(model, [[eot_id]], length, Sampling(top_p=0.95), lambda row, new: new[-1] == eot_id,
+                     tokenizer.vocab_size)
+    return tokenizer.decode([tokens[0] for tokens in steps if tokens[0] != eot_id])
 
 
 def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> str:
@@ -146,34 +152,35 @@ def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> str:
         return ""
     table = tokenizer.token_bytes()
     text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
-    sizes = {"gzip -9": len(gzip.compress(text, 9)), "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
+    sizes = {"gzip -9": len(gzip.compress(text, 9)),
+             "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
     return "   ".join(f"{name} {8 * size / len(text):.3f}" for name, size in sizes.items())
 
 
-# ---- Go -------------------------------------------------------------------------------------------------------------
+# ---- Go ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
     cfg, given = configure(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, given)
-    run = start_run(cfg)
-    if run.rank == 0 and any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
-        prepare(PrepareConfig())  # the embedded default; finds it up to date where it is there already
-    run.barrier()
-    cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed).epoch_samples()
-                     / stage.global_batch_size)
-    data = TextData(cfg, run)
-    tokenizer = run.tokenizer = data.last_mix.tokenizer
-    check_vocabulary(cfg, data)
-    run.identify(data={name: digest for mix in data.mixes.values() for name, digest in mix.hashes().items()})
-    with torch.device("meta"):  # no memory yet: fit gives each rank its part, from a checkpoint or at random
-        model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size))
-    run.print(f"model     {model.num_parameters():,} parameters, {model.flops_per_token(cfg.block_size) / 1e6:,.1f} "
-              f"MFLOP a token; a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
-    results = fit(cfg, model, data.batches_at,
-                  lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size, cfg.z_loss),
-                  Evaluation(data.stages[-1].cfg, data.last_mix, run), run)
-    print_summary(cfg, model.eval(), data, results, run)
+    with start_run(cfg) as run:
+        if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
+            run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
+        cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed).epoch_samples()
+                         / stage.global_batch_size)
+        data = TextData(cfg, run)
+        tokenizer = run.tokenizer = data.last_mix.tokenizer
+        check_vocabulary(cfg, data)
+        run.identify(data={k: digest for mix in data.mixes.values() for k, digest in mix.hashes().items()})
+        with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
+            model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size))
+        run.print(f"model     {model.num_parameters():,} parameters, "
+                  f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP a token; "
+                  f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
+        results = fit(cfg, model, data.batches_at,
+                      lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size, cfg.z_loss),
+                      Evaluation(data.stages[-1].cfg, data.last_mix, run), run)
+        print_summary(model.eval(), data, results, run)
     return 0
 
 
@@ -193,10 +200,10 @@ def check_vocabulary(cfg: TrainConfig, data: TextData) -> None:
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"vocab_size={cfg.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids")
     if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
-        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not the one that made dataset={cfg.dataset}")
+        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset}")
 
 
-def print_summary(cfg: TrainConfig, model: GPT, data: TextData, results: dict[str, float], run: Run) -> None:
+def print_summary(model: GPT, data: TextData, results: dict[str, float], run: Run) -> None:
     """What was trained, how good it is beside file compressors, how it writes, and what to do next."""
     tokenizer, folder = data.last_mix.tokenizer, data.last_mix.folders[0]
     sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all

@@ -2,10 +2,11 @@
 
     out_dir/step_000500/     config.json, model.safetensors, tokenizer.json, ...   a Hugging Face folder
                              trainer/state.pt                                      what only training needs
-                             manifest.json                                         sha256 of every file, written last
+                             manifest.json                                         sha256 of all files, last
     out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", ...}
 
-A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit without a word.
+A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit
+without a word.
 """
 
 import json
@@ -22,7 +23,8 @@ NAME = re.compile(r"step_(\d{6,})")
 
 
 def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Make out_dir/step_<step> from what `write(folder)` puts into a folder; returns its path. OSError if it did not fit."""
+    """Make out_dir/step_<step> from what `write(folder)` puts into a folder; returns its path. OSError if it
+    did not fit."""
     folder = out_dir / f"step_{step:06d}"
     beside = out_dir / f".{folder.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)
@@ -33,7 +35,8 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
         for path in files:
             with open(path, "rb") as file:
                 os.fsync(file.fileno())
-        write_json(beside / "manifest.json", {"files": {str(p.relative_to(beside)): file_sha256(p) for p in files}})
+        digests = {str(path.relative_to(beside)): file_sha256(path) for path in files}
+        write_json(beside / "manifest.json", {"files": digests})
         for path in beside.rglob("*"):
             if path.is_dir():
                 sync_folder(path)
@@ -85,7 +88,7 @@ def read_pointers(out_dir: Path) -> dict[str, Any]:
 
 
 def point(out_dir: Path, keep: int, **pointers: Any) -> None:
-    """Update checkpoints.json, then delete all but the newest `keep` checkpoints and the ones it points to."""
+    """Update checkpoints.json, then delete all checkpoints but the newest `keep` and those it points to."""
     pointers = read_pointers(out_dir) | pointers
     write_json(out_dir / "checkpoints.json", pointers)
     folders = step_folders(out_dir)

@@ -1,11 +1,13 @@
-"""From data folders to batches: which row of which folder a training step reads, as a pure function of the step.
+"""From data folders to batches: which row of which folder a training step reads, as a pure function of the
+step.
 
     mix = Mix("code:0.7,books:0.3", block_size=256, seed=1337)
     rows = mix.samples(first=step * batch_size, count=batch_size)       # (count, T + 1) int64
     batch = text_batch(rows, mix.eot_id)
 
-A row is T + 1 consecutive tokens: T inputs, and T targets one further on. An epoch walks all rows of a folder once, in
-a permutation seeded by (seed, folder, epoch). There is no state to save: sample number k is always the same row.
+A row is T + 1 consecutive tokens: T inputs, and T targets one further on. An epoch walks all rows of a folder
+once, in a permutation seeded by (seed, folder, epoch). There is no state to save: sample number k is always
+the same row.
 """
 
 import math
@@ -23,7 +25,8 @@ from parts.tokenizer import Tokenizer
 
 
 def parse_mix(spec: str) -> list[tuple[Path, float]]:
-    """"a:0.7,b:0.3" -> [(path, 0.7), (path, 0.3)], weights scaled to sum 1. A name stands for data/<name> if that exists."""
+    """"a:0.7,b:0.3" -> [(path, 0.7), (path, 0.3)], weights scaled to sum 1. A name stands for data/<name> if
+    that exists."""
     entries = []
     for entry in spec.split(","):
         name, _, text = entry.rpartition(":")
@@ -53,7 +56,8 @@ class Rows:
         self.ends = np.cumsum(counts, dtype=np.int64)  # number of rows up to and with each shard
         if not counts or self.ends[-1] < 1:
             tokens = sum(map(len, self.shards))
-            raise UserError(f"{data.folder}: {tokens:,} {split} tokens make no row of block_size={block_size} + 1")
+            raise UserError(f"{data.folder}: {tokens:,} {split} tokens make no row of "
+                            f"block_size={block_size} + 1")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -62,11 +66,13 @@ class Rows:
         """Rows by number: (n,) -> (n, T + 1) int64. UserError for an id the tokenizer does not have."""
         which = np.searchsorted(self.ends, indices, side="right")  # (n,) shard of each row
         begins = (indices - np.where(which > 0, self.ends[which - 1], 0)) * self.T
-        rows = np.stack([self.shards[shard][begin:begin + self.T + 1] for shard, begin in zip(which, begins, strict=True)])
+        rows = np.stack([self.shards[shard][begin:begin + self.T + 1]
+                         for shard, begin in zip(which, begins, strict=True)])
         if rows.max() >= self.data.meta["vocab_size"]:
             bad = int(np.argmax(rows.max(axis=1)))
-            raise UserError(f"{self.shards[which[bad]].filename}: token {begins[bad] + rows[bad].argmax()} is "
-                            f"{rows[bad].max()}, the vocabulary has {self.data.meta['vocab_size']} ids")
+            place = f"{self.shards[which[bad]].filename}: token {begins[bad] + rows[bad].argmax()}"
+            known = self.data.meta["vocab_size"]
+            raise UserError(f"{place} is {rows[bad].max()}, the vocabulary has {known} ids")
         return rows.astype(np.int64)
 
 
@@ -86,18 +92,21 @@ class Mix:
         self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest epochs only
 
     def hashes(self) -> dict[str, str]:
-        """{folder: sha256 of its meta.json}, which holds those of its shards: what a resumed run must find unchanged."""
+        """{folder: sha256 of its meta.json}, which holds those of its shards: what a resumed run must find
+        unchanged."""
         return {str(folder.folder): file_sha256(folder.folder / "meta.json") for folder in self.folders}
 
     def epoch_samples(self) -> int:
         """Samples of the mix after which the folder that is used up first has been read once."""
-        return math.ceil(min(len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)))
+        ends = [len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)]
+        return math.ceil(min(ends))
 
     def picks(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(folder, number within it) of the samples first ... first + count - 1, (count,) int64 each.
 
-        Folder d takes its j-th turn at time (j + 1/2) / weight[d]; the samples are all turns in order of time. So after
-        any k samples each folder has had k * weight of them, give or take one a folder, and nothing needs remembering.
+        Folder d takes its j-th turn at time (j + 1/2) / weight[d]; the samples are all turns in order of
+        time. So after any k samples each folder has had k * weight of them, give or take one a folder, and
+        nothing needs remembering.
         """
         reach = len(self.weights) + 1  # turns by which a sample's number and its time can differ
         numbers, owners, times, before = [], [], [], 0
@@ -129,18 +138,20 @@ class Mix:
         if key not in self.permutations:
             while len(self.permutations) >= 2 * len(self.rows):
                 self.permutations.pop(next(iter(self.permutations)))
-            self.permutations[key] = np.random.default_rng((self.seed, folder, epoch)).permutation(len(self.rows[folder]))
+            generator = np.random.default_rng((self.seed, folder, epoch))
+            self.permutations[key] = generator.permutation(len(self.rows[folder]))
         return self.permutations[key]
 
 
 def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
     """(B, T + 1) ids -> {"input_ids", "targets": (B, T) int64, "count": targets}.
 
-    eot_id: also give "document_ids" (B, T), a new one at each end-of-text token. That token so opens the document behind
-    it: it is the target of the one before, and the only context of the first token of the one after.
+    eot_id: also give "document_ids" (B, T), a new one at each end-of-text token. That token so opens the
+    document behind it: it is the target of the one before, and the only context of the first token of the one
+    after.
     """
-    tokens = torch.from_numpy(rows)
-    batch = {"input_ids": tokens[:, :-1].contiguous(), "targets": tokens[:, 1:].contiguous()}
+    batch = {"input_ids": torch.from_numpy(rows[:, :-1].copy()),
+             "targets": torch.from_numpy(rows[:, 1:].copy())}
     if eot_id is not None:
         batch["document_ids"] = (batch["input_ids"] == eot_id).cumsum(dim=1)
     return batch | {"count": batch["targets"].numel()}
@@ -148,9 +159,11 @@ def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
 
 def validation_batches(rows: Rows, limit_tokens: int | None, batch_size: int, rank: int, world_size: int,
                        eot_id: int | None = None) -> Iterator[dict[str, Any]]:
-    """This rank's batches of the first rows that hold `limit_tokens` (None: all), the same number of batches on each rank.
+    """This rank's batches of the first rows that hold `limit_tokens` (None: all), the same number of batches
+    on each rank.
 
-    A rank that runs out repeats the first row with every target ignored, so that all ranks take part in each forward.
+    A rank that runs out repeats the first row with every target ignored, so that all ranks take part in each
+    forward.
     """
     total = len(rows) if limit_tokens is None else min(len(rows), max(1, limit_tokens // rows.T))
     step = batch_size * world_size

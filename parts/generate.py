@@ -1,10 +1,11 @@
-"""Generation: a batch of prompts of any lengths in, tokens out one step at a time, with a static key/value cache.
+"""Generation: a batch of prompts of any lengths in, tokens out one step at a time, with a static key/value
+cache.
 
     for tokens in generate(model, [[1, 2, 3], [4]], max_new_tokens=100, sampling=Sampling(temperature=0.8)):
         ...                                        # one new token a row, None for a row that has ended
 
-Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context is full,
-its last block_size // 2 tokens are read anew and the others forgotten. Shapes: B rows, V vocab_size.
+Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context
+is full, its last block_size // 2 tokens are read anew and the others forgotten. Shapes: B rows, V vocab_size.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,13 +20,14 @@ from model import GPT, KVCache
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen from its distribution; the filters apply in this order, as in transformers."""
+    """How the next token is chosen from its distribution; the filters apply in this order, as in
+    transformers."""
 
     temperature: float = 0.8  # divides the logits; 0 takes the most likely token (the lowest id of equals)
     top_k: int | None = None  # only the k most likely tokens; None, 0 or more than there are: all
     top_p: float = 1.0  # only the most likely tokens that together reach this probability, at least one
     min_p: float = 0.0  # only tokens at least this likely relative to the most likely one
-    repetition_penalty: float = 1.0  # divides positive logits of tokens already in the row, multiplies negative ones
+    repetition_penalty: float = 1.0  # divides positive logits of tokens in the row, multiplies others
     seed: int = 1337  # each row draws from this and its own number
 
     def __post_init__(self) -> None:
@@ -51,15 +53,16 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
         probabilities[:, sampling.top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
     before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
-    drop = (before >= sampling.top_p) & (sampling.top_p < 1) | (probabilities < sampling.min_p * probabilities[:, :1])
+    drop = (before >= sampling.top_p) & (sampling.top_p < 1)
+    drop |= probabilities < sampling.min_p * probabilities[:, :1]
     drop[:, 0] = False
     mass = probabilities.masked_fill(drop, 0).cumsum(dim=-1)
-    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True).clamp(max=mass.shape[-1] - 1)
-    return order.gather(-1, place)[:, 0]
+    place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
+    return order.gather(-1, place.clamp(max=mass.shape[-1] - 1))[:, 0]
 
 
 def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
-    """Make the tokens that stand in a row less likely in it (CTRL, arXiv 1909.05858, as transformers has it)."""
+    """Make the tokens of each row less likely in it: CTRL's penalty (arXiv 1909.05858) as in transformers."""
     if penalty == 1.0:
         return logits
     for row, tokens in enumerate(rows):
@@ -73,11 +76,13 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
              vocab_size: int | None = None, first_row: int = 0) -> Iterator[list[int | None]]:
-    """Yield one token a row and step, None for rows that have ended, until all have or after max_new_tokens steps.
+    """Yield one token a row and step, None for rows that have ended, until all have or after max_new_tokens
+    steps.
 
-    prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row, new ids):
-    asked after each token whether the row ends with it. vocab_size: ids from there on are never chosen (a model may
-    have more rows than its tokenizer has tokens). first_row: number of the first prompt, for its seed.
+    prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
+    new ids): asked after each token whether the row ends with it. vocab_size: ids from there on are never
+    chosen (a model may have more rows than its tokenizer has tokens). first_row: number of the first prompt,
+    for its seed.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -106,7 +111,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
             new[row].append(token)
             context[row].append(token)
             if is_done(row, new[row]):
-                live[row], context[row] = False, [token]  # it keeps its place in the batch, but needs none in the cache
+                live[row], context[row] = False, [token]  # stays in the batch, needs no cache
             elif len(context[row]) > block_size:
                 context[row], cache = context[row][-max(1, block_size // 2):], None
         yield step_tokens
@@ -117,7 +122,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
     device, lengths = cache.lengths.device, [len(row) for row in rows]
-    ids = torch.tensor([row + [0] * (max(lengths) - len(row)) for row in rows], device=device)  # padded on the right
+    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]  # on the right
+    ids = torch.tensor(padded, device=device)  # (B, T)
     last = torch.tensor(lengths, device=device) - 1
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""Hugging Face's layout on disk: config.json keys, tensor names, safetensors files, for the architectures we know.
+"""Hugging Face's layout on disk: config.json keys, tensor names, safetensors files, for the architectures we
+know.
 
     folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
     save_folder(folder, config, state, eos)     # what transformers' from_pretrained reads
 
-In memory all parameters have Llama's names; only GPT-2 needs renaming (and its Conv1D matrices transposing). What
-fits no architecture of transformers is saved under our own model_type, with the reason beside it, and loads here only.
+In memory all parameters have Llama's names; only GPT-2 needs renaming (and its Conv1D matrices transposing).
+What fits no architecture of transformers is saved under our own model_type, with the reason beside it, and
+loads here only.
 """
 
 import dataclasses
@@ -23,10 +25,13 @@ from torch import Tensor
 
 from configurator import UserError
 
+# The two tables whose rows are token ids: padded in memory, cut when saved.
+VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
 LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
               "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_dim": "head_dim",
               "intermediate_size": "intermediate_size", "block_size": "max_position_embeddings",
-              "norm_eps": "rms_norm_eps", "dropout": "attention_dropout", "tie_embeddings": "tie_word_embeddings"}
+              "norm_eps": "rms_norm_eps", "dropout": "attention_dropout",
+              "tie_embeddings": "tie_word_embeddings"}
 GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
              "intermediate_size": "n_inner", "block_size": "n_positions", "norm_eps": "layer_norm_epsilon",
              "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
@@ -38,7 +43,8 @@ TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": Fa
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder with config.json for a model folder, an out_dir (its best checkpoint, else its last) or a hub id."""
+    """The folder with config.json for a model folder, an out_dir (its best checkpoint, else its last) or a
+    hub id."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
@@ -53,7 +59,8 @@ def find_folder(path: str | Path) -> Path:
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.safetensors"]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{path}: no such folder, and the hub does not give it: {str(error).splitlines()[0]}") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{path}: no such folder, and the hub does not give it: {reason}") from None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -67,8 +74,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind == "nanollama":
         return config["gpt_config"]
     if kind not in TIED_BY_DEFAULT:
-        raise UserError(f"{place}: model_type {kind!r} is not supported (llama, mistral, qwen2, qwen3, gpt2 are)")
-    config = {"tie_word_embeddings": TIED_BY_DEFAULT[kind]} | (GPT2_DEFAULTS if kind == "gpt2" else LLAMA_DEFAULTS) | config
+        known = ", ".join(TIED_BY_DEFAULT)
+        raise UserError(f"{place}: model_type {kind!r} is not supported ({known} are)")
+    defaults = GPT2_DEFAULTS if kind == "gpt2" else LLAMA_DEFAULTS
+    config = {"tie_word_embeddings": TIED_BY_DEFAULT[kind]} | defaults | config
     refuse_unsupported(config, place)
     try:
         return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
@@ -109,7 +118,8 @@ def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
 
 
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3. Rotary settings are top-level keys in older files, `rope_parameters` in newer."""
+    """Llama, Mistral, Qwen2, Qwen3. Rotary settings are top-level keys in older files, `rope_parameters` in
+    newer."""
     fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs in config}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -117,9 +127,9 @@ def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {"rope_type": kind} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
     if kind == "yarn":  # transformers' default where the file does not say
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    bias = "qkv" if config["model_type"] == "qwen2" else "all" if config.get("mlp_bias") else "none"
     return fields | {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else scaling,
-                     "qk_norm": config["model_type"] == "qwen3",
-                     "bias": "qkv" if config["model_type"] == "qwen2" else "all" if config.get("mlp_bias") else "none"}
+                     "qk_norm": config["model_type"] == "qwen3", "bias": bias}
 
 
 def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -135,7 +145,8 @@ def architecture(config: Any) -> str:
         plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
         return "gpt2" if plain else "nanollama"
     if shape == ("rope", "rmsnorm", "swiglu"):
-        kinds = {("none", False): "llama", ("all", False): "llama", ("qkv", False): "qwen2", ("none", True): "qwen3"}
+        kinds = {("none", False): "llama", ("all", False): "llama", ("qkv", False): "qwen2",
+                 ("none", True): "qwen3"}
         return kinds.get((config.bias, config.qk_norm), "nanollama")
     return "nanollama"
 
@@ -143,11 +154,11 @@ def architecture(config: Any) -> str:
 def write_config(config: Any, eos_token_id: int | None) -> dict[str, Any]:
     """config.json's contents for a GPTConfig."""
     kind = architecture(config)
-    common = {"model_type": kind, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id, "pad_token_id": None,
-              "torch_dtype": "float32"}
+    common = {"model_type": kind, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id,
+              "pad_token_id": None, "torch_dtype": "float32"}
     if kind == "nanollama":
         return common | {"gpt_config": dataclasses.asdict(config),
-                         "note": "no architecture of transformers has this combination: only nanollama loads it"}
+                         "note": "transformers has no architecture like this: only nanollama loads it"}
     names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
              "gpt2": "GPT2LMHeadModel"}
     common["architectures"] = [names[kind]]
@@ -160,7 +171,8 @@ def write_config(config: Any, eos_token_id: int | None) -> dict[str, Any]:
 
 
 def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One stored tensor under our names: none for the buffers old files hold, three for GPT-2's fused q, k, v."""
+    """One stored tensor under our names: none for the buffers old files hold, three for GPT-2's fused q, k,
+    v."""
     name = name.removeprefix("transformer.")
     if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
         return
@@ -181,7 +193,8 @@ def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
         for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
             yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", piece
         return
-    ours = {("attn", "c_proj"): "self_attn.o_proj", ("mlp", "c_fc"): "mlp.up_proj", ("mlp", "c_proj"): "mlp.down_proj"}
+    ours = {("attn", "c_proj"): "self_attn.o_proj", ("mlp", "c_fc"): "mlp.up_proj",
+            ("mlp", "c_proj"): "mlp.down_proj"}
     yield f"model.layers.{layer}.{ours[module, part]}.{kind}", tensor
 
 
@@ -209,14 +222,15 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of every stored weight, one at a time; UserError for a file that is missing or damaged."""
+    """(our name, tensor) of every stored weight, one at a time; UserError for a file that is missing or
+    damaged."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
         files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
     for file in files:
         if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: missing (weights are read from safetensors only, never from pickle)")
+            raise UserError(f"{folder / file}: missing (only safetensors are read, never pickle)")
         try:
             with safe_open(folder / file, framework="pt") as stored:
                 for name in stored.keys():
@@ -226,7 +240,8 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: int | None) -> None:
-    """Write the three files of a model folder. state: our names; padding rows are cut off, everything is float32."""
+    """Write the three files of a model folder. state: our names; padding rows are cut off, everything is
+    float32."""
     folder.mkdir(parents=True, exist_ok=True)
     described = write_config(config, eos_token_id)
     generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

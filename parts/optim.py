@@ -1,9 +1,11 @@
-"""Optimizers: fused AdamW for tables and vectors, Muon for the hidden matrices, and the learning-rate schedule.
+"""Optimizers: fused AdamW for tables and vectors, Muon for the hidden matrices, and the learning-rate
+schedule.
 
     optimizers = make_optimizers(model, cfg)             # every group carries its lr_multiplier
     set_learning_rate(optimizers, learning_rate_at(cfg, step))
 
-Both take one learning rate: Muon's update is scaled to AdamW's typical size (0.2 RMS per entry; arXiv 2502.16982).
+Both take one learning rate: Muon's update is scaled to AdamW's typical size (0.2 RMS per entry; arXiv
+2502.16982).
 """
 
 import math
@@ -18,18 +20,22 @@ from configurator import UserError
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix as the update (Jordan et al. 2024, kellerjordan.github.io/posts/muon).
+    """Momentum, then the nearest orthogonal matrix as the update (Jordan et al. 2024,
+    kellerjordan.github.io/posts/muon).
 
-    torch.optim.Muon orthogonalises in bfloat16 everywhere, which a CPU without bfloat16 units emulates 50 times slower
-    than float32; and one matrix at a time. This one runs in float32 on the CPU and in bfloat16 on a GPU, all matrices
-    of a shape in one batch. Sharded matrices (FSDP2) are gathered, orthogonalised whole, and cut again.
+    torch.optim.Muon orthogonalises in bfloat16 everywhere, which a CPU without bfloat16 units emulates 50
+    times slower than float32; and one matrix at a time. This one runs in float32 on the CPU and in bfloat16
+    on a GPU, all matrices of a shape in one batch. Sharded matrices (FSDP2) are gathered, orthogonalised
+    whole, and cut again.
 
-    `found_inf`: a device scalar set from outside (as torch's GradScaler does); where it is 1 the step changes nothing.
+    `found_inf`: a device scalar set from outside (as torch's GradScaler does); where it is 1 the step changes
+    nothing.
     """
 
     _step_supports_amp_scaling = True
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0, steps: int = 5):
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
+                 steps: int = 5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
 
     @torch.no_grad()
@@ -55,16 +61,18 @@ class Muon(torch.optim.Optimizer):
             momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))
             directions.append(whole(grad.lerp(momentum, group["momentum"])))  # Nesterov
         rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
-        for parameter, direction in zip(parameters, orthogonalize(torch.stack(directions), group["steps"]), strict=True):
+        orthogonal = orthogonalize(torch.stack(directions), group["steps"])
+        for parameter, direction in zip(parameters, orthogonal, strict=True):
             parameter.mul_(1 - go * (group["lr"] * group["weight_decay"]))
             parameter.sub_(like(parameter, direction * (go * rate)))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Push all singular values of (n, rows, columns) to about 1 by Newton-Schulz iteration; same shape, float32.
+    """Push all singular values of (n, rows, columns) to about 1 by Newton-Schulz iteration; same shape,
+    float32.
 
-    The quintic a X + b X X^T X + c (X X^T)^2 X with Jordan's coefficients: steep at 0, so five steps do, at the price
-    of ending anywhere in about 0.7 to 1.2. Works on the smaller of the two Gram matrices.
+    The quintic a X + b X X^T X + c (X X^T)^2 X with Jordan's coefficients: steep at 0, so five steps do, at
+    the price of ending anywhere in about 0.7 to 1.2. Works on the smaller of the two Gram matrices.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = matrices.shape[-2] > matrices.shape[-1]
@@ -89,9 +97,11 @@ def like(parameter: Tensor, value: Tensor) -> Tensor:
 
 
 def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
-    """{parameter name: learning-rate factor}: the first pattern that re.search finds in the name wins, else 1.
+    """{parameter name: learning-rate factor}: the first pattern that re.search finds in the name wins, else
+    1.
 
-    Raises UserError for a pattern that is no regular expression, matches no parameter, or has a negative factor.
+    Raises UserError for a pattern that is no regular expression, matches no parameter, or has a negative
+    factor.
     """
     table, matched = {}, set()
     for name, _ in model.named_parameters():
@@ -115,8 +125,8 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
 def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
     """AdamW, and before it Muon for the blocks' matrices if cfg.optimizer is "muon".
 
-    Decays matrices only. Parameters whose multiplier is 0 stop requiring gradients and belong to no optimizer. Each
-    group carries "lr_multiplier"; its "lr" is set before every step.
+    Decays matrices only. Parameters whose multiplier is 0 stop requiring gradients and belong to no
+    optimizer. Each group carries "lr_multiplier"; its "lr" is set before every step.
     """
     table = multipliers(model, cfg.lr_multipliers)
     groups: dict[tuple[bool, bool, float], list[nn.Parameter]] = {}
@@ -134,7 +144,8 @@ def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
     if described[True]:
         optimizers.append(Muon(described[True], lr=cfg.learning_rate))
     if described[False]:
-        optimizers.append(torch.optim.AdamW(described[False], lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2), fused=True))
+        optimizers.append(torch.optim.AdamW(described[False], lr=cfg.learning_rate,
+                                            betas=(cfg.beta1, cfg.beta2), fused=True))
     return optimizers
 
 
@@ -145,10 +156,11 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
 
 
 def learning_rate_at(cfg: Any, step: int, total: int) -> float:
-    """The rate of step 0 ... total - 1: linear warmup to learning_rate, then cfg.schedule, ending near min_lr.
+    """The rate of step 0 ... total - 1: linear warmup to learning_rate, then cfg.schedule, ending near
+    min_lr.
 
-    warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395): constant, then linear down
-    over decay_steps. linear and cosine fall from the end of the warmup.
+    warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395): constant, then
+    linear down over decay_steps. linear and cosine fall from the end of the warmup.
     """
     warmup = cfg.warmup_steps if cfg.warmup_steps is not None else total // 50
     if step < warmup:
@@ -163,18 +175,19 @@ def learning_rate_at(cfg: Any, step: int, total: int) -> float:
 def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
     """{parameter name: {"exp_avg": whole tensor on the CPU, ...}}. All ranks call it: shards are gathered."""
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: {key: whole(value).cpu() if isinstance(value, Tensor) else value for key, value in state.items()}
+    return {names[parameter]: {key: whole(value).cpu() for key, value in state.items()}
             for optimizer in optimizers for parameter, state in optimizer.state.items()}
 
 
-def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer], saved: dict[str, dict[str, Any]]) -> None:
-    """Put saved state where its parameter is trained now; parameters without any begin anew, frozen ones get none."""
+def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
+                         saved: dict[str, dict[str, Tensor]]) -> None:
+    """Put saved state where its parameter is trained now; parameters without any begin anew, frozen ones get
+    none."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 for key, value in saved.get(names[parameter], {}).items():
-                    if isinstance(value, Tensor):
-                        value = value.to(parameter.device)
-                        value = like(parameter, value) if value.shape == parameter.shape else value
-                    optimizer.state[parameter][key] = value
+                    value = value.to(parameter.device)
+                    is_sharded = value.shape == parameter.shape  # as all but the step count are
+                    optimizer.state[parameter][key] = like(parameter, value) if is_sharded else value

@@ -1,20 +1,23 @@
-"""What a run is: the keys every stage of the pipeline has, the stages inside one run, its processes, folder and log.
+"""What a run is: the keys every stage of the pipeline has, the stages inside one run, its processes, folder
+and log.
 
     stages = plan(cfg)                       # one, or those the config file lists
-    run = start_run(cfg)                     # joins torchrun's group, claims out_dir, refuses a changed configuration
+    run = start_run(cfg)                     # joins torchrun's group, claims out_dir, refuses changed keys
     run.identify(data=sha256)                # ... and changed data
     run.print(...); run.log({"step": 10, "loss": 3.2}); run.sum([count])
 
 Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl. loop.py does the training.
 """
 
+import atexit
+import contextlib
 import dataclasses
 import fcntl
 import json
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -38,10 +41,10 @@ class RunConfig:
     dataset: str = "pystdlib"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
     seed: int = 1337  # of the weights, the order of the data, and dropout
     device: str | None = None  # cpu, cuda, cuda:1, mps; None: the best there is
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # to compute in; None: bfloat16 on cuda, else float32
-    compile: bool | None = None  # torch.compile each block; None: on cuda (on a cpu it takes most of a minute)
-    parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work; alone it changes nothing
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass: less memory, a third more work
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # computing; None: bfloat16 on cuda
+    compile: bool | None = None  # torch.compile each block; None: on cuda (a cpu needs most of a minute)
+    parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
     global_batch_size: int = 8  # sequences a step, over all ranks
     micro_batch_size: int = 8  # sequences a rank puts through the model at a time
     max_steps: int = 1000  # optimizer steps; where stages are listed, their sum counts instead
@@ -55,8 +58,8 @@ class RunConfig:
     beta2: float = 0.95  # of AdamW
     weight_decay: float = 0.1  # on matrices
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
-    lr_multipliers: dict = field(default_factory=dict)  # {regex of parameter names: factor}, first match wins, 0 freezes
-    stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..] in a config file
+    lr_multipliers: dict = field(default_factory=dict)  # {regex of names: factor}, first match, 0 freezes
+    stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..]
     eval_interval: int = 250  # steps between evaluations; 0: only at the end
     eval_tokens: int | None = 32768  # validation tokens of an evaluation on the way; None: all, as at the end
     save_interval: int = 250  # steps between checkpoints; 0: only at the end
@@ -73,8 +76,8 @@ class RunConfig:
                     "log_interval"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
-        for key in ("min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed", "warmup_steps",
-                    "decay_steps", "eval_tokens"):
+        for key in ("min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed",
+                    "warmup_steps", "decay_steps", "eval_tokens"):
             if getattr(self, key) is not None and getattr(self, key) < 0:
                 raise UserError(f"{key}={getattr(self, key)}: must not be negative")
         for key in ("beta1", "beta2"):
@@ -82,17 +85,17 @@ class RunConfig:
                 raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
 
 
-# These may differ when a run is resumed: they change where, how fast and how long it goes, not what it computes.
+# These may differ when a run is resumed: they change where, how fast and how long, not what it computes.
 OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "activation_checkpointing", "max_steps",
                "eval_interval", "eval_tokens", "save_interval", "keep_checkpoints", "log_interval", "wandb",
-               "wandb_project", "run_name", "overwrite"}
+               "wandb_project", "run_name", "out_dir", "overwrite"}
 
 
-# ---- Stages: keys that change during a run -------------------------------------------------------------------------
+# ---- Stages: keys that change during a run ----------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Stage:
-    """Steps `first` up to, not including, `last`, under `cfg`. Its schedule spans the steps `begin` to `end`."""
+    """Steps `first` up to, not including, `last`, under `cfg`. Its schedule spans steps `begin` to `end`."""
 
     cfg: Any
     changes: dict[str, Any]
@@ -136,7 +139,8 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
 
 
 def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:
-    """`cfg` with every stage's `epochs` turned into `steps`; steps_in_epoch(stage's cfg) says how many one takes."""
+    """`cfg` with every stage's `epochs` turned into `steps`; steps_in_epoch(stage's cfg) says how many one
+    takes."""
     stages = []
     for number, entry in enumerate(cfg.stages):
         if isinstance(entry, dict) and "epochs" in entry:
@@ -150,11 +154,11 @@ def stage_at(stages: list[Stage], step: int) -> Stage:
     return next(stage for stage in stages if step < stage.last)
 
 
-# ---- The run: this process's place, the folder, the log ------------------------------------------------------------
+# ---- The run: this process's place, the folder, the log ---------------------------------------------------
 
 @dataclass
 class Run:
-    """One process of a run. Only rank 0 prints, logs and writes."""
+    """One process of a run. Only rank 0 prints, logs and writes. Leaving `with run:` gives out_dir free."""
 
     out_dir: Path
     device: torch.device
@@ -164,6 +168,13 @@ class Run:
     wandb: Any = None
     lock: Any = None  # the open file whose lock says that out_dir is taken
     stop_signal: int = 0  # SIGINT or SIGTERM once one came: the loop saves and leaves after the step
+
+    def __enter__(self) -> "Run":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self.lock is not None:
+            self.lock.close()
 
     def print(self, text: str = "") -> None:
         """To stdout, above a progress bar if there is one."""
@@ -177,7 +188,7 @@ class Run:
             with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
             if self.wandb is not None:
-                self.wandb.log({key: value for key, value in event.items() if key != "step"}, step=event["step"])
+                self.wandb.log({k: v for k, v in event.items() if k != "step"}, step=event["step"])
 
     def cut_log(self, step: int) -> None:
         """Forget the events after `step`: a resumed run makes them again."""
@@ -209,45 +220,68 @@ class Run:
         return self.sum(torch.stack([tensor.detach().float() for tensor in tensors]).cpu().tolist())
 
     def identify(self, **identity: Any) -> None:
-        """Record what besides the keys a resumed run must find unchanged (the hash of its data, say), or compare it."""
-        if self.rank == 0:
+        """Record what besides the keys a resumed run must find unchanged (the hash of its data, say), or
+        compare it."""
+        def compare() -> None:
             path = self.out_dir / "run.json"
             content = json.loads(path.read_text(encoding="utf-8"))
             if is_bound(self.out_dir):
                 refuse_changes(self.out_dir, content["identity"], identity)
             write_json(path, content | {"identity": identity})
-        self.barrier()
 
-    def barrier(self) -> None:
+        self.on_first_rank(compare)
+
+    def on_first_rank(self, work: Callable[[], Any]) -> None:
+        """Let rank 0 do something while the others wait. What it raises for the user, all ranks raise."""
+        fault = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except (UserError, OSError) as error:
+                fault = [error]
         if self.world_size > 1:
-            dist.barrier()
+            dist.broadcast_object_list(fault)
+        if fault[0] is not None:
+            raise fault[0]
+
+    @contextlib.contextmanager
+    def signals(self) -> Iterator[None]:
+        """Inside, SIGINT and SIGTERM only set `stop_signal`."""
+        def note(received: int, frame: Any) -> None:
+            self.stop_signal = received
+
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 def start_run(cfg: Any) -> Run:
     """Join the process group, claim out_dir, and print what differs from the defaults.
 
-    Raises UserError where out_dir holds another run or is in use, where the device is missing, or where the batch sizes
-    do not fit the ranks.
+    Raises UserError where out_dir holds another run or is in use, where the device is missing, or where the
+    batch sizes do not fit the ranks.
     """
     run = Run(Path(cfg.out_dir), pick_device(cfg.device))
-    if "RANK" in os.environ and not dist.is_initialized():  # torchrun's way to say that there are others
+    if "RANK" in os.environ:  # torchrun's way to say that there may be others
         if cfg.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
-            raise UserError(f"parallel=none: torchrun started {os.environ['WORLD_SIZE']} processes; give ddp or fsdp")
+            raise UserError(f"parallel=none: torchrun started {os.environ['WORLD_SIZE']} processes; "
+                            "give ddp or fsdp")
         if run.device.type == "cuda":
             torch.cuda.set_device(run.device)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if run.device.type == "cuda" else "gloo")
+            atexit.register(dist.destroy_process_group)
         run.rank, run.world_size = dist.get_rank(), dist.get_world_size()
     for stage in stage_configs(cfg):
         if stage.global_batch_size % (stage.micro_batch_size * run.world_size):
-            raise UserError(f"global_batch_size={stage.global_batch_size}: must be a multiple of micro_batch_size x ranks "
-                            f"= {stage.micro_batch_size} x {run.world_size}")
+            raise UserError(f"global_batch_size={stage.global_batch_size}: must be a multiple of "
+                            f"micro_batch_size x ranks = {stage.micro_batch_size} x {run.world_size}")
     if cfg.dtype == "float16" and cfg.parallel == "fsdp" and run.world_size > 1:
-        raise UserError("dtype=float16: not with parallel=fsdp (its gradient scaler is not sharded); use bfloat16")
-    if run.rank == 0:
-        claim_folder(cfg, run)
-    run.barrier()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda received, frame: setattr(run, "stop_signal", received))
+        raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
+    run.on_first_rank(lambda: claim_folder(cfg, run))
     if run.device.type == "cuda" and cfg.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # what little runs in float32 beside bfloat16 may use TF32
     if cfg.wandb and run.rank == 0:
@@ -259,8 +293,9 @@ def start_run(cfg: Any) -> Run:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The named device, or the best there is; under torchrun this rank's own GPU. UserError if it is missing."""
-    name = name or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    """The named device, or the best there is; under torchrun this rank's GPU. UserError if it is missing."""
+    best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    name = name or best
     try:
         device = torch.device(name)
     except RuntimeError:
@@ -274,28 +309,38 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} ({torch.get_num_threads()} threads)"
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{device.type} ({torch.get_num_threads()} threads)"
 
 
 def claim_folder(cfg: Any, run: Run) -> None:
-    """Lock out_dir, then compare run.json with this configuration, or write it. Rank 0 only."""
+    """Lock out_dir, compare run.json with this configuration, and write it anew. Rank 0 only."""
     run.out_dir.mkdir(parents=True, exist_ok=True)
     run.lock = open(run.out_dir / ".lock", "w")
     try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it, however this process ends
+        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+        if cfg.overwrite:
+            remove_checkpoints(run.out_dir)
+        compare_with_before(cfg, run.out_dir)
     except BlockingIOError:
         raise UserError(f"out_dir={cfg.out_dir}: another process is training here") from None
-    if cfg.overwrite:
-        remove_checkpoints(run.out_dir)
+    except BaseException:
+        run.lock.close()
+        raise
+
+
+def compare_with_before(cfg: Any, out_dir: Path) -> None:
+    """UserError if run.json holds a run that this configuration would change; then write it anew."""
+    path, identity = out_dir / "run.json", {}
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as the file will spell it
-    path = run.out_dir / "run.json"
-    if is_bound(run.out_dir):
-        old = json.loads(path.read_text(encoding="utf-8"))["config"]
-        refuse_changes(cfg.out_dir, {k: v for k, v in old.items() if k not in OPERATIONAL},
-                       {k: v for k, v in new.items() if k not in OPERATIONAL})
-        if new["max_steps"] < old["max_steps"] and not cfg.stages:
-            refuse_changes(cfg.out_dir, {"max_steps": old["max_steps"]}, {"max_steps": new["max_steps"]})
-    identity = json.loads(path.read_text(encoding="utf-8"))["identity"] if is_bound(run.out_dir) else {}
+    if is_bound(out_dir):
+        before = json.loads(path.read_text(encoding="utf-8"))
+        old, identity = before["config"], before["identity"]
+        shrinks = new["max_steps"] < old["max_steps"] and not cfg.stages  # max_steps may only grow
+        free = OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL
+        refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
+                       {k: v for k, v in new.items() if k not in free})
     write_json(path, {"config": new, "identity": identity,
                       "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
@@ -321,7 +366,8 @@ def start_wandb(cfg: Any) -> Any:
     except ImportError:
         raise UserError("wandb=True: needs the package (pip install wandb)") from None
     try:
-        return wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name, dir=cfg.out_dir,
-                          config=dataclasses.asdict(cfg))
+        return wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name,
+                          dir=cfg.out_dir, config=dataclasses.asdict(cfg))
     except wandb.Error as error:
-        raise UserError(f"wandb=True: {str(error).splitlines()[0]} (WANDB_MODE=offline logs without an account)") from None
+        reason = str(error).splitlines()[0]
+        raise UserError(f"wandb=True: {reason} (WANDB_MODE=offline logs without an account)") from None

@@ -1,11 +1,12 @@
 """A data folder on disk: raw token shards and the meta.json that says what they are.
 
-    writer = ShardWriter(folder, "train", np.uint16);  writer.write(ids, documents, byte_count);  writer.close()
+    writer = ShardWriter(folder, "train", np.uint16)
+    writer.write(ids, documents, byte_count); writer.close()
     data = DataFolder("data/pystdlib");  data.shards["train"][0]           # np.memmap of ids
     data.verify()                                                          # every byte, by sha256
 
-Shards are little-endian ids without a header, so np.memmap alone reads them too. meta.json is written last, by rename:
-a folder without it does not exist.
+Shards are little-endian ids without a header, so np.memmap alone reads them too. meta.json is written last,
+by rename: a folder without it does not exist.
 """
 
 import hashlib
@@ -36,13 +37,16 @@ class ShardWriter:
         if not len(ids):
             return
         if self.file is None:
-            self.name, self.digest, self.size = f"{self.split}_{len(self.shards):05d}.bin", hashlib.sha256(), 0
+            self.name = f"{self.split}_{len(self.shards):05d}.bin"
+            self.digest, self.size = hashlib.sha256(), 0
             self.file = open(self.folder / self.name, "wb")
         data = ids.astype(self.dtype, copy=False).tobytes()
         self.file.write(data)
         self.digest.update(data)
         self.size += len(ids)
-        self.documents, self.tokens, self.bytes = self.documents + documents, self.tokens + len(ids), self.bytes + byte_count
+        self.documents += documents
+        self.tokens += len(ids)
+        self.bytes += byte_count
         if self.size >= SHARD_TOKENS:
             self.close()
 
@@ -85,16 +89,18 @@ class DataFolder:
     """An opened data folder: meta.json as `meta`, and the memory-mapped shards of each split."""
 
     def __init__(self, folder: str | Path):
-        """Check names and sizes (not contents: see `verify`) and map the shards. UserError in one line for any fault."""
+        """Check names and sizes (not contents: see `verify`) and map the shards. UserError in one line for
+        any fault."""
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             version, dtype = self.meta["format_version"], np.dtype(self.meta["dtype"]).newbyteorder("<")
             listed = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
         except FileNotFoundError:
-            raise UserError(f"{self.folder}: no data set here (meta.json is missing); prepare.py makes one") from None
+            raise UserError(f"{self.folder}: no data set here (no meta.json); prepare.py makes one") from None
         except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{self.folder / 'meta.json'}: not a data set's ({type(error).__name__}: {error})") from None
+            reason = f"{type(error).__name__}: {error}"
+            raise UserError(f"{self.folder / 'meta.json'}: not a data set's ({reason})") from None
         if version != FORMAT_VERSION:
             raise UserError(f"{self.folder}: format version {version}, this program reads {FORMAT_VERSION}")
         found = {path.name: path.stat().st_size for path in self.folder.glob("*.bin")}
@@ -104,13 +110,15 @@ class DataFolder:
             if name not in listed:
                 raise UserError(f"{self.folder / name}: shard is not in meta.json")
             if found[name] != listed[name]:
-                raise UserError(f"{self.folder / name}: {found[name]:,} bytes, meta.json says {listed[name]:,}")
+                sizes = f"{found[name]:,} bytes, meta.json says {listed[name]:,}"
+                raise UserError(f"{self.folder / name}: {sizes}")
         self.shards: dict[str, list[np.memmap]] = {
-            split: [np.memmap(self.folder / name, dtype=dtype, mode="r") for name in listed if name.startswith(split)]
+            split: [np.memmap(self.folder / name, dtype, "r") for name in listed if name.startswith(split)]
             for split in ("train", "val")}
 
     def verify(self) -> None:
         """Compare every shard's content with its sha256. Raises UserError for the first that differs."""
         for shard in self.meta["shards"]:
-            if file_sha256(self.folder / shard["name"]) != shard["sha256"]:
-                raise UserError(f"{self.folder / shard['name']}: content does not match its sha256 in meta.json")
+            path = self.folder / shard["name"]
+            if file_sha256(path) != shard["sha256"]:
+                raise UserError(f"{path}: content does not match its sha256 in meta.json")

@@ -4,8 +4,9 @@
     for row in read_rows(files, "text", piece=2**20): ...        # raw rows: cheap, for the process that reads
     text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
 
-A row is a line of .jsonl, an element of a .json array, a value of a .parquet column, or a text file (.txt .md .py; a
-large one is cut at line ends). .gz .xz .zst are unpacked on the way. Lines end at \\n and nowhere else.
+A row is a line of .jsonl, an element of a .json array, a value of a .parquet column, or a text file (.txt .md
+.py; a large one is cut at line ends). .gz .xz .zst are unpacked on the way. Lines end at \\n and nowhere
+else.
 """
 
 import glob
@@ -42,10 +43,12 @@ class Skip(Exception):
 
 
 def find_files(source: str) -> tuple[list[Path], int]:
-    """All files that a comma-separated list of files, folders and globs names, and how many of other kinds were passed.
+    """All files that a comma-separated list of files, folders and globs names, and how many of other kinds
+    were passed.
 
-    "pystdlib" is the source text of the running Python's standard library, without its tests and installed packages.
-    Order: as listed, sorted within a folder or glob. Raises UserError for a name without files or an unknown kind.
+    "pystdlib" is the source text of the running Python's standard library, without its tests and installed
+    packages. Order: as listed, sorted within a folder or glob. Raises UserError for a name without files or
+    an unknown kind.
     """
     if source == "pystdlib":
         return standard_library(), 0
@@ -59,8 +62,8 @@ def find_files(source: str) -> tuple[list[Path], int]:
         else:
             known = [path for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file()]
             if unknown := [path for path in known if file_kind(path) not in KINDS]:
-                raise UserError(f"source={unknown[0]}: unknown kind of file (known: {' '.join(sorted(KINDS))}, "
-                                f"each also {' '.join(sorted(PACKED))})")
+                known_kinds = f"{' '.join(sorted(KINDS))}, each also {' '.join(sorted(PACKED))}"
+                raise UserError(f"source={unknown[0]}: unknown kind of file (known: {known_kinds})")
         if not known:
             raise UserError(f"source={name}: no such file, or nothing to read in it")
         files += known
@@ -91,14 +94,17 @@ def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
         return lzma.LZMAFile(raw)
     if path.suffix == ".zst":
         import pyarrow  # which, unlike some, notices that a stream has been cut short
-        return io.BufferedReader(pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd"), 2**20)
+        unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
+        return io.BufferedReader(unpacked, 2**20)
     return raw
 
 
 def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None) -> Iterator[Row]:
-    """Every row of every file, in order. Text files are cut near every `piece` bytes; progress(n) is told of n bytes read.
+    """Every row of every file, in order. Text files are cut near every `piece` bytes; progress(n) is told of
+    n bytes read.
 
-    Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read whole.
+    Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read
+    whole.
     """
     for path in files:
         kind = file_kind(path)
@@ -125,7 +131,8 @@ def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None
 
 
 def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
-    """A text file as one document, or cut near every `piece` bytes: at a blank line, else a line end, else a space."""
+    """A text file as one document, or cut near every `piece` bytes: at a blank line, else a line end, else a
+    space."""
     rest, number, first = b"", 0, True
     while True:
         new = stream.read(2 * piece - len(rest))
@@ -168,12 +175,16 @@ def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
-    """One row an element of the file's array, each as its own JSON text; lines of JSON under .json are taken as such."""
+    """One row an element of the file's array, each as its own JSON text; lines of JSON under .json are taken
+    as such."""
     data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
-        raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; store one object a line, as .jsonl")
+        raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; make it a .jsonl")
     if not data.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-        yield from json_lines(io.BytesIO(data), path) if is_json_lines(data) else [Row(f"{path}:1", "json", data)]
+        if is_json_lines(data):
+            yield from json_lines(io.BytesIO(data), path)
+        else:
+            yield Row(f"{path}:1", "json", data)
         return
     try:
         text = data.decode("utf-8-sig")
@@ -191,7 +202,7 @@ def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
             follow = skip_blank(text, end)
             if text[follow:follow + 1] not in (",", "]"):
                 raise ValueError
-        except (ValueError, RecursionError):  # nobody can say where this element ends: the rest is one bad row
+        except (ValueError, RecursionError):  # who knows where this element ends: the rest is one bad row
             yield Row(f"{path}[{number - 1}]", "bad", "not JSON")
             return
         yield Row(f"{path}[{number - 1}]", "json", text[at:end].encode("utf-8", "surrogatepass"))
@@ -221,7 +232,8 @@ def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
     import pyarrow.parquet
     with pyarrow.parquet.ParquetFile(path) as file:
         if text_key not in file.schema_arrow.names:
-            raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {', '.join(file.schema_arrow.names)}")
+            names = ", ".join(file.schema_arrow.names)
+            raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {names}")
         number = 0
         for batch in file.iter_batches(batch_size=256, columns=[text_key]):
             for value in batch.column(0).to_pylist():
@@ -230,7 +242,8 @@ def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
 
 
 def hub_rows(name: str, text_key: str) -> Iterator[Row]:
-    """Stream `NAME[:CONFIG[:SPLIT]]` of the Hugging Face hub (or a local folder of data files) through `datasets`."""
+    """Stream `NAME[:CONFIG[:SPLIT]]` of the Hugging Face hub (or a local folder of data files) through
+    `datasets`."""
     try:
         import datasets
     except ImportError:
@@ -241,7 +254,7 @@ def hub_rows(name: str, text_key: str) -> Iterator[Row]:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(stream, 1):
             yield Row(f"hf:{name}:{number}", "value", row.get(text_key))
-    except (OSError, ValueError) as error:  # all that `datasets` raises for a name, a network or a file it cannot use
+    except (OSError, ValueError) as error:  # what `datasets` raises for a name, a network or a file
         raise UserError(f"source=hf:{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 

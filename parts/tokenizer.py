@@ -5,8 +5,9 @@
     ids = tokenizer.encode("Hello <|endoftext|>")        # text is text: never a special token
     tokenizer.save("out/base/step_000100")               # what transformers' AutoTokenizer reads
 
-A byte-level BPE is encoded by tiktoken, built from the file's own ranks, several times faster and with equal ids;
-any other tokenizer.json by the `tokenizers` library. Left out: training anything but BPE, and chat (parts/chat.py).
+A byte-level BPE is encoded by tiktoken, built from the file's own ranks, several times faster and with equal
+ids; any other tokenizer.json by the `tokenizers` library. Left out: training anything but BPE, and chat
+(parts/chat.py).
 """
 
 import json
@@ -22,15 +23,16 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
-# How a text is cut before merging. Qwen2's: digits one by one, at most one sign before a word, newlines by themselves.
+# How a text is cut before merging. Qwen2's: digits one by one, a word with one sign at most, newlines apart.
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_letters() -> dict[str, int]:
-    """GPT-2's printable letter for each of the 256 bytes, as {letter: byte}: byte-level files spell tokens with them."""
-    printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    """GPT-2's printable letter for each of the 256 bytes, as {letter: byte}: byte-level files spell tokens
+    with them."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
 
@@ -42,18 +44,20 @@ BYTE_TO_LETTER = {byte: letter for letter, byte in LETTER_TO_BYTE.items()}
 class Tokenizer:
     """A tokenizer.json, and what its folder's tokenizer_config.json says of it.
 
-    vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text. special_ids: the ids that no
-    text can become. prefix_ids: what the tokenizer's own template puts before a text (Llama's <s>; nothing for ours).
+    vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text. special_ids: the
+    ids that no text can become. prefix_ids: what the tokenizer's own template puts before a text (Llama's
+    <s>; nothing for ours).
     """
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
-        """definition, settings: the two files' contents. Raises UserError if there is no end-of-text token."""
+        """definition, settings: the two files' contents. UserError if there is no end-of-text token."""
         self.definition = definition
         self.settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
                                      "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
         self.hf = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        # The library finds added tokens in any text it is given, so texts are encoded by a twin that has none.
-        self.plain = tokenizers.Tokenizer.from_str(json.dumps({**definition, "added_tokens": [], "post_processor": None}))
+        # The library finds added tokens in any text it is given: texts are encoded by a twin that has none.
+        plain = definition | {"added_tokens": [], "post_processor": None}
+        self.plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
         self.fast = tiktoken_encoding(definition)
         self.special_ids = frozenset(self.hf.get_added_tokens_decoder())
         self.prefix_ids = list(takewhile(self.special_ids.__contains__, self.hf.encode("a").ids))
@@ -74,9 +78,11 @@ class Tokenizer:
         settings = path.with_name("tokenizer_config.json")
         try:
             definition = json.loads(path.read_text(encoding="utf-8"))
-            return cls(definition, json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None)
+            known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+            return cls(definition, known)
         except FileNotFoundError:
-            raise UserError(f"{path}: no tokenizer there (give gpt2, or a folder with tokenizer.json)") from None
+            hint = "give gpt2, or a folder with tokenizer.json"
+            raise UserError(f"{path}: no tokenizer there ({hint})") from None
         except UserError:
             raise
         except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
@@ -84,19 +90,22 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of `vocab_size` ids, the last of them END_OF_TEXT. Every text round-trips: all bytes are tokens."""
+        """Byte-level BPE of `vocab_size` ids, the last of them END_OF_TEXT. Every text round-trips: all bytes
+        are tokens."""
         hf = tokenizers.Tokenizer(models.BPE())
         hf.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
         hf.decoder = decoders.ByteLevel()
         hf.train_from_iterator(texts, trainers.BpeTrainer(
-            vocab_size=vocab_size - 1, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+            vocab_size=vocab_size - 1, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         hf.add_special_tokens([END_OF_TEXT])
         return cls(json.loads(hf.to_str()))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate, which is not text."""
+        """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate, which is not
+        text."""
         text.encode("utf-8")
         if self.fast is not None and not has_long_blank(text):
             return self.fast.encode_ordinary(text)
@@ -110,8 +119,12 @@ class Tokenizer:
         """The bytes of every id, empty for special and unused ones: what "bits per byte" counts."""
         table = [b""] * self.vocab_size
         for token, index in self.hf.get_vocab().items():
-            if index not in self.special_ids:
-                table[index] = bytes(LETTER_TO_BYTE[c] for c in token) if self.fast else self.hf.decode([index]).encode()
+            if index in self.special_ids:
+                continue
+            if self.fast:
+                table[index] = bytes(LETTER_TO_BYTE[letter] for letter in token)
+            else:
+                table[index] = self.hf.decode([index]).encode()
         return table
 
     def save(self, folder: str | Path) -> None:
@@ -122,26 +135,29 @@ class Tokenizer:
 
 
 def has_long_blank(text: str, window: int = 65536) -> bool:
-    """Whether some aligned window is all white space: tiktoken's regex engine backtracks over such a run and gives up
-    at a million characters (a Rust panic); `tokenizers` does not."""
+    """Whether some aligned window is all white space: tiktoken's regex engine backtracks over such a run and
+    gives up at a million characters (a Rust panic); `tokenizers` does not."""
     return any(text[start:start + window].isspace() for start in range(0, len(text) - window + 1, window))
 
 
 def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
-    """The same byte-level BPE for tiktoken, or None where tokenizer.json asks for something tiktoken does not do.
+    """The same byte-level BPE for tiktoken, or None where tokenizer.json asks for something tiktoken does not
+    do.
 
-    tiktoken joins the pair whose union has the lowest id, `tokenizers` the pair that comes first in its list of merges.
-    They agree when the merged tokens are numbered in the order of their merges, which is checked here.
+    tiktoken joins the pair whose union has the lowest id, `tokenizers` the pair that comes first in its list
+    of merges. They agree when the merged tokens are numbered in the order of their merges, which is checked
+    here.
     """
     model = definition["model"]
     split = split_pattern(definition.get("pre_tokenizer"))
-    plain = not any(model.get(key) for key in ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix",
-                                               "end_of_word_suffix"))
+    special = ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
+    plain = not any(model.get(key) for key in special)
     if model.get("type") != "BPE" or not plain or split is None or definition.get("normalizer") is not None:
         return None
     added = {token["content"] for token in definition["added_tokens"]}
     vocab = {token: index for token, index in model["vocab"].items() if token not in added}
-    if not all(letter in LETTER_TO_BYTE for letter in set().union(*vocab)) or not LETTER_TO_BYTE.keys() <= vocab.keys():
+    spelled_in_bytes = set().union(*vocab) <= LETTER_TO_BYTE.keys() <= vocab.keys()
+    if not spelled_in_bytes:
         return None
     merged = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
     if merged != sorted(merged) or len(merged) + 256 != len(vocab):
@@ -166,16 +182,18 @@ def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 
 
 def gpt2_definition() -> dict[str, Any]:
-    """GPT-2's tokenizer.json, rebuilt from tiktoken's ranks (which need the network once, or TIKTOKEN_CACHE_DIR)."""
+    """GPT-2's tokenizer.json, rebuilt from tiktoken's ranks (which need the network once, or
+    TIKTOKEN_CACHE_DIR)."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raised
-        raise UserError(f"tokenizer=gpt2: its ranks could not be downloaded ({type(error).__name__}); with no network "
-                        "set TIKTOKEN_CACHE_DIR to a folder that has them") from None
+        raise UserError(f"tokenizer=gpt2: its ranks could not be had ({type(error).__name__}); without a "
+                        "network, set TIKTOKEN_CACHE_DIR to a folder that has them") from None
     ranks = encoding._mergeable_ranks
+    merged = sorted((token for token in ranks if len(token) > 1), key=ranks.get)
     hf = tokenizers.Tokenizer(models.BPE(
         vocab={letters(token): index for token, index in ranks.items()},
-        merges=[tuple(map(letters, last_merge(token, ranks))) for token in sorted(ranks, key=ranks.get) if len(token) > 1]))
+        merges=[tuple(map(letters, last_merge(token, ranks))) for token in merged]))
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([END_OF_TEXT])
@@ -187,7 +205,7 @@ def letters(token: bytes) -> str:
 
 
 def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts a token was made of: merge its bytes by all earlier ranks. b"the" -> [b"t", b"he"], say."""
+    """The two parts a token was made of, by merging its bytes by rank: b"the" -> [b"t", b"he"], say."""
     parts = [bytes([byte]) for byte in token]
     while len(parts) > 2:
         pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]

@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts stand in the root, as their users find them
+sys.path.insert(
+    0, str(Path(__file__).parent.parent)
+)  # the scripts stand in the root, as their users find them
 
 from configurator import configure
 from model import GPT, GPTConfig
@@ -20,18 +22,36 @@ from prepare import PrepareConfig, prepare
 ROOT = Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared" / "data"  # public data that is not part of the project
 # The smallest run that still has grouped queries, several rows a batch and several batches a step.
-TINY_RUN = ["--n_layer=2", "--n_embd=64", "--n_head=4", "--n_kv_head=2", "--intermediate_size=128", "--block_size=64",
-            "--global_batch_size=8", "--micro_batch_size=4", "--learning_rate=3e-3", "--eval_tokens=1024",
-            "--sample_tokens=0", "--log_interval=1", "--eval_interval=0", "--save_interval=0"]
+TINY_RUN = [
+    "--n_layer=2",
+    "--n_embd=64",
+    "--n_head=4",
+    "--n_kv_head=2",
+    "--intermediate_size=128",
+    "--block_size=64",
+    "--global_batch_size=8",
+    "--micro_batch_size=4",
+    "--learning_rate=3e-3",
+    "--eval_tokens=1024",
+    "--sample_tokens=0",
+    "--log_interval=1",
+    "--eval_interval=0",
+    "--save_interval=0",
+]
 
 
 def tiny_config(**changes):
-    return GPTConfig(**dict(vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128,
-                            block_size=64) | changes)
+    return GPTConfig(
+        **dict(
+            vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128, block_size=64
+        )
+        | changes
+    )
 
 
 def busy_model(config, seed=0):
-    """A model whose every parameter is far from its initial value, so that nothing hides behind a zero or a one."""
+    """A model whose every parameter is far from its initial value, so that nothing hides behind a zero or a
+    one."""
     model = GPT(config, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -67,19 +87,28 @@ def data(tmp_path_factory, text_folder):
 def trained(tmp_path_factory, data):
     """An out_dir after a short training run."""
     import train
+
     out = tmp_path_factory.mktemp("out") / "trained"
     train.main([*TINY_RUN, f"--dataset={data}", f"--out_dir={out}", "--max_steps=60"])
     return out
 
 
-# ---- Two processes ---------------------------------------------------------------------------------------------------
+# ---- Two processes ----------------------------------------------------------------------------------------
+
 
 def rank_main(rank, port, pipe):
     """What each of the two processes does: run the functions it is sent, one after the other."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1",
-                   "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    os.environ |= {
+        "RANK": str(rank),
+        "LOCAL_RANK": str(rank),
+        "WORLD_SIZE": "2",
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "OMP_NUM_THREADS": "1",
+    }
     torch.set_num_threads(1)
     import torch.distributed as dist
+
     dist.init_process_group("gloo")
     while (task := pipe.recv()) is not None:
         function, arguments = task
@@ -111,8 +140,11 @@ def two_ranks():
     def run(function, *arguments):
         for pipe in pipes:
             pipe.send((function, arguments))
-        results = [pipe.recv() for pipe in pipes]
-        for result, error in results:
+        results = []
+        for pipe in pipes:
+            assert pipe.poll(120), f"a rank hangs; {results}"
+            results.append(pipe.recv())
+        for _, error in results:
             assert error is None, error
         return [result for result, _ in results]
 
@@ -121,6 +153,7 @@ def two_ranks():
         pipe.send(None)
     for process in processes:
         process.join(timeout=20)
+        process.kill()
 
 
 def config_of(schema, *words):

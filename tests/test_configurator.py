@@ -1,4 +1,5 @@
-"""configurator.py: three sources in order, each checked; every fault one line that says where and what instead."""
+"""configurator.py: three sources in order, each checked; every fault one line that says where and what
+instead."""
 
 import subprocess
 import sys
@@ -47,26 +48,55 @@ def test_later_sources_win(tmp_path):
     config, given = configure(Schema, [file, "--steps=7", "--name=run one"])
     assert (config.steps, config.rate, config.mode, config.name) == (7, 1.0, "slow", "run one")
     assert isinstance(config.rate, float)
-    assert given == {"steps": "command line", "rate": f"{file}:2", "mode": f"{file}:3", "name": "command line"}
+    assert given == {
+        "steps": "command line",
+        "rate": f"{file}:2",
+        "mode": f"{file}:3",
+        "name": "command line",
+    }
     assert differences(config) == {"steps": 7, "rate": 1.0, "mode": "slow", "name": "run one"}
 
 
-@pytest.mark.parametrize("word, key, value", [
-    ("--rate=1", "rate", 1.0), ("--rate=3e-4", "rate", 3e-4), ("--steps=1e3", "steps", 1000),
-    ("--steps=1_000", "steps", 1000), ("--loud=True", "loud", True), ("--name=None", "name", None),
-    ("--name=1", "name", "1"), ("--parts={'a': 0.5}", "parts", {"a": 0.5}), ("--words=['a', 'b']", "words", ["a", "b"]),
-    ("--words=a", "words", "a"), ("--name=a=b", "name", "a=b"), ("--mode=slow", "mode", "slow")])
+@pytest.mark.parametrize(
+    "word, key, value",
+    [
+        ("--rate=1", "rate", 1.0),
+        ("--rate=3e-4", "rate", 3e-4),
+        ("--steps=1e3", "steps", 1000),
+        ("--steps=1_000", "steps", 1000),
+        ("--loud=True", "loud", True),
+        ("--name=None", "name", None),
+        ("--name=1", "name", "1"),
+        ("--parts={'a': 0.5}", "parts", {"a": 0.5}),
+        ("--words=['a', 'b']", "words", ["a", "b"]),
+        ("--words=a", "words", "a"),
+        ("--name=a=b", "name", "a=b"),
+        ("--mode=slow", "mode", "slow"),
+    ],
+)
 def test_words_become_values(word, key, value):
     result = getattr(configure(Schema, [word])[0], key)
     assert result == value and type(result) is type(value)
 
 
-@pytest.mark.parametrize("word, parts", [
-    ("--stesp=3", ["command line", "'stesp'", "did you mean 'steps'"]), ("--steps=three", ["--steps=three", "int"]),
-    ("--steps=1.5", ["int"]), ("--loud=yes", ["bool"]), ("--loud=1", ["bool"]), ("--steps=True", ["int"]),
-    ("--mode=quick", ["fast|slow"]), ("--steps", ["--steps=value"]), ("--parts=[1]", ["dict"]),
-    ("--steps=__import__('os').getpid()", ["int"]), ("--steps=0", ["steps=0", "positive"]),
-    ("--rate=" + "9" * 5000, ["--rate="]), ("--parts=" + "[" * 5000, ["dict"])])
+@pytest.mark.parametrize(
+    "word, parts",
+    [
+        ("--stesp=3", ["command line", "'stesp'", "did you mean 'steps'"]),
+        ("--steps=three", ["--steps=three", "int"]),
+        ("--steps=1.5", ["int"]),
+        ("--loud=yes", ["bool"]),
+        ("--loud=1", ["bool"]),
+        ("--steps=True", ["int"]),
+        ("--mode=quick", ["fast|slow"]),
+        ("--steps", ["--steps=value"]),
+        ("--parts=[1]", ["dict"]),
+        ("--steps=__import__('os').getpid()", ["int"]),
+        ("--steps=0", ["steps=0", "positive"]),
+        ("--rate=" + "9" * 5000, ["--rate="]),
+        ("--parts=" + "[" * 5000, ["dict"]),
+    ],
+)
 def test_wrong_words_are_one_line(word, parts):
     with pytest.raises(UserError) as error:
         configure(Schema, [word])
@@ -74,10 +104,18 @@ def test_wrong_words_are_one_line(word, parts):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("text, parts", [
-    ("a = 1\nstep = 3\n", [":1", "'a'"]), ("steps = 1\nrat = 3\n", [":2", "'rat'", "did you mean 'rate'"]),
-    ("steps = '3'\n", [":1", "steps = '3'", "int"]), ("loud = 1\n", ["bool"]), ("steps = = 3\n", [":1", "not a config file"]),
-    ("steps = 1 / 0\n", ["ZeroDivisionError"]), ("mode = 'x'\n", ["fast|slow"])])
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ("a = 1\nstep = 3\n", [":1", "'a'"]),
+        ("steps = 1\nrat = 3\n", [":2", "'rat'", "did you mean 'rate'"]),
+        ("steps = '3'\n", [":1", "steps = '3'", "int"]),
+        ("loud = 1\n", ["bool"]),
+        ("steps = = 3\n", [":1", "not a config file"]),
+        ("steps = 1 / 0\n", ["ZeroDivisionError"]),
+        ("mode = 'x'\n", ["fast|slow"]),
+    ],
+)
 def test_wrong_files_name_the_line(tmp_path, text, parts):
     with pytest.raises(UserError) as error:
         configure(Schema, [config_file(tmp_path, text)])
@@ -92,7 +130,14 @@ def test_missing_file_suggests(monkeypatch):
 
 def test_help_lists_every_key_with_default_and_comment():
     text = help_text(Schema, "what it does")
-    for expected in ("what it does", "--rate=0.001", "how fast", "--mode=fast", "fast|slow: which way", "--parts={}"):
+    for expected in (
+        "what it does",
+        "--rate=0.001",
+        "how fast",
+        "--mode=fast",
+        "fast|slow: which way",
+        "--parts={}",
+    ):
         assert expected in text
     with pytest.raises(SystemExit) as leaving:
         configure(Schema, ["--help"])
@@ -105,14 +150,26 @@ def test_override_checks_like_a_file():
         override(Schema(), {"rats": 2}, "stages[1]")
 
 
-@pytest.mark.parametrize("body, code, stderr", [
-    ("return 0", 0, ""), ("raise UserError('a\\nb')", 2, "s.py: a b\n"),
-    ("raise OSError(28, 'No space left on device', 'x.bin')", 2, "s.py: [Errno 28] No space left on device: 'x.bin'\n"),
-    ("raise KeyboardInterrupt", 130, ""), ("raise RuntimeError('ours')", 1, None)])
+@pytest.mark.parametrize(
+    "body, code, stderr",
+    [
+        ("return 0", 0, ""),
+        ("raise UserError('a\\nb')", 2, "s.py: a b\n"),
+        (
+            "raise OSError(28, 'No space left on device', 'x.bin')",
+            2,
+            "s.py: [Errno 28] No space left on device: 'x.bin'\n",
+        ),
+        ("raise KeyboardInterrupt", 130, ""),
+        ("raise RuntimeError('ours')", 1, None),
+    ],
+)
 def test_exit_codes(tmp_path, body, code, stderr):
     script = tmp_path / "s.py"
-    script.write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom configurator import UserError, run_script\n"
-                      f"def main(argv):\n    {body}\nrun_script(main)\n")
+    script.write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom configurator import UserError, run_script\n"
+        f"def main(argv):\n    {body}\nrun_script(main)\n"
+    )
     done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert done.returncode == code
     assert "Traceback" in done.stderr if stderr is None else done.stderr == stderr
@@ -124,6 +181,7 @@ def test_every_key_of_every_script_is_explained():
     from prepare import PrepareConfig
     from sample import SampleConfig
     from train import TrainConfig
+
     for schema in (PrepareConfig, TrainConfig, SampleConfig):
         missing = set(schema.__dataclass_fields__) - field_comments(schema).keys()
         assert not missing, f"{schema.__name__}: {missing}"

@@ -28,13 +28,13 @@ def run(model, prompts, count, sampling=GREEDY, **options):
 
 def uncached(model, prompt, count):
     """Greedy decoding by the definition: the whole window through the model for every token."""
-    window, new = prompt[-model.config.block_size:], []
+    window, new = prompt[-model.config.block_size :], []
     for _ in range(count):
         with torch.no_grad():
             new.append(model(torch.tensor([window]))[0, -1].argmax().item())
         window = window + new[-1:]
         if len(window) > model.config.block_size:
-            window = window[-(model.config.block_size // 2):]
+            window = window[-(model.config.block_size // 2) :]
     return new
 
 
@@ -44,11 +44,13 @@ def prompts_of(count, longest=60, seed=0):
     return [torch.randint(500, (length,), generator=generator).tolist() for length in lengths]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)])
+@pytest.mark.parametrize(
+    "changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)]
+)
 def test_greedy_tokens_of_200_prompts(changes):
     """Cached = uncached and batched ragged = alone, past the end of the context (64) as well."""
     model, prompts = busy_model(tiny_config(**changes)), prompts_of(100)
-    together = [row for first in range(0, 100, 25) for row in run(model, prompts[first:first + 25], 20)]
+    together = [row for first in range(0, 100, 25) for row in run(model, prompts[first : first + 25], 20)]
     for prompt, row in zip(prompts, together, strict=True):
         assert row == uncached(model, prompt, 20)
         assert [row] == run(model, [prompt], 20)
@@ -62,18 +64,23 @@ def test_a_full_context_goes_on_with_its_last_half():
 
 def test_greedy_tokens_equal_transformers(trained):
     from transformers import AutoModelForCausalLM
+
     folder = trained / "step_000060"
     theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), GPT.from_pretrained(folder).eval()
     for prompt in prompts_of(5, longest=20):
-        reference = theirs.generate(torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0)
-        assert run(ours, [prompt], 30) == [reference[0, len(prompt):].tolist()]
+        reference = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert run(ours, [prompt], 30) == [reference[0, len(prompt) :].tolist()]
 
 
 def test_rows_do_not_know_of_each_other():
     model, prompts = busy_model(tiny_config()), prompts_of(6)
     sampling = Sampling(temperature=1.5, top_k=50, seed=3)
     together = run(model, prompts, 30, sampling)
-    assert together == [run(model, [prompt], 30, sampling, first_row=row)[0] for row, prompt in enumerate(prompts)]
+    assert together == [
+        run(model, [prompt], 30, sampling, first_row=row)[0] for row, prompt in enumerate(prompts)
+    ]
     assert together == run(model, prompts, 30, sampling)
     assert together != run(model, prompts, 30, Sampling(temperature=1.5, top_k=50, seed=4))
     same = run(model, [prompts[0]] * 2, 30, sampling)
@@ -90,7 +97,9 @@ def test_a_row_that_ends_leaves_the_others_alone():
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
     model = busy_model(tiny_config())
-    assert max(max(row) for row in run(model, prompts_of(4), 50, Sampling(temperature=50.0), vocab_size=3)) < 3
+    assert (
+        max(max(row) for row in run(model, prompts_of(4), 50, Sampling(temperature=50.0), vocab_size=3)) < 3
+    )
 
 
 def test_no_tokens_and_empty_prompts():
@@ -103,45 +112,87 @@ def test_no_tokens_and_empty_prompts():
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # most likely first: 1, 3, 0, 2, 4
 
 
-@pytest.mark.parametrize("options, uniform, expected", [
-    (dict(temperature=0), 0.99, 1), (dict(temperature=1.0), 0.0, 1), (dict(temperature=1.0), 0.39, 1), (dict(temperature=1.0), 0.41, 3),
-    (dict(temperature=1.0), 0.81, 0), (dict(temperature=1.0), 0.91, 2), (dict(temperature=1.0), 0.999999, 4),
-    (dict(temperature=1.0, top_k=1), 0.999, 1), (dict(temperature=1.0, top_k=2), 0.49, 1), (dict(temperature=1.0, top_k=2), 0.51, 3),
-    (dict(temperature=1.0, top_k=0), 0.999, 4), (dict(temperature=1.0, top_k=99), 0.999, 4),
-    (dict(temperature=1.0, top_p=0.0), 0.999, 1), (dict(temperature=1.0, top_p=0.39), 0.999, 1), (dict(temperature=1.0, top_p=0.5), 0.999, 3),
-    (dict(temperature=1.0, top_p=1.0), 0.999, 4), (dict(temperature=1.0, top_k=3, top_p=0.9), 0.999, 0), (dict(temperature=1.0, top_k=3, top_p=0.88), 0.999, 3),
-    (dict(temperature=1.0, min_p=0.2), 0.999, 0), (dict(temperature=1.0, min_p=1.0), 0.999, 3), (dict(temperature=100.0), 0.999, 4)])
+@pytest.mark.parametrize(
+    "options, uniform, expected",
+    [
+        (dict(temperature=0), 0.99, 1),
+        (dict(temperature=1.0), 0.0, 1),
+        (dict(temperature=1.0), 0.39, 1),
+        (dict(temperature=1.0), 0.41, 3),
+        (dict(temperature=1.0), 0.81, 0),
+        (dict(temperature=1.0), 0.91, 2),
+        (dict(temperature=1.0), 0.999999, 4),
+        (dict(temperature=1.0, top_k=1), 0.999, 1),
+        (dict(temperature=1.0, top_k=2), 0.49, 1),
+        (dict(temperature=1.0, top_k=2), 0.51, 3),
+        (dict(temperature=1.0, top_k=0), 0.999, 4),
+        (dict(temperature=1.0, top_k=99), 0.999, 4),
+        (dict(temperature=1.0, top_p=0.0), 0.999, 1),
+        (dict(temperature=1.0, top_p=0.39), 0.999, 1),
+        (dict(temperature=1.0, top_p=0.5), 0.999, 3),
+        (dict(temperature=1.0, top_p=1.0), 0.999, 4),
+        (dict(temperature=1.0, top_k=3, top_p=0.9), 0.999, 0),
+        (dict(temperature=1.0, top_k=3, top_p=0.88), 0.999, 3),
+        (dict(temperature=1.0, min_p=0.2), 0.999, 0),
+        (dict(temperature=1.0, min_p=1.0), 0.999, 3),
+        (dict(temperature=100.0), 0.999, 4),
+    ],
+)
 def test_choice_by_hand(options, uniform, expected):
     assert choose(LOGITS.clone(), torch.tensor([uniform]), Sampling(**options)).tolist() == [expected]
 
 
 def test_choice_has_the_distribution_of_transformers_filters():
-    from transformers import LogitsProcessorList, MinPLogitsWarper, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
     logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 3
-    filters = LogitsProcessorList([TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)])
+    filters = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)]
+    )
     expected = filters(None, logits.clone()).softmax(-1)[0]
     uniform = (torch.arange(100_000) + 0.5) / 100_000
-    chosen = choose(logits.expand(100_000, 50), uniform, Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02))
+    chosen = choose(
+        logits.expand(100_000, 50), uniform, Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
+    )
     assert (torch.bincount(chosen, minlength=50) / 100_000 - expected).abs().max() < 1e-4
 
 
 def test_repetition_penalty_equals_transformers():
     from transformers import RepetitionPenaltyLogitsProcessor
-    logits, rows = torch.randn(2, 30, generator=torch.Generator().manual_seed(0)), [[1, 2, 2, 5], [29, 0, 3, 3]]
+
+    logits, rows = (
+        torch.randn(2, 30, generator=torch.Generator().manual_seed(0)),
+        [[1, 2, 2, 5], [29, 0, 3, 3]],
+    )
     expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(rows), logits.clone())
     assert torch.equal(penalize(logits.clone(), rows, 1.3), expected)
     assert torch.equal(penalize(logits.clone(), rows, 1.0), logits)
 
 
-@pytest.mark.parametrize("options, message", [
-    (dict(temperature=-1), "temperature"), (dict(top_p=1.1), "top_p"), (dict(top_p=float("nan")), "top_p"), (dict(min_p=-0.1), "min_p"),
-    (dict(top_k=-1), "top_k"), (dict(repetition_penalty=0), "repetition_penalty")])
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=-1), "temperature"),
+        (dict(top_p=1.1), "top_p"),
+        (dict(top_p=float("nan")), "top_p"),
+        (dict(min_p=-0.1), "min_p"),
+        (dict(top_k=-1), "top_k"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+    ],
+)
 def test_sampling_refuses(options, message):
     with pytest.raises(UserError, match=message):
         Sampling(**options)
 
 
-# ---- sample.py ---------------------------------------------------------------------------------------------------------
+# ---- sample.py --------------------------------------------------------------------------------------------
+
 
 def call(capsys, trained, *words):
     assert sample.main([f"--model={trained}", "--device=cpu", *words]) == 0
@@ -160,11 +211,22 @@ def test_only_the_generated_text_is_on_stdout(capsys, trained):
 def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
     single = call(capsys, trained, "--prompt=def ", "--max_new_tokens=50").out
     (tmp_path / "p.jsonl").write_text('{"prompt": "def ", "id": 7}\n\n{"prompt": ""}\n', encoding="utf-8")
-    lines = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=50", "--num_samples=2", "--batch_size=3").out.splitlines()
+    lines = call(
+        capsys,
+        trained,
+        f"--prompt_file={tmp_path / 'p.jsonl'}",
+        "--max_new_tokens=50",
+        "--num_samples=2",
+        "--batch_size=3",
+    ).out.splitlines()
     rows = [json.loads(line) for line in lines]
-    assert [row["prompt"] for row in rows] == ["def ", "def ", "", ""] and [row.get("id") for row in rows] == [7, 7, None, None]
+    assert [row["prompt"] for row in rows] == ["def ", "def ", "", ""] and [
+        row.get("id") for row in rows
+    ] == [7, 7, None, None]
     assert rows[0]["completion"] + "\n" == single and rows[0]["completion"] != rows[1]["completion"]
-    again = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=50", "--num_samples=2").out.splitlines()
+    again = call(
+        capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=50", "--num_samples=2"
+    ).out.splitlines()
     assert again == lines  # the batch size changes nothing
     several = call(capsys, trained, "--prompt=def ", "--max_new_tokens=50", "--num_samples=2")
     assert several.out == rows[0]["completion"] + "\n" + rows[1]["completion"] + "\n"
@@ -173,10 +235,20 @@ def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
 def test_stop_texts_end_a_sample_and_are_not_shown(capsys, trained, tmp_path):
     whole = call(capsys, trained, "--prompt=def ", "--max_new_tokens=60").out[:-1]
     stop = whole[20:23]
-    expected = whole[:whole.index(stop)]
-    assert call(capsys, trained, "--prompt=def ", "--max_new_tokens=60", f"--stop={stop}").out == expected + "\n"
+    expected = whole[: whole.index(stop)]
+    assert (
+        call(capsys, trained, "--prompt=def ", "--max_new_tokens=60", f"--stop={stop}").out == expected + "\n"
+    )
     (tmp_path / "p.jsonl").write_text('{"prompt": "def "}\n')
-    line = json.loads(call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=60", f"--stop={['nowhere', stop]}").out)
+    line = json.loads(
+        call(
+            capsys,
+            trained,
+            f"--prompt_file={tmp_path / 'p.jsonl'}",
+            "--max_new_tokens=60",
+            f"--stop={['nowhere', stop]}",
+        ).out
+    )
     assert (line["completion"], line["finish_reason"]) == (expected, "stop")
 
 
@@ -200,18 +272,35 @@ def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
     assert call(capsys, trained, "--max_new_tokens=0").out == "\n"
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "no prompts"), ("{", ":1: not JSON"), ('{"prompt": "a"}\n{"text": "b"}', ':2: needs the key "prompt"'), ('{"prompt": 3}', "needs the key"),
-    ('{"prompt": "a", "prompt": "b"}', "name twice"), ('{"prompt": "\\ud800"}', "lone surrogate"), ("[1]", "needs the key")])
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no prompts"),
+        ("{", ":1: not JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}', ':2: needs the key "prompt"'),
+        ('{"prompt": 3}', "needs the key"),
+        ('{"prompt": "a", "prompt": "b"}', "name twice"),
+        ('{"prompt": "\\ud800"}', "lone surrogate"),
+        ("[1]", "needs the key"),
+    ],
+)
 def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
     (tmp_path / "p.jsonl").write_text(content)
     with pytest.raises(UserError, match=message):
         sample.main([f"--model={trained}", f"--prompt_file={tmp_path / 'p.jsonl'}"])
 
 
-@pytest.mark.parametrize("words, message", [
-    (["--model=out/nowhere"], "no model here|the hub does not give it"), (["--prompt=a", "--prompt_file=b"], "give one"), (["--num_samples=0"], "num_samples"),
-    (["--stop="], "none of them empty"), (["--device=tpu9"], "no such device"), (["--device=cuda:9"], "not on this machine")])
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model=out/nowhere"], "no model here|the hub does not give it"),
+        (["--prompt=a", "--prompt_file=b"], "give one"),
+        (["--num_samples=0"], "num_samples"),
+        (["--stop="], "none of them empty"),
+        (["--device=tpu9"], "no such device"),
+        (["--device=cuda:9"], "not on this machine"),
+    ],
+)
 def test_wrong_words(trained, words, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):

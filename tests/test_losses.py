@@ -94,6 +94,6 @@ def test_backward_twice_is_not_scaled_twice():
     hidden, weight, targets, V = problem(N=8)
     hidden.requires_grad_()
     total, _ = linear_cross_entropy(hidden, weight, targets, V)
-    first, = torch.autograd.grad(2 * total, hidden, retain_graph=True)
-    second, = torch.autograd.grad(2 * total, hidden)
+    (first,) = torch.autograd.grad(2 * total, hidden, retain_graph=True)
+    (second,) = torch.autograd.grad(2 * total, hidden)
     assert torch.equal(first, second)

@@ -12,8 +12,13 @@ from parts import hf
 from tests.conftest import busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
-LLAMA3 = dict(rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
-              original_max_position_embeddings=32)
+LLAMA3 = dict(
+    rope_type="llama3",
+    factor=8.0,
+    low_freq_factor=1.0,
+    high_freq_factor=4.0,
+    original_max_position_embeddings=32,
+)
 YARN = dict(rope_type="yarn", factor=4.0, original_max_position_embeddings=32)
 ARCHITECTURES = {
     "tied": ("LlamaForCausalLM", {}),
@@ -28,7 +33,10 @@ ARCHITECTURES = {
     "llama3 scaling": ("LlamaForCausalLM", dict(rope_scaling=LLAMA3)),
     "yarn scaling": ("LlamaForCausalLM", dict(rope_scaling=YARN)),
     "yarn with mscale": ("LlamaForCausalLM", dict(rope_scaling=YARN | dict(mscale=0.7, mscale_all_dim=1.0))),
-    "yarn with its factor": ("LlamaForCausalLM", dict(rope_scaling=YARN | dict(attention_factor=1.3, truncate=False))),
+    "yarn with its factor": (
+        "LlamaForCausalLM",
+        dict(rope_scaling=YARN | dict(attention_factor=1.3, truncate=False)),
+    ),
     "qwen2": ("Qwen2ForCausalLM", dict(bias="qkv")),
     "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True)),
     "gpt2": ("GPT2LMHeadModel", GPT2),
@@ -44,6 +52,7 @@ def ids_for(config, B=2, T=64, seed=0):
 def test_logits_equal_transformers(name, tmp_path):
     """From our folder to transformers, and from its folder back."""
     from transformers import AutoModelForCausalLM
+
     expected_class, changes = ARCHITECTURES[name]
     config = tiny_config(**changes)
     model, ids = busy_model(config), ids_for(config)
@@ -64,8 +73,16 @@ def test_logits_equal_transformers(name, tmp_path):
 
 def test_mistral_loads_where_it_is_a_llama(tmp_path):
     from transformers import MistralConfig, MistralForCausalLM
-    plain = dict(vocab_size=100, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
-                 num_key_value_heads=2, max_position_embeddings=64)
+
+    plain = dict(
+        vocab_size=100,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=64,
+    )
     theirs = MistralForCausalLM(MistralConfig(**plain, sliding_window=None)).eval()
     theirs.save_pretrained(tmp_path / "plain")
     ids = ids_for(tiny_config(vocab_size=100))
@@ -76,13 +93,27 @@ def test_mistral_loads_where_it_is_a_llama(tmp_path):
         GPT.from_pretrained(tmp_path / "window")
 
 
-@pytest.mark.parametrize("change, message", [
-    (dict(model_type="mamba"), "model_type 'mamba' is not supported"), (dict(hidden_act="gelu"), "hidden_act=gelu"),
-    (dict(attention_bias=True), "attention_bias=True"), (dict(quantization_config={"bits": 4}), "quantization_config"),
-    (dict(rope_scaling=dict(rope_type="longrope", factor=2, original_max_position_embeddings=8)), "llama3 or yarn"),
-    (dict(rope_scaling=dict(rope_type="llama3", factor=2, original_max_position_embeddings=8)), "low_freq_factor"),
-    (dict(hidden_size=128), "no place in this architecture"), (dict(num_hidden_layers=3), "layers.2.* is missing"),
-    (dict(num_hidden_layers=1), "no place"), (dict(num_key_value_heads=3), "divisible by n_kv_head")])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (dict(model_type="mamba"), "model_type 'mamba' is not supported"),
+        (dict(hidden_act="gelu"), "hidden_act=gelu"),
+        (dict(attention_bias=True), "attention_bias=True"),
+        (dict(quantization_config={"bits": 4}), "quantization_config"),
+        (
+            dict(rope_scaling=dict(rope_type="longrope", factor=2, original_max_position_embeddings=8)),
+            "llama3 or yarn",
+        ),
+        (
+            dict(rope_scaling=dict(rope_type="llama3", factor=2, original_max_position_embeddings=8)),
+            "low_freq_factor",
+        ),
+        (dict(hidden_size=128), "no place in this architecture"),
+        (dict(num_hidden_layers=3), "layers.2.* is missing"),
+        (dict(num_hidden_layers=1), "no place"),
+        (dict(num_key_value_heads=3), "divisible by n_kv_head"),
+    ],
+)
 def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
     busy_model(tiny_config()).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
@@ -99,7 +130,7 @@ def test_damaged_or_missing_weights_are_one_line(tmp_path):
         GPT.from_pretrained(tmp_path)
     weights.unlink()
     (tmp_path / "pytorch_model.bin").write_bytes(b"a pickle")
-    with pytest.raises(UserError, match="never from pickle"):
+    with pytest.raises(UserError, match="never pickle"):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no model here"):
         GPT.from_pretrained(tmp_path / "elsewhere")
@@ -126,7 +157,9 @@ def test_weights_depend_on_the_seed_alone():
     with torch.device("meta"):
         later = GPT(tiny_config())
     later.materialize("cpu", seed=3)
-    for (name, one), (_, two) in zip(GPT(tiny_config(), seed=3).named_parameters(), later.named_parameters(), strict=True):
+    for (name, one), (_, two) in zip(
+        GPT(tiny_config(), seed=3).named_parameters(), later.named_parameters(), strict=True
+    ):
         assert torch.equal(one, two), name
     other = GPT(tiny_config(), seed=4)
     assert not torch.equal(other.head_weight, later.head_weight)
@@ -191,7 +224,7 @@ def test_cached_logits_equal_uncached(changes):
         single = model(ids[rows, lengths[:, None] + 5], cache=cache)
     for row, length in enumerate(lengths):
         assert (prefill[row, :length] - whole[row, :length]).abs().max() <= 1e-5
-        assert (several[row] - whole[row, length:length + 5]).abs().max() <= 1e-5
+        assert (several[row] - whole[row, length : length + 5]).abs().max() <= 1e-5
         assert (single[row, 0] - whole[row, length + 5]).abs().max() <= 1e-5
 
 
@@ -210,7 +243,7 @@ def test_activation_checkpointing_changes_no_gradient():
 def test_a_head_replaces_the_logits():
     config = tiny_config()
     model, ids = busy_model(config), ids_for(config)
-    logits = model(ids, head=lambda hidden, weight: hidden @ weight.T)[..., :config.vocab_size]
+    logits = model(ids, head=lambda hidden, weight: hidden @ weight.T)[..., : config.vocab_size]
     assert torch.allclose(logits, model(ids), atol=1e-5)
 
 
@@ -229,13 +262,21 @@ def test_context_may_change_in_a_trained_model(tmp_path):
 
 
 def test_more_tokens_than_the_context_is_an_error():
-    with pytest.raises(ValueError, match="block_size is 64"):
+    with pytest.raises(ValueError, match="65 tokens do not fit block_size=64"):
         GPT(tiny_config())(torch.zeros(1, 65, dtype=torch.int64))
 
 
-@pytest.mark.parametrize("changes, message", [
-    (dict(n_head=3, n_kv_head=3), "n_embd=64"), (dict(n_kv_head=3), "divisible by n_kv_head"), (dict(n_layer=0), "positive"),
-    (dict(head_dim=15), "even"), (dict(dropout=1.0), "dropout"), (dict(rope_scaling={}), "rope_type")])
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(n_head=3, n_kv_head=3), "n_embd=64"),
+        (dict(n_kv_head=3), "divisible by n_kv_head"),
+        (dict(n_layer=0), "positive"),
+        (dict(head_dim=15), "even"),
+        (dict(dropout=1.0), "dropout"),
+        (dict(rope_scaling={}), "rope_type"),
+    ],
+)
 def test_sizes_that_do_not_fit_are_refused(changes, message):
     with pytest.raises(UserError, match=message):
         tiny_config(**changes)
@@ -253,10 +294,29 @@ def test_counts_worked_by_hand():
 def test_real_sizes():
     """GPT-2 124M and the 1.1B Llama, on the meta device, against their known parameter and FLOP counts."""
     with torch.device("meta"):
-        small = GPT(GPTConfig(vocab_size=50257, n_layer=12, n_head=12, n_embd=768, intermediate_size=3072, block_size=1024,
-                              **(GPT2 | dict(n_kv_head=12))))
-        large = GPT(GPTConfig(vocab_size=32000, n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, intermediate_size=5632,
-                              block_size=4096, tie_embeddings=False))
+        small = GPT(
+            GPTConfig(
+                vocab_size=50257,
+                n_layer=12,
+                n_head=12,
+                n_embd=768,
+                intermediate_size=3072,
+                block_size=1024,
+                **(GPT2 | dict(n_kv_head=12)),
+            )
+        )
+        large = GPT(
+            GPTConfig(
+                vocab_size=32000,
+                n_layer=22,
+                n_head=32,
+                n_kv_head=4,
+                n_embd=2048,
+                intermediate_size=5632,
+                block_size=4096,
+                tie_embeddings=False,
+            )
+        )
     assert small.num_parameters() == 124_439_808
     assert small.flops_per_token(1024) == pytest.approx(0.80e9, rel=0.01)
     assert large.num_parameters() == 1_100_048_384  # TinyLlama's

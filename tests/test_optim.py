@@ -15,9 +15,14 @@ from tests.conftest import tiny_config
 
 def test_muon_equals_torch_in_its_precision(monkeypatch):
     """torch.optim.Muon orthogonalises in bfloat16; so does ours when told to."""
+
     def in_bfloat16(matrices, steps=5):
-        return torch.stack([torch.optim._muon._zeropower_via_newtonschulz(m, (3.4445, -4.7750, 2.0315), steps, 1e-7)
-                            for m in matrices]).float()
+        return torch.stack(
+            [
+                torch.optim._muon._zeropower_via_newtonschulz(m, (3.4445, -4.7750, 2.0315), steps, 1e-7)
+                for m in matrices
+            ]
+        ).float()
 
     monkeypatch.setattr(optim, "orthogonalize", in_bfloat16)
     torch.manual_seed(0)
@@ -41,7 +46,9 @@ def test_orthogonalize_keeps_the_directions_and_evens_the_lengths(shape):
     matrices = torch.randn(3, *shape) * torch.tensor([1e-3, 1.0, 1e3])[:, None, None]
     result = orthogonalize(matrices)
     u, _, v = torch.linalg.svd(matrices, full_matrices=False)
-    lengths = torch.diagonal(u.mT @ result @ v.mT, dim1=-2, dim2=-1)  # singular values in the original directions
+    lengths = torch.diagonal(
+        u.mT @ result @ v.mT, dim1=-2, dim2=-1
+    )  # singular values in the original directions
     assert lengths.min() > 0.5 and lengths.max() < 1.3
     off = u.mT @ result @ v.mT - torch.diag_embed(lengths)
     assert off.abs().max() < 1e-3
@@ -84,8 +91,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind):
 def test_groups():
     """Muon has the blocks' matrices; only matrices decay; a factor of 0 freezes."""
     model = GPT(tiny_config(tie_embeddings=False, bias="qkv"))
-    cfg = RunConfig(optimizer="muon", weight_decay=0.1, learning_rate=1.0,
-                    lr_multipliers={r"layers\.0\.mlp": 0.0, "embed": 0.5})
+    cfg = RunConfig(
+        optimizer="muon",
+        weight_decay=0.1,
+        learning_rate=1.0,
+        lr_multipliers={r"layers\.0\.mlp": 0.0, "embed": 0.5},
+    )
     muon, adamw = make_optimizers(model, cfg)
     names = {parameter: name for name, parameter in model.named_parameters()}
     groups = {names[p]: (o, g) for o in (muon, adamw) for g in o.param_groups for p in g["params"]}
@@ -101,19 +112,29 @@ def test_groups():
     assert {group["lr"] for group in adamw.param_groups} == {0.1, 0.2}
 
 
-@pytest.mark.parametrize("patterns, message", [
-    ({"nothing": 0.5}, "decides over no parameter"), ({"(": 1.0}, "no regular expression"), ({"mlp": -1.0}, "negative"),
-    ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' decides")])
+@pytest.mark.parametrize(
+    "patterns, message",
+    [
+        ({"nothing": 0.5}, "decides over no parameter"),
+        ({"(": 1.0}, "no regular expression"),
+        ({"mlp": -1.0}, "negative"),
+        ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' decides"),
+    ],
+)
 def test_multipliers_refused(patterns, message):
     with pytest.raises(UserError, match=message):
         multipliers(GPT(tiny_config()), patterns)
 
 
-@pytest.mark.parametrize("schedule, steps, expected", [
-    ("wsd", [0, 9, 10, 79, 80, 90, 99], [0.1, 1.0, 1.0, 1.0, 1.0, 0.55, 0.145]),
-    ("constant", [0, 9, 10, 99], [0.1, 1.0, 1.0, 1.0]),
-    ("linear", [0, 10, 55, 99], [0.1, 1.0, 0.55, 0.11]),
-    ("cosine", [0, 10, 55, 99], [0.1, 1.0, 0.55, 0.1 + 0.9 * (1 + math.cos(math.pi * 89 / 90)) / 2])])
+@pytest.mark.parametrize(
+    "schedule, steps, expected",
+    [
+        ("wsd", [0, 9, 10, 79, 80, 90, 99], [0.1, 1.0, 1.0, 1.0, 1.0, 0.55, 0.145]),
+        ("constant", [0, 9, 10, 99], [0.1, 1.0, 1.0, 1.0]),
+        ("linear", [0, 10, 55, 99], [0.1, 1.0, 0.55, 0.11]),
+        ("cosine", [0, 10, 55, 99], [0.1, 1.0, 0.55, 0.1 + 0.9 * (1 + math.cos(math.pi * 89 / 90)) / 2]),
+    ],
+)
 def test_schedule_worked_by_hand(schedule, steps, expected):
     """100 steps, 10 of warmup, peak 1, end 0.1; wsd decays over 20."""
     cfg = RunConfig(schedule=schedule, learning_rate=1.0, min_lr=0.1, warmup_steps=10, decay_steps=20)

@@ -1,4 +1,5 @@
-"""prepare.py, parts/shards.py and parts/data.py: what lies on disk, what a step reads, and every fault in one line."""
+"""prepare.py, parts/shards.py and parts/data.py: what lies on disk, what a step reads, and every fault in one
+line."""
 
 import json
 import os
@@ -22,7 +23,10 @@ from tests.conftest import ROOT, config_of
 
 
 def documents(count, start=0):
-    return [f"document {i}: " + " ".join(str(i * j) for j in range(i % 13 + 3)) + "\n" for i in range(start, start + count)]
+    return [
+        f"document {i}: " + " ".join(str(i * j) for j in range(i % 13 + 3)) + "\n"
+        for i in range(start, start + count)
+    ]
 
 
 def write_jsonl(path, texts):
@@ -33,10 +37,18 @@ def write_jsonl(path, texts):
 def decoded(folder, split):
     """The documents of a split, read back without this project's reader: np.memmap and the tokenizer file."""
     meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder)
-    ids = np.concatenate([np.memmap(folder / s["name"], dtype="<u2", mode="r") for s in meta["shards"] if s["name"].startswith(split)])
+    ids = np.concatenate(
+        [
+            np.memmap(folder / s["name"], dtype="<u2", mode="r")
+            for s in meta["shards"]
+            if s["name"].startswith(split)
+        ]
+    )
     assert ids[-1] == tokenizer.eot_id
     ends = np.flatnonzero(ids == tokenizer.eot_id)
-    return [tokenizer.decode(part[part != tokenizer.eot_id].tolist()) for part in np.split(ids, ends + 1)[:-1]]
+    return [
+        tokenizer.decode(part[part != tokenizer.eot_id].tolist()) for part in np.split(ids, ends + 1)[:-1]
+    ]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
@@ -44,19 +56,40 @@ def test_every_document_once_on_one_side(tmp_path, monkeypatch, num_proc):
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**12)
     texts = documents(600)
     source = write_jsonl(tmp_path / "a.jsonl", texts + texts[:50] + [" "])
-    data = prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300",
-                             "--val_fraction=0.2", f"--num_proc={num_proc}"))
+    data = prepare(
+        config_of(
+            PrepareConfig,
+            f"--source={source}",
+            f"--out={tmp_path / 'd'}",
+            "--vocab_size=300",
+            "--val_fraction=0.2",
+            f"--num_proc={num_proc}",
+        )
+    )
     train, val = decoded(tmp_path / "d", "train"), decoded(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
     assert [t for t in texts if t in set(train)] == train  # in their order
     assert 60 < len(val) < 180
-    assert data.meta["rows"] == {"in": 651, "kept": 600, "skipped": {"duplicate document": 50, "empty text": 1}}
+    assert data.meta["rows"] == {
+        "in": 651,
+        "kept": 600,
+        "skipped": {"duplicate document": 50, "empty text": 1},
+    }
     assert data.meta["documents"] == {"train": len(train), "val": len(val)}
     assert data.meta["bytes"]["val"] == sum(len(text.encode()) for text in val)
     data.verify()
     # The same documents in another file, and among others, fall to the same side.
     other = write_jsonl(tmp_path / "b.jsonl", documents(50, start=600) + texts)
-    prepare(config_of(PrepareConfig, f"--source={other}", f"--out={tmp_path / 'e'}", "--vocab_size=300", "--val_fraction=0.2", "--num_proc=1"))
+    prepare(
+        config_of(
+            PrepareConfig,
+            f"--source={other}",
+            f"--out={tmp_path / 'e'}",
+            "--vocab_size=300",
+            "--val_fraction=0.2",
+            "--num_proc=1",
+        )
+    )
     assert set(val) <= set(decoded(tmp_path / "e", "val"))
 
 
@@ -64,7 +97,15 @@ def test_processes_do_not_change_a_byte(tmp_path, text_folder):
     names = []
     for num_proc in (1, 2):
         folder = tmp_path / str(num_proc)
-        prepare(config_of(PrepareConfig, f"--source={text_folder}", f"--out={folder}", "--vocab_size=400", f"--num_proc={num_proc}"))
+        prepare(
+            config_of(
+                PrepareConfig,
+                f"--source={text_folder}",
+                f"--out={folder}",
+                "--vocab_size=400",
+                f"--num_proc={num_proc}",
+            )
+        )
         names.append(sorted((path.name, path.read_bytes()) for path in folder.iterdir()))
     assert names[0] == names[1]
 
@@ -73,19 +114,28 @@ def test_shards_roll_and_rows_do_not_span_them(tmp_path, monkeypatch):
     monkeypatch.setattr(shards_module, "SHARD_TOKENS", 3000)
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**11)
     source = write_jsonl(tmp_path / "a.jsonl", documents(400))
-    data = prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"))
+    data = prepare(
+        config_of(
+            PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"
+        )
+    )
     train = data.shards["train"]
     assert len(train) > 3 and sum(map(len, train)) == data.meta["tokens"]["train"]
     rows = Rows(data, "train", 64)
     assert len(rows) == sum((len(shard) - 1) // 64 for shard in train)
-    expected = [shard[i * 64:i * 64 + 65] for shard in train for i in range((len(shard) - 1) // 64)]
+    expected = [shard[i * 64 : i * 64 + 65] for shard in train for i in range((len(shard) - 1) // 64)]
     order = np.random.default_rng(0).permutation(len(rows))
     assert np.array_equal(rows.read(order), np.stack(expected)[order])
 
 
 def test_same_inputs_do_nothing_others_are_refused(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
-    words = [f"--source={write_jsonl(source, documents(300))}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    words = [
+        f"--source={write_jsonl(source, documents(300))}",
+        f"--out={tmp_path / 'd'}",
+        "--vocab_size=300",
+        "--num_proc=1",
+    ]
     assert main(words) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
     capsys.readouterr()
@@ -110,7 +160,10 @@ def test_max_tokens_stops_at_a_document(tmp_path):
     part = prepare(config_of(PrepareConfig, *words, f"--out={tmp_path / 'part'}", f"--max_tokens={limit}"))
     assert limit <= sum(part.meta["tokens"].values()) < limit + 100
     assert part.meta["rows"]["in"] == part.meta["rows"]["kept"] == sum(part.meta["documents"].values()) < 300
-    assert decoded(tmp_path / "part", "train") == decoded(tmp_path / "all", "train")[:part.meta["documents"]["train"]]
+    assert (
+        decoded(tmp_path / "part", "train")
+        == decoded(tmp_path / "all", "train")[: part.meta["documents"]["train"]]
+    )
 
 
 def test_strict_stops_at_the_first_bad_row(tmp_path):
@@ -126,15 +179,33 @@ def test_strict_stops_at_the_first_bad_row(tmp_path):
 
 def test_too_little_text_says_so(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "alone"}\n')
-    with pytest.raises(UserError, match=r"no document fell to (validation|training) \(1 documents kept"):
+    with pytest.raises(UserError, match=r"none of 1 documents fell to (train|val) with"):
         main([f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}", "--num_proc=1"])
     (tmp_path / "b.txt").write_text("".join(f"a single small file, line {i}\n" for i in range(900)))
-    assert main([f"--source={tmp_path / 'b.txt'}", f"--out={tmp_path / 'e'}", "--num_proc=1", "--val_fraction=0.2"]) == 0
+    assert (
+        main(
+            [
+                f"--source={tmp_path / 'b.txt'}",
+                f"--out={tmp_path / 'e'}",
+                "--num_proc=1",
+                "--val_fraction=0.2",
+            ]
+        )
+        == 0
+    )
 
 
-@pytest.mark.parametrize("word, message", [
-    ("--vocab_size=200", "257"), ("--val_fraction=1.0", "below 1"), ("--max_tokens=0", "positive"), ("--source=nowhere.txt", "no such file"),
-    ("--tokenizer=nowhere", "no tokenizer there"), ("--source=hf:no/such:data", "source=hf:no/such")])
+@pytest.mark.parametrize(
+    "word, message",
+    [
+        ("--vocab_size=200", "257"),
+        ("--val_fraction=1.0", "below 1"),
+        ("--max_tokens=0", "positive"),
+        ("--source=nowhere.txt", "no such file"),
+        ("--tokenizer=nowhere", "no tokenizer there"),
+        ("--source=hf:no/such:data", "source=hf:no/such"),
+    ],
+)
 def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
@@ -143,15 +214,31 @@ def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
 
 
 def test_an_interrupt_leaves_no_data_set(tmp_path):
-    """Ctrl-C in the middle, with worker processes: exit code 130, no meta.json, no traceback; a rerun gives the same."""
+    """Ctrl-C in the middle, with worker processes: exit code 130, no meta.json, no traceback; a rerun gives
+    the same."""
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(60_000):
             file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
     (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(200)))
-    main([f"--source={tmp_path / 'small.jsonl'}", f"--out={tmp_path / 't'}", "--vocab_size=300", "--num_proc=1"])
-    command = [sys.executable, str(ROOT / "prepare.py"), f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}",
-               f"--tokenizer={tmp_path / 't'}", "--num_proc=2"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    main(
+        [
+            f"--source={tmp_path / 'small.jsonl'}",
+            f"--out={tmp_path / 't'}",
+            "--vocab_size=300",
+            "--num_proc=1",
+        ]
+    )
+    command = [
+        sys.executable,
+        str(ROOT / "prepare.py"),
+        f"--source={tmp_path / 'a.jsonl'}",
+        f"--out={tmp_path / 'd'}",
+        f"--tokenizer={tmp_path / 't'}",
+        "--num_proc=2",
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
     deadline = time.time() + 60
     while not list((tmp_path / "d").glob("train*.bin")) and time.time() < deadline:
         time.sleep(0.02)
@@ -161,18 +248,24 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
     assert not (tmp_path / "d" / "meta.json").exists()
 
 
-# ---- Opening -----------------------------------------------------------------------------------------------------------
+# ---- Opening ----------------------------------------------------------------------------------------------
+
 
 @pytest.fixture
 def copy(data, tmp_path):
     import shutil
+
     return Path(shutil.copytree(data, tmp_path / "copy"))
 
 
 def test_every_fault_of_a_folder_is_one_line(copy):
     shard = copy / "train_00000.bin"
     whole = shard.read_bytes()
-    for content, message in ((whole[:-2], "bytes, meta.json says"), (whole[:-1], "bytes, meta.json says"), (b"", "0 bytes")):
+    for content, message in (
+        (whole[:-2], "bytes, meta.json says"),
+        (whole[:-1], "bytes, meta.json says"),
+        (b"", "0 bytes"),
+    ):
         shard.write_bytes(content)
         with pytest.raises(UserError, match=rf"train_00000\.bin: .*{message}"):
             DataFolder(copy)
@@ -231,7 +324,8 @@ def test_ten_gigabytes_open_at_once(tmp_path, data):
     assert sum(map(len, folder.shards["train"])) == 40 * 2**27
 
 
-# ---- Duplicates, mixes, batches -----------------------------------------------------------------------------------------
+# ---- Duplicates, mixes, batches ---------------------------------------------------------------------------
+
 
 def test_seen_hashes_equals_a_set():
     generator, seen, known = np.random.default_rng(0), SeenHashes(), set()
@@ -287,7 +381,11 @@ def test_an_epoch_is_every_row_once_in_a_new_order(data):
 
 def test_folders_of_different_tokenizers_do_not_mix(data, tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(300))
-    prepare(config_of(PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"))
+    prepare(
+        config_of(
+            PrepareConfig, f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"
+        )
+    )
     with pytest.raises(UserError, match="different tokenizers"):
         Mix(f"{data}:1,{tmp_path / 'd'}:1", 64, seed=0)
 
@@ -301,7 +399,9 @@ def test_text_batch_by_hand():
     batch = text_batch(np.array([[5, 9, 0, 7, 8, 0, 3]]), eot_id=0)
     assert batch["input_ids"].tolist() == [[5, 9, 0, 7, 8, 0]]
     assert batch["targets"].tolist() == [[9, 0, 7, 8, 0, 3]]
-    assert batch["document_ids"].tolist() == [[0, 0, 1, 1, 1, 2]]  # the end-of-text token opens the next document
+    assert batch["document_ids"].tolist() == [
+        [0, 0, 1, 1, 1, 2]
+    ]  # the end-of-text token opens the next document
     assert batch["count"] == 6
 
 
@@ -312,7 +412,11 @@ def test_validation_is_shared_without_loss(data, world_size, limit):
     ranks = [list(validation_batches(rows, limit, 4, rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1  # all ranks take part in as many forward passes
     total = len(rows) if limit is None else max(1, limit // 64)
-    counted = [row for batches in ranks for batch in batches if batch["count"] for row in batch["input_ids"].tolist()]
+    counted = [
+        row for batches in ranks for batch in batches if batch["count"] for row in batch["input_ids"].tolist()
+    ]
     assert sorted(counted) == sorted(rows.read(np.arange(total))[:, :-1].tolist())
     assert sum(batch["count"] for batches in ranks for batch in batches) == total * 64
-    assert all((batch["targets"] == -100).all() for batches in ranks for batch in batches if not batch["count"])
+    assert all(
+        (batch["targets"] == -100).all() for batches in ranks for batch in batches if not batch["count"]
+    )

@@ -30,17 +30,33 @@ def read(path, key="text", piece=2**10):
 def test_lines_end_at_newline_alone(tmp_path):
     path = tmp_path / "a.jsonl"
     rows = ["one\u2028two\u2029\x85three", "with \\r\r inside", "last"]
-    path.write_bytes(b"\xef\xbb\xbf" + b"\r\n".join(json.dumps({"text": t}, ensure_ascii=False).encode() for t in rows))
+    path.write_bytes(
+        b"\xef\xbb\xbf" + b"\r\n".join(json.dumps({"text": t}, ensure_ascii=False).encode() for t in rows)
+    )
     assert read(path) == (rows, [])
 
 
-@pytest.mark.parametrize("line, reason", [
-    (b'{"text": "a"', "not JSON"), (b"\xff{}", "not UTF-8"), (b"[1]", "not a JSON object"), (b"3", "not a JSON object"),
-    (b'{"other": "a"}', "no key 'text'"), (b'{"text": 3}', "'text' is not a string"), (b'{"text": null}', "'text' is not a string"),
-    (b'{"text": " \\n"}', "empty text"), (b'{"text": "a", "text": "b"}', "JSON object with a name twice"),
-    (b'{"text": "a", "x": {"y": 1, "y": 2}}', "JSON object with a name twice"), (b'{"text": "a", "x": NaN}', "NaN is not JSON"),
-    (b'{"text": "\\ud800"}', "lone surrogate"), (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deeply"),
-    (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "JSON number too long"), (b"", "blank line"), (b"\xef\xbb\xbf{}", "not JSON")])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        (b'{"text": "a"', "not JSON"),
+        (b"\xff{}", "not UTF-8"),
+        (b"[1]", "not a JSON object"),
+        (b"3", "not a JSON object"),
+        (b'{"other": "a"}', "no key 'text'"),
+        (b'{"text": 3}', "'text' is not a string"),
+        (b'{"text": null}', "'text' is not a string"),
+        (b'{"text": " \\n"}', "empty text"),
+        (b'{"text": "a", "text": "b"}', "JSON object with a name twice"),
+        (b'{"text": "a", "x": {"y": 1, "y": 2}}', "JSON object with a name twice"),
+        (b'{"text": "a", "x": NaN}', "NaN is not JSON"),
+        (b'{"text": "\\ud800"}', "lone surrogate"),
+        (b'{"text": "a", "x": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "JSON nested too deeply"),
+        (b'{"text": "a", "x": ' + b"9" * 5000 + b"}", "JSON number too long"),
+        (b"", "blank line"),
+        (b"\xef\xbb\xbf{}", "not JSON"),
+    ],
+)
 def test_each_fault_has_its_reason_and_place(tmp_path, line, reason):
     path = tmp_path / "a.jsonl"
     good = b'{"text": "good"}'
@@ -53,16 +69,20 @@ def test_ten_thousand_malformed_rows(tmp_path):
     generator = random.Random(0)
     lines = []
     for number in range(10_000):
-        line = bytearray(json.dumps({"text": f"row {number} \u00e9\U0001F600", "n": [number, {"a": None}]}).encode())
+        line = bytearray(
+            json.dumps({"text": f"row {number} \u00e9\U0001f600", "n": [number, {"a": None}]}).encode()
+        )
         for _ in range(generator.randrange(1, 4)):
             at = generator.randrange(len(line))
             change = generator.choice(["flip", "cut", "insert", "repeat"])
             if change == "flip":
                 line[at] ^= 1 << generator.randrange(8)
             elif change == "cut":
-                del line[at:at + generator.randrange(1, 9)]
+                del line[at : at + generator.randrange(1, 9)]
             elif change == "insert":
-                line[at:at] = generator.choice([b"NaN", b"\\ud800", b"\xff", b"\"", b"{", b"1e999", b"\x00", b"\xe2\x80\xa8"])
+                line[at:at] = generator.choice(
+                    [b"NaN", b"\\ud800", b"\xff", b'"', b"{", b"1e999", b"\x00", b"\xe2\x80\xa8"]
+                )
             else:
                 line += line[at:]
             line = line or bytearray(b"x")
@@ -112,15 +132,27 @@ def test_every_packing(tmp_path, suffix):
             read(path)
 
 
-@pytest.mark.parametrize("content, texts, reasons", [
-    ('[{"text": "a"}, {"text": "b"} ]', ["a", "b"], []), ("[]", [], []),
-    ('{"text": "a"}', ["a"], []), ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"], []),
-    ('\ufeff[{"text": "a"}]', ["a"], []),
-    ('[{"text": "a"}, {"text": "b", "text": "c"}, 3]', ["a"], [("x.json[1]", "JSON object with a name twice"), ("x.json[2]", "not a JSON object")]),
-    ('[{"text": "a"}, {"text": "b"', ["a"], [("x.json[1]", "not JSON")]), ('[{"text": "a"}, ', ["a"], [("x.json[1]", "not JSON")]),
-    ('[{"text": "a"} {"text": "b"}]', [], [("x.json[0]", "not JSON")]),
-    ('[{"text": "a"}, {"text": "b"}', ["a"], [("x.json[1]", "not JSON")]),
-    ("", [], [("x.json:1", "blank line")]), ("{", [], [("x.json:1", "not JSON")])])
+@pytest.mark.parametrize(
+    "content, texts, reasons",
+    [
+        ('[{"text": "a"}, {"text": "b"} ]', ["a", "b"], []),
+        ("[]", [], []),
+        ('{"text": "a"}', ["a"], []),
+        ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"], []),
+        ('\ufeff[{"text": "a"}]', ["a"], []),
+        (
+            '[{"text": "a"}, {"text": "b", "text": "c"}, 3]',
+            ["a"],
+            [("x.json[1]", "JSON object with a name twice"), ("x.json[2]", "not a JSON object")],
+        ),
+        ('[{"text": "a"}, {"text": "b"', ["a"], [("x.json[1]", "not JSON")]),
+        ('[{"text": "a"}, ', ["a"], [("x.json[1]", "not JSON")]),
+        ('[{"text": "a"} {"text": "b"}]', [], [("x.json[0]", "not JSON")]),
+        ('[{"text": "a"}, {"text": "b"}', ["a"], [("x.json[1]", "not JSON")]),
+        ("", [], [("x.json:1", "blank line")]),
+        ("{", [], [("x.json:1", "not JSON")]),
+    ],
+)
 def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
     path = tmp_path / "x.json"
     path.write_text(content, encoding="utf-8")
@@ -130,6 +162,7 @@ def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
 def test_parquet(tmp_path):
     import pyarrow
     import pyarrow.parquet
+
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["one", None, "two"], "n": [1, 2, 3]}), path)
     assert read(path, "body") == (["one", "two"], [("a.parquet:2", "'body' is not a string")])
@@ -163,10 +196,18 @@ def test_files_folders_and_globs(tmp_path):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("x")
     files, ignored = find_files(str(tmp_path))
-    assert [str(f.relative_to(tmp_path)) for f in files] == ["a.md", "b.txt", "sub/c.jsonl.gz"] and ignored == 1
+    assert [str(f.relative_to(tmp_path)) for f in files] == [
+        "a.md",
+        "b.txt",
+        "sub/c.jsonl.gz",
+    ] and ignored == 1
     assert [f.name for f in find_files(f"{tmp_path}/b.txt,{tmp_path}/*.md")[0]] == ["b.txt", "a.md"]
-    for source, message in ((f"{tmp_path}/nothing", "no such file"), (f"{tmp_path}/*.parquet", "no such file"),
-                            (f"{tmp_path}/sub/picture.png", "unknown kind of file"), (f"{tmp_path}/.git/y", "no such file")):
+    for source, message in (
+        (f"{tmp_path}/nothing", "no such file"),
+        (f"{tmp_path}/*.parquet", "no such file"),
+        (f"{tmp_path}/sub/picture.png", "unknown kind of file"),
+        (f"{tmp_path}/.git/y", "no such file"),
+    ):
         with pytest.raises(UserError, match=message):
             find_files(source)
 

@@ -1,4 +1,5 @@
-"""parts/tokenizer.py: both back ends give the same ids, text never becomes a special token, everything round-trips."""
+"""parts/tokenizer.py: both back ends give the same ids, text never becomes a special token, everything round-
+trips."""
 
 import inspect
 import json
@@ -11,9 +12,27 @@ from configurator import UserError
 from parts.tokenizer import END_OF_TEXT, Tokenizer, has_long_blank
 from tests.conftest import shared
 
-AWKWARD = ["👩‍👩‍👧 emoji 🇩🇪", "中文 without 空格", "crlf\r\nand\rcr", "e\u0301 and a lone \u0301", "\u0085\u2028\u2029",
-           "<|endoftext|>", "'S 'ſ it's IT'LL", "\t \n  x", "1234567", "\u00a0\ufeff\u200b", "\x00\x01", "Ⅷ٣½ǅ", "don't  stop ",
-           "   ", "\n\n\n", "a" * 300, "", "ﬁ ligature", "\U0001F1E6"]
+AWKWARD = [
+    "👩‍👩‍👧 emoji 🇩🇪",
+    "中文 without 空格",
+    "crlf\r\nand\rcr",
+    "e\u0301 and a lone \u0301",
+    "\u0085\u2028\u2029",
+    "<|endoftext|>",
+    "'S 'ſ it's IT'LL",
+    "\t \n  x",
+    "1234567",
+    "\u00a0\ufeff\u200b",
+    "\x00\x01",
+    "Ⅷ٣½ǅ",
+    "don't  stop ",
+    "   ",
+    "\n\n\n",
+    "a" * 300,
+    "",
+    "ﬁ ligature",
+    "\U0001f1e6",
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,9 +45,20 @@ def hf_ids(tokenizer, text):
 
 
 def random_text(generator):
-    parts = [generator.choice(AWKWARD) if generator.random() < 0.4 else
-             chr(generator.choice([generator.randrange(32, 127), generator.randrange(0xD800), generator.randrange(0xE000, 0x110000)]))
-             for _ in range(generator.randrange(30))]
+    parts = [
+        generator.choice(AWKWARD)
+        if generator.random() < 0.4
+        else chr(
+            generator.choice(
+                [
+                    generator.randrange(32, 127),
+                    generator.randrange(0xD800),
+                    generator.randrange(0xE000, 0x110000),
+                ]
+            )
+        )
+        for _ in range(generator.randrange(30))
+    ]
     return "".join(parts)
 
 
@@ -43,8 +73,11 @@ def test_back_ends_agree_and_texts_round_trip(trained_bpe):
         assert not trained_bpe.special_ids & set(ids)
 
 
-@pytest.mark.parametrize("text", ["a" * 2**20, " " * 2**20 + "x", "\n" * 2**20, "^" * 2**20, "7" * 2**20, "中" * 350_000],
-                         ids=["letters", "blanks", "newlines", "signs", "digits", "chinese"])
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 2**20, " " * 2**20 + "x", "\n" * 2**20, "^" * 2**20, "7" * 2**20, "中" * 350_000],
+    ids=["letters", "blanks", "newlines", "signs", "digits", "chinese"],
+)
 def test_a_megabyte_without_a_space(trained_bpe, text):
     assert trained_bpe.encode(text) == hf_ids(trained_bpe, text)
 
@@ -56,6 +89,7 @@ def test_long_blanks_are_found_before_the_regex_engine_gives_up():
 
 def test_gpt2_equals_tiktoken_and_its_own_file(monkeypatch, tmp_path):
     import tiktoken
+
     monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
     gpt2 = Tokenizer.load("gpt2")
     assert (gpt2.vocab_size, gpt2.eot_id) == (50257, 50256)
@@ -80,6 +114,7 @@ def test_gpt2_without_its_ranks_is_one_line(monkeypatch):
 
 def test_auto_tokenizer_gives_our_ids(trained_bpe, tmp_path):
     from transformers import AutoTokenizer
+
     trained_bpe.save(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
@@ -104,7 +139,10 @@ def test_other_tokenizer_files_use_the_slower_back_end():
     assert nfc.fast is None
     assert nfc.encode("e\u0301") == nfc.encode(unicodedata.normalize("NFC", "e\u0301"))
     swapped = json.loads(json.dumps(definition))
-    swapped["model"]["merges"][0], swapped["model"]["merges"][1] = swapped["model"]["merges"][1], swapped["model"]["merges"][0]
+    swapped["model"]["merges"][0], swapped["model"]["merges"][1] = (
+        swapped["model"]["merges"][1],
+        swapped["model"]["merges"][0],
+    )
     other = Tokenizer(swapped)
     assert other.fast is None and other.decode(other.encode("the cat")) == "the cat"
     assert other.token_bytes()[other.encode("a")[0]] == b"a"
@@ -112,16 +150,26 @@ def test_other_tokenizer_files_use_the_slower_back_end():
 
 def test_a_template_that_begins_with_a_token_is_known(trained_bpe):
     """As Llama's, which puts <s> before every text."""
-    template = {"type": "TemplateProcessing", "single": [{"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
-                                                         {"Sequence": {"id": "A", "type_id": 0}}], "pair": [],
-                "special_tokens": {END_OF_TEXT: {"id": END_OF_TEXT, "ids": [trained_bpe.eot_id], "tokens": [END_OF_TEXT]}}}
+    template = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {
+            END_OF_TEXT: {"id": END_OF_TEXT, "ids": [trained_bpe.eot_id], "tokens": [END_OF_TEXT]}
+        },
+    }
     tokenizer = Tokenizer(trained_bpe.definition | {"post_processor": template})
     assert tokenizer.prefix_ids == [trained_bpe.eot_id] and trained_bpe.prefix_ids == []
     assert tokenizer.encode("word") == trained_bpe.encode("word")
 
 
-@pytest.mark.parametrize("content, message", [
-    (None, "no tokenizer there"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")])
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "no tokenizer there"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
+)
 def test_what_is_no_tokenizer_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
