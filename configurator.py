@@ -126,8 +126,7 @@ def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
 
 
 def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any:
-    """`value` if it fits the field `key` of `schema` (an int where a float is wanted becomes one), or
-    UserError."""
+    """`value` as the field `key` of `schema` has it (an int may become a float). Raises UserError."""
     hint = field_types(schema, key, place)[key]
     for kind in alternatives(hint):
         try:
@@ -138,8 +137,7 @@ def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any
 
 
 def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
-    """`value` as `kind`, without surprises: 3 is a float, 1e9 is an int, but True is not a number. Else
-    TypeError."""
+    """`value` as `kind`: 3 is a float, 1e9 is an int, but True is not a number. Raises TypeError."""
     origin = typing.get_origin(kind)
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if origin is typing.Literal:
@@ -183,8 +181,7 @@ def default(field: dataclasses.Field) -> typing.Any:
 
 
 def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` as a program. Exit codes: its own or 0; 2 the user's fault, in one line; 130
-    interrupted.
+    """Run `main(argv)` as a program. Exit codes: its own, or 2 for the user's fault, in one line, or 130.
 
     Files that are missing, unreadable or do not fit the disk (OSError) are the user's to mend as well. Every
     other exception is ours and keeps its traceback (exit code 1).

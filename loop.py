@@ -1,6 +1,6 @@
 """The training loop: one `fit` for every stage, on one process or many, that stops and resumes at any step.
 
-    with start_run(cfg) as run:
+    with start_run(cfg, given) as run:
         fit(cfg, model, batches_at, loss_fn, evaluate, run)
 
 A stage brings its data: `batches_at(step)`, a pure function of the step that returns this rank's micro-
@@ -37,6 +37,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from parts import checkpoint
+from parts.distributed import whole
 from parts.hf import find_folder
 from parts.optim import (
     learning_rate_at,
@@ -45,7 +46,6 @@ from parts.optim import (
     multipliers,
     optimizer_state,
     set_learning_rate,
-    whole,
 )
 from parts.run import Run, RunConfig, Stage, plan, stage_at, stage_configs, start_run, with_steps
 from parts.shards import write_json
@@ -81,10 +81,10 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     """
     stages = plan(cfg)
     total = stages[-1].last
-    folder = checkpoint.newest_verified(run.out_dir, run.print)
+    folder = run.on_first_rank(lambda: checkpoint.newest_verified(run.out_dir, run.print))
     place(model, cfg, run, folder)
     progress, saved = load_state(folder)
-    run.cut_log(progress.step)
+    run.on_first_rank(lambda: run.cut_log(progress.step))
     if folder:
         run.print(f"resumed   from {folder}")
     dtype = compute_dtype(cfg, run)
@@ -169,8 +169,7 @@ def is_due(step: int, interval: int, total: int) -> bool:
 
 def backward(forward: nn.Module, batches: list[dict], loss_fn: Callable, amp: Any, scaler: Any, scale: float,
              run: Run) -> dict[str, Tensor]:
-    """Accumulate the gradient of scale * (sum of all losses) over the micro-batches; returns the summed
-    metrics.
+    """Accumulate the gradient of scale * (sum of the losses); returns the summed metrics.
 
     scale is world_size / count, because DDP and FSDP average over the ranks what has to be a sum.
     """
@@ -334,8 +333,7 @@ def compute_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
 
 def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
                 run: Run) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """Set the model's context and trainable parameters to the stage's; returns what to call, and optimizers.
-    """
+    """Set the model's context and trained parameters to the stage's; returns what to call, and optimizers."""
     so_far = stages[:stages.index(stage) + 1]
     changed = set().union(*(each.changes for each in stages))
     context = {key: getattr(stage.cfg, key) for key in ("rope_theta", "rope_scaling") if key in changed}

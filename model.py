@@ -23,12 +23,12 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError
 from parts import hf
+from parts.distributed import like
 from parts.rope import rope_frequencies
 
 
@@ -85,8 +85,7 @@ class GPTConfig:
 
 
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn the pairs (x[i], x[i + D/2]) of each head by the angle of their position: the half-rotation
-    layout.
+    """Turn the pairs (x[i], x[i + D/2]) of each head by their position's angle (half-rotation layout).
 
     x: (B, heads, T, D). rope: cos and sin, (T, D/2) or (B, 1, T, D/2), float32. Shape and dtype are x's.
     """
@@ -299,9 +298,9 @@ class GPT(nn.Module):
 
     # ---- Weights ------------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """Matrices N(0, 0.02), those that write to the residual stream 1 / sqrt(2 L) of that (GPT-2's
-        scheme).
+        """GPT-2's scheme: matrices N(0, 0.02), those that write to the residual stream 1 / sqrt(2 L) of that.
 
         Norms start at 1, biases at 0. Each parameter draws from a generator of its own, seeded by (seed,
         name), so that one process and many get the same weights; under FSDP a rank draws one whole matrix at
@@ -318,7 +317,7 @@ class GPT(nn.Module):
                 value.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
             if name in hf.VOCABULARY_TABLES:
                 value[self.config.vocab_size:] = 0  # padding
-            assign(parameter, value)
+            parameter.copy_(like(parameter, value))
         self.rebuild_rope()
 
     def materialize(self, device: Any, seed: int) -> None:
@@ -383,9 +382,9 @@ class GPT(nn.Module):
         model.load(folder)
         return model
 
+    @torch.no_grad()
     def load(self, folder: str | Path) -> None:
-        """Fill the parameters, or this rank's shards of them, from a folder's safetensors, one tensor at a
-        time.
+        """Fill the parameters, or this rank's shards of them, from a folder, one tensor at a time.
 
         Raises UserError for a parameter that is missing, superfluous or of another shape.
         """
@@ -398,28 +397,17 @@ class GPT(nn.Module):
                 tensor = F.pad(tensor, (0, 0, 0, self.config.padded_vocab_size - len(tensor)))
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(f"{folder}: {name} {tuple(tensor.shape)} has no place in this architecture")
-            assign(parameter, tensor)
+            parameter.copy_(like(parameter, tensor))
         if missing:
             raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} parameters are)")
         self.rebuild_rope()
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: int | None = None) -> None:
-        """Write config.json, generation_config.json and model.safetensors (float32), as transformers lays
-        them out.
+        """Write config.json, generation_config.json and model.safetensors, in float32, as transformers does.
 
         state: the whole parameters by name, where this module holds only its shards of them.
         """
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         hf.save_folder(Path(path), self.config, state, eos_token_id)
-
-
-@torch.no_grad()
-def assign(parameter: Tensor, value: Tensor) -> None:
-    """Copy a whole tensor into a parameter, or this rank's part of it into its shard. All ranks give the same
-    value."""
-    if isinstance(parameter, DTensor):
-        value = distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements,
-                                  src_data_rank=None)  # None: every rank has it, so nothing is sent
-    parameter.copy_(value)

@@ -13,7 +13,6 @@ always.
 """
 
 import hashlib
-import json
 import os
 import signal
 import sys
@@ -116,8 +115,7 @@ def run_in_worker(rows: list[Row]) -> Batch:
 
 def tokenize_all(batches: Iterable[list[Row]], tokenizer: Tokenizer,
                  cfg: PrepareConfig) -> Iterator[tuple[list[Row], Batch]]:
-    """`tokenize` over all batches, in their order, on cfg.num_proc processes, with few batches under way at a
-    time."""
+    """`tokenize` over all batches, in order, on cfg.num_proc processes, a few at a time."""
     processes = cfg.num_proc or os.cpu_count() or 1
     if processes == 1:
         for rows in batches:
@@ -154,15 +152,13 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
 # ---- What the parent does: duplicates, split, shards, counts ----------------------------------------------
 
 class SeenHashes:
-    """Which hashes have come by, at 8 bytes each: a few sorted arrays, merged so that each is at least twice
-    the next."""
+    """Which hashes have come by, at 8 bytes each: a few sorted arrays, each at least twice the next."""
 
     def __init__(self) -> None:
         self.arrays: list[np.ndarray] = []
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Remember some uint64 hashes; returns bool, True where one is new (the first of equals within the
-        call)."""
+        """Remember some uint64 hashes; returns bool, True for the first of each that was not known."""
         unique, first = np.unique(hashes, return_index=True)
         new = np.ones(len(unique), dtype=bool)
         for known in self.arrays:
@@ -270,8 +266,8 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     tokenizer = make_tokenizer(rows(), cfg)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype) for split in ("train", "val")}
-    begin = time.perf_counter()
-    with tqdm(total=size or None, unit="B", unit_scale=True, disable=not sys.stderr.isatty(), leave=False) as bar:
+    begin, quiet = time.perf_counter(), not sys.stderr.isatty()
+    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
         tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
     seconds = time.perf_counter() - begin
     print(tally.report())

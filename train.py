@@ -70,8 +70,7 @@ class TextData:
         return cfg.dataset, cfg.block_size
 
     def batches_at(self, step: int) -> list[dict[str, Any]]:
-        """This rank's micro-batches: its share of the step's samples, which are the same for any number of
-        ranks."""
+        """This rank's micro-batches: its share of the step's samples, the same for any number of ranks."""
         stage = stage_at(self.stages, step)
         cfg, mix = stage.cfg, self.mixes[self.key(stage.cfg)]
         earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
@@ -105,8 +104,7 @@ class Evaluation:
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """Each folder's first cfg.eval_tokens validation tokens, or all of them at the end, shared among the
-        ranks.
+        """Read each folder's first cfg.eval_tokens validation tokens, or all at the end; ranks share them.
 
         A mix's figures are its folders', by their weights in training. Rows do not overlap, so a token sees
         half a context on average, where a file compressor sees all that came before.
@@ -163,7 +161,7 @@ def main(argv: list[str]) -> int:
     cfg, given = configure(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, given)
-    with start_run(cfg) as run:
+    with start_run(cfg, given) as run:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
             run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
         cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed).epoch_samples()

@@ -1,5 +1,4 @@
-"""From data folders to batches: which row of which folder a training step reads, as a pure function of the
-step.
+"""From data folders to batches: which row of which folder a step reads, as a pure function of the step.
 
     mix = Mix("code:0.7,books:0.3", block_size=256, seed=1337)
     rows = mix.samples(first=step * batch_size, count=batch_size)       # (count, T + 1) int64
@@ -25,8 +24,7 @@ from parts.tokenizer import Tokenizer
 
 
 def parse_mix(spec: str) -> list[tuple[Path, float]]:
-    """"a:0.7,b:0.3" -> [(path, 0.7), (path, 0.3)], weights scaled to sum 1. A name stands for data/<name> if
-    that exists."""
+    """"a:0.7,b:0.3" -> [(path, 0.7), (path, 0.3)], scaled to sum 1. Raises UserError for a bad weight."""
     entries = []
     for entry in spec.split(","):
         name, _, text = entry.rpartition(":")
@@ -92,8 +90,7 @@ class Mix:
         self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest epochs only
 
     def hashes(self) -> dict[str, str]:
-        """{folder: sha256 of its meta.json}, which holds those of its shards: what a resumed run must find
-        unchanged."""
+        """{folder: sha256 of its meta.json}, which holds those of the shards: what must stay during a run."""
         return {str(folder.folder): file_sha256(folder.folder / "meta.json") for folder in self.folders}
 
     def epoch_samples(self) -> int:
@@ -159,8 +156,7 @@ def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
 
 def validation_batches(rows: Rows, limit_tokens: int | None, batch_size: int, rank: int, world_size: int,
                        eot_id: int | None = None) -> Iterator[dict[str, Any]]:
-    """This rank's batches of the first rows that hold `limit_tokens` (None: all), the same number of batches
-    on each rank.
+    """This rank's batches of the rows that hold the first `limit_tokens` (None: all); as many on each rank.
 
     A rank that runs out repeats the first row with every target ignored, so that all ranks take part in each
     forward.

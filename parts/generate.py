@@ -1,5 +1,4 @@
-"""Generation: a batch of prompts of any lengths in, tokens out one step at a time, with a static key/value
-cache.
+"""Generation: prompts of any lengths in, tokens out step by step, with a static key/value cache.
 
     for tokens in generate(model, [[1, 2, 3], [4]], max_new_tokens=100, sampling=Sampling(temperature=0.8)):
         ...                                        # one new token a row, None for a row that has ended
@@ -20,8 +19,7 @@ from model import GPT, KVCache
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen from its distribution; the filters apply in this order, as in
-    transformers."""
+    """How the next token is chosen; the filters apply in this order, as in transformers."""
 
     temperature: float = 0.8  # divides the logits; 0 takes the most likely token (the lowest id of equals)
     top_k: int | None = None  # only the k most likely tokens; None, 0 or more than there are: all
@@ -76,8 +74,7 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
              vocab_size: int | None = None, first_row: int = 0) -> Iterator[list[int | None]]:
-    """Yield one token a row and step, None for rows that have ended, until all have or after max_new_tokens
-    steps.
+    """Yield one token a row and step, None for rows that have ended; at most max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
     new ids): asked after each token whether the row ends with it. vocab_size: ids from there on are never

@@ -1,5 +1,4 @@
-"""Hugging Face's layout on disk: config.json keys, tensor names, safetensors files, for the architectures we
-know.
+"""Hugging Face's layout on disk: config.json, tensor names, safetensors, for the architectures we know.
 
     folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
@@ -43,8 +42,7 @@ TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": Fa
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder with config.json for a model folder, an out_dir (its best checkpoint, else its last) or a
-    hub id."""
+    """The folder of a model: that itself, the best (else last) checkpoint of an out_dir, or a download."""
     path = Path(path)
     if (path / "config.json").is_file():
         return path
@@ -118,8 +116,7 @@ def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
 
 
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3. Rotary settings are top-level keys in older files, `rope_parameters` in
-    newer."""
+    """Llama, Mistral, Qwen2, Qwen3. Rotary keys are top-level in older files, in rope_parameters in newer."""
     fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs in config}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -171,8 +168,7 @@ def write_config(config: Any, eos_token_id: int | None) -> dict[str, Any]:
 
 
 def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One stored tensor under our names: none for the buffers old files hold, three for GPT-2's fused q, k,
-    v."""
+    """One stored tensor under our names: none for an old file's buffers, three for GPT-2's fused q, k, v."""
     name = name.removeprefix("transformer.")
     if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
         return
@@ -222,8 +218,7 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of every stored weight, one at a time; UserError for a file that is missing or
-    damaged."""
+    """(our name, tensor) of every stored weight, one by one; UserError for a missing or damaged file."""
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -240,8 +235,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: int | None) -> None:
-    """Write the three files of a model folder. state: our names; padding rows are cut off, everything is
-    float32."""
+    """Write the three files of a model folder. state: by our names; padding rows are cut, all is float32."""
     folder.mkdir(parents=True, exist_ok=True)
     described = write_config(config, eos_token_id)
     generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}

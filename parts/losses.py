@@ -1,5 +1,4 @@
-"""Loss heads: from the last hidden states to a summed loss, chunk by chunk, so that no (B, T, V) tensor ever
-exists.
+"""Loss heads: from the last hidden states to a summed loss, chunk by chunk, with no (B, T, V) tensor.
 
     loss, nll = linear_cross_entropy(hidden, weight, targets, vocab_size)     # inside model(ids, head=...)
 
@@ -18,8 +17,7 @@ IGNORE = -100  # target of a position that is not trained on, as in torch's and 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
                          z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Cross-entropy of softmax(hidden weight^T), summed over the targets, plus z_loss * logsumexp^2 at the
-    same ones.
+    """Cross-entropy summed over the targets, plus z_loss * logsumexp^2 at the same ones.
 
     hidden: (..., C) in the compute dtype. weight: (P, C); rows from vocab_size on are left out of the
     softmax. targets: (...) int64, IGNORE where nothing is trained. Returns (loss with the z term, which

@@ -1,5 +1,4 @@
-"""Optimizers: fused AdamW for tables and vectors, Muon for the hidden matrices, and the learning-rate
-schedule.
+"""Optimizers: AdamW for tables and vectors, Muon for the hidden matrices; and the learning-rate schedule.
 
     optimizers = make_optimizers(model, cfg)             # every group carries its lr_multiplier
     set_learning_rate(optimizers, learning_rate_at(cfg, step))
@@ -14,14 +13,16 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError
+from parts.distributed import like, whole
+
+
+BATCH_ELEMENTS = 2**26  # matrices orthogonalised in one batch: 256 MiB of float32
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then the nearest orthogonal matrix as the update (Jordan et al. 2024,
-    kellerjordan.github.io/posts/muon).
+    """Momentum, then the nearest orthogonal matrix as the update (kellerjordan.github.io/posts/muon, 2024).
 
     torch.optim.Muon orthogonalises in bfloat16 everywhere, which a CPU without bfloat16 units emulates 50
     times slower than float32; and one matrix at a time. This one runs in float32 on the CPU and in bfloat16
@@ -45,8 +46,10 @@ class Muon(torch.optim.Optimizer):
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
-            for parameters in by_shape.values():
-                self.update(parameters, group)
+            for shape, parameters in by_shape.items():
+                at_once = max(1, BATCH_ELEMENTS // math.prod(shape))
+                for start in range(0, len(parameters), at_once):
+                    self.update(parameters[start:start + at_once], group)
 
     def update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
         """One step for matrices of one shape."""
@@ -68,8 +71,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Push all singular values of (n, rows, columns) to about 1 by Newton-Schulz iteration; same shape,
-    float32.
+    """Push all singular values of (n, rows, columns) to about 1 by Newton-Schulz iteration; float32.
 
     The quintic a X + b X X^T X + c (X X^T)^2 X with Jordan's coefficients: steep at 0, so five steps do, at
     the price of ending anywhere in about 0.7 to 1.2. Works on the smaller of the two Gram matrices.
@@ -84,21 +86,8 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor that may be sharded."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def like(parameter: Tensor, value: Tensor) -> Tensor:
-    """A whole `value` cut to the shards of `parameter`, where that is sharded."""
-    if not isinstance(parameter, DTensor):
-        return value
-    return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
-
-
 def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
-    """{parameter name: learning-rate factor}: the first pattern that re.search finds in the name wins, else
-    1.
+    """{parameter name: learning-rate factor}, that of the first pattern found in the name, else 1.
 
     Raises UserError for a pattern that is no regular expression, matches no parameter, or has a negative
     factor.
@@ -156,8 +145,7 @@ def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> N
 
 
 def learning_rate_at(cfg: Any, step: int, total: int) -> float:
-    """The rate of step 0 ... total - 1: linear warmup to learning_rate, then cfg.schedule, ending near
-    min_lr.
+    """The rate of step 0 ... total - 1: linear warmup to learning_rate, then cfg.schedule to min_lr.
 
     warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395): constant, then
     linear down over decay_steps. linear and cosine fall from the end of the warmup.
@@ -181,8 +169,7 @@ def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -
 
 def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
                          saved: dict[str, dict[str, Tensor]]) -> None:
-    """Put saved state where its parameter is trained now; parameters without any begin anew, frozen ones get
-    none."""
+    """Give every parameter that is trained now its saved state; one without begins anew."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:

@@ -18,8 +18,7 @@ from configurator import UserError
 
 
 def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, float]:
-    """Angle per position of each rotated pair, (head_dim / 2,) float32, fastest first; and the factor on cos
-    and sin.
+    """Angle per position of each pair, (head_dim / 2,) float32, and the factor on cos and sin.
 
     Always on the CPU, in float32. Raises UserError for an unknown kind of scaling or a missing key.
     """

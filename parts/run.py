@@ -1,8 +1,7 @@
-"""What a run is: the keys every stage of the pipeline has, the stages inside one run, its processes, folder
-and log.
+"""What a run is: the keys all its kinds share, its stages, its processes, its folder and its log.
 
     stages = plan(cfg)                       # one, or those the config file lists
-    run = start_run(cfg)                     # joins torchrun's group, claims out_dir, refuses changed keys
+    run = start_run(cfg, given)              # joins torchrun's group, claims out_dir, refuses changed keys
     run.identify(data=sha256)                # ... and changed data
     run.print(...); run.log({"step": 10, "loss": 3.2}); run.sum([count])
 
@@ -112,8 +111,8 @@ def plan(cfg: Any) -> list[Stage]:
     stages, begins, first = [], [0], 0
     for number, entry in enumerate(cfg.stages):
         stage_cfg, changes = stage_config(cfg, number)
-        if not isinstance(entry.get("steps"), int) or entry["steps"] <= 0:
-            raise UserError(f"stages[{number}]: needs a positive number of steps (or of epochs)")
+        if not isinstance(entry["steps"], int) or entry["steps"] <= 0:
+            raise UserError(f"stages[{number}]: steps={entry['steps']}: must be a positive whole number")
         if entry.get("restart") and first:
             begins.append(first)
         stages.append(Stage(stage_cfg, changes, first, first + entry["steps"], begins[-1], 0))
@@ -130,8 +129,8 @@ def stage_configs(cfg: Any) -> list[Any]:
 def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     """The configuration inside stages[number], and the keys it changes."""
     entry = cfg.stages[number]
-    if not isinstance(entry, dict):
-        raise UserError(f"stages[{number}]: must be a dict, like dict(steps=100, learning_rate=1e-3)")
+    if not isinstance(entry, dict) or ("steps" in entry) == ("epochs" in entry):
+        raise UserError(f"stages[{number}]: must be a dict with steps or epochs, as dict(steps=100, ..)")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     if fixed := {"stages", "max_steps", "out_dir", "seed", "optimizer", "init_from"} & changes.keys():
         raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
@@ -139,13 +138,15 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
 
 
 def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:
-    """`cfg` with every stage's `epochs` turned into `steps`; steps_in_epoch(stage's cfg) says how many one
-    takes."""
+    """`cfg` with every stage's epochs turned into steps; steps_in_epoch(stage's cfg): how many one takes."""
     stages = []
     for number, entry in enumerate(cfg.stages):
-        if isinstance(entry, dict) and "epochs" in entry:
-            entry = {key: value for key, value in entry.items() if key != "epochs"} | {
-                "steps": max(1, round(entry["epochs"] * steps_in_epoch(stage_config(cfg, number)[0])))}
+        stage_cfg, _ = stage_config(cfg, number)
+        if "epochs" in entry:
+            if not isinstance(entry["epochs"], int | float) or not entry["epochs"] > 0:
+                raise UserError(f"stages[{number}]: epochs={entry['epochs']}: must be a positive number")
+            steps = max(1, round(entry["epochs"] * steps_in_epoch(stage_cfg)))
+            entry = {key: value for key, value in entry.items() if key != "epochs"} | {"steps": steps}
         stages.append(entry)
     return dataclasses.replace(cfg, stages=stages)
 
@@ -220,8 +221,7 @@ class Run:
         return self.sum(torch.stack([tensor.detach().float() for tensor in tensors]).cpu().tolist())
 
     def identify(self, **identity: Any) -> None:
-        """Record what besides the keys a resumed run must find unchanged (the hash of its data, say), or
-        compare it."""
+        """Record what else a resumed run must find unchanged (the hash of its data, say), or compare it."""
         def compare() -> None:
             path = self.out_dir / "run.json"
             content = json.loads(path.read_text(encoding="utf-8"))
@@ -231,23 +231,27 @@ class Run:
 
         self.on_first_rank(compare)
 
-    def on_first_rank(self, work: Callable[[], Any]) -> None:
-        """Let rank 0 do something while the others wait. What it raises for the user, all ranks raise."""
-        fault = [None]
+    def on_first_rank(self, work: Callable[[], Any]) -> Any:
+        """Let rank 0 do something while the others wait; all return its result, or raise its user's fault."""
+        outcome = [None, None]
         if self.rank == 0:
             try:
-                work()
+                outcome = [work(), None]
             except (UserError, OSError) as error:
-                fault = [error]
+                outcome = [None, error]
         if self.world_size > 1:
-            dist.broadcast_object_list(fault)
-        if fault[0] is not None:
-            raise fault[0]
+            dist.broadcast_object_list(outcome)
+        result, fault = outcome
+        if fault is not None:
+            raise fault
+        return result
 
     @contextlib.contextmanager
     def signals(self) -> Iterator[None]:
-        """Inside, SIGINT and SIGTERM only set `stop_signal`."""
+        """Inside, SIGINT and SIGTERM only set `stop_signal`; the second SIGINT interrupts at once."""
         def note(received: int, frame: Any) -> None:
+            if received == self.stop_signal == signal.SIGINT:
+                raise KeyboardInterrupt
             self.stop_signal = received
 
         before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -258,12 +262,14 @@ class Run:
                 signal.signal(number, handler)
 
 
-def start_run(cfg: Any) -> Run:
+def start_run(cfg: Any, given: dict[str, str]) -> Run:
     """Join the process group, claim out_dir, and print what differs from the defaults.
 
-    Raises UserError where out_dir holds another run or is in use, where the device is missing, or where the
-    batch sizes do not fit the ranks.
+    given: where each explicit key comes from (`configure`). Raises UserError where out_dir holds another run
+    or is in use, where the device is missing, or where keys contradict each other or the number of ranks.
     """
+    if cfg.stages and "max_steps" in given:
+        raise UserError(f"{given['max_steps']}: max_steps is the sum of the stages' and cannot be given")
     run = Run(Path(cfg.out_dir), pick_device(cfg.device))
     if "RANK" in os.environ:  # torchrun's way to say that there may be others
         if cfg.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:

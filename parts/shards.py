@@ -89,8 +89,7 @@ class DataFolder:
     """An opened data folder: meta.json as `meta`, and the memory-mapped shards of each split."""
 
     def __init__(self, folder: str | Path):
-        """Check names and sizes (not contents: see `verify`) and map the shards. UserError in one line for
-        any fault."""
+        """Check names and sizes (contents: `verify`) and map the shards. Raises UserError for any fault."""
         self.folder = Path(folder)
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))

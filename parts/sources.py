@@ -43,8 +43,7 @@ class Skip(Exception):
 
 
 def find_files(source: str) -> tuple[list[Path], int]:
-    """All files that a comma-separated list of files, folders and globs names, and how many of other kinds
-    were passed.
+    """The files that a comma-separated list of files, folders and globs names, and how many it ignores.
 
     "pystdlib" is the source text of the running Python's standard library, without its tests and installed
     packages. Order: as listed, sorted within a folder or glob. Raises UserError for a name without files or
@@ -100,8 +99,7 @@ def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
 
 
 def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None) -> Iterator[Row]:
-    """Every row of every file, in order. Text files are cut near every `piece` bytes; progress(n) is told of
-    n bytes read.
+    """Every row of every file, in order; text is cut near every `piece` bytes. progress(n): n bytes read.
 
     Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read
     whole.
@@ -131,8 +129,7 @@ def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None
 
 
 def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
-    """A text file as one document, or cut near every `piece` bytes: at a blank line, else a line end, else a
-    space."""
+    """A text file as one row, or cut near every `piece` bytes: at a blank line, a line end or a space."""
     rest, number, first = b"", 0, True
     while True:
         new = stream.read(2 * piece - len(rest))
@@ -175,8 +172,7 @@ def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
-    """One row an element of the file's array, each as its own JSON text; lines of JSON under .json are taken
-    as such."""
+    """One row an element of the array, each as JSON text. One object is one row; lines of JSON are lines."""
     data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; make it a .jsonl")
@@ -242,8 +238,7 @@ def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
 
 
 def hub_rows(name: str, text_key: str) -> Iterator[Row]:
-    """Stream `NAME[:CONFIG[:SPLIT]]` of the Hugging Face hub (or a local folder of data files) through
-    `datasets`."""
+    """Stream NAME[:CONFIG[:SPLIT]] of the Hugging Face hub, or a local folder, through `datasets`."""
     try:
         import datasets
     except ImportError:

@@ -90,8 +90,7 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Byte-level BPE of `vocab_size` ids, the last of them END_OF_TEXT. Every text round-trips: all bytes
-        are tokens."""
+        """Byte-level BPE of at most `vocab_size` ids, the last END_OF_TEXT. All bytes are tokens."""
         hf = tokenizers.Tokenizer(models.BPE())
         hf.pre_tokenizer = pre_tokenizers.Sequence([
             pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated"),
@@ -104,8 +103,7 @@ class Tokenizer:
         return cls(json.loads(hf.to_str()))
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate, which is not
-        text."""
+        """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate."""
         text.encode("utf-8")
         if self.fast is not None and not has_long_blank(text):
             return self.fast.encode_ordinary(text)
@@ -141,8 +139,7 @@ def has_long_blank(text: str, window: int = 65536) -> bool:
 
 
 def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
-    """The same byte-level BPE for tiktoken, or None where tokenizer.json asks for something tiktoken does not
-    do.
+    """The same byte-level BPE for tiktoken, or None where the file asks for what tiktoken does not do.
 
     tiktoken joins the pair whose union has the lowest id, `tokenizers` the pair that comes first in its list
     of merges. They agree when the merged tokens are numbered in the order of their merges, which is checked
@@ -182,8 +179,7 @@ def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 
 
 def gpt2_definition() -> dict[str, Any]:
-    """GPT-2's tokenizer.json, rebuilt from tiktoken's ranks (which need the network once, or
-    TIKTOKEN_CACHE_DIR)."""
+    """GPT-2's tokenizer.json, from tiktoken's ranks: these need the network once, or TIKTOKEN_CACHE_DIR."""
     try:
         encoding = tiktoken.get_encoding("gpt2")
     except Exception as error:  # whatever the download raised

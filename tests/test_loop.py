@@ -162,7 +162,7 @@ def ragged_run(data, out, parallel, micro):
         "--keep_checkpoints=9",
     ]
     cfg = configure(train.TrainConfig, words)[0]
-    process = start_run(cfg)
+    process = start_run(cfg, {})
     mix = Mix(cfg.dataset, 64, seed=0)
     share = 8 // process.world_size
 
@@ -329,8 +329,9 @@ def test_plan_by_hand():
     "stages, message",
     [
         (["x"], r"stages\[0\]: must be a dict"),
-        ([dict(learning_rate=1)], "positive number of steps"),
-        ([dict(steps=0)], "positive number"),
+        ([dict(learning_rate=1)], "a dict with steps or epochs"),
+        ([dict(steps=0)], "steps=0: must be a positive"),
+        ([dict(steps=1, epochs=1)], "steps or epochs"),
         ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
         ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
         ([dict(steps=1, micro_batch_size="a")], "expected int"),
@@ -430,10 +431,10 @@ def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
 
 def test_two_runs_in_one_folder(data, tmp_path):
     cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
-    with start_run(cfg):
+    with start_run(cfg, {}):
         with pytest.raises(UserError, match="another process is training here"):
-            start_run(cfg)
-    start_run(cfg).__exit__()
+            start_run(cfg, {})
+    start_run(cfg, {}).__exit__()
 
 
 @pytest.mark.parametrize("received, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])

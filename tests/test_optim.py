@@ -1,4 +1,4 @@
-"""parts/optim.py: Muon against torch's and against the SVD, groups, multipliers and the schedule's corners."""
+"""parts/optim.py: Muon against torch's and the SVD, groups, multipliers, the schedule's corners."""
 
 import math
 

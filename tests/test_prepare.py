@@ -352,7 +352,7 @@ def test_parse_mix(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [0.5, 0.49, 0.01], [1 / 3, 1 / 3, 1 / 3]])
 def test_picks_are_one_sequence_however_it_is_cut(data, weights):
-    """Every folder's samples in order without gaps, in proportion at every moment, whatever the batch size."""
+    """Every folder's samples in order without gaps, in proportion at every moment, however cut."""
     mix = Mix(str(data), 64, seed=0)
     mix.weights = weights
     owners, numbers = mix.picks(0, 3000)

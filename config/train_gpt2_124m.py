@@ -1,0 +1,24 @@
+# A Llama of GPT-2's size (12 layers, 768 wide) on 10 B tokens of web text. For a node of 8 GPUs:
+#   python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 \
+#       --out=data/fineweb_edu --val_fraction=0.001
+#   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_124m.py
+# On one GPU the same command without torchrun computes the same steps (less memory: micro_batch_size).
+dataset = "fineweb_edu"
+out_dir = "out/gpt2_124m"
+
+n_layer = 12
+n_head = 12
+n_embd = 768
+intermediate_size = 2048
+block_size = 1024
+
+global_batch_size = 512  # x 1024 = 0.5 M tokens, GPT-3's for this size
+micro_batch_size = 32
+max_steps = 19_000  # x 0.5 M = 10 B tokens
+optimizer = "adamw"
+learning_rate = 6e-4  # GPT-3's for this size
+min_lr = 6e-5
+warmup_steps = 700
+eval_interval = 250
+eval_tokens = 10 * 2**20
+save_interval = 1000

@@ -1,0 +1,122 @@
+"""Measure ourselves beside named peers, interleaved, on this machine.
+
+    python -m tools.bench prepare                     # text -> shards, against tokenizers' encode_batch_fast
+    python -m tools.bench prepare --rounds=9 --json=docs/results/bench_prepare.json
+
+Every round runs every arm once, in turn, so that a machine whose speed drifts drifts for all of them; medians
+and spreads are over rounds. That both sides do the same work is checked before anything is timed.
+"""
+
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from configurator import UserError, configure, run_script
+from parts.shards import write_json
+from parts.sources import Skip, document, find_files, read_rows
+from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchConfig:
+    source: str = "pystdlib"  # the text to prepare
+    vocab_size: int = 4096  # of the BPE trained on it
+    rounds: int = 5  # times each arm is run
+    json: str | None = None  # also write the figures here
+
+
+def interleaved(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Wall and CPU seconds (children's too) of each arm, one figure a round; a first round does not count."""
+    figures: dict[str, dict[str, list[float]]] = {name: {"wall": [], "cpu": []} for name in arms}
+    for number in range(rounds + 1):
+        for name, arm in arms.items():
+            begin, begin_cpu = time.perf_counter(), cpu_seconds()
+            arm()
+            if number:
+                figures[name]["wall"].append(time.perf_counter() - begin)
+                figures[name]["cpu"].append(cpu_seconds() - begin_cpu)
+    return figures
+
+
+def cpu_seconds() -> float:
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
+def bench_prepare(cfg: BenchConfig) -> dict[str, Any]:
+    """MB of text a second: encode_batch_fast on one core, our encoder, all of prepare with one and two."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the peer, too
+    texts = []
+    for row in read_rows(find_files(cfg.source)[0], "text", piece=2**20):
+        try:
+            texts.append(document(row, "text"))
+        except Skip:
+            continue
+    tokenizer = Tokenizer.train(texts, cfg.vocab_size)
+    theirs = [encoding.ids for encoding in tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)]
+    if theirs != [tokenizer.encode(text) for text in texts]:
+        raise UserError("the encoders disagree: nothing to compare")
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(folder)
+
+        def whole(num_proc: int) -> None:
+            prepare(PrepareConfig(source=cfg.source, tokenizer=folder, out=str(Path(folder) / "out"),
+                                  num_proc=num_proc, overwrite=True))
+
+        with open(os.devnull, "w") as quiet:
+            screen, sys.stdout = sys.stdout, quiet
+            try:
+                figures = interleaved({
+                    "tokenizers encode_batch_fast": lambda: tokenizer.plain.encode_batch_fast(texts),
+                    "our encode": lambda: [tokenizer.encode(text) for text in texts],
+                    "prepare, 1 process": lambda: whole(1),
+                    "prepare, 2 processes": lambda: whole(2)}, cfg.rounds)
+            finally:
+                sys.stdout = screen
+    megabytes = sum(len(text.encode()) for text in texts) / 1e6
+    return {"megabytes": megabytes, "arms": {
+        name: {clock: [megabytes / value for value in values] for clock, values in both.items()}
+        for name, both in figures.items()}}
+
+
+def report(result: dict[str, Any], baseline: str) -> str:
+    """A line an arm: median MB/s by the wall clock, lowest to highest, and its ratio to the baseline."""
+    lines = [f"{'MB/s':32} {'wall':>7} {'(min - max)':>15} {'cpu':>7} {'x peer':>7}"]
+    median = {name: {clock: statistics.median(values) for clock, values in arm.items()}
+              for name, arm in result["arms"].items()}
+    for name, arm in result["arms"].items():
+        wall, cpu = median[name]["wall"], median[name]["cpu"]
+        spread = f"({min(arm['wall']):.1f} - {max(arm['wall']):.1f})"
+        lines.append(f"{name:32} {wall:7.1f} {spread:>15} {cpu:7.1f} {wall / median[baseline]['wall']:7.2f}")
+    return "\n".join(lines)
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import version
+    packages = ("numpy", "tiktoken", "tokenizers")
+    return {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            **{name: version(name) for name in packages}}
+
+
+def main(argv: list[str]) -> int:
+    if not argv or argv[0] != "prepare":
+        raise UserError("say what to measure: python -m tools.bench prepare")
+    cfg, _ = configure(BenchConfig, argv[1:], usage=__doc__)
+    result = bench_prepare(cfg)
+    print(report(result, baseline="tokenizers encode_batch_fast"))
+    if cfg.json:
+        command = f"python -m tools.bench {' '.join(argv)}"
+        write_json(Path(cfg.json), {"command": command, "versions": versions(), **result})
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
