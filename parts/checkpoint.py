@@ -23,7 +23,7 @@ NAME = re.compile(r"step_(\d{6,})")
 
 
 def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Make out_dir/step_<step> of what `write(folder)` puts in a folder; returns the path. May raise OSError."""
+    """Make out_dir/step_<step> of what `write(folder)` puts in a folder, and return that path."""
     folder = out_dir / f"step_{step:06d}"
     beside = out_dir / f".{folder.name}.tmp"
     shutil.rmtree(beside, ignore_errors=True)

@@ -127,7 +127,8 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
         hidden = hidden[torch.arange(len(rows), device=device), last]  # (B, C)
         return (hidden @ weight.T.to(hidden.dtype))[:, :model.config.vocab_size]
 
-    return model(ids, cache=cache, head=head)
+    with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
+        return model(ids, cache=cache, head=head)
 
 
 def compute_dtype(model: GPT) -> torch.dtype:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from configurator import UserError
 from parts.distributed import like, whole
 
-
 BATCH_ELEMENTS = 2**26  # matrices orthogonalised in one batch: 256 MiB of float32
 
 

@@ -41,7 +41,7 @@ class RunConfig:
     seed: int = 1337  # of the weights, the order of the data, and dropout
     device: str | None = None  # cpu, cuda, cuda:1, mps; None: the best there is
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # computing; None: bfloat16 on cuda
-    compile: bool | None = None  # torch.compile each block; None: on cuda (a cpu needs most of a minute)
+    compile: bool | None = None  # torch.compile each block; None: on cuda, if the run is long enough
     parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work
     activation_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
     global_batch_size: int = 8  # sequences a step, over all ranks
