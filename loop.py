@@ -44,6 +44,7 @@ from parts.optim import (
     load_optimizer_state,
     make_optimizers,
     multipliers,
+    multipliers_text,
     optimizer_state,
     set_learning_rate,
 )
@@ -348,7 +349,7 @@ def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
         run.print(f"stage     {len(so_far)}/{len(stages)}: steps {stage.first:,}-{stage.last:,}  {changes}")
     if stage.cfg.lr_multipliers:
         table = multipliers(model, stage.cfg.lr_multipliers)
-        run.print("\n".join(f"lr x {factor:<5g}{name}" for name, factor in table.items()))
+        run.print(multipliers_text(table))
         run.on_first_rank(lambda: write_json(run.out_dir / f"lr_multipliers_{len(so_far)}.json", table))
     optimizers = make_optimizers(model, stage.cfg)
     if run.world_size == 1 or isinstance(model, FSDPModule):

@@ -37,13 +37,13 @@ class GPTConfig:
     """The architecture. The defaults are the small Llama that `python train.py` trains; None is derived."""
 
     vocab_size: int = 4096  # token ids
-    n_layer: int = 6  # blocks
+    n_layer: int = 3  # blocks
     n_head: int = 4  # query heads
     n_kv_head: int | None = None  # key and value heads, each shared by a group of query heads; None: n_head
     n_embd: int = 256  # width of the residual stream
     head_dim: int | None = None  # width of a head; None: n_embd / n_head
     intermediate_size: int | None = None  # width of the MLP; None: 8/3 (gelu: 4) n_embd, rounded up to 256s
-    block_size: int = 256  # longest context, in tokens
+    block_size: int = 128  # longest context, in tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # {"rope_type": "llama3"|"yarn", "factor": .., ..}: Hugging Face's keys
     norm_eps: float = 1e-5  # added to the variance in every norm

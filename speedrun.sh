@@ -13,9 +13,10 @@ if [ "${1:-}" = smoke ]; then
 fi
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 launch=(python)
+while [ "$gpus" -gt 1 ] && [ $((16 % gpus)) -ne 0 ]; do gpus=$((gpus - 1)); done  # they share 16 sequences
 if [ "$gpus" -gt 1 ]; then
     launch=(torchrun --standalone --nproc_per_node="$gpus")
-    flags+=(--micro_batch_size=$((8 / gpus)))
+    flags+=(--micro_batch_size=$((16 / gpus)))
 fi
 
 python prepare.py

@@ -13,7 +13,7 @@ import dataclasses
 import gzip
 import lzma
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,8 @@ class TrainConfig(RunConfig, GPTConfig):
     """A run's keys, an architecture's keys, and those of pre-training."""
 
     vocab_size: int | None = None  # token ids the model has; None: as many as the data's tokenizer
+    lr_multipliers: dict = field(  # {regex of names: factor}, first match, 0 freezes; the table learns fast
+        default_factory=lambda: {"embed_tokens": 5.0})
     z_loss: float = 0.0  # weight of logsumexp^2, which keeps logits small; PaLM's is 1e-4
     document_mask: bool = False  # attend within documents only
     sample_tokens: int = 64  # length of the sample printed with each evaluation; 0: none
@@ -144,15 +146,15 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     return tokenizer.decode([tokens[0] for tokens in steps if tokens[0] != eot_id])
 
 
-def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> str:
-    """Bits per byte that file compressors need for the validation text; empty where it is over 16 MB."""
+def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float]:
+    """Bits per byte that file compressors need for the validation text; {} where it is over 16 MB."""
     if folder.meta["bytes"]["val"] > 16e6:
-        return ""
+        return {}
     table = tokenizer.token_bytes()
     text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
     sizes = {"gzip -9": len(gzip.compress(text, 9)),
              "xz -9e": len(lzma.compress(text, preset=9 | lzma.PRESET_EXTREME))}
-    return "   ".join(f"{name} {8 * size / len(text):.3f}" for name, size in sizes.items())
+    return {name: 8 * size / len(text) for name, size in sizes.items()}
 
 
 # ---- Go ---------------------------------------------------------------------------------------------------
@@ -208,12 +210,13 @@ def print_summary(model: GPT, data: TextData, results: dict[str, float], run: Ru
     if run.rank > 0 or not results:
         return
     event = run.last_event("tokens_per_second")
-    compressors = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else ""
+    others = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else {}
+    beside = "".join(f"   {name} {bits:.3f}" for name, bits in others.items())
     run.print(f"""
 trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens in {event["seconds"]:,.0f} s \
 ({event["tokens"] / event["seconds"]:,.0f} tokens/s)
 validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
-bits/byte   {results["val_bits_per_byte"]:.3f}{f"   ({compressors} for the same text)" if compressors else ""}
+bits/byte   this model {results["val_bits_per_byte"]:.3f}{beside}
 sample      {sample}
 
 next        python sample.py --model={run.out_dir} --prompt="import os"

@@ -6,6 +6,7 @@
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m"
 
+vocab_size = 50_257  # GPT-2's tokenizer
 n_layer = 12
 n_head = 12
 n_embd = 768
@@ -16,8 +17,12 @@ global_batch_size = 512  # x 1024 = 0.5 M tokens, GPT-3's for this size
 micro_batch_size = 32
 max_steps = 19_000  # x 0.5 M = 10 B tokens
 optimizer = "adamw"
+lr_multipliers = {}
+beta2 = 0.95
+weight_decay = 0.1
 learning_rate = 6e-4  # GPT-3's for this size
 min_lr = 6e-5
+schedule = "wsd"
 warmup_steps = 700
 eval_interval = 250
 eval_tokens = 10 * 2**20

@@ -4,6 +4,7 @@
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_style_124m"
 
+vocab_size = 50_257  # GPT-2's tokenizer
 position = "learned"
 norm = "layernorm"
 mlp = "gelu"
@@ -17,6 +18,9 @@ global_batch_size = 512  # x 1024 = 0.5 M tokens
 micro_batch_size = 32
 max_steps = 19_000  # x 0.5 M = 10 B tokens
 optimizer = "adamw"
+lr_multipliers = {}
+beta2 = 0.95
+weight_decay = 0.1
 learning_rate = 6e-4
 min_lr = 6e-5
 warmup_steps = 700

@@ -19,8 +19,12 @@ global_batch_size = 32  # x 4096 = 131,072 tokens
 micro_batch_size = 4
 max_steps = 230_000  # x 131,072 = 30 B tokens
 optimizer = "adamw"
+lr_multipliers = {}
+beta2 = 0.95
+weight_decay = 0.1
 learning_rate = 4e-4  # TinyLlama's
 min_lr = 4e-5
+schedule = "wsd"
 warmup_steps = 2000
 decay_steps = 23_000  # the last tenth
 z_loss = 1e-4

@@ -3,4 +3,5 @@
 #   python train.py config/train_shakespeare.py
 dataset = "shakespeare"
 out_dir = "out/shakespeare"
+vocab_size = 1024
 dropout = 0.1  # 0.4 M tokens are read several times

@@ -9,6 +9,7 @@ Both take one learning rate: Muon's update is scaled to AdamW's typical size (0.
 
 import math
 import re
+from collections import Counter
 from typing import Any
 
 import torch
@@ -110,6 +111,15 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
     return table
 
 
+def multipliers_text(table: dict[str, float]) -> str:
+    """A line for each factor and kind of parameter, layers together, and one for all that keep the rate."""
+    kinds = Counter((factor, re.sub(r"\.\d+\.", ".*.", name)) for name, factor in table.items())
+    lines = [f"lr x {factor:<5g}{name}" + f"  ({count} layers)" * (count > 1)
+             for (factor, name), count in kinds.items() if factor != 1]
+    others = sum(factor == 1 for factor in table.values())
+    return "\n".join([*lines, f"lr x 1    the other {others} parameters"])
+
+
 def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
     """AdamW, and before it Muon for the blocks' matrices if cfg.optimizer is "muon".
 
@@ -130,7 +140,7 @@ def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
                                     "weight_decay": cfg.weight_decay if is_matrix else 0.0})
     optimizers: list[torch.optim.Optimizer] = []
     if described[True]:
-        optimizers.append(Muon(described[True], lr=cfg.learning_rate))
+        optimizers.append(Muon(described[True], lr=cfg.learning_rate, momentum=cfg.beta1))
     if described[False]:
         optimizers.append(torch.optim.AdamW(described[False], lr=cfg.learning_rate,
                                             betas=(cfg.beta1, cfg.beta2), fused=True))

@@ -44,18 +44,18 @@ class RunConfig:
     compile: bool | None = None  # torch.compile each block; None: on cuda, if the run is long enough
     parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work
     activation_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
-    global_batch_size: int = 8  # sequences a step, over all ranks
-    micro_batch_size: int = 8  # sequences a rank puts through the model at a time
-    max_steps: int = 1000  # optimizer steps; where stages are listed, their sum counts instead
-    learning_rate: float = 4e-3  # peak
+    global_batch_size: int = 16  # sequences a step, over all ranks
+    micro_batch_size: int = 16  # sequences a rank puts through the model at a time
+    max_steps: int = 550  # optimizer steps; where stages are listed, their sum counts instead
+    learning_rate: float = 6e-3  # peak
     min_lr: float = 0.0  # at the end of the decay
     warmup_steps: int | None = None  # None: 2 % of max_steps
-    schedule: Literal["wsd", "cosine", "linear", "constant"] = "wsd"  # wsd: warmup, stable, linear decay
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "linear"  # wsd: warmup, stable, linear decay
     decay_steps: int | None = None  # of wsd; None: 30 % of max_steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon: for the blocks' matrices, AdamW for the rest
-    beta1: float = 0.9  # of AdamW
-    beta2: float = 0.95  # of AdamW
-    weight_decay: float = 0.1  # on matrices
+    beta1: float = 0.9  # of AdamW, and the momentum of Muon
+    beta2: float = 0.98  # of AdamW
+    weight_decay: float = 0.2  # on matrices
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     lr_multipliers: dict = field(default_factory=dict)  # {regex of names: factor}, first match, 0 freezes
     stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..]

@@ -23,36 +23,31 @@ ROOT = Path(__file__).parent.parent
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 SHARED = ROOT.parent / "shared" / "data"  # public data that is not part of the project
 # The smallest run that still has grouped queries, several rows a batch and several batches a step.
-TINY_RUN = [
-    "--n_layer=2",
-    "--n_embd=64",
-    "--n_head=4",
-    "--n_kv_head=2",
-    "--intermediate_size=128",
-    "--block_size=64",
-    "--global_batch_size=8",
-    "--micro_batch_size=4",
-    "--learning_rate=3e-3",
-    "--eval_tokens=1024",
-    "--sample_tokens=0",
-    "--log_interval=1",
-    "--eval_interval=0",
-    "--save_interval=0",
-]
+TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
+    --global_batch_size=8 --micro_batch_size=4 --learning_rate=3e-3 --eval_tokens=1024 --sample_tokens=0
+    --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: takes long; runs with -m slow")
+
+
+def pytest_collection_modifyitems(config, items):
+    if not config.option.markexpr:
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
 
 
 def tiny_config(**changes):
-    return GPTConfig(
-        **dict(
-            vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128, block_size=64
-        )
-        | changes
+    tiny = dict(
+        vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128, block_size=64
     )
+    return GPTConfig(**tiny | changes)
 
 
 def busy_model(config, seed=0):
-    """A model whose every parameter is far from its initial value, so that nothing hides behind a zero or a
-    one."""
+    """A model whose every parameter is far from where it began: nothing hides behind a zero or a one."""
     model = GPT(config, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -103,9 +98,9 @@ def rank_main(rank, port, pipe):
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": "2",
+        "OMP_NUM_THREADS": "1",
         "MASTER_ADDR": "127.0.0.1",
         "MASTER_PORT": str(port),
-        "OMP_NUM_THREADS": "1",
     }
     torch.set_num_threads(1)
     import torch.distributed as dist

@@ -452,6 +452,20 @@ def test_signals_save_and_leave(data, tmp_path, monkeypatch, received, code):
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_000001"]
 
 
+def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path, monkeypatch):
+    def backward(*arguments):
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        raise AssertionError("the step went on")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "backward", backward)
+        with pytest.raises(KeyboardInterrupt):
+            run(data, tmp_path, "--max_steps=2")
+    assert checkpoint.step_folders(tmp_path) == []
+    assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2  # the lock and the signals are free again
+
+
 def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
     stop_at_step(data, tmp_path, 3, "--max_steps=9")
     with open(tmp_path / "metrics.jsonl", "a") as file:

@@ -1,6 +1,8 @@
 """model.py and parts/hf.py: the same logits as transformers, both ways, and the model's own equalities."""
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -9,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 from configurator import UserError
 from model import GPT, GPTConfig, KVCache, attend, document_mask
 from parts import hf
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import ROOT, busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
 LLAMA3 = dict(
@@ -321,3 +323,30 @@ def test_real_sizes():
     assert small.flops_per_token(1024) == pytest.approx(0.80e9, rel=0.01)
     assert large.num_parameters() == 1_100_048_384  # TinyLlama's
     assert large.flops_per_token(4096) == pytest.approx(7.3e9, rel=0.01)
+
+
+MEMORY = """
+import resource, sys, torch
+from model import GPT, GPTConfig
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+config = GPTConfig(vocab_size=32000, n_layer=12, n_head=12, n_embd=768, block_size=128)
+GPT(GPTConfig())
+before = peak()
+with torch.device("meta"):
+    model = GPT(config)
+print(peak() - before, sep=" ", end=" ")
+model.materialize("cpu", seed=1)
+print(peak() - before, model.num_parameters() * 4 / 2**20)
+"""
+
+
+def test_a_model_on_the_meta_device_is_filled_without_a_second_copy():
+    """Peak memory in MiB, of a process of its own: nothing before, then the weights and one matrix more."""
+    done = subprocess.run(
+        [sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=ROOT, check=True
+    )
+    on_meta, filled, weights = map(float, done.stdout.split())
+    largest = 32000 * 768 * 4 / 2**20
+    assert on_meta < 0.05 * weights
+    assert weights * 0.95 < filled < weights + 2 * largest  # the table's random values, and a copy of them

@@ -88,6 +88,12 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind):
     assert not torch.equal(before[0], everything()[0])
 
 
+def test_the_table_of_multipliers_in_few_lines():
+    table = {"embed": 5.0, "layers.0.mlp": 0.5, "layers.1.mlp": 0.5, "layers.1.norm": 1.0, "norm": 1.0}
+    expected = ["lr x 5    embed", "lr x 0.5  layers.*.mlp  (2 layers)", "lr x 1    the other 2 parameters"]
+    assert optim.multipliers_text(table).split("\n") == expected
+
+
 def test_groups():
     """Muon has the blocks' matrices; only matrices decay; a factor of 0 freezes."""
     model = GPT(tiny_config(tie_embeddings=False, bias="qkv"))
@@ -142,7 +148,7 @@ def test_schedule_worked_by_hand(schedule, steps, expected):
 
 
 def test_schedule_defaults_and_single_step():
-    cfg = RunConfig(learning_rate=1.0)
+    cfg = RunConfig(learning_rate=1.0, schedule="wsd")
     assert learning_rate_at(cfg, 0, 1000) == 1 / 20 and learning_rate_at(cfg, 699, 1000) == 1.0
     assert learning_rate_at(cfg, 850, 1000) == pytest.approx(0.5)
     assert learning_rate_at(cfg, 0, 1) == 1.0

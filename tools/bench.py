@@ -1,35 +1,41 @@
-"""Measure ourselves beside named peers, interleaved, on this machine.
+"""Measure ourselves beside named peers on this machine, and print one table.
 
     python -m tools.bench prepare                     # text -> shards, against tokenizers' encode_batch_fast
     python -m tools.bench prepare --rounds=9 --json=docs/results/bench_prepare.json
+    python -m tools.bench base --rounds=3             # the default run, seeds 1 to 3, beside gzip and xz
 
-Every round runs every arm once, in turn, so that a machine whose speed drifts drifts for all of them; medians
-and spreads are over rounds. That both sides do the same work is checked before anything is timed.
+Arms that are timed run in turn, once a round, so that a machine whose speed drifts drifts for all of them;
+medians and spreads are over rounds. That both sides do the same work is checked before anything is timed.
 """
 
+import json
 import os
 import platform
+import re
 import statistics
+import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from configurator import UserError, configure, run_script
-from parts.shards import write_json
+from parts.shards import DataFolder, write_json
 from parts.sources import Skip, document, find_files, read_rows
 from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
+from train import compressed_bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
-    source: str = "pystdlib"  # the text to prepare
-    vocab_size: int = 4096  # of the BPE trained on it
-    rounds: int = 5  # times each arm is run
+    source: str = "pystdlib"  # prepare: the text
+    vocab_size: int = 4096  # prepare: ids of the BPE trained on it
+    rounds: int = 5  # times each arm is run; base: seeds
     json: str | None = None  # also write the figures here
 
 
@@ -87,8 +93,9 @@ def bench_prepare(cfg: BenchConfig) -> dict[str, Any]:
         for name, both in figures.items()}}
 
 
-def report(result: dict[str, Any], baseline: str) -> str:
-    """A line an arm: median MB/s by the wall clock, lowest to highest, and its ratio to the baseline."""
+def report_prepare(result: dict[str, Any]) -> str:
+    """A line an arm: median MB/s by the wall clock, lowest to highest, and its ratio to the first arm."""
+    baseline = next(iter(result["arms"]))
     lines = [f"{'MB/s':32} {'wall':>7} {'(min - max)':>15} {'cpu':>7} {'x peer':>7}"]
     median = {name: {clock: statistics.median(values) for clock, values in arm.items()}
               for name, arm in result["arms"].items()}
@@ -99,19 +106,55 @@ def report(result: dict[str, Any], baseline: str) -> str:
     return "\n".join(lines)
 
 
+def bench_base(cfg: BenchConfig) -> dict[str, Any]:
+    """The default run once a seed, each in a process and an out_dir of its own; data/pystdlib is shared."""
+    runs = []
+    for seed in range(1, cfg.rounds + 1):
+        with tempfile.TemporaryDirectory() as out:
+            subprocess.run([sys.executable, "train.py", f"--seed={seed}", f"--out_dir={out}"], check=True)
+            events = [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
+        trained = [event for event in events if "loss" in event][-1]
+        runs.append({"seed": seed, "val_bits_per_byte": events[-1]["val_bits_per_byte"],
+                     "val_loss": events[-1]["val_loss"], "tokens": trained["tokens"],
+                     "seconds": trained["seconds"]})
+    folder = DataFolder("data/pystdlib")
+    return {"runs": runs, "bits_per_byte": compressed_bits(folder, Tokenizer.load(folder.folder))}
+
+
+def report_base(result: dict[str, Any]) -> str:
+    """Mean and spread of the bits per byte over the seeds, and those of the compressors."""
+    bits = [run["val_bits_per_byte"] for run in result["runs"]]
+    seconds = statistics.mean(run["seconds"] for run in result["runs"])
+    lines = [f"{'this model':12} {statistics.mean(bits):.3f}   ({min(bits):.3f} - {max(bits):.3f} over "
+             f"{len(bits)} seeds; {result['runs'][0]['tokens']:,} tokens in {seconds:.0f} s)"]
+    lines += [f"{name:12} {value:.3f}" for name, value in result["bits_per_byte"].items()]
+    return "bits per byte of the validation text\n" + "\n".join(lines)
+
+
 def versions() -> dict[str, str]:
-    from importlib.metadata import version
-    packages = ("numpy", "tiktoken", "tokenizers")
-    return {"python": platform.python_version(), "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+    """The machine, and the packages whose versions the figures depend on."""
+    packages = ("torch", "numpy", "tiktoken", "tokenizers")
+    return {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} cores",
             **{name: version(name) for name in packages}}
 
 
+def processor() -> str:
+    """The processor's name as Linux gives it, else its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()
+
+
+BENCHES = {"prepare": (bench_prepare, report_prepare), "base": (bench_base, report_base)}
+
+
 def main(argv: list[str]) -> int:
-    if not argv or argv[0] != "prepare":
-        raise UserError("say what to measure: python -m tools.bench prepare")
+    if not argv or argv[0] not in BENCHES:
+        raise UserError(f"say what to measure: python -m tools.bench {'|'.join(BENCHES)}")
     cfg, _ = configure(BenchConfig, argv[1:], usage=__doc__)
-    result = bench_prepare(cfg)
-    print(report(result, baseline="tokenizers encode_batch_fast"))
+    measure, report = BENCHES[argv[0]]
+    result = measure(cfg)
+    print(report(result))
     if cfg.json:
         command = f"python -m tools.bench {' '.join(argv)}"
         write_json(Path(cfg.json), {"command": command, "versions": versions(), **result})
