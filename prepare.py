@@ -101,11 +101,10 @@ def text_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def start_worker(definition: dict[str, Any], text_key: str) -> None:
+def start_worker(tokenizer: Tokenizer, text_key: str) -> None:
     """Give a worker process its tokenizer; Ctrl-C is the parent's to handle."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     global tokenize_here
-    tokenizer = Tokenizer(definition)
     tokenize_here = lambda rows: tokenize(rows, tokenizer, text_key)  # noqa: E731
 
 
@@ -121,8 +120,7 @@ def tokenize_all(batches: Iterable[list[Row]], tokenizer: Tokenizer,
         for rows in batches:
             yield rows, tokenize(rows, tokenizer, cfg.text_key)
         return
-    with ProcessPoolExecutor(processes, initializer=start_worker,
-                             initargs=(tokenizer.definition, cfg.text_key)) as pool:
+    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(tokenizer, cfg.text_key)) as pool:
         waiting: deque = deque()
         try:
             for rows in batches:

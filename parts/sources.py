@@ -17,7 +17,7 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -54,8 +54,7 @@ def find_files(source: str) -> tuple[list[Path], int]:
     files, ignored = [], 0
     for name in source.split(","):
         if os.path.isdir(name):
-            inside = sorted(path for path in Path(name).rglob("*") if path.is_file()
-                            and not any(part.startswith(".") for part in path.relative_to(name).parts))
+            inside = files_under(Path(name), lambda part: part.startswith("."))
             known = [path for path in inside if file_kind(path) in KINDS]
             ignored += len(inside) - len(known)
         else:
@@ -73,10 +72,19 @@ def standard_library() -> list[Path]:
     """The .py files of the running Python's standard library, without tests: about 12 MB on every machine."""
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in sorted(root.rglob("*.py")) if not left_out & set(path.relative_to(root).parts)]
+    files = [path for path in files_under(root, left_out.__contains__) if path.suffix == ".py"]
     if not files:
         raise UserError(f"source=pystdlib: {root} holds no .py files; give --source=FILES")
     return files
+
+
+def files_under(root: Path, leave_out: Callable[[str], bool]) -> list[Path]:
+    """All files below a folder, sorted; names that `leave_out` says True to are not looked into."""
+    files = []
+    for folder, folders, names in os.walk(root):
+        folders[:] = [name for name in folders if not leave_out(name)]
+        files += [os.path.join(folder, name) for name in names if not leave_out(name)]
+    return [path for path in map(Path, sorted(files)) if path.is_file()]
 
 
 def file_kind(path: Path) -> str:

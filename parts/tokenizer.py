@@ -127,8 +127,9 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
-        for name, content in (("tokenizer.json", self.definition), ("tokenizer_config.json", self.settings)):
-            text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+        for name, content, indent in (("tokenizer.json", self.definition, None),  # many times faster without
+                                      ("tokenizer_config.json", self.settings, 2)):
+            text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
             (Path(folder) / name).write_text(text, encoding="utf-8")
 
 

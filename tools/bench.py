@@ -27,13 +27,12 @@ from configurator import UserError, configure, run_script
 from parts.shards import DataFolder, write_json
 from parts.sources import Skip, document, find_files, read_rows
 from parts.tokenizer import Tokenizer
-from prepare import PrepareConfig, prepare
-from train import compressed_bits
 
 
 @dataclass(frozen=True, kw_only=True)
 class BenchConfig:
     source: str = "pystdlib"  # prepare: the text
+    copies: int = 4  # prepare: times it is taken, each document then with a first line of its own
     vocab_size: int = 4096  # prepare: ids of the BPE trained on it
     rounds: int = 5  # times each arm is run; base: seeds
     json: str | None = None  # also write the figures here
@@ -58,7 +57,7 @@ def cpu_seconds() -> float:
 
 
 def bench_prepare(cfg: BenchConfig) -> dict[str, Any]:
-    """MB of text a second: encode_batch_fast on one core, our encoder, all of prepare with one and two."""
+    """MB of text a second: encode_batch_fast on one core, our encoder, and prepare.py, start to end."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the peer, too
     texts = []
     for row in read_rows(find_files(cfg.source)[0], "text", piece=2**20):
@@ -67,26 +66,25 @@ def bench_prepare(cfg: BenchConfig) -> dict[str, Any]:
         except Skip:
             continue
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
-    theirs = [encoding.ids for encoding in tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)]
-    if theirs != [tokenizer.encode(text) for text in texts]:
+    texts = [f"# {copy}\n{text}" for copy in range(cfg.copies) for text in texts]  # no two are equal
+    theirs = tokenizer.plain.encode_batch_fast(texts[::cfg.copies], add_special_tokens=False)
+    if [encoding.ids for encoding in theirs] != [tokenizer.encode(text) for text in texts[::cfg.copies]]:
         raise UserError("the encoders disagree: nothing to compare")
     with tempfile.TemporaryDirectory() as folder:
         tokenizer.save(folder)
+        source = Path(folder) / "texts.jsonl"
+        source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts), encoding="utf-8")
 
         def whole(num_proc: int) -> None:
-            prepare(PrepareConfig(source=cfg.source, tokenizer=folder, out=str(Path(folder) / "out"),
-                                  num_proc=num_proc, overwrite=True))
+            with tempfile.TemporaryDirectory(dir=folder) as out:
+                subprocess.run([sys.executable, "prepare.py", f"--source={source}", f"--tokenizer={folder}",
+                                f"--out={out}", f"--num_proc={num_proc}"], check=True, capture_output=True)
 
-        with open(os.devnull, "w") as quiet:
-            screen, sys.stdout = sys.stdout, quiet
-            try:
-                figures = interleaved({
-                    "tokenizers encode_batch_fast": lambda: tokenizer.plain.encode_batch_fast(texts),
-                    "our encode": lambda: [tokenizer.encode(text) for text in texts],
-                    "prepare, 1 process": lambda: whole(1),
-                    "prepare, 2 processes": lambda: whole(2)}, cfg.rounds)
-            finally:
-                sys.stdout = screen
+        figures = interleaved({
+            "tokenizers encode_batch_fast": lambda: tokenizer.plain.encode_batch_fast(texts),
+            "our encode": lambda: [tokenizer.encode(text) for text in texts],
+            "prepare.py, 1 process": lambda: whole(1),
+            "prepare.py, 2 processes": lambda: whole(2)}, cfg.rounds)
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     return {"megabytes": megabytes, "arms": {
         name: {clock: [megabytes / value for value in values] for clock, values in both.items()}
@@ -108,6 +106,7 @@ def report_prepare(result: dict[str, Any]) -> str:
 
 def bench_base(cfg: BenchConfig) -> dict[str, Any]:
     """The default run once a seed, each in a process and an out_dir of its own; data/pystdlib is shared."""
+    from train import compressed_bits  # here, so that prepare's processes are not forked with all of torch
     runs = []
     for seed in range(1, cfg.rounds + 1):
         with tempfile.TemporaryDirectory() as out:
