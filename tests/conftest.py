@@ -20,6 +20,7 @@ from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent
+torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where the machine is shared
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 SHARED = ROOT.parent / "shared" / "data"  # public data that is not part of the project
 # The smallest run that still has grouped queries, several rows a batch and several batches a step.
