@@ -17,6 +17,7 @@ processes come from torchrun: parallel=ddp gives each a copy of the model, paral
 import contextlib
 import dataclasses
 import math
+import re
 import resource
 import signal
 import sys
@@ -55,8 +56,8 @@ __all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "star
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Dense bfloat16 peaks of the makers' datasheets, in FLOP/s, by a part of torch's device name.
-PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-              "RTX 4090": 165e12, "RTX 3090": 71e12}
+PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
+              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
 
 
 @dataclass
@@ -85,6 +86,8 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     folder = run.on_first_rank(lambda: checkpoint.newest_verified(run.out_dir, run.print))
     place(model, cfg, run, folder)
     progress, saved = load_state(folder)
+    saved_step = progress.step if folder else -1
+    set_context(model, stage_at(stages, max(progress.step - 1, 0)), stages)
     run.on_first_rank(lambda: run.cut_log(progress.step))
     if folder:
         run.print(f"resumed   from {folder}")
@@ -95,20 +98,22 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     if saved.get("scaler"):
         scaler.load_state_dict(saved["scaler"])
     stage, optimizers, results = None, [], {}
-    meter = Meter(model, run)
+    meter = Meter(model, run, scaler)
 
     def measure() -> dict[str, float]:
         """Evaluate, log, and point to this checkpoint if it is the best."""
         with meter.paused(), amp, torch.no_grad():
             found = evaluate(model.eval(), progress.step == total)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # without a backward pass behind it, FSDP2 would leave the root gathered
         model.train()
-        run.log({"step": progress.step, **found})
+        note_best(found, progress, run, cfg.keep_checkpoints)
+        run.log({"step": progress.step, **found})  # last: what is in the log is done
         figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
         run.print(f"{step_text(progress.step, total)}  {figures}")
-        note_best(found, progress, run, cfg.keep_checkpoints)
         return found
 
-    evaluated = run.last_event("val_loss").get("step") == progress.step
+    evaluated = run.on_first_rank(lambda: run.last_event("val_loss").get("step") == progress.step)
     if folder and is_due(progress.step, cfg.eval_interval, total) and not evaluated:
         results = measure()  # the run was stopped between saving and evaluating
     if progress.step >= total and not results:
@@ -125,6 +130,7 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
                 forward, optimizers = enter_stage(stages, stage, model, run)
                 if not stage.begin == stage.first == progress.step:  # a new schedule starts with new state
                     load_optimizer_state(model, optimizers, state)
+                del state
             batches = [pinned(batch, run.device) for batch in upcoming.result()]
             if progress.step + 1 < total:
                 upcoming = pool.submit(batches_at, progress.step + 1)
@@ -134,8 +140,9 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
                 run.stop_signal == signal.SIGINT,
                 run.stop_signal == signal.SIGTERM])
             if interrupted or terminated:  # all ranks learn of it here together, and leave before this step
-                meter.require_finite()
-                save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
+                if saved_step != progress.step:
+                    meter.require_finite()
+                    save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
                 run.print(f"stopped   at step {progress.step:,}, saved; the same command goes on")
                 raise SystemExit(130 if interrupted else 0)
             # Dropout, too, is a function of (seed, step, rank), so that nothing random has to be saved.
@@ -156,6 +163,7 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
                 with meter.paused():
                     meter.require_finite()
                     save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
+                    saved_step = progress.step
             if is_due(progress.step, cfg.eval_interval, total):
                 results = measure()  # after saving: an evaluation that fails must not cost the run
     return results
@@ -198,17 +206,16 @@ def synchronize_gradients(forward: nn.Module, now: bool) -> None:
 def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any, clip: float) -> Tensor:
     """Clip by the global norm and step; returns the norm before clipping, a device scalar.
 
-    A gradient that is not finite changes nothing: the optimizers get the flag as `found_inf`, on the device,
-    as torch's float16 scaler hands it to them, so that nobody waits for it here.
+    A gradient that is not finite anywhere changes nothing: all optimizers get the flag as `found_inf`, on the
+    device, as torch's GradScaler would hand each the one of its own parameters; so nobody waits for it here.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
     for optimizer in optimizers:
-        if not scaler.is_enabled():
-            optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
-        scaler.step(optimizer)
+        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
+        optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return norm
@@ -226,8 +233,8 @@ def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
 class Meter:
     """Adds up the metrics on the device, and reads them once an interval."""
 
-    def __init__(self, model: nn.Module, run: Run):
-        self.model, self.run = model, run
+    def __init__(self, model: nn.Module, run: Run, scaler: torch.amp.GradScaler):
+        self.model, self.run, self.scaler = model, run, scaler
         self.not_finite = torch.zeros((), device=run.device)  # steps whose gradient was not
         self.restart()
 
@@ -258,8 +265,13 @@ class Meter:
         return event
 
     def require_finite(self, sums: list[float] = ()) -> None:
-        """UserError, on all ranks alike, if a sum or the gradient of any step is not finite."""
-        if self.not_finite.item() or not all(map(math.isfinite, sums)):
+        """UserError, on all ranks alike, if a sum or the gradient of any step is not finite.
+
+        The float16 scaler tries ever larger scales, so there a gradient may overflow now and then; it is lost
+        only when scaling down to 1 has not helped.
+        """
+        overflows = self.scaler.get_scale() < 1 if self.scaler.is_enabled() else self.not_finite.item() > 0
+        if overflows or not all(map(math.isfinite, sums)):
             raise UserError("the loss or its gradient is no longer finite; the last checkpoint is intact. "
                             "A lower --learning_rate or --dtype=float32, in another out_dir, may help")
 
@@ -268,7 +280,7 @@ class Meter:
         if self.run.device.type != "cuda":
             return None
         name = torch.cuda.get_device_name(self.run.device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if part in name), None)
+        peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
         return speed * self.model.flops_per_token(context) / (peak * self.run.world_size) if peak else None
 
     @contextlib.contextmanager
@@ -335,22 +347,24 @@ def compute_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
     return DTYPES[cfg.dtype or ("bfloat16" if run.device.type == "cuda" else "float32")]
 
 
+def set_context(model: nn.Module, stage: Stage, stages: list[Stage]) -> None:
+    """Give the model the stage's rotary positions, where the stages change them."""
+    changed = set().union(*(each.changes for each in stages))
+    model.reconfigure(**{k: getattr(stage.cfg, k) for k in ("rope_theta", "rope_scaling") if k in changed})
+
+
 def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
                 run: Run) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
     """Set the model's context and trained parameters to the stage's; returns what to call, and optimizers."""
-    so_far = stages[:stages.index(stage) + 1]
-    changed = set().union(*(each.changes for each in stages))
-    context = {key: getattr(stage.cfg, key) for key in ("rope_theta", "rope_scaling") if key in changed}
-    if "block_size" in changed:  # a longer context, once learned, is kept through stages with shorter rows
-        context["block_size"] = max(each.cfg.block_size for each in so_far)
-    model.reconfigure(**context)
+    set_context(model, stage, stages)
+    number = stages.index(stage) + 1
     if len(stages) > 1:
         changes = "  ".join(f"{key}={value}" for key, value in stage.changes.items())
-        run.print(f"stage     {len(so_far)}/{len(stages)}: steps {stage.first:,}-{stage.last:,}  {changes}")
+        run.print(f"stage     {number}/{len(stages)}: steps {stage.first:,}-{stage.last:,}  {changes}")
     if stage.cfg.lr_multipliers:
         table = multipliers(model, stage.cfg.lr_multipliers)
         run.print(multipliers_text(table))
-        run.on_first_rank(lambda: write_json(run.out_dir / f"lr_multipliers_{len(so_far)}.json", table))
+        run.on_first_rank(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
     optimizers = make_optimizers(model, stage.cfg)
     if run.world_size == 1 or isinstance(model, FSDPModule):
         return model, optimizers
@@ -364,9 +378,11 @@ def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
 def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any, progress: Progress, run: Run,
          keep: int) -> None:
     """Write the checkpoint of progress.step. All ranks gather, rank 0 writes."""
-    parameters = {name: whole(parameter.detach()).cpu() for name, parameter in model.named_parameters()}
-    state = {"progress": dataclasses.asdict(progress), "optimizer": optimizer_state(model, optimizers),
-             "scaler": scaler.state_dict()}
+    writes = run.rank == 0
+    gathered = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
+    parameters = {name: tensor.cpu() if writes else None for name, tensor in gathered}
+    state = {"progress": dataclasses.asdict(progress), "scaler": scaler.state_dict(),
+             "optimizer": optimizer_state(model, optimizers, keep=writes)}
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, parameters, run.tokenizer.eot_id if run.tokenizer else None)

@@ -45,14 +45,14 @@ class TrainConfig(RunConfig, GPTConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        self.architecture(self.vocab_size or 64)
+        self.architecture(self.vocab_size or 64, self.block_size)
         if self.z_loss < 0 or self.sample_tokens < 0:
             raise UserError(f"z_loss={self.z_loss}, sample_tokens={self.sample_tokens}: must not be negative")
 
-    def architecture(self, vocab_size: int) -> GPTConfig:
+    def architecture(self, vocab_size: int, block_size: int) -> GPTConfig:
         """The model that the keys describe. Raises UserError for sizes that do not fit together."""
-        keys = {field.name: getattr(self, field.name) for field in dataclasses.fields(GPTConfig)}
-        return GPTConfig(**keys | {"vocab_size": vocab_size})
+        keys = {each.name: getattr(self, each.name) for each in dataclasses.fields(GPTConfig)}
+        return GPTConfig(**keys | {"vocab_size": vocab_size, "block_size": block_size})
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -81,16 +81,17 @@ class TextData:
         first = earlier + (step - stage.first) * cfg.global_batch_size + self.run.rank * share
         rows = mix.samples(first, share)  # (share, T + 1)
         eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
-        return [text_batch(part, eot_id) for part in np.split(rows, share // cfg.micro_batch_size)]
+        return [text_batch(part, eot_id) | {"z_loss": cfg.z_loss}
+                for part in np.split(rows, share // cfg.micro_batch_size)]
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
 
-def next_token_loss(model: nn.Module, batch: dict[str, Any], vocab_size: int,
-                    z_loss: float = 0.0) -> tuple[Tensor, dict[str, Tensor]]:
+def next_token_loss(model: nn.Module, batch: dict[str, Any],
+                    vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy (and z-loss) summed over the batch's targets; the metric "loss" is without the z term."""
     def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        return linear_cross_entropy(hidden, weight, batch["targets"], vocab_size, z_loss)
+        return linear_cross_entropy(hidden, weight, batch["targets"], vocab_size, batch.get("z_loss", 0.0))
 
     loss, nll = model(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
     return loss, {"loss": nll}
@@ -106,7 +107,7 @@ class Evaluation:
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """Read each folder's first cfg.eval_tokens validation tokens, or all at the end; ranks share them.
+        """Read each folder's first cfg.eval_tokens validation tokens; the ranks share them.
 
         A mix's figures are its folders', by their weights in training. Rows do not overlap, so a token sees
         half a context on average, where a file compressor sees all that came before.
@@ -115,7 +116,7 @@ class Evaluation:
             self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
         results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
         for folder, weight in zip(self.mix.folders, self.mix.weights, strict=True):
-            nll, targets, text_bytes = self.sums(model, folder, None if last else self.cfg.eval_tokens)
+            nll, targets, text_bytes = self.sums(model, folder)
             loss, bits = nll / targets, nll / math.log(2) / max(text_bytes, 1)
             results["val_loss"] += weight * loss
             results["val_bits_per_byte"] += weight * bits
@@ -124,12 +125,12 @@ class Evaluation:
                 results |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
         return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
 
-    def sums(self, model: GPT, folder: DataFolder, limit: int | None) -> list[float]:
+    def sums(self, model: GPT, folder: DataFolder) -> list[float]:
         """Over one folder's validation targets and all ranks: nats, targets, bytes of text."""
         nll, count, text_bytes = torch.zeros((), device=self.run.device), 0, 0
         rows, tokenizer = Rows(folder, "val", self.cfg.block_size), self.mix.tokenizer
         eot_id = tokenizer.eot_id if self.cfg.document_mask else None
-        for batch in validation_batches(rows, limit, self.cfg.micro_batch_size, self.run.rank,
+        for batch in validation_batches(rows, self.cfg.eval_tokens, self.cfg.micro_batch_size, self.run.rank,
                                         self.run.world_size, eot_id):
             count += batch["count"]
             text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
@@ -173,23 +174,36 @@ def main(argv: list[str]) -> int:
         check_vocabulary(cfg, data)
         run.identify(data={k: digest for mix in data.mixes.values() for k, digest in mix.hashes().items()})
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
-            model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size))
+            model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "
                   f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP a token; "
                   f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
         results = fit(cfg, model, data.batches_at,
-                      lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size, cfg.z_loss),
+                      lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size),
                       Evaluation(data.stages[-1].cfg, data.last_mix, run), run)
         print_summary(model.eval(), data, results, run)
     return 0
 
 
 def with_architecture_of(source: str, cfg: TrainConfig, given: dict[str, str]) -> TrainConfig:
-    """`cfg` with the architecture of a model folder. UserError if the user gave some of it as well."""
+    """`cfg` with the architecture of a model folder. UserError if the user gave some of it as well.
+
+    Only block_size may be given: rows may be shorter than the model's context, or, with RoPE, longer.
+    """
     fields = hf.read_config(hf.find_folder(source))
-    if both := sorted({field.name for field in dataclasses.fields(GPTConfig)} & given.keys()):
+    if both := sorted({each.name for each in dataclasses.fields(GPTConfig)} & given.keys() - {"block_size"}):
         raise UserError(f"{given[both[0]]}: {both[0]} comes with init_from={source} and cannot be given")
+    if "block_size" in given:
+        fields["block_size"] = cfg.block_size
     return dataclasses.replace(cfg, **fields)
+
+
+def context_length(cfg: TrainConfig) -> int:
+    """The model's block_size: that of the longest rows, and of the model it starts from at the least."""
+    lengths = [stage.block_size for stage in stage_configs(cfg)]
+    if cfg.init_from:
+        lengths.append(hf.read_config(hf.find_folder(cfg.init_from))["block_size"])
+    return max(lengths)
 
 
 def check_vocabulary(cfg: TrainConfig, data: TextData) -> None:

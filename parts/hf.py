@@ -36,6 +36,8 @@ GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head
              "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
 # What transformers assumes where a config.json leaves the key out.
 LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
+# Sizes without which transformers derives others from the rest; all other sizes have to be there.
+DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"}}
 GPT2_DEFAULTS = {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
                  "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
 TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gpt2": True}
@@ -75,6 +77,8 @@ def read_config(folder: Path) -> dict[str, Any]:
         known = ", ".join(TIED_BY_DEFAULT)
         raise UserError(f"{place}: model_type {kind!r} is not supported ({known} are)")
     defaults = GPT2_DEFAULTS if kind == "gpt2" else LLAMA_DEFAULTS
+    if kind == "mistral":
+        defaults = defaults | {"sliding_window": 4096}
     config = {"tie_word_embeddings": TIED_BY_DEFAULT[kind]} | defaults | config
     refuse_unsupported(config, place)
     try:
@@ -117,7 +121,8 @@ def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
 
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     """Llama, Mistral, Qwen2, Qwen3. Rotary keys are top-level in older files, in rope_parameters in newer."""
-    fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs in config}
+    derived = DERIVED.get(config["model_type"], set()) - config.keys()
+    fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs not in derived}
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))

@@ -169,11 +169,19 @@ def learning_rate_at(cfg: Any, step: int, total: int) -> float:
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * shape
 
 
-def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> dict[str, dict[str, Any]]:
-    """{parameter name: {"exp_avg": whole tensor on the CPU, ...}}. All ranks call it: shards are gathered."""
+def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
+                    keep: bool = True) -> dict[str, dict[str, Any]]:
+    """{parameter name: {"exp_avg": whole tensor on the CPU, ...}}.
+
+    All ranks call it, since shards are gathered; one that need not `keep` the result gets None for tensors.
+    """
     names = {parameter: name for name, parameter in model.named_parameters()}
-    return {names[parameter]: {key: whole(value).cpu() for key, value in state.items()}
-            for optimizer in optimizers for parameter, state in optimizer.state.items()}
+    result: dict[str, dict[str, Any]] = {}
+    for optimizer in optimizers:
+        for parameter, state in optimizer.state.items():
+            gathered = ((key, whole(value)) for key, value in state.items())
+            result[names[parameter]] = {key: value.cpu() if keep else None for key, value in gathered}
+    return result
 
 
 def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],

@@ -27,6 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError, differences, override
+from model import GPTConfig
 from parts.checkpoint import remove_checkpoints, step_folders
 from parts.shards import write_json
 
@@ -59,9 +60,9 @@ class RunConfig:
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     lr_multipliers: dict = field(default_factory=dict)  # {regex of names: factor}, first match, 0 freezes
     stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..]
-    eval_interval: int = 250  # steps between evaluations; 0: only at the end
-    eval_tokens: int | None = 32768  # validation tokens of an evaluation on the way; None: all, as at the end
-    save_interval: int = 250  # steps between checkpoints; 0: only at the end
+    eval_interval: int = 275  # steps between evaluations; 0: only at the end
+    eval_tokens: int | None = None  # validation tokens of an evaluation, always the first ones; None: all
+    save_interval: int = 275  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones, and the best
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # mirror the log to Weights & Biases
@@ -84,10 +85,15 @@ class RunConfig:
                 raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
 
 
-# These may differ when a run is resumed: they change where, how fast and how long, not what it computes.
+# These may differ when a run is resumed: they change where, how fast and how long it runs, and of what it
+# computes the rounding at most (bfloat16 on a GPU); a larger max_steps stretches the schedule.
 OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "activation_checkpointing", "max_steps",
-               "eval_interval", "eval_tokens", "save_interval", "keep_checkpoints", "log_interval", "wandb",
-               "wandb_project", "run_name", "out_dir", "overwrite"}
+               "eval_interval", "save_interval", "keep_checkpoints", "log_interval", "wandb", "wandb_project",
+               "run_name", "out_dir", "overwrite"}
+# What a stage may change, of the keys above and of the architecture; the keys of its own script are free.
+OF_A_STAGE = {"dataset", "global_batch_size", "micro_batch_size", "learning_rate", "min_lr", "warmup_steps",
+              "schedule", "decay_steps", "beta1", "beta2", "weight_decay", "grad_clip", "lr_multipliers",
+              "block_size", "rope_theta", "rope_scaling"}
 
 
 # ---- Stages: keys that change during a run ----------------------------------------------------------------
@@ -132,7 +138,8 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     if not isinstance(entry, dict) or ("steps" in entry) == ("epochs" in entry):
         raise UserError(f"stages[{number}]: must be a dict with steps or epochs, as dict(steps=100, ..)")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
-    if fixed := {"stages", "max_steps", "out_dir", "seed", "optimizer", "init_from"} & changes.keys():
+    common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
+    if fixed := (common - OF_A_STAGE) & changes.keys():
         raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
     return override(cfg, changes, f"stages[{number}]"), changes
 
@@ -307,6 +314,9 @@ def pick_device(name: str | None) -> torch.device:
     except RuntimeError:
         raise UserError(f"device={name}: torch knows no such device") from None
     if device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        if int(os.environ["LOCAL_WORLD_SIZE"]) > torch.cuda.device_count():  # all ranks see it, and one tells
+            raise UserError(f"torchrun started {os.environ['LOCAL_WORLD_SIZE']} processes here, this machine "
+                            f"has {torch.cuda.device_count()} CUDA devices")
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if (device.index or 0) >= available.get(device.type, 0):

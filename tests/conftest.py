@@ -26,7 +26,7 @@ SHARED = ROOT.parent / "shared" / "data"  # public data that is not part of the 
 # The smallest run that still has grouped queries, several rows a batch and several batches a step.
 TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
     --global_batch_size=8 --micro_batch_size=4 --learning_rate=3e-3 --eval_tokens=1024 --sample_tokens=0
-    --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+    --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
 
 
 def pytest_configure(config):

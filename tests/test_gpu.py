@@ -17,6 +17,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 def test_flex_attention_equals_the_dense_mask_forward_and_backward():
+    torch.set_float32_matmul_precision("highest")  # a training run before may have allowed TF32
     model = busy_model(tiny_config(block_size=256)).cuda()
     ids = torch.randint(500, (2, 256), device="cuda")
     documents = (torch.rand(2, 256, device="cuda") < 0.05).long().cumsum(dim=1)

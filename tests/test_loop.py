@@ -182,7 +182,7 @@ def ragged_run(data, out, parallel, micro):
         cfg,
         model,
         batches_at,
-        lambda m, b: train.next_token_loss(m, b, 500, 1e-3),
+        lambda m, b: train.next_token_loss(m, b | {"z_loss": 1e-3}, 500),
         lambda m, last: {},
         process,
     )
@@ -289,21 +289,61 @@ def test_stages_do_what_they_say(staged, data):
 
 
 def test_stages_on_two_ranks(data, staged, tmp_path, two_ranks):
-    """Freezing and unfreezing under a wrapper; Muon's own noise (its last digits are amplified) is the
-    tolerance."""
+    """Freezing and unfreezing under a wrapper, evaluations at the borders; Muon's own noise (its last digits
+    are amplified) is the tolerance."""
     text = STAGED.replace("dropout = 0.1", "dropout = 0.0")
-    (tmp_path / "c.py").write_text(text)
-    expected = losses(run(data, tmp_path / "one", str(tmp_path / "c.py")))
+    (tmp_path / "c.py").write_text(text + "eval_interval = 8\nsave_interval = 8\n")
+    words = [word for word in TINY_RUN if not word.startswith(("--eval_i", "--save"))]
+    words += [str(tmp_path / "c.py"), f"--dataset={data}"]
+    train.main([*words, f"--out_dir={tmp_path / 'one'}"])
+    expected = events(tmp_path / "one")
+    assert len([event for event in expected if "val_loss" in event]) == 3
     for parallel in ("ddp", "fsdp"):
-        two_ranks(
-            run,
-            data,
-            tmp_path / parallel,
-            str(tmp_path / "c.py"),
-            "--micro_batch_size=2",
-            f"--parallel={parallel}",
-        )
-        assert_close(losses(events(tmp_path / parallel)), expected, tolerance=1e-5)
+        out = tmp_path / parallel
+        two_ranks(train.main, [*words, f"--out_dir={out}", "--micro_batch_size=2", f"--parallel={parallel}"])
+        for key in ("loss", "val_loss"):
+            found, wanted = ([e[key] for e in those if key in e] for those in (events(out), expected))
+            assert_close(found, wanted, tolerance=1e-5)
+
+
+@pytest.mark.parametrize("position", ["rope", "learned"])
+def test_early_stages_may_have_shorter_rows(data, tmp_path, position):
+    """The model has the longest context from the start, and every evaluation that of the last stage."""
+    (tmp_path / "c.py").write_text(
+        "stages = [dict(steps=2, block_size=16, z_loss=1e-2), dict(steps=2)]\neval_interval = 1"
+    )
+    words = [word for word in TINY_RUN if not word.startswith("--eval_i")]
+    words += [str(tmp_path / "c.py"), f"--dataset={data}", f"--position={position}"]
+    train.main([*words, f"--out_dir={tmp_path / 'out'}", "--norm=layernorm", "--mlp=gelu"])
+    assert len([event for event in events(tmp_path / "out") if "val_loss" in event]) == 4
+    assert GPT.from_pretrained(tmp_path / "out").config.block_size == 64
+
+
+def test_an_evaluation_made_up_for_has_the_stages_context(data, staged, tmp_path):
+    """Stopped between saving and evaluating, in a stage whose rotary base is not the run's."""
+    words = [str(staged / "c.py"), "--save_interval=4"]
+    (tmp_path / "a").mkdir()
+    train.main([*TINY_RUN, f"--dataset={data}", f"--out_dir={tmp_path / 'a'}", *words, "--eval_interval=12"])
+    out = tmp_path / "b"
+    shutil.copytree(tmp_path / "a", out)
+    shutil.rmtree(out / "step_000024")
+    for folder in checkpoint.step_folders(out):
+        if checkpoint.folder_step(folder) > 12:
+            shutil.rmtree(folder)
+    whole = events(out)
+    kept = [event for event in whole if event["step"] <= 12 and "val_loss" not in event]
+    (out / "metrics.jsonl").write_text("".join(json.dumps(event) + "\n" for event in kept))
+    write_json(out / "checkpoints.json", {"last": "step_000012"})
+    train.main([*TINY_RUN, f"--dataset={data}", f"--out_dir={out}", *words, "--eval_interval=12"])
+    found, expected = ([e for e in each if "val_loss" in e] for each in (events(out), whole))
+    assert found == expected and [event["step"] for event in found] == [12, 24]
+
+
+def test_the_best_checkpoint_is_that_of_the_lowest_loss_on_the_same_text(data, tmp_path):
+    words = ["--max_steps=6", "--eval_tokens=256", "--save_interval=1", "--eval_interval=1"]
+    found = run(data, tmp_path, *words)
+    best = min((event["val_loss"], event["step"]) for event in found if "val_loss" in event)[1]
+    assert json.loads((tmp_path / "checkpoints.json").read_text())["best"] == f"step_{best:06d}"
 
 
 def test_plan_by_hand():
@@ -334,6 +374,7 @@ def test_plan_by_hand():
         ([dict(steps=1, epochs=1)], "steps or epochs"),
         ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
         ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
+        ([dict(steps=1, n_layer=3)], r"stages\[0\]: n_layer cannot"),
         ([dict(steps=1, micro_batch_size="a")], "expected int"),
         ([dict(steps=1, learning_rate=-1)], "learning_rate=-1"),
     ],
@@ -450,6 +491,48 @@ def test_signals_save_and_leave(data, tmp_path, monkeypatch, received, code):
         run(data, tmp_path, "--max_steps=9")
     assert leaving.value.code == code
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_000001"]
+
+
+def test_a_checkpoint_that_was_just_written_is_not_written_again(data, tmp_path, monkeypatch):
+    """The signal comes while step 3 is saved."""
+    original, written = checkpoint.write_checkpoint, []
+
+    def write(out_dir, step, work):
+        os.kill(os.getpid(), signal.SIGTERM)
+        written.append(step)
+        return original(out_dir, step, work)
+
+    monkeypatch.setattr(checkpoint, "write_checkpoint", write)
+    with pytest.raises(SystemExit):
+        run(data, tmp_path, "--max_steps=9", "--save_interval=3")
+    assert written == [3]
+
+
+def test_float16_loses_a_step_that_overflows_and_goes_on(data, tmp_path, monkeypatch):
+    """The scaler doubles its scale every second step, so that some steps overflow; losses stay finite."""
+    scaler = torch.amp.GradScaler
+    monkeypatch.setattr(
+        torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**20, growth_interval=2)
+    )
+    found = losses(run(data, tmp_path, "--dtype=float16", "--max_steps=30"))
+    assert len(found) == 30 and found[-1] < found[0] - 0.5
+    assert state(tmp_path)["scaler"]["scale"] < 2.0**30
+
+
+@pytest.mark.parametrize("scale", [1.0, 1024.0])
+def test_one_bad_gradient_stops_every_optimizer(scale):
+    model = GPT(tiny_config())
+    optimizers = loop.make_optimizers(model, RunConfig(optimizer="muon"))
+    loop.set_learning_rate(optimizers, 1e-2)
+    scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
+    for bad in (False, True):
+        before = [parameter.detach().clone() for parameter in model.parameters()]
+        scaler.scale(model(torch.arange(8)[None]).square().mean()).backward()
+        if bad:
+            model.model["embed_tokens"].weight.grad[0, 0] = np.inf
+        loop.update(model, optimizers, scaler, 1.0)
+        same = [torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True)]
+        assert all(same) if bad else not any(same)
 
 
 def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path, monkeypatch):
@@ -597,6 +680,10 @@ def test_a_run_starts_from_another_model(data, trained, tmp_path):
     assert first < losses(events(trained))[0] - 1  # it had learned something
     with pytest.raises(UserError, match="n_layer comes with init_from"):
         train.main([*words, "--n_layer=2"])
+    words[words.index(f"--out_dir={tmp_path}")] = f"--out_dir={tmp_path / 'short'}"
+    train.main([*words, "--block_size=16"])  # shorter rows, the same model
+    assert events(tmp_path / "short")[0]["tokens"] == 8 * 16
+    assert GPT.from_pretrained(tmp_path / "short").config.block_size == 64
 
 
 @pytest.mark.parametrize(

@@ -124,6 +124,20 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
         GPT.from_pretrained(tmp_path)
 
 
+def test_a_size_that_is_not_there_is_asked_for(tmp_path):
+    """transformers would assume its own default, which need not be ours; what it derives, we derive."""
+    busy_model(tiny_config(n_kv_head=4)).save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    for key in ("num_attention_heads", "max_position_embeddings", "hidden_size"):
+        path.write_text(json.dumps({k: v for k, v in config.items() if k != key}))
+        with pytest.raises(UserError, match=f"needs the key '{key}'"):
+            GPT.from_pretrained(tmp_path)
+    derived = ("num_key_value_heads", "head_dim")
+    path.write_text(json.dumps({k: v for k, v in config.items() if k not in derived}))
+    assert GPT.from_pretrained(tmp_path).config.n_kv_head == 4
+
+
 def test_damaged_or_missing_weights_are_one_line(tmp_path):
     busy_model(tiny_config()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
