@@ -14,6 +14,7 @@ import ast
 import dataclasses
 import difflib
 import inspect
+import math
 import os
 import re
 import signal
@@ -137,9 +138,9 @@ def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any
 
 
 def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
-    """`value` as `kind`: 3 is a float, 1e9 is an int, but True is not a number. Raises TypeError."""
+    """`value` as `kind`: 3 is a float, 1e9 is an int; True, nan and inf are no numbers. Raises TypeError."""
     origin = typing.get_origin(kind)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
     if origin is typing.Literal:
         fits = value in typing.get_args(kind)
     elif kind is float and is_number:

@@ -89,9 +89,13 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
     """{parameter name: learning-rate factor}, that of the first pattern found in the name, else 1.
 
-    Raises UserError for a pattern that is no regular expression, matches no parameter, or has a negative
-    factor.
+    Raises UserError for a pattern that is no regular expression or matches no parameter, and for a factor
+    that is no number or negative.
     """
+    for pattern, factor in patterns.items():
+        if not isinstance(pattern, str) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
+            raise UserError(f"lr_multipliers: {pattern!r}: {factor!r}: must be a regular expression and "
+                            "a factor of at least 0")
     table, matched = {}, set()
     for name, _ in model.named_parameters():
         table[name] = 1.0
@@ -106,8 +110,6 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
                 break
     if unused := [pattern for pattern in patterns if pattern not in matched]:
         raise UserError(f"lr_multipliers: {unused[0]!r} decides over no parameter")
-    if any(factor < 0 for factor in patterns.values()):
-        raise UserError("lr_multipliers: a factor is negative")
     return table
 
 

@@ -52,13 +52,14 @@ def find_files(source: str) -> tuple[list[Path], int]:
     if source == "pystdlib":
         return standard_library(), 0
     files, ignored = [], 0
-    for name in source.split(","):
+    for name in [source] if os.path.exists(source) else source.split(","):  # a comma may be part of a name
         if os.path.isdir(name):
             inside = files_under(Path(name), lambda part: part.startswith("."))
             known = [path for path in inside if file_kind(path) in KINDS]
             ignored += len(inside) - len(known)
         else:
-            known = [path for path in map(Path, sorted(glob.glob(name, recursive=True))) if path.is_file()]
+            names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))  # so may a [
+            known = [path for path in map(Path, names) if path.is_file()]
             if unknown := [path for path in known if file_kind(path) not in KINDS]:
                 known_kinds = f"{' '.join(sorted(KINDS))}, each also {' '.join(sorted(PACKED))}"
                 raise UserError(f"source={unknown[0]}: unknown kind of file (known: {known_kinds})")

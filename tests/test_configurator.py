@@ -94,6 +94,7 @@ def test_words_become_values(word, key, value):
         ("--steps=__import__('os').getpid()", ["int"]),
         ("--steps=0", ["steps=0", "positive"]),
         ("--rate=" + "9" * 5000, ["--rate="]),
+        ("--rate=1e400", ["float"]),
         ("--parts=" + "[" * 5000, ["dict"]),
     ],
 )

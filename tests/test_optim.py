@@ -123,7 +123,9 @@ def test_groups():
     [
         ({"nothing": 0.5}, "decides over no parameter"),
         ({"(": 1.0}, "no regular expression"),
-        ({"mlp": -1.0}, "negative"),
+        ({"mlp": -1.0}, "a factor of at least 0"),
+        ({"mlp": "a"}, "a factor of at least 0"),
+        ({1: 2.0}, "must be a regular expression"),
         ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' decides"),
     ],
 )

@@ -212,6 +212,12 @@ def test_files_folders_and_globs(tmp_path):
             find_files(source)
 
 
+@pytest.mark.parametrize("name", ["a,b.txt", "a[1].txt", "a *.txt", "\u00e9 \u4e2d.txt"])
+def test_a_file_that_is_there_is_meant_whatever_its_name(tmp_path, name):
+    (tmp_path / name).write_text("x")
+    assert find_files(str(tmp_path / name)) == ([tmp_path / name], 0)
+
+
 def test_standard_library_has_no_tests_in_it():
     files = standard_library()
     assert len(files) > 500 and not any("test" in f.parts or "site-packages" in f.parts for f in files)
