@@ -148,7 +148,7 @@ def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
     elif kind is int and is_number and value == value // 1:
         return int(value)
     else:
-        fits = type(value) is (origin or kind)
+        fits = type(value) is (origin or kind) and kind not in (int, float)
     if not fits:
         raise TypeError
     return value
