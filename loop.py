@@ -14,18 +14,14 @@ processes come from torchrun: parallel=ddp gives each a copy of the model, paral
 2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
 """
 
-import contextlib
 import dataclasses
 import math
-import re
-import resource
+import pickle
 import signal
 import sys
-import time
 import zlib
-from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +36,7 @@ from configurator import UserError
 from parts import checkpoint
 from parts.distributed import whole
 from parts.hf import find_folder
+from parts.meter import Meter, NotFinite, Progress, log_line, step_text
 from parts.optim import (
     learning_rate_at,
     load_optimizer_state,
@@ -54,19 +51,8 @@ from parts.shards import write_json
 
 __all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run", "with_steps"]
 
+CHECKPOINT_BYTES = 12  # a parameter, at most: the weight and AdamW's two moments in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-# Dense bfloat16 peaks of the makers' datasheets, in FLOP/s, by a part of torch's device name.
-PEAK_FLOPS = {"H200": 989e12, "H100 PCIe": 756e12, "H100": 989e12, "A100": 312e12, "L40S": 362e12,
-              "L4": 121e12, "RTX 4090": 165e12, "RTX 3090": 71e12}
-
-
-@dataclass
-class Progress:
-    """How far a run is; saved with every checkpoint."""
-
-    step: int = 0  # finished optimizer steps
-    tokens: int = 0  # input tokens so far, over all ranks
-    seconds: float = 0.0  # of training, without evaluation and saving
 
 
 def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]],
@@ -79,13 +65,26 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     evaluate(model, last): metrics over all ranks, which all take part; "val_loss" chooses the best
     checkpoint. A model on the meta device gets its memory and weights here. Returns {} if the run was
     finished before. Saves and leaves by SystemExit on SIGINT (130) and SIGTERM (0). Raises UserError if the
-    gradient is not finite.
+    gradient is not finite, cfg.max_rollbacks times excepted.
     """
+    folder = newest_checkpoint(run)
+    size = CHECKPOINT_BYTES * model.num_parameters()
+    run.on_first_rank(lambda: checkpoint.require_space(run.out_dir, size))
+    place(model, cfg, run, folder)
+    while True:
+        try:
+            return train_on(folder, cfg, model, batches_at, loss_fn, evaluate, run)
+        except NotFinite as fault:
+            folder = roll_back(fault.step, cfg, model, batches_at, run)
+
+
+def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: Callable, loss_fn: Callable,
+             evaluate: Callable, run: Run) -> dict[str, float]:
+    """`fit`, for a model that has the weights of the checkpoint `folder`. Raises NotFinite."""
     stages = plan(cfg)
     total = stages[-1].last
-    folder = run.on_first_rank(lambda: checkpoint.newest_verified(run.out_dir, run.print))
-    place(model, cfg, run, folder)
     progress, saved = load_state(folder)
+    progress.rollbacks = run.rollbacks = max(progress.rollbacks, run.rollbacks)
     saved_step = progress.step if folder else -1
     set_context(model, stage_at(stages, max(progress.step - 1, 0)), stages)
     run.on_first_rank(lambda: run.cut_log(progress.step))
@@ -131,29 +130,25 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
                 if not stage.begin == stage.first == progress.step:  # a new schedule starts with new state
                     load_optimizer_state(model, optimizers, state)
                 del state
-            batches = [pinned(batch, run.device) for batch in upcoming.result()]
+            batches, count, tokens, stop_signal = next_batches(upcoming, run)
             if progress.step + 1 < total:
                 upcoming = pool.submit(batches_at, progress.step + 1)
-            count, tokens, interrupted, terminated = run.sum([
-                sum(batch["count"] for batch in batches),
-                sum(batch["input_ids"].numel() for batch in batches),
-                run.stop_signal == signal.SIGINT,
-                run.stop_signal == signal.SIGTERM])
-            if interrupted or terminated:  # all ranks learn of it here together, and leave before this step
+            if stop_signal:
                 if saved_step != progress.step:
-                    meter.require_finite()
+                    meter.require_finite(progress.step)
                     save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
                 run.print(f"stopped   at step {progress.step:,}, saved; the same command goes on")
-                raise SystemExit(130 if interrupted else 0)
+                raise SystemExit(130 if stop_signal == signal.SIGINT else 0)
             # Dropout, too, is a function of (seed, step, rank), so that nothing random has to be saved.
             torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
             rate = learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
+            rate *= 0.5 ** progress.rollbacks
             set_learning_rate(optimizers, rate)
             sums = backward(forward, batches, loss_fn, amp, scaler, run.world_size / max(count, 1), run)
             norm = update(model, optimizers, scaler, stage.cfg.grad_clip)
+            meter.add(progress.step, sums, count, tokens, norm)
             progress.step += 1
             progress.tokens += int(tokens)
-            meter.add(sums, count, tokens, norm)
             bar.update()
             if is_due(progress.step, cfg.log_interval, total):
                 event = meter.read(progress, rate, batches[0]["input_ids"].shape[1])
@@ -161,7 +156,7 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
                 run.print(log_line(event, total))
             if is_due(progress.step, cfg.save_interval, total):
                 with meter.paused():
-                    meter.require_finite()
+                    meter.require_finite(progress.step)
                     save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
                     saved_step = progress.step
             if is_due(progress.step, cfg.eval_interval, total):
@@ -172,6 +167,51 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
 def is_due(step: int, interval: int, total: int) -> bool:
     """Whether what happens every `interval` steps (0: only at the end) happens after `step` of them."""
     return step == total or (interval > 0 and step % interval == 0)
+
+
+def next_batches(upcoming: Future, run: Run) -> tuple[list[dict], float, float, int]:
+    """This rank's micro-batches, and over all ranks: units, input tokens, the signal that came to one (or 0).
+
+    Here all ranks learn, before the step, what any of them met: a signal, or a fault of its data, which then
+    all raise.
+    """
+    fault = upcoming.exception()  # waits for it
+    batches = [] if fault else [pinned(batch, run.device) for batch in upcoming.result()]
+    count, tokens, interrupted, terminated, faults = run.sum([
+        sum(batch["count"] for batch in batches),
+        sum(batch["input_ids"].numel() for batch in batches),
+        run.stop_signal == signal.SIGINT,
+        run.stop_signal == signal.SIGTERM,
+        fault is not None])
+    if faults:
+        everyones = run.gather(fault)
+        raise fault or next(filter(None, everyones))
+    return batches, count, tokens, signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
+
+
+def roll_back(step: int, cfg: RunConfig, model: nn.Module, batches_at: Callable, run: Run) -> Path:
+    """Write down the batch of a step that was not finite, and load the newest checkpoint; returns its folder.
+
+    From there the run goes on at half the learning rate. UserError where there is no checkpoint, or
+    cfg.max_rollbacks are used up.
+    """
+    batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
+                           for key, value in batch.items()} for batch in batches_at(step)])
+    dump = run.out_dir / f"not_finite_{step:06d}.json"
+    run.on_first_rank(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
+    folder = newest_checkpoint(run)
+    if folder is None or run.rollbacks >= cfg.max_rollbacks:
+        raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
+                        "last checkpoint is intact. --max_rollbacks=3 goes on from it at half the learning "
+                        "rate; a lower --learning_rate or --dtype=float32, in another out_dir, may help, too")
+    run.rollbacks += 1
+    at = checkpoint.folder_step(folder)
+    run.on_first_rank(lambda: run.cut_log(at))
+    run.log({"step": at, "rollbacks": run.rollbacks, "not_finite_step": step})
+    run.print(f"rollback  {run.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
+              f"{dump}); on from {folder} at {0.5 ** run.rollbacks:g} of the learning rate")
+    model.load(folder)
+    return folder
 
 
 # ---- One step ---------------------------------------------------------------------------------------------
@@ -226,90 +266,6 @@ def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
     if device.type != "cuda":
         return batch
     return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
-# ---- What a log line shows --------------------------------------------------------------------------------
-
-class Meter:
-    """Adds up the metrics on the device, and reads them once an interval."""
-
-    def __init__(self, model: nn.Module, run: Run, scaler: torch.amp.GradScaler):
-        self.model, self.run, self.scaler = model, run, scaler
-        self.not_finite = torch.zeros((), device=run.device)  # steps whose gradient was not
-        self.restart()
-
-    def restart(self) -> None:
-        """Begin an interval."""
-        self.sums: dict[str, Tensor] = {}
-        self.count, self.tokens, self.idle, self.begin = 0.0, 0.0, 0.0, time.perf_counter()
-
-    def add(self, sums: dict[str, Tensor], count: float, tokens: float, norm: Tensor) -> None:
-        for name, value in sums.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value
-        self.not_finite += ~norm.isfinite()
-        self.count, self.tokens, self.norm = self.count + count, self.tokens + tokens, norm
-
-    def read(self, progress: Progress, rate: float, context: int) -> dict[str, float]:
-        """The training event of the interval, for metrics.jsonl. UserError if something was not finite."""
-        sums = self.run.sum_tensors(list(self.sums.values()))
-        self.require_finite(sums)
-        seconds = time.perf_counter() - self.begin - self.idle
-        progress.seconds += seconds
-        speed = self.tokens / seconds
-        event = {"step": progress.step}
-        event |= {name: value / max(self.count, 1) for name, value in zip(self.sums, sums, strict=True)}
-        event |= {"lr": rate, "grad_norm": self.norm.item(), "tokens": progress.tokens,
-                  "tokens_per_second": speed, "mfu": self.utilization(speed, context),
-                  "memory_gb": memory_gb(self.run.device), "seconds": progress.seconds}
-        self.restart()
-        return event
-
-    def require_finite(self, sums: list[float] = ()) -> None:
-        """UserError, on all ranks alike, if a sum or the gradient of any step is not finite.
-
-        The float16 scaler tries ever larger scales, so there a gradient may overflow now and then; it is lost
-        only when scaling down to 1 has not helped.
-        """
-        overflows = self.scaler.get_scale() < 1 if self.scaler.is_enabled() else self.not_finite.item() > 0
-        if overflows or not all(map(math.isfinite, sums)):
-            raise UserError("the loss or its gradient is no longer finite; the last checkpoint is intact. "
-                            "A lower --learning_rate or --dtype=float32, in another out_dir, may help")
-
-    def utilization(self, speed: float, context: int) -> float | None:
-        """Model FLOPs utilization: the share of the GPUs' datasheet peak, or None where no peak is known."""
-        if self.run.device.type != "cuda":
-            return None
-        name = torch.cuda.get_device_name(self.run.device)
-        peak = next((flops for part, flops in PEAK_FLOPS.items() if re.search(rf"\b{part}\b", name)), None)
-        return speed * self.model.flops_per_token(context) / (peak * self.run.world_size) if peak else None
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """What happens inside is not training time."""
-        if self.run.device.type == "cuda":
-            torch.cuda.synchronize(self.run.device)
-        begin = time.perf_counter()
-        yield
-        self.idle += time.perf_counter() - begin
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory in 10^9 bytes: of the GPU, or of this whole process on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
-
-
-def step_text(step: int, total: int) -> str:
-    return f"step {step:>{len(f'{total:,}')},}/{total:,}"
-
-
-def log_line(event: dict[str, Any], total: int) -> str:
-    used = f"  mfu {event['mfu']:5.1%}" if event["mfu"] is not None else ""
-    return (f"{step_text(event['step'], total)}  loss {event['loss']:7.4f}  lr {event['lr']:.2e}  "
-            f"norm {event['grad_norm']:6.3f}  {event['tokens_per_second']:>9,.0f} tok/s{used}  "
-            f"{event['memory_gb']:5.2f} GB  {event['seconds']:,.0f} s")
 
 
 # ---- The model on its devices -----------------------------------------------------------------------------
@@ -398,11 +354,20 @@ def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any,
     run.on_first_rank(write_and_point)
 
 
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest one whose files are all intact. All ranks call it."""
+    return run.on_first_rank(lambda: checkpoint.newest_verified(run.out_dir, run.print))
+
+
 def load_state(folder: Path | None) -> tuple[Progress, dict[str, Any]]:
     """What `save` put beside the weights: how far the run is, and the optimizers' state by parameter name."""
     if folder is None:
         return Progress(), {}
-    saved = torch.load(folder / "trainer" / "state.pt", map_location="cpu", weights_only=True)
+    path = folder / "trainer" / "state.pt"
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{path}: holds more than numbers, and is not loaded: {error}") from None
     return Progress(**saved.pop("progress")), saved
 
 

@@ -105,6 +105,7 @@ class Evaluation:
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
         self.cfg, self.mix, self.run = cfg, mix, run
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
+        self.rows = [Rows(folder, "val", cfg.block_size) for folder in mix.folders]
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         """Read each folder's first cfg.eval_tokens validation tokens; the ranks share them.
@@ -115,20 +116,20 @@ class Evaluation:
         if self.cfg.sample_tokens and not last:
             self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
         results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
-        for folder, weight in zip(self.mix.folders, self.mix.weights, strict=True):
-            nll, targets, text_bytes = self.sums(model, folder)
+        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
+            nll, targets, text_bytes = self.sums(model, rows)
             loss, bits = nll / targets, nll / math.log(2) / max(text_bytes, 1)
             results["val_loss"] += weight * loss
             results["val_bits_per_byte"] += weight * bits
             if len(self.mix.folders) > 1:
-                name = folder.folder.name
+                name = rows.data.folder.name
                 results |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
         return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
 
-    def sums(self, model: GPT, folder: DataFolder) -> list[float]:
+    def sums(self, model: GPT, rows: Rows) -> list[float]:
         """Over one folder's validation targets and all ranks: nats, targets, bytes of text."""
         nll, count, text_bytes = torch.zeros((), device=self.run.device), 0, 0
-        rows, tokenizer = Rows(folder, "val", self.cfg.block_size), self.mix.tokenizer
+        tokenizer = self.mix.tokenizer
         eot_id = tokenizer.eot_id if self.cfg.document_mask else None
         for batch in validation_batches(rows, self.cfg.eval_tokens, self.cfg.micro_batch_size, self.run.rank,
                                         self.run.world_size, eot_id):

@@ -6,7 +6,8 @@
     out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", ...}
 
 A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit
-without a word.
+without a word. So a run resumes from the newest folder that matches, and no model is read from one that does
+not.
 """
 
 import json
@@ -17,22 +18,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from parts.shards import file_sha256, sync_folder, write_json
+from safetensors import SafetensorError
+
+from configurator import UserError
+from parts.shards import file_sha256, naming, sync_folder, write_json
 
 NAME = re.compile(r"step_(\d{6,})")
 
 
 def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Make out_dir/step_<step> of what `write(folder)` puts in a folder, and return that path."""
+    """Make out_dir/step_<step> of what `write(folder)` puts in a folder, and return that path.
+
+    Raises UserError, and leaves nothing behind, where it cannot be written whole.
+    """
     folder = out_dir / f"step_{step:06d}"
     beside = out_dir / f".{folder.name}.tmp"
-    shutil.rmtree(beside, ignore_errors=True)
-    beside.mkdir(parents=True)
     try:
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
         write(beside)
         files = sorted(path for path in beside.rglob("*") if path.is_file())
         for path in files:
-            with open(path, "rb") as file:
+            with open(path, "rb") as file, naming(path):
                 os.fsync(file.fileno())
         digests = {str(path.relative_to(beside)): file_sha256(path) for path in files}
         write_json(beside / "manifest.json", {"files": digests})
@@ -42,18 +49,39 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
         shutil.rmtree(folder, ignore_errors=True)  # an unverified one of the same step
         os.replace(beside, folder)
         sync_folder(out_dir)
-    except BaseException:
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
+        raise UserError(f"{folder}: could not be written ({error}); earlier ones are untouched") from error
+    finally:
         shutil.rmtree(beside, ignore_errors=True)
-        raise
     return folder
 
 
-def fault(folder: Path) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file is there and has its sha256."""
+def require_space(out_dir: Path, size: int) -> None:
+    """UserError unless two checkpoints of `size` bytes fit: the newest, and the one that replaces it."""
+    missing = size if step_folders(out_dir) else 2 * size
+    free = shutil.disk_usage(out_dir).free
+    if free < missing:
+        raise UserError(f"out_dir={out_dir}: {missing / 1e9:,.2f} GB must be free, as a checkpoint may take "
+                        f"{size / 1e9:,.2f}; {free / 1e9:,.2f} GB are")
+
+
+def sweep(out_dir: Path) -> None:
+    """Remove what a killed process left half written."""
+    for path in out_dir.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+    for path in out_dir.glob("*.tmp"):
+        path.unlink()
+
+
+def fault(folder: Path, model_only: bool = False) -> str | None:
+    """What is wrong with a checkpoint folder, or None if every file is there and has its sha256.
+
+    model_only: leave out trainer/, which is twice the size of the rest.
+    """
     try:
         listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
         for name, digest in listed.items():
-            if file_sha256(folder / name) != digest:
+            if not (model_only and name.startswith("trainer/")) and file_sha256(folder / name) != digest:
                 return f"{name} does not match its sha256"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
@@ -81,9 +109,14 @@ def newest_verified(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
 
 
 def read_pointers(out_dir: Path) -> dict[str, Any]:
-    """checkpoints.json, or {} where there is none."""
+    """checkpoints.json, or {} where there is none. UserError for one that is damaged."""
     path = out_dir / "checkpoints.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    if not path.is_file():
+        return {}
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({error}); without it the next save makes a new one") from None
 
 
 def point(out_dir: Path, keep: int, **pointers: Any) -> None:

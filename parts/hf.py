@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
+from parts import checkpoint
 
 # The two tables whose rows are token ids: padded in memory, cut when saved.
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -48,8 +49,7 @@ def find_folder(path: str | Path) -> Path:
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    if (path / "checkpoints.json").is_file():
-        pointers = json.loads((path / "checkpoints.json").read_text())
+    if pointers := checkpoint.read_pointers(path):
         return path / (pointers.get("best") or pointers["last"])
     nested_here = path.parent != Path(".") and path.parent.exists()
     if path.exists() or nested_here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
@@ -224,11 +224,18 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     """(our name, tensor) of every stored weight, one by one; UserError for a missing or damaged file."""
+    if (folder / "manifest.json").is_file() and (problem := checkpoint.fault(folder, model_only=True)):
+        raise UserError(f"{folder}: damaged: {problem} (if it was changed on purpose, delete manifest.json)")
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
-        files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        try:
+            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: not an index ({type(error).__name__}: {error})") from None
     for file in files:
+        if Path(file).name != file:
+            raise UserError(f"{index}: {file}: a file of another folder is not read")
         if not (folder / file).is_file():
             raise UserError(f"{folder / file}: missing (only safetensors are read, never pickle)")
         try:

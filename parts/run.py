@@ -28,8 +28,8 @@ from tqdm import tqdm
 
 from configurator import UserError, differences, override
 from model import GPTConfig
-from parts.checkpoint import remove_checkpoints, step_folders
-from parts.shards import write_json
+from parts.checkpoint import remove_checkpoints, step_folders, sweep
+from parts.shards import naming, write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +64,7 @@ class RunConfig:
     eval_tokens: int | None = None  # validation tokens of an evaluation, always the first ones; None: all
     save_interval: int = 275  # steps between checkpoints; 0: only at the end
     keep_checkpoints: int = 2  # the newest ones, and the best
+    max_rollbacks: int = 0  # times to go back to a checkpoint, at half the rate, from a loss not finite
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # mirror the log to Weights & Biases
     wandb_project: str = "nanollama"  # its project
@@ -77,7 +78,7 @@ class RunConfig:
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
         for key in ("min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed",
-                    "warmup_steps", "decay_steps", "eval_tokens"):
+                    "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks"):
             if getattr(self, key) is not None and getattr(self, key) < 0:
                 raise UserError(f"{key}={getattr(self, key)}: must not be negative")
         for key in ("beta1", "beta2"):
@@ -88,8 +89,8 @@ class RunConfig:
 # These may differ when a run is resumed: they change where, how fast and how long it runs, and of what it
 # computes the rounding at most (bfloat16 on a GPU); a larger max_steps stretches the schedule.
 OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "activation_checkpointing", "max_steps",
-               "eval_interval", "save_interval", "keep_checkpoints", "log_interval", "wandb", "wandb_project",
-               "run_name", "out_dir", "overwrite"}
+               "eval_interval", "save_interval", "keep_checkpoints", "max_rollbacks", "log_interval", "wandb",
+               "wandb_project", "run_name", "out_dir", "overwrite"}
 # What a stage may change, of the keys above and of the architecture; the keys of its own script are free.
 OF_A_STAGE = {"dataset", "global_batch_size", "micro_batch_size", "learning_rate", "min_lr", "warmup_steps",
               "schedule", "decay_steps", "beta1", "beta2", "weight_decay", "grad_clip", "lr_multipliers",
@@ -176,6 +177,7 @@ class Run:
     wandb: Any = None
     lock: Any = None  # the open file whose lock says that out_dir is taken
     stop_signal: int = 0  # SIGINT or SIGTERM once one came: the loop saves and leaves after the step
+    rollbacks: int = 0  # times this process went back to a checkpoint
 
     def __enter__(self) -> "Run":
         return self
@@ -193,7 +195,8 @@ class Run:
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl, unrounded, and mirror it to wandb."""
         if self.rank == 0:
-            with open(self.out_dir / "metrics.jsonl", "a", encoding="utf-8") as file:
+            path = self.out_dir / "metrics.jsonl"
+            with naming(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
             if self.wandb is not None:
                 self.wandb.log({k: v for k, v in event.items() if k != "step"}, step=event["step"])
@@ -202,18 +205,24 @@ class Run:
         """Forget the events after `step`: a resumed run makes them again."""
         path = self.out_dir / "metrics.jsonl"
         if self.rank == 0 and path.is_file():
-            lines = path.read_text(encoding="utf-8").split("\n")
-            whole = [line for line in lines if line.endswith("}")]  # a kill may have cut the last one
-            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            kept = "".join(json.dumps(event) + "\n" for event in self.events() if event["step"] <= step)
             beside = path.with_suffix(".tmp")
-            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
-            os.replace(beside, path)
+            with naming(path):
+                beside.write_text(kept, encoding="utf-8")
+                os.replace(beside, path)
+
+    def events(self) -> list[dict[str, Any]]:
+        """metrics.jsonl, without what a kill or a power cut left of a line."""
+        path, events = self.out_dir / "metrics.jsonl", []
+        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+            with contextlib.suppress(ValueError):
+                event = json.loads(line)
+                events += [event] if isinstance(event, dict) and "step" in event else []
+        return events
 
     def last_event(self, key: str) -> dict[str, Any]:
         """The newest event of metrics.jsonl that has `key`, or {}."""
-        path = self.out_dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-        return next((event for event in map(json.loads, reversed(lines)) if key in event), {})
+        return next((event for event in reversed(self.events()) if key in event), {})
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum numbers over all ranks. It runs on the CPU: the accelerator is not waited for."""
@@ -227,11 +236,19 @@ class Run:
         """Sum device scalars over all ranks and read them, which waits for the accelerator."""
         return self.sum(torch.stack([tensor.detach().float() for tensor in tensors]).cpu().tolist())
 
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, in the order of ranks. Every rank calls it."""
+        values = [value]
+        if self.world_size > 1:
+            values = [None] * self.world_size
+            dist.all_gather_object(values, value)
+        return values
+
     def identify(self, **identity: Any) -> None:
         """Record what else a resumed run must find unchanged (the hash of its data, say), or compare it."""
         def compare() -> None:
             path = self.out_dir / "run.json"
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_run(path)
             if is_bound(self.out_dir):
                 refuse_changes(self.out_dir, content["identity"], identity)
             write_json(path, content | {"identity": identity})
@@ -336,6 +353,7 @@ def claim_folder(cfg: Any, run: Run) -> None:
     run.lock = open(run.out_dir / ".lock", "w")
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+        sweep(run.out_dir)
         if cfg.overwrite:
             remove_checkpoints(run.out_dir)
         compare_with_before(cfg, run.out_dir)
@@ -351,7 +369,7 @@ def compare_with_before(cfg: Any, out_dir: Path) -> None:
     path, identity = out_dir / "run.json", {}
     new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as the file will spell it
     if is_bound(out_dir):
-        before = json.loads(path.read_text(encoding="utf-8"))
+        before = read_run(path)
         old, identity = before["config"], before["identity"]
         shrinks = new["max_steps"] < old["max_steps"] and not cfg.stages  # max_steps may only grow
         free = OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL
@@ -359,6 +377,16 @@ def compare_with_before(cfg: Any, out_dir: Path) -> None:
                        {k: v for k, v in new.items() if k not in free})
     write_json(path, {"config": new, "identity": identity,
                       "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
+
+
+def read_run(path: Path) -> dict[str, Any]:
+    """run.json. UserError for one that is damaged, with the way out."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        return content | {"config": dict(content["config"]), "identity": dict(content["identity"])}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to go on with the "
+                        "configuration given now") from None
 
 
 def is_bound(out_dir: Path) -> bool:

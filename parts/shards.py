@@ -9,9 +9,11 @@ Shards are little-endian ids without a header, so np.memmap alone reads them too
 by rename: a folder without it does not exist.
 """
 
+import contextlib
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,16 @@ from configurator import UserError
 
 FORMAT_VERSION = 1
 SHARD_TOKENS = 2**27  # a new shard begins once one holds so many: 256 MiB of uint16
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Inside, an OSError that names no file, as that of a write to a full disk, is given this one's name."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 class ShardWriter:
@@ -41,7 +53,8 @@ class ShardWriter:
             self.digest, self.size = hashlib.sha256(), 0
             self.file = open(self.folder / self.name, "wb")
         data = ids.astype(self.dtype, copy=False).tobytes()
-        self.file.write(data)
+        with naming(self.folder / self.name):
+            self.file.write(data)
         self.digest.update(data)
         self.size += len(ids)
         self.documents += documents
@@ -53,8 +66,9 @@ class ShardWriter:
     def close(self) -> None:
         """Force the open shard, if any, to disk."""
         if self.file is not None:
-            self.file.flush()
-            os.fsync(self.file.fileno())
+            with naming(self.folder / self.name):
+                self.file.flush()
+                os.fsync(self.file.fileno())
             self.file.close()
             self.file = None
             self.shards.append({"name": self.name, "tokens": self.size, "sha256": self.digest.hexdigest()})
@@ -63,12 +77,16 @@ class ShardWriter:
 def write_json(path: Path, content: Any) -> None:
     """Replace a JSON file in one step: it is old or new, never half."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(beside, "w", encoding="utf-8") as file:
-        file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
-    sync_folder(path.parent)
+    try:
+        with naming(path):
+            with open(beside, "w", encoding="utf-8") as file:
+                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(beside, path)
+            sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:

@@ -1,12 +1,9 @@
-"""loop.py, parts/run.py, parts/checkpoint.py through train.py: the same run however it is cut, shared out or
-stopped."""
+"""loop.py through train.py: the same run however it is shared out, stopped, or cut into stages."""
 
 import json
 import os
 import shutil
 import signal
-import sys
-import types
 from pathlib import Path
 
 import numpy as np
@@ -16,65 +13,14 @@ import torch
 import loop
 import train
 from configurator import UserError, configure
-from loop import RunConfig, fit, plan, start_run, with_steps
+from loop import RunConfig, fit, start_run
 from model import GPT
 from parts import checkpoint
 from parts.data import Mix, text_batch
 from parts.losses import IGNORE
 from parts.shards import write_json
 from tests.conftest import TINY_RUN, tiny_config
-
-ADAMW = ["--optimizer=adamw", "--max_steps=20"]
-
-
-def run(data, out, *words):
-    """Train, and return the events of metrics.jsonl."""
-    train.main([*TINY_RUN, f"--dataset={data}", f"--out_dir={out}", *words])
-    return events(out)
-
-
-def events(out):
-    return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(found):
-    return [event["loss"] for event in found if "loss" in event]
-
-
-def weights(out):
-    """Every parameter of the last checkpoint, by its name in the file."""
-    from safetensors.torch import load_file
-
-    return load_file(checkpoint.step_folders(Path(out))[-1] / "model.safetensors")
-
-
-def state(out):
-    return torch.load(checkpoint.step_folders(Path(out))[-1] / "trainer" / "state.pt", weights_only=True)
-
-
-def assert_same_run(one, two):
-    """Losses, weights and optimizer state equal to the last bit."""
-    assert losses(events(one)) == losses(events(two))
-    for first, second in (
-        (weights(one), weights(two)),
-        (flat(state(one)["optimizer"]), flat(state(two)["optimizer"])),
-    ):
-        assert first.keys() == second.keys()
-        assert all(torch.equal(first[name], second[name]) for name in first)
-
-
-def flat(states):
-    return {
-        f"{name}.{key}": torch.as_tensor(value)
-        for name, entry in states.items()
-        for key, value in entry.items()
-    }
-
-
-def assert_close(found, expected, tolerance=1e-6):
-    assert len(found) == len(expected) > 0
-    assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) <= tolerance
-
+from tests.runs import ADAMW, assert_close, assert_same_run, events, losses, run, state, stop_at_step, weights
 
 # ---- The same run, shared out differently -----------------------------------------------------------------
 
@@ -121,29 +67,6 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, reference, tmp_path, t
         )
         stop_at_step(*arguments) if kind == "single" else two_ranks(stop_at_step, *arguments)
     assert_close(losses(events(tmp_path)), losses(events(reference)))
-
-
-def stop_at_step(data, out, step, *words):
-    """Train until SIGTERM comes while step `step` (from 0) runs; to the end if None."""
-    original = loop.backward
-    done = []
-
-    def backward(*arguments):
-        done.append(None)
-        if step is not None and len(done) + start == step + 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    folder = checkpoint.newest_verified(Path(out), print) if Path(out).exists() else None
-    start = checkpoint.folder_step(folder) if folder else 0
-    loop.backward = backward
-    try:
-        run(data, out, *words)
-        assert step is None
-    except SystemExit as leaving:
-        assert leaving.code == 0 and step is not None
-    finally:
-        loop.backward = original
 
 
 def ragged_run(data, out, parallel, micro):
@@ -339,143 +262,7 @@ def test_an_evaluation_made_up_for_has_the_stages_context(data, staged, tmp_path
     assert found == expected and [event["step"] for event in found] == [12, 24]
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_loss_on_the_same_text(data, tmp_path):
-    words = ["--max_steps=6", "--eval_tokens=256", "--save_interval=1", "--eval_interval=1"]
-    found = run(data, tmp_path, *words)
-    best = min((event["val_loss"], event["step"]) for event in found if "val_loss" in event)[1]
-    assert json.loads((tmp_path / "checkpoints.json").read_text())["best"] == f"step_{best:06d}"
-
-
-def test_plan_by_hand():
-    cfg = RunConfig(
-        stages=[
-            dict(steps=3),
-            dict(epochs=0.5, learning_rate=1.0),
-            dict(steps=2, restart=True),
-            dict(steps=1),
-        ]
-    )
-    stages = plan(with_steps(cfg, lambda stage: 10))
-    assert [(s.first, s.last, s.begin, s.end) for s in stages] == [
-        (0, 3, 0, 8),
-        (3, 8, 0, 8),
-        (8, 10, 8, 11),
-        (10, 11, 8, 11),
-    ]
-    assert stages[1].cfg.learning_rate == 1.0 and stages[2].cfg.learning_rate == cfg.learning_rate
-
-
-@pytest.mark.parametrize(
-    "stages, message",
-    [
-        (["x"], r"stages\[0\]: must be a dict"),
-        ([dict(learning_rate=1)], "a dict with steps or epochs"),
-        ([dict(steps=0)], "steps=0: must be a positive"),
-        ([dict(steps=1, epochs=1)], "steps or epochs"),
-        ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
-        ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
-        ([dict(steps=1, n_layer=3)], r"stages\[0\]: n_layer cannot"),
-        ([dict(steps=1, micro_batch_size="a")], "expected int"),
-        ([dict(steps=1, learning_rate=-1)], "learning_rate=-1"),
-    ],
-)
-def test_stages_that_make_no_sense(stages, message):
-    with pytest.raises(UserError, match=message):
-        plan(RunConfig(stages=stages))
-
-
-# ---- The folder of a run ----------------------------------------------------------------------------------
-
-
-def test_a_checkpoint_is_a_hugging_face_folder(trained):
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    folder = trained / "step_000060"
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
-        "config.json",
-        "generation_config.json",
-        "manifest.json",
-        "model.safetensors",
-        "tokenizer.json",
-        "tokenizer_config.json",
-        "trainer/state.pt",
-    ]
-    theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), GPT.from_pretrained(trained).eval()
-    ids = torch.randint(500, (2, 64), generator=torch.Generator().manual_seed(0))
-    with torch.no_grad():
-        assert (theirs(ids).logits - ours(ids)).abs().max() <= 1e-5
-    assert AutoTokenizer.from_pretrained(folder).eos_token_id == theirs.config.eos_token_id == 499
-    saved = torch.load(folder / "trainer" / "state.pt", weights_only=True)
-    assert saved["progress"]["step"] == 60 and saved["progress"]["tokens"] == 60 * 8 * 64
-    assert checkpoint.fault(folder) is None
-    pointers = json.loads((trained / "checkpoints.json").read_text())
-    assert pointers["last"] == pointers["best"] == "step_000060"
-
-
-def test_the_log_has_every_field(trained):
-    found = events(trained)
-    assert losses(found)[0] > 6 > 5.3 > losses(found)[-1]
-    assert found[0].keys() == {
-        "step",
-        "loss",
-        "lr",
-        "grad_norm",
-        "tokens",
-        "tokens_per_second",
-        "mfu",
-        "memory_gb",
-        "seconds",
-    }
-    assert found[-1].keys() == {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
-    assert [event["step"] for event in found if "loss" in event] == list(range(1, 61))
-    assert found[-1]["val_perplexity"] == pytest.approx(np.exp(found[-1]["val_loss"]))
-
-
-def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
-    words = ["--schedule=constant", "--warmup_steps=0"]
-    run(data, tmp_path, *words, "--max_steps=4")
-    before = events(tmp_path)
-    capsys.readouterr()
-    assert run(data, tmp_path, *words, "--max_steps=4") == before
-    assert "finished" in capsys.readouterr().out
-    grown = run(data, tmp_path, *words, "--max_steps=8")
-    assert losses(grown)[:4] == losses(before) and len(losses(grown)) == 8
-    with pytest.raises(UserError, match="max_steps was 8, is 4"):
-        run(data, tmp_path, *words, "--max_steps=4")
-
-
-def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_path):
-    copy = tmp_path / "copy"
-    shutil.copytree(data, copy)
-    out = tmp_path / "out"
-    run(copy, out, "--max_steps=2")
-    for word, message in (
-        ("--learning_rate=1e-3", "learning_rate was 0.003, is 0.001"),
-        ("--n_layer=3", "n_layer was 2, is 3"),
-        ("--seed=5", "seed was 1337, is 5"),
-        ("--dtype=bfloat16", "dtype was None, is bfloat16"),
-    ):
-        with pytest.raises(UserError, match=message):
-            run(copy, out, "--max_steps=2", word)
-    meta = json.loads((copy / "meta.json").read_text())
-    write_json(copy / "meta.json", meta | {"source": "elsewhere"})
-    with pytest.raises(UserError, match="data was"):
-        run(copy, out, "--max_steps=2")
-    assert len(losses(run(copy, out, "--max_steps=3", "--overwrite=True", "--seed=5"))) == 3
-
-
-def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
-    with pytest.raises(UserError, match="decides over no parameter"):
-        run(data, tmp_path, "--max_steps=2", "--lr_multipliers={'nothing': 0.1}")
-    assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2
-
-
-def test_two_runs_in_one_folder(data, tmp_path):
-    cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
-    with start_run(cfg, {}):
-        with pytest.raises(UserError, match="another process is training here"):
-            start_run(cfg, {})
-    start_run(cfg, {}).__exit__()
+# ---- Signals and evaluations ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("received, code", [(signal.SIGINT, 130), (signal.SIGTERM, 0)])
@@ -549,14 +336,6 @@ def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path, monkeypat
     assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2  # the lock and the signals are free again
 
 
-def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
-    stop_at_step(data, tmp_path, 3, "--max_steps=9")
-    with open(tmp_path / "metrics.jsonl", "a") as file:
-        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
-    found = run(data, tmp_path, "--max_steps=9")
-    assert [event["step"] for event in found if "loss" in event] == list(range(1, 10))
-
-
 def test_a_run_stopped_before_its_evaluation_makes_it_up(data, tmp_path, monkeypatch):
     def fails(self, model, last):
         raise RuntimeError("out of memory, say")
@@ -572,70 +351,7 @@ def test_a_run_stopped_before_its_evaluation_makes_it_up(data, tmp_path, monkeyp
     assert checkpoint.read_pointers(tmp_path)["best"] == "step_000003"
 
 
-def test_old_checkpoints_go_but_not_the_best(data, tmp_path, monkeypatch):
-    values = iter([3.0, 1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(train.Evaluation, "__call__", lambda self, model, last: {"val_loss": next(values)})
-    monkeypatch.setattr(train, "print_summary", lambda *arguments: None)
-    run(data, tmp_path, "--max_steps=5", "--save_interval=1", "--eval_interval=1", "--keep_checkpoints=2")
-    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == [
-        "step_000002",
-        "step_000004",
-        "step_000005",
-    ]
-    assert checkpoint.read_pointers(tmp_path) == {
-        "last": "step_000005",
-        "best": "step_000002",
-        "best_val_loss": 1.0,
-    }
-    from parts.hf import find_folder
-
-    assert find_folder(tmp_path) == tmp_path / "step_000002"
-
-
-@pytest.mark.parametrize("name", ["model.safetensors", "trainer/state.pt", "config.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, capsys, name):
-    words = ["--max_steps=6", "--save_interval=2", "--optimizer=adamw"]
-    whole = losses(run(data, tmp_path, *words))
-    path = tmp_path / "step_000006" / name
-    content = bytearray(path.read_bytes())
-    content[len(content) // 2] ^= 4
-    path.write_bytes(content)
-    capsys.readouterr()
-    assert losses(run(data, tmp_path, *words)) == whole
-    printed = capsys.readouterr().out
-    assert "step_000006: passed over" in printed and "resumed   from" in printed and "step_000004" in printed
-
-
-def test_nothing_half_stays_when_a_write_fails(tmp_path):
-    def write(folder):
-        (folder / "a").write_text("a")
-        raise OSError(28, "No space left on device", "a")
-
-    checkpoint.write_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("a"))
-    with pytest.raises(OSError, match="No space left"):
-        checkpoint.write_checkpoint(tmp_path, 2, write)
-    assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
-
-
 # ---- What a step does -------------------------------------------------------------------------------------
-
-
-def test_a_loss_that_is_not_finite_stops_and_spares_the_checkpoint(data, tmp_path, monkeypatch):
-    original = loop.backward
-    calls = []
-
-    def backward(forward, batches, loss_fn, *rest):
-        calls.append(None)
-        broken = (
-            (lambda m, b: (loss_fn(m, b)[0] * float("nan"), loss_fn(m, b)[1])) if len(calls) == 6 else loss_fn
-        )
-        return original(forward, batches, broken, *rest)
-
-    monkeypatch.setattr(loop, "backward", backward)
-    with pytest.raises(UserError, match="no longer finite; the last checkpoint is intact"):
-        run(data, tmp_path, "--max_steps=20", "--save_interval=4", "--log_interval=10")
-    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_000004"]
-    assert len(calls) == 8  # seen where it is read: before the next save
 
 
 @pytest.mark.parametrize(
@@ -685,55 +401,3 @@ def test_a_run_starts_from_another_model(data, trained, tmp_path):
     assert events(tmp_path / "short")[0]["tokens"] == 8 * 16
     assert GPT.from_pretrained(tmp_path / "short").config.block_size == 64
 
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--vocab_size=100"], "has 500 ids"),
-        (["--global_batch_size=6"], "multiple of micro_batch_size x ranks"),
-        (["--dataset=nowhere"], "no data set here"),
-        (["--n_head=3"], "n_head|n_embd"),
-        (["--learning_rate=0"], "positive"),
-        (["--device=cuda:7"], "not on this machine"),
-        (["--init_from=nowhere/at/all"], "no model here"),
-        (["--parallel=zero"], "none|ddp|fsdp"),
-        (["--z_loss=-1"], "negative"),
-        (["--block_size=10000000"], "make no row"),
-    ],
-)
-def test_wrong_words_are_one_line(data, tmp_path, words, message):
-    with pytest.raises(UserError, match=message):
-        run(data, tmp_path, "--max_steps=1", *words)
-
-
-def test_two_ranks_refuse_together(data, tmp_path, two_ranks):
-    for message in two_ranks(refusal, data, tmp_path, "--parallel=none"):
-        assert "torchrun started 2 processes" in message
-    for message in two_ranks(refusal, data, tmp_path, "--micro_batch_size=8"):
-        assert "= 8 x 2" in message
-
-
-def refusal(data, out, *words):
-    try:
-        run(data, out, *words)
-    except UserError as error:
-        return str(error)
-
-
-def test_wandb_mirrors_the_log(data, tmp_path, monkeypatch):
-    logged = []
-    fake = types.ModuleType("wandb")
-    fake.Error = type("Error", (Exception,), {})
-    fake.init = lambda **options: types.SimpleNamespace(
-        log=lambda event, step: logged.append((step, event)), **options
-    )
-    monkeypatch.setitem(sys.modules, "wandb", fake)
-    found = run(data, tmp_path, "--max_steps=2", "--wandb=True")
-    assert [{"step": step, **event} for step, event in logged] == found
-
-    def without_key(**options):
-        raise fake.Error("api_key not configured\nmore")
-
-    fake.init = without_key
-    with pytest.raises(UserError, match="api_key not configured .WANDB_MODE=offline"):
-        run(data, tmp_path / "b", "--max_steps=2", "--wandb=True")

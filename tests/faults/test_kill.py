@@ -1,0 +1,110 @@
+"""Faults 1, 3 and 16: the process is killed, or the power fails."""
+
+import hashlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from parts import checkpoint
+from parts.shards import DataFolder
+from tests.conftest import ROOT
+
+
+def test_thirty_kills_change_no_bit(tmp_path, text_folder):
+    """Some of them inside a save; `python -m tools.soak --kills=1000` is the same for a release."""
+    words = ["--kills=30", f"--source={text_folder}", f"--json={tmp_path / 'j'}"]
+    found = subprocess.run([sys.executable, "-m", "tools.soak", *words], cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    assert found.returncode == 0, found.stderr + found.stdout
+    counts = json.loads((tmp_path / "j").read_text())
+    assert counts["kills"] >= 30 and counts["runs"] >= 1 and counts["runs_that_differ"] == 0
+
+
+class Power:
+    """A disk whose power may fail: names reach it at once (rename first), contents only by fsync.
+
+    `states` collects what a cut after each operation would leave: {name: content}, where a file that was not
+    forced to disk is there, and empty.
+    """
+
+    def __init__(self, root, monkeypatch):
+        self.root, self.forced, self.states = root, {}, []
+        for module, name in ((os, "fsync"), (os, "replace"), (shutil, "rmtree")):
+            monkeypatch.setattr(module, name, self.watched(getattr(module, name), name))
+
+    def watched(self, function, name):
+        def call(*arguments, **options):
+            if name == "fsync":
+                path = Path(os.readlink(f"/proc/self/fd/{arguments[0]}"))
+                if path.is_file():
+                    self.forced[os.stat(path).st_ino] = path.read_bytes()
+            result = function(*arguments, **options)
+            self.states.append({
+                path.relative_to(self.root): self.forced.get(path.stat().st_ino, b"")
+                for path in self.root.rglob("*") if path.is_file()
+            })
+            return result
+
+        return call
+
+
+def test_a_power_cut_leaves_a_checkpoint_that_verifies(tmp_path, monkeypatch):
+    """Every moment of three saves: the newest that verifies is whole, and never older than the one before."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    power, finished = Power(disk, monkeypatch), []
+
+    def write(folder):
+        step = int(folder.name[6:12])
+        (folder / "trainer").mkdir()
+        (folder / "model.safetensors").write_bytes(bytes([step]) * 1000)
+        (folder / "trainer" / "state.pt").write_bytes(bytes([step]) * 2000)
+
+    for step in (1, 2, 3):
+        folder = checkpoint.write_checkpoint(disk, step, write)
+        checkpoint.point(disk, 1, last=folder.name)
+        finished.append(len(power.states))
+    monkeypatch.undo()
+    found = []
+    for number, state in enumerate(power.states):
+        after = tmp_path / "after"
+        for name, content in state.items():
+            (after / name).parent.mkdir(parents=True, exist_ok=True)
+            (after / name).write_bytes(content)
+        newest = checkpoint.newest_verified(after, lambda text: None) if after.exists() else None
+        step = checkpoint.folder_step(newest) if newest else 0
+        assert step >= sum(number >= done for done in finished), f"a finished save is lost at {number}"
+        if newest:
+            assert (newest / "model.safetensors").read_bytes() == bytes([step]) * 1000
+            pointed = checkpoint.read_pointers(after)
+            assert not pointed or checkpoint.fault(after / pointed["last"]) is None
+        found.append(step)
+        shutil.rmtree(after, ignore_errors=True)
+    assert set(found) == {0, 1, 2, 3} and len(found) > 30
+
+
+def test_a_killed_prepare_is_never_seen_and_runs_again(tmp_path, text_folder):
+    words = [sys.executable, "prepare.py", f"--source={text_folder}", "--vocab_size=500", "--num_proc=1"]
+    begin = time.monotonic()
+    subprocess.run([*words, f"--out={tmp_path / 'whole'}"], cwd=ROOT, check=True, capture_output=True)
+    span = time.monotonic() - begin
+    out = tmp_path / "killed"
+    for number in range(8):
+        process = subprocess.Popen([*words, f"--out={out}"], cwd=ROOT, stdout=subprocess.DEVNULL,
+                                   stderr=subprocess.DEVNULL)
+        time.sleep(span * (number + 1) / 9)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        if (out / "meta.json").exists():
+            DataFolder(out).verify()
+    subprocess.run([*words, f"--out={out}"], cwd=ROOT, check=True, capture_output=True)
+    assert digests(out) == digests(tmp_path / "whole")
+
+
+def digests(folder):
+    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}

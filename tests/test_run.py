@@ -1,0 +1,180 @@
+"""parts/run.py: stages, the folder of a run, its log, what it refuses."""
+
+import json
+import shutil
+import sys
+import types
+
+import numpy as np
+import pytest
+
+import train
+from configurator import UserError, configure
+from loop import RunConfig, plan, start_run, with_steps
+from parts.shards import write_json
+from tests.runs import events, losses, run, stop_at_step
+
+
+def test_plan_by_hand():
+    cfg = RunConfig(
+        stages=[
+            dict(steps=3),
+            dict(epochs=0.5, learning_rate=1.0),
+            dict(steps=2, restart=True),
+            dict(steps=1),
+        ]
+    )
+    stages = plan(with_steps(cfg, lambda stage: 10))
+    assert [(s.first, s.last, s.begin, s.end) for s in stages] == [
+        (0, 3, 0, 8),
+        (3, 8, 0, 8),
+        (8, 10, 8, 11),
+        (10, 11, 8, 11),
+    ]
+    assert stages[1].cfg.learning_rate == 1.0 and stages[2].cfg.learning_rate == cfg.learning_rate
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        (["x"], r"stages\[0\]: must be a dict"),
+        ([dict(learning_rate=1)], "a dict with steps or epochs"),
+        ([dict(steps=0)], "steps=0: must be a positive"),
+        ([dict(steps=1, epochs=1)], "steps or epochs"),
+        ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
+        ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
+        ([dict(steps=1, n_layer=3)], r"stages\[0\]: n_layer cannot"),
+        ([dict(steps=1, micro_batch_size="a")], "expected int"),
+        ([dict(steps=1, learning_rate=-1)], "learning_rate=-1"),
+    ],
+)
+def test_stages_that_make_no_sense(stages, message):
+    with pytest.raises(UserError, match=message):
+        plan(RunConfig(stages=stages))
+
+
+def test_the_log_has_every_field(trained):
+    found = events(trained)
+    assert losses(found)[0] > 6 > 5.3 > losses(found)[-1]
+    assert found[0].keys() == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_gb",
+        "seconds",
+    }
+    assert found[-1].keys() == {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+    assert [event["step"] for event in found if "loss" in event] == list(range(1, 61))
+    assert found[-1]["val_perplexity"] == pytest.approx(np.exp(found[-1]["val_loss"]))
+
+
+def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
+    words = ["--schedule=constant", "--warmup_steps=0"]
+    run(data, tmp_path, *words, "--max_steps=4")
+    before = events(tmp_path)
+    capsys.readouterr()
+    assert run(data, tmp_path, *words, "--max_steps=4") == before
+    assert "finished" in capsys.readouterr().out
+    grown = run(data, tmp_path, *words, "--max_steps=8")
+    assert losses(grown)[:4] == losses(before) and len(losses(grown)) == 8
+    with pytest.raises(UserError, match="max_steps was 8, is 4"):
+        run(data, tmp_path, *words, "--max_steps=4")
+
+
+def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    out = tmp_path / "out"
+    run(copy, out, "--max_steps=2")
+    for word, message in (
+        ("--learning_rate=1e-3", "learning_rate was 0.003, is 0.001"),
+        ("--n_layer=3", "n_layer was 2, is 3"),
+        ("--seed=5", "seed was 1337, is 5"),
+        ("--dtype=bfloat16", "dtype was None, is bfloat16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(copy, out, "--max_steps=2", word)
+    meta = json.loads((copy / "meta.json").read_text())
+    write_json(copy / "meta.json", meta | {"source": "elsewhere"})
+    with pytest.raises(UserError, match="data was"):
+        run(copy, out, "--max_steps=2")
+    assert len(losses(run(copy, out, "--max_steps=3", "--overwrite=True", "--seed=5"))) == 3
+
+
+def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
+    with pytest.raises(UserError, match="decides over no parameter"):
+        run(data, tmp_path, "--max_steps=2", "--lr_multipliers={'nothing': 0.1}")
+    assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2
+
+
+def test_two_runs_in_one_folder(data, tmp_path):
+    cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
+    with start_run(cfg, {}):
+        with pytest.raises(UserError, match="another process is training here"):
+            start_run(cfg, {})
+    start_run(cfg, {}).__exit__()
+
+
+def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
+    stop_at_step(data, tmp_path, 3, "--max_steps=9")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    found = run(data, tmp_path, "--max_steps=9")
+    assert [event["step"] for event in found if "loss" in event] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--vocab_size=100"], "has 500 ids"),
+        (["--global_batch_size=6"], "multiple of micro_batch_size x ranks"),
+        (["--dataset=nowhere"], "no data set here"),
+        (["--n_head=3"], "n_head|n_embd"),
+        (["--learning_rate=0"], "positive"),
+        (["--device=cuda:7"], "not on this machine"),
+        (["--init_from=nowhere/at/all"], "no model here"),
+        (["--parallel=zero"], "none|ddp|fsdp"),
+        (["--z_loss=-1"], "negative"),
+        (["--block_size=10000000"], "make no row"),
+    ],
+)
+def test_wrong_words_are_one_line(data, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path, "--max_steps=1", *words)
+
+
+def test_two_ranks_refuse_together(data, tmp_path, two_ranks):
+    for message in two_ranks(refusal, data, tmp_path, "--parallel=none"):
+        assert "torchrun started 2 processes" in message
+    for message in two_ranks(refusal, data, tmp_path, "--micro_batch_size=8"):
+        assert "= 8 x 2" in message
+
+
+def refusal(data, out, *words):
+    try:
+        run(data, out, *words)
+    except UserError as error:
+        return str(error)
+
+
+def test_wandb_mirrors_the_log(data, tmp_path, monkeypatch):
+    logged = []
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+    fake.init = lambda **options: types.SimpleNamespace(
+        log=lambda event, step: logged.append((step, event)), **options
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    found = run(data, tmp_path, "--max_steps=2", "--wandb=True")
+    assert [{"step": step, **event} for step, event in logged] == found
+
+    def without_key(**options):
+        raise fake.Error("api_key not configured\nmore")
+
+    fake.init = without_key
+    with pytest.raises(UserError, match="api_key not configured .WANDB_MODE=offline"):
+        run(data, tmp_path / "b", "--max_steps=2", "--wandb=True")
