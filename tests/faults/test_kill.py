@@ -18,8 +18,8 @@ from tests.conftest import ROOT
 def test_thirty_kills_change_no_bit(tmp_path, text_folder):
     """Some of them inside a save; `python -m tools.soak --kills=1000` is the same for a release."""
     words = ["--kills=30", f"--source={text_folder}", f"--json={tmp_path / 'j'}"]
-    found = subprocess.run([sys.executable, "-m", "tools.soak", *words], cwd=ROOT, capture_output=True, text=True,
-                           env=os.environ | {"OMP_NUM_THREADS": "1"})
+    found = subprocess.run([sys.executable, "-m", "tools.soak", *words], cwd=ROOT, capture_output=True,
+                           text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr + found.stdout
     counts = json.loads((tmp_path / "j").read_text())
     assert counts["kills"] >= 30 and counts["runs"] >= 1 and counts["runs_that_differ"] == 0
