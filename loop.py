@@ -279,11 +279,11 @@ def place(model: nn.Module, cfg: RunConfig, run: Run, folder: Path | None) -> No
     blocks, on_meta = model.model["layers"], next(model.parameters()).is_meta
     if cfg.parallel == "fsdp" and run.world_size > 1:
         mesh = init_device_mesh(run.device.type, (run.world_size,))
-        # Inputs are not cast, so that rotary tables stay float32; gradients are summed over ranks in float32.
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype(cfg, run), reduce_dtype=torch.float32,
-                                      cast_forward_inputs=False)
+        # Inputs are not cast, so that rotary tables stay float32.
+        policy = MixedPrecisionPolicy(param_dtype=compute_dtype(cfg, run), cast_forward_inputs=False,
+                                      reduce_dtype=DTYPES[cfg.reduce_dtype])
         for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy)
+            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
     if on_meta and folder is None and cfg.init_from is None:
         model.materialize(run.device, cfg.seed)
     else:

@@ -103,9 +103,13 @@ class Evaluation:
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read."""
 
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
+        """Raises UserError, on all ranks, for too little validation text or an id outside the vocabulary."""
         self.cfg, self.mix, self.run = cfg, mix, run
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
         self.rows = [Rows(folder, "val", cfg.block_size) for folder in mix.folders]
+        for rows in self.rows:
+            for _ in validation_batches(rows, cfg.eval_tokens, batch_size=1024, rank=0, world_size=1):
+                pass  # reading checks the ids
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         """Read each folder's first cfg.eval_tokens validation tokens; the ranks share them.

@@ -44,6 +44,8 @@ class RunConfig:
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # computing; None: bfloat16 on cuda
     compile: bool | None = None  # torch.compile each block; None: on cuda, if the run is long enough
     parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # how torchrun's processes share the work
+    reshard_after_forward: bool = True  # fsdp: gather a block's weights twice a step, to save memory
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: in which gradients travel and are summed
     activation_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
     global_batch_size: int = 16  # sequences a step, over all ranks
     micro_batch_size: int = 16  # sequences a rank puts through the model at a time
@@ -88,9 +90,9 @@ class RunConfig:
 
 # These may differ when a run is resumed: they change where, how fast and how long it runs, and of what it
 # computes the rounding at most (bfloat16 on a GPU); a larger max_steps stretches the schedule.
-OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "activation_checkpointing", "max_steps",
-               "eval_interval", "save_interval", "keep_checkpoints", "max_rollbacks", "log_interval", "wandb",
-               "wandb_project", "run_name", "out_dir", "overwrite"}
+OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "reshard_after_forward",
+               "activation_checkpointing", "max_steps", "eval_interval", "save_interval", "keep_checkpoints",
+               "max_rollbacks", "log_interval", "wandb", "wandb_project", "run_name", "out_dir", "overwrite"}
 # What a stage may change, of the keys above and of the architecture; the keys of its own script are free.
 OF_A_STAGE = {"dataset", "global_batch_size", "micro_batch_size", "learning_rate", "min_lr", "warmup_steps",
               "schedule", "decay_steps", "beta1", "beta2", "weight_decay", "grad_clip", "lr_multipliers",

@@ -53,6 +53,16 @@ def test_two_ranks_change_nothing(data, reference, tmp_path, two_ranks, parallel
     assert all((value - theirs[name]).abs().max() < 1e-4 for name, value in weights(tmp_path).items())
 
 
+def test_options_of_fsdp(data, reference, tmp_path, two_ranks):
+    """Weights that stay gathered change nothing; gradients that travel in bfloat16 change little."""
+    words = [*ADAMW, "--document_mask=True", "--micro_batch_size=2", "--parallel=fsdp"]
+    for option, tolerance in (("--reshard_after_forward=False", 1e-6), ("--reduce_dtype=bfloat16", 1e-2)):
+        out = tmp_path / option[2:9]
+        two_ranks(run, data, out, *words, option)
+        assert_close(losses(events(out)), losses(events(reference)), tolerance)
+    assert losses(events(out)) != losses(events(reference))
+
+
 @pytest.mark.parametrize("first, second", [("single", "fsdp"), ("fsdp", "single"), ("ddp", "fsdp")])
 def test_a_run_goes_on_with_another_number_of_ranks(data, reference, tmp_path, two_ranks, first, second):
     """Ten steps one way, ten the other: no sample is lost or read twice, and nothing is reset."""

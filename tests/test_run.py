@@ -147,6 +147,19 @@ def test_wrong_words_are_one_line(data, tmp_path, words, message):
         run(data, tmp_path, "--max_steps=1", *words)
 
 
+def test_bad_validation_text_is_found_before_training(data, tmp_path, two_ranks):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    ids = np.memmap(copy / "val_00000.bin", np.uint16, "r+")
+    ids[1000] = 60_000
+    ids.flush()
+    for message in two_ranks(refusal, copy, tmp_path / "out", "--micro_batch_size=2", "--eval_tokens=4096"):
+        assert "val_00000.bin: token 1000 is 60000, the vocabulary has 500 ids" in message
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match="tokens make no row of block_size=40000"):
+        run(data, tmp_path / "long", "--block_size=40000", "--max_steps=1")
+
+
 def test_two_ranks_refuse_together(data, tmp_path, two_ranks):
     for message in two_ranks(refusal, data, tmp_path, "--parallel=none"):
         assert "torchrun started 2 processes" in message
