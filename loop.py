@@ -86,7 +86,7 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
     progress, saved = load_state(folder)
     progress.rollbacks = run.rollbacks = max(progress.rollbacks, run.rollbacks)
     saved_step = progress.step if folder else -1
-    set_context(model, stage_at(stages, max(progress.step - 1, 0)), stages)
+    set_context(model, stages, max(progress.step - 1, 0))
     run.on_first_rank(lambda: run.cut_log(progress.step))
     if folder:
         run.print(f"resumed   from {folder}")
@@ -113,7 +113,7 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
         return found
 
     evaluated = run.on_first_rank(lambda: run.last_event("val_loss").get("step") == progress.step)
-    if folder and is_due(progress.step, cfg.eval_interval, total) and not evaluated:
+    if folder and is_due(progress.step, cfg.eval_interval, stages) and not evaluated:
         results = measure()  # the run was stopped between saving and evaluating
     if progress.step >= total and not results:
         run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps goes on)")
@@ -139,6 +139,7 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
                     save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
                 run.print(f"stopped   at step {progress.step:,}, saved; the same command goes on")
                 raise SystemExit(130 if stop_signal == signal.SIGINT else 0)
+            set_context(model, stages, progress.step)
             # Dropout, too, is a function of (seed, step, rank), so that nothing random has to be saved.
             torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
             rate = learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
@@ -150,23 +151,23 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
             progress.step += 1
             progress.tokens += int(tokens)
             bar.update()
-            if is_due(progress.step, cfg.log_interval, total):
+            if is_due(progress.step, cfg.log_interval, stages):
                 event = meter.read(progress, rate, batches[0]["input_ids"].shape[1])
                 run.log(event)
                 run.print(log_line(event, total))
-            if is_due(progress.step, cfg.save_interval, total):
+            if is_due(progress.step, cfg.save_interval, stages):
                 with meter.paused():
                     meter.require_finite(progress.step)
                     save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
                     saved_step = progress.step
-            if is_due(progress.step, cfg.eval_interval, total):
+            if is_due(progress.step, cfg.eval_interval, stages):
                 results = measure()  # after saving: an evaluation that fails must not cost the run
     return results
 
 
-def is_due(step: int, interval: int, total: int) -> bool:
-    """Whether what happens every `interval` steps (0: only at the end) happens after `step` of them."""
-    return step == total or (interval > 0 and step % interval == 0)
+def is_due(step: int, interval: int, stages: list[Stage]) -> bool:
+    """Whether what comes every `interval` steps (0: never), and at the end of a stage, comes after `step`."""
+    return any(step == stage.last for stage in stages) or (interval > 0 and step % interval == 0)
 
 
 def next_batches(upcoming: Future, run: Run) -> tuple[list[dict], float, float, int]:
@@ -303,16 +304,18 @@ def compute_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
     return DTYPES[cfg.dtype or ("bfloat16" if run.device.type == "cuda" else "float32")]
 
 
-def set_context(model: nn.Module, stage: Stage, stages: list[Stage]) -> None:
-    """Give the model the stage's rotary positions, where the stages change them."""
-    changed = set().union(*(each.changes for each in stages))
-    model.reconfigure(**{k: getattr(stage.cfg, k) for k in ("rope_theta", "rope_scaling") if k in changed})
+def set_context(model: nn.Module, stages: list[Stage], step: int) -> None:
+    """Give the model the rotary positions of step `step`, where the stages change them."""
+    changed, stage = set().union(*(each.changes for each in stages)), stage_at(stages, step)
+    if "rope_scaling" in changed:
+        model.reconfigure(rope_scaling=stage.cfg.rope_scaling)
+    if "rope_theta" in changed:
+        model.reconfigure(rope_theta=stage.rope_theta_at(step))
 
 
 def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
                 run: Run) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """Set the model's context and trained parameters to the stage's; returns what to call, and optimizers."""
-    set_context(model, stage, stages)
+    """Train the parameters that the stage trains; returns what to call, and its optimizers."""
     number = stages.index(stage) + 1
     if len(stages) > 1:
         changes = "  ".join(f"{key}={value}" for key, value in stage.changes.items())

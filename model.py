@@ -334,7 +334,12 @@ class GPT(nn.Module):
         times = torch.arange(config.block_size, device="cpu").float()
         angles = times[:, None] * frequencies  # (block_size, D/2)
         for name, table in (("rope_cos", angles.cos()), ("rope_sin", angles.sin())):
-            self.register_buffer(name, (table * factor).to(self.head_weight.device), persistent=False)
+            table = (table * factor).to(self.head_weight.device)
+            before = getattr(self, name, table)
+            if before is not table and before.shape == table.shape and before.device == table.device:
+                before.copy_(table)  # in place, since a ramp of rope_theta comes by at every step
+            else:
+                self.register_buffer(name, table, persistent=False)
 
     def reconfigure(self, **changes: Any) -> None:
         """Change the context of a trained model: block_size, rope_theta, rope_scaling. UserError for anything

@@ -1,8 +1,9 @@
-# The 1.1 B Llama: 22 layers, 2048 wide, 32 query and 4 key/value heads, contexts of 4096, 30 B tokens.
+# The 1.1 B Llama: 22 layers, 2048 wide, 32 query and 4 key/value heads; 30 B tokens, contexts of up to 16 K.
 #   python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-100BT --vocab_size=32000 \
-#       --out=data/nanollama --val_fraction=0.0005 --max_tokens=30e9
+#       --out=data/web --val_fraction=0.0005 --max_tokens=28e9
+#   python prepare.py --source=books/ --tokenizer=data/web --out=data/books     # and so for code, maths, ...
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_nanollama_1b.py
-dataset = "nanollama"
+dataset = "web"
 out_dir = "out/nanollama_1b"
 
 vocab_size = 32_000
@@ -15,19 +16,26 @@ block_size = 4096
 tie_embeddings = False
 
 parallel = "fsdp"
-global_batch_size = 32  # x 4096 = 131,072 tokens
+global_batch_size = 32  # x 4,096 = 131,072 tokens a step, in every stage; in all 30.1 B
 micro_batch_size = 4
-max_steps = 230_000  # x 131,072 = 30 B tokens
 optimizer = "adamw"
 lr_multipliers = {}
 beta2 = 0.95
 weight_decay = 0.1
 learning_rate = 4e-4  # TinyLlama's
 min_lr = 4e-5
-schedule = "wsd"
+schedule = "wsd"  # one for the whole run
 warmup_steps = 2000
-decay_steps = 23_000  # the last tenth
+decay_steps = 23_000  # the last tenth: all of the gold stage
 z_loss = 1e-4
+stages = [
+    dict(steps=184_000),  # 4 K, to step 184,000: 24.1 B tokens
+    dict(steps=10_000, block_size=8192, global_batch_size=16, micro_batch_size=2,  # 8 K, to 194,000: 1.3 B
+         rope_theta=(10_000, 500_000), document_mask=True),  # room for longer contexts, little by little
+    dict(steps=13_000, block_size=16_384, global_batch_size=8, micro_batch_size=1,  # 16 K, to 207,000: 1.7 B
+         rope_theta=500_000, document_mask=True, dataset="books:0.5,code:0.5"),
+    dict(steps=23_000, rope_theta=500_000, dataset="maths:0.4,qa:0.3,stem:0.3"),  # 4 K, to 230,000: 3.0 B
+]
 eval_interval = 1000
 eval_tokens = 10 * 2**20
 save_interval = 1000

@@ -62,9 +62,9 @@ class RunConfig:
     grad_clip: float = 1.0  # largest global norm of the gradient; 0: no clipping
     lr_multipliers: dict = field(default_factory=dict)  # {regex of names: factor}, first match, 0 freezes
     stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..]
-    eval_interval: int = 275  # steps between evaluations; 0: only at the end
+    eval_interval: int = 275  # steps between evaluations; 0: only at the end of a stage
     eval_tokens: int | None = None  # validation tokens of an evaluation, always the first ones; None: all
-    save_interval: int = 275  # steps between checkpoints; 0: only at the end
+    save_interval: int = 275  # steps between checkpoints; 0: only at the end of a stage
     keep_checkpoints: int = 2  # the newest ones, and the best
     max_rollbacks: int = 0  # times to go back to a checkpoint, at half the rate, from a loss not finite
     log_interval: int = 10  # steps between log lines
@@ -112,6 +112,13 @@ class Stage:
     begin: int
     end: int
 
+    def rope_theta_at(self, step: int) -> float:
+        """The rotary base of step `step` (from 0). A pair rises geometrically; the last step has its end."""
+        ends = self.changes.get("rope_theta")
+        if not isinstance(ends, tuple | list):
+            return self.cfg.rope_theta
+        return ends[0] * (ends[1] / ends[0]) ** ((step + 1 - self.first) / (self.last - self.first))
+
 
 def plan(cfg: Any) -> list[Stage]:
     """The stages of a run; one of max_steps where none are listed. UserError for what a stage cannot say."""
@@ -144,7 +151,14 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
     if fixed := (common - OF_A_STAGE) & changes.keys():
         raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
-    return override(cfg, changes, f"stages[{number}]"), changes
+    if {"rope_theta", "rope_scaling"} & changes.keys() and cfg.position == "learned":
+        raise UserError(f"stages[{number}]: position=learned has no rotary base to change")
+    values, theta = dict(changes), changes.get("rope_theta")
+    if isinstance(theta, tuple | list):  # a ramp: from, to
+        if len(theta) != 2 or not all(isinstance(end, int | float) and end > 0 for end in theta):
+            raise UserError(f"stages[{number}]: rope_theta={theta}: a ramp is two positive numbers")
+        values["rope_theta"] = theta[1]
+    return override(cfg, values, f"stages[{number}]"), changes
 
 
 def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:

@@ -1,0 +1,28 @@
+# The four stages of train_nanollama_1b.py as toys: short, longer while rope_theta rises, long, short again.
+# On real long text where it is at hand (any books and any documentation), else on the embedded corpus:
+#   python prepare.py --source=books/ --out=data/books
+#   python prepare.py --source=docs/ --tokenizer=data/books --out=data/docs
+#   python train.py config/train_tiny_curriculum.py
+#   python -m tools.context --run=out/tiny_curriculum --dataset=books --block_size=512
+import os
+
+_at_hand = os.path.isdir("data/books") and os.path.isdir("data/docs")
+_books, _both, _gold = ("books", "books:0.5,docs:0.5", "docs") if _at_hand else ("pystdlib",) * 3
+
+dataset = _books
+out_dir = "out/tiny_curriculum"
+schedule = "wsd"  # one for the whole run
+decay_steps = 200  # all of the last stage
+learning_rate = 4e-3
+stages = [  # 2,048 tokens a step in every stage
+    dict(steps=500),  # rows of 128
+    dict(steps=100, block_size=256, global_batch_size=8, micro_batch_size=8, rope_theta=(10_000, 500_000),
+         document_mask=True),
+    dict(steps=200, block_size=512, global_batch_size=4, micro_batch_size=4, rope_theta=500_000,
+         document_mask=True, dataset=_both),
+    dict(steps=200, rope_theta=500_000, dataset=_gold),  # rows of 128 again
+]
+eval_tokens = 2**16
+eval_interval = 0  # at the end of each stage, where a checkpoint stands, too
+save_interval = 0
+keep_checkpoints = 4
