@@ -87,11 +87,12 @@ class GPTConfig:
 def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     """Turn the pairs (x[i], x[i + D/2]) of each head by their position's angle (half-rotation layout).
 
-    x: (B, heads, T, D). rope: cos and sin, (T, D/2) or (B, 1, T, D/2), float32. Shape and dtype are x's.
+    x: (B, heads, T, D). rope: (cos, cos) and (-sin, sin) behind one another, (T, D) or (B, 1, T, D), float32.
+    Shape and dtype are x's.
     """
     cos, sin = rope
-    first, second = x.float().chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
+    return (x * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
 
 
 class KVCache:
@@ -99,8 +100,8 @@ class KVCache:
 
     k, v: (L, B, K, S, D), allocated once. lengths: (B,) int64, the tokens that each row holds. A token's slot
     is its position, so rows of unequal length need no padding on the left: what the padding behind a shorter
-    row wrote is overwritten before anything attends to it. used: int, the largest length, known without a
-    synchronisation.
+    row wrote is overwritten before anything attends to it. used: int, the largest length, and even: bool,
+    whether it is the length of all rows, are known without a synchronisation.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
@@ -110,7 +111,7 @@ class KVCache:
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.used = 0
+        self.used, self.even = 0, True
 
     def begin(self, T: int) -> Tensor:
         """Make the next T slots of each row those that `update` fills; returns them: positions (B, T)."""
@@ -119,17 +120,21 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) in the begun slots; returns what is to be attended to, (B, K, S, D) each."""
-        self.k[layer][self.rows, :, self.slots] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, K, D)
-        self.v[layer][self.rows, :, self.slots] = v.transpose(1, 2).to(self.v.dtype)
+        S = self.used + k.shape[2]
+        if self.even:
+            self.k[layer, :, :, self.used:S] = k
+            self.v[layer, :, :, self.used:S] = v
+        else:
+            self.k[layer][self.rows, :, self.slots] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, K, D)
+            self.v[layer][self.rows, :, self.slots] = v.transpose(1, 2).to(self.v.dtype)
         if self.used == 0:  # nothing older: the new keys are all there is, and plain causal attention will do
             return k, v
-        S = self.used + k.shape[2]
         return self.k[layer, :, :, :S].to(k.dtype), self.v[layer, :, :, :S].to(v.dtype)
 
     def hold(self, lengths: list[int]) -> None:
         """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
         self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        self.used = max(lengths)
+        self.used, self.even = max(lengths), len(set(lengths)) == 1
 
 
 class Attention(nn.Module):
@@ -162,13 +167,14 @@ class Attention(nn.Module):
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dropout: float = 0.0) -> Tensor:
     """softmax(q k^T / sqrt(D)) v: (B, H, T, D) and twice (B, K, S, D) -> (B, H, T, D).
 
-    mask: None (causal, S = T), bool (B, 1, T, S) where True may be seen, or a BlockMask for FlexAttention.
+    mask: None (causal, S = T; or all S for a single query), bool (B, 1, T, S) where True may be seen, or a
+    BlockMask for FlexAttention.
     """
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=mask is None,
-                                          enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
+                                          is_causal=mask is None and q.shape[2] > 1)
 
 
 def document_mask(document_ids: Tensor, dense: bool = False) -> Tensor | BlockMask:
@@ -211,7 +217,7 @@ class Block(nn.Module):
         self.self_attn = Attention(config, layer)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
 
     def forward(self, x: Tensor, rope: Any, mask: Any, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
@@ -221,6 +227,10 @@ class Block(nn.Module):
 def make_norm(config: GPTConfig) -> nn.Module:
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.n_embd, eps=config.norm_eps)
+
+
+def make_dropout(config: GPTConfig) -> nn.Module:
+    return nn.Dropout(config.dropout) if config.dropout else nn.Identity()
 
 
 class GPT(nn.Module):
@@ -239,7 +249,7 @@ class GPT(nn.Module):
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = make_dropout(config)
         if not self.head_weight.is_meta:
             self.init_weights(seed)
 
@@ -265,9 +275,9 @@ class GPT(nn.Module):
         if self.config.position == "learned":
             x = x + self.model["embed_positions"](positions)  # (T, C) or (B, T, C)
         else:
-            rope = self.rope_cos[positions], self.rope_sin[positions]  # (T, D/2), or (B, T, D/2) ...
+            rope = self.rope_cos[positions], self.rope_sin[positions]  # (T, D), or (B, T, D) ...
             if positions.ndim == 2:
-                rope = rope[0][:, None], rope[1][:, None]  # ... -> (B, 1, T, D/2), for all heads
+                rope = rope[0][:, None], rope[1][:, None]  # ... -> (B, 1, T, D), for all heads
         x = self.dropout(x)
         for block in self.model["layers"]:
             if self.checkpoint_activations and self.training:
@@ -285,11 +295,13 @@ class GPT(nn.Module):
         T, used = input_ids.shape[1], cache.used if cache else 0
         if used + T > self.config.block_size:
             raise ValueError(f"{used + T} tokens do not fit block_size={self.config.block_size}")
-        now = torch.arange(T, device=input_ids.device)  # (T,)
         if cache is not None:
             positions = cache.begin(T)  # (B, T)
+            if not used or (cache.even and T == 1):  # causal, or a token that sees all there is
+                return None, positions
             slots = torch.arange(used + T, device=input_ids.device)  # (S,)
-            return (slots <= positions[:, None, :, None] if used else None), positions  # (B, 1, T, S)
+            return slots <= positions[:, None, :, None], positions  # (B, 1, T, S)
+        now = torch.arange(T, device=input_ids.device)  # (T,)
         if document_ids is None:
             return None, now
         begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)  # (B, T)
@@ -326,15 +338,16 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def rebuild_rope(self) -> None:
-        """Compute the tables of cos and sin, float32 buffers (block_size, D/2), in float32 on the CPU."""
+        """Compute the tables for `rotate`, float32 buffers (block_size, D), in float32 on the CPU."""
         config = self.config
         if config.position == "learned":
             return
         frequencies, factor = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         times = torch.arange(config.block_size, device="cpu").float()
         angles = times[:, None] * frequencies  # (block_size, D/2)
-        for name, table in (("rope_cos", angles.cos()), ("rope_sin", angles.sin())):
-            table = (table * factor).to(self.head_weight.device)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        for name, halves in (("rope_cos", (cos, cos)), ("rope_sin", (-sin, sin))):
+            table = torch.cat(halves, dim=-1).to(self.head_weight.device)  # (block_size, D)
             before = getattr(self, name, table)
             if before is not table and before.shape == table.shape and before.device == table.device:
                 before.copy_(table)  # in place, since a ramp of rope_theta comes by at every step

@@ -70,7 +70,7 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
     return logits
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
              vocab_size: int | None = None, first_row: int = 0) -> Iterator[list[int | None]]:
@@ -118,13 +118,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
 
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
-    device, lengths = cache.lengths.device, [len(row) for row in rows]
-    padded = [row + [0] * (max(lengths) - len(row)) for row in rows]  # on the right
-    ids = torch.tensor(padded, device=device)  # (B, T)
-    last = torch.tensor(lengths, device=device) - 1
+    device, longest = cache.lengths.device, max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # (B, T)
+    last = torch.tensor([len(row) - 1 for row in rows], device=device)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden[torch.arange(len(rows), device=device), last]  # (B, C)
+        hidden = hidden[:, 0] if longest == 1 else hidden[torch.arange(len(rows)), last]  # (B, C)
         return (hidden @ weight.T.to(hidden.dtype))[:, :model.config.vocab_size]
 
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew

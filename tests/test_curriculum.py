@@ -109,7 +109,8 @@ def test_tables_are_rewritten_in_place():
     model.reconfigure(rope_theta=123.0)
     assert model.rope_cos is before
     angles = torch.arange(64)[:, None] * rope_frequencies(16, 123.0, None)[0]
-    assert torch.equal(model.rope_cos, angles.cos()) and torch.equal(model.rope_sin, angles.sin())
+    assert torch.equal(model.rope_cos, torch.cat((angles.cos(), angles.cos()), dim=-1))
+    assert torch.equal(model.rope_sin, torch.cat((-angles.sin(), angles.sin()), dim=-1))
 
 
 @pytest.mark.parametrize("theta", ["(1, 2, 3)", "(0, 5)", "(10, -5)", "('a', 2)", "[]"])

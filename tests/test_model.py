@@ -268,7 +268,7 @@ def test_context_may_change_in_a_trained_model(tmp_path):
     model = busy_model(config)
     model.reconfigure(rope_theta=5e5, block_size=128)
     fresh = GPT(tiny_config(rope_theta=5e5, block_size=128))
-    assert torch.equal(model.rope_cos, fresh.rope_cos) and model.rope_cos.shape == (128, 8)
+    assert torch.equal(model.rope_cos, fresh.rope_cos) and model.rope_cos.shape == (128, 16)
     model.save_pretrained(tmp_path)
     assert hf.read_config(tmp_path)["rope_theta"] == 5e5 and hf.read_config(tmp_path)["block_size"] == 128
     with pytest.raises(UserError, match="n_layer: cannot change"):
