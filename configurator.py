@@ -14,7 +14,6 @@ import ast
 import dataclasses
 import difflib
 import inspect
-import math
 import os
 import re
 import signal
@@ -44,7 +43,10 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[typing.An
             key, equals, text = word[2:].partition("=")
             if not equals:
                 raise UserError(f"command line: {word}: write --{key}=value")
-            values[key] = parse(text, field_types(schema, key, "command line")[key], f"command line: --{key}")
+            hint = field_types(schema, key, "command line")[key]
+            if not text and getattr(schema, key, None) != "":
+                raise UserError(f"command line: {word}: no value (an empty variable?)")
+            values[key] = parse(text, hint, f"command line: --{key}")
             given[key] = "command line"
         else:
             for key, (value, place) in read_config_file(word).items():
@@ -62,13 +64,13 @@ def read_config_file(path: str) -> dict[str, tuple[typing.Any, str]]:
         hint = f"no such config file{did_you_mean(near)} (options are written --key=value)"
         raise UserError(f"{path}: {hint}") from None
     except (SyntaxError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}:{getattr(error, 'lineno', 1)}: not a config file: {error}") from None
+        raise UserError(f"{path}:{getattr(error, 'lineno', 1) or 1}: not a config file: {error}") from None
     lines = {n.id: node.lineno for node in ast.walk(tree) if isinstance(node, ast.Assign | ast.AnnAssign)
              for n in ast.walk(node) if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
     names: dict[str, typing.Any] = {"__file__": path}
     try:
         exec(compile(tree, path, "exec"), names)  # the user's own file, as in nanoGPT; never a stranger's
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     return {name: (value, f"{path}:{lines.get(name, 1)}") for name, value in names.items()
             if not name.startswith("_") and not isinstance(value, types.ModuleType)}
@@ -138,9 +140,9 @@ def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any
 
 
 def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
-    """`value` as `kind`: 3 is a float, 1e9 is an int; True, nan and inf are no numbers. Raises TypeError."""
+    """`value` as `kind`: 3 is a float, 1e9 is an int; True, nan and 1e19 are no numbers. Raises TypeError."""
     origin = typing.get_origin(kind)
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < math.inf
+    is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
     if origin is typing.Literal:
         fits = value in typing.get_args(kind)
     elif kind is float and is_number:
@@ -188,6 +190,10 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
     other exception is ours and keeps its traceback (exit code 1).
     """
     first_rank = os.environ.get("RANK", "0") == "0"  # of torchrun's processes one speaks
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:  # closed by the shell
+            setattr(sys, name, open(os.devnull, "w"))
+        getattr(sys, name).reconfigure(errors="backslashreplace")  # whatever the terminal can show
     try:
         sys.exit(main(sys.argv[1:]))
     except BrokenPipeError:  # `... | head`: the reader has gone, and so may we

@@ -16,7 +16,7 @@ P the rows of the table in memory (V and padding), L layers.
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError
+from configurator import UserError, checked
 from parts import hf
 from parts.distributed import like
 from parts.rope import rope_frequencies
@@ -56,11 +56,15 @@ class GPTConfig:
     bias: Literal["none", "qkv", "all"] = "none"  # which linear layers have one: qkv is Qwen2's, all GPT-2's
 
     def __post_init__(self) -> None:
-        """Derive what is None; raise UserError for sizes that do not fit together."""
+        """Derive what is None; raise UserError for wrong types, and sizes that do not fit together."""
+        for each in fields(self):
+            checked(type(self), each.name, getattr(self, each.name), "model")
         for key in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
                     "block_size", "rope_theta", "norm_eps"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        if self.block_size > 2**24:  # the rotary tables alone would fill gigabytes
+            raise UserError(f"block_size={self.block_size}: must be at most {2**24:,}")
         if not 0 <= self.dropout < 1:
             raise UserError(f"dropout={self.dropout}: must be at least 0 and below 1")
         if self.head_dim is None and self.n_embd % self.n_head:
@@ -394,8 +398,12 @@ class GPT(nn.Module):
         Raises UserError, by name, for an architecture or a setting that this model does not compute.
         """
         folder = hf.find_folder(path)
+        try:
+            config = GPTConfig(**hf.read_config(folder))
+        except TypeError as error:
+            raise UserError(f"{folder / 'config.json'}: {error}") from None
         with torch.device("meta"):
-            model = cls(GPTConfig(**hf.read_config(folder)))
+            model = cls(config)
         model.to_empty(device=device)
         model.load(folder)
         return model
@@ -411,7 +419,7 @@ class GPT(nn.Module):
             if name == "lm_head.weight" and self.config.tie_embeddings:
                 continue  # some files hold the tied table twice
             parameter = missing.pop(name, None)
-            if name in hf.VOCABULARY_TABLES:
+            if name in hf.VOCABULARY_TABLES and len(tensor) == self.config.vocab_size:
                 tensor = F.pad(tensor, (0, 0, 0, self.config.padded_vocab_size - len(tensor)))
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(f"{folder}: {name} {tuple(tensor.shape)} has no place in this architecture")

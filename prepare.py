@@ -9,13 +9,20 @@ Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian u
 as nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text
 token stands behind every document. Which side of the split a document falls on is decided by its hash, so the
 same text is never on both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason,
-always.
+always. The folder is built beside its name and then renamed: a failure, a kill or a mistake leaves what was
+there as it was.
 """
 
+import contextlib
+import fcntl
 import hashlib
+import multiprocessing
+import multiprocessing.connection
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,8 +35,8 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
-from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, write_json
-from parts.sources import Row, Skip, document, find_files, hub_rows, read_rows
+from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, sync_folder, write_json
+from parts.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows
 from parts.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
@@ -55,8 +62,9 @@ class PrepareConfig:
         for key in ("vocab_size", "max_tokens", "num_proc"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
-        if self.vocab_size < 257:
-            raise UserError(f"vocab_size={self.vocab_size}: 256 bytes and the end of text need 257")
+        if not 257 <= self.vocab_size <= 10**6:
+            raise UserError(f"vocab_size={self.vocab_size}: must be at least 257 (256 bytes and the end of "
+                            "text) and at most 1,000,000")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
 
@@ -102,10 +110,16 @@ def text_hash(data: bytes) -> int:
 
 
 def start_worker(tokenizer: Tokenizer, text_key: str) -> None:
-    """Give a worker process its tokenizer; Ctrl-C is the parent's to handle."""
+    """Give a worker process its tokenizer; Ctrl-C is the parent's to handle, and no worker outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=leave_with_parent, daemon=True).start()
     global tokenize_here
     tokenize_here = lambda rows: tokenize(rows, tokenizer, text_key)  # noqa: E731
+
+
+def leave_with_parent() -> None:
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def run_in_worker(rows: list[Row]) -> Batch:
@@ -176,11 +190,13 @@ class Tally:
 
     def __init__(self) -> None:
         self.rows_in, self.kept = 0, 0
+        self.first: Row | None = None
         self.skipped: dict[str, int] = {}
         self.places: dict[str, list[str]] = {}
 
     def count(self, row: Row, reason: str | None) -> None:
         self.rows_in += 1
+        self.first = self.first or row
         if reason is None:
             self.kept += 1
             return
@@ -244,20 +260,57 @@ def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
 
 def prepare(cfg: PrepareConfig) -> DataFolder:
     """Make the data folder that cfg describes, or find it made from the same inputs; returns it opened."""
-    folder, from_hub = cfg.folder, cfg.source.startswith("hf:")
-    files, ignored = ([], 0) if from_hub else find_files(cfg.source)
+    files, ignored = ([], 0) if cfg.source.startswith("hf:") else find_files(cfg.source)
     inputs = describe_inputs(cfg, files)
-    if (folder / "meta.json").exists() and not cfg.overwrite:
-        return unchanged(folder, inputs)
-    folder.mkdir(parents=True, exist_ok=True)
-    for old in (folder / "meta.json", *folder.glob("*.bin")):  # meta.json first: the folder ends to exist
-        old.unlink(missing_ok=True)
+    if (cfg.folder / "meta.json").exists() and not cfg.overwrite:
+        return unchanged(cfg.folder, inputs)
+    with folder_to_be(cfg.folder) as folder:
+        meta = build(cfg, folder, files)
+        write_json(folder / "meta.json", meta | {"files_ignored": ignored, "inputs": inputs})
+    tokens = meta["tokens"]
+    print(f"data    {cfg.folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens"
+          + (f"; {ignored:,} files of other kinds ignored" if ignored else ""))
+    return DataFolder(cfg.folder)
+
+
+@contextlib.contextmanager
+def folder_to_be(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to build in, which then takes its place. UserError if it may not."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"out={target}: is a file")
+    if target.is_dir() and any(target.iterdir()) and not (target / "meta.json").exists():
+        raise UserError(f"out={target}: holds files, but no data set; give a folder that is new or empty")
+    target = target.resolve()
+    beside, before = (target.with_name(f".{target.name}.{word}") for word in ("tmp", "old"))
+    beside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(beside, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+    except BlockingIOError:
+        raise UserError(f"out={target}: another process is preparing it") from None
+    try:
+        for old in beside.iterdir():  # of one that was killed
+            old.unlink()
+        yield beside
+        if (target / "meta.json").exists():
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(target, before)
+        os.replace(beside, target)
+        sync_folder(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
+
+
+def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]:
+    """Write the shards and the tokenizer into an empty folder; returns what meta.json says of them."""
     size = sum(path.stat().st_size for path in files)
     # The split is by document, so a few text files are cut until they give some ten for validation.
     piece = 2**20 if len(files) * cfg.val_fraction >= 10 else int(max(size * cfg.val_fraction / 10, 2**10))
 
     def rows(progress: Any = None) -> Iterator[Row]:
-        if from_hub:
+        if not files:
             return hub_rows(cfg.source.removeprefix("hf:"), cfg.text_key)
         return read_rows(files, cfg.text_key, min(piece, 2**20), progress)
 
@@ -268,25 +321,37 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
         tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
     seconds = time.perf_counter() - begin
-    print(tally.report())
-    for split, writer in writers.items():
-        if not writer.tokens and (split == "train" or cfg.val_fraction):
-            raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
-                            f"val_fraction={cfg.val_fraction}: give more text, or another share")
-    tokenizer.save(folder)
     counts = {key: {split: getattr(writer, key) for split, writer in writers.items()}
               for key in ("documents", "tokens", "bytes")}
-    write_json(folder / "meta.json", {
-        "format_version": FORMAT_VERSION, "kind": cfg.kind, "tokenizer": cfg.tokenizer,
-        "vocab_size": tokenizer.vocab_size, "dtype": np.dtype(dtype).name, **counts,
-        "shards": [shard for writer in writers.values() for shard in writer.shards],
-        "source": cfg.source, "files_ignored": ignored, "inputs": inputs,
-        "rows": {"in": tally.rows_in, "kept": tally.kept, "skipped": tally.skipped}})
-    tokens, megabytes = counts["tokens"], sum(counts["bytes"].values()) / 1e6
-    print(f"data    {folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens, "
-          f"{megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)"
-          + (f"; {ignored:,} files of other kinds ignored" if ignored else ""))
-    return DataFolder(folder)
+    megabytes = sum(counts["bytes"].values()) / 1e6
+    print(tally.report())
+    print(f"speed   {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
+    require_documents(cfg, tally, counts["tokens"])
+    tokenizer.save(folder)
+    return {"format_version": FORMAT_VERSION, "kind": cfg.kind, "tokenizer": cfg.tokenizer,
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json"),
+            "vocab_size": tokenizer.vocab_size, "dtype": np.dtype(dtype).name, **counts,
+            "shards": [shard for writer in writers.values() for shard in writer.shards], "source": cfg.source,
+            "rows": {"in": tally.rows_in, "kept": tally.kept, "skipped": tally.skipped}}
+
+
+def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) -> None:
+    """UserError where no row could be used, with what may be the key of the text, or a split has none."""
+    if not tally.kept:
+        reason = max(tally.skipped, key=tally.skipped.get, default="there is none")
+        raise UserError(f"source={cfg.source}: no row can be used: {reason}{keys_of(tally.first)}")
+    for split, count in tokens.items():
+        if not count and (split == "train" or cfg.val_fraction):
+            raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
+                            f"val_fraction={cfg.val_fraction}: give more text, or another share")
+
+
+def keys_of(row: Row | None) -> str:
+    """"; --text_key= one of a, b" for a row of JSON with those keys, else nothing."""
+    with contextlib.suppress(Skip, TypeError):
+        if row and row.kind == "json":
+            return f"; --text_key= one of {', '.join(parse_json(row.content))}"
+    return ""
 
 
 def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:

@@ -120,8 +120,8 @@ class Sampler:
         return [(text, reason, len(row)) for text, reason, row in zip(texts, reasons, new, strict=True)]
 
 
-def read_prompts(path: str) -> list[dict[str, Any]]:
-    """The rows of a JSON lines file with a "prompt" each. UserError with file:line for anything else."""
+def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:
+    """(file:line, row) of a JSON lines file with a "prompt" in each row. UserError for anything else."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -133,7 +133,7 @@ def read_prompts(path: str) -> list[dict[str, Any]]:
                 raise UserError(f"{path}:{number}: {reason}") from None
             if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
                 raise UserError(f'{path}:{number}: needs the key "prompt" with a text')
-            rows.append(row)
+            rows.append((f"{path}:{number}", row))
     if not rows:
         raise UserError(f"{path}: no prompts in it")
     return rows
@@ -145,10 +145,9 @@ def note(text: str, end: str = "\n") -> None:
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
-    rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [{"prompt": cfg.prompt}]
+    rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [("prompt", {"prompt": cfg.prompt})]
     sampler = Sampler(cfg)
-    prompts = [sampler.encode(row["prompt"], f"{cfg.prompt_file}:{n}" if cfg.prompt_file else "prompt")
-               for n, row in enumerate(rows, 1)]
+    prompts = [sampler.encode(row["prompt"], place) for place, row in rows]
     work = [n for n in range(len(rows)) for _ in range(cfg.num_samples)]  # the prompt of each sample
     total, begin = 0, time.perf_counter()
     for first in range(0, len(work), cfg.batch_size):
@@ -160,7 +159,7 @@ def main(argv: list[str]) -> int:
         for number, (text, reason, tokens) in zip(batch, samples, strict=True):
             total += tokens
             if cfg.prompt_file:
-                row = rows[number] | {"completion": text, "finish_reason": reason}
+                row = rows[number][1] | {"completion": text, "finish_reason": reason}
                 print(json.dumps(row, ensure_ascii=False))
             elif not stream:
                 print(text)

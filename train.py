@@ -177,7 +177,9 @@ def main(argv: list[str]) -> int:
         data = TextData(cfg, run)
         tokenizer = run.tokenizer = data.last_mix.tokenizer
         check_vocabulary(cfg, data)
-        run.identify(data={k: digest for mix in data.mixes.values() for k, digest in mix.hashes().items()})
+        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, run)
+        hashes = {k: digest for mix in data.mixes.values() for k, digest in mix.hashes().items()}
+        run.identify(cfg, data=hashes)
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
             model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "
@@ -185,7 +187,7 @@ def main(argv: list[str]) -> int:
                   f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
         results = fit(cfg, model, data.batches_at,
                       lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size),
-                      Evaluation(data.stages[-1].cfg, data.last_mix, run), run)
+                      evaluation, run)
         print_summary(model.eval(), data, results, run)
     return 0
 
@@ -228,12 +230,12 @@ def print_summary(model: GPT, data: TextData, results: dict[str, float], run: Ru
     sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all
     if run.rank > 0 or not results:
         return
-    event = run.last_event("tokens_per_second")
+    event = run.last_event("tokens_per_second") or {"tokens": 0, "seconds": 0.0}  # the log may be lost
     others = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else {}
     beside = "".join(f"   {name} {bits:.3f}" for name, bits in others.items())
     run.print(f"""
 trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens in {event["seconds"]:,.0f} s \
-({event["tokens"] / event["seconds"]:,.0f} tokens/s)
+({event["tokens"] / max(event["seconds"], 1e-9):,.0f} tokens/s)
 validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
 bits/byte   this model {results["val_bits_per_byte"]:.3f}{beside}
 sample      {sample}

@@ -36,6 +36,8 @@ def parse_mix(spec: str) -> list[tuple[Path, float]]:
             raise UserError(f"dataset={spec}: the weight of {name} must be positive")
         entries.append((name or entry, weight))
     total = sum(weight for _, weight in entries)
+    if not math.isfinite(total) or not all(name.strip(":") for name, _ in entries):
+        raise UserError(f"dataset={spec}: write folders and their weights as a:0.7,b:0.3")
     return [(dataset_folder(name), weight / total) for name, weight in entries]
 
 
@@ -54,8 +56,9 @@ class Rows:
         self.ends = np.cumsum(counts, dtype=np.int64)  # number of rows up to and with each shard
         if not counts or self.ends[-1] < 1:
             tokens = sum(map(len, self.shards))
+            hint = " (prepare.py --val_fraction= makes more)" if split == "val" else ""
             raise UserError(f"{data.folder}: {tokens:,} {split} tokens make no row of "
-                            f"block_size={block_size} + 1")
+                            f"block_size={block_size} + 1{hint}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -82,6 +85,11 @@ class Mix:
         self.folders = [DataFolder(path) for path, _ in entries]
         self.weights = [weight for _, weight in entries]
         tokenizers = {file_sha256(folder.folder / "tokenizer.json") for folder in self.folders}
+        for data in self.folders:
+            if data.meta["kind"] != "text":
+                raise UserError(f"{data.folder}: holds {data.meta['kind']} rows, not text")
+            if data.meta.get("tokenizer_sha256") not in (None, file_sha256(data.folder / "tokenizer.json")):
+                raise UserError(f"{data.folder}: its tokenizer.json is not the one it was made with")
         if len(tokenizers) > 1:
             raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)

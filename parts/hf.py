@@ -49,8 +49,12 @@ def find_folder(path: str | Path) -> Path:
     path = Path(path)
     if (path / "config.json").is_file():
         return path
-    if pointers := checkpoint.read_pointers(path):
-        return path / (pointers.get("best") or pointers["last"])
+    if (path / "checkpoints.json").is_file():
+        pointers = checkpoint.read_pointers(path)
+        name = pointers.get("best") or pointers.get("last")
+        if not isinstance(name, str) or not (path / name / "config.json").is_file():
+            raise UserError(f"{path / 'checkpoints.json'}: points to no checkpoint; give a step's folder")
+        return path / name
     nested_here = path.parent != Path(".") and path.parent.exists()
     if path.exists() or nested_here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
         raise UserError(f"{path}: no model here (config.json is missing)")
@@ -69,9 +73,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = json.loads(place.read_text(encoding="utf-8"))
         kind = config["model_type"]
+        hash(kind)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{place}: not a model's config ({type(error).__name__}: {error})") from None
-    if kind == "nanollama":
+    if kind == "nanollama" and isinstance(config.get("gpt_config"), dict):
         return config["gpt_config"]
     if kind not in TIED_BY_DEFAULT:
         known = ", ".join(TIED_BY_DEFAULT)
@@ -85,15 +90,23 @@ def read_config(folder: Path) -> dict[str, Any]:
         return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
     except KeyError as error:
         raise UserError(f"{place}: needs the key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{place}: {error}") from None
 
 
 def end_ids(folder: Path) -> list[int]:
     """The end-of-text ids that generation_config.json, else config.json, names: none, one or several."""
     for name in ("generation_config.json", "config.json"):
         if (folder / name).is_file():
-            ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-            if ids is not None:
-                return ids if isinstance(ids, list) else [ids]
+            try:
+                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
+                ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
+                if ids and all(type(each) is int for each in ids):
+                    return ids
+            except (ValueError, AttributeError) as error:
+                raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error})") from None
+            if ids:
+                raise UserError(f"{folder / name}: eos_token_id={ids}: must be a whole number, or several")
     return []
 
 

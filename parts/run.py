@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from configurator import UserError, differences, override
 from model import GPTConfig
-from parts.checkpoint import remove_checkpoints, step_folders, sweep
+from parts.checkpoint import read_pointers, remove_checkpoints, step_folders, sweep
 from parts.shards import naming, write_json
 
 
@@ -127,7 +127,7 @@ def plan(cfg: Any) -> list[Stage]:
     stages, begins, first = [], [0], 0
     for number, entry in enumerate(cfg.stages):
         stage_cfg, changes = stage_config(cfg, number)
-        if not isinstance(entry["steps"], int) or entry["steps"] <= 0:
+        if type(entry["steps"]) is not int or not 0 < entry["steps"] < 2**63:
             raise UserError(f"stages[{number}]: steps={entry['steps']}: must be a positive whole number")
         if entry.get("restart") and first:
             begins.append(first)
@@ -145,7 +145,8 @@ def stage_configs(cfg: Any) -> list[Any]:
 def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     """The configuration inside stages[number], and the keys it changes."""
     entry = cfg.stages[number]
-    if not isinstance(entry, dict) or ("steps" in entry) == ("epochs" in entry):
+    if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry) or \
+            ("steps" in entry) == ("epochs" in entry):
         raise UserError(f"stages[{number}]: must be a dict with steps or epochs, as dict(steps=100, ..)")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
@@ -167,7 +168,7 @@ def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:
     for number, entry in enumerate(cfg.stages):
         stage_cfg, _ = stage_config(cfg, number)
         if "epochs" in entry:
-            if not isinstance(entry["epochs"], int | float) or not entry["epochs"] > 0:
+            if not isinstance(entry["epochs"], int | float) or not 0 < entry["epochs"] < 2**31:
                 raise UserError(f"stages[{number}]: epochs={entry['epochs']}: must be a positive number")
             steps = max(1, round(entry["epochs"] * steps_in_epoch(stage_cfg)))
             entry = {key: value for key, value in entry.items() if key != "epochs"} | {"steps": steps}
@@ -233,7 +234,7 @@ class Run:
         for line in path.read_bytes().split(b"\n") if path.is_file() else []:
             with contextlib.suppress(ValueError):
                 event = json.loads(line)
-                events += [event] if isinstance(event, dict) and "step" in event else []
+                events += [event] if isinstance(event, dict) and isinstance(event.get("step"), int) else []
         return events
 
     def last_event(self, key: str) -> dict[str, Any]:
@@ -260,16 +261,22 @@ class Run:
             dist.all_gather_object(values, value)
         return values
 
-    def identify(self, **identity: Any) -> None:
-        """Record what else a resumed run must find unchanged (the hash of its data, say), or compare it."""
-        def compare() -> None:
-            path = self.out_dir / "run.json"
-            content = read_run(path)
-            if is_bound(self.out_dir):
-                refuse_changes(self.out_dir, content["identity"], identity)
-            write_json(path, content | {"identity": identity})
+    def identify(self, cfg: Any, **identity: Any) -> None:
+        """Write run.json: the configuration, and what else must be unchanged on resume (its data's hash).
 
-        self.on_first_rank(compare)
+        Called once all is known to be well; only here does --overwrite=True delete what was there. UserError
+        where out_dir holds a run with another identity.
+        """
+        def compare_and_write() -> None:
+            path = self.out_dir / "run.json"
+            if cfg.overwrite:
+                remove_checkpoints(self.out_dir)
+            elif is_bound(self.out_dir):
+                refuse_changes(self.out_dir, read_run(path)["identity"], identity)
+            write_json(path, {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
+                "python": sys.version.split()[0], "torch": torch.__version__}})
+
+        self.on_first_rank(compare_and_write)
 
     def on_first_rank(self, work: Callable[[], Any]) -> Any:
         """Let rank 0 do something while the others wait; all return its result, or raise its user's fault."""
@@ -277,8 +284,10 @@ class Run:
         if self.rank == 0:
             try:
                 outcome = [work(), None]
-            except (UserError, OSError) as error:
+            except UserError as error:
                 outcome = [None, error]
+            except OSError as error:  # all ranks raise it, and one of them tells
+                outcome = [None, UserError(str(error))]
         if self.world_size > 1:
             dist.broadcast_object_list(outcome)
         result, fault = outcome
@@ -364,15 +373,17 @@ def device_name(device: torch.device) -> str:
 
 
 def claim_folder(cfg: Any, run: Run) -> None:
-    """Lock out_dir, compare run.json with this configuration, and write it anew. Rank 0 only."""
+    """Lock out_dir, and compare the run in it, if there is one, with this configuration. Rank 0 only."""
     run.out_dir.mkdir(parents=True, exist_ok=True)
     run.lock = open(run.out_dir / ".lock", "w")
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
         sweep(run.out_dir)
-        if cfg.overwrite:
-            remove_checkpoints(run.out_dir)
-        compare_with_before(cfg, run.out_dir)
+        if (run.out_dir / "meta.json").exists():
+            raise UserError(f"out_dir={cfg.out_dir}: holds a data set; a run needs a folder of its own")
+        if not cfg.overwrite:
+            read_pointers(run.out_dir)
+            compare_with_before(cfg, run.out_dir)
     except BlockingIOError:
         raise UserError(f"out_dir={cfg.out_dir}: another process is training here") from None
     except BaseException:
@@ -381,18 +392,17 @@ def claim_folder(cfg: Any, run: Run) -> None:
 
 
 def compare_with_before(cfg: Any, out_dir: Path) -> None:
-    """UserError if run.json holds a run that this configuration would change; then write it anew."""
-    path, identity = out_dir / "run.json", {}
-    new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as the file will spell it
+    """UserError if run.json holds a run that this configuration would change."""
+    try:
+        new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as the file will spell it
+    except TypeError as error:
+        raise UserError(f"the configuration cannot be written down: {error}") from None
     if is_bound(out_dir):
-        before = read_run(path)
-        old, identity = before["config"], before["identity"]
-        shrinks = new["max_steps"] < old["max_steps"] and not cfg.stages  # max_steps may only grow
+        old = read_run(out_dir / "run.json")["config"]
+        shrinks = new["max_steps"] < old.get("max_steps", 0) and not cfg.stages  # max_steps may only grow
         free = OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL
         refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
                        {k: v for k, v in new.items() if k not in free})
-    write_json(path, {"config": new, "identity": identity,
-                      "versions": {"python": sys.version.split()[0], "torch": torch.__version__}})
 
 
 def read_run(path: Path) -> dict[str, Any]:

@@ -22,6 +22,7 @@ import numpy as np
 from configurator import UserError
 
 FORMAT_VERSION = 1
+SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # of a shard in meta.json
 SHARD_TOKENS = 2**27  # a new shard begins once one holds so many: 256 MiB of uint16
 
 
@@ -112,7 +113,13 @@ class DataFolder:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             version, dtype = self.meta["format_version"], np.dtype(self.meta["dtype"]).newbyteorder("<")
+            self.meta["shards"] = [{key: kind(shard[key]) for key, kind in SHARD_KEYS.items()}
+                                   for shard in self.meta["shards"]]
             listed = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
+            for key, kind in (("kind", str), ("vocab_size", int), ("bytes", dict), ("inputs", dict)):
+                if type(self.meta[key]) is not kind:
+                    raise TypeError(f"{key} is {self.meta[key]!r}")
+            self.meta["bytes"] = {split: int(self.meta["bytes"][split]) for split in ("train", "val")}
         except FileNotFoundError:
             raise UserError(f"{self.folder}: no data set here (no meta.json); prepare.py makes one") from None
         except (ValueError, KeyError, TypeError) as error:

@@ -90,21 +90,51 @@ def files_under(root: Path, leave_out: Callable[[str], bool]) -> list[Path]:
 
 def file_kind(path: Path) -> str:
     """".jsonl" for both a.jsonl and a.jsonl.zst."""
-    suffixes = path.suffixes
-    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in PACKED else path.suffix
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in PACKED else suffixes[-1]
 
 
 def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
     """A stream of unpacked bytes over the open file `raw`."""
-    if path.suffix == ".gz":
+    packing = path.suffix.lower()
+    if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)
-    if path.suffix == ".xz":
-        return lzma.LZMAFile(raw)
-    if path.suffix == ".zst":
+    if packing == ".xz":
+        return io.BufferedReader(XZReader(raw), 2**20)
+    if packing == ".zst":
         import pyarrow  # which, unlike some, notices that a stream has been cut short
         unpacked = pyarrow.CompressedInputStream(pyarrow.PythonFile(raw, mode="r"), "zstd")
         return io.BufferedReader(unpacked, 2**20)
     return raw
+
+
+class XZReader(io.RawIOBase):
+    """The streams of an .xz one behind the other; lzma.LZMAFile silently drops damaged ones behind the first.
+    """
+
+    def __init__(self, raw: BinaryIO):
+        self.raw, self.unpacker, self.begun = raw, lzma.LZMADecompressor(lzma.FORMAT_XZ), False
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        """Fill some of the buffer; 0 at the end. Raises LZMAError or EOFError for damage."""
+        while True:
+            packed = b""
+            if self.unpacker.eof:
+                packed = self.unpacker.unused_data.lstrip(b"\0") or self.raw.read(2**16).lstrip(b"\0")
+                if not packed and not self.raw.peek(1):
+                    return 0
+                self.unpacker = lzma.LZMADecompressor(lzma.FORMAT_XZ)
+            elif self.unpacker.needs_input:
+                packed = self.raw.read(2**16)
+                if not packed:
+                    raise EOFError("the stream has been cut short")
+            data = self.unpacker.decompress(packed, max_length=len(buffer))
+            if data:
+                buffer[:len(data)] = data
+                return len(data)
 
 
 def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None) -> Iterator[Row]:
@@ -200,6 +230,8 @@ def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
     while True:
         at = skip_blank(text, at)
         if text[at:at + 1] == "]" and number == 0:
+            if text[at + 1:].strip():
+                yield Row(f"{path}[0]", "bad", "text behind the array")
             return
         number += 1
         try:
@@ -212,6 +244,8 @@ def json_elements(stream: BinaryIO, path: Path) -> Iterator[Row]:
             return
         yield Row(f"{path}[{number - 1}]", "json", text[at:end].encode("utf-8", "surrogatepass"))
         if text[follow] == "]":
+            if text[follow + 1:].strip():
+                yield Row(f"{path}[{number}]", "bad", "text behind the array")
             return
         at = follow + 1
 
@@ -253,6 +287,8 @@ def hub_rows(name: str, text_key: str) -> Iterator[Row]:
     except ImportError:
         raise UserError("source=hf:...: needs the package `datasets` (pip install datasets)") from None
     name, _, rest = name.partition(":")
+    if not name:
+        raise UserError("source=hf:: give the name of a data set, as hf:NAME")
     config, _, split = rest.partition(":")
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)

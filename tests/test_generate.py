@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -12,7 +14,7 @@ from configurator import UserError
 from model import GPT
 from parts.generate import Sampling, choose, generate, penalize
 from parts.tokenizer import Tokenizer
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import ROOT, busy_model, tiny_config
 
 GREEDY = Sampling(temperature=0)
 
@@ -272,6 +274,23 @@ def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
     assert call(capsys, trained, "--max_new_tokens=0").out == "\n"
 
 
+def test_other_keys_of_a_prompt_come_back(capsys, trained, tmp_path):
+    (tmp_path / "p.jsonl").write_text('\n{"prompt": "a", "k": "\\u00e9"}\n')
+    printed = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=2").out
+    assert json.loads(printed)["k"] == "\u00e9"
+    (tmp_path / "q.jsonl").write_text('\n\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(UserError, match="q.jsonl:3"):
+        call(capsys, trained, f"--prompt_file={tmp_path / 'q.jsonl'}")
+
+
+@pytest.mark.parametrize("how, code", [(">&-", 0), ("2>&-", 0), ("<&-", 0)])
+def test_a_stream_may_be_closed(trained, how, code):
+    command = f"{sys.executable} sample.py --model={trained} --prompt=a --max_new_tokens=3 --device=cpu {how}"
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert found.returncode == code and "Traceback" not in found.stderr
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -296,7 +315,8 @@ def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
         (["--model=out/nowhere"], "no model here|the hub does not give it"),
         (["--prompt=a", "--prompt_file=b"], "give one"),
         (["--num_samples=0"], "num_samples"),
-        (["--stop="], "none of them empty"),
+        (["--stop="], "no value"),
+        (["--stop=['']"], "none of them empty"),
         (["--device=tpu9"], "no such device"),
         (["--device=cuda:9"], "not on this machine"),
     ],

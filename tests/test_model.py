@@ -124,6 +124,23 @@ def test_what_is_not_supported_is_refused_by_name(tmp_path, change, message):
         GPT.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("value", ["x", [], 3.5, None, True, {}])
+def test_values_of_a_wrong_type_are_one_line(tmp_path, value):
+    busy_model(tiny_config()).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    keys = ["vocab_size", "num_hidden_layers", "num_attention_heads", "hidden_size", "intermediate_size",
+            "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "model_type"]
+    for key in keys:
+        if (key, value) in (("rms_norm_eps", 3.5), ("tie_word_embeddings", True)):
+            continue  # these are values it may have
+        (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+        with pytest.raises(UserError):
+            GPT.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 10**9}))
+    with pytest.raises(UserError, match="block_size=1000000000: must be at most"):
+        GPT.from_pretrained(tmp_path)
+
+
 def test_a_size_that_is_not_there_is_asked_for(tmp_path):
     """transformers would assume its own default, which need not be ours; what it derives, we derive."""
     busy_model(tiny_config(n_kv_head=4)).save_pretrained(tmp_path)

@@ -18,7 +18,7 @@ from parts import shards as shards_module
 from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
 from parts.shards import DataFolder
 from parts.tokenizer import Tokenizer
-from prepare import PrepareConfig, SeenHashes, main, prepare
+from prepare import PrepareConfig, SeenHashes, folder_to_be, main, prepare
 from tests.conftest import ROOT, config_of
 
 
@@ -204,6 +204,9 @@ def test_too_little_text_says_so(tmp_path):
         ("--source=nowhere.txt", "no such file"),
         ("--tokenizer=nowhere", "no tokenizer there"),
         ("--source=hf:no/such:data", "source=hf:no/such"),
+        ("--source=hf:", "give the name of a data set"),
+        ("--vocab_size=1e9", "at most 1,000,000"),
+        ("--out=", "no value"),
     ],
 )
 def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
@@ -240,12 +243,67 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     deadline = time.time() + 60
-    while not list((tmp_path / "d").glob("train*.bin")) and time.time() < deadline:
+    while not list((tmp_path / ".d.tmp").glob("train*.bin")) and time.time() < deadline:
         time.sleep(0.02)
     os.killpg(process.pid, signal.SIGINT)  # the terminal sends it to the workers too
     stderr = process.communicate(timeout=60)[1]
     assert process.returncode == 130 and "Traceback" not in stderr, stderr
-    assert not (tmp_path / "d" / "meta.json").exists()
+    assert not (tmp_path / "d").exists() and not (tmp_path / ".d.tmp").exists()
+
+
+def test_workers_end_with_a_parent_that_is_killed(tmp_path):
+    """SIGTERM and SIGKILL leave the parent no time to tell them."""
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for i in range(60_000):
+            file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
+    words = [f"--source={tmp_path / 'a.jsonl'}", "--vocab_size=300", "--num_proc=2"]
+    for received in (signal.SIGTERM, signal.SIGKILL):
+        out = tmp_path / received.name
+        process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), f"--out={out}", *words],
+                                   stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        deadline = time.time() + 60
+        while not list((tmp_path / f".{out.name}.tmp").glob("train*.bin")) and time.time() < deadline:
+            time.sleep(0.02)
+        workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert len(workers) == 2
+        process.send_signal(received)
+        process.wait()
+        while any(Path(f"/proc/{worker}").exists() for worker in workers) and time.time() < deadline:
+            time.sleep(0.02)
+        assert time.time() < deadline
+
+
+def test_what_stands_in_the_folder_is_safe(tmp_path):
+    """Files of others are not touched, and a mistake does not cost the data set that was there."""
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
+    words = [f"--source={source}", "--vocab_size=300", "--num_proc=1"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "pytorch_model.bin").write_text("precious")
+    with pytest.raises(UserError, match="holds files, but no data set"):
+        main([*words, f"--out={tmp_path / 'mine'}"])
+    with pytest.raises(UserError, match="is a file"):
+        main([*words, f"--out={source}"])
+    (tmp_path / "empty").mkdir()
+    assert main([*words, f"--out={tmp_path / 'empty'}"]) == 0
+    before = {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
+    for mistake, message in (("--text_key=txt", "no row can be used: no key 'txt'; --text_key= one of text"),
+                             ("--tokenizer=gtp2", "no tokenizer there")):
+        wrong = [word for word in words if "vocab" not in word or "key" in mistake]
+        with pytest.raises(UserError, match=message):
+            main([*wrong, f"--out={tmp_path / 'empty'}", "--overwrite=True", mistake])
+        assert {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()} == before
+    assert main([*words, f"--out={tmp_path / 'empty'}", "--overwrite=True", "--val_fraction=0.2"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty", "mine"]
+
+
+def test_two_prepares_of_one_folder(tmp_path):
+    with folder_to_be(tmp_path / "d"):
+        with pytest.raises(UserError, match="another process is preparing it"):
+            with folder_to_be(tmp_path / "d"):
+                pass
+        assert (tmp_path / ".d.tmp").exists()
+    assert (tmp_path / "d").exists()
 
 
 # ---- Opening ----------------------------------------------------------------------------------------------
@@ -280,6 +338,22 @@ def test_every_fault_of_a_folder_is_one_line(copy):
     shard.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     with pytest.raises(UserError, match="does not match its sha256"):
         DataFolder(copy).verify()
+    shard.write_bytes(whole)
+    meta = json.loads((copy / "meta.json").read_text())
+    for key, value in (("vocab_size", None), ("vocab_size", "x"), ("bytes", {"train": 5}), ("bytes", 3),
+                       ("inputs", []), ("kind", 3), ("shards", [{"name": "train_00000.bin", "tokens": 5}]),
+                       ("shards", [{"name": 3, "tokens": "x", "sha256": ""}]), ("dtype", "x"), ("shards", 3)):
+        (copy / "meta.json").write_text(json.dumps(meta | {key: value}))
+        with pytest.raises(UserError, match="meta.json: not a data set's"):
+            DataFolder(copy)
+    (copy / "meta.json").write_text(json.dumps(meta | {"kind": "chat"}))
+    with pytest.raises(UserError, match="holds chat rows, not text"):
+        Mix(str(copy), 64, seed=0)
+    (copy / "meta.json").write_text(json.dumps(meta))
+    tokenizer = (copy / "tokenizer.json").read_text()
+    (copy / "tokenizer.json").write_text(tokenizer + " ")
+    with pytest.raises(UserError, match="tokenizer.json is not the one it was made with"):
+        Mix(str(copy), 64, seed=0)
     (copy / "meta.json").write_text("{}")
     with pytest.raises(UserError, match="not a data set's"):
         DataFolder(copy)

@@ -40,6 +40,8 @@ def test_plan_by_hand():
         (["x"], r"stages\[0\]: must be a dict"),
         ([dict(learning_rate=1)], "a dict with steps or epochs"),
         ([dict(steps=0)], "steps=0: must be a positive"),
+        ([dict(steps=True)], "steps=True: must be a positive"),
+        ([{1: 2, "steps": 2}], "must be a dict"),
         ([dict(steps=1, epochs=1)], "steps or epochs"),
         ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
         ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
@@ -111,6 +113,34 @@ def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
     assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "{}", '{"config": 3, "identity": 4}'])
+def test_damaged_files_of_a_run_are_one_line(data, tmp_path, content):
+    run(data, tmp_path, "--max_steps=2")
+    for name in ("run.json", "checkpoints.json"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        if name == "run.json" or content in ("", "{", "3", "null"):
+            with pytest.raises(UserError, match=f"{name}: damaged"):
+                run(data, tmp_path, "--max_steps=3")
+        (tmp_path / name).write_text(before)
+    (tmp_path / "metrics.jsonl").write_text(content + '\n{"step": "x"}\n{"a":}\n')  # a log is not needed
+    assert [event["step"] for event in run(data, tmp_path, "--max_steps=2")] == [2]  # it evaluates anew
+    assert [event["step"] for event in run(data, tmp_path, "--max_steps=3")] == [2, 3, 3]
+
+
+def test_overwriting_comes_last(data, tmp_path):
+    """A mistake beside --overwrite=True costs nothing; nor may a run lie in a data set's folder."""
+    run(data, tmp_path / "out", "--max_steps=2")
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())
+    for words in ([f"--dataset={tmp_path / 'typo'}"], ["--vocab_size=10"], ["--block_size=100000"]):
+        with pytest.raises(UserError):
+            run(data, tmp_path / "out", "--max_steps=2", "--overwrite=True", *words)
+    assert (tmp_path / "out" / "step_000002").is_dir()
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == kept
+    with pytest.raises(UserError, match="holds a data set"):
+        run(data, data, "--max_steps=2")
+
+
 def test_two_runs_in_one_folder(data, tmp_path):
     cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
     with start_run(cfg, {}):
@@ -139,6 +169,11 @@ def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
         (["--init_from=nowhere/at/all"], "no model here"),
         (["--parallel=zero"], "none|ddp|fsdp"),
         (["--z_loss=-1"], "negative"),
+        (["--out_dir="], "no value"),
+        (["--dataset=,"], "write folders and their weights"),
+        (["--dataset=a:1e308,b:1e308"], "write folders and their weights"),
+        (["--learning_rate=1e400"], "expected float"),
+        (["--max_steps=1" + "0" * 400], "expected int"),
         (["--block_size=10000000"], "make no row"),
     ],
 )

@@ -151,12 +151,28 @@ def test_every_packing(tmp_path, suffix):
         ('[{"text": "a"}, {"text": "b"}', ["a"], [("x.json[1]", "not JSON")]),
         ("", [], [("x.json:1", "blank line")]),
         ("{", [], [("x.json:1", "not JSON")]),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ["a"], [("x.json[1]", "text behind the array")]),
+        ("[] x", [], [("x.json[0]", "text behind the array")]),
     ],
 )
 def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
     path = tmp_path / "x.json"
     path.write_text(content, encoding="utf-8")
     assert read(path) == (texts, reasons)
+
+
+def test_what_stands_behind_the_first_stream_of_an_xz(tmp_path):
+    """Streams follow one another, zeros may lie between; anything else is damage, and not the end."""
+    lines = [json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(100)]
+    one, two = lzma.compress(b"".join(lines[:50])), lzma.compress(b"".join(lines[50:]))
+    path = tmp_path / "x.jsonl.xz"
+    for content in (one + two, one + b"\0" * 8 + two + b"\0" * 4):
+        path.write_bytes(content)
+        assert read(path) == ([f"{i}" for i in range(100)], [])
+    for content in (one + two[:8] + b"?" + two[9:], one + b"junk", one + two[:-4], one[:-4]):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match="x.jsonl.xz: damaged"):
+            read(path)
 
 
 def test_parquet(tmp_path):
