@@ -1,43 +1,49 @@
 """Measure ourselves beside named peers on this machine, and print one table.
 
-    python -m tools.bench train --nanogpt=../nanoGPT      # an optimizer step; also --size=124m --device=cuda
-    python -m tools.bench generate --nanogpt=../nanoGPT   # greedy decoding
-    python -m tools.bench loss                            # the loss head: time and memory
-    python -m tools.bench load --nanogpt=../nanoGPT       # a batch from disk; opening 10 GB
-    python -m tools.bench prepare                         # text -> shards, against encode_batch_fast
-    python -m tools.bench base --rounds=3                 # the default run, seeds 1 to 3, beside gzip and xz
+    python -m tools.bench train --nanogpt=../nanoGPT     # an optimizer step, beside nanoGPT and transformers
+    python -m tools.bench generate --batch_size=8        # greedy tokens a second
+    python -m tools.bench loss                           # the loss head: time and memory
+    python -m tools.bench load                           # fetching a batch, opening 10 GB
+    python -m tools.bench prepare --rounds=9 --json=docs/results/bench_prepare.json
+    python -m tools.bench base --rounds=3                # the default run, seeds 1 to 3, beside gzip and xz
+    python -m tools.bench train --help                   # the keys of each
 
-Arms run in turn, once a round, so that a machine whose speed drifts drifts for all of them; medians and
-spreads are over rounds. That both sides compute the same is checked before anything is timed. --json=FILE
-keeps the figures, with the command, the machine and the versions.
+Arms that are timed run in turn, once a round; medians and spreads are over rounds. That both sides do the
+same work is checked before anything is timed, and nothing is timed where it fails. transformers comes from
+requirements-dev.txt; nanoGPT is read from the folder that --nanogpt names, and left out without it.
 """
 
-import importlib
+import sys
 from pathlib import Path
-
-import torch
 
 from configurator import UserError, configure, run_script
 from parts.shards import write_json
-from tools.bench.config import BenchConfig
-from tools.bench.machine import table, versions
+from tools.bench import base, generate, load, loss, prepare, train
+from tools.bench.measure import PeerConfig, versions
 
-SUBJECTS = ("train", "generate", "loss", "load", "prepare", "base")
+SUBJECTS = {"train": train, "generate": generate, "loss": loss, "load": load, "prepare": prepare,
+            "base": base}
 
 
 def main(argv: list[str]) -> int:
+    """Each subject's file has Config, measure(cfg) -> figures and report(figures) -> text."""
     if not argv or argv[0] not in SUBJECTS:
-        raise UserError(f"say what to measure: python -m tools.bench {'|'.join(SUBJECTS)}")
-    cfg, _ = configure(BenchConfig, argv[1:], usage=__doc__)
-    torch.set_num_threads(cfg.threads)
-    subject = importlib.import_module(f"tools.bench.{argv[0]}")
-    result = subject.measure(cfg)
-    print(subject.report(result) if hasattr(subject, "report") else table(result))
+        usage = f"python -m tools.bench {'|'.join(SUBJECTS)}"
+        if {"--help", "-h"} & set(argv):
+            print(f"{__doc__.strip()}\n\n{usage} --key=value")
+            return 0
+        raise UserError(f"say what to measure: {usage}")
+    subject = SUBJECTS[argv[0]]
+    cfg, _ = configure(subject.Config, argv[1:], usage=subject.__doc__)
+    figures = subject.measure(cfg)
+    print(subject.report(figures))
     if cfg.json:
+        machine = versions(cfg.device, cfg.threads) if isinstance(cfg, PeerConfig) else versions()
         command = f"python -m tools.bench {' '.join(argv)}"
-        write_json(Path(cfg.json), {"command": command, "versions": versions(torch.device(cfg.device)), **result})
+        write_json(Path(cfg.json), {"command": command, "versions": machine, **figures})
     return 0
 
 
 if __name__ == "__main__":
+    sys.argv[0] = "tools.bench"  # what an error message begins with
     run_script(main)

@@ -1,4 +1,9 @@
-"""The default run, seed by seed, beside file compressors on the same validation text."""
+"""The default run, once a seed, beside gzip and xz: bits per byte of the validation text.
+
+    python -m tools.bench base --rounds=3 --json=docs/results/base.json
+
+Trains on data/pystdlib, each seed in an out_dir of its own that is deleted afterwards: minutes a seed.
+"""
 
 import json
 import statistics
@@ -10,8 +15,10 @@ from typing import Any
 
 from parts.shards import DataFolder
 from parts.tokenizer import Tokenizer
-from tools.bench.config import BenchConfig
+from tools.bench.measure import BenchConfig
 from train import compressed_bits
+
+Config = BenchConfig
 
 
 def measure(cfg: BenchConfig) -> dict[str, Any]:
@@ -29,11 +36,11 @@ def measure(cfg: BenchConfig) -> dict[str, Any]:
     return {"runs": runs, "bits_per_byte": compressed_bits(folder, Tokenizer.load(folder.folder))}
 
 
-def report(result: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """Mean and spread of the bits per byte over the seeds, and those of the compressors."""
-    bits = [run["val_bits_per_byte"] for run in result["runs"]]
-    seconds = min(run["seconds"] for run in result["runs"])
+    bits = [run["val_bits_per_byte"] for run in figures["runs"]]
+    seconds = min(run["seconds"] for run in figures["runs"])
     lines = [f"{'this model':12} {statistics.mean(bits):.3f}   ({min(bits):.3f} - {max(bits):.3f} over "
-             f"{len(bits)} seeds; {result['runs'][0]['tokens']:,} tokens in {seconds:.0f} s at best)"]
-    lines += [f"{name:12} {value:.3f}" for name, value in result["bits_per_byte"].items()]
+             f"{len(bits)} seeds; {figures['runs'][0]['tokens']:,} tokens in {seconds:.0f} s at best)"]
+    lines += [f"{name:12} {value:.3f}" for name, value in figures["bits_per_byte"].items()]
     return "bits per byte of the validation text\n" + "\n".join(lines)

@@ -1,65 +1,100 @@
-"""Data: the time to fetch a batch, and its share of an optimizer step; the time to open a large data set."""
+"""Reading data: a batch beside nanoGPT's get_batch and our own training step, and opening 10 GB.
+
+    python -m tools.bench load
+    python -m tools.bench load --device=cuda --block_size=1024 --batch_size=12 --n_layer=12 --n_embd=768
+
+Our batch is what fit fetches (TextData.batches_at: Mix.samples and text_batch); nanoGPT's is its get_batch
+written again, so no --nanogpt is needed. Checked first: our rows are the file's tokens, in the places that
+the permutation says. The step is that of `python -m tools.bench train`, by the same clock. Opened are sparse
+files: names and sizes are read, as for full ones. "of peak" is a batch's bytes as the model gets them, a
+second, beside a copy's bandwidth.
+"""
 
 import json
-import shutil
+import math
 import tempfile
-import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from model import GPT
-from parts.data import Mix, text_batch
-from parts.shards import SHARD_TOKENS, DataFolder, write_json
-from tools.bench.config import SIZES, BenchConfig
-from tools.bench.machine import timed
-from tools.bench.peers import our_config
-from tools.bench.train import our_step, small_data
+from configurator import UserError
+from parts.run import Run
+from parts.shards import FORMAT_VERSION, SHARD_TOKENS, DataFolder
+from tools.bench import train
+from tools.bench.measure import baselines, copy_arm, interleaved, row, table
+from tools.bench.peers import nanogpt_batch
+from train import TextData
 
 
-def large_data(small: Path, folder: Path, gigabytes: float) -> Path:
-    """A data folder of that size whose shards are holes: they take no room, and are mapped as others are."""
-    shutil.copytree(small, folder)
-    meta = json.loads((folder / "meta.json").read_text())
-    shards = [shard for shard in meta["shards"] if shard["name"].startswith("val")]
-    for path in folder.glob("train_*.bin"):
-        path.unlink()
-    tokens = int(gigabytes * 1e9 / 2)
-    for number in range(-(-tokens // SHARD_TOKENS)):
-        name, size = f"train_{number:05d}.bin", min(SHARD_TOKENS, tokens - number * SHARD_TOKENS)
-        with open(folder / name, "wb") as file:
-            file.truncate(2 * size)
-        shards.append({"name": name, "tokens": size, "sha256": "0" * 64})
-    write_json(folder / "meta.json", meta | {"shards": shards})
+@dataclass(frozen=True, kw_only=True)
+class Config(train.Config):
+    gigabytes: float = 10.0  # size of the folder to open
+
+
+def measure(cfg: Config) -> dict[str, Any]:
+    """Check, then time batches, a step, and opening. UserError where a row is not the file's."""
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = train.StepBench(cfg, train.start(cfg)[0], Path(scratch))
+        run = Run(bench.scratch, bench.device)
+        data, steps = TextData(bench.train_config("adamw"), run), iter(range(10**9))
+        checks = check(data, bench.data)
+        big = sparse_folder(Path(scratch) / "big", round(cfg.gigabytes * 1e9))
+        copy, copied = copy_arm(bench.device)
+        file, T = bench.data / "train_00000.bin", bench.shape.block_size
+        dtype = "bfloat16" if bench.device.type == "cuda" else "float32"
+        timings = interleaved({
+            "nanoGPT get_batch": lambda: nanogpt_batch(file, bench.batch_size, T, torch.device("cpu")),
+            "our batch": lambda: data.batches_at(next(steps)),
+            "our step": bench.our_arm(bench.llama, "adamw", dtype, compiled=False).step,
+            f"opening {cfg.gigabytes:g} GB": lambda: DataFolder(big),
+            "copy": copy}, cfg.rounds, bench.device, cfg.seconds)
+    beside = baselines(timings, "nanoGPT")
+    batch_bytes = 2 * 8 * bench.batch_size * T  # inputs and targets, int64
+    bandwidth = copied / min(timings["copy"].seconds)
+    rows = [row(name, "int64", timings[name], beside, batch_bytes / timings[name].median / bandwidth)
+            for name in ("nanoGPT get_batch", "our batch")]
+    return {"sizes": cfg.sizes(), "checks": checks, "copy_bytes_per_second": bandwidth,
+            "step_seconds": timings["our step"].median, "step_dtype": dtype,
+            "share_of_step": timings["our batch"].median / timings["our step"].median,
+            "open_gigabytes": cfg.gigabytes,
+            "open_seconds": timings[f"opening {cfg.gigabytes:g} GB"].median, "arms": rows}
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The table of batches, their share of a step, and the time to open a folder."""
+    notes = [f"our batch is {figures['share_of_step']:.2%} of our eager {figures['step_dtype']} step of "
+             f"{1e3 * figures['step_seconds']:,.1f} ms",
+             f"opening a folder of {figures['open_gigabytes']:g} GB takes {figures['open_seconds']:.4f} s",
+             f"copy: {figures['copy_bytes_per_second'] / 1e9:,.1f} GB/s"]
+    return table(figures["arms"], "us a batch", lambda seconds: 1e6 * seconds, notes)
+
+
+def check(data: TextData, folder: Path) -> dict[str, int]:
+    """The first step's inputs and targets, from the file and the seeded permutation alone, or UserError."""
+    batch, seed = data.batches_at(0)[0], data.last_mix.seed
+    B, T = batch["input_ids"].shape
+    tokens = np.fromfile(folder / "train_00000.bin", dtype="<u2")
+    order = np.random.default_rng((seed, 0, 0)).permutation((len(tokens) - 1) // T)
+    expected = np.stack([tokens[place * T:place * T + T + 1] for place in order[:B]])  # (B, T + 1)
+    if not (np.array_equal(batch["input_ids"], expected[:, :-1])
+            and np.array_equal(batch["targets"], expected[:, 1:])):
+        raise UserError("the first batch is not what the file holds: nothing to compare")
+    return {"rows": B, "tokens": B * T}
+
+
+def sparse_folder(folder: Path, size: int) -> Path:
+    """A data folder of `size` bytes of uint16 zeros, in shards of the usual length, that takes no space."""
+    folder.mkdir()
+    tokens, shards = size // 2, []
+    for number in range(math.ceil(tokens / SHARD_TOKENS)):
+        shard = {"name": f"train_{number:05d}.bin", "sha256": "",
+                 "tokens": min(SHARD_TOKENS, tokens - number * SHARD_TOKENS)}
+        with open(folder / shard["name"], "wb") as file:
+            file.truncate(2 * shard["tokens"])
+        shards.append(shard)
+    meta = {"format_version": FORMAT_VERSION, "dtype": "uint16", "shards": shards}
+    (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
-
-
-def measure(cfg: BenchConfig) -> dict[str, Any]:
-    """Microseconds a batch of both, and notes: the share of our step, seconds to open the large folder."""
-    size, device = cfg.size or "readme", torch.device("cpu")
-    *_, B, T, _ = SIZES[size]
-    with tempfile.TemporaryDirectory() as name:
-        data = small_data(Path(name), size)
-        mix, turn = Mix(str(data), T, seed=0), iter(range(10**9))
-        ids = np.memmap(data / "train_00000.bin", np.uint16, "r")
-
-        def nanogpts() -> tuple[torch.Tensor, torch.Tensor]:
-            """As its get_batch does it, written anew."""
-            starts = torch.randint(len(ids) - T, (B,))
-            return tuple(torch.stack([torch.from_numpy(ids[i + shift:i + shift + T].astype(np.int64))
-                                      for i in starts]) for shift in (0, 1))
-
-        arms = {"ours": lambda: text_batch(mix.samples(next(turn) * B, B)), "as nanoGPT does it": nanogpts}
-        figures = timed(arms, cfg.rounds, 20 * cfg.steps, device)
-        step = timed({"step": our_step(GPT(our_config(size)), data, size, "float32")}, 3, cfg.steps, device)["step"]
-        large = large_data(data, Path(name) / "large", cfg.gigabytes)
-        begin = time.perf_counter()
-        tokens = sum(len(shard) for shard in DataFolder(large).shards["train"])
-        seconds = time.perf_counter() - begin
-    fetch = sorted(figures["ours"])[cfg.rounds // 2]
-    return {"unit": "us", "peer": "as nanoGPT does it",
-            "arms": {name: {"dtype": "int64", "values": [1e6 * s for s in values]} for name, values in figures.items()},
-            "notes": {"share of a step of ours": fetch / sorted(step)[1], "tokens of the large data set": tokens,
-                      "seconds to open it": seconds}}

@@ -1,11 +1,20 @@
-"""The loss head: chunks with their gradient in the forward pass, beside all logits at once; time and memory.
+"""The loss head, forward and backward: ours, chunk by chunk, beside full logits and torch's cross_entropy.
 
-N = 2048 positions, C = 512, V = 32,000, forward and backward. Memory is what the head needs above its inputs,
-each arm in a process of its own on the CPU.
+    python -m tools.bench loss
+    python -m tools.bench loss --device=cuda --n=16384 --d=768 --v=50257
+
+Checked first: the same loss and the same gradients for the hidden states and the output matrix. "extra"
+memory is what a forward and backward pass needs beyond its inputs, the gradients included: the peak of a
+fresh process for each arm on the CPU (VmHWM of /proc/self/status, so Linux only), torch's own count on a GPU.
+
+"of peak" is the three products' FLOPs (2 n d v each) a second, beside the best of those products alone.
 """
 
-import multiprocessing
 import re
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,83 +23,132 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from configurator import UserError
+from loop import DTYPES
 from parts.losses import linear_cross_entropy
-from tools.bench.config import BenchConfig
-from tools.bench.machine import matmul_flops, timed
+from tools.bench.measure import (
+    PeerConfig,
+    baselines,
+    interleaved,
+    matmul_arms,
+    matmul_peak,
+    milliseconds,
+    row,
+    start,
+    table,
+)
 
-N, C, V = 2048, 512, 32_000
+
+@dataclass(frozen=True, kw_only=True)
+class Config(PeerConfig):
+    n: int = 2048  # positions
+    d: int = 512  # width of the hidden states
+    v: int = 32000  # token ids
+
+    def __post_init__(self) -> None:
+        PeerConfig.__post_init__(self)
+        if min(self.n, self.d, self.v) <= 0:
+            raise UserError(f"n={self.n}, d={self.d}, v={self.v}: must be positive")
 
 
-def inputs(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """hidden (N, C), weight (V, C), targets (N,)."""
+def problem(n: int, d: int, v: int, dtype: str, device: str | torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden states (n, d) and matrix (v, d), both to be trained, and targets (n,)."""
     generator = torch.Generator().manual_seed(0)
-    hidden, weight = (torch.randn(rows, C, generator=generator).to(device, dtype).requires_grad_() for rows in (N, V))
-    with torch.no_grad():
-        weight *= 0.05
-    return hidden, weight, torch.randint(V, (N,), generator=generator).to(device)
+    hidden, weight = torch.randn(n, d, generator=generator), torch.randn(v, d, generator=generator) * 0.02
+    targets = torch.randint(v, (n,), generator=generator).to(device)
+    return (hidden.to(device, DTYPES[dtype]).requires_grad_(),
+            weight.to(device, DTYPES[dtype]).requires_grad_(), targets)
 
 
-def full(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    loss = F.cross_entropy((hidden @ weight.T).float(), targets, reduction="sum")
+def full_logits(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """The peer: all logits at once, (n, v), and torch's own loss, in float32."""
+    return F.cross_entropy(F.linear(hidden, weight).float(), targets, reduction="sum")
+
+
+def our_head(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    return linear_cross_entropy(hidden, weight, targets, len(weight))[0]
+
+
+ARMS = {"full logits": full_logits, "our head": our_head}
+
+
+def step(arm: str, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """One forward and backward pass; returns the loss. Gradients are in the inputs, and only this step's."""
+    hidden.grad = weight.grad = None
+    loss = ARMS[arm](hidden, weight, targets)
     loss.backward()
     return loss.detach()
 
 
-def ours(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    loss = linear_cross_entropy(hidden, weight, targets, V)[0]
-    loss.backward()
-    return loss.detach()
+def measure(cfg: Config) -> dict[str, Any]:
+    """Check, then measure time and memory. UserError where values or gradients differ."""
+    device, dtype = start(cfg)
+    inputs = problem(cfg.n, cfg.d, cfg.v, dtype, device)
+    checks = check(inputs)
+    products = {(cfg.n, cfg.d, cfg.v), (cfg.n, cfg.v, cfg.d), (cfg.v, cfg.n, cfg.d)}
+    arms = {name: lambda name=name: step(name, *inputs) for name in ARMS}
+    timings = interleaved(arms | matmul_arms(products, dtype, device), cfg.rounds, device, cfg.seconds)
+    if device.type == "cuda":
+        memory = {name: [timings[name].extra_megabytes] for name in ARMS}
+    else:
+        memory = {name: [] for name in ARMS}
+        for _ in range(min(cfg.rounds, 3)):
+            for name in ARMS:
+                memory[name].append(fresh_megabytes(name, cfg, dtype))
+    peak = matmul_peak(timings, dtype)
+    beside = baselines(timings, "full logits")
+    rows = [row(name, dtype, timings[name], beside, 6 * cfg.n * cfg.d * cfg.v / timings[name].median / peak,
+                memory_megabytes=memory[name]) for name in ARMS]
+    return {"sizes": {"n": cfg.n, "d": cfg.d, "v": cfg.v}, "checks": checks, "peak_flops": peak,
+            "arms": rows}
 
 
-HEADS = {"ours, in chunks": ours, "all logits at once": full}
+def check(inputs: tuple[Tensor, Tensor, Tensor]) -> dict[str, float]:
+    """Relative differences of the loss and the two gradients, or UserError where they are too large."""
+    limit = 1e-5 if inputs[0].dtype == torch.float32 else 2e-2  # bfloat16 has 8 bits, and each side rounds
+    found = {}
+    for name in ARMS:
+        loss = step(name, *inputs)
+        found[name] = {"loss": loss, "gradient of hidden": inputs[0].grad,
+                       "gradient of weight": inputs[1].grad}
+    differences = {}
+    for what, theirs in found["full logits"].items():
+        ours = found["our head"][what].float()
+        differences[what] = ((ours - theirs.float()).norm() / theirs.float().norm()).item()
+        if not differences[what] <= limit:
+            raise UserError(f"{what}: ours is off by {differences[what]:.1e} of its size: nothing to compare")
+    return differences
 
 
-def check() -> None:
-    """UserError unless both give the same loss and gradients."""
-    results = []
-    for head in HEADS.values():
-        hidden, weight, targets = inputs(torch.device("cpu"), torch.float32)
-        results.append((head(hidden, weight, targets), hidden.grad, weight.grad))
-    if not all((a - b).norm() <= 1e-5 * b.norm() for a, b in zip(*results, strict=True)):
-        raise UserError("the heads disagree: nothing to compare")
+def fresh_megabytes(arm: str, cfg: Config, dtype: str) -> float:
+    """`extra_megabytes` in a process of its own."""
+    code = ("import sys; from tools.bench import loss; "
+            "print(loss.extra_megabytes(sys.argv[1], *map(int, sys.argv[2:6]), sys.argv[6]))")
+    words = [arm, cfg.n, cfg.d, cfg.v, cfg.threads, dtype]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, words)], check=True, capture_output=True,
+                          text=True)
+    return float(done.stdout)
 
 
-def extra_memory(name: str, device: str, dtype: torch.dtype) -> float:
-    """Bytes at the peak above those of the inputs and their gradients' absence; called in a fresh process."""
-    torch.set_num_threads(1)
-    place = torch.device(device)
-    arguments = inputs(place, dtype)
-    if place.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(place)
-        before = torch.cuda.memory_allocated(place)
-        HEADS[name](*arguments)
-        return torch.cuda.max_memory_allocated(place) - before
-    small = [each[:64].detach().clone().requires_grad_(each.is_floating_point()) for each in arguments]
-    HEADS[name](small[0], arguments[1], small[2])  # libraries load, and the weight has its gradient
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
-    before = memory("VmRSS")
-    HEADS[name](*arguments)
-    return memory("VmHWM") - before
+def extra_megabytes(arm: str, n: int, d: int, v: int, threads: int, dtype: str) -> float:
+    """This process's peak beyond its inputs, after a small pass that loads what the libraries load once."""
+    torch.set_num_threads(threads)
+    step(arm, *problem(64, 64, 64, dtype, "cpu"))
+    inputs = problem(n, d, v, dtype, "cpu")
+    before = status_megabytes("VmRSS")
+    step(arm, *inputs)
+    return status_megabytes("VmHWM") - before
 
 
-def memory(key: str) -> float:
-    """Bytes of this process as Linux counts them: VmRSS now, VmHWM at the peak."""
-    return 1024 * float(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def status_megabytes(key: str) -> float:
+    """A figure of /proc/self/status, in 10^6 bytes."""
+    return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
 
 
-def measure(cfg: BenchConfig) -> dict[str, Any]:
-    check()
-    device = torch.device(cfg.device)
-    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    arguments = inputs(device, dtype)
-    figures = timed({name: lambda head=head: head(*arguments) for name, head in HEADS.items()}, cfg.rounds,
-                    1 if device.type == "cpu" else cfg.steps, device)
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        extra = {name: pool.apply(extra_memory, (name, cfg.device, dtype)) for name in HEADS}
-    floor = 3 * 2 * N * C * V / matmul_flops([(512, C, V)], dtype, device)  # three products of that size
-    arms = {name: {"dtype": str(dtype).removeprefix("torch."), "values": [1e3 * s for s in seconds],
-                   "of_peak": floor / sorted(seconds)[len(seconds) // 2], "extra_bytes": extra[name]}
-            for name, seconds in figures.items()}
-    ratio = extra["ours, in chunks"] / extra["all logits at once"]
-    notes = {f"extra MB, {name}": value / 1e6 for name, value in extra.items()} | {"extra memory, ratio": ratio}
-    return {"unit": "ms", "peer": "all logits at once", "arms": arms, "notes": notes}
+def report(figures: dict[str, Any]) -> str:
+    """The table, then the memory."""
+    memory = {each["arm"]: statistics.median(each["memory_megabytes"]) for each in figures["arms"]}
+    full = memory["full logits"]
+    notes = [f"extra memory, {name}: {megabytes:,.0f} MB ({megabytes / full:.2f} x full logits)"
+             for name, megabytes in memory.items()]
+    notes.append(f"best matrix product: {figures['peak_flops'] / 1e9:,.1f} GFLOP/s")
+    return table(figures["arms"], "ms a pass", milliseconds, notes)

@@ -1,4 +1,9 @@
-"""Text to shards: prepare.py and its encoder beside tokenizers' encode_batch_fast, in MB of text a second."""
+"""Text -> shards: tokenizers' encode_batch_fast on one core, our encoder, and prepare.py from start to end.
+
+    python -m tools.bench prepare --rounds=9 --json=docs/results/bench_prepare.json
+
+All of them encode the same texts; that the ids are equal is checked first.
+"""
 
 import json
 import os
@@ -8,13 +13,21 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from configurator import UserError
 from parts.sources import Skip, document, find_files, read_rows
 from parts.tokenizer import Tokenizer
-from tools.bench.config import BenchConfig
+from tools.bench.measure import BenchConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BenchConfig):
+    source: str = "pystdlib"  # the text
+    copies: int = 4  # times it is taken, each document then with a first line of its own
+    vocab_size: int = 4096  # ids of the BPE trained on it
 
 
 def interleaved(arms: dict[str, Callable[[], None]], rounds: int) -> dict[str, dict[str, list[float]]]:
@@ -35,7 +48,7 @@ def cpu_seconds() -> float:
     return times.user + times.system + times.children_user + times.children_system
 
 
-def measure(cfg: BenchConfig) -> dict[str, Any]:
+def measure(cfg: Config) -> dict[str, Any]:
     """MB of text a second: encode_batch_fast on one core, our encoder, and prepare.py, start to end."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one core for the peer, too
     texts = []
@@ -70,13 +83,13 @@ def measure(cfg: BenchConfig) -> dict[str, Any]:
         for name, both in figures.items()}}
 
 
-def report(result: dict[str, Any]) -> str:
+def report(figures: dict[str, Any]) -> str:
     """A line an arm: median MB/s by the wall clock, lowest to highest, and its ratio to the first arm."""
-    baseline = next(iter(result["arms"]))
+    baseline = next(iter(figures["arms"]))
     lines = [f"{'MB/s':32} {'wall':>7} {'(min - max)':>15} {'cpu':>7} {'x peer':>7}"]
     median = {name: {clock: statistics.median(values) for clock, values in arm.items()}
-              for name, arm in result["arms"].items()}
-    for name, arm in result["arms"].items():
+              for name, arm in figures["arms"].items()}
+    for name, arm in figures["arms"].items():
         wall, cpu = median[name]["wall"], median[name]["cpu"]
         spread = f"({min(arm['wall']):.1f} - {max(arm['wall']):.1f})"
         lines.append(f"{name:32} {wall:7.1f} {spread:>15} {cpu:7.1f} {wall / median[baseline]['wall']:7.2f}")

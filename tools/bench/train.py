@@ -1,201 +1,345 @@
-"""One optimizer step: ours as `fit` does it, beside nanoGPT's and a plain loop over transformers' Llama.
+"""One optimizer step: ours beside nanoGPT's and a plain transformers training step, at equal parameters.
 
-All have the same number of parameters (within 1 %) and the same batches; nanoGPT and transformers are fed as
-their users do it. Tokens a second, and the share of the FLOP/s that this machine's matrix products reach.
+    python -m tools.bench train --nanogpt=../nanoGPT                     # nanoGPT's README size for a CPU
+    python -m tools.bench train --nanogpt=../nanoGPT --compile=True
+    python -m tools.bench train --nanogpt=../nanoGPT --device=cuda --size=124m --batch_size=12
+    python -m tools.bench train --device=cuda --size=1.1b --arms="bfloat16, compiled"
+
+Ours is what `fit` does in a step, with its own functions: rows of a data folder, prefetched; loop.backward,
+loop.update, make_optimizers. nanoGPT's is that of its train.py (get_batch, clip, AdamW, zero_grad), with
+autocast where its train.py has none (bfloat16 on a CPU). transformers' is what a user writes: logits,
+cross_entropy, clip_grad_norm_, AdamW. Checked first: on one batch our GPT-2 settings with nanoGPT's weights
+give its loss (with GPT-2's GELU), and transformers gives ours from the folder we save.
+
+"of peak" is model FLOPs (`GPT.flops_per_token`) a second, beside the best matrix product of this run at the
+model's own shapes. float32 on a GPU is without TF32, for all. Left out: accumulation and many processes.
 """
 
-import itertools
+import contextlib
+import copy
+import io
+import re
+import sysconfig
 import tempfile
-import time
+import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import nn
 
 from configurator import UserError
-from loop import RunConfig, backward, update
+from loop import DTYPES, backward, pinned, update
 from model import GPT
-from parts.data import Mix, text_batch
-from parts.meter import memory_gb
-from parts.optim import make_optimizers, set_learning_rate
+from parts.meter import Meter
+from parts.optim import learning_rate_at, make_optimizers, set_learning_rate
 from parts.run import Run
-from parts.shards import DataFolder
 from prepare import PrepareConfig, prepare
-from tools.bench.config import SIZES, BenchConfig
-from tools.bench.machine import matmul_flops, timed
-from tools.bench.peers import nanogpt_pair, our_config, transformers_twin
-from train import next_token_loss
+from tools.bench import peers
+from tools.bench.measure import (
+    PeerConfig,
+    baselines,
+    has_bfloat16_units,
+    interleaved,
+    matmul_arms,
+    matmul_peak,
+    milliseconds,
+    row,
+    start,
+    table,
+)
+from tools.bench.peers import Shape, llama_config, nanogpt_batch, require_close
+from train import TextData, TrainConfig, next_token_loss
 
-RATE = 1e-3
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
-
-def small_data(folder: Path, size: str) -> Path:
-    """A data folder of real text, whose ids are folded into the size's vocabulary: only speed is measured."""
-    out, (*_, B, T, V) = folder / "data", SIZES[size]
-    stdlib = Path(tempfile.__file__).parent
-    source = f"{stdlib / 'email'},{stdlib / 'asyncio'}"
-    prepare(PrepareConfig(source=source, out=str(out), vocab_size=500, num_proc=1))
-    for path in out.glob("*.bin"):
-        np.memmap(path, np.uint16, "r+")[:] %= V
-    if len(DataFolder(out).shards["train"][0]) < 4 * (B * T + 1):
-        raise UserError(f"size={size}: {stdlib} has too little text for its batches")
-    return out
-
-
-def our_step(model: GPT, data: Path, size: str, dtype: str, optimizer: str = "adamw") -> Callable[[], Tensor]:
-    """What one turn of the training loop does, from the rows on disk to the changed weights."""
-    *_, B, T, V = SIZES[size]
-    device, mix, numbers = model.head_weight.device, Mix(str(data), T, seed=0), itertools.count()
-    run = Run(Path("."), device)
-    optimizers = make_optimizers(model, RunConfig(optimizer=optimizer))
-    set_learning_rate(optimizers, RATE)
-    amp = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
-    scaler = torch.amp.GradScaler(device.type, enabled=False)
-
-    def step() -> Tensor:
-        batch = text_batch(mix.samples(next(numbers) * B % 1000, B))
-        sums = backward(model, [batch], lambda m, b: next_token_loss(m, b, V), amp, scaler, 1 / batch["count"], run)
-        update(model, optimizers, scaler, 1.0)
-        return sums["loss"] / batch["count"]
-
-    return step
+SIZES = {  # nanoGPT's README for a CPU; GPT-2; config/train_nanollama_1b.py
+    "readme": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch_size=12),
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch_size=12),
+    "1.1b": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, block_size=4096, vocab_size=32000,
+                 intermediate_size=5632, tie_embeddings=False, batch_size=4)}
 
 
-def nanogpt_step(model: Any, data: Path, size: str, dtype: str) -> Callable[[], Tensor]:
-    """A turn of nanoGPT's loop: random rows, its own optimizer settings, clipping, gradients set to None."""
-    *_, B, T, _ = SIZES[size]
-    device = next(model.parameters()).device
-    ids = np.memmap(data / "train_00000.bin", np.uint16, "r")
-    optimizer = torch.optim.AdamW(decayed(model), lr=RATE, betas=(0.9, 0.99), fused=device.type == "cuda")
-    amp = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
-
-    def step() -> Tensor:
-        starts = torch.randint(len(ids) - T, (B,))
-        x, y = (torch.stack([torch.from_numpy(ids[i + shift:i + shift + T].astype(np.int64)) for i in starts])
-                for shift in (0, 1))
-        with amp:
-            _, loss = model(x.to(device), y.to(device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        return loss.detach()
-
-    return step
+RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0  # of nanoGPT's README run; for all arms
 
 
-def transformers_step(model: Any, data: Path, size: str, dtype: str) -> Callable[[], Tensor]:
-    """A plain loop as a user writes it: logits, cross-entropy, clipping, torch's default AdamW."""
-    *_, B, T, V = SIZES[size]
-    device, mix, numbers = next(model.parameters()).device, Mix(str(data), T, seed=0), itertools.count()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    amp = torch.autocast(device.type, DTYPES[dtype], enabled=dtype != "float32")
+@dataclass(frozen=True, kw_only=True)
+class Config(PeerConfig):
+    dtype: Literal["float32", "bfloat16", "both"] | None = None  # None: both on the CPU, bfloat16 on cuda
+    size: Literal["readme", "124m", "1.1b"] = "readme"  # the defaults of the next nine keys
+    n_layer: int | None = None  # blocks
+    n_head: int | None = None  # query heads
+    n_kv_head: int | None = None  # key and value heads; fewer than n_head leave nanoGPT out
+    n_embd: int | None = None  # width
+    block_size: int | None = None  # tokens of a row
+    vocab_size: int | None = None  # token ids
+    intermediate_size: int | None = None  # width of our MLP; None: that of equal parameters
+    tie_embeddings: bool | None = None  # one table for input and output; False leaves nanoGPT out
+    batch_size: int | None = None  # rows of a step
+    compile: bool | None = None  # also the compiled arms; None: on cuda
+    arms: str = ""  # only arms in whose name this regular expression is found
 
-    def step() -> Tensor:
-        batch = text_batch(mix.samples(next(numbers) * B % 1000, B))
-        with amp:
-            logits = model(batch["input_ids"].to(device), use_cache=False).logits
-            loss = F.cross_entropy(logits.float().view(-1, V), batch["targets"].to(device).view(-1))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        return loss.detach()
-
-    return step
-
-
-def decayed(model: Any) -> list[dict[str, Any]]:
-    """nanoGPT's two groups: matrices decay, vectors do not."""
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    return [{"params": [p for p in parameters if p.dim() >= 2], "weight_decay": 0.1},
-            {"params": [p for p in parameters if p.dim() < 2], "weight_decay": 0.0}]
+    def sizes(self) -> dict[str, Any]:
+        """The sizes, given or the default ones."""
+        names = {each.name for each in fields(Shape)} | {"batch_size"}
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return SIZES[self.size] | given
 
 
-def check_equal(model: GPT, peer: Callable[[Tensor, Tensor], Tensor], size: str, name: str) -> None:
-    """UserError unless a peer with the same weights has the same loss, within 1e-5 relative."""
-    *_, B, T, V = SIZES[size]
-    ids = torch.randint(V, (min(B, 4), T + 1), generator=torch.Generator().manual_seed(0))
-    ids = ids.to(model.head_weight.device)
-    with torch.no_grad():
-        ours = next_token_loss(model, {"input_ids": ids[:, :-1], "targets": ids[:, 1:]}, V)[0] / ids[:, 1:].numel()
-        theirs = peer(ids[:, :-1].contiguous(), ids[:, 1:].contiguous())
-    if not abs(ours / theirs - 1) <= 1e-5:
-        raise UserError(f"{name} has the loss {theirs:.6f}, ours with the same weights {ours:.6f}: "
-                        "nothing to compare")
+@dataclass(frozen=True)
+class Arm:
+    """One way to take a step."""
+
+    step: Callable[[], Any]
+    dtype: str
+    parameters: int
+    flops: float  # of the model, a step
 
 
-def compiled(step: Callable[[], Tensor], notes: dict[str, Any], name: str) -> Callable[[], Tensor]:
-    """The step, after the call that compiles it; its seconds go to the notes."""
-    begin = time.perf_counter()
-    step()
-    notes[f"seconds to compile {name}"] = time.perf_counter() - begin
-    return step
-
-
-def measure(cfg: BenchConfig) -> dict[str, Any]:
-    """Tokens a second of every arm. The large sizes on a GPU leave float32 and the copies of others out."""
-    size, device = cfg.size or "readme", torch.device(cfg.device)
-    n_layer, n_head, _, n_embd, _, B, T, V = SIZES[size]
-    notes: dict[str, Any] = {}
-    steps: dict[str, tuple[str, Callable[[], Tensor]]] = {}
-    dtypes = cfg.dtypes.split(",")
-    with tempfile.TemporaryDirectory() as name:
-        data = small_data(Path(name), size)
-        ours = GPT(our_config(size)).to(device)
+def measure(cfg: Config) -> dict[str, Any]:
+    """Check, then time every arm. UserError where a check fails or no arm is left."""
+    device = start(cfg)[0]
+    with tempfile.TemporaryDirectory() as scratch:
+        bench = StepBench(cfg, device, Path(scratch))
+        checks = bench.check()
+        arms = bench.arms()
+        dtypes = sorted({arm.dtype for arm in arms.values()})
+        limits = {}
         for dtype in dtypes:
-            fresh = GPT(our_config(size)).to(device)
-            steps[f"ours, Llama, AdamW, {dtype}"] = dtype, our_step(fresh, data, size, dtype)
-        fresh = GPT(our_config(size)).to(device)
-        steps["ours, Llama, Muon"] = dtypes[0], our_step(fresh, data, size, dtypes[0], "muon")
-        peer = f"ours, Llama, AdamW, {dtypes[0]}"
-        if size != "1.1b":
-            twin = transformers_twin(ours, Path(name) / "model", device)
-            check_equal(ours, lambda x, y: F.cross_entropy(twin(x).logits.view(-1, V), y.view(-1)), size,
-                        "transformers")
-            peer = f"transformers, Llama, {dtypes[0]}"
-            steps[peer] = dtypes[0], transformers_step(twin.train(), data, size, dtypes[0])
-        if cfg.nanogpt:
+            limits |= matmul_arms(bench.products(), dtype, device)
+        timings = interleaved({name: arm.step for name, arm in arms.items()} | limits, cfg.rounds, device,
+                              cfg.seconds)
+    peak = {dtype: matmul_peak(timings, dtype) for dtype in dtypes}
+    beside = baselines(timings, "nanoGPT", "transformers")
+    rows = [row(name, arm.dtype, timings[name], beside,
+                arm.flops / timings[name].median / peak[arm.dtype], parameters=arm.parameters,
+                flops=arm.flops, compiled="compiled" in name) for name, arm in arms.items()]
+    return {"sizes": cfg.sizes(), "checks": checks, "peak_flops": peak, "notes": bench.notes, "arms": rows}
+
+
+def report(figures: dict[str, Any]) -> str:
+    """The table, the numbers of parameters, and the peaks."""
+    notes = [f"best matrix product, {dtype}: {flops / 1e9:,.1f} GFLOP/s"
+             for dtype, flops in figures["peak_flops"].items()]
+    counts = {each["arm"].split(",")[0]: each["parameters"] for each in figures["arms"]}
+    notes.append("parameters: " + "; ".join(f"{name} {count:,}" for name, count in counts.items()))
+    return table(figures["arms"], "ms a step", milliseconds, notes + figures["notes"])
+
+
+class StepBench:
+    """The models of one size, their data, and their steps."""
+
+    def __init__(self, cfg: Config, device: torch.device, scratch: Path):
+        self.cfg, self.device, self.scratch = cfg, device, scratch
+        sizes = cfg.sizes()
+        self.batch_size = sizes.pop("batch_size")
+        self.shape = Shape(**sizes)
+        self.notes: list[str] = []
+        self.llama = GPT(llama_config(self.shape))
+        self.nanogpt = peers.load_nanogpt(cfg.nanogpt)
+        if self.nanogpt is None:
+            self.notes.append("nanoGPT is left out: --nanogpt=DIR names its folder")
+        elif not self.shape.has_twin:
+            self.notes.append("nanoGPT is left out: it has no grouped heads, untied tables or other MLPs")
+            self.nanogpt = None
+        self.data = tiny_data(scratch / "data", self.shape.vocab_size)
+
+    def products(self) -> set[tuple[int, int, int]]:
+        """The matrix products of a forward pass of our Llama, (rows, in, out)."""
+        matrices = [p for p in self.llama.parameters() if p.ndim == 2]
+        return {(self.batch_size * self.shape.block_size, p.shape[1], p.shape[0]) for p in matrices}
+
+    # ---- Checks
+
+    def check(self) -> dict[str, Any]:
+        """The same losses and about as many parameters on both sides, or UserError; figures for the JSON."""
+        torch.manual_seed(0)  # of the batch
+        x, y = self.nanogpt_batch()
+        checks = {}
+        if self.nanogpt:
+            peer = peers.nanogpt_model(self.nanogpt, self.shape)
+            counts = self.llama.num_parameters(), sum(p.numel() for p in peer.parameters())
+            if abs(counts[0] - counts[1]) > 0.01 * counts[1]:
+                raise UserError(f"parameters: ours {counts[0]:,}, nanoGPT {counts[1]:,}: give another n_embd")
+            ours = peers.gpt2_twin(peer, self.shape).to(self.device)
+            with torch.no_grad(), peers.tanh_gelu(peer):
+                theirs = peer.to(self.device)(x, y)[1].item()
+            checks["loss of nanoGPT's weights"] = require_close("loss of nanoGPT's weights",
+                                                                self.loss_of(ours, x, y), theirs)
+        peer = self.transformers_model()
+        with torch.no_grad():
+            theirs = plain_loss(peer, x, y).item()
+        ours = copy.deepcopy(self.llama).to(self.device)
+        checks["loss of our weights"] = require_close("transformers' loss of our weights",
+                                                      self.loss_of(ours, x, y), theirs)
+        return checks
+
+    @torch.no_grad()
+    def loss_of(self, model: GPT, x: torch.Tensor, y: torch.Tensor) -> float:
+        batch = {"input_ids": x, "targets": y}
+        return next_token_loss(model, batch, self.shape.vocab_size)[0].item() / y.numel()
+
+    # ---- Arms
+
+    def arms(self) -> dict[str, Arm]:
+        """Every arm that --arms asks for, eager ones before compiled ones, float32 before bfloat16."""
+        cfg, on_gpu = self.cfg, self.device.type == "cuda"
+        dtypes = {None: ["bfloat16"] if on_gpu else ["float32", "bfloat16"],
+                  "both": ["float32", "bfloat16"]}.get(cfg.dtype, [cfg.dtype])
+        if "bfloat16" in dtypes and not has_bfloat16_units(self.device):
+            self.notes.append("this CPU has no bfloat16 units: those figures are of their emulation")
+        if on_gpu and "float32" not in dtypes:
+            torch.set_float32_matmul_precision("high")  # after the checks; both train.py files set it, too
+        torch._dynamo.config.recompile_limit = 64  # the arms share code, and each compiles it for itself
+        arms = {}
+        for compiled in (False, True) if cfg.compile or (cfg.compile is None and on_gpu) else (False,):
             for dtype in dtypes:
-                theirs, gpt2 = nanogpt_pair(cfg, size, device)
-                check_equal(gpt2, lambda x, y, m=theirs: m(x, y)[1], size, "nanoGPT")
-                peers = {"nanoGPT": theirs, "ours, GPT-2": gpt2}
-                steps[f"nanoGPT, {dtype}"] = dtype, nanogpt_step(peers["nanoGPT"], data, size, dtype)
-                steps[f"ours, GPT-2, AdamW, {dtype}"] = dtype, our_step(gpt2, data, size, dtype)
-            peer = f"nanoGPT, {dtypes[0]}"
-            notes["parameters of nanoGPT"] = sum(p.numel() for p in theirs.parameters())
-        notes["parameters of ours, Llama"] = ours.num_parameters()
-        if cfg.compile:
-            steps |= compiled_arms(cfg, size, data, dtypes, notes)
-        figures = timed({name: step for name, (_, step) in steps.items()}, cfg.rounds, cfg.steps, device)
-    products = [(B * T, n_embd, 4 * n_embd), (B * T, n_embd, V)]
-    peaks = {dtype: matmul_flops(products, DTYPES[dtype], device) for dtype in dtypes}
-    notes |= {f"peak GFLOP/s in {dtype}": flops / 1e9 for dtype, flops in peaks.items()}
-    notes["memory of this process, GB"] = memory_gb(device)
-    flops, arms = ours.flops_per_token(T), {}
-    for name, (dtype, _) in steps.items():
-        values = [B * T / seconds for seconds in figures[name]]
-        arms[name] = {"dtype": dtype, "values": values, "of_peak": sorted(values)[len(values) // 2] * flops / peaks[dtype]}
-    return {"unit": "tokens/s", "peer": peer, "arms": arms, "notes": notes}
+                for kind, build in self.kinds().items():
+                    name = f"{kind}, {dtype}" + ", compiled" * compiled
+                    if re.search(cfg.arms, name):
+                        arms[name] = build(dtype, compiled)
+        if not arms:
+            raise UserError(f"arms={cfg.arms}: no arm has such a name")
+        return arms
+
+    def kinds(self) -> dict[str, Callable[[str, bool], Arm]]:
+        """{name: what builds the arm from (dtype, compiled)}."""
+        kinds = {"nanoGPT": self.nanogpt_arm} if self.nanogpt else {}
+        kinds["transformers"] = self.transformers_arm
+        kinds["our Llama"] = lambda *args: self.our_arm(self.llama, "adamw", *args)
+        kinds["our Llama, Muon"] = lambda *args: self.our_arm(self.llama, "muon", *args)
+        if self.shape.has_twin:
+            kinds["our GPT-2"] = lambda *args: self.our_arm(self.gpt2(), "adamw", *args)
+        return kinds
+
+    def our_arm(self, model: GPT, optimizer: str, dtype: str, compiled: bool) -> Arm:
+        model = copy.deepcopy(model).to(self.device).train()
+        if compiled:
+            for block in model.model["layers"]:
+                block.compile()  # as loop.place does
+        step = OurStep(model, self.train_config(optimizer), Run(self.scratch, self.device), dtype)
+        return Arm(step, dtype, model.num_parameters(), self.flops(model))
+
+    def nanogpt_arm(self, dtype: str, compiled: bool) -> Arm:
+        model = peers.nanogpt_model(self.nanogpt, self.shape).to(self.device).train()
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, self.device.type)
+        called = torch.compile(model) if compiled else model
+        amp = self.autocast(dtype)
+        batches = [self.nanogpt_batch()]  # as there, fetched ahead of the step that uses it
+
+        def step() -> None:
+            for group in optimizer.param_groups:
+                group["lr"] = RATE
+            x, y = batches.pop()
+            with amp:
+                _, loss = called(x, y)
+            batches.append(self.nanogpt_batch())
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        count = sum(parameter.numel() for parameter in model.parameters())
+        return Arm(step, dtype, count, self.flops(self.gpt2()))
+
+    def transformers_arm(self, dtype: str, compiled: bool) -> Arm:
+        model = self.transformers_model().train()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+        called = torch.compile(model) if compiled else model
+        amp = self.autocast(dtype)
+
+        def step() -> None:
+            x, y = self.nanogpt_batch()
+            with amp:
+                loss = plain_loss(called, x, y)
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return Arm(step, dtype, model.num_parameters(), self.flops(self.llama))
+
+    # ---- What the arms share
+
+    def gpt2(self) -> GPT:
+        """Our class in GPT-2's settings, with nanoGPT's weights where it is at hand."""
+        peer = peers.nanogpt_model(self.nanogpt, self.shape) if self.nanogpt else None
+        return peers.gpt2_twin(peer, self.shape)
+
+    def transformers_model(self) -> nn.Module:
+        return peers.transformers_twin(self.llama, self.scratch / "llama", self.device)
+
+    def nanogpt_batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        return nanogpt_batch(self.data / "train_00000.bin", self.batch_size, self.shape.block_size,
+                             self.device)
+
+    def autocast(self, dtype: str) -> Any:
+        return torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "float32")
+
+    def train_config(self, optimizer: str) -> TrainConfig:
+        """Our run at this size: one micro-batch, and the rates that the peers have."""
+        return TrainConfig(dataset=str(self.data), block_size=self.shape.block_size, optimizer=optimizer,
+                           global_batch_size=self.batch_size, micro_batch_size=self.batch_size,
+                           learning_rate=RATE, schedule="constant", warmup_steps=0, max_steps=10**6,
+                           lr_multipliers={}, weight_decay=WEIGHT_DECAY, beta1=BETAS[0], beta2=BETAS[1],
+                           grad_clip=CLIP)
+
+    def flops(self, model: GPT) -> float:
+        """FLOPs of the model in a step."""
+        T = self.shape.block_size
+        return model.flops_per_token(T) * self.batch_size * T
 
 
-def compiled_arms(cfg: BenchConfig, size: str, data: Path, dtypes: list[str],
-                  notes: dict[str, Any]) -> dict[str, tuple[str, Callable[[], Tensor]]]:
-    """Ours with its blocks compiled, as --compile=True does, and nanoGPT's model compiled whole, as it does."""
-    device, arms = torch.device(cfg.device), {}
-    for dtype in dtypes:
-        model = GPT(our_config(size)).to(device)
-        for block in model.model["layers"]:
-            block.compile()
-        name = f"ours, Llama, AdamW, {dtype}, compiled"
-        arms[name] = dtype, compiled(our_step(model, data, size, dtype), notes, name)
-        if cfg.nanogpt:
-            theirs, _ = nanogpt_pair(cfg, size, device)
-            name = f"nanoGPT, {dtype}, compiled"
-            arms[name] = dtype, compiled(nanogpt_step(torch.compile(theirs), data, size, dtype), notes, name)
-    return arms
+class OurStep:
+    """The body of fit's loop without logging, saving and evaluating: call it to take the next step."""
+
+    def __init__(self, model: GPT, cfg: TrainConfig, run: Run, dtype: str):
+        self.model, self.cfg, self.run, self.data = model, cfg, run, TextData(cfg, run)
+        self.vocab_size = model.config.vocab_size
+        self.amp = torch.autocast(run.device.type, DTYPES[dtype], enabled=dtype != "float32")
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
+        self.meter = Meter(model, run, self.scaler)
+        self.optimizers = make_optimizers(model, cfg)
+        self.step, self.pool = 0, ThreadPoolExecutor(1)
+        self.upcoming = self.pool.submit(self.data.batches_at, 0)
+
+    def __call__(self) -> None:
+        batches = [pinned(batch, self.run.device) for batch in self.upcoming.result()]
+        self.upcoming = self.pool.submit(self.data.batches_at, self.step + 1)
+        count, tokens = self.run.sum([sum(batch["count"] for batch in batches),
+                                      sum(batch["input_ids"].numel() for batch in batches)])
+        torch.manual_seed(zlib.crc32(f"{self.cfg.seed}/{self.step}/0".encode()))
+        set_learning_rate(self.optimizers, learning_rate_at(self.cfg, self.step, self.cfg.max_steps))
+        sums = backward(self.model, batches, self.loss, self.amp, self.scaler, 1 / count, self.run)
+        norm = update(self.model, self.optimizers, self.scaler, self.cfg.grad_clip)
+        self.meter.add(self.step, sums, count, tokens, norm)
+        self.step += 1
+
+    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return next_token_loss(model, batch, self.vocab_size)
+
+
+def plain_loss(model: nn.Module, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The mean cross-entropy of a transformers model, from its logits."""
+    logits = model(input_ids=x, use_cache=False).logits  # (B, T, V)
+    return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+
+
+def tiny_data(out: Path, vocab_size: int) -> Path:
+    """A data folder of two packages of the standard library, about 0.7 MB of text.
+
+    Where the model has fewer ids than a byte-level tokenizer can (257), the folder's are taken modulo that
+    number: what a step costs depends on how many there are, not on what they mean.
+    """
+    source = ",".join(f"{sysconfig.get_paths()['stdlib']}/{name}" for name in ("email", "asyncio"))
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        prepare(PrepareConfig(source=source, out=str(out), vocab_size=max(257, min(vocab_size, 4096)),
+                              num_proc=1))
+    for path in out.glob("*.bin"):
+        ids = np.memmap(path, dtype=np.uint16, mode="r+")
+        ids %= vocab_size
+    return out

@@ -1,0 +1,292 @@
+"""tools/bench: each comparison at toy size, beside a stand-in with nanoGPT's interface; and its refusals.
+
+The figures themselves mean nothing here. What is held: the checks refuse what does not agree, both sides have
+as many parameters, and every number that a comparison promises is in its JSON.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+
+from configurator import UserError
+from model import GPT
+from parts.shards import DataFolder
+from tools.bench import generate, load, loss, peers, train
+from tools.bench.__main__ import main
+from tools.bench.measure import interleaved, matmul_arms, matmul_peak
+from tools.bench.peers import Shape, llama_config, nanogpt_parameters
+
+TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
+QUICK = ["--rounds=2", "--seconds=0.001"]
+# The interface and the parameters' names of nanoGPT's model.py, with attention of its own and no options.
+STAND_IN = '''
+import torch, dataclasses
+from torch import nn
+from torch.nn import functional as F
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class Norm(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(c.n_embd)), None
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.n_head
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+    def forward(self, x):
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, 2))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+        return self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        self.gelu = nn.GELU()
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(c), Attention(c), Norm(c), MLP(c)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        print("number of parameters: some")
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList([Block(c) for _ in range(c.n_layer)]), ln_f=Norm(c)))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+    def forward(self, ids, targets=None):
+        x = self.transformer.wte(ids) + self.transformer.wpe(torch.arange(ids.shape[1]))
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+    @torch.no_grad()
+    def generate(self, ids, length, temperature=1.0, top_k=None):
+        for _ in range(length):
+            ids = torch.cat((ids, self(ids)[0][:, -1:].argmax(-1)), 1)
+        return ids
+'''
+
+
+@pytest.fixture(scope="module")
+def nanogpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nanogpt")
+    (folder / "model.py").write_text(STAND_IN)
+    return folder
+
+
+def run(tmp_path, *words):
+    """The JSON of `python -m tools.bench WORDS`."""
+    path = tmp_path / "figures.json"
+    assert main([words[0], *QUICK, *words[1:], f"--json={path}"]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["command"].startswith(f"python -m tools.bench {words[0]}")
+    assert {"torch", "transformers", "numpy", "machine", "threads", "clock"} <= figures["versions"].keys()
+    for arm in figures["arms"]:
+        assert 0 < arm["min_seconds"] <= arm["median_seconds"] <= arm["max_seconds"] < 60
+        assert len(arm["seconds"]) in (1, 2) and arm["first_call_seconds"] > 0
+        assert all(0 < ratio < math.inf for ratio in arm["speed_of"].values())
+        assert 0 < arm["share_of_peak"] < 5  # of a toy, a clock tick may be a share
+    return figures, {arm["arm"]: arm for arm in figures["arms"]}
+
+
+# ---- Each comparison --------------------------------------------------------------------------------------
+
+def test_train(tmp_path, nanogpt, capsys):
+    figures, arms = run(tmp_path, "train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}")
+    kinds = ("nanoGPT", "transformers", "our Llama", "our Llama, Muon", "our GPT-2")
+    assert list(arms) == [f"{kind}, {dtype}" for dtype in ("float32", "bfloat16") for kind in kinds]
+    assert arms["nanoGPT, float32"]["speed_of"]["nanoGPT, float32"] == 1
+    for arm in arms.values():
+        assert arm["parameters"] == pytest.approx(arms["nanoGPT, float32"]["parameters"], rel=0.01)
+        assert arm["dtype"] == arm["arm"].split(", ")[-1]
+    assert len(figures["checks"]) == 2
+    assert all(check["difference"] <= 1e-5 for check in figures["checks"].values())
+    assert figures["checks"]["loss of our weights"]["ours"] == pytest.approx(math.log(65), rel=0.05)
+    printed = capsys.readouterr().out
+    assert "x nanoGPT, float32" in printed and "GFLOP/s" in printed and "number of parameters" not in printed
+
+
+def test_train_without_nanogpt_says_so(tmp_path, capsys):
+    arms = run(tmp_path, "train", *TOY, "--batch_size=2", "--arms=Llama, f|tr.*, f")[1]
+    assert list(arms) == ["transformers, float32", "our Llama, float32"]
+    assert "nanoGPT is left out: --nanogpt=DIR" in capsys.readouterr().out
+
+
+def test_train_leaves_nanogpt_out_of_sizes_it_cannot_have(tmp_path, nanogpt, capsys):
+    words = ["--n_kv_head=1", "--arms=our Llama, float32", f"--nanogpt={nanogpt}"]
+    run(tmp_path, "train", *TOY, "--batch_size=2", *words)
+    assert "nanoGPT is left out: it has no grouped heads" in capsys.readouterr().out
+
+
+def test_our_step_is_one_of_fits(tmp_path, data):
+    """Three steps have the losses of three steps of train.py, from the same weights and rows."""
+    import train as stage
+    cfg = train.Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=500, batch_size=4)
+    bench = train.StepBench(cfg, torch.device("cpu"), tmp_path)
+    bench.data, config = data, bench.llama.config
+    bench.llama = GPT(config, seed=1337)
+    run_cfg = bench.train_config("muon")
+    step = train.OurStep(bench.llama, run_cfg, train.Run(tmp_path, bench.device), "float32")
+    for _ in range(3):
+        step()
+    stage.main([f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=3", "--log_interval=3",
+                "--n_layer=1", "--n_head=2", "--n_embd=32", f"--intermediate_size={config.intermediate_size}",
+                "--block_size=16", "--global_batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-3",
+                "--schedule=constant", "--warmup_steps=0", "--lr_multipliers={}",
+                "--weight_decay=0.1", "--beta2=0.99", "--device=cpu", "--eval_tokens=64",
+                "--sample_tokens=0"])
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert events[0]["loss"] == step.meter.sums["loss"].item() / step.meter.count
+    assert events[0]["grad_norm"] == step.meter.norm.item()
+
+
+def test_generate(tmp_path, nanogpt):
+    words = [word for word in TOY if "block" not in word]
+    figures, arms = run(tmp_path, "generate", *words, "--block_size=64", "--max_new_tokens=24",
+                        "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}")
+    assert list(arms) == ["nanoGPT", "transformers", "our Llama", "our GPT-2"]
+    for check in figures["checks"].values():
+        assert check["tokens"] == 72 and check["distinct"] > 5
+    assert figures["gemv_seconds_per_step"] > 0 and figures["copy_bytes_per_second"] > 0
+
+
+def test_loss(tmp_path):
+    """Full logits keep several (n, v) tensors, ours a chunk of 512 rows: memory tells them apart."""
+    figures, arms = run(tmp_path, "loss", "--n=2048", "--d=32", "--v=4000", "--rounds=1")
+    assert max(figures["checks"].values()) <= 1e-5
+    full, ours = (min(arms[name]["memory_megabytes"]) for name in ("full logits", "our head"))
+    assert full > 2 * 4 * 2048 * 4000 / 1e6 and 0 < ours < 0.6 * full
+
+
+def test_loss_in_bfloat16_is_checked_as_bfloat16_allows():
+    differences = loss.check(loss.problem(64, 16, 100, "bfloat16", "cpu"))
+    assert max(differences.values()) <= 2e-2
+
+
+def test_load(tmp_path):
+    figures, arms = run(tmp_path, "load", *TOY, "--batch_size=2", "--gigabytes=1")
+    assert list(arms) == ["nanoGPT get_batch", "our batch"]
+    assert 0 < figures["open_seconds"] < 1 and figures["share_of_step"] > 0
+    assert figures["checks"] == {"rows": 2, "tokens": 32}
+
+
+def test_a_sparse_folder_has_the_size_it_says(tmp_path):
+    shards = DataFolder(load.sparse_folder(tmp_path / "big", 600_000_000)).shards["train"]
+    assert [len(shard) for shard in shards] == [2**27, 2**27, 300_000_000 - 2**28]
+
+
+# ---- Refusals ---------------------------------------------------------------------------------------------
+
+def test_altered_weights_are_refused(tmp_path, nanogpt, monkeypatch):
+    """One matrix multiplied by -3, on the way to either peer, and nothing is timed."""
+    def altered(make):
+        def made(*arguments):
+            model = make(*arguments)
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if "down_proj" in n).mul_(-3)
+            return model
+        return made
+
+    words = ["train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}"]
+    for name, what in (("gpt2_twin", "nanoGPT's weights"), ("transformers_twin", "our weights")):
+        with monkeypatch.context() as patch:
+            patch.setattr(peers, name, altered(getattr(peers, name)))
+            with pytest.raises(UserError, match=f"{what}: ours gives .* nothing to compare"):
+                main(words)
+            with pytest.raises(UserError, match="greedy tokens: token"):
+                main(["generate", *words[1:-2], "--block_size=64", "--max_new_tokens=40", *QUICK, words[-1]])
+
+
+def test_another_loss_is_refused(monkeypatch):
+    monkeypatch.setitem(loss.ARMS, "our head", lambda *inputs: 1.001 * loss.our_head(*inputs))
+    with pytest.raises(UserError, match="loss: ours is off by 1.0e-03"):
+        main(["loss", "--n=8", "--d=4", "--v=10"])
+
+
+def test_other_rows_are_refused(monkeypatch):
+    rows = load.TextData.batches_at
+    monkeypatch.setattr(load.TextData, "batches_at", lambda self, step: rows(self, step + 1))
+    with pytest.raises(UserError, match="the first batch is not what the file holds"):
+        main(["load", *TOY, "--batch_size=2"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--nanogpt=nowhere"], "no model.py here"),
+    (["train", "--arms=none"], "no arm has such a name"),
+    (["train", "--rounds=0"], "rounds=0: must be positive"),
+    (["generate", "--prompt_tokens=400"], "do not fit"),
+    (["loss", "--n=0"], "must be positive"),
+    (["speed"], "say what to measure"),
+    ([], "say what to measure"),
+])
+def test_what_a_user_can_get_wrong(words, message):
+    with pytest.raises(UserError, match=message):
+        main([*words, *(TOY if words[:1] == ["train"] else [])])
+
+
+# ---- The parts --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, parameters", [
+    (Shape(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 804_096),
+    (Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 124_337_664),
+])
+def test_our_llama_has_nanogpts_number_of_parameters(shape, parameters):
+    """nanoGPT prints 0.80M and 123.55M: it leaves the 8,192 and 786,432 of the positions out."""
+    with torch.device("meta"):
+        ours = GPT(llama_config(shape)).num_parameters()
+    assert ours == pytest.approx(nanogpt_parameters(shape), rel=0.01)
+    assert nanogpt_parameters(shape) == parameters
+    assert llama_config(shape).intermediate_size % 8 == 0
+
+
+def test_arms_take_turns():
+    """Three calls to warm up, one arm after the other; then a turn each, round by round."""
+    calls = []
+    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = interleaved(arms, rounds=2, device=torch.device("cpu"), seconds=1e-9)
+    assert calls == list("aaabbb" + "abab")
+    assert all(len(timing.seconds) == 2 and timing.repeats == 1 for timing in timings.values())
+
+
+def test_peak_is_that_of_the_best_product():
+    products = {(8, 16, 32), (64, 64, 64)}
+    timings = interleaved(matmul_arms(products, "float32", torch.device("cpu")), 1, torch.device("cpu"), 1e-3)
+    timings["matmul 8 x 16 x 32, float32"].seconds = [1.0]
+    timings["matmul 64 x 64 x 64, float32"].seconds = [0.5, 0.25]
+    assert matmul_peak(timings, "float32") == 2 * 64**3 / 0.25
+
+
+def test_help_lists_every_key(capsys):
+    for module in (train, generate, loss, load):
+        with pytest.raises(SystemExit):
+            main([module.__name__.split(".")[-1], "--help"])
+        printed = capsys.readouterr().out
+        assert module.__doc__.strip() in printed and "--rounds=5" in printed and "--threads=1" in printed
+    assert main(["--help"]) == 0 and "python -m tools.bench train" in capsys.readouterr().out
