@@ -158,7 +158,8 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
             if is_due(progress.step, cfg.save_interval, stages):
                 with meter.paused():
                     meter.require_finite(progress.step)
-                    save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
+                    save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints,
+                         *names_of_end(stages, progress.step))
                     saved_step = progress.step
             if is_due(progress.step, cfg.eval_interval, stages):
                 results = measure()  # after saving: an evaluation that fails must not cost the run
@@ -168,6 +169,12 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
 def is_due(step: int, interval: int, stages: list[Stage]) -> bool:
     """Whether what comes every `interval` steps (0: never), and at the end of a stage, comes after `step`."""
     return any(step == stage.last for stage in stages) or (interval > 0 and step % interval == 0)
+
+
+def names_of_end(stages: list[Stage], step: int) -> list[str]:
+    """["stage_2"] where the second of several stages ends after `step` steps: its checkpoint then stays."""
+    return [f"stage_{number}" for number, stage in enumerate(stages, 1)
+            if stage.last == step and len(stages) > 1]
 
 
 def next_batches(upcoming: Future, run: Run) -> tuple[list[dict], float, float, int]:
@@ -335,8 +342,11 @@ def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
 def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any, progress: Progress, run: Run,
-         keep: int) -> None:
-    """Write the checkpoint of progress.step. All ranks gather, rank 0 writes."""
+         keep: int, *names: str) -> None:
+    """Write the checkpoint of progress.step; checkpoints.json calls it "last", and by these names as well.
+
+    All ranks gather, rank 0 writes.
+    """
     writes = run.rank == 0
     gathered = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
     parameters = {name: tensor.cpu() if writes else None for name, tensor in gathered}
@@ -352,7 +362,7 @@ def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any,
 
     def write_and_point() -> None:
         folder = checkpoint.write_checkpoint(run.out_dir, progress.step, write)
-        checkpoint.point(run.out_dir, keep, last=folder.name)
+        checkpoint.point(run.out_dir, keep, **dict.fromkeys(("last", *names), folder.name))
 
     run.on_first_rank(write_and_point)
 

@@ -100,7 +100,13 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any],
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
 class Evaluation:
-    """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read."""
+    """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read.
+
+    A run has one, made from its last stage: the same text, rows and masks at every step, whatever stage that
+    step is in. So the figures at the borders of stages compare, and so do those that "best" is chosen by. The
+    model has the rotary base of the step. What a stage of longer rows does behind these rows' end, this does
+    not see: tools/context.py does.
+    """
 
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
         """Raises UserError, on all ranks, for too little validation text or an id outside the vocabulary."""

@@ -1,8 +1,16 @@
 # The 1.1 B Llama: 22 layers, 2048 wide, 32 query and 4 key/value heads; 30 B tokens, contexts of up to 16 K.
+# Data, all with the web text's tokenizer (books/, code/, qa/ and stem/ stand for your own files or hub sets):
 #   python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-100BT --vocab_size=32000 \
-#       --out=data/web --val_fraction=0.0005 --max_tokens=28e9
-#   python prepare.py --source=books/ --tokenizer=data/web --out=data/books     # and so for code, maths, ...
+#       --out=data/web --val_fraction=0.0005 --max_tokens=26e9
+#   python prepare.py --source=books/ --tokenizer=data/web --out=data/books --max_tokens=1e9
+#   python prepare.py --source=code/ --tokenizer=data/web --out=data/code --max_tokens=1e9
+#   python prepare.py --source=hf:HuggingFaceTB/finemath:finemath-4plus --tokenizer=data/web \
+#       --out=data/maths --max_tokens=1.3e9
+#   python prepare.py --source=qa/ --tokenizer=data/web --out=data/qa --max_tokens=1e9
+#   python prepare.py --source=stem/ --tokenizer=data/web --out=data/stem --max_tokens=1e9
+# On a node of 8 GPUs, as many as the 16 K stage has rows in a step:
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_nanollama_1b.py
+# Every evaluation reads the last stage's text in rows of 4 K, so that figures of all stages compare.
 dataset = "web"
 out_dir = "out/nanollama_1b"
 
@@ -29,12 +37,16 @@ warmup_steps = 2000
 decay_steps = 23_000  # the last tenth: all of the gold stage
 z_loss = 1e-4
 stages = [
-    dict(steps=184_000),  # 4 K, to step 184,000: 24.1 B tokens
-    dict(steps=10_000, block_size=8192, global_batch_size=16, micro_batch_size=2,  # 8 K, to 194,000: 1.3 B
-         rope_theta=(10_000, 500_000), document_mask=True),  # room for longer contexts, little by little
-    dict(steps=13_000, block_size=16_384, global_batch_size=8, micro_batch_size=1,  # 16 K, to 207,000: 1.7 B
+    # 4 K to step 184,000: 32 x 4,096 = 131,072 tokens a step, 24.1 B in all.
+    dict(steps=184_000),
+    # 8 K to step 194,000: 16 x 8,192 = 131,072 tokens a step, 1.3 B. The rotary base rises little by little.
+    dict(steps=10_000, block_size=8192, global_batch_size=16, micro_batch_size=2,
+         rope_theta=(10_000, 500_000), document_mask=True),
+    # 16 K to step 207,000: 8 x 16,384 = 131,072 tokens a step, 1.7 B, on text with long documents.
+    dict(steps=13_000, block_size=16_384, global_batch_size=8, micro_batch_size=1,
          rope_theta=500_000, document_mask=True, dataset="books:0.5,code:0.5"),
-    dict(steps=23_000, rope_theta=500_000, dataset="maths:0.4,qa:0.3,stem:0.3"),  # 4 K, to 230,000: 3.0 B
+    # 4 K again to step 230,000: 32 x 4,096 = 131,072 tokens a step, 3.0 B; gold text, the rate decays.
+    dict(steps=23_000, rope_theta=500_000, dataset="maths:0.4,qa:0.3,stem:0.3"),
 ]
 eval_interval = 1000
 eval_tokens = 10 * 2**20

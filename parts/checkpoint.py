@@ -3,7 +3,7 @@
     out_dir/step_000500/     config.json, model.safetensors, tokenizer.json, ...   a Hugging Face folder
                              trainer/state.pt                                      what only training needs
                              manifest.json                                         sha256 of all files, last
-    out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", ...}
+    out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", "stage_1": "step_000200", ...}
 
 A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit
 without a word. So a run resumes from the newest folder that matches, and no model is read from one that does
@@ -125,7 +125,7 @@ def point(out_dir: Path, keep: int, **pointers: Any) -> None:
     write_json(out_dir / "checkpoints.json", pointers)
     folders = step_folders(out_dir)
     for folder in folders[:-keep]:
-        if folder.name not in (pointers.get("last"), pointers.get("best")):
+        if folder.name not in pointers.values():
             shutil.rmtree(folder)
 
 

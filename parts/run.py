@@ -26,7 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
 
-from configurator import UserError, differences, override
+from configurator import UserError, conform, differences, override
 from model import GPTConfig
 from parts.checkpoint import read_pointers, remove_checkpoints, step_folders, sweep
 from parts.shards import naming, write_json
@@ -65,7 +65,7 @@ class RunConfig:
     eval_interval: int = 275  # steps between evaluations; 0: only at the end of a stage
     eval_tokens: int | None = None  # validation tokens of an evaluation, always the first ones; None: all
     save_interval: int = 275  # steps between checkpoints; 0: only at the end of a stage
-    keep_checkpoints: int = 2  # the newest ones, and the best
+    keep_checkpoints: int = 2  # the newest ones; the best, and those that end a stage, stay as well
     max_rollbacks: int = 0  # times to go back to a checkpoint, at half the rate, from a loss not finite
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # mirror the log to Weights & Biases
@@ -113,11 +113,14 @@ class Stage:
     end: int
 
     def rope_theta_at(self, step: int) -> float:
-        """The rotary base of step `step` (from 0). A pair rises geometrically; the last step has its end."""
+        """The rotary base of step `step`, counted from 0 over the run; a pair moves geometrically."""
         ends = self.changes.get("rope_theta")
         if not isinstance(ends, tuple | list):
             return self.cfg.rope_theta
-        return ends[0] * (ends[1] / ends[0]) ** ((step + 1 - self.first) / (self.last - self.first))
+        # Step k of n (from 0) has start^(1 - x) end^x with x = (k + 1) / n: the stage's last step has exactly
+        # `end`, where start (end / start)^x would miss it by rounding, and the next stage goes on from there.
+        share = (step + 1 - self.first) / (self.last - self.first)
+        return ends[0] ** (1 - share) * ends[1] ** share
 
 
 def plan(cfg: Any) -> list[Stage]:
@@ -155,11 +158,20 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     if {"rope_theta", "rope_scaling"} & changes.keys() and cfg.position == "learned":
         raise UserError(f"stages[{number}]: position=learned has no rotary base to change")
     values, theta = dict(changes), changes.get("rope_theta")
-    if isinstance(theta, tuple | list):  # a ramp: from, to
-        if len(theta) != 2 or not all(isinstance(end, int | float) and end > 0 for end in theta):
-            raise UserError(f"stages[{number}]: rope_theta={theta}: a ramp is two positive numbers")
-        values["rope_theta"] = theta[1]
+    if isinstance(theta, tuple | list):
+        values["rope_theta"] = ramp(theta, f"stages[{number}]")[1]
     return override(cfg, values, f"stages[{number}]"), changes
+
+
+def ramp(theta: tuple | list, place: str) -> tuple[float, float]:
+    """The two ends of a stage's rotary base. UserError unless they are two positive, finite numbers."""
+    try:
+        start, end = (conform(each, float) for each in theta)
+    except (TypeError, ValueError):
+        start = end = 0.0
+    if min(start, end) <= 0:
+        raise UserError(f"{place}: rope_theta={theta}: a ramp is two positive numbers")
+    return start, end
 
 
 def with_steps(cfg: Any, steps_in_epoch: Callable[[Any], float]) -> Any:

@@ -1,12 +1,12 @@
-"""Does a model use its context? Loss against position, for the checkpoints of a run side by side.
+"""Does a model use its context? Validation loss against position, for checkpoints side by side.
 
-    python -m tools.context --run=out/tiny_curriculum --dataset=books --block_size=512
-    python -m tools.context --run=a/step_000600,a/step_000800 --dataset=books --png=context.png
+    python -m tools.context --model=out/x/step_000300 --dataset=data/books --block_size=512
+    python -m tools.context --model=out/x/step_000600,out/x/step_000800 --dataset=data/books --png=context.png
 
-A token at position p of a row has p tokens before it. The rows are those validation rows that lie within one
-document, so that all of those tokens are about the same thing, and every checkpoint reads the same ones. A
-model that uses its context has a lower loss at later positions; one that was not trained on such positions, a
-higher one.
+A token at position p of a row has p tokens before it. The rows are validation rows that lie within one
+document, spread evenly over all that do, so that those p tokens are about the same thing; every model reads
+the same ones. A model that uses its context has a lower loss at later positions; one that was never trained
+on such positions often has a higher one.
 """
 
 from dataclasses import dataclass
@@ -18,19 +18,21 @@ import torch.nn.functional as F
 
 from configurator import UserError, configure, run_script
 from model import GPT
-from parts.checkpoint import step_folders
 from parts.data import Rows, dataset_folder
+from parts.hf import find_folder
 from parts.run import pick_device
 from parts.shards import DataFolder, write_json
 from parts.tokenizer import Tokenizer
 
+FORWARD_TOKENS = 4096  # at a time: their logits are 0.5 GB in float32 at 32,000 ids
+
 
 @dataclass(frozen=True, kw_only=True)
 class ContextConfig:
-    run: str = "out/tiny_curriculum"  # an out_dir, whose checkpoints are all read, or folders with commas
-    dataset: str = "books"  # folder under data/ (or path) whose validation text is read
+    model: str = "out/tiny_curriculum"  # model folder, out_dir or hub id; several with commas between
+    dataset: str = "data/books"  # folder under data/ (or path) whose validation text is read
     block_size: int = 512  # tokens a row
-    rows: int = 200  # rows, at the most
+    rows: int = 1000  # rows, at the most
     device: str | None = None  # cpu, cuda, ...; None: the best there is
     json: str | None = None  # also write the figures here
     png: str | None = None  # also draw them here (needs matplotlib)
@@ -40,65 +42,88 @@ class ContextConfig:
             raise UserError(f"block_size={self.block_size}, rows={self.rows}: must be positive")
 
 
-def rows_within_documents(data: DataFolder, block_size: int, limit: int) -> np.ndarray:
-    """The first `limit` validation rows within one document, (rows, T + 1). UserError if there is none."""
+# ---- What is read -----------------------------------------------------------------------------------------
+
+def rows_within_documents(data: DataFolder, block_size: int, limit: int) -> tuple[np.ndarray, int, int]:
+    """At most `limit` validation rows within one document, evenly spread over all of those.
+
+    Returns the rows, (n, T + 1) int64, from how many documents they come, and how many rows there were to
+    choose from. UserError if there are none.
+    """
     rows = Rows(data, "val", block_size)
-    everything = rows.read(np.arange(len(rows)))
-    inside = ~(everything == Tokenizer.load(data.folder).eot_id).any(axis=1)
-    if not inside.any():
-        raise UserError(f"{data.folder}: no document has {block_size} validation tokens")
-    return everything[inside][:limit]
+    everything = rows.read(np.arange(len(rows)))  # (all, T + 1)
+    broken = (everything == Tokenizer.load(data.folder).eot_id).any(axis=1)  # (all,)
+    whole = np.flatnonzero(~broken)
+    if not len(whole):
+        raise UserError(f"{data.folder}: no validation document holds a row of block_size={block_size} + 1 "
+                        "tokens; a smaller --block_size or longer documents would do")
+    chosen = whole[np.linspace(0, len(whole) - 1, min(limit, len(whole))).astype(np.int64)]
+    # Between rows of two documents stands a broken row, or the end of a shard: so these sums tell them apart.
+    document = np.cumsum(broken) + np.searchsorted(rows.ends, np.arange(len(rows)), side="right")
+    return everything[chosen], len(np.unique(document[chosen])), len(whole)
 
 
+def load(name: str, data: DataFolder, block_size: int, device: torch.device) -> GPT:
+    """A model, with a context of at least block_size. UserError if it has another tokenizer than the data."""
+    folder = find_folder(name)
+    if Tokenizer.load(folder).definition != Tokenizer.load(data.folder).definition:
+        raise UserError(f"{name}: its tokenizer is not that of {data.folder}")
+    model = GPT.from_pretrained(folder, device).eval()
+    if block_size > model.config.block_size:
+        model.reconfigure(block_size=block_size)
+    return model
+
+
+# ---- What is measured -------------------------------------------------------------------------------------
+
+@torch.no_grad()
 def loss_by_position(model: GPT, rows: np.ndarray) -> torch.Tensor:
-    """Mean loss in nats of the targets at each position: (rows, T + 1) int64 -> (T,) float64."""
-    total = torch.zeros(rows.shape[1] - 1, dtype=torch.float64)
-    with torch.no_grad():
-        for part in torch.from_numpy(rows).to(model.head_weight.device).split(4):
-            logits = model(part[:, :-1])  # (B, T, V)
-            nll = F.cross_entropy(logits.float().transpose(1, 2), part[:, 1:], reduction="none")  # (B, T)
-            total += nll.sum(dim=0).double().cpu()
+    """Mean loss in nats of the targets at each position: (n, T + 1) int64 -> (T,) float64."""
+    T = rows.shape[1] - 1
+    total = torch.zeros(T, dtype=torch.float64)
+    for part in torch.from_numpy(rows).split(max(1, FORWARD_TOKENS // T)):
+        part = part.to(model.head_weight.device)  # (B, T + 1)
+        logits = model(part[:, :-1]).float().flatten(0, 1)  # (B T, V)
+        nll = F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none").view(-1, T)  # (B, T)
+        total += nll.sum(dim=0).cpu().double()
     return total / len(rows)
 
 
-def buckets(T: int) -> list[tuple[int, int]]:
-    """Positions 0-31, 32-63, 64-127, ... as (first, last + 1), each twice as wide, up to T."""
+def buckets(T: int) -> dict[str, slice]:
+    """Positions 0-31, 32-63, 64-127, ..., each as wide as all before it, up to T."""
     ends = [0, *(32 * 2**k for k in range(32) if 32 * 2**k < T), T]
-    return list(zip(ends, ends[1:], strict=False))
+    return {f"{first}-{end - 1}": slice(first, end) for first, end in zip(ends, ends[1:], strict=False)}
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(ContextConfig, argv, usage=__doc__)
-    folders = step_folders(Path(cfg.run)) or [Path(name) for name in cfg.run.split(",")]
-    rows = rows_within_documents(DataFolder(dataset_folder(cfg.dataset)), cfg.block_size, cfg.rows)
-    places, figures = buckets(cfg.block_size), {}
-    print(f"loss in nats of {len(rows)} rows at positions ...\n" + " " * 24
-          + "".join(f"{f'{first}-{last - 1}':>11}" for first, last in places))
-    for folder in folders:
-        model = GPT.from_pretrained(folder, pick_device(cfg.device)).eval()
-        if cfg.block_size > model.config.block_size:
-            model.reconfigure(block_size=cfg.block_size)
-        losses = loss_by_position(model, rows)
-        figures[str(folder)] = {f"{first}-{last - 1}": losses[first:last].mean().item()
-                                for first, last in places}
-        print(f"{folder.name:24}" + "".join(f"{loss:11.4f}" for loss in figures[str(folder)].values()))
+    data, names = DataFolder(dataset_folder(cfg.dataset)), cfg.model.split(",")
+    rows, documents, available = rows_within_documents(data, cfg.block_size, cfg.rows)
+    places, figures, width = buckets(cfg.block_size), {}, max(map(len, names))
+    print(f"loss in nats a token; {len(rows):,} of {available:,} validation rows of {cfg.block_size:,} tokens"
+          f" that lie within one document, from {documents:,} documents")
+    print(" " * width + "".join(f"{place:>12}" for place in places))
+    for name in names:
+        losses = loss_by_position(load(name, data, cfg.block_size, pick_device(cfg.device)), rows)
+        figures[name] = {place: losses[part].mean().item() for place, part in places.items()}
+        print(f"{name:{width}}" + "".join(f"{loss:12.4f}" for loss in figures[name].values()))
     if cfg.json:
         write_json(Path(cfg.json), {"command": f"python -m tools.context {' '.join(argv)}", "rows": len(rows),
-                                    "torch": torch.__version__, "loss": figures})
+                                    "documents": documents, "torch": torch.__version__, "loss": figures})
     if cfg.png:
         draw(figures, Path(cfg.png))
     return 0
 
 
 def draw(figures: dict[str, dict[str, float]], path: Path) -> None:
-    """A line a checkpoint: loss against position."""
+    """A line a model: loss against position. UserError where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("png: needs matplotlib (pip install matplotlib)") from None
     axes = (figure := Figure(figsize=(7, 4.5), layout="constrained")).add_subplot()
     for name, losses in figures.items():
-        axes.plot(list(losses), list(losses.values()), marker="o", label=Path(name).name)
+        axes.plot(list(losses), list(losses.values()), marker="o", label=name)
     axes.set(xlabel="position in the row", ylabel="validation loss (nats a token)")
     axes.grid(alpha=0.3)
     axes.legend()

@@ -95,6 +95,7 @@ def sparse_folder(folder: Path, size: int) -> Path:
         with open(folder / shard["name"], "wb") as file:
             file.truncate(2 * shard["tokens"])
         shards.append(shard)
-    meta = {"format_version": FORMAT_VERSION, "dtype": "uint16", "shards": shards}
+    meta = {"format_version": FORMAT_VERSION, "kind": "text", "dtype": "uint16", "vocab_size": 65_536,
+            "bytes": {"train": 0, "val": 0}, "inputs": {}, "shards": shards}
     (folder / "meta.json").write_text(json.dumps(meta), encoding="utf-8")
     return folder
