@@ -6,6 +6,8 @@ as many parameters, and every number that a comparison promises is in its JSON.
 
 import json
 import math
+import os
+import subprocess
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ import torch
 from configurator import UserError
 from model import GPT
 from parts.shards import DataFolder
+from tests.conftest import ROOT
 from tools.bench import generate, load, loss, peers, train
 from tools.bench.__main__ import main
 from tools.bench.measure import interleaved, matmul_arms, matmul_peak
@@ -290,3 +293,17 @@ def test_help_lists_every_key(capsys):
         printed = capsys.readouterr().out
         assert module.__doc__.strip() in printed and "--rounds=5" in printed and "--threads=1" in printed
     assert main(["--help"]) == 0 and "python -m tools.bench train" in capsys.readouterr().out
+
+
+def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
+    """The same commands, on this CPU; with a GPU they differ in sizes only."""
+    found = subprocess.run(
+        ["tools/h200.sh", "toy", str(tmp_path / "j")], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    parts = json.loads((tmp_path / "j").read_text())
+    assert parts.keys() == {"command", "train_124m", "train_1.1b", "decode_124m", "loss"}
+    arms = [arm["arm"] for arm in parts["train_124m"]["arms"]]
+    assert arms[0] == "nanoGPT, float32" and "our Llama, float32" in arms
+    assert all(arm["median_seconds"] > 0 for part in list(parts.values())[1:] for arm in part["arms"])
