@@ -174,6 +174,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | BlockMask | None, dro
     mask: None (causal, S = T; or all S for a single query), bool (B, 1, T, S) where True may be seen, or a
     BlockMask for FlexAttention.
     """
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":  # where its backward pass is five times as slow
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)

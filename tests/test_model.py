@@ -240,12 +240,28 @@ def test_flex_attention_sees_what_the_dense_mask_sees():
         assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, document_mask(documents)), atol=1e-6)
 
 
+def test_bfloat16_attention_on_a_cpu_computes_in_float32():
+    """As inside autocast: the result is float32's of the rounded inputs, rounded once; its gradient too."""
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, 16, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
+    exact = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
+    with torch.autocast("cpu", torch.bfloat16):
+        y = attend(q, k, v, None)
+    expected = attend(*exact, None)
+    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
+    y.sum().backward()
+    expected.sum().backward()
+    for tensor, reference in zip((q, k, v), exact, strict=True):
+        assert torch.equal(tensor.grad, reference.grad.bfloat16())
+
+
+@pytest.mark.parametrize("lengths", [[20, 7, 13], [20, 20, 20]])
 @pytest.mark.parametrize("changes", [{}, GPT2, dict(rope_scaling=YARN)])
-def test_cached_logits_equal_uncached(changes):
-    """Rows of unequal length, fed in three portions."""
+def test_cached_logits_equal_uncached(changes, lengths):
+    """Rows of unequal and of equal length, fed in three portions."""
     config = tiny_config(**changes)
     model, ids = busy_model(config), ids_for(config, B=3, T=40)
-    lengths = torch.tensor([20, 7, 13])
+    lengths = torch.tensor(lengths)
     cache = KVCache(config, 3, 40)
     with torch.no_grad():
         whole = model(ids)
