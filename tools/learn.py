@@ -56,6 +56,7 @@ class LearnConfig:
     max_tokens: int = 20_000_000  # of it are read
     eval_tokens: int = 200_000  # validation tokens that measure every arm
     seeds: int = 3  # runs of each arm; those with a part of the recipe taken back run once
+    ablate: bool = True  # also run the arms with a part of the recipe taken back
     jobs: int = 2  # runs at a time, one thread each
     json: str | None = None  # also write the figures here
 
@@ -129,7 +130,7 @@ def learn(cfg: LearnConfig, folder: Path) -> dict[str, list[dict[str, float]]]:
             out = folder / f"nanogpt_{seed}"
             waiting["nanoGPT's README", seed] = pool.submit(train_nanogpt, cfg, data, seed, out)
             for number, arm in enumerate(ARMS):
-                if seed > 1 and "but" in arm:
+                if "but" in arm and (seed > 1 or not cfg.ablate):
                     continue
                 out = folder / f"ours_{number}_{seed}"
                 waiting[arm, seed] = pool.submit(train_ours, cfg, data, seed, out, arm)
