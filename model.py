@@ -280,10 +280,10 @@ class GPT(nn.Module):
         x = self.model["embed_tokens"](input_ids)  # (B, T, C)
         rope = None
         if self.config.position == "learned":
-            x = x + self.model["embed_positions"](positions)  # (T, C) or (B, T, C)
+            x = x + self.model["embed_positions"].weight[positions]  # (T, C) or (B, T, C)
         else:
             rope = self.rope_cos[positions], self.rope_sin[positions]  # (T, D), or (B, T, D) ...
-            if positions.ndim == 2:
+            if not isinstance(positions, slice):
                 rope = rope[0][:, None], rope[1][:, None]  # ... -> (B, 1, T, D), for all heads
         x = self.dropout(x)
         for block in self.model["layers"]:
@@ -297,20 +297,20 @@ class GPT(nn.Module):
         return F.linear(x, self.head_weight)[..., :self.config.vocab_size]  # (B, T, V)
 
     def mask_and_positions(self, input_ids: Tensor, document_ids: Tensor | None,
-                           cache: KVCache | None) -> tuple[Any, Tensor]:
-        """The mask for `attend`, and the tokens' positions, (T,) or (B, T)."""
+                           cache: KVCache | None) -> tuple[Any, slice | Tensor]:
+        """The mask for `attend`, and the tokens' positions: a slice that all rows share, or (B, T)."""
         T, used = input_ids.shape[1], cache.used if cache else 0
         if used + T > self.config.block_size:
             raise ValueError(f"{used + T} tokens do not fit block_size={self.config.block_size}")
         if cache is not None:
+            if cache.even and (used == 0 or T == 1):  # causal, or a token that sees all there is
+                return None, slice(used, used + T)
             positions = cache.begin(T)  # (B, T)
-            if not used or (cache.even and T == 1):  # causal, or a token that sees all there is
-                return None, positions
             slots = torch.arange(used + T, device=input_ids.device)  # (S,)
             return slots <= positions[:, None, :, None], positions  # (B, 1, T, S)
-        now = torch.arange(T, device=input_ids.device)  # (T,)
         if document_ids is None:
-            return None, now
+            return None, slice(0, T)
+        now = torch.arange(T, device=input_ids.device)  # (T,)
         begins = F.pad(document_ids[:, 1:] != document_ids[:, :-1], (1, 0), value=True)  # (B, T)
         positions = now - torch.where(begins, now, 0).cummax(dim=1).values  # (B, T)
         return document_mask(document_ids, dense=self.training and self.config.dropout > 0), positions
