@@ -295,6 +295,7 @@ def test_help_lists_every_key(capsys):
     assert main(["--help"]) == 0 and "python -m tools.bench train" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
     """The same commands, on this CPU; with a GPU they differ in sizes only."""
     found = subprocess.run(

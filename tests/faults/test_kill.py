@@ -10,11 +10,14 @@ import sys
 import time
 from pathlib import Path
 
+import pytest
+
 from parts import checkpoint
 from parts.shards import DataFolder
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_thirty_kills_change_no_bit(tmp_path, text_folder):
     """Some of them inside a save; `python -m tools.soak --kills=1000` is the same for a release."""
     words = ["--kills=30", f"--source={text_folder}", f"--json={tmp_path / 'j'}"]
