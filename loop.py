@@ -46,10 +46,10 @@ from parts.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from parts.run import Run, RunConfig, Stage, plan, stage_at, stage_configs, start_run, with_steps
+from parts.run import Run, RunConfig, Stage, plan, stage_at, stage_configs, start_run
 from parts.shards import write_json
 
-__all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run", "with_steps"]
+__all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run"]
 
 CHECKPOINT_BYTES = 12  # a parameter, at most: the weight and AdamW's two moments in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -354,7 +354,7 @@ def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any,
              "optimizer": optimizer_state(model, optimizers, keep=writes)}
 
     def write(folder: Path) -> None:
-        model.save_pretrained(folder, parameters, run.tokenizer.eot_id if run.tokenizer else None)
+        model.save_pretrained(folder, parameters, run.tokenizer.end_ids if run.tokenizer else None)
         if run.tokenizer:
             run.tokenizer.save(folder)
         (folder / "trainer").mkdir()

@@ -15,7 +15,7 @@ P the rows of the table in memory (V and padding), L layers.
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -415,15 +415,20 @@ class GPT(nn.Module):
     def load(self, folder: str | Path) -> None:
         """Fill the parameters, or this rank's shards of them, from a folder, one tensor at a time.
 
+        A model that was built with more token ids than the folder's has the mean of the rows in the new ones.
         Raises UserError for a parameter that is missing, superfluous or of another shape.
         """
-        missing = dict(self.named_parameters())
-        for name, tensor in hf.read_tensors(Path(folder)):
+        missing, folder = dict(self.named_parameters()), Path(folder)
+        V, P = self.config.vocab_size, self.config.padded_vocab_size
+        stored = hf.read_config(folder)["vocab_size"]
+        for name, tensor in self.tensors_of(folder):
             if name == "lm_head.weight" and self.config.tie_embeddings:
                 continue  # some files hold the tied table twice
             parameter = missing.pop(name, None)
-            if name in hf.VOCABULARY_TABLES and len(tensor) == self.config.vocab_size:
-                tensor = F.pad(tensor, (0, 0, 0, self.config.padded_vocab_size - len(tensor)))
+            if name in hf.VOCABULARY_TABLES and len(tensor) == stored < V:
+                tensor = torch.cat((tensor, tensor.mean(0, keepdim=True).expand(V - stored, -1)))
+            if name in hf.VOCABULARY_TABLES and len(tensor) == V:
+                tensor = F.pad(tensor, (0, 0, 0, P - V))
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(f"{folder}: {name} {tuple(tensor.shape)} has no place in this architecture")
             parameter.copy_(like(parameter, tensor))
@@ -431,8 +436,12 @@ class GPT(nn.Module):
             raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} parameters are)")
         self.rebuild_rope()
 
+    def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """(parameter name, stored tensor) of what `load` reads."""
+        return hf.read_tensors(folder)
+
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
-                        eos_token_id: int | None = None) -> None:
+                        eos_token_id: hf.EndIds = None) -> None:
         """Write config.json, generation_config.json and model.safetensors, in float32, as transformers does.
 
         state: the whole parameters by name, where this module holds only its shards of them.

@@ -1,21 +1,25 @@
-"""Stage 0, the data: text -> packed shards of token ids that every training script reads.
+"""Stage 0, the data: text, chats or preferences -> packed shards of token ids that every stage reads.
 
     python prepare.py                                    # the standard library -> data/pystdlib
     python prepare.py --source=books/,notes.jsonl.zst --tokenizer=gpt2 --out=data/books
     python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --max_tokens=1e9
     python prepare.py --out=data/books --verify=True     # do the shards still have their hashes?
+    python prepare.py --kind=chat --source=alpaca.json,chats.jsonl --tokenizer=out/base --out=data/chats
+    python prepare.py --kind=preference --source=problems --tokenizer=out/sft --out=data/pairs
 
 Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian uint16, readable by np.memmap
 as nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text
 token stands behind every document. Which side of the split a document falls on is decided by its hash, so the
 same text is never on both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason,
-always. The folder is built beside its name and then renamed: a failure, a kill or a mistake leaves what was
-there as it was.
+always. Chats and preferences come in the forms that parts/conversations.py knows, are written as
+parts/chat.py says, and have a mask beside their ids. The folder is built beside its name and then renamed: a
+failure, a kill or a mistake leaves what was there as it was.
 """
 
 import contextlib
 import fcntl
 import hashlib
+import json
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -35,8 +39,12 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
+from parts import hf
+from parts.chat import encode_answer, encode_chat, encode_prompt, with_chat_tokens
+from parts.conversations import conversation, preference, renamed
+from parts.problems import ROWS, problem_rows
 from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, sync_folder, write_json
-from parts.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows
+from parts.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows, value_of
 from parts.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
@@ -45,11 +53,12 @@ BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the traini
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    source: str = "pystdlib"  # or files, folders, globs with commas between; or hf:NAME[:CONFIG[:SPLIT]]
+    source: str = "pystdlib"  # or problems; files, folders, globs, with commas; hf:NAME[:CONFIG[:SPLIT]]
     out: str | None = None  # the data folder itself; None: data/<name of the source>
-    kind: Literal["text"] = "text"  # what a row is
+    kind: Literal["text", "chat", "preference"] = "text"  # what a row is
     text_key: str = "text"  # the key or column that holds the text of a .jsonl, .json, .parquet or hub row
-    tokenizer: str = "bpe"  # bpe (trained here), gpt2, or a folder with tokenizer.json
+    keys: str = ""  # of chats and preferences, where they have other names: question=original_text,answer=ans
+    tokenizer: str = "bpe"  # bpe (trained here), gpt2, a folder with tokenizer.json, or an out_dir
     vocab_size: int = 4096  # ids of a bpe trained here
     val_fraction: float = 0.03  # share of the documents for validation, chosen by their hash
     max_tokens: int | None = None  # stop at the document that reaches so many; None: read everything
@@ -67,6 +76,16 @@ class PrepareConfig:
                             "text) and at most 1,000,000")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
+        if self.keys and self.kind == "text":
+            raise UserError(f"keys={self.keys}: is for chats and preferences; of text give --text_key=")
+        if not all(ours and theirs for ours, theirs in self.key_names.items()):
+            raise UserError(f"keys={self.keys}: write ours=theirs, with commas between")
+
+    @property
+    def key_names(self) -> dict[str, str]:
+        """{our name of a key: the rows'}."""
+        pairs = (entry.partition("=") for entry in self.keys.split(",") if entry)
+        return {ours.strip(): theirs.strip() for ours, _, theirs in pairs}
 
     @property
     def folder(self) -> Path:
@@ -80,28 +99,56 @@ class Batch(NamedTuple):
     """What became of some consecutive rows: one entry a row in everything but `ids`."""
 
     ids: np.ndarray  # (tokens,) the documents one behind the other, each with its end-of-text token
+    mask: np.ndarray  # (tokens,) uint8, of chats and preferences: see parts/shards.py
     lengths: np.ndarray  # (rows,) int64, tokens; 0 for a row that was skipped
     byte_counts: np.ndarray  # (rows,) int64, bytes of UTF-8
     hashes: np.ndarray  # (rows,) uint64, the first 8 bytes of the text's SHA-256
     reasons: list[str | None]  # why a row was skipped
 
 
-def tokenize(rows: list[Row], tokenizer: Tokenizer, text_key: str) -> Batch:
+def tokenize(rows: list[Row], tokenizer: Tokenizer, cfg: PrepareConfig) -> Batch:
     """Read, hash and encode some rows."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    ids = [np.empty(0, dtype)]
+    ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
     lengths, byte_counts, hashes = (np.zeros(len(rows), dtype) for dtype in (np.int64, np.int64, np.uint64))
     reasons: list[str | None] = [None] * len(rows)
     for i, row in enumerate(rows):
         try:
-            text = document(row, text_key)
+            content = content_of(row, cfg)
         except Skip as reason:
             reasons[i] = str(reason)
             continue
-        ids.append(np.array([*tokenizer.encode(text), tokenizer.eot_id], dtype))
-        data = text.encode("utf-8")
+        tokens, mask = ENCODERS[cfg.kind](tokenizer, content)
+        ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
+        masks.append(np.array([*mask, 0] if mask else [], np.uint8))
+        data = text_in(content).encode("utf-8")
         lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
-    return Batch(np.concatenate(ids), lengths, byte_counts, hashes, reasons)
+    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons)
+
+
+def content_of(row: Row, cfg: PrepareConfig) -> Any:
+    """A row's text, its messages, or the three parts of a preference. Skip if it cannot be used."""
+    if cfg.kind == "text":
+        return document(row, cfg.text_key)
+    fields = renamed(value_of(row), cfg.key_names)
+    return conversation(fields) if cfg.kind == "chat" else preference(fields)
+
+
+def encode_preference(tokenizer: Tokenizer, content: tuple) -> tuple[list[int], list[int]]:
+    """(ids, mask) of prompt, chosen and rejected answer, whose tokens the mask calls 0, 1 and 2."""
+    prompt = encode_prompt(tokenizer, content[0])
+    chosen, rejected = (encode_answer(tokenizer, answer) for answer in content[1:])
+    mask = [0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected)
+    return prompt + chosen + rejected, mask
+
+
+ENCODERS = {"text": lambda tokenizer, text: (tokenizer.encode(text), None), "chat": encode_chat,
+            "preference": encode_preference}
+
+
+def text_in(content: Any) -> str:
+    """What a document is known by: its text, or its messages as JSON."""
+    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
 
 
 def text_hash(data: bytes) -> int:
@@ -109,12 +156,12 @@ def text_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def start_worker(tokenizer: Tokenizer, text_key: str) -> None:
+def start_worker(tokenizer: Tokenizer, cfg: PrepareConfig) -> None:
     """Give a worker process its tokenizer; Ctrl-C is the parent's to handle, and no worker outlives it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=leave_with_parent, daemon=True).start()
     global tokenize_here
-    tokenize_here = lambda rows: tokenize(rows, tokenizer, text_key)  # noqa: E731
+    tokenize_here = lambda rows: tokenize(rows, tokenizer, cfg)  # noqa: E731
 
 
 def leave_with_parent() -> None:
@@ -132,9 +179,9 @@ def tokenize_all(batches: Iterable[list[Row]], tokenizer: Tokenizer,
     processes = cfg.num_proc or os.cpu_count() or 1
     if processes == 1:
         for rows in batches:
-            yield rows, tokenize(rows, tokenizer, cfg.text_key)
+            yield rows, tokenize(rows, tokenizer, cfg)
         return
-    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(tokenizer, cfg.text_key)) as pool:
+    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(tokenizer, cfg)) as pool:
         waiting: deque = deque()
         try:
             for rows in batches:
@@ -230,8 +277,10 @@ def write_shards(batches: Iterable[list[Row]], tokenizer: Tokenizer, cfg: Prepar
             tally.count(row, None if kept else reason or "duplicate document")
         is_val = batch.hashes < np.uint64(cfg.val_fraction * 2**64)
         for split, chosen in (("train", keep & ~is_val), ("val", keep & is_val)):
-            writers[split].write(batch.ids[np.repeat(chosen, batch.lengths)], int(chosen.sum()),
-                                 int(batch.byte_counts[chosen].sum()))
+            tokens_chosen = np.repeat(chosen, batch.lengths)  # (tokens,)
+            writers[split].write(batch.ids[tokens_chosen], int(chosen.sum()),
+                                 int(batch.byte_counts[chosen].sum()),
+                                 batch.mask[tokens_chosen] if len(batch.mask) else None)
         tokens = total[used - 1]
         if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
             break
@@ -245,7 +294,7 @@ def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
     total = 0
     for row in rows:
         try:
-            text = document(row, cfg.text_key)
+            text = text_in(content_of(row, cfg))
         except Skip:
             continue  # counted when the rows are tokenized
         data = text.encode("utf-8")
@@ -260,7 +309,8 @@ def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
 
 def prepare(cfg: PrepareConfig) -> DataFolder:
     """Make the data folder that cfg describes, or find it made from the same inputs; returns it opened."""
-    files, ignored = ([], 0) if cfg.source.startswith("hf:") else find_files(cfg.source)
+    made = cfg.source == "problems" or cfg.source.startswith("hf:")  # rows that no file holds
+    files, ignored = ([], 0) if made else find_files(cfg.source)
     inputs = describe_inputs(cfg, files)
     if (cfg.folder / "meta.json").exists() and not cfg.overwrite:
         return unchanged(cfg.folder, inputs)
@@ -310,13 +360,19 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]
     piece = 2**20 if len(files) * cfg.val_fraction >= 10 else int(max(size * cfg.val_fraction / 10, 2**10))
 
     def rows(progress: Any = None) -> Iterator[Row]:
+        if cfg.source == "problems":
+            return (Row(f"problems:{number}", "value", row if cfg.kind != "text" else row["text"])
+                    for number, row in enumerate(problem_rows(cfg.kind, ROWS, seed=1), 1))
+        text_key = cfg.text_key if cfg.kind == "text" else None
         if not files:
-            return hub_rows(cfg.source.removeprefix("hf:"), cfg.text_key)
-        return read_rows(files, cfg.text_key, min(piece, 2**20), progress)
+            return hub_rows(cfg.source.removeprefix("hf:"), text_key)
+        return read_rows(files, text_key, min(piece, 2**20), progress)
 
     tokenizer = make_tokenizer(rows(), cfg)
+    if cfg.kind != "text":
+        tokenizer = with_chat_tokens(tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    writers = {split: ShardWriter(folder, split, dtype) for split in ("train", "val")}
+    writers = {split: ShardWriter(folder, split, dtype, cfg.kind != "text") for split in ("train", "val")}
     begin, quiet = time.perf_counter(), not sys.stderr.isatty()
     with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
         tally = write_shards(in_batches(rows(bar.update)), tokenizer, cfg, writers)
@@ -356,7 +412,7 @@ def keys_of(row: Row | None) -> str:
 
 def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     """What the folder's content follows from: settings, and the content of every file."""
-    keys = ["kind", "text_key", "tokenizer", "val_fraction", "max_tokens"]
+    keys = ["kind", "text_key" if cfg.kind == "text" else "keys", "tokenizer", "val_fraction", "max_tokens"]
     settings = {key: getattr(cfg, key) for key in keys + ["vocab_size"] * (cfg.tokenizer == "bpe")}
     if not files:
         return settings | {"source": cfg.source}
@@ -377,7 +433,8 @@ def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
 def make_tokenizer(rows: Iterable[Row], cfg: PrepareConfig) -> Tokenizer:
     """The tokenizer that cfg names, or one trained on the training text."""
     if cfg.tokenizer != "bpe":
-        return Tokenizer.load(cfg.tokenizer)
+        is_run = (Path(cfg.tokenizer) / "checkpoints.json").is_file()
+        return Tokenizer.load(hf.find_folder(cfg.tokenizer) if is_run else cfg.tokenizer)
     begin = time.perf_counter()
     tokenizer = Tokenizer.train(training_texts(rows, cfg), cfg.vocab_size)
     print(f"tokens  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")

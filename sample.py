@@ -3,6 +3,7 @@
     python sample.py --model=out/base --prompt="def main(" --max_new_tokens=100 --temperature=0.7
     python sample.py --model=out/base --num_samples=4 --seed=7                   # from nothing
     python sample.py --model=path/to/Qwen3-0.6B --prompt_file=prompts.jsonl > completions.jsonl
+    python sample.py --model=out/sft --chat=True --system="You can call calculator(expression)."
 
 Only generated text goes to stdout; the rest (the prompt on a terminal, tokens/s) goes to stderr. A prompt is
 text: the name of a special token in it is not that token. An empty prompt starts behind the end-of-text
@@ -10,9 +11,10 @@ token. Of a prompt longer than the model's context the end is read. A sample end
 a --stop text (not shown), or after max_new_tokens; when the context is full on the way, its last half is read
 anew.
 
-A line of prompt_file is {"prompt": "..."} and may have other keys; a line of output is that with "completion"
-and "finish_reason" (stop or length), a line a sample, in order. Left out: chat (a later stage's), beam
-search.
+A line of prompt_file is {"prompt": "..."}, or {"messages": [...]} for a chat model to answer, and may have
+other keys; a line of output is that with "completion" and "finish_reason" (stop or length), a line a sample,
+in order; for messages also with "replies", the calls of the calculator and their results among them. With
+--chat=True it is a conversation in the terminal. Left out: beam search.
 """
 
 import json
@@ -26,9 +28,13 @@ import torch
 from configurator import UserError, configure, run_script
 from model import GPT
 from parts import hf
+from parts.assistant import Assistant
+from parts.chat import require_chat
+from parts.conversations import listed
 from parts.generate import Sampling, generate
 from parts.run import pick_device
 from parts.sources import Skip, parse_json
+from parts.terminal import converse
 from parts.tokenizer import Tokenizer
 
 
@@ -36,7 +42,9 @@ from parts.tokenizer import Tokenizer
 class SampleConfig(Sampling):
     model: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
     prompt: str = ""  # what to continue
-    prompt_file: str | None = None  # JSON lines with a "prompt" each, in place of prompt
+    prompt_file: str | None = None  # JSON lines with a "prompt" or "messages" each, in place of prompt
+    chat: bool = False  # hold a conversation in the terminal
+    system: str = ""  # of a chat: the message that opens it
     num_samples: int = 1  # continuations of each prompt
     max_new_tokens: int = 200  # most tokens of a continuation
     stop: list | str | None = None  # text that ends a sample, or a list of such: '["\\n\\n", "def "]'
@@ -51,6 +59,10 @@ class SampleConfig(Sampling):
                 raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file: give one of them")
+        if self.chat and (self.prompt or self.prompt_file or self.stop or self.num_samples > 1):
+            raise UserError("chat=True: takes no prompt, prompt_file, stop or num_samples")
+        if self.system and not self.chat:
+            raise UserError("system: is of --chat=True; in a prompt_file it is a message")
         if any(not isinstance(text, str) or not text for text in self.stops):
             raise UserError(f"stop={self.stop!r}: must be a text, or a list of texts, none of them empty")
 
@@ -71,6 +83,7 @@ class Sampler:
         if cfg.dtype or device.type == "cuda":
             self.model.to({"float32": torch.float32, "float16": torch.float16}.get(cfg.dtype, torch.bfloat16))
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
+        self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)
 
     def encode(self, prompt: str, place: str) -> list[int]:
         """Ids of a prompt, never empty; says so where the model will not read all of them."""
@@ -121,7 +134,7 @@ class Sampler:
 
 
 def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:
-    """(file:line, row) of a JSON lines file with a "prompt" in each row. UserError for anything else."""
+    """(file:line, row) of a JSON lines file with a prompt or messages in each; UserError for another."""
     rows = []
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -131,22 +144,61 @@ def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:
                 row = parse_json(line.removeprefix(b"\xef\xbb\xbf"))
             except Skip as reason:
                 raise UserError(f"{path}:{number}: {reason}") from None
-            if not isinstance(row, dict) or not isinstance(row.get("prompt"), str):
-                raise UserError(f'{path}:{number}: needs the key "prompt" with a text')
+            if not isinstance(row, dict) or not (isinstance(row.get("prompt"), str) or "messages" in row):
+                raise UserError(f'{path}:{number}: needs the key "prompt" with a text, or "messages"')
             rows.append((f"{path}:{number}", row))
     if not rows:
         raise UserError(f"{path}: no prompts in it")
     return rows
 
 
+def answer_file(cfg: SampleConfig, sampler: Sampler, rows: list[tuple[str, dict[str, Any]]]) -> int:
+    """Answer a file of conversations, and print the rows with what was said; returns the tokens written."""
+    require_chat(sampler.tokenizer, cfg.model)
+    conversations = []
+    for place, row in rows:
+        try:
+            conversations.append(listed(row))
+        except Skip as reason:
+            raise UserError(f"{place}: {reason}") from None
+        if conversations[-1] is None:
+            raise UserError(f"{place}: has no messages, as other rows have")
+    work = [n for n in range(len(rows)) for _ in range(cfg.num_samples)]  # the conversation of each sample
+    for first in range(0, len(work), cfg.batch_size):
+        batch = work[first:first + cfg.batch_size]
+        answers = sampler.assistant.reply([conversations[n] for n in batch], first_row=first)
+        for number, replies in zip(batch, answers, strict=True):
+            reason = "length" if replies[-1].pop("cut", False) else "stop"
+            print(json.dumps(rows[number][1] | {"completion": replies[-1]["content"], "replies": replies,
+                                                "finish_reason": reason}, ensure_ascii=False))
+    return sampler.assistant.tokens
+
+
 def note(text: str, end: str = "\n") -> None:
     print(text, end=end, file=sys.stderr, flush=True)
+
+
+def report(tokens: int, seconds: float) -> None:
+    note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+
+
+def write_now(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
     rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [("prompt", {"prompt": cfg.prompt})]
     sampler = Sampler(cfg)
+    if cfg.chat:
+        require_chat(sampler.tokenizer, cfg.model)
+        converse(sampler.assistant, cfg.system, input, write_now, sys.stdout.isatty())
+        return 0
+    if any("messages" in row for _, row in rows):
+        begin = time.perf_counter()
+        report(answer_file(cfg, sampler, rows), time.perf_counter() - begin)
+        return 0
     prompts = [sampler.encode(row["prompt"], place) for place, row in rows]
     work = [n for n in range(len(rows)) for _ in range(cfg.num_samples)]  # the prompt of each sample
     total, begin = 0, time.perf_counter()
@@ -164,8 +216,7 @@ def main(argv: list[str]) -> int:
             elif not stream:
                 print(text)
                 note("---------------")
-    seconds = time.perf_counter() - begin
-    note(f"{total:,} tokens in {seconds:.1f} s, {total / max(seconds, 1e-9):,.0f} tokens/s")
+    report(total, time.perf_counter() - begin)
     return 0
 
 

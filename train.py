@@ -21,10 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
-from loop import Run, RunConfig, fit, plan, stage_at, stage_configs, start_run, with_steps
+from loop import Run, RunConfig, fit, stage_configs, start_run
 from model import GPT, GPTConfig
 from parts import hf
-from parts.data import Mix, Rows, text_batch, validation_batches
+from parts.data import Mix, Rows, StagedData, in_epochs, text_batch, validation_batches
 from parts.generate import Sampling, generate
 from parts.losses import linear_cross_entropy
 from parts.shards import DataFolder
@@ -57,32 +57,12 @@ class TrainConfig(RunConfig, GPTConfig):
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-class TextData:
-    """Which rows a step trains on, stage by stage."""
-
-    def __init__(self, cfg: TrainConfig, run: Run):
-        self.stages, self.run = plan(cfg), run
-        self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed)
-                      for stage in self.stages}
-        self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
-
-    @staticmethod
-    def key(cfg: TrainConfig) -> tuple[str, int]:
-        """Stages that agree in this read the same rows, the later one from where the earlier one stopped."""
-        return cfg.dataset, cfg.block_size
-
-    def batches_at(self, step: int) -> list[dict[str, Any]]:
-        """This rank's micro-batches: its share of the step's samples, the same for any number of ranks."""
-        stage = stage_at(self.stages, step)
-        cfg, mix = stage.cfg, self.mixes[self.key(stage.cfg)]
-        earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
-                      if s.first < stage.first and self.key(s.cfg) == self.key(cfg))
-        share = cfg.global_batch_size // self.run.world_size
-        first = earlier + (step - stage.first) * cfg.global_batch_size + self.run.rank * share
-        rows = mix.samples(first, share)  # (share, T + 1)
-        eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
-        return [text_batch(part, eot_id) | {"z_loss": cfg.z_loss}
-                for part in np.split(rows, share // cfg.micro_batch_size)]
+def batches_at(data: StagedData, step: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step."""
+    cfg, mix, first, count = data.share(step)
+    eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
+    return [text_batch(rows, eot_id) | {"z_loss": cfg.z_loss}
+            for rows in np.split(mix.samples(first, count), count // cfg.micro_batch_size)]
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
@@ -178,20 +158,18 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, given) as run:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
             run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
-        cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed).epoch_samples()
-                         / stage.global_batch_size)
-        data = TextData(cfg, run)
-        tokenizer = run.tokenizer = data.last_mix.tokenizer
+        cfg = in_epochs(cfg)
+        data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
+        tokenizer = run.tokenizer = data.tokenizer
         check_vocabulary(cfg, data)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, run)
-        hashes = {k: digest for mix in data.mixes.values() for k, digest in mix.hashes().items()}
-        run.identify(cfg, data=hashes)
+        run.identify(cfg, data=data.hashes())
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
             model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "
                   f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP a token; "
                   f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
-        results = fit(cfg, model, data.batches_at,
+        results = fit(cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: next_token_loss(module, batch, tokenizer.vocab_size),
                       evaluation, run)
         print_summary(model.eval(), data, results, run)
@@ -219,20 +197,18 @@ def context_length(cfg: TrainConfig) -> int:
     return max(lengths)
 
 
-def check_vocabulary(cfg: TrainConfig, data: TextData) -> None:
-    """UserError unless all data, and the model it starts from, agree in what an id means."""
-    tokenizer = data.last_mix.tokenizer
-    if any(mix.tokenizer.definition != tokenizer.definition for mix in data.mixes.values()):
-        raise UserError("stages: their data sets were made with different tokenizers")
+def check_vocabulary(cfg: TrainConfig, data: StagedData) -> None:
+    """UserError unless the data and the model agree in what an id means."""
+    tokenizer = data.tokenizer
     if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
         raise UserError(f"vocab_size={cfg.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids")
     if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
         raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset}")
 
 
-def print_summary(model: GPT, data: TextData, results: dict[str, float], run: Run) -> None:
+def print_summary(model: GPT, data: StagedData, results: dict[str, float], run: Run) -> None:
     """What was trained, how good it is beside file compressors, how it writes, and what to do next."""
-    tokenizer, folder = data.last_mix.tokenizer, data.last_mix.folders[0]
+    tokenizer, folder = data.tokenizer, data.last_mix.folders[0]
     sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all
     if run.rank > 0 or not results:
         return

@@ -1,16 +1,17 @@
 """From data folders to batches: which row of which folder a step reads, as a pure function of the step.
 
-    mix = Mix("code:0.7,books:0.3", block_size=256, seed=1337)
+    mix = Mix("code:0.7,books:0.3", block_size=256, seed=1337, kind=Rows)
     rows = mix.samples(first=step * batch_size, count=batch_size)       # (count, T + 1) int64
     batch = text_batch(rows, mix.eot_id)
 
-A row is T + 1 consecutive tokens: T inputs, and T targets one further on. An epoch walks all rows of a folder
-once, in a permutation seeded by (seed, folder, epoch). There is no state to save: sample number k is always
-the same row.
+What a row is, its kind says. Rows, of text: T + 1 consecutive tokens, T inputs, and T targets one further on.
+parts/chat_data.py has those of chats and preferences. An epoch walks all rows of a folder once, in a
+permutation seeded by (seed, folder, epoch). There is no state to save: sample number k is always the same
+row. `StagedData` says which samples are a step's, on a rank, in the stages of a run.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ import torch
 
 from configurator import UserError
 from parts.losses import IGNORE
+from parts.run import plan, stage_at, with_steps
 from parts.shards import DataFolder, file_sha256
 from parts.tokenizer import Tokenizer
 
@@ -48,6 +50,8 @@ def dataset_folder(name: str) -> Path:
 
 class Rows:
     """One split of a data folder as rows of T + 1 tokens; a row never spans two shards."""
+
+    kind = "text"
 
     def __init__(self, data: DataFolder, split: str, block_size: int):
         """Raises UserError where no shard holds a whole row."""
@@ -80,20 +84,23 @@ class Rows:
 class Mix:
     """The training rows of several folders, in fixed proportions at every moment of the run."""
 
-    def __init__(self, spec: str, block_size: int, seed: int):
+    def __init__(self, spec: str, block_size: int, seed: int, kind: Callable = Rows):
+        """kind: what makes rows of (an opened folder, "train", block_size), and whose `kind` folders must be.
+        """
         entries = parse_mix(spec)
         self.folders = [DataFolder(path) for path, _ in entries]
         self.weights = [weight for _, weight in entries]
         tokenizers = {file_sha256(folder.folder / "tokenizer.json") for folder in self.folders}
         for data in self.folders:
-            if data.meta["kind"] != "text":
-                raise UserError(f"{data.folder}: holds {data.meta['kind']} rows, not text")
+            if data.meta["kind"] != kind.kind:
+                raise UserError(f"{data.folder}: holds {data.meta['kind']} rows, not {kind.kind}; prepare.py "
+                                f"--kind={kind.kind} makes those")
             if data.meta.get("tokenizer_sha256") not in (None, file_sha256(data.folder / "tokenizer.json")):
                 raise UserError(f"{data.folder}: its tokenizer.json is not the one it was made with")
         if len(tokenizers) > 1:
             raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
-        self.rows = [Rows(folder, "train", block_size) for folder in self.folders]
+        self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed
         self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest epochs only
 
@@ -126,15 +133,23 @@ class Mix:
         order = np.lexsort((owner, np.concatenate(times)))[first - before:first - before + count]
         return owner[order], number[order]
 
-    def samples(self, first: int, count: int) -> np.ndarray:
-        """The run's samples first ... first + count - 1: (count, T + 1) int64."""
+    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+        """(folder, row in it) of the run's samples first ... first + count - 1, (count,) int64 each."""
         owner, number = self.picks(first, count)
-        out = np.empty((count, self.rows[0].T + 1), dtype=np.int64)
         for folder in np.unique(owner):
             mine = owner == folder
             epoch, place = np.divmod(number[mine], len(self.rows[folder]))
-            indices = [self.permutation(int(folder), int(e))[p] for e, p in zip(epoch, place, strict=True)]
-            out[mine] = self.rows[folder].read(np.array(indices))
+            number[mine] = [self.permutation(int(folder), int(e))[p]
+                            for e, p in zip(epoch, place, strict=True)]
+        return owner, number
+
+    def samples(self, first: int, count: int) -> np.ndarray:
+        """The rows of these samples, (count, ...) int64, whatever shape a row has: (T + 1,) of text."""
+        owner, index = self.places(first, count)
+        parts = {int(folder): self.rows[folder].read(index[owner == folder]) for folder in np.unique(owner)}
+        out = np.empty((count, *next(iter(parts.values())).shape[1:]), dtype=np.int64)
+        for folder, rows in parts.items():
+            out[owner == folder] = rows
         return out
 
     def permutation(self, folder: int, epoch: int) -> np.ndarray:
@@ -146,6 +161,54 @@ class Mix:
             generator = np.random.default_rng((self.seed, folder, epoch))
             self.permutations[key] = generator.permutation(len(self.rows[folder]))
         return self.permutations[key]
+
+
+class StagedData:
+    """Which samples a step reads, stage by stage: the same ones for any number of ranks."""
+
+    def __init__(self, cfg: Any, kind: Callable = Rows, rank: int = 0, world_size: int = 1):
+        """cfg: a run's. Raises UserError where its stages' data sets differ in their tokenizers."""
+        self.stages, self.rank, self.world_size = plan(cfg), rank, world_size
+        self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed, kind)
+                      for stage in self.stages}
+        self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
+        self.tokenizer = self.last_mix.tokenizer
+        if any(mix.tokenizer.definition != self.tokenizer.definition for mix in self.mixes.values()):
+            raise UserError("stages: their data sets were made with different tokenizers")
+
+    @staticmethod
+    def key(cfg: Any) -> tuple[str, int]:
+        """Stages that agree in this read the same rows, the later one from where the earlier one stopped."""
+        return cfg.dataset, cfg.block_size
+
+    def share(self, step: int) -> tuple[Any, Mix, int, int]:
+        """This rank's part of a step: the stage's configuration, its mix, the first sample, how many."""
+        stage = stage_at(self.stages, step)
+        cfg = stage.cfg
+        earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
+                      if s.first < stage.first and self.key(s.cfg) == self.key(cfg))
+        count = cfg.global_batch_size // self.world_size
+        first = earlier + (step - stage.first) * cfg.global_batch_size + self.rank * count
+        return cfg, self.mixes[self.key(cfg)], first, count
+
+    def used(self) -> Iterator[tuple[Any, np.ndarray]]:
+        """(rows, which of them the run reads) of every folder of every mix."""
+        for key, mix in self.mixes.items():
+            count = sum((stage.last - stage.first) * stage.cfg.global_batch_size
+                        for stage in self.stages if self.key(stage.cfg) == key)
+            owner, index = mix.places(0, count)
+            for folder, rows in enumerate(mix.rows):
+                yield rows, np.unique(index[owner == folder])
+
+    def hashes(self) -> dict[str, str]:
+        """`Mix.hashes` of all stages."""
+        return {folder: digest for mix in self.mixes.values() for folder, digest in mix.hashes().items()}
+
+
+def in_epochs(cfg: Any, kind: Callable = Rows) -> Any:
+    """`cfg` with its stages' epochs turned into steps."""
+    return with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind).epoch_samples()
+                      / stage.global_batch_size)
 
 
 def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
@@ -170,10 +233,14 @@ def validation_batches(rows: Rows, limit_tokens: int | None, batch_size: int, ra
     forward.
     """
     total = len(rows) if limit_tokens is None else min(len(rows), max(1, limit_tokens // rows.T))
-    step = batch_size * world_size
-    for begin in range(0, total, step):
-        mine = np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
+    for mine in shares(total, batch_size, rank, world_size):
         batch = text_batch(rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64)), eot_id)
         if not len(mine):
             batch |= {"targets": torch.full_like(batch["targets"], IGNORE), "count": 0}
         yield batch
+
+
+def shares(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """This rank's batches of the numbers 0 ... total - 1, as many on each rank, so that some may be empty."""
+    for begin in range(0, total, batch_size * world_size):
+        yield np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))

@@ -7,8 +7,9 @@ Each row is what it would be alone: rows see no padding, and draw from their own
 is full, its last block_size // 2 tokens are read anew and the others forgotten. Shapes: B rows, V vocab_size.
 """
 
+import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -70,16 +71,26 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
     return logits
 
 
+@dataclass
+class Past:
+    """What a text leaves behind for one that goes on with it: its ids, and their keys and values."""
+
+    cache: KVCache | None = None
+    ids: list[int] = field(default_factory=list)
+
+
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
-             vocab_size: int | None = None, first_row: int = 0) -> Iterator[list[int | None]]:
+             vocab_size: int | None = None, first_row: int = 0,
+             past: Past | None = None) -> Iterator[list[int | None]]:
     """Yield one token a row and step, None for rows that have ended; at most max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
     new ids): asked after each token whether the row ends with it. vocab_size: ids from there on are never
     chosen (a model may have more rows than its tokenizer has tokens). first_row: number of the first prompt,
-    for its seed.
+    for its seed. past: of a single prompt, what an earlier call left behind: the beginning that the prompt
+    shares with it is not read again.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -90,15 +101,20 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
     seeds = [sampling.seed * 2**20 + first_row + row for row in range(len(prompts))]
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
                            for seed in seeds]).to(device)  # (B, steps)
-    cache = None
+    cache, unread = None, context  # unread: what of each row is not in the cache
+    if past is not None and past.cache is not None:
+        shared = len(os.path.commonprefix([past.ids, context[0][:-1]]))
+        cache, unread = past.cache, [context[0][shared:]]
+        cache.hold([shared])
     for step in range(max_new_tokens):
         if cache is None:
             longest = min(block_size, max(map(len, context)) + max_new_tokens - step)
-            cache = KVCache(model.config, len(context), longest, device, compute_dtype(model))
-            logits = forward_last(model, context, cache)
-        else:
-            logits = forward_last(model, [row[-1:] for row in context], cache)
+            slots, unread = longest if past is None else block_size, context
+            cache = KVCache(model.config, len(context), slots, device, compute_dtype(model))
+        logits = forward_last(model, unread, cache)
         cache.hold([len(row) for row in context])
+        if past is not None:
+            past.cache, past.ids = cache, context[0].copy()
         logits = penalize(logits[:, :vocab_size].float(), context, sampling.repetition_penalty)
         tokens = choose(logits, uniform[:, step], sampling).tolist()
         step_tokens = [token if alive else None for token, alive in zip(tokens, live, strict=True)]
@@ -111,6 +127,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
                 live[row], context[row] = False, [token]  # stays in the batch, needs no cache
             elif len(context[row]) > block_size:
                 context[row], cache = context[row][-max(1, block_size // 2):], None
+        unread = [row[-1:] for row in context]
         yield step_tokens
         if not any(live):
             return

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
-from parts import checkpoint
+from parts import adapters, checkpoint
 
 # The two tables whose rows are token ids: padded in memory, cut when saved.
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
@@ -35,6 +35,7 @@ LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_hea
 GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
              "intermediate_size": "n_inner", "block_size": "n_positions", "norm_eps": "layer_norm_epsilon",
              "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
+EndIds = int | list[int] | None  # of a text: none, one or several
 # What transformers assumes where a config.json leaves the key out.
 LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
 # Sizes without which transformers derives others from the rest; all other sizes have to be there.
@@ -47,12 +48,12 @@ TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": Fa
 def find_folder(path: str | Path) -> Path:
     """The folder of a model: that itself, the best (else last) checkpoint of an out_dir, or a download."""
     path = Path(path)
-    if (path / "config.json").is_file():
+    if is_model(path):
         return path
     if (path / "checkpoints.json").is_file():
         pointers = checkpoint.read_pointers(path)
         name = pointers.get("best") or pointers.get("last")
-        if not isinstance(name, str) or not (path / name / "config.json").is_file():
+        if not isinstance(name, str) or not is_model(path / name):
             raise UserError(f"{path / 'checkpoints.json'}: points to no checkpoint; give a step's folder")
         return path / name
     nested_here = path.parent != Path(".") and path.parent.exists()
@@ -67,8 +68,20 @@ def find_folder(path: str | Path) -> Path:
         raise UserError(f"{path}: no such folder, and the hub does not give it: {reason}") from None
 
 
+def is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or adapters.is_adapter(folder)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
-    """GPTConfig's fields from config.json. Raises UserError naming the first thing that is not supported."""
+    """GPTConfig's fields from config.json. Raises UserError naming the first thing that is not supported.
+
+    Of an adapter: those of its base, with the vocabulary of the tables that it brings.
+    """
+    if adapters.is_adapter(folder):
+        tables = [len(tensor) for name, tensor in adapters.read_adapter(folder)[0].items()
+                  if name in VOCABULARY_TABLES]
+        fields = read_config(Path(adapters.base_of(folder)["path"]))
+        return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
     place = folder / "config.json"
     try:
         config = json.loads(place.read_text(encoding="utf-8"))
@@ -166,11 +179,10 @@ def architecture(config: Any) -> str:
     return "nanollama"
 
 
-def write_config(config: Any, eos_token_id: int | None) -> dict[str, Any]:
+def write_config(config: Any, eos_token_id: EndIds) -> dict[str, Any]:
     """config.json's contents for a GPTConfig."""
     kind = architecture(config)
-    common = {"model_type": kind, "bos_token_id": eos_token_id, "eos_token_id": eos_token_id,
-              "pad_token_id": None, "torch_dtype": "float32"}
+    common = {"model_type": kind, **special_ids(eos_token_id), "torch_dtype": "float32"}
     if kind == "nanollama":
         return common | {"gpt_config": dataclasses.asdict(config),
                          "note": "transformers has no architecture like this: only nanollama loads it"}
@@ -236,9 +248,15 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of every stored weight, one by one; UserError for a missing or damaged file."""
+    """(our name, tensor) of every stored weight, one by one; UserError for a missing or damaged file.
+
+    Of an adapter: its base's weights with the adapter added.
+    """
     if (folder / "manifest.json").is_file() and (problem := checkpoint.fault(folder, model_only=True)):
         raise UserError(f"{folder}: damaged: {problem} (if it was changed on purpose, delete manifest.json)")
+    if adapters.is_adapter(folder):
+        yield from adapters.merged(folder, read_tensors(Path(adapters.base_of(folder)["path"])))
+        return
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]
     if index.is_file():
@@ -259,15 +277,26 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
             raise UserError(f"{folder / file}: damaged: {error}") from None
 
 
-def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: int | None) -> None:
+def special_ids(eos_token_id: EndIds) -> dict[str, Any]:
+    """What config.json and generation_config.json say of the ids that open and end a text. Where several end
+    one, as in chats, the last is that between texts."""
+    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return {"bos_token_id": ends[-1], "eos_token_id": eos_token_id, "pad_token_id": None}
+
+
+def write_generation_config(folder: Path, eos_token_id: EndIds) -> None:
+    text = json.dumps(special_ids(eos_token_id), indent=2) + "\n"
+    (folder / "generation_config.json").write_text(text, encoding="utf-8")
+
+
+def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: EndIds) -> None:
     """Write the three files of a model folder. state: by our names; padding rows are cut, all is float32."""
     folder.mkdir(parents=True, exist_ok=True)
     described = write_config(config, eos_token_id)
-    generation = {key: described[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id")}
-    for name, content in (("config.json", described), ("generation_config.json", generation)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    tables = {"model.embed_tokens.weight", "lm_head.weight"}
-    state = {name: tensor[:config.vocab_size] if name in tables else tensor for name, tensor in state.items()}
+    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+    write_generation_config(folder, eos_token_id)
+    state = {name: tensor[:config.vocab_size] if name in VOCABULARY_TABLES else tensor
+             for name, tensor in state.items()}
     state = to_gpt2(state) if described["model_type"] == "gpt2" else state
     save_file({name: tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()},
               folder / "model.safetensors", metadata={"format": "pt"})

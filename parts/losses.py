@@ -1,15 +1,18 @@
 """Loss heads: from the last hidden states to a summed loss, chunk by chunk, with no (B, T, V) tensor.
 
     loss, nll = linear_cross_entropy(hidden, weight, targets, vocab_size)     # inside model(ids, head=...)
+    log_probs = linear_log_probs(hidden, weight, targets, vocab_size)         # of single tokens, for DPO
 
-Each chunk computes its logits, its loss and at once its gradients for `hidden` and `weight`; only those are
-kept for the backward pass. Sums, never means: the loop divides by the global count. All reductions are in
-float32. Shapes: N = B * T positions, C n_embd, V vocab_size, P the table's rows (V and padding).
+Each chunk of the cross-entropy computes its logits, its loss and at once its gradients for `hidden` and
+`weight`; only those are kept for the backward pass. Sums, never means: the loop divides by the global count.
+All reductions are in float32. Shapes: N = B * T positions, C n_embd, V vocab_size, P the table's rows (V and
+padding).
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 IGNORE = -100  # target of a position that is not trained on, as in torch's and Hugging Face's losses
@@ -24,12 +27,21 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     carries the gradient; loss without it, for the log), float32 scalars; 0 where no target is. z-loss: PaLM,
     arXiv 2204.02311, section 5.
     """
-    dtype = hidden.dtype
-    if torch.is_autocast_enabled(hidden.device.type):
-        dtype = torch.get_autocast_dtype(hidden.device.type)
+    dtype = compute_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
                                         vocab_size, z_loss, dtype, torch.is_grad_enabled())
+
+
+def compute_dtype(hidden: Tensor) -> torch.dtype:
+    """In which the products are computed: autocast's dtype where it is on, else that of the hidden states."""
+    device = hidden.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+
+
+def chunk_rows(hidden: Tensor) -> int:
+    """Positions in a chunk: it fills a GPU, or keeps its logits near a CPU's cache."""
+    return 2048 if hidden.is_cuda else 512
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -43,9 +55,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         z_term = hidden.new_zeros((), dtype=torch.float32)
-        rows = 2048 if hidden.is_cuda else 512  # a chunk fills a GPU, or keeps its logits near a CPU's cache
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        for start in range(0, len(hidden), chunk_rows(hidden)):
+            chunk = slice(start, start + chunk_rows(hidden))
             h, target = hidden[chunk].to(dtype), targets[chunk]  # (n, C), (n,)
             logits = (h @ matrix.T).float()  # (n, P)
             logits[:, vocab_size:] = -torch.inf
@@ -77,3 +88,68 @@ class LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple:
         grad_hidden, grad_weight = ctx.saved_tensors
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None, None
+
+
+def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """log p(target) at each position: hidden (N, C), weight (P, C), targets (N,) int64 -> (N,) float32.
+
+    What the positions will count for is not known here, so the backward pass computes the logits once more,
+    chunk by chunk: a fourth product in place of (N, V) in memory.
+    """
+    dtype = compute_dtype(hidden)
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearLogProbs.apply(hidden, weight, targets, vocab_size, dtype)
+
+
+class LinearLogProbs(torch.autograd.Function):
+    """The autograd side of `linear_log_probs`."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
+                dtype: torch.dtype) -> Tensor:
+        log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
+        at_target = torch.empty_like(log_z)
+        matrix = weight.to(dtype)[:vocab_size]  # (V, C)
+        for start in range(0, len(hidden), chunk_rows(hidden)):
+            chunk = slice(start, start + chunk_rows(hidden))
+            logits = (hidden[chunk].to(dtype) @ matrix.T).float()  # (n, V)
+            log_z[chunk] = logits.logsumexp(dim=-1)
+            at_target[chunk] = logits.gather(1, targets[chunk, None])[:, 0]
+        ctx.save_for_backward(hidden, weight, targets, log_z)
+        ctx.vocab_size, ctx.dtype = vocab_size, dtype
+        return at_target - log_z
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple:
+        hidden, weight, targets, log_z = ctx.saved_tensors
+        matrix = weight.to(ctx.dtype)[:ctx.vocab_size]
+        grad_hidden = torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        for start in range(0, len(hidden), chunk_rows(hidden)):
+            chunk = slice(start, start + chunk_rows(hidden))
+            h, g = hidden[chunk].to(ctx.dtype), grad[chunk, None]  # (n, C), (n, 1)
+            # d log p(target) / d logits = one_hot - softmax
+            d_logits = (h @ matrix.T).float().sub_(log_z[chunk, None]).exp_().mul_(-g)  # (n, V)
+            d_logits.scatter_add_(1, targets[chunk, None], g)
+            d_logits = d_logits.to(ctx.dtype)
+            grad_hidden[chunk] = d_logits @ matrix
+            if ctx.needs_input_grad[1]:
+                grad_weight[:ctx.vocab_size] += d_logits.T @ h
+        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, None, None, None
+
+
+def preference_loss(log_ratios: Tensor, lengths: Tensor, beta: float, label_smoothing: float = 0.0,
+                    kind: Literal["dpo", "ipo"] = "dpo") -> Tensor:
+    """The loss of each of n pairs, (n,), from how much likelier the policy made their answers.
+
+    log_ratios: (2, n), log p(answer) - log p_reference(answer), each summed over the answer's tokens, of the
+    chosen answers and of the rejected ones. lengths: (2, n), those tokens. beta: how much it costs to leave
+    the reference. dpo: arXiv 2305.18290, equation 7; with label_smoothing, the share of pairs that are the
+    wrong way round, conservative DPO (ericmitchell.ai/cdpo.pdf, 2023). ipo: arXiv 2310.12036, equation 17, on
+    ratios a token, as its authors have it.
+    """
+    if kind == "ipo":
+        chosen, rejected = log_ratios / lengths
+        return (chosen - rejected - 1 / (2 * beta)).square()
+    margin = beta * (log_ratios[0] - log_ratios[1])  # (n,)
+    return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)

@@ -120,7 +120,10 @@ def step_text(step: int, total: int) -> str:
 
 
 def log_line(event: dict[str, Any], total: int) -> str:
+    """An event of training on one line; metrics with a / in their name are in metrics.jsonl only."""
+    metrics = list(event)[1:list(event).index("lr")]
+    others = "".join(f"{name} {event[name]:6.3f}  " for name in metrics if name != "loss" and "/" not in name)
     used = f"  mfu {event['mfu']:5.1%}" if event["mfu"] is not None else ""
-    return (f"{step_text(event['step'], total)}  loss {event['loss']:7.4f}  lr {event['lr']:.2e}  "
+    return (f"{step_text(event['step'], total)}  loss {event['loss']:7.4f}  {others}lr {event['lr']:.2e}  "
             f"norm {event['grad_norm']:6.3f}  {event['tokens_per_second']:>9,.0f} tok/s{used}  "
             f"{event['memory_gb']:5.2f} GB  {event['seconds']:,.0f} s")

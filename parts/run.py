@@ -155,7 +155,7 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
     common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
     if fixed := (common - OF_A_STAGE) & changes.keys():
         raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
-    if {"rope_theta", "rope_scaling"} & changes.keys() and cfg.position == "learned":
+    if {"rope_theta", "rope_scaling"} & changes.keys() and getattr(cfg, "position", None) == "learned":
         raise UserError(f"stages[{number}]: position=learned has no rotary base to change")
     values, theta = dict(changes), changes.get("rope_theta")
     if isinstance(theta, tuple | list):

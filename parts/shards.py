@@ -5,15 +5,18 @@
     data = DataFolder("data/pystdlib");  data.shards["train"][0]           # np.memmap of ids
     data.verify()                                                          # every byte, by sha256
 
-Shards are little-endian ids without a header, so np.memmap alone reads them too. meta.json is written last,
-by rename: a folder without it does not exist.
+Shards are little-endian ids without a header, so np.memmap alone reads them too. In a folder of chats or
+preferences a file of the shard's name that ends in .mask has a uint8 for each token: of a chat, 1 where the
+assistant speaks; of a preference, 0 in the prompt, 1 in the chosen answer, 2 in the rejected one. There, too,
+an end-of-text token stands behind every row. meta.json is written last, by rename: a folder without it does
+not exist.
 """
 
 import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -36,27 +39,50 @@ def naming(path: Path) -> Iterator[None]:
         raise
 
 
+class HashedFile:
+    """A new file, and the SHA-256 of what was written to it."""
+
+    def __init__(self, path: Path):
+        self.path, self.digest, self.file = path, hashlib.sha256(), open(path, "wb")
+
+    def write(self, values: np.ndarray) -> None:
+        data = values.tobytes()
+        with naming(self.path):
+            self.file.write(data)
+        self.digest.update(data)
+
+    def close(self) -> str:
+        """Force it to disk; returns the hash."""
+        with naming(self.path):
+            self.file.flush()
+            os.fsync(self.file.fileno())
+        self.file.close()
+        return self.digest.hexdigest()
+
+
 class ShardWriter:
     """Appends ids to <folder>/<split>_00000.bin, _00001.bin, ... and keeps count of what it wrote."""
 
-    def __init__(self, folder: Path, split: str, dtype: Any):
+    def __init__(self, folder: Path, split: str, dtype: Any, masked: bool = False):
         self.folder, self.split, self.dtype = folder, split, np.dtype(dtype).newbyteorder("<")
+        self.masked = masked
         self.documents, self.tokens, self.bytes = 0, 0, 0
-        self.shards: list[dict[str, Any]] = []  # {"name", "tokens", "sha256"} of each closed shard
-        self.file: Any = None
+        self.shards: list[dict[str, Any]] = []  # SHARD_KEYS of each closed shard, and mask_sha256 if masked
+        self.files: list[HashedFile] = []  # of the open shard: ids and, if masked, their mask
 
-    def write(self, ids: np.ndarray, documents: int, byte_count: int) -> None:
-        """Append the ids (tokens,) of some whole documents that have so many bytes of UTF-8."""
+    def write(self, ids: np.ndarray, documents: int, byte_count: int, mask: np.ndarray | None = None) -> None:
+        """Append the ids (tokens,) of some whole documents that have so many bytes of UTF-8; with them, if
+        the shards are masked, their mask (tokens,)."""
         if not len(ids):
             return
-        if self.file is None:
-            self.name = f"{self.split}_{len(self.shards):05d}.bin"
-            self.digest, self.size = hashlib.sha256(), 0
-            self.file = open(self.folder / self.name, "wb")
-        data = ids.astype(self.dtype, copy=False).tobytes()
-        with naming(self.folder / self.name):
-            self.file.write(data)
-        self.digest.update(data)
+        if not self.files:
+            self.name, self.size = f"{self.split}_{len(self.shards):05d}.bin", 0
+            self.files = [HashedFile(self.folder / self.name)]
+            if self.masked:
+                self.files.append(HashedFile(mask_path(self.folder / self.name)))
+        self.files[0].write(ids.astype(self.dtype, copy=False))
+        if self.masked:
+            self.files[1].write(mask.astype(np.uint8, copy=False))
         self.size += len(ids)
         self.documents += documents
         self.tokens += len(ids)
@@ -66,13 +92,16 @@ class ShardWriter:
 
     def close(self) -> None:
         """Force the open shard, if any, to disk."""
-        if self.file is not None:
-            with naming(self.folder / self.name):
-                self.file.flush()
-                os.fsync(self.file.fileno())
-            self.file.close()
-            self.file = None
-            self.shards.append({"name": self.name, "tokens": self.size, "sha256": self.digest.hexdigest()})
+        if self.files:
+            shard = {"name": self.name, "tokens": self.size}
+            for key, file in zip(("sha256", "mask_sha256"), self.files, strict=False):
+                shard[key] = file.close()
+            self.shards.append(shard)
+            self.files = []
+
+
+def mask_path(shard: Path) -> Path:
+    return shard.with_suffix(".mask")
 
 
 def write_json(path: Path, content: Any) -> None:
@@ -113,9 +142,13 @@ class DataFolder:
         try:
             self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
             version, dtype = self.meta["format_version"], np.dtype(self.meta["dtype"]).newbyteorder("<")
-            self.meta["shards"] = [{key: kind(shard[key]) for key, kind in SHARD_KEYS.items()}
+            masked = self.meta["kind"] != "text"
+            keys = SHARD_KEYS | ({"mask_sha256": str} if masked else {})
+            self.meta["shards"] = [{key: kind(shard[key]) for key, kind in keys.items()}
                                    for shard in self.meta["shards"]]
-            listed = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
+            sizes = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
+            masks = {mask_path(Path(shard["name"])).name: shard["tokens"] for shard in self.meta["shards"]}
+            listed = sizes | masks if masked else sizes
             for key, kind in (("kind", str), ("vocab_size", int), ("bytes", dict), ("inputs", dict)):
                 if type(self.meta[key]) is not kind:
                     raise TypeError(f"{key} is {self.meta[key]!r}")
@@ -127,22 +160,28 @@ class DataFolder:
             raise UserError(f"{self.folder / 'meta.json'}: not a data set's ({reason})") from None
         if version != FORMAT_VERSION:
             raise UserError(f"{self.folder}: format version {version}, this program reads {FORMAT_VERSION}")
-        found = {path.name: path.stat().st_size for path in self.folder.glob("*.bin")}
+        found = {path.name: path.stat().st_size for pattern in ("*.bin", "*.mask")
+                 for path in self.folder.glob(pattern)}
         for name in sorted(listed.keys() | found.keys()):
             if name not in found:
                 raise UserError(f"{self.folder / name}: shard is missing")
             if name not in listed:
                 raise UserError(f"{self.folder / name}: shard is not in meta.json")
             if found[name] != listed[name]:
-                sizes = f"{found[name]:,} bytes, meta.json says {listed[name]:,}"
-                raise UserError(f"{self.folder / name}: {sizes}")
-        self.shards: dict[str, list[np.memmap]] = {
-            split: [np.memmap(self.folder / name, dtype, "r") for name in listed if name.startswith(split)]
-            for split in ("train", "val")}
+                difference = f"{found[name]:,} bytes, meta.json says {listed[name]:,}"
+                raise UserError(f"{self.folder / name}: {difference}")
+        self.shards = self.mapped(sizes, dtype)
+        self.masks = self.mapped(masks if masked else {}, np.uint8)
+
+    def mapped(self, names: Iterable[str], dtype: Any) -> dict[str, list[np.memmap]]:
+        """{"train": the mapped files whose names begin so, "val": ..}."""
+        return {split: [np.memmap(self.folder / name, dtype, "r") for name in names if name.startswith(split)]
+                for split in ("train", "val")}
 
     def verify(self) -> None:
         """Compare every shard's content with its sha256. Raises UserError for the first that differs."""
         for shard in self.meta["shards"]:
             path = self.folder / shard["name"]
-            if file_sha256(path) != shard["sha256"]:
-                raise UserError(f"{path}: content does not match its sha256 in meta.json")
+            for file, key in ((path, "sha256"), (mask_path(path), "mask_sha256")):
+                if key in shard and file_sha256(file) != shard[key]:
+                    raise UserError(f"{file}: content does not match its sha256 in meta.json")

@@ -3,6 +3,7 @@
     files, ignored = find_files("notes.md,corpus/*.jsonl.zst")   # files, folders, globs; or "pystdlib"
     for row in read_rows(files, "text", piece=2**20): ...        # raw rows: cheap, for the process that reads
     text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
+    fields = value_of(row)                                       # all its keys, for chats and preferences
 
 A row is a line of .jsonl, an element of a .json array, a value of a .parquet column, or a text file (.txt .md
 .py; a large one is cut at line ends). .gz .xz .zst are unpacked on the way. Lines end at \\n and nowhere
@@ -137,8 +138,10 @@ class XZReader(io.RawIOBase):
                 return len(data)
 
 
-def read_rows(files: list[Path], text_key: str, piece: int, progress: Any = None) -> Iterator[Row]:
+def read_rows(files: list[Path], text_key: str | None, piece: int, progress: Any = None) -> Iterator[Row]:
     """Every row of every file, in order; text is cut near every `piece` bytes. progress(n): n bytes read.
+
+    text_key: the column of a .parquet; None takes all of them, as a dict.
 
     Raises UserError for a damaged archive, a Parquet file without the column, a .json too large to be read
     whole.
@@ -266,22 +269,26 @@ def skip_blank(text: str, at: int) -> int:
     return at
 
 
-def parquet_rows(path: Path, text_key: str) -> Iterator[Row]:
-    """One row a value of the column, a batch of rows in memory at a time."""
+def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
+    """One row a value of the column, or a dict of all columns, a batch of rows in memory at a time."""
     import pyarrow.parquet
     with pyarrow.parquet.ParquetFile(path) as file:
-        if text_key not in file.schema_arrow.names:
+        if text_key is not None and text_key not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {names}")
         number = 0
-        for batch in file.iter_batches(batch_size=256, columns=[text_key]):
-            for value in batch.column(0).to_pylist():
+        columns = None if text_key is None else [text_key]
+        for batch in file.iter_batches(batch_size=256, columns=columns):
+            for value in (batch if text_key is None else batch.column(0)).to_pylist():
                 number += 1
                 yield Row(f"{path}:{number}", "value", value)
 
 
-def hub_rows(name: str, text_key: str) -> Iterator[Row]:
-    """Stream NAME[:CONFIG[:SPLIT]] of the Hugging Face hub, or a local folder, through `datasets`."""
+def hub_rows(name: str, text_key: str | None) -> Iterator[Row]:
+    """Stream NAME[:CONFIG[:SPLIT]] of the Hugging Face hub, or a local folder, through `datasets`.
+
+    Each row is the value of a column, or for None a dict of all of them.
+    """
     try:
         import datasets
     except ImportError:
@@ -293,23 +300,28 @@ def hub_rows(name: str, text_key: str) -> Iterator[Row]:
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(stream, 1):
-            yield Row(f"hf:{name}:{number}", "value", row.get(text_key))
+            yield Row(f"hf:{name}:{number}", "value", row if text_key is None else row.get(text_key))
     except (OSError, ValueError) as error:  # what `datasets` raises for a name, a network or a file
         raise UserError(f"source=hf:{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 
-def document(row: Row, text_key: str) -> str:
-    """The row's text. Raises Skip with the reason if there is none that can be used."""
-    value = row.content
+def value_of(row: Row) -> Any:
+    """The row's content as Python's: text, or what the JSON says. Raises Skip with the reason if it is bad.
+    """
     if row.kind == "bad":
-        raise Skip(value)
+        raise Skip(row.content)
     if row.kind == "text":
         try:
-            value = value.decode("utf-8")
+            return row.content.decode("utf-8")
         except UnicodeDecodeError:
             raise Skip("not UTF-8") from None
+    return parse_json(row.content) if row.kind == "json" else row.content
+
+
+def document(row: Row, text_key: str) -> str:
+    """The row's text. Raises Skip with the reason if there is none that can be used."""
+    value = value_of(row)
     if row.kind == "json":
-        value = parse_json(value)
         if not isinstance(value, dict):
             raise Skip("not a JSON object")
         if text_key not in value:

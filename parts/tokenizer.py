@@ -23,6 +23,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from configurator import UserError
 
 END_OF_TEXT = "<|endoftext|>"
+END_OF_TURN = "<|im_end|>"  # in chats, which parts/chat.py writes
 # How a text is cut before merging. Qwen2's: digits one by one, a word with one sign at most, newlines apart.
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -44,8 +45,9 @@ BYTE_TO_LETTER = {byte: letter for letter, byte in LETTER_TO_BYTE.items()}
 class Tokenizer:
     """A tokenizer.json, and what its folder's tokenizer_config.json says of it.
 
-    vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text. special_ids: the
-    ids that no text can become. prefix_ids: what the tokenizer's own template puts before a text (Llama's
+    vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text; end_ids: that, or,
+    where there is a chat template, those that end a turn or a text. special_ids: the ids that no text can
+    become. prefix_ids: what the tokenizer's own template puts before a text (Llama's
     <s>; nothing for ours).
     """
 
@@ -67,6 +69,8 @@ class Tokenizer:
         self.eot_id = self.hf.token_to_id(end)
         if self.eot_id is None:
             raise UserError(f"tokenizer: the end-of-text token {end!r} is not in the vocabulary")
+        turn = self.hf.token_to_id(END_OF_TURN) if "chat_template" in self.settings else None
+        self.end_ids = self.eot_id if turn in (None, self.eot_id) else [turn, self.eot_id]
 
     @classmethod
     def load(cls, source: str | Path) -> "Tokenizer":
@@ -101,6 +105,15 @@ class Tokenizer:
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
         hf.add_special_tokens([END_OF_TEXT])
         return cls(json.loads(hf.to_str()))
+
+    def extended(self, special_tokens: list[str], settings: dict[str, Any]) -> "Tokenizer":
+        """A tokenizer that also has these special tokens, behind its last id, and these settings.
+
+        A special token that it has keeps its id; a plain one of that name becomes special.
+        """
+        hf = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
+        hf.add_special_tokens(special_tokens)
+        return Tokenizer(json.loads(hf.to_str()), self.settings | settings)
 
     def encode(self, text: str) -> list[int]:
         """Ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate."""

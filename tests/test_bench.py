@@ -234,8 +234,8 @@ def test_another_loss_is_refused(monkeypatch):
 
 
 def test_other_rows_are_refused(monkeypatch):
-    rows = load.TextData.batches_at
-    monkeypatch.setattr(load.TextData, "batches_at", lambda self, step: rows(self, step + 1))
+    rows = load.batches_at
+    monkeypatch.setattr(load, "batches_at", lambda data, step: rows(data, step + 1))
     with pytest.raises(UserError, match="the first batch is not what the file holds"):
         main(["load", *TOY, "--batch_size=2"])
 

@@ -3,7 +3,6 @@
 import os
 import subprocess
 import sys
-import types
 
 import numpy as np
 import pytest
@@ -16,7 +15,7 @@ from configurator import UserError, configure
 from loop import start_run
 from model import GPT
 from parts import checkpoint
-from parts.data import Mix
+from parts.data import Mix, StagedData
 from tests.conftest import ROOT, TINY_RUN
 from tests.runs import flat, run, state, weights
 
@@ -71,8 +70,8 @@ def test_no_sample_is_lost_or_read_twice(data):
     def samples(step, world_size):
         shares = []
         for rank in range(world_size):
-            place = types.SimpleNamespace(rank=rank, world_size=world_size)
-            shares += [batch["input_ids"] for batch in train.TextData(cfg, place).batches_at(step)]
+            place = StagedData(cfg, rank=rank, world_size=world_size)
+            shares += [batch["input_ids"] for batch in train.batches_at(place, step)]
         return torch.cat(shares)
 
     for step in (0, 5, 80, 700):  # several epochs
@@ -112,20 +111,20 @@ def test_a_fault_of_one_ranks_data_is_told_by_all(data, tmp_path, two_ranks):
 
 
 def bad_row_on_the_second_rank(data, out):
-    original = train.TextData.batches_at
+    original = train.batches_at
 
-    def batches_at(self, step):
-        if step == 2 and self.run.rank == 1:
+    def batches_at(place, step):
+        if step == 2 and place.rank == 1:
             raise UserError("train_00000.bin: token 7 is 60000, the vocabulary has 500 ids")
-        return original(self, step)
+        return original(place, step)
 
-    train.TextData.batches_at = batches_at
+    train.batches_at = batches_at
     try:
         run(data, out, "--max_steps=4", "--micro_batch_size=2")
     except UserError as error:
         return str(error)
     finally:
-        train.TextData.batches_at = original
+        train.batches_at = original
 
 
 def test_torchrun_tells_a_users_fault_once(tmp_path):

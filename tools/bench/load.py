@@ -3,7 +3,7 @@
     python -m tools.bench load
     python -m tools.bench load --device=cuda --block_size=1024 --batch_size=12 --n_layer=12 --n_embd=768
 
-Our batch is what fit fetches (TextData.batches_at: Mix.samples and text_batch); nanoGPT's is its get_batch
+Our batch is what fit fetches (train.batches_at: Mix.samples and text_batch); nanoGPT's is its get_batch
 written again, so no --nanogpt is needed. Checked first: our rows are the file's tokens, in the places that
 the permutation says. The step is that of `python -m tools.bench train`, by the same clock. Opened are sparse
 files: names and sizes are read, as for full ones. "of peak" is a batch's bytes as the model gets them, a
@@ -21,12 +21,12 @@ import numpy as np
 import torch
 
 from configurator import UserError
-from parts.run import Run
+from parts.data import StagedData
 from parts.shards import FORMAT_VERSION, SHARD_TOKENS, DataFolder
 from tools.bench import train
 from tools.bench.measure import baselines, copy_arm, interleaved, row, table
 from tools.bench.peers import nanogpt_batch
-from train import TextData
+from train import batches_at
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +38,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time batches, a step, and opening. UserError where a row is not the file's."""
     with tempfile.TemporaryDirectory() as scratch:
         bench = train.StepBench(cfg, train.start(cfg)[0], Path(scratch))
-        run = Run(bench.scratch, bench.device)
-        data, steps = TextData(bench.train_config("adamw"), run), iter(range(10**9))
+        data, steps = StagedData(bench.train_config("adamw")), iter(range(10**9))
         checks = check(data, bench.data)
         big = sparse_folder(Path(scratch) / "big", round(cfg.gigabytes * 1e9))
         copy, copied = copy_arm(bench.device)
@@ -47,7 +46,7 @@ def measure(cfg: Config) -> dict[str, Any]:
         dtype = "bfloat16" if bench.device.type == "cuda" else "float32"
         timings = interleaved({
             "nanoGPT get_batch": lambda: nanogpt_batch(file, bench.batch_size, T, torch.device("cpu")),
-            "our batch": lambda: data.batches_at(next(steps)),
+            "our batch": lambda: batches_at(data, next(steps)),
             "our step": bench.our_arm(bench.llama, "adamw", dtype, compiled=False).step,
             f"opening {cfg.gigabytes:g} GB": lambda: DataFolder(big),
             "copy": copy}, cfg.rounds, bench.device, cfg.seconds)
@@ -72,9 +71,9 @@ def report(figures: dict[str, Any]) -> str:
     return table(figures["arms"], "us a batch", lambda seconds: 1e6 * seconds, notes)
 
 
-def check(data: TextData, folder: Path) -> dict[str, int]:
+def check(data: StagedData, folder: Path) -> dict[str, int]:
     """The first step's inputs and targets, from the file and the seeded permutation alone, or UserError."""
-    batch, seed = data.batches_at(0)[0], data.last_mix.seed
+    batch, seed = batches_at(data, 0)[0], data.last_mix.seed
     B, T = batch["input_ids"].shape
     tokens = np.fromfile(folder / "train_00000.bin", dtype="<u2")
     order = np.random.default_rng((seed, 0, 0)).permutation((len(tokens) - 1) // T)

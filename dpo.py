@@ -1,0 +1,253 @@
+"""Stage 4, preference optimisation: of two answers a model learns to give the better one.
+
+    python dpo.py                                        # out/sft on the embedded pairs -> out/dpo
+    python dpo.py --init_from=out/sft --dataset=pairs --beta=0.1 --out_dir=out/mine
+    python dpo.py --loss=ipo --lora_rank=16 --reference=adapter_off
+
+Reads folders that `prepare.py --kind=preference --tokenizer=<init_from>` makes (that of the embedded problems
+is made here). Writes out_dir as train.py does. DPO, arXiv 2305.18290, holds the model to the one it starts
+from, the reference: its log-probabilities are computed once, before training, and kept beside the data. Batch
+sizes count pairs. Dropout is off. A pair that does not fit block_size is left out and counted.
+"""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configurator import UserError, configure, run_script
+from loop import Run, fit, start_run
+from model import GPT
+from parts import hf
+from parts.chat_data import PairRows, pair_batch
+from parts.data import Mix, StagedData, in_epochs, shares
+from parts.losses import linear_log_probs, preference_loss
+from parts.post_training import PostTrainingConfig, chat_model, require_data, write_merged
+from parts.shards import file_sha256
+
+
+@dataclass(frozen=True, kw_only=True)
+class DPOConfig(PostTrainingConfig):
+    """A run's keys, an adapter's keys, and those of preference optimisation."""
+
+    out_dir: str = "out/dpo"  # checkpoints and logs go here; the same command again continues the run
+    init_from: str = "out/sft"  # model folder, out_dir or hub id to start from, which is also the reference
+    dataset: str = "problems_preference"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
+    loss: Literal["dpo", "ipo"] = "dpo"  # ipo: its margin does not grow without end
+    beta: float = 0.1  # how much it costs to leave the reference
+    label_smoothing: float = 0.0  # dpo: the share of pairs that may be the wrong way round
+    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # where it is computed
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
+            raise UserError(f"beta={self.beta}, label_smoothing={self.label_smoothing}: must be positive, "
+                            "and at least 0 and below 0.5")
+        if self.label_smoothing and self.loss == "ipo":
+            raise UserError("label_smoothing: is of loss=dpo")
+        if self.reference == "adapter_off" and not self.lora_rank:
+            raise UserError("reference=adapter_off: there is no adapter without lora_rank")
+        if self.lora_dropout:
+            raise UserError("lora_dropout: policy and reference have to compute the same; leave it at 0")
+
+
+# ---- Loss -------------------------------------------------------------------------------------------------
+
+def answer_log_probs(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> Tensor:
+    """log p(answer | prompt), summed over the answer's tokens: (2n,), the chosen ones first."""
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden = hidden.flatten(0, 1)[batch["positions"]]  # (targets, C)
+        return linear_log_probs(hidden, weight, batch["targets"], vocab_size)
+
+    log_probs = model(batch["input_ids"], head=head)  # (targets,)
+    return log_probs.new_zeros(2 * batch["count"]).index_add(0, batch["owners"], log_probs)
+
+
+def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPOConfig,
+            vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
+    """The loss summed over the n pairs; reference: its `answer_log_probs`, (2n,).
+
+    kl: log p_reference - log p of the answers, which estimates KL(reference || policy), in nats an answer,
+    where the answers are the reference's own.
+    """
+    log_probs = answer_log_probs(model, batch, vocab_size).view(2, -1)  # (2, n)
+    lengths = torch.bincount(batch["owners"], minlength=log_probs.numel()).view(2, -1)
+    ratios = log_probs - reference.view(2, -1)
+    losses = preference_loss(ratios, lengths, cfg.beta, cfg.label_smoothing, cfg.loss)  # (n,)
+    rewards = cfg.beta * ratios.detach()  # equation 5 of the paper, up to a term that all answers share
+    margins = rewards[0] - rewards[1]
+    return losses.sum(), {
+        "loss": losses.sum(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum(),
+        "kl": -ratios.detach().mean(0).sum(), "rewards/chosen": rewards[0].sum(),
+        "rewards/rejected": rewards[1].sum(), "logps/chosen": log_probs[0].sum(),
+        "logps/rejected": log_probs[1].sum()}
+
+
+# ---- The reference ----------------------------------------------------------------------------------------
+
+class Reference:
+    """log p_reference of every answer: looked up, or computed when asked for."""
+
+    def __init__(self, cfg: DPOConfig, policy: GPT, run: Run):
+        self.cfg, self.run, self.policy, self.model = cfg, run, policy, None
+        self.vocab_size = run.tokenizer.vocab_size
+        self.tables: dict[int, Tensor] = {}  # of the rows with this id(): (rows, 2) float32
+
+    def load(self) -> GPT:
+        """The frozen reference, with the policy's vocabulary, on the device that computes it."""
+        if self.model is None:
+            device = "cpu" if self.cfg.reference == "cpu" else self.run.device
+            with torch.device("meta"):
+                self.model = GPT(self.policy.config)
+            self.model.to_empty(device=device)
+            self.model.load(hf.find_folder(self.cfg.init_from))
+            self.model.eval().requires_grad_(False)
+        return self.model
+
+    @torch.no_grad()
+    def compute(self, batch: dict[str, Any]) -> Tensor:
+        """(2n,) for a batch, whose tensors may be on any device."""
+        if self.cfg.reference == "adapter_off":
+            self.policy.use_adapter(False)
+            try:
+                return answer_log_probs(self.policy, batch, self.vocab_size)
+            finally:
+                self.policy.use_adapter(True)
+        model = self.load()
+        device = model.head_weight.device
+        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        return answer_log_probs(model, batch, self.vocab_size)
+
+    def precompute(self, rows: PairRows, indices: np.ndarray) -> None:
+        """Have the table of these rows, with the entries `indices`: from beside the data, or computed now,
+        all ranks together, and written there; NaN is an entry that no run has needed yet.
+
+        The file's name says what it follows from: the weights, the data, block_size and the dtype.
+        """
+        identity = (self.policy.base_hash, file_sha256(rows.data.folder / "meta.json"), rows.split, rows.T,
+                    "float32")
+        name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
+        path = rows.data.folder / f"reference_{name}.npy"
+        table = self.run.on_first_rank(lambda: np.load(path) if path.is_file() else None)
+        table = np.full((len(rows), 2), np.nan, np.float32) if table is None else table
+        missing = indices[np.isnan(table[indices, 0])]
+        if len(missing):
+            found = np.zeros((len(missing), 2))
+            for mine in shares(len(missing), self.cfg.micro_batch_size, self.run.rank, self.run.world_size):
+                if len(mine):
+                    pairs = pair_batch(rows.read(missing[mine]))
+                    found[mine] = self.compute(pairs).view(2, -1).T.cpu()
+            table[missing] = np.array(self.run.sum(found.flatten().tolist())).reshape(-1, 2)
+            self.run.on_first_rank(lambda: save_array(path, table))
+        self.tables[id(rows)] = torch.from_numpy(table)
+
+    def with_reference(self, batch: dict[str, Any], rows: list[PairRows], owner: np.ndarray,
+                       index: np.ndarray) -> dict[str, Any]:
+        """The batch with "reference" (2n,), where it is precomputed. owner, index: (n,), the pairs' rows."""
+        if self.cfg.reference != "precomputed":
+            return batch
+        found = [self.tables[id(rows[o])][i] for o, i in zip(owner, index, strict=True)]
+        return batch | {"reference": torch.stack(found, dim=1).flatten()}
+
+
+def save_array(path: Path, table: np.ndarray) -> None:
+    beside = path.with_suffix(".tmp.npy")
+    np.save(beside, table)
+    beside.replace(path)
+
+
+# ---- Data and evaluation ----------------------------------------------------------------------------------
+
+def batches_at(data: StagedData, reference: Reference, step: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step."""
+    cfg, mix, first, count = data.share(step)
+    owner, index = mix.places(first, count)
+    batches = []
+    for start in range(0, count, cfg.micro_batch_size):
+        part = slice(start, start + cfg.micro_batch_size)
+        batch = pair_batch(mix.samples(first + start, cfg.micro_batch_size))
+        batches.append(reference.with_reference(batch, mix.rows, owner[part], index[part]))
+    return batches
+
+
+class Evaluation:
+    """Loss, accuracy and margin over the validation pairs of the last stage's mix."""
+
+    def __init__(self, cfg: DPOConfig, mix: Mix, reference: Reference, run: Run):
+        self.cfg, self.run, self.reference, self.mix = cfg, run, reference, mix
+        self.rows = [PairRows(folder, "val", cfg.block_size) for folder in mix.folders]
+
+    def pairs(self, rows: PairRows) -> int:
+        """How many of a folder's pairs are read: the first cfg.eval_tokens, or all."""
+        limit = self.cfg.eval_tokens
+        return len(rows) if limit is None else min(len(rows), max(1, limit // (2 * rows.T)))
+
+    def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
+        results: dict[str, float] = {}
+        run, size = self.run, self.cfg.micro_batch_size
+        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
+            sums, count = torch.zeros(3, device=run.device), 0
+            for mine in shares(self.pairs(rows), size, run.rank, run.world_size):
+                read = mine if len(mine) else np.zeros(1, dtype=np.int64)  # all ranks take part in a forward
+                batch = self.reference.with_reference(pair_batch(rows.read(read)), [rows], 0 * read, read)
+                batch = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+                found = pair_loss(model, batch, self.reference, self.cfg)[1]
+                if len(mine):
+                    sums += torch.stack([found["loss"], found["accuracy"], found["margin"]])
+                    count += len(mine)
+            *totals, pairs = run.sum([*sums.tolist(), count])
+            for name, total in zip(("val_loss", "val_accuracy", "val_margin"), totals, strict=True):
+                results[name] = results.get(name, 0.0) + weight * total / pairs
+        return results
+
+
+def pair_loss(model: nn.Module, batch: dict[str, Any], reference: Reference,
+              cfg: DPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
+    """`loss_fn` with the reference that the batch brings, or that is computed now."""
+    found = batch["reference"] if "reference" in batch else reference.compute(batch)
+    return loss_fn(model, batch, found.to(batch["input_ids"].device), cfg, reference.vocab_size)
+
+
+# ---- Go ---------------------------------------------------------------------------------------------------
+
+def main(argv: list[str]) -> int:
+    cfg, given = configure(DPOConfig, argv, usage=__doc__)
+    with start_run(cfg, given) as run:
+        require_data(cfg, "preference", run)
+        cfg = in_epochs(cfg, PairRows)
+        data = StagedData(cfg, PairRows, run.rank, run.world_size)
+        run.tokenizer = data.tokenizer
+        model = chat_model(cfg, data.tokenizer, run)
+        model.config = dataclasses.replace(model.config, dropout=0.0)
+        if cfg.reference == "adapter_off" and model.spec.tables:
+            raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so the adapter "
+                            "changes more than can be switched off; begin with sft.py")
+        reference = Reference(cfg, model, run)
+        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, reference, run)
+        run.identify(cfg, data=data.hashes(), base=model.base_hash)
+        used = [*data.used(), *((rows, np.arange(evaluation.pairs(rows))) for rows in evaluation.rows)]
+        for rows, indices in used:
+            if cfg.reference == "precomputed":
+                reference.precompute(rows, indices)
+            run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} pairs"
+                      + f", {rows.left_out:,} left out: over {rows.T} tokens" * bool(rows.left_out))
+        if cfg.reference == "precomputed":
+            reference.model = None  # its work is done, its memory free
+        results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, reference, step),
+                      lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)
+        if cfg.merge:
+            write_merged(run)
+        if results:
+            run.print(f"\nvalidation  loss {results['val_loss']:.4f}, the better answer is preferred in "
+                      f"{100 * results['val_accuracy']:.1f} % of pairs"
+                      f"\nnext        python eval.py --model={cfg.init_from} --compare={run.out_dir}")
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)

@@ -1,0 +1,49 @@
+"""The calculator that an assistant may call: arithmetic, read as a syntax tree, never run as code.
+
+    calculate("347 * (20 + 6)")      # "9022"
+    calculate("1 / 0")               # "error: division by zero"
+
+Numbers, + - * / // % ** and brackets. Everything else, and what would take long, is an error, in words for
+the model to read.
+"""
+
+import ast
+import operator
+from typing import Any
+
+OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
+             ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
+             ast.UAdd: operator.pos, ast.USub: operator.neg}
+LONGEST = 200  # characters of an expression; its tree is no deeper
+LARGEST = 10**30  # of any number on the way, so that no power takes long
+
+
+def calculate(expression: Any) -> str:
+    """The value of an expression as text: whole numbers without a point; or "error: " and a reason."""
+    if not isinstance(expression, str) or len(expression) > LONGEST:
+        return f"error: give an expression of at most {LONGEST} characters"
+    try:
+        value = value_of(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        return f"error: {error if type(error) is ValueError else 'not an expression'}"
+    return str(int(value)) if value == value // 1 else f"{value:.12g}"
+
+
+def value_of(node: ast.expr) -> int | float:
+    """The value of a tree; ValueError for what a calculator has no key for, and for numbers too large."""
+    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+        value = node.value
+    elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
+        value = OPERATORS[type(node.op)](value_of(node.operand))
+    elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        left, right = value_of(node.left), value_of(node.right)
+        if isinstance(node.op, ast.Pow) and abs(right) > 100:
+            raise ValueError("the exponent is too large")
+        value = OPERATORS[type(node.op)](left, right)
+    else:
+        raise ValueError("only numbers, + - * / // % ** and brackets")
+    if isinstance(value, complex) or not abs(value) <= LARGEST:
+        raise ValueError("the number is too large")
+    return value

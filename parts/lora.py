@@ -1,0 +1,104 @@
+"""A model of which only an adapter is trained: LoRA beside some matrices, everything else frozen.
+
+    with torch.device("meta"):
+        model = AdaptedGPT(config, spec, base)     # spec: AdapterSpec; base: {"path", "sha256"}
+    model.load(base_folder)                        # the adapter at its start: what the base computes
+    model.save_pretrained(folder)                  # the adapter alone, in PEFT's format
+
+arXiv 2106.09685. parts/adapters.py has the files. Whoever only uses the model needs none of this: the folder
+of an adapter loads merged, as a plain GPT.
+"""
+
+import math
+import re
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from parts import hf
+from parts.adapters import AdapterSpec, is_adapter, read_adapter, write_adapter
+
+
+class LoRALinear(nn.Linear):
+    """x W^T + b + scale * (x A^T) B^T, with W and b meant to be frozen. (..., in) -> (..., out)."""
+
+    def __init__(self, linear: nn.Linear, spec: AdapterSpec):
+        super().__init__(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        self.lora_A = nn.Parameter(torch.empty(spec.rank, linear.in_features))
+        self.lora_B = nn.Parameter(torch.empty(linear.out_features, spec.rank))
+        self.scale, self.dropout, self.adapted = spec.scale, nn.Dropout(spec.dropout), True
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = F.linear(x, self.weight, self.bias)
+        if not self.adapted:
+            return y
+        return y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+
+
+class AdaptedGPT(GPT):
+    """A GPT with an adapter. Parameters keep the names they have without it."""
+
+    def __init__(self, config: GPTConfig, spec: AdapterSpec, base: dict[str, str], seed: int = 0):
+        super().__init__(config)
+        self.spec, self.base, self.seed = spec, base, seed
+        for name, module in list(self.named_modules()):
+            parent, _, last = name.rpartition(".")
+            if isinstance(module, nn.Linear) and last in spec.targets:
+                setattr(self.get_submodule(parent), last, LoRALinear(module, spec))
+
+    def is_adapter(self, name: str) -> bool:
+        """Whether a parameter, by its name, belongs to what is trained and saved."""
+        return ".lora_" in name or any(f"{table}.weight" in name for table in self.spec.tables)
+
+    def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
+        """The base's tensors, and then the adapter's: those in `folder`, or those that change nothing."""
+        if not is_adapter(folder):
+            yield from super().tensors_of(folder)
+            for name, parameter in self.named_parameters():
+                if name.endswith("lora_A"):  # as nn.Linear begins, drawn from (seed, name)
+                    generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+                    bound = 1 / math.sqrt(parameter.shape[1])
+                    yield name, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
+                elif name.endswith("lora_B"):
+                    yield name, torch.zeros(parameter.shape)
+            return
+        adapter, _ = read_adapter(folder)
+        for name, tensor in hf.read_tensors(Path(self.base["path"])):
+            yield name, adapter.pop(name, tensor)
+        yield from adapter.items()
+
+    def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
+                        eos_token_id: Any = None) -> None:
+        """Write the adapter, as PEFT does. Tables lose their padding."""
+        state = {name: parameter.detach() for name, parameter in self.named_parameters()} if state is None \
+            else state
+        chosen = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
+                  for name, tensor in state.items() if self.is_adapter(name)}
+        write_adapter(Path(path), chosen, self.spec, self.base)
+        hf.write_generation_config(Path(path), eos_token_id)
+
+    def use_adapter(self, on: bool) -> None:
+        """Compute with the adapter, or as the base does (its tables excepted)."""
+        for module in self.modules():
+            if isinstance(module, LoRALinear):
+                module.adapted = on
+
+
+def targets_of(model: nn.Module, pattern: str) -> tuple[str, ...]:
+    """The last names of the blocks' linear modules that a regular expression matches. UserError for none."""
+    names = {name.rpartition(".")[2] for name, module in model.named_modules()
+             if isinstance(module, nn.Linear) and ".layers." in name}
+    try:
+        found = sorted(name for name in names if re.search(pattern, name))
+    except re.error as error:
+        raise UserError(f"lora_targets={pattern}: no regular expression: {error}") from None
+    if not found:
+        raise UserError(f"lora_targets={pattern}: matches none of {', '.join(sorted(names))}")
+    return tuple(found)

@@ -1,0 +1,116 @@
+"""What fine-tuning and preference optimisation share: they start from a model, and may train only an adapter.
+
+    cfg, given = configure(SFTConfig, argv)              # a PostTrainingConfig
+    require_data(cfg, "chat", run)                       # makes the embedded problems where they are named
+    model = chat_model(cfg, tokenizer, run)              # on the meta device, with the tokens of a chat
+    fit(cfg.frozen_but_adapters(model), model, ...)
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from parts import adapters, hf
+from parts.chat import with_chat_tokens
+from parts.lora import AdaptedGPT, targets_of
+from parts.run import Run, RunConfig, stage_configs
+from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class PostTrainingConfig(RunConfig):
+    """A run's keys, and an adapter's."""
+
+    init_from: str = "out/base"  # model folder, out_dir or hub id to start from
+    block_size: int = 128  # tokens of a row; the model's context stays what it is
+    lora_rank: int = 0  # train an adapter of this rank, and nothing else; 0: train all weights
+    lora_alpha: float = 16.0  # the adapter counts alpha / rank
+    lora_dropout: float = 0.0  # on what enters it
+    lora_targets: str = "_proj$"  # regular expression of the linear modules that get one
+    rslora: bool = False  # the adapter counts alpha / sqrt(rank)
+    merge: bool = False  # of an adapter: in the end also write the whole model to out_dir/merged
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key, fits, rule in (("block_size", self.block_size > 0, "positive"),
+                                ("lora_rank", self.lora_rank >= 0, "at least 0"),
+                                ("lora_alpha", self.lora_alpha > 0, "positive"),
+                                ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")):
+            if not fits:
+                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
+        if self.merge and not self.lora_rank:
+            raise UserError("merge=True: there is no adapter without lora_rank")
+
+    def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
+        """This configuration for `fit`: with an adapter, what is not part of it keeps its weights."""
+        if not self.lora_rank:
+            return self
+        trained = {"lora_": 1.0} | {rf"{table}\.weight": 1.0 for table in model.spec.tables}
+        return dataclasses.replace(self, lr_multipliers=self.lr_multipliers | trained | {"": 0.0})
+
+
+def require_data(cfg: PostTrainingConfig, kind: str, run: Run) -> None:
+    """Make data/problems_<kind>, the embedded default, where a stage names it and it is missing."""
+    out = f"data/problems_{kind}"
+    if any(stage.dataset == Path(out).name for stage in stage_configs(cfg)):
+        run.on_first_rank(lambda: prepare(PrepareConfig(
+            kind=kind, source="problems", out=out, tokenizer=str(hf.find_folder(cfg.init_from)))))
+
+
+def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run) -> GPT:
+    """The model of cfg.init_from for the data's tokenizer, on the meta device: a GPT, or an AdaptedGPT.
+
+    Its attribute `base_hash` names the weights it starts from. Raises UserError where the data was made with
+    another tokenizer, or rows are longer than the model's context.
+    """
+    folder = hf.find_folder(cfg.init_from)
+    before = Tokenizer.load(folder)
+    if tokenizer.definition not in (before.definition, with_chat_tokens(before).definition):
+        raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
+                        f"init_from={cfg.init_from} (prepare.py --tokenizer={cfg.init_from})")
+    fields = hf.read_config(folder)
+    for stage in stage_configs(cfg):
+        if stage.block_size > fields["block_size"]:
+            raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
+                            f"{fields['block_size']} tokens")
+    config = GPTConfig(**fields | {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)})
+    base_hash = run.on_first_rank(lambda: adapters.weights_sha256(folder))
+    with torch.device("meta"):
+        model = GPT(config)
+        if cfg.lora_rank:
+            model = adapted(cfg, model, folder, base_hash)
+    model.base_hash = base_hash
+    run.print(f"model     {model.num_parameters():,} parameters, from {folder}" + (
+        f"; trained are {sum(p.numel() for n, p in model.named_parameters() if model.is_adapter(n)):,}"
+        if cfg.lora_rank else ""))
+    return model
+
+
+def adapted(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -> AdaptedGPT:
+    """The model with a new adapter. UserError where its architecture has no adapters that PEFT could read."""
+    if hf.architecture(plain.config) in ("gpt2", "nanollama"):
+        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT's files have no place for adapters of this "
+                        "architecture (GPT-2's q, k and v are one matrix there); leave it away to train all")
+    if adapters.is_adapter(folder):
+        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; --merge=True makes a model of it")
+    grown = plain.config.vocab_size > hf.read_config(folder)["vocab_size"]
+    tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
+    spec = adapters.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+                                targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
+    return AdaptedGPT(plain.config, spec, {"path": str(folder), "sha256": base_hash}, cfg.seed)
+
+
+def write_merged(run: Run) -> None:
+    """The newest checkpoint's adapter and its base as one model folder, out_dir/merged. Rank 0 writes."""
+    def write() -> None:
+        folder = run.out_dir / "merged"
+        GPT.from_pretrained(run.out_dir).save_pretrained(folder, eos_token_id=run.tokenizer.end_ids)
+        run.tokenizer.save(folder)
+
+    run.on_first_rank(write)
+    run.print(f"merged    {run.out_dir / 'merged'}")
