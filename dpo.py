@@ -10,7 +10,6 @@ from, the reference: its log-probabilities are computed once, before training, a
 sizes count pairs. Dropout is off. A pair that does not fit block_size is left out and counted.
 """
 
-import dataclasses
 import hashlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -222,8 +221,7 @@ def main(argv: list[str]) -> int:
         cfg = in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer
-        model = chat_model(cfg, data.tokenizer, run)
-        model.config = dataclasses.replace(model.config, dropout=0.0)
+        model = chat_model(cfg, data.tokenizer, run, dropout=0.0)
         if cfg.reference == "adapter_off" and model.spec.tables:
             raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so the adapter "
                             "changes more than can be switched off; begin with sft.py")

@@ -47,7 +47,7 @@ def conversation(row: dict[str, Any]) -> list[Message]:
         answer = next((source[key] for key in ANSWERS if key in source), None)
         if answer is None:
             raise Skip(f"no answer (none of {', '.join(ANSWERS)})")
-        found.append({"role": "assistant", "content": text_of(answer, "the answer")})
+        found.append({"role": "assistant", "content": text_of(answer, "the answer").strip()})
     if not any(message["role"] == "assistant" for message in found):
         raise Skip("no turn of an assistant")
     require_answers(found)

@@ -9,6 +9,7 @@
 import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,11 +63,12 @@ def require_data(cfg: PostTrainingConfig, kind: str, run: Run) -> None:
             kind=kind, source="problems", out=out, tokenizer=str(hf.find_folder(cfg.init_from)))))
 
 
-def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run) -> GPT:
+def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> GPT:
     """The model of cfg.init_from for the data's tokenizer, on the meta device: a GPT, or an AdaptedGPT.
 
-    Its attribute `base_hash` names the weights it starts from. Raises UserError where the data was made with
-    another tokenizer, or rows are longer than the model's context.
+    changes: fields of its GPTConfig that are to be others. Its attribute `base_hash` names the weights it
+    starts from. Raises UserError where the data was made with another tokenizer, or rows are longer than the
+    model's context.
     """
     folder = hf.find_folder(cfg.init_from)
     before = Tokenizer.load(folder)
@@ -78,7 +80,8 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run) -> GPT:
         if stage.block_size > fields["block_size"]:
             raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
                             f"{fields['block_size']} tokens")
-    config = GPTConfig(**fields | {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)})
+    fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
+    config = GPTConfig(**fields)
     base_hash = run.on_first_rank(lambda: adapters.weights_sha256(folder))
     with torch.device("meta"):
         model = GPT(config)

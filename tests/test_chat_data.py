@@ -1,0 +1,158 @@
+"""Rows of chats and preferences: packed, cut, left out and masked as they should be."""
+
+import numpy as np
+import pytest
+import torch
+
+from configurator import UserError
+from parts.chat import encode_answer, encode_chat, encode_prompt
+from parts.chat_data import ChatRows, PairRows, UnpackedChatRows, chat_batch, pack, pair_batch
+from parts.conversations import conversation, preference
+from parts.losses import IGNORE
+from parts.problems import problem_rows
+from parts.shards import DataFolder
+from prepare import main as prepare_main
+from tests.conftest import busy_model, tiny_config
+
+CHATS = [
+    {"question": "2 + 2?", "answer": "4"},
+    {"question": "1234567890" * 4, "answer": "yes"},
+    {"question": "a", "answer": "b c d " * 30},
+    {"messages": [{"role": role, "content": text} for role, text in
+                  (("user", "1?"), ("assistant", "2"), ("user", "3?"), ("assistant", "4"))]},
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """{"chat": (folder, its rows), "preference": ...}"""
+    import json
+
+    root = tmp_path_factory.mktemp("chats")
+    rows = {"chat": CHATS, "preference": list(problem_rows("preference", 60, seed=2))}
+    for kind, content in rows.items():
+        (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+        prepare_main([f"--source={root / kind}.jsonl", f"--kind={kind}", f"--out={root / kind}",
+                      "--val_fraction=0", "--vocab_size=400", "--num_proc=1"])  # fmt: skip
+    return {kind: (DataFolder(root / kind), content) for kind, content in rows.items()}
+
+
+def tokenizer_of(data):
+    from parts.tokenizer import Tokenizer
+
+    return Tokenizer.load(data.folder)
+
+
+def test_an_unpacked_row_is_a_conversation_and_its_mask(folders):
+    data, chats = folders["chat"]
+    tokenizer, rows = tokenizer_of(data), UnpackedChatRows(data, "train", 200)
+    assert len(rows) == 4 and rows.left_out == 0
+    for row, chat in zip(rows.read(np.arange(4)), chats, strict=True):
+        ids, mask = encode_chat(tokenizer, conversation(chat))
+        last = max(i for i, wanted in enumerate(mask) if wanted)  # the end of the last answer
+        assert row[0, :last].tolist() == ids[:last]
+        shifted = zip(ids[1 : last + 1], mask[1 : last + 1], strict=True)
+        expected = [i if wanted else IGNORE for i, wanted in shifted]
+        assert row[1, :last].tolist() == expected and (row[1, last:] == IGNORE).all()
+        first = row[1].tolist().index(next(i for i in expected if i != IGNORE))
+        opening = tokenizer.decode(ids[: first + 1])
+        assert opening.endswith("<|im_start|>assistant\n"), "the token that begins an answer is a target"
+
+
+def test_long_conversations_are_cut_and_those_without_an_answer_left_out(folders):
+    data, _ = folders["chat"]
+    rows = UnpackedChatRows(data, "train", 24)
+    assert len(rows) == 3 and rows.left_out == 1  # the second asks too long
+    cut = rows.read(np.array([1]))[0]
+    assert (cut[1, -4:] != IGNORE).all(), "a cut answer is trained on up to the cut, without an end"
+    with pytest.raises(UserError, match="none of 4 train conversations has an answer in its first"):
+        ChatRows(data, "train", 4)
+
+
+def test_packing_loses_nothing(folders):
+    data, _ = folders["chat"]
+    alone, packed = UnpackedChatRows(data, "train", 200), ChatRows(data, "train", 200)
+    assert len(packed) < len(alone)
+    wanted = lambda rows: sorted(rows.read(np.arange(len(rows)))[:, 1].flatten().tolist())  # noqa: E731
+    some = [target for target in wanted(packed) if target != IGNORE]
+    assert some == [target for target in wanted(alone) if target != IGNORE]
+
+
+def test_best_fit_by_hand():
+    assert pack(np.array([3, 9, 6, 4, 1]), 10) == [[1, 4], [2, 3], [0]]
+    draw = np.random.default_rng(0)
+    lengths = draw.integers(1, 61, 3000)
+    rows = pack(lengths, 100)
+    assert sorted(number for row in rows for number in row) == list(range(3000))
+    assert all(lengths[row].sum() <= 100 for row in rows)
+    assert len(rows) <= 1.02 * lengths.sum() / 100
+
+
+def test_packed_conversations_give_the_logits_they_give_alone(folders):
+    data, _ = folders["chat"]
+    model = busy_model(tiny_config(vocab_size=512, block_size=256))
+    alone, packed = UnpackedChatRows(data, "train", 200), ChatRows(data, "train", 200)
+
+    def logits(rows):
+        """At every target, in the order of the conversations."""
+        found = {}
+        for index in range(len(rows)):
+            batch = chat_batch(rows.read(np.array([index])))
+            out = model(batch["input_ids"], document_ids=batch["document_ids"]).flatten(0, 1)
+            places = batch["document_ids"].flatten()[batch["positions"]]
+            for number, document in enumerate(rows.rows[index]):
+                found[int(document)] = out[batch["positions"][places == number]]
+        return torch.cat([found[number] for number in sorted(found)])
+
+    with torch.no_grad():
+        torch.testing.assert_close(logits(packed), logits(alone), rtol=1e-5, atol=1e-5)
+
+
+def test_a_batch_ends_behind_its_last_target(folders):
+    data, _ = folders["chat"]
+    batch = chat_batch(UnpackedChatRows(data, "train", 200).read(np.array([0, 3])))
+    assert batch["count"] == len(batch["targets"]) == len(batch["positions"])
+    assert batch["input_ids"].shape == batch["document_ids"].shape
+    length = batch["input_ids"].shape[1]
+    assert int((batch["positions"] % length).max()) == length - 1
+
+
+def test_pairs(folders):
+    data, rows = folders["preference"]
+    tokenizer, pairs = tokenizer_of(data), PairRows(data, "train", 256)
+    assert len(pairs) + pairs.left_out == data.meta["rows"]["kept"]
+    batch = pair_batch(pairs.read(np.arange(8)))
+    n = batch["count"]
+    assert n == 8 and batch["input_ids"].shape[0] == 16
+    for pair in range(n):
+        prompt, *answers = preference(rows[pair])
+        opening = encode_prompt(tokenizer, prompt)
+        for side, answer in enumerate(answers):
+            said = encode_answer(tokenizer, answer)
+            row = batch["input_ids"][side * n + pair].tolist()
+            assert row[: len(opening) + len(said) - 1] == (opening + said)[:-1]
+            mine = batch["owners"] == side * n + pair
+            assert batch["targets"][mine].tolist() == said
+            at = batch["positions"][mine] % batch["input_ids"].shape[1]
+            assert at.tolist() == list(range(len(opening) - 1, len(opening) + len(said) - 1))
+
+
+def test_pairs_that_do_not_fit_are_left_out(folders):
+    data, _ = folders["preference"]
+    some = PairRows(data, "train", 100)
+    assert 0 < some.left_out < 60
+    with pytest.raises(UserError, match="none of .* train preferences fits block_size=8"):
+        PairRows(data, "train", 8)
+
+
+def test_an_id_outside_the_vocabulary_is_named(folders, tmp_path):
+    import shutil
+
+    data, _ = folders["chat"]
+    copy = tmp_path / "copy"
+    shutil.copytree(data.folder, copy)
+    ids = np.fromfile(copy / "train_00000.bin", dtype="<u2")
+    ids[3] = 60_000
+    ids.tofile(copy / "train_00000.bin")
+    with pytest.raises(UserError, match="train_00000.bin: token 3 is 60000, the vocabulary has"):
+        UnpackedChatRows(DataFolder(copy), "train", 200).read(np.arange(4))

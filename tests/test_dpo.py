@@ -1,0 +1,238 @@
+"""Stage 4: the losses against TRL and by hand, the reference however it is computed, and the whole run."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+import dpo
+import loop
+from configurator import UserError, configure
+from model import GPT
+from parts import checkpoint, hf
+from parts.adapters import weights_sha256
+from parts.chat_data import PairRows, pair_batch
+from parts.losses import linear_log_probs, preference_loss
+from parts.shards import DataFolder
+from tests.conftest import busy_model, tiny_config
+from tests.runs import events, losses
+from tests.test_sft import assert_equal
+
+TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
+    --eval_tokens=2048 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+
+
+def run(base, pairs, out, *words):
+    dpo.main([*TINY, f"--init_from={base}", f"--dataset={pairs}", f"--out_dir={out}", *words])
+    return events(out)
+
+
+@pytest.fixture(scope="module")
+def chat_model(trained, chats, tmp_path_factory):
+    """An out_dir of a short fine-tuning: pairs start from it."""
+    import sft
+
+    out = tmp_path_factory.mktemp("sft") / "sft"
+    sft.main([*TINY, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={out}"])
+    return out
+
+
+# ---- The mathematics --------------------------------------------------------------------------------------
+
+
+def test_by_hand():
+    """beta 0.1, margin 2 nats: -log sigmoid(0.2); twice as likely to be the wrong way round at 0.25."""
+    ratios, lengths = torch.tensor([[1.5], [-0.5]]), torch.tensor([[3], [5]])
+    right, wrong = math.log1p(math.exp(-0.2)), math.log1p(math.exp(0.2))
+    assert preference_loss(ratios, lengths, 0.1).item() == pytest.approx(right, rel=1e-6)
+    smoothed = 0.75 * right + 0.25 * wrong
+    assert preference_loss(ratios, lengths, 0.1, 0.25).item() == pytest.approx(smoothed, rel=1e-6)
+    ipo = (1.5 / 3 + 0.5 / 5 - 1 / 0.2) ** 2
+    assert preference_loss(ratios, lengths, 0.1, kind="ipo").item() == pytest.approx(ipo, rel=1e-6)
+
+
+def test_no_ratio_is_ln_2_and_a_swap_flips_the_sign():
+    lengths = torch.ones(2, 6)
+    assert torch.allclose(preference_loss(torch.zeros(2, 6), lengths, 0.1), torch.tensor(math.log(2)))
+    ratios = torch.randn(2, 6, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    (there,) = torch.autograd.grad(preference_loss(ratios, lengths, 0.1).sum(), ratios)
+    assert (there[0] < 0).all() and (there[1] > 0).all()
+    (back,) = torch.autograd.grad(preference_loss(ratios.flip(0), lengths, 0.1).sum(), ratios)
+    assert (back[0] > 0).all() and (back[1] < 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_log_probs_are_log_softmax(dtype):
+    """Values and gradients, for weights that differ from token to token, over several chunks."""
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(1100, 16, generator=generator).to(dtype).requires_grad_()
+    weight = torch.randn(128, 16, generator=generator).requires_grad_()
+    targets = torch.randint(100, (1100,), generator=generator)
+    counts = torch.randn(1100, generator=generator)
+    found = linear_log_probs(hidden, weight, targets, 100)
+    expected = (hidden.float() @ weight.to(dtype).float()[:100].T).log_softmax(-1)
+    expected = expected.gather(1, targets[:, None])[:, 0]
+    tolerance = dict(rtol=1e-4, atol=1e-4) if dtype == torch.float32 else dict(rtol=0.05, atol=0.15)
+    torch.testing.assert_close(found, expected, **tolerance)
+    grads = torch.autograd.grad((found * counts).sum(), (hidden, weight))
+    wanted = torch.autograd.grad((expected * counts).sum(), (hidden, weight))
+    for one, two in zip(grads, wanted, strict=True):
+        torch.testing.assert_close(one.float(), two.float(), **tolerance)
+    assert (grads[1][100:] == 0).all()
+
+
+@pytest.mark.parametrize("kind", ["dpo", "ipo"])
+def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
+    """The same weights, ids and reference log-probabilities; TRL's trainer computes its own."""
+    trl, datasets, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "transformers"))
+    folder = hf.find_folder(chat_model)
+    row = {"prompt": "a b c", "chosen": " d", "rejected": " e"}
+    trainer = trl.DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path), loss_type=[{"dpo": "sigmoid"}.get(kind, kind)], beta=0.1, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, report_to=[], precompute_ref_log_probs=True),
+        train_dataset=datasets.Dataset.from_list([row]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(folder, pad_token="<|endoftext|>"),
+    )  # fmt: skip
+    batch = pair_batch(PairRows(DataFolder(pairs), "train", 64).read(np.arange(6)))
+    reference = -10 - 5 * torch.rand(12, generator=torch.Generator().manual_seed(1))
+    model = GPT.from_pretrained(folder)
+    cfg = configure(dpo.DPOConfig, [f"--loss={kind}"])[0]
+    loss, _ = dpo.loss_fn(model, batch, reference, cfg, 506)
+    (loss / 6).backward()
+
+    T = batch["input_ids"].shape[1]
+    ids = torch.zeros(12, T + 1, dtype=torch.int64)  # theirs hold the last target too
+    completion = torch.zeros(12, T + 1, dtype=torch.int64)
+    ids[:, :-1] = batch["input_ids"]
+    rows, columns = batch["positions"] // T, batch["positions"] % T + 1
+    ids[rows, columns], completion[rows, columns] = batch["targets"], 1
+    last = torch.stack([columns[rows == row].max() for row in range(12)])
+    seen = (torch.arange(T + 1) <= last[:, None]).long()
+    theirs = trainer.model.eval()
+    found = trainer._compute_loss(
+        theirs,
+        {"input_ids": ids, "attention_mask": seen, "completion_mask": completion,
+         "ref_chosen_logps": reference[:6], "ref_rejected_logps": reference[6:]},
+        return_outputs=False,
+    )  # fmt: skip
+    found.backward()
+    assert loss.item() / 6 == pytest.approx(found.item(), rel=1e-6)
+    named = dict(theirs.named_parameters())
+    for name, parameter in model.named_parameters():
+        if name in named:
+            grad = parameter.grad[: len(named[name])]
+            scale = named[name].grad.abs().max()
+            assert (grad - named[name].grad).abs().max() <= 1e-5 * scale, name
+
+
+# ---- The run ----------------------------------------------------------------------------------------------
+
+
+def test_it_learns_to_prefer(chat_model, pairs, tmp_path):
+    before = weights_sha256(hf.find_folder(chat_model))
+    found = run(chat_model, pairs, tmp_path / "a", "--max_steps=30", "--learning_rate=3e-3")
+    first, last = found[0], found[-2]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert abs(first["margin"]) < 1e-5 and abs(first["kl"]) < 1e-4
+    assert np.mean(losses(found)[-10:]) < 0.6
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "margin"} <= last.keys()
+    assert last["rewards/chosen"] - last["rewards/rejected"] == pytest.approx(last["margin"], abs=1e-5)
+    assert weights_sha256(hf.find_folder(chat_model)) == before
+    assert found[-1]["val_loss"] < 0.65
+
+
+def test_every_reference_is_the_same(chat_model, pairs, tmp_path):
+    """Looked up, on the device, on the CPU, and by the adapter switched off."""
+    lora = ["--lora_rank=4", "--max_steps=6"]
+    expected = losses(run(chat_model, pairs, tmp_path / "precomputed", *lora))
+    for reference in ("device", "cpu", "adapter_off"):
+        found = losses(run(chat_model, pairs, tmp_path / reference, *lora, f"--reference={reference}"))
+        np.testing.assert_allclose(found, expected, rtol=1e-6)
+    assert expected[-1] < expected[0]
+
+
+def test_the_table_is_kept_by_what_it_follows_from(chat_model, pairs, tmp_path, monkeypatch):
+    run(chat_model, pairs, tmp_path / "a", "--max_steps=2")
+    known = sorted(path.name for path in pairs.glob("reference_*.npy"))
+    asked = []
+    original = dpo.Reference.compute
+    monkeypatch.setattr(
+        dpo.Reference, "compute", lambda self, batch: asked.append(batch["count"]) or original(self, batch)
+    )
+    run(chat_model, pairs, tmp_path / "b", "--max_steps=2", "--beta=0.5")
+    assert not asked and known == sorted(path.name for path in pairs.glob("reference_*.npy"))
+    run(chat_model, pairs, tmp_path / "c", "--max_steps=34")
+    assert 0 < sum(asked) < 272, "only what was missing is computed"
+    run(chat_model, pairs, tmp_path / "d", "--max_steps=2", "--block_size=60")
+    assert len(list(pairs.glob("reference_*.npy"))) > len(known), "another block_size is another table"
+
+
+def test_stopped_and_resumed_is_the_same_run(chat_model, pairs, tmp_path, monkeypatch):
+    run(chat_model, pairs, tmp_path / "whole")
+    original, steps = loop.backward, []
+
+    def backward(*arguments):
+        steps.append(None)
+        if len(steps) == 5:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "backward", backward)
+    with pytest.raises(SystemExit):
+        run(chat_model, pairs, tmp_path / "cut")
+    monkeypatch.setattr(loop, "backward", original)
+    assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
+    run(chat_model, pairs, tmp_path / "cut")
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def on_two_ranks(base, pairs, out, words):
+    run(base, pairs, out, *words)
+
+
+def test_gradients_do_not_depend_on_micro_batch_or_ranks(chat_model, pairs, tmp_path, two_ranks):
+    words = ["--optimizer=adamw"]
+    expected = losses(run(chat_model, pairs, tmp_path / "one", *words))
+    small = losses(run(chat_model, pairs, tmp_path / "small", *words, "--micro_batch_size=1"))
+    np.testing.assert_allclose(small, expected, rtol=1e-5)
+    for name, more in (("ddp", []), ("fsdp", ["--parallel=fsdp", "--reference=device"])):
+        two_ranks(on_two_ranks, str(chat_model), str(pairs), str(tmp_path / name), words + more)
+        np.testing.assert_allclose(losses(events(tmp_path / name)), expected, rtol=1e-5)
+
+
+def test_dropout_is_off(pairs, tmp_path, chat_model):
+    folder = tmp_path / "dropping"
+    model = busy_model(tiny_config(vocab_size=506, dropout=0.5))
+    model.save_pretrained(folder)
+    from parts.tokenizer import Tokenizer
+
+    Tokenizer.load(hf.find_folder(chat_model)).save(folder)
+    first = run(folder, pairs, tmp_path / "a", "--max_steps=1")[0]
+    assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--beta=0"], "beta=0.0"),
+        (["--label_smoothing=0.5"], "label_smoothing=0.5"),
+        (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: is of loss=dpo"),
+        (["--reference=adapter_off"], "there is no adapter without lora_rank"),
+        (["--lora_rank=2", "--lora_dropout=0.1"], "policy and reference have to compute the same"),
+        (["--block_size=8"], "train preferences fits block_size=8"),
+    ],
+)
+def test_mistakes_are_one_line(chat_model, pairs, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(chat_model, pairs, tmp_path / "a", *words)
+
+
+def test_an_adapter_with_tables_cannot_be_switched_off(trained, pairs, tmp_path):
+    with pytest.raises(UserError, match="begin with sft.py"):
+        run(trained, pairs, tmp_path / "a", "--lora_rank=2", "--reference=adapter_off")

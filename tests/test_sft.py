@@ -1,0 +1,202 @@
+"""Stage 3 as a whole: it learns, stops and resumes to the bit, and does not care how it is split up."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import loop
+import sft
+from configurator import UserError, configure
+from model import GPT
+from parts import checkpoint, hf
+from parts.adapters import weights_sha256
+from parts.chat_data import ChatRows, UnpackedChatRows
+from parts.data import StagedData
+from parts.losses import IGNORE
+from parts.tokenizer import Tokenizer
+from tests.runs import events, losses
+
+TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
+    --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+LORA = ["--lora_rank=4", "--lora_dropout=0.1"]
+
+
+def run(base, chats, out, *words):
+    sft.main([*TINY, f"--init_from={base}", f"--dataset={chats}", f"--out_dir={out}", *words])
+    return events(out)
+
+
+def stored(out):
+    """What the newest checkpoint holds, file by file, but for paths."""
+    from safetensors.torch import load_file
+
+    folder = checkpoint.step_folders(out)[-1]
+    tensors = {}
+    for path in folder.glob("*.safetensors"):
+        tensors |= load_file(path)
+    state = torch.load(folder / "trainer" / "state.pt", weights_only=True)["optimizer"]
+    return tensors | {f"{n}.{k}": torch.as_tensor(v) for n, entry in state.items() for k, v in entry.items()}
+
+
+def assert_equal(one, two):
+    assert losses(events(one)) == losses(events(two))
+    first, second = stored(one), stored(two)
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
+    found = losses(run(trained, chats, tmp_path / "a"))
+    assert found[-1] < 0.8 * found[0]
+    folder = hf.find_folder(tmp_path / "a")
+    tokenizer = Tokenizer.load(folder)
+    assert "generation" in tokenizer.settings["chat_template"]
+    ends = [tokenizer.hf.token_to_id("<|im_end|>"), tokenizer.eot_id]
+    assert hf.end_ids(folder) == tokenizer.end_ids == ends
+    assert GPT.from_pretrained(folder).config.vocab_size == tokenizer.vocab_size == 506
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    ids = torch.arange(400, 440)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(
+            theirs(ids).logits, GPT.from_pretrained(folder).eval()(ids), rtol=1e-5, atol=1e-5
+        )
+    assert theirs.generation_config.eos_token_id == tokenizer.end_ids
+
+
+def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
+    before = weights_sha256(hf.find_folder(trained))
+    found = losses(run(trained, chats, tmp_path / "a", *LORA, "--merge=True"))
+    assert found[-1] < 0.9 * found[0]
+    assert weights_sha256(hf.find_folder(trained)) == before
+    folder = hf.find_folder(tmp_path / "a")
+    assert not (folder / "model.safetensors").exists()
+    merged, whole = GPT.from_pretrained(folder), GPT.from_pretrained(tmp_path / "a" / "merged")
+    for (name, one), (_, two) in zip(merged.named_parameters(), whole.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+    state = torch.load(folder / "trainer" / "state.pt", weights_only=True)["optimizer"]
+    assert all(".lora_" in name or "embed_tokens" in name for name in state), "the frozen have no state"
+
+
+@pytest.mark.parametrize("words", [[], LORA])
+def test_stopped_and_resumed_is_the_same_run(trained, chats, tmp_path, words, monkeypatch):
+    run(trained, chats, tmp_path / "whole", *words)
+    original, steps = loop.backward, []
+
+    def backward(*arguments):
+        steps.append(None)
+        if len(steps) == 6:
+            import os
+            import signal
+
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "backward", backward)
+    with pytest.raises(SystemExit):
+        run(trained, chats, tmp_path / "cut", *words)
+    monkeypatch.setattr(loop, "backward", original)
+    assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000006"
+    run(trained, chats, tmp_path / "cut", *words)
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def on_two_ranks(base, chats, out, words):
+    return losses(run(base, chats, out, *words))
+
+
+@pytest.mark.parametrize("words", [["--optimizer=adamw"], ["--optimizer=adamw", "--lora_rank=4"]])
+def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, chats, tmp_path, two_ranks, words):
+    expected = losses(run(trained, chats, tmp_path / "one", *words))
+    small = losses(run(trained, chats, tmp_path / "small", *words, "--micro_batch_size=1"))
+    both = two_ranks(on_two_ranks, str(trained), str(chats), str(tmp_path / "two"), words)[0] or losses(
+        events(tmp_path / "two")
+    )
+    sharded = [*words, "--parallel=fsdp"]
+    two_ranks(on_two_ranks, str(trained), str(chats), str(tmp_path / "fsdp"), sharded)
+    for found in (small, both, losses(events(tmp_path / "fsdp"))):
+        np.testing.assert_allclose(found, expected, rtol=2e-6)
+
+
+def test_packing_or_not_the_loss_of_a_pass_is_the_same(trained, chats):
+    """The same conversations, each a target's share: packed rows only waste less."""
+    words = [*TINY, f"--init_from={trained}", f"--dataset={chats}"]
+    cfg = configure(sft.SFTConfig, words)[0]
+    model = GPT.from_pretrained(trained).eval()
+    totals, waste = [], []
+    for kind in (ChatRows, UnpackedChatRows):
+        rows = StagedData(cfg, kind).last_mix.rows[0]
+        nll, count, size = 0.0, 0, 0
+        for start in range(0, len(rows), 64):
+            read = rows.read(np.arange(start, min(start + 64, len(rows))))
+            read[:, 0] = np.minimum(read[:, 0], 499)  # the base has no chat tokens
+            read[:, 1] = np.where(read[:, 1] > 499, IGNORE, read[:, 1])
+            batch = sft.chat_batch(read)
+            with torch.no_grad():
+                nll += sft.loss_fn(model, batch, 500)[0].item()
+            count += batch["count"]
+            size += batch["input_ids"].numel()
+        totals.append((nll / count, count))
+        waste.append(size)
+    assert totals[0][1] == totals[1][1] and totals[0][0] == pytest.approx(totals[1][0], rel=1e-5)
+    assert waste[0] < waste[1]
+
+
+def test_stages_and_weights(trained, chats, tmp_path):
+    config = tmp_path / "stages.py"
+    config.write_text(
+        f"dataset = {f'{chats}:0.5,{chats}:0.5'!r}\n"
+        "stages = [dict(steps=3, learning_rate=1e-3), dict(steps=2, lr_multipliers={'embed': 0.0})]\n"
+    )
+    words = [word for word in TINY if "max_steps" not in word]
+    sft.main([str(config), *words, f"--init_from={trained}", f"--out_dir={tmp_path / 'a'}"])
+    assert [event["step"] for event in events(tmp_path / "a") if "loss" in event] == [1, 2, 3, 4, 5]
+    table = json.loads((tmp_path / "a" / "lr_multipliers_2.json").read_text())
+    assert table["model.embed_tokens.weight"] == 0
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--n_layer=3"], "unknown key 'n_layer'"),
+        (["--block_size=4096"], "has a context of 64 tokens"),
+        (["--lora_rank=-1"], "lora_rank=-1: must be at least 0"),
+        (["--lora_rank=2", "--lora_targets=xyz"], "lora_targets=xyz: matches none"),
+        (["--merge=True"], "there is no adapter without lora_rank"),
+        (["--init_from=nowhere/at/all"], "no model here"),
+    ],
+)
+def test_mistakes_are_one_line(trained, chats, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(trained, chats, tmp_path / "a", *words)
+
+
+def test_data_of_another_kind_or_tokenizer_is_refused(trained, data, chats, tmp_path):
+    with pytest.raises(UserError, match="holds text rows, not chat; prepare.py --kind=chat makes those"):
+        run(trained, data, tmp_path / "a")
+    import shutil
+
+    other = tmp_path / "other"
+    shutil.copytree(hf.find_folder(trained), other)
+    Tokenizer.train(["some other text"] * 9, 300).save(other)
+    (other / "manifest.json").unlink()
+    with pytest.raises(UserError, match="made with another tokenizer than that of init_from"):
+        run(other, chats, tmp_path / "a")
+
+
+def test_an_adapter_is_no_base_of_another(trained, chats, tmp_path):
+    run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
+    with pytest.raises(UserError, match="is an adapter itself; --merge=True makes a model of it"):
+        run(tmp_path / "a", chats, tmp_path / "b", "--lora_rank=2")
+
+
+def test_gpt2_has_no_adapters(chats, tmp_path):
+    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
+    from tests.conftest import tiny_config
+
+    GPT(tiny_config(**gpt2, vocab_size=506)).save_pretrained(tmp_path / "g")
+    Tokenizer.load(chats).save(tmp_path / "g")
+    with pytest.raises(UserError, match="PEFT's files have no place for adapters of this architecture"):
+        run(tmp_path / "g", chats, tmp_path / "b", "--lora_rank=2")
