@@ -96,32 +96,41 @@ def arithmetic(family: str, draw: random.Random, operator: str, digits: tuple[in
 def listing(family: str, draw: random.Random) -> Problem:
     """Copy, reverse, sort or count: 3 to 6 numbers."""
     numbers = [draw.randrange(10 if family == "count" else 100) for _ in range(draw.randint(3, 6))]
-    shown = " ".join(map(str, numbers))
+    shown, steps = spaced(numbers), []
     if family == "count":
         wanted = draw.choice(numbers)
+        steps = [f"{number} {numbers[:i].count(wanted)}" for i, number in enumerate(numbers, 1)]
         question, result = f"How often is {wanted} in {shown}?", [numbers.count(wanted)]
     else:
+        if family == "sort":
+            steps = [spaced(sorted(numbers[:i])) for i in range(1, len(numbers))]
         question = f"{family.capitalize()} {shown}."
         result = {"copy": numbers, "reverse": numbers[::-1], "sort": sorted(numbers)}[family]
-    return Problem(family, question, [], " ".join(map(str, result)), question)
+    return Problem(family, question, steps, spaced(result), question)
+
+
+def spaced(numbers: list[int]) -> str:
+    return " ".join(map(str, numbers))
 
 
 def weekday(draw: random.Random) -> Problem:
+    """A whole number of weeks aside, and then day by day."""
     day, ahead = draw.randrange(7), draw.randrange(1, 100)
-    question = f"Which day is {ahead} days after {DAYS[day]}?"
+    wording = draw.choice(("Which day is {} days after {}?", "Which day comes {} days behind {}?"))
     steps = [f"{ahead} - {ahead - ahead % 7} = {ahead % 7}"] if ahead >= 7 else []
-    return Problem("date", question, steps, DAYS[(day + ahead) % 7], question)
+    steps += [DAYS[(day + passed) % 7] for passed in range(1, ahead % 7)]
+    return Problem("date", wording.format(ahead, DAYS[day]), steps, DAYS[(day + ahead) % 7], f"{day} {ahead}")
 
 
 # {family: (share of the problems, how one is made)}. "hard" is what a small model does not learn to work.
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
-    "add": (3, lambda draw: arithmetic("add", draw, "+", (3, 3))),
+    "add": (2, lambda draw: arithmetic("add", draw, "+", (3, 3))),
     "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
     "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
     "story": (3, lambda draw: arithmetic("story", draw, draw.choice("+-*"), (2, 2), story=True)),
-    "hard": (2, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
-    "copy": (1, lambda draw: listing("copy", draw)),
-    "reverse": (1, lambda draw: listing("reverse", draw)),
+    "hard": (1, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
+    "copy": (0.5, lambda draw: listing("copy", draw)),
+    "reverse": (0.5, lambda draw: listing("reverse", draw)),
     "sort": (1, lambda draw: listing("sort", draw)),
     "count": (1, lambda draw: listing("count", draw)),
     "date": (1, weekday),
@@ -151,7 +160,7 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
             yield {"text": "\n".join([problem.question, *problem.steps, problem.answer])}
             continue
         if kind == "chat":
-            share = 0.7 if problem.family == "hard" else 0.15  # of the arithmetic, with the calculator
+            share = 1.0 if problem.family == "hard" else 0.15  # of the arithmetic, with the calculator
             calculate = problem.expression is not None and draw.random() < share
             yield {"messages": prompt_of(problem, calculate) + solution(problem, calculate)}
         else:
