@@ -8,7 +8,8 @@
 Reads folders that `prepare.py --kind=chat --tokenizer=<init_from>` makes (that of the embedded problems is
 made here). Writes out_dir as train.py does; its checkpoints carry the chat template. Only what the assistant
 says is trained on. Conversations are packed into rows and do not see each other. With --lora_rank the weights
-stay as they are, and a checkpoint is an adapter in PEFT's format (parts/lora.py). LoRA: arXiv 2106.09685.
+stay as they are, and a checkpoint is an adapter in PEFT's format (parts/lora.py); with --quantize_base=nf4
+they stay in 4 bits.
 """
 
 import math

@@ -5,8 +5,9 @@
     model.load(base_folder)                        # the adapter at its start: what the base computes
     model.save_pretrained(folder)                  # the adapter alone, in PEFT's format
 
-arXiv 2106.09685. parts/adapters.py has the files. Whoever only uses the model needs none of this: the folder
-of an adapter loads merged, as a plain GPT.
+arXiv 2106.09685; with the adapted matrices frozen in 4 bits, QLoRA, arXiv 2305.14314, where the package
+bitsandbytes has the numbers (NF4, blocks of 64, scales in 8 bits). parts/adapters.py has the files. Whoever
+only uses the model needs none of this: the folder of an adapter loads merged, as a plain GPT.
 """
 
 import math
@@ -36,22 +37,54 @@ class LoRALinear(nn.Linear):
         self.scale, self.dropout, self.adapted = spec.scale, nn.Dropout(spec.dropout), True
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)
+        y = self.base(x)
         if not self.adapted:
             return y
         return y + self.scale * F.linear(F.linear(self.dropout(x), self.lora_A), self.lora_B)
+
+    def base(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight, self.bias)
+
+
+class QuantizedLoRALinear(LoRALinear):
+    """The same with W in 4 bits. W is no parameter: `quantize` gives it."""
+
+    def __init__(self, linear: nn.Linear, spec: AdapterSpec):
+        super().__init__(linear, spec)
+        self.weight = None
+
+    def quantize(self, weight: Tensor) -> None:
+        """Keep a weight (out, in) in 4 bits, on the device of the adapter."""
+        import bitsandbytes
+        self.packed, self.scales = bitsandbytes.functional.quantize_4bit(
+            weight.to(self.lora_A.device), blocksize=64, quant_type="nf4", compress_statistics=True)
+
+    def base(self, x: Tensor) -> Tensor:
+        import bitsandbytes
+        return bitsandbytes.matmul_4bit(x, self.packed.t(), bias=self.bias, quant_state=self.scales)
+
+    def num_bytes(self) -> int:
+        """What the weight takes: 4 bits each, an 8-bit scale for 64, and a float32 scale for 256 of those."""
+        tensors = (self.packed, self.scales.absmax, self.scales.state2.absmax)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 class AdaptedGPT(GPT):
     """A GPT with an adapter. Parameters keep the names they have without it."""
 
-    def __init__(self, config: GPTConfig, spec: AdapterSpec, base: dict[str, str], seed: int = 0):
+    def __init__(self, config: GPTConfig, spec: AdapterSpec, base: dict[str, str], seed: int = 0,
+                 quantize: bool = False):
+        """quantize: keep the adapted matrices in 4 bits, from when they are loaded."""
         super().__init__(config)
         self.spec, self.base, self.seed = spec, base, seed
+        kind = QuantizedLoRALinear if quantize else LoRALinear
+        self.quantized: dict[str, QuantizedLoRALinear] = {}  # by the name of the parameter that it lacks
         for name, module in list(self.named_modules()):
             parent, _, last = name.rpartition(".")
             if isinstance(module, nn.Linear) and last in spec.targets:
-                setattr(self.get_submodule(parent), last, LoRALinear(module, spec))
+                setattr(self.get_submodule(parent), last, kind(module, spec))
+                if quantize:
+                    self.quantized[f"{name}.weight"] = self.get_submodule(name)
 
     def is_adapter(self, name: str) -> bool:
         """Whether a parameter, by its name, belongs to what is trained and saved."""
@@ -59,8 +92,14 @@ class AdaptedGPT(GPT):
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """The base's tensors, and then the adapter's: those in `folder`, or those that change nothing."""
+        adapter = read_adapter(folder)[0] if is_adapter(folder) else {}
+        for name, tensor in hf.read_tensors(Path(self.base["path"])):
+            if name in self.quantized:
+                self.quantized[name].quantize(tensor)
+            else:
+                yield name, adapter.pop(name, tensor)
+        yield from adapter.items()
         if not is_adapter(folder):
-            yield from super().tensors_of(folder)
             for name, parameter in self.named_parameters():
                 if name.endswith("lora_A"):  # as nn.Linear begins, drawn from (seed, name)
                     generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
@@ -68,11 +107,6 @@ class AdaptedGPT(GPT):
                     yield name, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 elif name.endswith("lora_B"):
                     yield name, torch.zeros(parameter.shape)
-            return
-        adapter, _ = read_adapter(folder)
-        for name, tensor in hf.read_tensors(Path(self.base["path"])):
-            yield name, adapter.pop(name, tensor)
-        yield from adapter.items()
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: Any = None) -> None:
@@ -83,6 +117,15 @@ class AdaptedGPT(GPT):
                   for name, tensor in state.items() if self.is_adapter(name)}
         write_adapter(Path(path), chosen, self.spec, self.base)
         hf.write_generation_config(Path(path), eos_token_id)
+
+    def num_parameters(self) -> int:
+        return super().num_parameters() + self.num_quantized()
+
+    def num_quantized(self) -> int:
+        return sum(module.in_features * module.out_features for module in self.quantized.values())
+
+    def flops_per_token(self, T: int) -> float:
+        return super().flops_per_token(T) + 6 * self.num_quantized()
 
     def use_adapter(self, on: bool) -> None:
         """Compute with the adapter, or as the base does (its tables excepted)."""

@@ -7,9 +7,10 @@
 """
 
 import dataclasses
+import importlib.util
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -34,6 +35,7 @@ class PostTrainingConfig(RunConfig):
     lora_dropout: float = 0.0  # on what enters it
     lora_targets: str = "_proj$"  # regular expression of the linear modules that get one
     rslora: bool = False  # the adapter counts alpha / sqrt(rank)
+    quantize_base: Literal["nf4"] | None = None  # keep what has an adapter in 4 bits (QLoRA)
     merge: bool = False  # of an adapter: in the end also write the whole model to out_dir/merged
 
     def __post_init__(self) -> None:
@@ -44,8 +46,15 @@ class PostTrainingConfig(RunConfig):
                                 ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")):
             if not fits:
                 raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
-        if self.merge and not self.lora_rank:
-            raise UserError("merge=True: there is no adapter without lora_rank")
+        for key in ("merge", "quantize_base"):
+            if getattr(self, key) and not self.lora_rank:
+                raise UserError(f"{key}={getattr(self, key)}: there is no adapter without lora_rank")
+        if self.quantize_base:
+            if self.parallel == "fsdp":
+                raise UserError("quantize_base: its 4-bit matrices are not sharded; use parallel=ddp")
+            if importlib.util.find_spec("bitsandbytes") is None:
+                raise UserError("quantize_base=nf4: needs the package bitsandbytes "
+                                "(pip install bitsandbytes)")
 
     def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
         """This configuration for `fit`: with an adapter, what is not part of it keeps its weights."""
@@ -105,7 +114,8 @@ def adapted(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
     spec = adapters.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
                                 targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
-    return AdaptedGPT(plain.config, spec, {"path": str(folder), "sha256": base_hash}, cfg.seed)
+    base = {"path": str(folder), "sha256": base_hash}
+    return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 
 def write_merged(run: Run) -> None:

@@ -156,3 +156,35 @@ def test_an_id_outside_the_vocabulary_is_named(folders, tmp_path):
     ids.tofile(copy / "train_00000.bin")
     with pytest.raises(UserError, match="train_00000.bin: token 3 is 60000, the vocabulary has"):
         UnpackedChatRows(DataFolder(copy), "train", 200).read(np.arange(4))
+
+
+def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
+    import json
+
+    rows = [{"text": f"{n} + 1?", "ans": n + 1.0} for n in range(30)]
+    rows += [{"text": "a"}, {"text": "b", "ans": ""}, rows[0]]
+    (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
+    words = [f"--source={tmp_path / 'r.jsonl'}", "--kind=chat", f"--out={tmp_path / 'd'}", "--num_proc=1",
+             "--val_fraction=0", "--vocab_size=300"]  # fmt: skip
+    prepare_main([*words, "--keys=question=text,answer=ans"])
+    assert DataFolder(tmp_path / "d").meta["rows"] == {
+        "in": 34, "kept": 30,
+        "skipped": {"no key 'ans'": 1, "empty answer": 1, "duplicate document": 1, "not JSON": 1},
+    }  # fmt: skip
+    assert "34 in = 30 kept + 4 skipped" in capsys.readouterr().out
+    prepare_main([*words, "--keys=question=text,answer=ans"])
+    assert "is up to date" in capsys.readouterr().out
+    DataFolder(tmp_path / "d").verify()
+    mask = tmp_path / "d" / "train_00000.mask"
+    mask.write_bytes(b"\1" + mask.read_bytes()[1:])
+    with pytest.raises(UserError, match="train_00000.mask: content does not match"):
+        DataFolder(tmp_path / "d").verify()
+    mask.unlink()
+    with pytest.raises(UserError, match="train_00000.mask: shard is missing"):
+        DataFolder(tmp_path / "d")
+    for words, message in (
+        (["--keys=a=b"], "keys=a=b: is for chats"),
+        (["--kind=chat", "--keys=question"], "write ours=theirs"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare_main(words)

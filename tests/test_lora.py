@@ -170,3 +170,32 @@ def test_faults_are_named(base, tmp_path):
     (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(UserError, match="only plain LoRA adapters are read"):
         read_adapter(tmp_path / "a")
+
+
+@torch.no_grad()
+def test_four_bits(base, tmp_path):
+    """What the quantised base computes, how far that is from float32, and what it takes."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, folder = base
+    spec = AdapterSpec(4, 8.0, 0.0, targets_of(model, "_proj$"), False)
+    with torch.device("meta"):
+        tuned = AdaptedGPT(
+            model.config, spec, {"path": str(folder), "sha256": weights_sha256(folder)}, quantize=True
+        )
+    tuned.to_empty(device="cpu")
+    tuned.load(folder)
+    tuned.eval()
+    assert len(tuned.quantized) == 14 and tuned.num_parameters() > model.num_parameters()
+    assert not any(name in tuned.quantized for name, _ in tuned.named_parameters())
+    rounded = GPT.from_pretrained(folder).eval()
+    for name, module in tuned.quantized.items():
+        weight = model.get_parameter(name)
+        back = bitsandbytes.functional.dequantize_4bit(module.packed, module.scales)
+        assert 0.05 < (back - weight).norm() / weight.norm() < 0.11
+        assert module.num_bytes() <= 0.3 * 2 * weight.numel()
+        rounded.get_parameter(name).copy_(back)
+    torch.testing.assert_close(tuned(IDS), rounded(IDS), rtol=1e-5, atol=1e-5)
+    busy(tuned).save_pretrained(tmp_path / "a")
+    again = AdaptedGPT(model.config, spec, tuned.base, quantize=True)
+    again.load(tmp_path / "a")
+    assert torch.equal(again.eval()(IDS), tuned(IDS))

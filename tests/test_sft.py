@@ -80,6 +80,12 @@ def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
     assert all(".lora_" in name or "embed_tokens" in name for name in state), "the frozen have no state"
 
 
+def test_four_bits_learn_too(trained, chats, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    found = losses(run(trained, chats, tmp_path / "a", *LORA, "--quantize_base=nf4"))
+    assert found[-1] < 0.9 * found[0]
+
+
 @pytest.mark.parametrize("words", [[], LORA])
 def test_stopped_and_resumed_is_the_same_run(trained, chats, tmp_path, words, monkeypatch):
     run(trained, chats, tmp_path / "whole", *words)
@@ -164,7 +170,9 @@ def test_stages_and_weights(trained, chats, tmp_path):
         (["--block_size=4096"], "has a context of 64 tokens"),
         (["--lora_rank=-1"], "lora_rank=-1: must be at least 0"),
         (["--lora_rank=2", "--lora_targets=xyz"], "lora_targets=xyz: matches none"),
-        (["--merge=True"], "there is no adapter without lora_rank"),
+        (["--merge=True"], "merge=True: there is no adapter without lora_rank"),
+        (["--quantize_base=nf4"], "quantize_base=nf4: there is no adapter without lora_rank"),
+        (["--quantize_base=nf4", "--lora_rank=2", "--parallel=fsdp"], "4-bit matrices are not sharded"),
         (["--init_from=nowhere/at/all"], "no model here"),
     ],
 )
