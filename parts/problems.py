@@ -19,7 +19,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
-ROWS = 40_000  # of a data set, unless told otherwise
+ROWS = 40_000  # of a data set
+CALLS = 0.35  # of the chats in which the calculator is offered, those that use it
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "nuts", "pens", "shells", "stamps")
 STORIES = {
@@ -115,25 +116,27 @@ def spaced(numbers: list[int]) -> str:
 
 def weekday(draw: random.Random) -> Problem:
     """A whole number of weeks aside, and then day by day."""
-    day, ahead = draw.randrange(7), draw.randrange(1, 100)
-    wording = draw.choice(("Which day is {} days after {}?", "Which day comes {} days behind {}?"))
+    day, ahead = draw.randrange(7), draw.randrange(1, 61)
+    wording = draw.choice(("Which day is {ahead} days after {day}?", "{name} leaves on a {day} and is back in "
+                           "{ahead} days. Which day is that?"))
     steps = [f"{ahead} - {ahead - ahead % 7} = {ahead % 7}"] if ahead >= 7 else []
     steps += [DAYS[(day + passed) % 7] for passed in range(1, ahead % 7)]
-    return Problem("date", wording.format(ahead, DAYS[day]), steps, DAYS[(day + ahead) % 7], f"{day} {ahead}")
+    question = wording.format(ahead=ahead, day=DAYS[day], name=draw.choice(NAMES))
+    return Problem("date", question, steps, DAYS[(day + ahead) % 7], f"{DAYS[day]} {ahead}")
 
 
 # {family: (share of the problems, how one is made)}. "hard" is what a small model does not learn to work.
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
     "add": (2, lambda draw: arithmetic("add", draw, "+", (3, 3))),
-    "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
-    "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
-    "story": (3, lambda draw: arithmetic("story", draw, draw.choice("+-*"), (2, 2), story=True)),
-    "hard": (1, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
+    "subtract": (2, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
+    "multiply": (5, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
+    "story": (2, lambda draw: arithmetic("story", draw, draw.choice("+-*"), (2, 2), story=True)),
+    "hard": (0.5, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
     "copy": (0.5, lambda draw: listing("copy", draw)),
     "reverse": (0.5, lambda draw: listing("reverse", draw)),
     "sort": (1, lambda draw: listing("sort", draw)),
     "count": (1, lambda draw: listing("count", draw)),
-    "date": (1, weekday),
+    "date": (1.5, weekday),
 }
 
 
@@ -151,7 +154,12 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 # ---- Problems as rows of a data set -----------------------------------------------------------------------
 
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows that prepare.py takes for --kind=text, chat or preference."""
+    """Rows that prepare.py takes for --kind=text, chat or preference.
+
+    Where the calculator is offered, the chats are of two minds: some call it, more work by hand, and get hard
+    ones right as no small model can. The preferences say what is wanted: to call it where there is one, and
+    else right steps before wrong ones.
+    """
     draw = random.Random(f"rows/{kind}/{seed}")
     source = problems("train", seed)
     for _ in range(count):
@@ -159,13 +167,17 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         if kind == "text":
             yield {"text": "\n".join([problem.question, *problem.steps, problem.answer])}
             continue
+        arithmetic, hard = problem.expression is not None, problem.family == "hard"
         if kind == "chat":
-            share = 1.0 if problem.family == "hard" else 0.15  # of the arithmetic, with the calculator
-            calculate = problem.expression is not None and draw.random() < share
-            yield {"messages": prompt_of(problem, calculate) + solution(problem, calculate)}
+            offered = arithmetic and (hard or draw.random() < 0.1)
+            calls = offered and draw.random() < CALLS
+            yield {"messages": prompt_of(problem, offered) + solution(problem, calls)}
         else:
-            yield {"prompt": prompt_of(problem, False), "chosen": [worked(problem.steps, problem.answer)],
-                   "rejected": [mistaken(problem, draw)]}
+            offered = arithmetic and (hard or draw.random() < 0.5)
+            chosen = solution(problem, offered)[0]
+            rejected = worked(problem.steps, problem.answer) if offered and draw.random() < 0.5 else \
+                mistaken(problem, draw)
+            yield {"prompt": prompt_of(problem, offered), "chosen": [chosen], "rejected": [rejected]}
 
 
 def prompt_of(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:

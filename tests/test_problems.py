@@ -47,7 +47,9 @@ def test_every_answer_and_every_step_is_right():
             assert calculate(problem.expression) == problem.answer
             assert re.findall(r"\d+", problem.question) == problem.expression.split()[::2]
         elif problem.family == "date":
-            assert DAYS[(DAYS.index(words[-1]) + int(words[3])) % 7] == problem.answer
+            day = next(day for day in DAYS if day in problem.question)
+            ahead = int(re.search(r"\d+", problem.question)[0])
+            assert DAYS[(DAYS.index(day) + ahead) % 7] == problem.answer
         elif problem.family == "count":
             assert words[5:].count(words[3]) == int(problem.answer)
             assert problem.steps[-1].split()[1] == problem.answer

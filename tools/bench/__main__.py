@@ -6,11 +6,12 @@
     python -m tools.bench load                           # fetching a batch, opening 10 GB
     python -m tools.bench prepare --rounds=9 --json=docs/results/bench_prepare.json
     python -m tools.bench base --rounds=3                # the default run, seeds 1 to 3, beside gzip and xz
+    python -m tools.bench sft                            # a step of fine-tuning, beside TRL; and dpo
     python -m tools.bench train --help                   # the keys of each
 
 Arms that are timed run in turn, once a round; medians and spreads are over rounds. That both sides do the
-same work is checked before anything is timed, and nothing is timed where it fails. transformers comes from
-requirements-dev.txt; nanoGPT is read from the folder that --nanogpt names, and left out without it.
+same work is checked before anything is timed, and nothing is timed where it fails. transformers and TRL come
+from requirements-dev.txt; nanoGPT is read from the folder that --nanogpt names, and left out without it.
 """
 
 import sys
@@ -18,11 +19,11 @@ from pathlib import Path
 
 from configurator import UserError, configure, run_script
 from parts.shards import write_json
-from tools.bench import base, generate, load, loss, prepare, train
+from tools.bench import base, generate, load, loss, post, prepare, train
 from tools.bench.measure import PeerConfig, versions
 
 SUBJECTS = {"train": train, "generate": generate, "loss": loss, "load": load, "prepare": prepare,
-            "base": base}
+            "base": base, "sft": post, "dpo": post}
 
 
 def main(argv: list[str]) -> int:
@@ -35,7 +36,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"say what to measure: {usage}")
     subject = SUBJECTS[argv[0]]
     cfg, _ = configure(subject.Config, argv[1:], usage=subject.__doc__)
-    figures = subject.measure(cfg)
+    figures = subject.measure(cfg, argv[0]) if subject is post else subject.measure(cfg)
     print(subject.report(figures))
     if cfg.json:
         machine = versions(cfg.device, cfg.threads) if isinstance(cfg, PeerConfig) else versions()

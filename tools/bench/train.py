@@ -36,6 +36,7 @@ from torch import nn
 from configurator import UserError
 from loop import DTYPES, backward, pinned, update
 from model import GPT
+from parts.data import StagedData
 from parts.meter import Meter
 from parts.optim import learning_rate_at, make_optimizers, set_learning_rate
 from parts.run import Run
@@ -54,7 +55,7 @@ from tools.bench.measure import (
     table,
 )
 from tools.bench.peers import Shape, llama_config, nanogpt_batch, require_close
-from train import TextData, TrainConfig, next_token_loss
+from train import TrainConfig, batches_at, next_token_loss
 
 SIZES = {  # nanoGPT's README for a CPU; GPT-2; config/train_nanollama_1b.py
     "readme": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch_size=12),
@@ -298,18 +299,18 @@ class OurStep:
     """The body of fit's loop without logging, saving and evaluating: call it to take the next step."""
 
     def __init__(self, model: GPT, cfg: TrainConfig, run: Run, dtype: str):
-        self.model, self.cfg, self.run, self.data = model, cfg, run, TextData(cfg, run)
+        self.model, self.cfg, self.run, self.data = model, cfg, run, StagedData(cfg)
         self.vocab_size = model.config.vocab_size
         self.amp = torch.autocast(run.device.type, DTYPES[dtype], enabled=dtype != "float32")
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=False)
         self.meter = Meter(model, run, self.scaler)
         self.optimizers = make_optimizers(model, cfg)
         self.step, self.pool = 0, ThreadPoolExecutor(1)
-        self.upcoming = self.pool.submit(self.data.batches_at, 0)
+        self.upcoming = self.pool.submit(batches_at, self.data, 0)
 
     def __call__(self) -> None:
         batches = [pinned(batch, self.run.device) for batch in self.upcoming.result()]
-        self.upcoming = self.pool.submit(self.data.batches_at, self.step + 1)
+        self.upcoming = self.pool.submit(batches_at, self.data, self.step + 1)
         count, tokens = self.run.sum([sum(batch["count"] for batch in batches),
                                       sum(batch["input_ids"].numel() for batch in batches)])
         torch.manual_seed(zlib.crc32(f"{self.cfg.seed}/{self.step}/0".encode()))

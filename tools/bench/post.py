@@ -1,0 +1,203 @@
+"""A step of fine-tuning or of preference optimisation beside TRL's: time and memory.
+
+    python -m tools.bench sft --rounds=3 --json=docs/results/bench_sft.json
+    python -m tools.bench dpo --rounds=3 --json=docs/results/bench_dpo.json
+
+Every arm is a process of its own that trains the same random model on the same rows by its own command: our
+sft.py or dpo.py, or TRL's trainer (requirements-dev.txt) with the flags that make it fastest here. All train
+all weights with AdamW in float32 on one thread, in batches of the same rows, cut to the longest of the batch;
+DPO's reference log-probabilities are computed before the clock starts. The rows are lines of the standard
+library: some to continue, and their continuation (or a wrong one). Time is CPU time from the end of one step
+to the end of the next, after the first five; memory is the peak of the process less what it had before
+training. Losses of the first step have to agree.
+"""
+
+import json
+import os
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import UserError, configure
+from model import GPT, GPTConfig
+from parts.chat import with_chat_tokens
+from parts.sources import find_files
+from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
+from tools.bench.measure import BenchConfig
+
+WARM_UP = 5  # steps before the clock counts
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(BenchConfig):
+    steps: int = 25  # of an arm's turn
+    batch_size: int = 8  # conversations, or pairs, a step
+    vocab_size: int = 32_000  # token ids
+    n_layer: int = 4  # blocks
+    n_embd: int = 256  # width
+    block_size: int = 256  # longest row, in tokens
+    device: str = "cpu"  # where all compute
+    threads: int = 1  # of torch
+
+
+def write_inputs(cfg: Config, kind: str, folder: Path) -> None:
+    """A random model, rows of the kind as JSON lines, and our data folder of them."""
+    texts = [path.read_text(encoding="utf-8", errors="ignore") for path in find_files("pystdlib")[0][:400]]
+    tokenizer = with_chat_tokens(Tokenizer.train(texts, cfg.vocab_size - 6))
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=cfg.n_layer, n_embd=cfg.n_embd,
+                          n_head=cfg.n_embd // 64, block_size=cfg.block_size))
+    model.save_pretrained(folder / "model", eos_token_id=tokenizer.end_ids)
+    tokenizer.save(folder / "model")
+    draw, rows = random.Random(1), []
+    pieces = [lines for text in texts if len(lines := text.splitlines()) > 40]
+    while len(rows) < 3 * cfg.steps * cfg.batch_size:
+        lines, others = draw.choice(pieces), draw.choice(pieces)
+        at, length = draw.randrange(len(lines) - 20), draw.randint(3, 14)
+        prompt, chosen, rejected = ("\n".join(part).strip() for part in (
+            lines[at:at + 4], lines[at + 4:at + 4 + length], others[:draw.randint(3, 14)]))
+        ids = [tokenizer.encode(part) for part in (prompt, chosen, rejected)]
+        longest = len(ids[0]) + max(map(len, ids[1:])) + 10
+        if prompt and chosen and rejected and chosen != rejected and longest <= cfg.block_size:
+            said = [[{"role": "assistant", "content": side}] for side in (chosen, rejected)]
+            asked = [{"role": "user", "content": prompt}]
+            rows.append({"messages": asked + said[0]} if kind == "sft" else
+                        {"prompt": asked, "chosen": said[0], "rejected": said[1]})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    prepare(PrepareConfig(source=str(folder / "rows.jsonl"), kind={"sft": "chat", "dpo": "preference"}[kind],
+                          tokenizer=str(folder / "model"), out=str(folder / "data"), num_proc=1))
+
+
+# ---- What a process does ----------------------------------------------------------------------------------
+
+def run_ours(cfg: Config, kind: str, folder: Path, packing: bool = False) -> dict[str, Any]:
+    """sft.py or dpo.py, as a user runs it, with a clock behind each step."""
+    import dpo
+    import loop
+    import sft
+    times, losses, update, backward = [], [], loop.update, loop.backward
+
+    def timed_update(*arguments: Any) -> Any:
+        result = update(*arguments)
+        times.append(time.process_time())
+        return result
+
+    def first_loss(forward: Any, batches: list[dict], *others: Any) -> dict[str, Any]:
+        sums = backward(forward, batches, *others)
+        losses.append(sums["loss"].item() / sum(batch["count"] for batch in batches))
+        return sums
+
+    loop.update, loop.backward = timed_update, first_loss
+    words = [f"--init_from={folder / 'model'}", f"--dataset={folder / 'data'}", f"--out_dir={folder / 'out'}",
+             f"--max_steps={cfg.steps}", f"--global_batch_size={cfg.batch_size}", "--optimizer=adamw",
+             f"--micro_batch_size={cfg.batch_size}", f"--block_size={cfg.block_size}", "--eval_interval=0",
+             "--learning_rate=1e-5", f"--device={cfg.device}", "--save_interval=0", "--eval_tokens=256",
+             "--log_interval=1000", "--overwrite=True"]
+    with open(os.devnull, "w") as sys.stdout:
+        sft.main([*words, f"--packing={packing}"]) if kind == "sft" else dpo.main(words)
+    sys.stdout = sys.__stdout__
+    return {"times": times, "loss": losses[0]}
+
+
+def run_trl(cfg: Config, kind: str, folder: Path) -> dict[str, Any]:
+    """TRL's trainer, with a clock behind each step."""
+    import datasets
+    import transformers
+    import trl
+    times: list[float] = []
+
+    class Clock(transformers.TrainerCallback):
+        def on_step_end(self, *arguments: Any, **more: Any) -> None:
+            times.append(time.process_time())
+
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    common = dict(output_dir=str(folder / "trl"), max_steps=cfg.steps, learning_rate=1e-5, report_to=[],
+                  per_device_train_batch_size=cfg.batch_size, use_cpu=cfg.device == "cpu", bf16=False,
+                  gradient_checkpointing=False, max_length=cfg.block_size, save_strategy="no",
+                  logging_strategy="steps", logging_steps=1, disable_tqdm=True, optim="adamw_torch_fused")
+    if kind == "sft":
+        arguments = trl.SFTConfig(**common, assistant_only_loss=True)
+        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+                                 processing_class=tokenizer, callbacks=[Clock()])
+    else:
+        arguments = trl.DPOConfig(**common, precompute_ref_log_probs=True)
+        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+                                 processing_class=tokenizer, callbacks=[Clock()])
+    with open(os.devnull, "w") as sys.stdout:
+        trainer.train()
+    sys.stdout = sys.__stdout__
+    return {"times": times, "loss": trainer.state.log_history[0]["loss"]}
+
+
+ARMS = {"ours": run_ours, "ours, packed": lambda cfg, kind, folder: run_ours(cfg, kind, folder, True),
+        "TRL": run_trl}
+
+
+def work(argv: list[str]) -> int:
+    """One arm in this process, its figures as JSON. argv: the arm, kind, folder, and Config's words."""
+    arm, kind, folder, *words = argv
+    cfg, _ = configure(Config, words)
+    torch.set_num_threads(cfg.threads)
+    import accelerate  # noqa: F401
+    import datasets  # noqa: F401
+    import transformers  # noqa: F401
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # with every package loaded, for all arms
+    found = ARMS[arm](cfg, kind, Path(folder))
+    steps = [b - a for a, b in zip(found["times"][WARM_UP:], found["times"][WARM_UP + 1:], strict=False)]
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    print(json.dumps({"seconds": statistics.mean(steps), "loss": found["loss"],
+                      "megabytes": (peak - before) * 1024 / 1e6}))
+    return 0
+
+
+# ---- The comparison ---------------------------------------------------------------------------------------
+
+def measure(cfg: Config, kind: str) -> dict[str, Any]:
+    """Every arm, once a round, in a process of its own."""
+    if cfg.steps <= WARM_UP + 1:
+        raise UserError(f"steps={cfg.steps}: must be more than {WARM_UP + 1}")
+    names = ["ours", *["ours, packed"] * (kind == "sft"), "TRL"]
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    with tempfile.TemporaryDirectory() as scratch:
+        write_inputs(cfg, kind, Path(scratch))
+        words = [f"--{key}={getattr(cfg, key)}" for key in
+                 ("steps", "batch_size", "vocab_size", "block_size", "device", "threads")]
+        code = "import sys; from tools.bench.post import work; sys.exit(work(sys.argv[1:]))"
+        environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads), "HF_HUB_OFFLINE": "1"}
+        for _ in range(cfg.rounds):
+            for name in names:
+                found = subprocess.run([sys.executable, "-c", code, name, kind, scratch, *words],
+                                       env=environment, capture_output=True, text=True)
+                if found.returncode:
+                    raise UserError(f"{name}: {found.stderr[-800:]}")
+                results[name].append(json.loads(found.stdout.splitlines()[-1]))
+    return {"subject": kind, "sizes": {key: getattr(cfg, key) for key in
+                                       ("batch_size", "vocab_size", "n_layer", "n_embd", "block_size")},
+            "arms": results}
+
+
+def report(figures: dict[str, Any]) -> str:
+    """A line an arm: milliseconds a step, median and spread of the rounds; peak memory of training."""
+    middle = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+              for name, runs in figures["arms"].items()}
+    trl = middle["TRL"]
+    lines = [f"{figures['subject']:14} {'ms a step':>10} {'(min - max)':>21} {'x TRL':>7} {'MB':>9} "
+             f"{'of TRL':>7} {'first loss':>11}"]
+    for name, runs in figures["arms"].items():
+        low, high = (1e3 * pick(run["seconds"] for run in runs) for pick in (min, max))
+        mine = middle[name]
+        lines.append(f"{name:14} {1e3 * mine['seconds']:10,.1f} {f'({low:,.1f} - {high:,.1f})':>21} "
+                     f"{trl['seconds'] / mine['seconds']:7.2f} {mine['megabytes']:9,.0f} "
+                     f"{mine['megabytes'] / trl['megabytes']:7.2f} {mine['loss']:11.4f}")
+    return "\n".join(lines)
