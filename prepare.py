@@ -58,7 +58,7 @@ class PrepareConfig:
     kind: Literal["text", "chat", "preference"] = "text"  # what a row is
     text_key: str = "text"  # the key or column that holds the text of a .jsonl, .json, .parquet or hub row
     keys: str = ""  # of chats and preferences, where they have other names: question=original_text,answer=ans
-    tokenizer: str = "bpe"  # bpe (trained here), gpt2, a folder with tokenizer.json, or an out_dir
+    tokenizer: str = "bpe"  # bpe (trained here), gpt2, a folder with tokenizer.json, an out_dir or a hub id
     vocab_size: int = 4096  # ids of a bpe trained here
     val_fraction: float = 0.03  # share of the documents for validation, chosen by their hash
     max_tokens: int | None = None  # stop at the document that reaches so many; None: read everything
@@ -369,8 +369,6 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]
         return read_rows(files, text_key, min(piece, 2**20), progress)
 
     tokenizer = make_tokenizer(rows(), cfg)
-    if cfg.kind != "text":
-        tokenizer = with_chat_tokens(tokenizer)
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     writers = {split: ShardWriter(folder, split, dtype, cfg.kind != "text") for split in ("train", "val")}
     begin, quiet = time.perf_counter(), not sys.stderr.isatty()
@@ -414,6 +412,9 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     """What the folder's content follows from: settings, and the content of every file."""
     keys = ["kind", "text_key" if cfg.kind == "text" else "keys", "tokenizer", "val_fraction", "max_tokens"]
     settings = {key: getattr(cfg, key) for key in keys + ["vocab_size"] * (cfg.tokenizer == "bpe")}
+    if cfg.tokenizer not in ("bpe", "gpt2"):  # what it is counts, not where it lies
+        definition = json.dumps(make_tokenizer([], cfg).definition, sort_keys=True)
+        settings["tokenizer"] = hashlib.sha256(definition.encode()).hexdigest()
     if not files:
         return settings | {"source": cfg.source}
     digests = "".join(file_sha256(path) for path in files)
@@ -431,14 +432,17 @@ def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
 
 
 def make_tokenizer(rows: Iterable[Row], cfg: PrepareConfig) -> Tokenizer:
-    """The tokenizer that cfg names, or one trained on the training text."""
-    if cfg.tokenizer != "bpe":
-        is_run = (Path(cfg.tokenizer) / "checkpoints.json").is_file()
-        return Tokenizer.load(hf.find_folder(cfg.tokenizer) if is_run else cfg.tokenizer)
-    begin = time.perf_counter()
-    tokenizer = Tokenizer.train(training_texts(rows, cfg), cfg.vocab_size)
-    print(f"tokens  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")
-    return tokenizer
+    """The tokenizer that cfg names, or one trained on the training text; for chats, with their tokens."""
+    if cfg.tokenizer == "bpe":
+        begin = time.perf_counter()
+        tokenizer = Tokenizer.train(training_texts(rows, cfg), cfg.vocab_size)
+        print(f"tokens  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")
+    else:
+        path = Path(cfg.tokenizer)
+        is_hub_id = cfg.tokenizer.count("/") == 1 and not path.parent.exists()
+        is_model = (path / "checkpoints.json").is_file() or is_hub_id
+        tokenizer = Tokenizer.load(hf.find_folder(path) if is_model else cfg.tokenizer)
+    return tokenizer if cfg.kind == "text" else with_chat_tokens(tokenizer)
 
 
 def main(argv: list[str]) -> int:

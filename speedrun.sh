@@ -1,15 +1,16 @@
 #!/usr/bin/env bash
-# The whole pipeline on whatever machine this is: prepare the data, train the base model, let it write.
-#   ./speedrun.sh          some minutes on two cores
+# The whole pipeline on whatever machine this is: prepare, pre-train, fine-tune, learn preferences, measure.
+#   ./speedrun.sh          a quarter of an hour on two cores; ends in a table of the three models
 #   ./speedrun.sh smoke    the same commands for a few steps
 set -euo pipefail
 cd "$(dirname "$0")"
 
-out=out/base
-flags=()
+out=out
+flags=() few=()
 if [ "${1:-}" = smoke ]; then
     out=out/smoke
-    flags=(--out_dir=$out --max_steps=10 --eval_tokens=4096 --overwrite=True)
+    flags=(--max_steps=10 --eval_tokens=4096 --overwrite=True)
+    few=(--limit=4 --max_new_tokens=8)
 fi
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
 launch=(python)
@@ -20,5 +21,8 @@ if [ "$gpus" -gt 1 ]; then
 fi
 
 python prepare.py
-"${launch[@]}" train.py "${flags[@]}"
-python sample.py --model=$out --prompt="import os" --max_new_tokens=64
+"${launch[@]}" train.py --out_dir=$out/base "${flags[@]}"
+python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
+"${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${flags[@]}"
+"${launch[@]}" dpo.py --init_from=$out/sft --out_dir=$out/dpo "${flags[@]}"
+python eval.py --model=$out/base --compare=$out/sft,$out/dpo --tasks=all "${few[@]}"

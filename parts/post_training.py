@@ -69,7 +69,7 @@ def require_data(cfg: PostTrainingConfig, kind: str, run: Run) -> None:
     out = f"data/problems_{kind}"
     if any(stage.dataset == Path(out).name for stage in stage_configs(cfg)):
         run.on_first_rank(lambda: prepare(PrepareConfig(
-            kind=kind, source="problems", out=out, tokenizer=str(hf.find_folder(cfg.init_from)))))
+            kind=kind, source="problems", out=out, tokenizer=cfg.init_from)))
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> GPT:

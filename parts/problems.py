@@ -117,8 +117,8 @@ def spaced(numbers: list[int]) -> str:
 def weekday(draw: random.Random) -> Problem:
     """A whole number of weeks aside, and then day by day."""
     day, ahead = draw.randrange(7), draw.randrange(1, 61)
-    wording = draw.choice(("Which day is {ahead} days after {day}?", "{name} leaves on a {day} and is back in "
-                           "{ahead} days. Which day is that?"))
+    wording = draw.choice(("Which day is {ahead} days after {day}?",
+                           "{name} leaves on a {day} and is back in {ahead} days. Which day is that?"))
     steps = [f"{ahead} - {ahead - ahead % 7} = {ahead % 7}"] if ahead >= 7 else []
     steps += [DAYS[(day + passed) % 7] for passed in range(1, ahead % 7)]
     question = wording.format(ahead=ahead, day=DAYS[day], name=draw.choice(NAMES))

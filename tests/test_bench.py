@@ -308,3 +308,18 @@ def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
     arms = [arm["arm"] for arm in parts["train_124m"]["arms"]]
     assert arms[0] == "nanoGPT, float32" and "our Llama, float32" in arms
     assert all(arm["median_seconds"] > 0 for part in list(parts.values())[1:] for arm in part["arms"])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_fine_tuning_beside_trl(kind, tmp_path, capsys):
+    toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
+           "--block_size=256"]  # fmt: skip
+    assert main([kind, *toy, f"--json={tmp_path / 'b.json'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("ours", "TRL")) for line in lines) == (3 if kind == "sft" else 2)
+    figures = json.loads((tmp_path / "b.json").read_text())
+    for runs in figures["arms"].values():
+        assert all(run["seconds"] > 0 and run["megabytes"] > 0 for run in runs)
+    if kind == "dpo":
+        assert figures["arms"]["ours"][0]["loss"] == pytest.approx(0.6931, abs=1e-4)
