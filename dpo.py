@@ -20,14 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
-from loop import Run, fit, start_run
+from loop import Run, compute_dtype, fit, stage_configs, start_run
 from model import GPT
 from parts import hf
 from parts.chat_data import PairRows, pair_batch
 from parts.data import Mix, StagedData, in_epochs, shares
 from parts.losses import linear_log_probs, preference_loss
-from parts.post_training import PostTrainingConfig, chat_model, require_data, write_merged
+from parts.post_training import PostTrainingConfig, chat_model, write_merged
 from parts.shards import file_sha256
+from prepare import PrepareConfig, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +95,7 @@ class Reference:
 
     def __init__(self, cfg: DPOConfig, policy: GPT, run: Run):
         self.cfg, self.run, self.policy, self.model = cfg, run, policy, None
-        self.vocab_size = run.tokenizer.vocab_size
+        self.vocab_size, self.dtype = run.tokenizer.vocab_size, compute_dtype(cfg, run)
         self.tables: dict[int, Tensor] = {}  # of the rows with this id(): (rows, 2) float32
 
     def load(self) -> GPT:
@@ -129,18 +130,18 @@ class Reference:
         The file's name says what it follows from: the weights, the data, block_size and the dtype.
         """
         identity = (self.policy.base_hash, file_sha256(rows.data.folder / "meta.json"), rows.split, rows.T,
-                    "float32")
+                    str(self.dtype))
         name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         path = rows.data.folder / f"reference_{name}.npy"
-        table = self.run.on_first_rank(lambda: np.load(path) if path.is_file() else None)
-        table = np.full((len(rows), 2), np.nan, np.float32) if table is None else table
+        table = self.run.on_first_rank(lambda: read_table(path, len(rows)))
         missing = indices[np.isnan(table[indices, 0])]
         if len(missing):
             found = np.zeros((len(missing), 2))
             for mine in shares(len(missing), self.cfg.micro_batch_size, self.run.rank, self.run.world_size):
                 if len(mine):
                     pairs = pair_batch(rows.read(missing[mine]))
-                    found[mine] = self.compute(pairs).view(2, -1).T.cpu()
+                    with torch.autocast(self.run.device.type, self.dtype, self.dtype != torch.float32):
+                        found[mine] = self.compute(pairs).view(2, -1).T.cpu()
             table[missing] = np.array(self.run.sum(found.flatten().tolist())).reshape(-1, 2)
             self.run.on_first_rank(lambda: save_array(path, table))
         self.tables[id(rows)] = torch.from_numpy(table)
@@ -152,6 +153,19 @@ class Reference:
             return batch
         found = [self.tables[id(rows[o])][i] for o, i in zip(owner, index, strict=True)]
         return batch | {"reference": torch.stack(found, dim=1).flatten()}
+
+
+def read_table(path: Path, rows: int) -> np.ndarray:
+    """(rows, 2) float32 from a file, NaN where there is none. UserError for a file that is damaged."""
+    if not path.is_file():
+        return np.full((rows, 2), np.nan, np.float32)
+    try:
+        table = np.load(path, allow_pickle=False)
+    except (ValueError, EOFError) as error:
+        raise UserError(f"{path}: damaged ({error}); delete it, and it is computed anew") from None
+    if table.shape != (rows, 2) or table.dtype != np.float32:
+        raise UserError(f"{path}: damaged (its shape is {table.shape}); delete it, and it is computed anew")
+    return table
 
 
 def save_array(path: Path, table: np.ndarray) -> None:
@@ -217,7 +231,10 @@ def pair_loss(model: nn.Module, batch: dict[str, Any], reference: Reference,
 def main(argv: list[str]) -> int:
     cfg, given = configure(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, given) as run:
-        require_data(cfg, "preference", run)
+        if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # the embedded default
+            run.on_first_rank(lambda: prepare(PrepareConfig(
+                kind="preference", source="problems", out="data/problems_preference",
+                tokenizer=cfg.init_from)))
         cfg = in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer

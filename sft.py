@@ -21,11 +21,12 @@ import torch
 from torch import Tensor, nn
 
 from configurator import configure, run_script
-from loop import Run, fit, start_run
+from loop import Run, fit, stage_configs, start_run
 from parts.chat_data import ChatRows, UnpackedChatRows, chat_batch
 from parts.data import Mix, StagedData, in_epochs, shares
 from parts.losses import IGNORE, linear_cross_entropy
-from parts.post_training import PostTrainingConfig, chat_model, require_data, write_merged
+from parts.post_training import PostTrainingConfig, chat_model, write_merged
+from prepare import PrepareConfig, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,9 @@ class Evaluation:
 def main(argv: list[str]) -> int:
     cfg, given = configure(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, given) as run:
-        require_data(cfg, "chat", run)
+        if any(stage.dataset == "problems_chat" for stage in stage_configs(cfg)):  # the embedded default
+            run.on_first_rank(lambda: prepare(PrepareConfig(
+                kind="chat", source="problems", out="data/problems_chat", tokenizer=cfg.init_from)))
         kind = ChatRows if cfg.packing else UnpackedChatRows
         cfg = in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)

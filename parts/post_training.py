@@ -1,7 +1,6 @@
 """What fine-tuning and preference optimisation share: they start from a model, and may train only an adapter.
 
     cfg, given = configure(SFTConfig, argv)              # a PostTrainingConfig
-    require_data(cfg, "chat", run)                       # makes the embedded problems where they are named
     model = chat_model(cfg, tokenizer, run)              # on the meta device, with the tokens of a chat
     fit(cfg.frozen_but_adapters(model), model, ...)
 """
@@ -21,7 +20,6 @@ from parts.chat import with_chat_tokens
 from parts.lora import AdaptedGPT, targets_of
 from parts.run import Run, RunConfig, stage_configs
 from parts.tokenizer import Tokenizer
-from prepare import PrepareConfig, prepare
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,14 +60,6 @@ class PostTrainingConfig(RunConfig):
             return self
         trained = {"lora_": 1.0} | {rf"{table}\.weight": 1.0 for table in model.spec.tables}
         return dataclasses.replace(self, lr_multipliers=self.lr_multipliers | trained | {"": 0.0})
-
-
-def require_data(cfg: PostTrainingConfig, kind: str, run: Run) -> None:
-    """Make data/problems_<kind>, the embedded default, where a stage names it and it is missing."""
-    out = f"data/problems_{kind}"
-    if any(stage.dataset == Path(out).name for stage in stage_configs(cfg)):
-        run.on_first_rank(lambda: prepare(PrepareConfig(
-            kind=kind, source="problems", out=out, tokenizer=cfg.init_from)))
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> GPT:

@@ -4,7 +4,7 @@
         problem.question, problem.steps, problem.answer
     rows = list(problem_rows("chat", count=40_000, seed=1))   # prepare.py --source=problems --kind=chat
 
-    What is 15 * 24?   ->   thought: 15 * 20 = 300; 15 * 4 = 60; 300 + 60 = 360   answer: 360
+    What is 15 * 4?   ->   thought: 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60   answer: 60
 
 They let anybody see, in minutes and offline, what each stage does for a model: the worked steps are what a
 small model can learn where it cannot learn the answer alone; the calculator does what it cannot learn at all;
@@ -12,6 +12,7 @@ and of two answers it can be said which is right. Train and test are disjoint by
 operation and its numbers decides, whatever words are around them and whichever comes first.
 """
 
+import math
 import random
 import re
 import zlib
@@ -56,17 +57,19 @@ def places(number: int) -> list[int]:
 
 
 def work(a: int, b: int, operator: str) -> tuple[list[str], int]:
-    """The steps of a + b, a - b or a * b, place by place of b, and the result."""
-    steps, total = [], None
+    """The steps of a + b, a - b or a * b, place by place, and the result.
+
+    Products of small numbers are cut at the places of both, so that each is one of the multiplication table.
+    """
     if operator == "*":
-        parts = [a * place for place in places(b)]
-        steps = [f"{a} * {place} = {part}" for place, part in zip(places(b), parts, strict=True)]
-        total = parts[0]
-        for part in parts[1:]:
-            steps.append(f"{total} + {part} = {total + part}")
-            total += part
+        pairs = [(left, right) for right in places(b) for left in (places(a) if a < 100 else [a])]
+        steps = [f"{left} * {right} = {left * right}" for left, right in pairs]
+        total = math.prod(pairs[0])
+        for left, right in pairs[1:]:
+            steps.append(f"{total} + {left * right} = {total + left * right}")
+            total += left * right
         return steps, total
-    total = a
+    steps, total = [], a
     for place in places(b):
         after = total + place if operator == "+" else total - place
         steps.append(f"{total} {operator} {place} = {after}")
@@ -95,8 +98,8 @@ def arithmetic(family: str, draw: random.Random, operator: str, digits: tuple[in
 # ---- Lists and dates --------------------------------------------------------------------------------------
 
 def listing(family: str, draw: random.Random) -> Problem:
-    """Copy, reverse, sort or count: 3 to 6 numbers."""
-    numbers = [draw.randrange(10 if family == "count" else 100) for _ in range(draw.randint(3, 6))]
+    """Copy, reverse, sort or count: 3 to 5 numbers."""
+    numbers = [draw.randrange(10 if family == "count" else 100) for _ in range(draw.randint(3, 5))]
     shown, steps = spaced(numbers), []
     if family == "count":
         wanted = draw.choice(numbers)
@@ -116,7 +119,7 @@ def spaced(numbers: list[int]) -> str:
 
 def weekday(draw: random.Random) -> Problem:
     """A whole number of weeks aside, and then day by day."""
-    day, ahead = draw.randrange(7), draw.randrange(1, 61)
+    day, ahead = draw.randrange(7), draw.randrange(2, 21)
     wording = draw.choice(("Which day is {ahead} days after {day}?",
                            "{name} leaves on a {day} and is back in {ahead} days. Which day is that?"))
     steps = [f"{ahead} - {ahead - ahead % 7} = {ahead % 7}"] if ahead >= 7 else []
@@ -128,15 +131,15 @@ def weekday(draw: random.Random) -> Problem:
 # {family: (share of the problems, how one is made)}. "hard" is what a small model does not learn to work.
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
     "add": (2, lambda draw: arithmetic("add", draw, "+", (3, 3))),
-    "subtract": (2, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
-    "multiply": (5, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
+    "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
+    "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
     "story": (2, lambda draw: arithmetic("story", draw, draw.choice("+-*"), (2, 2), story=True)),
     "hard": (0.5, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
     "copy": (0.5, lambda draw: listing("copy", draw)),
     "reverse": (0.5, lambda draw: listing("reverse", draw)),
     "sort": (1, lambda draw: listing("sort", draw)),
     "count": (1, lambda draw: listing("count", draw)),
-    "date": (1.5, weekday),
+    "date": (1, weekday),
 }
 
 
@@ -156,9 +159,9 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Rows that prepare.py takes for --kind=text, chat or preference.
 
-    Where the calculator is offered, the chats are of two minds: some call it, more work by hand, and get hard
-    ones right as no small model can. The preferences say what is wanted: to call it where there is one, and
-    else right steps before wrong ones.
+    Where the calculator is offered, the chats are of two minds: some call it, more just say the answer, which
+    a small model cannot. The preferences say what is wanted: to call it where there is one, and else right
+    steps before wrong ones.
     """
     draw = random.Random(f"rows/{kind}/{seed}")
     source = problems("train", seed)
@@ -169,15 +172,15 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
             continue
         arithmetic, hard = problem.expression is not None, problem.family == "hard"
         if kind == "chat":
-            offered = arithmetic and (hard or draw.random() < 0.1)
-            calls = offered and draw.random() < CALLS
-            yield {"messages": prompt_of(problem, offered) + solution(problem, calls)}
+            offered = arithmetic and (hard or draw.random() < 0.15)
+            said = [worked([], problem.answer)] if offered and draw.random() > CALLS else \
+                solution(problem, offered)
+            yield {"messages": prompt_of(problem, offered) + said}
         else:
             offered = arithmetic and (hard or draw.random() < 0.5)
-            chosen = solution(problem, offered)[0]
-            rejected = worked(problem.steps, problem.answer) if offered and draw.random() < 0.5 else \
-                mistaken(problem, draw)
-            yield {"prompt": prompt_of(problem, offered), "chosen": [chosen], "rejected": [rejected]}
+            rejected = worked([], problem.answer) if offered else mistaken(problem, draw)
+            yield {"prompt": prompt_of(problem, offered), "chosen": [solution(problem, offered)[0]],
+                   "rejected": [rejected]}
 
 
 def prompt_of(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:

@@ -168,6 +168,12 @@ def test_the_table_is_kept_by_what_it_follows_from(chat_model, pairs, tmp_path, 
     assert 0 < sum(asked) < 272, "only what was missing is computed"
     run(chat_model, pairs, tmp_path / "d", "--max_steps=2", "--block_size=60")
     assert len(list(pairs.glob("reference_*.npy"))) > len(known), "another block_size is another table"
+    for path in pairs.glob("reference_*.npy"):
+        path.write_bytes(path.read_bytes()[:90])
+    with pytest.raises(UserError, match="damaged .*; delete it, and it is computed anew"):
+        run(chat_model, pairs, tmp_path / "e", "--max_steps=2")
+    for path in pairs.glob("reference_*.npy"):
+        path.unlink()
 
 
 def test_stopped_and_resumed_is_the_same_run(chat_model, pairs, tmp_path, monkeypatch):
