@@ -231,7 +231,7 @@ def pair_loss(model: nn.Module, batch: dict[str, Any], reference: Reference,
 def main(argv: list[str]) -> int:
     cfg, given = configure(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, given) as run:
-        if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # the embedded default
+        if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # embedded
             run.on_first_rank(lambda: prepare(PrepareConfig(
                 kind="preference", source="problems", out="data/problems_preference",
                 tokenizer=cfg.init_from)))
