@@ -21,7 +21,7 @@ from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
 ROWS = 40_000  # of a data set
-CALLS = 0.35  # of the chats in which the calculator is offered, those that use it
+CALLS = 0.1  # of the chats in which the calculator is offered, those that use it
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "nuts", "pens", "shells", "stamps")
 STORIES = {
@@ -159,7 +159,7 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Rows that prepare.py takes for --kind=text, chat or preference.
 
-    Where the calculator is offered, the chats are of two minds: some call it, more just say the answer, which
+    Where the calculator is offered, the chats are of two minds: a few call it, most just say the answer, which
     a small model cannot. The preferences say what is wanted: to call it where there is one, and else right
     steps before wrong ones.
     """
@@ -172,12 +172,12 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
             continue
         arithmetic, hard = problem.expression is not None, problem.family == "hard"
         if kind == "chat":
-            offered = arithmetic and (hard or draw.random() < 0.15)
+            offered = arithmetic and (hard or draw.random() < 0.2)
             said = [worked([], problem.answer)] if offered and draw.random() > CALLS else \
                 solution(problem, offered)
             yield {"messages": prompt_of(problem, offered) + said}
         else:
-            offered = arithmetic and (hard or draw.random() < 0.5)
+            offered = arithmetic and (hard or draw.random() < 0.8)
             rejected = worked([], problem.answer) if offered else mistaken(problem, draw)
             yield {"prompt": prompt_of(problem, offered), "chosen": [solution(problem, offered)[0]],
                    "rejected": [rejected]}
