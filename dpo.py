@@ -48,6 +48,8 @@ class DPOConfig(PostTrainingConfig):
     label_smoothing: float = 0.0  # dpo: the share of pairs that may be the wrong way round
     reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # where it is computed
 
+    fixed = PostTrainingConfig.fixed | {"loss", "beta", "label_smoothing", "reference"}
+
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
@@ -57,6 +59,9 @@ class DPOConfig(PostTrainingConfig):
             raise UserError("label_smoothing: is of loss=dpo")
         if self.reference == "adapter_off" and not self.lora_rank:
             raise UserError("reference=adapter_off: there is no adapter without lora_rank")
+        if self.quantize_base and self.reference != "adapter_off":
+            raise UserError(f"reference={self.reference}: is not in 4 bits; with quantize_base give "
+                            "adapter_off")
         if self.lora_dropout:
             raise UserError("lora_dropout: policy and reference have to compute the same; leave it at 0")
 

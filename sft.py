@@ -40,6 +40,8 @@ class SFTConfig(PostTrainingConfig):
     save_interval: int = 500  # steps between checkpoints; 0: only at the end of a stage
     packing: bool = True  # several conversations a row, each for itself; False: one a row
 
+    fixed = PostTrainingConfig.fixed | {"packing"}
+
 
 def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """Cross-entropy summed over what the assistant says; logits are computed there and nowhere else."""

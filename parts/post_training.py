@@ -36,6 +36,9 @@ class PostTrainingConfig(RunConfig):
     quantize_base: Literal["nf4"] | None = None  # keep what has an adapter in 4 bits (QLoRA)
     merge: bool = False  # of an adapter: in the end also write the whole model to out_dir/merged
 
+    fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "quantize_base",
+                       "merge"})
+
     def __post_init__(self) -> None:
         super().__post_init__()
         for key, fits, rule in (("block_size", self.block_size > 0, "positive"),

@@ -159,8 +159,8 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Rows that prepare.py takes for --kind=text, chat or preference.
 
-    Where the calculator is offered, the chats are of two minds: a few call it, most just say the answer, which
-    a small model cannot. The preferences say what is wanted: to call it where there is one, and else right
+    Where the calculator is offered, the chats are of two minds: a few call it, most just say the answer, as a
+    small model cannot. The preferences say what is wanted: to call it where there is one, and else right
     steps before wrong ones.
     """
     draw = random.Random(f"rows/{kind}/{seed}")

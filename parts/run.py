@@ -73,6 +73,8 @@ class RunConfig:
     run_name: str | None = None  # its name there; None: the name of out_dir
     overwrite: bool = False  # delete what is in out_dir and start anew
 
+    fixed = frozenset()  # a script's own keys that no stage can change; not a key itself
+
     def __post_init__(self) -> None:
         """UserError for a value outside its range."""
         for key in ("global_batch_size", "micro_batch_size", "max_steps", "learning_rate", "keep_checkpoints",
@@ -153,7 +155,7 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"stages[{number}]: must be a dict with steps or epochs, as dict(steps=100, ..)")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
-    if fixed := (common - OF_A_STAGE) & changes.keys():
+    if fixed := (common - OF_A_STAGE | cfg.fixed) & changes.keys():
         raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
     if {"rope_theta", "rope_scaling"} & changes.keys() and getattr(cfg, "position", None) == "learned":
         raise UserError(f"stages[{number}]: position=learned has no rotary base to change")

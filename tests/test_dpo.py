@@ -230,6 +230,7 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
         (["--label_smoothing=0.5"], "label_smoothing=0.5"),
         (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: is of loss=dpo"),
         (["--reference=adapter_off"], "there is no adapter without lora_rank"),
+        (["--lora_rank=2", "--quantize_base=nf4"], "with quantize_base give adapter_off"),
         (["--lora_rank=2", "--lora_dropout=0.1"], "policy and reference have to compute the same"),
         (["--block_size=8"], "train preferences fits block_size=8"),
     ],
@@ -237,6 +238,15 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
 def test_mistakes_are_one_line(chat_model, pairs, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         run(chat_model, pairs, tmp_path / "a", *words)
+
+
+def test_a_stage_cannot_change_the_loss(chat_model, pairs, tmp_path):
+    config = tmp_path / "stages.py"
+    config.write_text("stages = [dict(steps=2), dict(steps=2, beta=0.5)]\n")
+    words = [word for word in TINY if "max_steps" not in word]
+    words += [f"--init_from={chat_model}", f"--dataset={pairs}", f"--out_dir={tmp_path / 'a'}"]
+    with pytest.raises(UserError, match=r"stages\[1\]: beta cannot change during a run"):
+        dpo.main([str(config), *words])
 
 
 def test_an_adapter_with_tables_cannot_be_switched_off(trained, pairs, tmp_path):
