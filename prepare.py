@@ -17,13 +17,11 @@ failure, a kill or a mistake leaves what was there as it was.
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
-import shutil
 import signal
 import sys
 import threading
@@ -43,7 +41,7 @@ from parts import hf
 from parts.chat import encode_answer, encode_chat, encode_prompt, with_chat_tokens
 from parts.conversations import conversation, preference, renamed
 from parts.problems import ROWS, problem_rows
-from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, sync_folder, write_json
+from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, folder_to_be, write_json
 from parts.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows, value_of
 from parts.tokenizer import Tokenizer
 
@@ -321,36 +319,6 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     print(f"data    {cfg.folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens"
           + (f"; {ignored:,} files of other kinds ignored" if ignored else ""))
     return DataFolder(cfg.folder)
-
-
-@contextlib.contextmanager
-def folder_to_be(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` to build in, which then takes its place. UserError if it may not."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"out={target}: is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / "meta.json").exists():
-        raise UserError(f"out={target}: holds files, but no data set; give a folder that is new or empty")
-    target = target.resolve()
-    beside, before = (target.with_name(f".{target.name}.{word}") for word in ("tmp", "old"))
-    beside.mkdir(parents=True, exist_ok=True)
-    lock = os.open(beside, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
-    except BlockingIOError:
-        raise UserError(f"out={target}: another process is preparing it") from None
-    try:
-        for old in beside.iterdir():  # of one that was killed
-            old.unlink()
-        yield beside
-        if (target / "meta.json").exists():
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(target, before)
-        os.replace(beside, target)
-        sync_folder(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        os.close(lock)
 
 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]:

@@ -13,9 +13,11 @@ not exist.
 """
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,36 @@ def sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def folder_to_be(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` to build in, which then takes its place. UserError if it may not."""
+    if target.exists() and not target.is_dir():
+        raise UserError(f"out={target}: is a file")
+    if target.is_dir() and any(target.iterdir()) and not (target / "meta.json").exists():
+        raise UserError(f"out={target}: holds files, but no data set; give a folder that is new or empty")
+    target = target.resolve()
+    beside, before = (target.with_name(f".{target.name}.{word}") for word in ("tmp", "old"))
+    beside.mkdir(parents=True, exist_ok=True)
+    lock = os.open(beside, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
+    except BlockingIOError:
+        raise UserError(f"out={target}: another process is preparing it") from None
+    try:
+        for old in beside.iterdir():  # of one that was killed
+            old.unlink()
+        yield beside
+        if (target / "meta.json").exists():
+            shutil.rmtree(before, ignore_errors=True)
+            os.replace(target, before)
+        os.replace(beside, target)
+        sync_folder(target.parent)
+        shutil.rmtree(before, ignore_errors=True)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+        os.close(lock)
 
 
 def file_sha256(path: Path) -> str:

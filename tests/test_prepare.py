@@ -16,9 +16,9 @@ import prepare as prepare_module
 from configurator import UserError
 from parts import shards as shards_module
 from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
-from parts.shards import DataFolder
+from parts.shards import DataFolder, folder_to_be
 from parts.tokenizer import Tokenizer
-from prepare import PrepareConfig, SeenHashes, folder_to_be, main, prepare
+from prepare import PrepareConfig, SeenHashes, main, prepare
 from tests.conftest import ROOT, config_of
 
 
