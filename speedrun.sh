@@ -6,7 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")"
 
 out=out
-flags=() few=()
+flags=() few=(--limit=300)
 if [ "${1:-}" = smoke ]; then
     out=out/smoke
     flags=(--max_steps=10 --eval_tokens=4096 --overwrite=True)

@@ -17,6 +17,7 @@ from loop import RunConfig, fit, start_run
 from model import GPT
 from parts import checkpoint
 from parts.data import Mix, text_batch
+from parts.distributed import whole
 from parts.losses import IGNORE
 from parts.shards import write_json
 from tests.conftest import TINY_RUN, tiny_config
@@ -411,3 +412,33 @@ def test_a_run_starts_from_another_model(data, trained, tmp_path):
     assert events(tmp_path / "short")[0]["tokens"] == 8 * 16
     assert GPT.from_pretrained(tmp_path / "short").config.block_size == 64
 
+
+
+def first_gradients(data, out, words):
+    """Of the first step, whole and before clipping, by name; and the losses of the run."""
+    found, original = {}, loop.update
+
+    def update(model, *others):
+        if not found:
+            found.update({name: whole(p.grad).clone() for name, p in model.named_parameters()})
+        return original(model, *others)
+
+    loop.update = update
+    try:
+        run(data, out, *words)
+    finally:
+        loop.update = original
+    return found, losses(events(out))
+
+
+def test_muon_on_two_ranks(data, tmp_path, two_ranks):
+    """Gradients of step 1 within 1e-6 of one process's, losses over 20 steps within 1e-4."""
+    words = ["--optimizer=muon", "--max_steps=20", "--micro_batch_size=2"]
+    gradients, expected = first_gradients(data, tmp_path / "one", words)
+    for parallel in ("ddp", "fsdp"):
+        out = tmp_path / parallel
+        found, _ = two_ranks(first_gradients, data, out, [*words, f"--parallel={parallel}"])[0]
+        assert found.keys() == gradients.keys()
+        for name, gradient in gradients.items():
+            assert (found[name] - gradient).norm() <= 1e-6 * gradient.norm(), name
+        assert_close(losses(events(out)), expected, 1e-4)
