@@ -64,6 +64,24 @@ def assert_close(found, expected, tolerance=1e-6):
     assert max(abs(a / b - 1) for a, b in zip(found, expected, strict=True)) <= tolerance
 
 
+def kill_in_step(step, main, words):
+    """Run a stage in a fork of this process, which SIGKILL ends in the `step`-th step that it computes."""
+    child = os.fork()
+    if child == 0:
+        original, done = loop.backward, []
+
+        def backward(*arguments):
+            done.append(None)
+            if len(done) == step:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return original(*arguments)
+
+        loop.backward = backward
+        main(words)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
 def stop_at_step(data, out, step, *words):
     """Train until SIGTERM comes while step `step` (from 0) runs; to the end if None."""
     original = loop.backward

@@ -17,7 +17,7 @@ from parts.chat_data import PairRows, pair_batch
 from parts.losses import linear_log_probs, preference_loss
 from parts.shards import DataFolder
 from tests.conftest import busy_model, tiny_config
-from tests.runs import events, losses
+from tests.runs import events, kill_in_step, losses
 from tests.test_sft import assert_equal
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
@@ -196,6 +196,17 @@ def test_stopped_and_resumed_is_the_same_run(chat_model, pairs, tmp_path, monkey
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
     run(chat_model, pairs, tmp_path / "cut")
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_and_started_again_is_the_same_run(chat_model, pairs, tmp_path):
+    words = ["--save_interval=3"]
+    run(chat_model, pairs, tmp_path / "whole", *words)
+    told = [*TINY, f"--init_from={chat_model}", f"--dataset={pairs}", f"--out_dir={tmp_path / 'killed'}"]
+    told += words
+    kill_in_step(5, dpo.main, told)
+    kill_in_step(5, dpo.main, told)  # from step 3: in the eighth
+    dpo.main(told)
+    assert_equal(tmp_path / "whole", tmp_path / "killed")
 
 
 def on_two_ranks(base, pairs, out, words):

@@ -16,7 +16,7 @@ from parts.chat_data import ChatRows, UnpackedChatRows
 from parts.data import StagedData
 from parts.losses import IGNORE
 from parts.tokenizer import Tokenizer
-from tests.runs import events, losses
+from tests.runs import events, kill_in_step, losses
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
     --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
@@ -107,6 +107,17 @@ def test_stopped_and_resumed_is_the_same_run(trained, chats, tmp_path, words, mo
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000006"
     run(trained, chats, tmp_path / "cut", *words)
     assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+@pytest.mark.parametrize("words", [[], LORA])
+def test_killed_and_started_again_is_the_same_run(trained, chats, tmp_path, words):
+    words = [*words, "--save_interval=3"]
+    run(trained, chats, tmp_path / "whole", *words)
+    told = [*TINY, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'killed'}", *words]
+    kill_in_step(5, sft.main, told)
+    kill_in_step(6, sft.main, told)  # from step 3: in the ninth
+    sft.main(told)
+    assert_equal(tmp_path / "whole", tmp_path / "killed")
 
 
 def on_two_ranks(base, chats, out, words):
