@@ -28,7 +28,7 @@ from parts.data import Mix, StagedData, in_epochs, shares
 from parts.losses import linear_log_probs, preference_loss
 from parts.post_training import PostTrainingConfig, chat_model, write_merged
 from parts.shards import file_sha256
-from prepare import PrepareConfig, prepare
+from prepare import prepare_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +75,7 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Any], vocab_size: int) -
         return linear_log_probs(hidden, weight, batch["targets"], vocab_size)
 
     log_probs = model(batch["input_ids"], head=head)  # (targets,)
-    return log_probs.new_zeros(2 * batch["count"]).index_add(0, batch["owners"], log_probs)
+    return torch.segment_reduce(log_probs, "sum", lengths=batch["lengths"], unsafe=True)
 
 
 def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPOConfig,
@@ -86,8 +86,8 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
     where the answers are the reference's own.
     """
     log_probs = answer_log_probs(model, batch, vocab_size).view(2, -1)  # (2, n)
-    lengths = torch.bincount(batch["owners"], minlength=log_probs.numel()).view(2, -1)
     ratios = log_probs - reference.view(2, -1)
+    lengths = batch["lengths"].view(2, -1)
     losses = preference_loss(ratios, lengths, cfg.beta, cfg.label_smoothing, cfg.loss)  # (n,)
     rewards = cfg.beta * ratios.detach()  # equation 5 of the paper, up to a term that all answers share
     margins = rewards[0] - rewards[1]
@@ -131,7 +131,8 @@ class Reference:
         model = self.load()
         device = model.head_weight.device
         batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-        return answer_log_probs(model, batch, self.vocab_size)
+        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return answer_log_probs(model, batch, self.vocab_size)
 
     def precompute(self, rows: PairRows, indices: np.ndarray) -> None:
         """Have the table of these rows, with the entries `indices`: from beside the data, or computed now,
@@ -150,8 +151,7 @@ class Reference:
             for mine in shares(len(missing), self.cfg.micro_batch_size, self.run.rank, self.run.world_size):
                 if len(mine):
                     pairs = pair_batch(rows.read(missing[mine]))
-                    with torch.autocast(self.run.device.type, self.dtype, self.dtype != torch.float32):
-                        found[mine] = self.compute(pairs).view(2, -1).T.cpu()
+                    found[mine] = self.compute(pairs).view(2, -1).T.cpu()
             table[missing] = np.array(self.run.sum(found.flatten().tolist())).reshape(-1, 2)
             self.run.on_first_rank(lambda: save_array(path, table))
         self.tables[id(rows)] = torch.from_numpy(table)
@@ -242,9 +242,7 @@ def main(argv: list[str]) -> int:
     cfg, given = configure(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, given) as run:
         if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # embedded
-            run.on_first_rank(lambda: prepare(PrepareConfig(
-                kind="preference", source="problems", out="data/problems_preference",
-                tokenizer=cfg.init_from)))
+            run.on_first_rank(lambda: prepare_problems("preference", cfg.init_from))
         cfg = in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer

@@ -4,9 +4,10 @@
     python eval.py --model=out/base --compare=out/sft,out/dpo --limit=500
     python eval.py --model=out/sft --tasks=problems,calculator
 
-Tasks (a file each in evals/): problems, the embedded ones without tools; calculator, those of them that are
-arithmetic with the calculator; hard, products of two three-digit numbers without it, and hard_calculator with
-it. Writes <out_dir>/results.json, where every number has its n, standard error and settings.
+Tasks (a file each in evals/): problems, the embedded ones without tools, all but the hard; calculator, all
+that are arithmetic, with the calculator; hard, products of two three-digit numbers without it, and
+hard_calculator with it. Writes <out_dir>/results.json, where every number has its n, standard error and
+settings.
 """
 
 import dataclasses

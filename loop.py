@@ -68,7 +68,7 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     gradient is not finite, cfg.max_rollbacks times excepted.
     """
     folder = newest_checkpoint(run)
-    size = CHECKPOINT_BYTES * model.num_parameters()
+    size = CHECKPOINT_BYTES * model.num_saved()
     run.on_first_rank(lambda: checkpoint.require_space(run.out_dir, size))
     place(model, cfg, run, folder)
     while True:

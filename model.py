@@ -382,6 +382,10 @@ class GPT(nn.Module):
         tables = 1 if self.config.tie_embeddings else 2
         return sum(parameter.numel() for parameter in self.parameters()) - tables * padding
 
+    def num_saved(self) -> int:
+        """Parameters in a checkpoint: all of them."""
+        return self.num_parameters()
+
     def flops_per_token(self, T: int) -> float:
         """FLOPs of the forward and backward pass for one token in a context of T.
 

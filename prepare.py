@@ -17,6 +17,7 @@ failure, a kill or a mistake leaves what was there as it was.
 """
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import multiprocessing
@@ -37,10 +38,9 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
-from parts import hf
+from parts import hf, problems
 from parts.chat import encode_answer, encode_chat, encode_prompt, with_chat_tokens
 from parts.conversations import conversation, preference, renamed
-from parts.problems import ROWS, problem_rows
 from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, folder_to_be, write_json
 from parts.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows, value_of
 from parts.tokenizer import Tokenizer
@@ -321,6 +321,19 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     return DataFolder(cfg.folder)
 
 
+def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFolder:
+    """The embedded problems for a model's tokenizer, in data/problems_<kind>: made anew where another made
+    them, or an earlier version of the problems."""
+    cfg = PrepareConfig(kind=kind, source="problems", out=f"data/problems_{kind}",
+                        tokenizer=str(hf.find_folder(model)))
+    try:
+        return prepare(cfg)
+    except UserError:
+        if not (cfg.folder / "meta.json").exists() or DataFolder(cfg.folder).meta.get("source") != "problems":
+            raise
+        return prepare(dataclasses.replace(cfg, overwrite=True))
+
+
 def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]:
     """Write the shards and the tokenizer into an empty folder; returns what meta.json says of them."""
     size = sum(path.stat().st_size for path in files)
@@ -330,7 +343,7 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]
     def rows(progress: Any = None) -> Iterator[Row]:
         if cfg.source == "problems":
             return (Row(f"problems:{number}", "value", row if cfg.kind != "text" else row["text"])
-                    for number, row in enumerate(problem_rows(cfg.kind, ROWS, seed=1), 1))
+                    for number, row in enumerate(problems.problem_rows(cfg.kind, problems.ROWS, seed=1), 1))
         text_key = cfg.text_key if cfg.kind == "text" else None
         if not files:
             return hub_rows(cfg.source.removeprefix("hf:"), text_key)
@@ -383,6 +396,8 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     if cfg.tokenizer not in ("bpe", "gpt2"):  # what it is counts, not where it lies
         definition = json.dumps(make_tokenizer([], cfg).definition, sort_keys=True)
         settings["tokenizer"] = hashlib.sha256(definition.encode()).hexdigest()
+    if cfg.source == "problems":
+        settings["problems"] = file_sha256(Path(problems.__file__))
     if not files:
         return settings | {"source": cfg.source}
     digests = "".join(file_sha256(path) for path in files)

@@ -61,6 +61,10 @@ class SampleConfig(Sampling):
             raise UserError("prompt and prompt_file: give one of them")
         if self.chat and (self.prompt or self.prompt_file or self.stop or self.num_samples > 1):
             raise UserError("chat=True: takes no prompt, prompt_file, stop or num_samples")
+        try:
+            self.system.encode("utf-8")
+        except UnicodeEncodeError:
+            raise UserError("system: is not UTF-8") from None
         if self.system and not self.chat:
             raise UserError("system: is of --chat=True; in a prompt_file it is a message")
         if any(not isinstance(text, str) or not text for text in self.stops):
@@ -118,7 +122,7 @@ class Sampler:
         new: list[list[int]] = [[] for _ in prompts]
         written = ""
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done,
-                               self.tokenizer.vocab_size, first_row):
+                               self.tokenizer.vocab_size, range(first_row, first_row + len(prompts))):
             for row, token in enumerate(tokens):
                 new[row] += [] if token is None else [token]
             if stream:
@@ -166,7 +170,7 @@ def answer_file(cfg: SampleConfig, sampler: Sampler, rows: list[tuple[str, dict[
     work = [n for n in range(len(rows)) for _ in range(cfg.num_samples)]  # the conversation of each sample
     for first in range(0, len(work), cfg.batch_size):
         batch = work[first:first + cfg.batch_size]
-        answers = sampler.assistant.reply([conversations[n] for n in batch], first_row=first)
+        answers = sampler.assistant.reply([conversations[n] for n in batch], first=first)
         for number, replies in zip(batch, answers, strict=True):
             reason = "length" if replies[-1].pop("cut", False) else "stop"
             print(json.dumps(rows[number][1] | {"completion": replies[-1]["content"], "replies": replies,

@@ -1,7 +1,8 @@
 """Stage 3, supervised fine-tuning: a base model learns to answer, from conversations.
 
     python sft.py                                        # out/base learns the embedded problems -> out/sft
-    python sft.py --init_from=path/to/Qwen3-0.6B --dataset=chats:0.5,code:0.25,math:0.25 --out_dir=out/mine
+    python sft.py --dataset=chats:0.5,code:0.25,math:0.25 --out_dir=out/mine
+    python sft.py config/sft_lora.py --dataset=chats     # an open model, with the rates that suit it
     python sft.py --init_from=out/base --lora_rank=16 --learning_rate=2e-3
     python sample.py --model=out/sft --chat=True
 
@@ -26,7 +27,7 @@ from parts.chat_data import ChatRows, UnpackedChatRows, chat_batch
 from parts.data import Mix, StagedData, in_epochs, shares
 from parts.losses import IGNORE, linear_cross_entropy
 from parts.post_training import PostTrainingConfig, chat_model, write_merged
-from prepare import PrepareConfig, prepare
+from prepare import prepare_problems
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,8 +93,7 @@ def main(argv: list[str]) -> int:
     cfg, given = configure(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, given) as run:
         if any(stage.dataset == "problems_chat" for stage in stage_configs(cfg)):  # the embedded default
-            run.on_first_rank(lambda: prepare(PrepareConfig(
-                kind="chat", source="problems", out="data/problems_chat", tokenizer=cfg.init_from)))
+            run.on_first_rank(lambda: prepare_problems("chat", cfg.init_from))
         kind = ChatRows if cfg.packing else UnpackedChatRows
         cfg = in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
@@ -101,8 +101,8 @@ def main(argv: list[str]) -> int:
         model = chat_model(cfg, data.tokenizer, run)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, run)
         run.identify(cfg, data=data.hashes(), base=model.base_hash)
-        for rows in data.last_mix.rows:
-            run.print(f"data      {rows.data.folder}: {len(rows):,} rows"
+        for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
+            run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows"
                       + f", {rows.left_out:,} conversations left out: no answer in {rows.T} tokens"
                       * bool(rows.left_out))
         results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, step),

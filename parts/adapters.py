@@ -77,8 +77,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     """An adapter's tensors by our names, and what it is. UserError for a file that cannot be read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or config.get("use_dora"):
-            raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are read")
+        others = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
+                                  "layer_replication") if config.get(key)]
+        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or others:
+            raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are read"
+                            + f", not with {', '.join(others)}" * bool(others))
         spec = AdapterSpec(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
                            tuple(config["target_modules"]), bool(config.get("use_rslora")),
                            tuple(config.get("modules_to_save") or ()))
@@ -93,19 +96,15 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
 
 
 def base_of(folder: Path) -> dict[str, str]:
-    """{"path"} of the model that an adapter is for. UserError if it is not there, or, where base.json has its
-    hash, another by now."""
+    """{"path", and perhaps "sha256"} of the model that an adapter is for. UserError where neither file says.
+    """
     try:
         name = BASE if (folder / BASE).is_file() else CONFIG
         base = json.loads((folder / name).read_text(encoding="utf-8"))
-        path = Path(base["path" if name == BASE else "base_model_name_or_path"])
+        path = base["path" if name == BASE else "base_model_name_or_path"]
+        return {"path": str(Path(path))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder}: its base cannot be told ({type(error).__name__}: {error})") from None
-    if not (path / "config.json").is_file():
-        raise UserError(f"{folder}: an adapter of {path}, which is not there")
-    if base.get("sha256") not in (None, weights_sha256(path)):
-        raise UserError(f"{folder}: an adapter of {path}, whose weights are others by now")
-    return {"path": str(path)}
 
 
 def merged(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
@@ -114,7 +113,10 @@ def merged(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tupl
     for name, tensor in tensors:
         module = name.removesuffix(".weight")
         if f"{module}.lora_A" in adapter:
-            A, B = adapter.pop(f"{module}.lora_A"), adapter.pop(f"{module}.lora_B")
+            A, B = adapter.pop(f"{module}.lora_A"), adapter.pop(f"{module}.lora_B", torch.empty(0, 0))
+            if (len(B), len(A), A.shape[-1]) != (len(tensor), B.shape[-1], tensor.shape[-1]):
+                raise UserError(f"{folder}: {module}.lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do "
+                                f"not fit {tuple(tensor.shape)}")
             tensor = tensor.float() + spec.scale * (B.float() @ A.float())  # (out, in)
         yield name, adapter.pop(name, tensor)
     if adapter:

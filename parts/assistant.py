@@ -12,7 +12,7 @@ from typing import Any
 
 from model import GPT
 from parts.calculator import calculate
-from parts.chat import encode_prompt, read_answer
+from parts.chat import encode_prompt, end_of_turn, read_answer
 from parts.generate import Past, Sampling, generate
 from parts.tokenizer import Tokenizer
 
@@ -29,24 +29,25 @@ class Assistant:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_new_tokens, self.tokens = max_new_tokens, 0
         ends = tokenizer.end_ids
-        self.end_ids = {*ends} if isinstance(ends, list) else {ends}
+        self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
     def reply(self, conversations: list[list[Message]], show: Callable[[int], None] = lambda token: None,
-              past: Past | None = None, first_row: int = 0) -> list[list[Message]]:
+              past: Past | None = None, first: int = 0) -> list[list[Message]]:
         """The messages that follow each conversation: an answer, behind the calls and results it took.
 
         show(id): called with each token of the first conversation as it comes. past: of a single
-        conversation, so that its beginning is not read again at every turn. first_row: seeds the first one's
-        draws.
+        conversation, so that its beginning is not read again at every turn. first: number of the first
+        conversation; each draws by its own number. "cut" marks a message that would have gone on.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
         open_rows = list(range(len(conversations)))
-        for _ in range(MOST_CALLS + 1):
+        for turn in range(MOST_CALLS + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
             new: list[list[int]] = [[] for _ in open_rows]
+            numbers = [first + row + turn * 2**17 for row in open_rows]  # other draws at every turn
             for tokens in generate(self.model, prompts, self.max_new_tokens, self.sampling,
                                    lambda row, ids: ids[-1] in self.end_ids, self.tokenizer.vocab_size,
-                                   first_row, past):
+                                   numbers, past):
                 for row, token in enumerate(tokens):
                     new[row] += [] if token is None else [token]
                 if open_rows[0] == 0 and tokens[0] is not None:
@@ -55,9 +56,11 @@ class Assistant:
             for row, ids in zip(open_rows, new, strict=True):
                 self.tokens += len(ids)
                 replies[row].append(read_answer(self.tokenizer, ids))
-                if ids and ids[-1] not in self.end_ids:
-                    replies[row][-1]["cut"] = True  # it would have said more
-                results = [call_tool(call) for call in replies[row][-1].get("tool_calls", [])]
+                calls = replies[row][-1].get("tool_calls", [])
+                if (ids and ids[-1] not in self.end_ids) or (calls and turn == MOST_CALLS):
+                    replies[row][-1]["cut"] = True
+                    continue
+                results = [call_tool(call) for call in calls]
                 replies[row] += [{"role": "tool", "content": result} for result in results]
                 still_open += [row] if results else []
             open_rows = still_open

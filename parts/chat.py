@@ -30,7 +30,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 from configurator import UserError
-from parts.tokenizer import END_OF_TURN, Tokenizer
+from parts.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
 START, END = "<|im_start|>", END_OF_TURN
 THOUGHT, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
@@ -67,9 +67,13 @@ TEMPLATE = """\
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     """The tokenizer with the six special tokens behind its vocabulary, and with our chat template.
 
-    A tokenizer that has some of them (Qwen's has two) keeps their ids.
+    A tokenizer that has some of them (Qwen's has two) keeps their ids. One that ends a text as it ends a turn
+    ends a text by <|endoftext|> from then on, so that the end of a conversation can be told.
     """
-    return tokenizer.extended(CHAT_TOKENS, {"chat_template": TEMPLATE})
+    if tokenizer.eot_id != tokenizer.hf.token_to_id(END):
+        return tokenizer.extended(CHAT_TOKENS, {"chat_template": TEMPLATE})
+    settings = {"chat_template": TEMPLATE, "eos_token": END_OF_TEXT}
+    return tokenizer.extended([*CHAT_TOKENS, END_OF_TEXT], settings)
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -184,8 +188,10 @@ def read_call(text: str) -> dict[str, Any] | None:
     """{"name", "arguments"} of a tool call's JSON, or None where it is no such thing."""
     try:
         call = json.loads(text)
-    except (ValueError, RecursionError):
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        call = {"name": call["name"], "arguments": call["arguments"]}
+        call_text(call).encode("utf-8")  # JSON can spell a lone surrogate, which is no text
+    except (ValueError, KeyError, RecursionError):
         return None
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        return None
-    return {"name": call["name"], "arguments": call["arguments"]} if "arguments" in call else None
+    return call

@@ -58,7 +58,8 @@ class ChatRows:
 
     def __init__(self, data: DataFolder, split: str, block_size: int, packing: bool = True):
         """Raises UserError where no conversation can be used."""
-        self.data, self.T, self.documents = data, block_size, Documents(data, split, last=1)
+        self.data, self.split, self.T = data, split, block_size
+        self.documents = Documents(data, split, last=1)
         docs = self.documents
         self.lengths = np.minimum(docs.end - docs.begin - 1, block_size)  # of inputs, which are one less
         usable = np.flatnonzero(docs.first_target - docs.begin <= block_size)
@@ -172,10 +173,10 @@ def until_last_target(targets: np.ndarray) -> int:
 
 
 def pair_batch(pairs: np.ndarray) -> dict[str, Any]:
-    """(n, 2, 2, T) of PairRows -> {"input_ids": (2n, T'), "positions", "targets", "owners": (targets,), all
-    int64, "count": n}: the n chosen sides and then the n rejected ones; owners: the row of each target."""
+    """(n, 2, 2, T) of PairRows -> {"input_ids": (2n, T'), "positions", "targets": (targets,), "lengths":
+    (2n,), all int64, "count": n}: the n chosen sides, then the n rejected ones; lengths: targets of each."""
     longest = until_last_target(pairs[:, :, 1])
     ids, targets = torch.from_numpy(pairs[..., :longest].copy()).transpose(0, 1).flatten(0, 1).unbind(1)
     positions = (targets.flatten() != IGNORE).nonzero()[:, 0]
     return {"input_ids": ids, "positions": positions, "targets": targets.flatten()[positions],
-            "owners": positions // longest, "count": len(pairs)}
+            "lengths": torch.bincount(positions // longest, minlength=len(ids)), "count": len(pairs)}

@@ -15,7 +15,7 @@ import os
 import re
 from typing import Any
 
-from parts.chat import ROLES, read_call
+from parts.chat import ROLES, call_text, read_call
 from parts.sources import Skip
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -61,7 +61,7 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
     prompt, sides = opening(row), [answer_messages(row["chosen"]), answer_messages(row["rejected"])]
     if len(sides[0]) > 1 or len(sides[1]) > 1:  # whole conversations: what they share is the prompt
         shared = os.path.commonprefix([[*map(json.dumps, side)] for side in sides])
-        prompt, sides = sides[0][:len(shared)], [side[len(shared):] for side in sides]
+        prompt, sides = system_of(row) + sides[0][:len(shared)], [side[len(shared):] for side in sides]
         if not any(sides):
             raise Skip("chosen and rejected are equal")
     if any(len(side) != 1 or side[0]["role"] != "assistant" for side in sides):
@@ -77,8 +77,7 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
 
 def opening(row: dict[str, Any]) -> list[Message]:
     """A row's listed messages, or its question as one, behind its system message; [] where there is none."""
-    start = [text_of(row[key], key) for key in ("system", "tools") if row.get(key)]
-    begin = [{"role": "system", "content": "\n\n".join(start)}] if start else []
+    begin = system_of(row)
     if (messages := listed(row)) is not None:
         if begin and messages and messages[0]["role"] == "system":
             raise Skip("two system messages")
@@ -93,6 +92,12 @@ def opening(row: dict[str, Any]) -> list[Message]:
     if not texts[0]:
         raise Skip("empty question")
     return [*begin, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
+
+
+def system_of(row: dict[str, Any]) -> list[Message]:
+    """The system message that a row's own keys make, or []."""
+    texts = [text_of(row[key], key) for key in ("system", "tools") if row.get(key)]
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
 def listed(row: dict[str, Any]) -> list[Message] | None:
@@ -151,7 +156,9 @@ def called(call: Any) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise Skip("a tool call's arguments are not JSON") from None
-    return {"name": call["name"], "arguments": arguments}
+    call = {"name": call["name"], "arguments": arguments}
+    text_of(call_text(call), "a tool call")
+    return call
 
 
 def require_answers(messages: list[Message]) -> None:

@@ -8,7 +8,7 @@ is full, its last block_size // 2 tokens are read anew and the others forgotten.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -82,15 +82,15 @@ class Past:
 @torch.inference_mode()
 def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
              is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
-             vocab_size: int | None = None, first_row: int = 0,
+             vocab_size: int | None = None, numbers: Sequence[int] | None = None,
              past: Past | None = None) -> Iterator[list[int | None]]:
     """Yield one token a row and step, None for rows that have ended; at most max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
     new ids): asked after each token whether the row ends with it. vocab_size: ids from there on are never
-    chosen (a model may have more rows than its tokenizer has tokens). first_row: number of the first prompt,
-    for its seed. past: of a single prompt, what an earlier call left behind: the beginning that the prompt
-    shares with it is not read again.
+    chosen (a model may have more rows than its tokenizer has tokens). numbers: those of the prompts, for
+    their seeds; None: 0, 1, ... past: of a single prompt, what an earlier call left behind: the beginning
+    that the prompt shares with it is not read again.
     """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
@@ -98,7 +98,7 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
     context = [prompt[-block_size:] for prompt in prompts]  # what each row attends to
     new: list[list[int]] = [[] for _ in prompts]
     live = [True] * len(prompts)
-    seeds = [sampling.seed * 2**20 + first_row + row for row in range(len(prompts))]
+    seeds = [sampling.seed * 2**20 + number for number in numbers or range(len(prompts))]
     uniform = torch.stack([torch.rand(max_new_tokens, generator=torch.Generator().manual_seed(seed))
                            for seed in seeds]).to(device)  # (B, steps)
     cache, unread = None, context  # unread: what of each row is not in the cache

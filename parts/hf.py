@@ -72,6 +72,21 @@ def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or adapters.is_adapter(folder)
 
 
+def base_folder(folder: Path, verify: bool = False) -> Path:
+    """The model that an adapter is for. UserError if it is not there, is an adapter too, or, to `verify`, has
+    other weights by now."""
+    base = adapters.base_of(folder)
+    try:
+        path = find_folder(base["path"])
+    except UserError as error:
+        raise UserError(f"{folder}: an adapter of {base['path']}: {error}") from None
+    if adapters.is_adapter(path):
+        raise UserError(f"{folder}: an adapter of {path}, which is an adapter, too")
+    if verify and base.get("sha256") not in (None, adapters.weights_sha256(path)):
+        raise UserError(f"{folder}: an adapter of {path}, whose weights are others by now")
+    return path
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """GPTConfig's fields from config.json. Raises UserError naming the first thing that is not supported.
 
@@ -80,7 +95,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     if adapters.is_adapter(folder):
         tables = [len(tensor) for name, tensor in adapters.read_adapter(folder)[0].items()
                   if name in VOCABULARY_TABLES]
-        fields = read_config(Path(adapters.base_of(folder)["path"]))
+        fields = read_config(base_folder(folder))
         return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
     place = folder / "config.json"
     try:
@@ -255,7 +270,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     if (folder / "manifest.json").is_file() and (problem := checkpoint.fault(folder, model_only=True)):
         raise UserError(f"{folder}: damaged: {problem} (if it was changed on purpose, delete manifest.json)")
     if adapters.is_adapter(folder):
-        yield from adapters.merged(folder, read_tensors(Path(adapters.base_of(folder)["path"])))
+        yield from adapters.merged(folder, read_tensors(base_folder(folder, verify=True)))
         return
     index = folder / "model.safetensors.index.json"
     files = ["model.safetensors"]

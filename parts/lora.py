@@ -108,6 +108,11 @@ class AdaptedGPT(GPT):
                 elif name.endswith("lora_B"):
                     yield name, torch.zeros(parameter.shape)
 
+    def load(self, folder: str | Path) -> None:
+        super().load(folder)
+        if missing := [name for name, module in self.quantized.items() if not hasattr(module, "packed")]:
+            raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} parameters are)")
+
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: Any = None) -> None:
         """Write the adapter, as PEFT does. Tables lose their padding."""
@@ -124,8 +129,14 @@ class AdaptedGPT(GPT):
     def num_quantized(self) -> int:
         return sum(module.in_features * module.out_features for module in self.quantized.values())
 
+    def num_saved(self) -> int:
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if self.is_adapter(name))
+
     def flops_per_token(self, T: int) -> float:
-        return super().flops_per_token(T) + 6 * self.num_quantized()
+        """4 for each frozen weight: no gradient is computed for it, only for what enters it."""
+        frozen = sum(module.weight.numel() for module in self.modules()
+                     if isinstance(module, LoRALinear) and module.weight is not None)
+        return super().flops_per_token(T) - 2 * frozen + 4 * self.num_quantized()
 
     def use_adapter(self, on: bool) -> None:
         """Compute with the adapter, or as the base does (its tables excepted)."""

@@ -52,7 +52,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 dtype: torch.dtype, with_grad: bool) -> tuple[Tensor, Tensor]:
         matrix = weight.to(dtype)  # (P, C)
         grad_hidden = torch.empty_like(hidden) if with_grad else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_grad else None
+        with_weight = with_grad and ctx.needs_input_grad[1]  # not where the table is frozen
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         z_term = hidden.new_zeros((), dtype=torch.float32)
         for start in range(0, len(hidden), chunk_rows(hidden)):
@@ -76,6 +77,8 @@ class LinearCrossEntropy(torch.autograd.Function):
                 d_logits.scatter_add_(1, index, -wanted.float()[:, None])
                 d_logits = d_logits.to(dtype)
                 grad_hidden[chunk] = d_logits @ matrix  # (n, C)
+                if not with_weight:
+                    continue
                 if dtype == torch.float32:
                     grad_weight.addmm_(d_logits.T, h)  # (P, C), added without a temporary
                 else:
@@ -87,7 +90,8 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, grad_weight * grad_loss, None, None, None, None, None
+        grad_weight = None if grad_weight is None else grad_weight * grad_loss
+        return grad_hidden * grad_loss, grad_weight, None, None, None, None, None
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
@@ -124,7 +128,7 @@ class LinearLogProbs(torch.autograd.Function):
         hidden, weight, targets, log_z = ctx.saved_tensors
         matrix = weight.to(ctx.dtype)[:ctx.vocab_size]
         grad_hidden = torch.empty_like(hidden)
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), chunk_rows(hidden)):
             chunk = slice(start, start + chunk_rows(hidden))
             h, g = hidden[chunk].to(ctx.dtype), grad[chunk, None]  # (n, C), (n, 1)
@@ -133,9 +137,9 @@ class LinearLogProbs(torch.autograd.Function):
             d_logits.scatter_add_(1, targets[chunk, None], g)
             d_logits = d_logits.to(ctx.dtype)
             grad_hidden[chunk] = d_logits @ matrix
-            if ctx.needs_input_grad[1]:
+            if grad_weight is not None:
                 grad_weight[:ctx.vocab_size] += d_logits.T @ h
-        return grad_hidden, grad_weight if ctx.needs_input_grad[1] else None, None, None, None
+        return grad_hidden, grad_weight, None, None, None
 
 
 def preference_loss(log_ratios: Tensor, lengths: Tensor, beta: float, label_smoothing: float = 0.0,

@@ -7,6 +7,7 @@
 
 import dataclasses
 import importlib.util
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -38,6 +39,7 @@ class PostTrainingConfig(RunConfig):
 
     fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "quantize_base",
                        "merge"})
+    operational = frozenset({"merge"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,11 +60,14 @@ class PostTrainingConfig(RunConfig):
                                 "(pip install bitsandbytes)")
 
     def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
-        """This configuration for `fit`: with an adapter, what is not part of it keeps its weights."""
+        """This configuration for `fit`: with an adapter, in every stage, all else keeps its weights."""
         if not self.lora_rank:
             return self
-        trained = {"lora_": 1.0} | {rf"{table}\.weight": 1.0 for table in model.spec.tables}
-        return dataclasses.replace(self, lr_multipliers=self.lr_multipliers | trained | {"": 0.0})
+        trained = "|".join(["lora_", *(rf"{table}\.weight" for table in model.spec.tables)])
+        frozen = {rf"^(?!.*({trained}))": 0.0}  # first, so that no pattern of the user's comes before it
+        stages = [entry | {"lr_multipliers": frozen | entry["lr_multipliers"]}
+                  if "lr_multipliers" in entry else entry for entry in self.stages]
+        return dataclasses.replace(self, lr_multipliers=frozen | self.lr_multipliers, stages=stages)
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> GPT:
@@ -73,6 +78,8 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **change
     model's context.
     """
     folder = hf.find_folder(cfg.init_from)
+    if cfg.overwrite and folder.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
+        raise UserError(f"overwrite=True: out_dir={cfg.out_dir} holds the model to start from; give another")
     before = Tokenizer.load(folder)
     if tokenizer.definition not in (before.definition, with_chat_tokens(before).definition):
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
@@ -107,16 +114,19 @@ def adapted(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
     spec = adapters.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
                                 targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
-    base = {"path": str(folder), "sha256": base_hash}
+    base = {"path": str(folder.resolve()), "sha256": base_hash}
     return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 
 def write_merged(run: Run) -> None:
-    """The newest checkpoint's adapter and its base as one model folder, out_dir/merged. Rank 0 writes."""
+    """The best checkpoint's adapter and its base as one model folder, out_dir/merged. Rank 0 writes."""
     def write() -> None:
-        folder = run.out_dir / "merged"
-        GPT.from_pretrained(run.out_dir).save_pretrained(folder, eos_token_id=run.tokenizer.end_ids)
-        run.tokenizer.save(folder)
+        folder, beside = run.out_dir / "merged", run.out_dir / ".merged.tmp"
+        shutil.rmtree(beside, ignore_errors=True)
+        GPT.from_pretrained(run.out_dir).save_pretrained(beside, eos_token_id=run.tokenizer.end_ids)
+        run.tokenizer.save(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        beside.replace(folder)
 
     run.on_first_rank(write)
     run.print(f"merged    {run.out_dir / 'merged'}")

@@ -73,7 +73,8 @@ class RunConfig:
     run_name: str | None = None  # its name there; None: the name of out_dir
     overwrite: bool = False  # delete what is in out_dir and start anew
 
-    fixed = frozenset()  # a script's own keys that no stage can change; not a key itself
+    fixed = frozenset()  # a script's own keys that no stage can change; not a key itself, as the next is none
+    operational = frozenset()  # a script's own keys that may differ when a run is resumed
 
     def __post_init__(self) -> None:
         """UserError for a value outside its range."""
@@ -414,7 +415,7 @@ def compare_with_before(cfg: Any, out_dir: Path) -> None:
     if is_bound(out_dir):
         old = read_run(out_dir / "run.json")["config"]
         shrinks = new["max_steps"] < old.get("max_steps", 0) and not cfg.stages  # max_steps may only grow
-        free = OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL
+        free = (OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL) | cfg.operational
         refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
                        {k: v for k, v in new.items() if k not in free})
 

@@ -3,8 +3,8 @@
     converse(assistant, system="", ask=input, write=sys.stdout.write)
 
 /reset forgets the conversation, /save FILE writes it as a line of JSON that prepare.py --kind=chat reads,
-/quit (or the end of input) leaves. Ctrl-C ends an answer. What was said is not read again at every turn: its
-keys and values stay. When the context is full, the oldest turns are forgotten.
+/quit (or the end of input) leaves. Ctrl-C ends an answer, and takes its question back. What was said is not
+read again at every turn: its keys and values stay. When the context is full, the oldest turns are forgotten.
 """
 
 import json
@@ -50,9 +50,13 @@ def converse(assistant: Assistant, system: str, ask: Callable[[str], str], write
     while True:
         try:
             text = ask("> ").strip()
+            text.encode("utf-8")
         except (EOFError, KeyboardInterrupt):
             write("\n")
             return
+        except UnicodeError:
+            write("that is not UTF-8\n")
+            continue
         command, _, argument = text.partition(" ")
         if command == "/quit":
             return

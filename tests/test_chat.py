@@ -193,6 +193,24 @@ def test_tokens_that_are_there_keep_their_ids(tokenizer):
         require_chat(plain, "out/base")
 
 
+def test_a_tokenizer_that_ends_a_text_as_a_turn_ends_it_otherwise(tokenizer):
+    """As Qwen's chat models do: the end of a turn must not look like the end of a conversation."""
+    theirs = Tokenizer(tokenizer.definition, tokenizer.settings | {"eos_token": "<|im_end|>"})
+    assert theirs.eot_id == end_of_turn(theirs)
+    ours = with_chat_tokens(theirs)
+    assert ours.eot_id == tokenizer.eot_id and ours.end_ids == tokenizer.end_ids
+    assert ours.eot_id not in encode_chat(ours, CONVERSATION)[0]
+
+
+def test_a_call_with_a_lone_surrogate_is_none(tokenizer):
+    text = '<|tool_call|>{"name": "calculator", "arguments": {"expression": "\\ud800"}}'
+    found = read_answer(tokenizer, tokenizer.hf.encode(text, add_special_tokens=False).ids)
+    assert "tool_calls" not in found and len(found["malformed"]) == 1
+    call = {"name": "f", "arguments": {"x": "\ud800"}}
+    with pytest.raises(Skip, match="lone surrogate"):
+        conversation({"messages": [QA[0], {"role": "assistant", "tool_calls": [call]}]})
+
+
 # ---- Rows of data sets -> messages ------------------------------------------------------------------------
 
 QA = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]
@@ -275,6 +293,12 @@ HUMAN = "\n\nHuman: 2 + 2?\n\nAssistant: 4\n\nHuman: And 1?\n\nAssistant: "
 )
 def test_the_forms_of_a_preference(row):
     assert preference(row) == (QA[:1], QA[1], {"role": "assistant", "content": "5"})
+
+
+def test_whole_conversations_keep_a_system_message_of_the_row():
+    other = [QA[0], {"role": "assistant", "content": "5"}]
+    prompt, _, _ = preference({"system": "Be brief.", "chosen": QA, "rejected": other})
+    assert prompt == [{"role": "system", "content": "Be brief."}, QA[0]]
 
 
 def test_transcripts_share_their_beginning():

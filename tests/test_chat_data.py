@@ -131,7 +131,7 @@ def test_pairs(folders):
             said = encode_answer(tokenizer, answer)
             row = batch["input_ids"][side * n + pair].tolist()
             assert row[: len(opening) + len(said) - 1] == (opening + said)[:-1]
-            mine = batch["owners"] == side * n + pair
+            mine = torch.arange(2 * n).repeat_interleave(batch["lengths"]) == side * n + pair
             assert batch["targets"][mine].tolist() == said
             at = batch["positions"][mine] % batch["input_ids"].shape[1]
             assert at.tolist() == list(range(len(opening) - 1, len(opening) + len(said) - 1))

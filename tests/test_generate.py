@@ -81,7 +81,7 @@ def test_rows_do_not_know_of_each_other():
     sampling = Sampling(temperature=1.5, top_k=50, seed=3)
     together = run(model, prompts, 30, sampling)
     assert together == [
-        run(model, [prompt], 30, sampling, first_row=row)[0] for row, prompt in enumerate(prompts)
+        run(model, [prompt], 30, sampling, numbers=[row])[0] for row, prompt in enumerate(prompts)
     ]
     assert together == run(model, prompts, 30, sampling)
     assert together != run(model, prompts, 30, Sampling(temperature=1.5, top_k=50, seed=4))

@@ -1,5 +1,7 @@
 """Adapters: they start as nothing, train alone, merge exactly, and PEFT reads and writes the same files."""
 
+import json
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -165,8 +167,12 @@ def test_faults_are_named(base, tmp_path):
     with pytest.raises(UserError, match="whose weights are others by now"):
         GPT.from_pretrained(tmp_path / "a")
     (folder / "config.json").unlink()
-    with pytest.raises(UserError, match="which is not there"):
+    with pytest.raises(UserError, match="an adapter of .*no model here"):
         GPT.from_pretrained(tmp_path / "a")
+    place = tmp_path / "a" / "adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"alpha_pattern": {"q_proj": 64}}))
+    with pytest.raises(UserError, match="only plain LoRA adapters are read, not with alpha_pattern"):
+        read_adapter(tmp_path / "a")
     (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
     with pytest.raises(UserError, match="only plain LoRA adapters are read"):
         read_adapter(tmp_path / "a")

@@ -211,6 +211,34 @@ def test_an_adapter_is_no_base_of_another(trained, chats, tmp_path):
         run(tmp_path / "a", chats, tmp_path / "b", "--lora_rank=2")
 
 
+def test_only_the_adapter_is_trained_whatever_the_multipliers(trained, chats, tmp_path):
+    """In stages, too; a pattern of the user's can change the adapter's rates and nothing else."""
+    config = tmp_path / "stages.py"
+    words = [word for word in TINY if "max_steps" not in word] + ["--lora_rank=2"]
+    words += [f"--init_from={trained}", f"--dataset={chats}"]
+    config.write_text("stages = [dict(steps=1), dict(steps=1, lr_multipliers={'norm': 1.0})]\n")
+    with pytest.raises(UserError, match="'norm' decides over no parameter"):
+        sft.main([str(config), *words, f"--out_dir={tmp_path / 'b'}"])
+    config.write_text("stages = [dict(steps=2), dict(steps=2, lr_multipliers={'lora_B': 4.0})]\n")
+    sft.main([str(config), *words, f"--out_dir={tmp_path / 'a'}"])
+    table = json.loads((tmp_path / "a" / "lr_multipliers_2.json").read_text())
+    rates = {name: rate for name, rate in table.items() if rate}
+    assert set(rates.values()) == {1.0, 4.0} and all(".lora_" in n or "embed_tokens" in n for n in rates)
+
+
+def test_a_finished_adapter_is_merged_later(trained, chats, tmp_path):
+    run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
+    assert not (tmp_path / "a" / "merged").exists()
+    run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1", "--merge=True")
+    assert GPT.from_pretrained(tmp_path / "a" / "merged").config.vocab_size == 506
+
+
+def test_overwriting_does_not_delete_the_start(trained, chats):
+    with pytest.raises(UserError, match="holds the model to start from"):
+        run(trained, chats, trained, "--overwrite=True")
+    assert hf.find_folder(trained).is_dir()
+
+
 def test_gpt2_has_no_adapters(chats, tmp_path):
     gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
     from tests.conftest import tiny_config

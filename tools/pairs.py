@@ -22,7 +22,7 @@ from parts import hf
 from parts.assistant import Assistant
 from parts.chat import require_chat
 from parts.generate import Sampling
-from parts.problems import is_right, problems, prompt_of
+from parts.problems import FAMILIES, is_right, problems, prompt_of
 from parts.run import pick_device
 from parts.tokenizer import Tokenizer
 
@@ -44,6 +44,8 @@ class PairsConfig(Sampling):
         for key in ("count", "samples", "max_new_tokens", "batch_size"):
             if getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        if unknown := set(self.families.split(",")) - FAMILIES.keys():
+            raise UserError(f"families={self.families}: {min(unknown)!r} is none of {', '.join(FAMILIES)}")
 
 
 def make_pairs(cfg: PairsConfig, assistant: Assistant) -> tuple[list[dict[str, Any]], float]:
@@ -53,7 +55,7 @@ def make_pairs(cfg: PairsConfig, assistant: Assistant) -> tuple[list[dict[str, A
     answers: list[list[dict[str, Any]]] = [[] for _ in asked]
     for first in range(0, len(work), cfg.batch_size):
         batch = work[first:first + cfg.batch_size]
-        replies = assistant.reply([prompt_of(asked[number]) for number in batch], first_row=first)
+        replies = assistant.reply([prompt_of(asked[number]) for number in batch], first=first)
         for number, reply in zip(batch, replies, strict=True):
             answers[number].append(reply[-1])
     rows, right = [], 0
