@@ -124,10 +124,12 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
             new[row].append(token)
             context[row].append(token)
             if is_done(row, new[row]):
-                live[row], context[row] = False, [token]  # stays in the batch, needs no cache
+                live[row], context[row] = False, [token]  # stays in the batch, and holds nothing before it
             elif len(context[row]) > block_size:
                 context[row], cache = context[row][-max(1, block_size // 2):], None
         unread = [row[-1:] for row in context]
+        if cache is not None and not all(live):
+            cache.hold([len(row) - 1 for row in context])  # not what a row that ended had grown to
         yield step_tokens
         if not any(live):
             return

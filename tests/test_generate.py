@@ -336,3 +336,18 @@ def test_the_prompt_is_shown_on_a_terminal_only(trained, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdout", screen)
     sample.main([f"--model={trained}", "--prompt=import", "--max_new_tokens=3"])
     assert "import" in capsys.readouterr().err and not screen.getvalue().startswith("import")
+
+
+def test_a_row_that_ends_with_a_full_context_leaves_the_others_theirs():
+    model = busy_model(tiny_config(block_size=16))
+    prompts, sampling = [list(range(10)), [3, 4]], Sampling(temperature=0)
+
+    def done(row, ids):
+        return row == 0 and len(ids) == 7  # its context has 16 tokens when the seventh comes
+
+    both = [[], []]
+    for tokens in generate(model, prompts, 20, sampling, done):
+        for row, token in enumerate(tokens):
+            both[row] += [] if token is None else [token]
+    alone = [tokens[0] for tokens in generate(model, prompts[1:], 20, sampling)]
+    assert len(both[0]) == 7 and both[1] == alone
