@@ -1,9 +1,6 @@
-"""An adapter for an open model, from chats of your own: one GPU of 24 GB, or patience.
-
-    python prepare.py --kind=chat --source=chats.jsonl --tokenizer=Qwen/Qwen3-0.6B --out=data/chats
-    python sft.py config/sft_lora.py --dataset=chats --merge=True
-"""
-
+# An adapter for an open model, from chats of your own: one GPU of 24 GB, or patience.
+#   python prepare.py --kind=chat --source=chats.jsonl --tokenizer=Qwen/Qwen3-0.6B --out=data/chats
+#   python sft.py config/sft_lora.py --dataset=chats --merge=True
 out_dir = "out/sft_lora"
 init_from = "Qwen/Qwen3-0.6B"  # a folder or a hub id
 dataset = "chats"

@@ -240,7 +240,8 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
         "--num_proc=2",
     ]
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
     )
     deadline = time.time() + 60
     while not list((tmp_path / ".d.tmp").glob("train*.bin")) and time.time() < deadline:

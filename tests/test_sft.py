@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+import dpo
 import loop
 import sft
 from configurator import UserError, configure
@@ -44,6 +45,12 @@ def assert_equal(one, two):
     assert losses(events(one)) == losses(events(two))
     first, second = stored(one), stored(two)
     assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("name, schema", [("sft_lora", sft.SFTConfig), ("dpo_lora", dpo.DPOConfig)])
+def test_config_files_describe_runs(name, schema):
+    cfg = configure(schema, [f"config/{name}.py"])[0]
+    assert cfg.lora_rank and cfg.stages[0]["epochs"] and cfg.optimizer == "adamw"
 
 
 def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
