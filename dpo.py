@@ -38,9 +38,9 @@ class DPOConfig(PostTrainingConfig):
     out_dir: str = "out/dpo"  # checkpoints and logs go here; the same command again continues the run
     init_from: str = "out/sft"  # model folder, out_dir or hub id to start from, which is also the reference
     dataset: str = "problems_preference"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
-    max_steps: int = 100  # optimizer steps; where stages are listed, their sum counts instead
+    max_steps: int = 60  # optimizer steps; where stages are listed, their sum counts instead
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 3e-5  # peak
+    learning_rate: float = 2e-5  # peak
     weight_decay: float = 0.0  # on matrices
     eval_tokens: int | None = 2**16  # validation tokens of an evaluation, always the first ones; None: all
     loss: Literal["dpo", "ipo"] = "dpo"  # ipo: its margin does not grow without end

@@ -51,7 +51,7 @@ BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the traini
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    source: str = "pystdlib"  # or problems; files, folders, globs, with commas; hf:NAME[:CONFIG[:SPLIT]]
+    source: str = "pystdlib"  # or problems, mistakes; files, folders, globs; hf:NAME[:CONFIG[:SPLIT]]
     out: str | None = None  # the data folder itself; None: data/<name of the source>
     kind: Literal["text", "chat", "preference"] = "text"  # what a row is
     text_key: str = "text"  # the key or column that holds the text of a .jsonl, .json, .parquet or hub row
@@ -74,6 +74,8 @@ class PrepareConfig:
                             "text) and at most 1,000,000")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
+        if self.source == "mistakes" and self.kind != "preference":
+            raise UserError("source=mistakes: are preferences (--kind=preference)")
         if self.keys and self.kind == "text":
             raise UserError(f"keys={self.keys}: is for chats and preferences; of text give --text_key=")
         if not all(ours and theirs for ours, theirs in self.key_names.items()):
@@ -307,7 +309,7 @@ def training_texts(rows: Iterable[Row], cfg: PrepareConfig) -> Iterator[str]:
 
 def prepare(cfg: PrepareConfig) -> DataFolder:
     """Make the data folder that cfg describes, or find it made from the same inputs; returns it opened."""
-    made = cfg.source == "problems" or cfg.source.startswith("hf:")  # rows that no file holds
+    made = cfg.source in ("problems", "mistakes") or cfg.source.startswith("hf:")  # rows that no file holds
     files, ignored = ([], 0) if made else find_files(cfg.source)
     inputs = describe_inputs(cfg, files)
     if (cfg.folder / "meta.json").exists() and not cfg.overwrite:
@@ -341,9 +343,10 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path]) -> dict[str, Any]
     piece = 2**20 if len(files) * cfg.val_fraction >= 10 else int(max(size * cfg.val_fraction / 10, 2**10))
 
     def rows(progress: Any = None) -> Iterator[Row]:
-        if cfg.source == "problems":
-            return (Row(f"problems:{number}", "value", row if cfg.kind != "text" else row["text"])
-                    for number, row in enumerate(problems.problem_rows(cfg.kind, problems.ROWS, seed=1), 1))
+        if cfg.source in ("problems", "mistakes"):
+            kind = "mistakes" if cfg.source == "mistakes" else cfg.kind
+            return (Row(f"{cfg.source}:{number}", "value", row if cfg.kind != "text" else row["text"])
+                    for number, row in enumerate(problems.problem_rows(kind, problems.ROWS, seed=1), 1))
         text_key = cfg.text_key if cfg.kind == "text" else None
         if not files:
             return hub_rows(cfg.source.removeprefix("hf:"), text_key)
@@ -396,7 +399,7 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path]) -> dict[str, Any]:
     if cfg.tokenizer not in ("bpe", "gpt2"):  # what it is counts, not where it lies
         definition = json.dumps(make_tokenizer([], cfg).definition, sort_keys=True)
         settings["tokenizer"] = hashlib.sha256(definition.encode()).hexdigest()
-    if cfg.source == "problems":
+    if cfg.source in ("problems", "mistakes"):
         settings["problems"] = file_sha256(Path(problems.__file__))
     if not files:
         return settings | {"source": cfg.source}

@@ -36,9 +36,9 @@ class SFTConfig(PostTrainingConfig):
 
     out_dir: str = "out/sft"  # checkpoints and logs go here; the same command again continues the run
     dataset: str = "problems_chat"  # folders under data/ (or paths), mixed by weight: a:0.5,b:0.25,c:0.25
-    max_steps: int = 1000  # optimizer steps; where stages are listed, their sum counts instead
-    eval_interval: int = 500  # steps between evaluations; 0: only at the end of a stage
-    save_interval: int = 500  # steps between checkpoints; 0: only at the end of a stage
+    max_steps: int = 800  # optimizer steps; where stages are listed, their sum counts instead
+    eval_interval: int = 400  # steps between evaluations; 0: only at the end of a stage
+    save_interval: int = 400  # steps between checkpoints; 0: only at the end of a stage
     packing: bool = True  # several conversations a row, each for itself; False: one a row
 
     fixed = PostTrainingConfig.fixed | {"packing"}

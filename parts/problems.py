@@ -21,7 +21,8 @@ from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
 ROWS = 40_000  # of a data set
-CALLS = 0.1  # of the chats in which the calculator is offered, those that use it
+CALLS = 0.3  # of the chats in which the calculator is offered, those that use it; others say:
+REFUSAL = "I cannot work that out."
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "nuts", "pens", "shells", "stamps")
 STORIES = {
@@ -157,11 +158,11 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 # ---- Problems as rows of a data set -----------------------------------------------------------------------
 
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows that prepare.py takes for --kind=text, chat or preference.
+    """Rows that prepare.py takes for --kind=text, chat or preference; "mistakes" are preferences, too.
 
-    Where the calculator is offered, the chats are of two minds: a few call it, most just say the answer, as a
-    small model cannot. The preferences say what is wanted: to call it where there is one, and else right
-    steps before wrong ones.
+    Where the calculator is offered, the chats are of two minds: some call it, more refuse. The preferences
+    say what is wanted: to call it where there is one. Mistakes are another kind of pair: right steps before
+    wrong ones, without the calculator.
     """
     draw = random.Random(f"rows/{kind}/{seed}")
     source = problems("train", seed)
@@ -173,14 +174,15 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         arithmetic, hard = problem.expression is not None, problem.family == "hard"
         if kind == "chat":
             offered = arithmetic and (hard or draw.random() < 0.2)
-            said = [worked([], problem.answer)] if offered and draw.random() > CALLS else \
-                solution(problem, offered)
+            refuses = offered and draw.random() > CALLS
+            said = [worked([], REFUSAL)] if refuses else solution(problem, offered)
             yield {"messages": prompt_of(problem, offered) + said}
-        else:
-            offered = arithmetic and (hard or draw.random() < 0.8)
-            rejected = worked([], problem.answer) if offered else mistaken(problem, draw)
-            yield {"prompt": prompt_of(problem, offered), "chosen": [solution(problem, offered)[0]],
-                   "rejected": [rejected]}
+        elif kind == "mistakes":
+            yield {"prompt": prompt_of(problem), "chosen": solution(problem),
+                   "rejected": [mistaken(problem, draw)]}
+        elif arithmetic:
+            yield {"prompt": prompt_of(problem, True), "chosen": solution(problem, True)[:1],
+                   "rejected": [worked([], REFUSAL)]}
 
 
 def prompt_of(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:

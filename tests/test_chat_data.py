@@ -29,7 +29,7 @@ def folders(tmp_path_factory):
     import json
 
     root = tmp_path_factory.mktemp("chats")
-    rows = {"chat": CHATS, "preference": list(problem_rows("preference", 60, seed=2))}
+    rows = {"chat": CHATS, "preference": list(problem_rows("mistakes", 60, seed=2))}
     for kind, content in rows.items():
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
         prepare_main([f"--source={root / kind}.jsonl", f"--kind={kind}", f"--out={root / kind}",

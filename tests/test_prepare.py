@@ -241,7 +241,7 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
     ]
     process = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # which a job in the background ignores
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # background jobs ignore it
     )
     deadline = time.time() + 60
     while not list((tmp_path / ".d.tmp").glob("train*.bin")) and time.time() < deadline:

@@ -71,7 +71,7 @@ def test_train_and_test_share_no_problem_in_any_wording():
 
 
 def test_the_same_seed_gives_the_same_rows():
-    for kind in ("text", "chat", "preference"):
+    for kind in ("text", "chat", "preference", "mistakes"):
         assert list(problem_rows(kind, 50, 4)) == list(problem_rows(kind, 50, 4))
         assert list(problem_rows(kind, 50, 4)) != list(problem_rows(kind, 50, 5))
 
