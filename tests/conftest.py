@@ -98,15 +98,15 @@ def chats(tmp_path_factory, trained):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory, trained):
-    """Problems as preferences, with the tokenizer of `trained`."""
-    return problems_folder(tmp_path_factory, trained, "preference")
+    """Problems and mistakes as preferences, with the tokenizer of `trained`."""
+    return problems_folder(tmp_path_factory, trained, "preference", source="mistakes")
 
 
-def problems_folder(tmp_path_factory, model, kind):
+def problems_folder(tmp_path_factory, model, kind, source="problems"):
     folder = tmp_path_factory.mktemp("problems") / kind
     prepare(
         PrepareConfig(
-            source="problems", kind=kind, out=str(folder), tokenizer=str(model), max_tokens=40_000, num_proc=1
+            source=source, kind=kind, out=str(folder), tokenizer=str(model), max_tokens=40_000, num_proc=1
         )
     )
     return folder
