@@ -54,8 +54,8 @@ def test_config_files_describe_runs(name, schema):
 
 
 def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
-    found = losses(run(trained, chats, tmp_path / "a"))
-    assert found[-1] < 0.8 * found[0]
+    found = run(trained, chats, tmp_path / "a")
+    assert found[-1]["val_loss"] < 0.8 * found[0]["loss"]
     folder = hf.find_folder(tmp_path / "a")
     tokenizer = Tokenizer.load(folder)
     assert "generation" in tokenizer.settings["chat_template"]
@@ -75,8 +75,8 @@ def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
 
 def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
     before = weights_sha256(hf.find_folder(trained))
-    found = losses(run(trained, chats, tmp_path / "a", *LORA, "--merge=True"))
-    assert found[-1] < 0.9 * found[0]
+    found = run(trained, chats, tmp_path / "a", *LORA, "--merge=True")
+    assert found[-1]["val_loss"] < 0.9 * found[0]["loss"]
     assert weights_sha256(hf.find_folder(trained)) == before
     folder = hf.find_folder(tmp_path / "a")
     assert not (folder / "model.safetensors").exists()
@@ -89,8 +89,8 @@ def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
 
 def test_four_bits_learn_too(trained, chats, tmp_path):
     pytest.importorskip("bitsandbytes")
-    found = losses(run(trained, chats, tmp_path / "a", *LORA, "--quantize_base=nf4"))
-    assert found[-1] < 0.9 * found[0]
+    found = run(trained, chats, tmp_path / "a", *LORA, "--quantize_base=nf4")
+    assert found[-1]["val_loss"] < 0.9 * found[0]["loss"]
 
 
 @pytest.mark.parametrize("words", [[], LORA])
