@@ -40,21 +40,25 @@ class DPOConfig(PostTrainingConfig):
     dataset: str = "problems_preference"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
     max_steps: int = 60  # optimizer steps; where stages are listed, their sum counts instead
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon: for the blocks' matrices, AdamW for the rest
-    learning_rate: float = 2e-5  # peak
+    learning_rate: float = 6e-5  # peak
     weight_decay: float = 0.0  # on matrices
     eval_tokens: int | None = 2**16  # validation tokens of an evaluation, always the first ones; None: all
     loss: Literal["dpo", "ipo"] = "dpo"  # ipo: its margin does not grow without end
     beta: float = 0.1  # how much it costs to leave the reference
+    nll_weight: float = 10.0  # what the chosen answers' own cross-entropy a token counts beside; 0: plain DPO
     label_smoothing: float = 0.0  # dpo: the share of pairs that may be the wrong way round
     reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # where it is computed
 
-    fixed = PostTrainingConfig.fixed | {"loss", "beta", "label_smoothing", "reference"}
+    fixed = PostTrainingConfig.fixed | {"loss", "beta", "nll_weight", "label_smoothing",
+                                         "reference"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.beta <= 0 or not 0 <= self.label_smoothing < 0.5:
-            raise UserError(f"beta={self.beta}, label_smoothing={self.label_smoothing}: must be positive, "
-                            "and at least 0 and below 0.5")
+        for key, fits, rule in (("beta", self.beta > 0, "positive"),
+                                ("nll_weight", self.nll_weight >= 0, "at least 0"),
+                                ("label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")):
+            if not fits:
+                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
         if self.label_smoothing and self.loss == "ipo":
             raise UserError("label_smoothing: is of loss=dpo")
         if self.reference == "adapter_off" and not self.lora_rank:
@@ -82,6 +86,8 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
             vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss summed over the n pairs; reference: its `answer_log_probs`, (2n,).
 
+    Preferences alone only part the two answers, and may make both unlikelier; the second term, the chosen
+    answer's nats a token, keeps it likely (arXiv 2404.19733, equation 1).
     kl: log p_reference - log p of the answers, which estimates KL(reference || policy), in nats an answer,
     where the answers are the reference's own.
     """
@@ -89,11 +95,13 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
     ratios = log_probs - reference.view(2, -1)
     lengths = batch["lengths"].view(2, -1)
     losses = preference_loss(ratios, lengths, cfg.beta, cfg.label_smoothing, cfg.loss)  # (n,)
+    nll = -log_probs[0] / lengths[0]  # (n,)
+    losses = losses + cfg.nll_weight * nll
     rewards = cfg.beta * ratios.detach()  # equation 5 of the paper, up to a term that all answers share
     margins = rewards[0] - rewards[1]
     return losses.sum(), {
         "loss": losses.sum(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum(),
-        "kl": -ratios.detach().mean(0).sum(), "rewards/chosen": rewards[0].sum(),
+        "nll": nll.detach().sum(), "kl": -ratios.detach().mean(0).sum(), "rewards/chosen": rewards[0].sum(),
         "rewards/rejected": rewards[1].sum(), "logps/chosen": log_probs[0].sum(),
         "logps/rejected": log_probs[1].sum()}
 

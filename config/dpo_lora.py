@@ -10,6 +10,7 @@ lora_alpha = 32.0
 reference = "adapter_off"
 optimizer = "adamw"
 learning_rate = 2e-5
+nll_weight = 0.0  # plain DPO
 beta2 = 0.999
 weight_decay = 0.0
 global_batch_size = 32  # pairs

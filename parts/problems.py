@@ -158,31 +158,44 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
 # ---- Problems as rows of a data set -----------------------------------------------------------------------
 
 def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows that prepare.py takes for --kind=text, chat or preference; "mistakes" are preferences, too.
-
-    Where the calculator is offered, the chats are of two minds: some call it, more refuse. The preferences
-    say what is wanted: to call it where there is one. Mistakes are another kind of pair: right steps before
-    wrong ones, without the calculator.
-    """
+    """Rows that prepare.py takes for --kind=text, chat or preference; "mistakes" are preferences, too: right
+    steps before wrong ones, without the calculator. Yields no more than `count`."""
     draw = random.Random(f"rows/{kind}/{seed}")
-    source = problems("train", seed)
-    for _ in range(count):
+    source, hard_ones = problems("train", seed), problems("train", seed, ("hard",))
+    for number in range(count):
+        if kind == "preference":  # half are of the problems that need the calculator most
+            problem = next(hard_ones if number % 2 else source)
+            if problem.expression is not None:
+                yield preference_row(problem, number % 4 == 1, draw)
+            continue
         problem = next(source)
         if kind == "text":
             yield {"text": "\n".join([problem.question, *problem.steps, problem.answer])}
-            continue
-        arithmetic, hard = problem.expression is not None, problem.family == "hard"
-        if kind == "chat":
-            offered = arithmetic and (hard or draw.random() < 0.2)
-            refuses = offered and draw.random() > CALLS
-            said = [worked([], REFUSAL)] if refuses else solution(problem, offered)
-            yield {"messages": prompt_of(problem, offered) + said}
-        elif kind == "mistakes":
+        elif kind == "chat":
+            yield chat_row(problem, draw)
+        else:
             yield {"prompt": prompt_of(problem), "chosen": solution(problem),
                    "rejected": [mistaken(problem, draw)]}
-        elif arithmetic:
-            yield {"prompt": prompt_of(problem, True), "chosen": solution(problem, True)[:1],
-                   "rejected": [worked([], REFUSAL)]}
+
+
+def chat_row(problem: Problem, draw: random.Random) -> dict[str, Any]:
+    """A problem and its solution. Where the calculator is offered, chats are of two minds: some call it, more
+    refuse."""
+    offered = problem.expression is not None and (problem.family == "hard" or draw.random() < 0.2)
+    refuses = offered and draw.random() > CALLS
+    said = [worked([], REFUSAL)] if refuses else solution(problem, offered)
+    return {"messages": prompt_of(problem, offered) + said}
+
+
+def preference_row(problem: Problem, called: bool, draw: random.Random) -> dict[str, Any]:
+    """What is wanted where there is a calculator: to call it, not to refuse; and once it is called, to say
+    what it said, not the same with a digit lost or doubled."""
+    prompt = prompt_of(problem, True)
+    call, result, answer = solution(problem, True)
+    if called:
+        return {"prompt": [*prompt, call, result], "chosen": [answer],
+                "rejected": [worked([], miscopied(problem.answer, draw))]}
+    return {"prompt": prompt, "chosen": [call], "rejected": [worked([], REFUSAL)]}
 
 
 def prompt_of(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:
@@ -240,6 +253,12 @@ def slipped(answer: str, draw: random.Random) -> str:
         return draw.choice([day for day in DAYS if day != answer])
     at = draw.choice([i for i, character in enumerate(answer) if character.isdigit()])
     return answer[:at] + draw.choice([d for d in "0123456789" if d != answer[at]]) + answer[at + 1:]
+
+
+def miscopied(answer: str, draw: random.Random) -> str:
+    """A number with one digit left out or said twice."""
+    at = draw.randrange(len(answer))
+    return answer[:at] + draw.choice(("", 2 * answer[at])) + answer[at + 1:]
 
 
 # ---- What an answer is worth ------------------------------------------------------------------------------

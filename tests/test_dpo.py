@@ -20,8 +20,9 @@ from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses
 from tests.test_sft import assert_equal
 
-TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
+SIZES = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
     --eval_tokens=2048 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+TINY = [*SIZES, "--nll_weight=0"]
 
 
 def run(base, pairs, out, *words):
@@ -35,7 +36,7 @@ def chat_model(trained, chats, tmp_path_factory):
     import sft
 
     out = tmp_path_factory.mktemp("sft") / "sft"
-    sft.main([*TINY, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={out}"])
+    sft.main([*SIZES, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={out}"])
     return out
 
 
@@ -100,7 +101,7 @@ def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
     batch = pair_batch(PairRows(DataFolder(pairs), "train", 64).read(np.arange(6)))
     reference = -10 - 5 * torch.rand(12, generator=torch.Generator().manual_seed(1))
     model = GPT.from_pretrained(folder)
-    cfg = configure(dpo.DPOConfig, [f"--loss={kind}"])[0]
+    cfg = configure(dpo.DPOConfig, [f"--loss={kind}", "--nll_weight=0"])[0]
     loss, _ = dpo.loss_fn(model, batch, reference, cfg, 506)
     (loss / 6).backward()
 
@@ -127,6 +128,20 @@ def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
             grad = parameter.grad[: len(named[name])]
             scale = named[name].grad.abs().max()
             assert (grad - named[name].grad).abs().max() <= 1e-5 * scale, name
+
+
+def test_the_chosen_answers_nats_count_beside_it(chat_model, pairs):
+    """A token of each answer alike, and each pair alike."""
+    model, batch = GPT.from_pretrained(chat_model), pair_batch(PairRows(DataFolder(pairs), "train", 64).read(
+        np.arange(6)))
+    log_probs = dpo.answer_log_probs(model, batch, 506)
+    expected = sum(-log_probs[i].item() / batch["lengths"][i].item() for i in range(6))
+    found = {weight: dpo.loss_fn(model, batch, log_probs.detach(), configure(
+        dpo.DPOConfig, [f"--nll_weight={weight}"])[0], 506) for weight in (0.0, 2.0)}
+    assert found[0.0][1]["nll"].item() == pytest.approx(expected, rel=1e-5)
+    assert found[0.0][0].item() == pytest.approx(6 * math.log(2), rel=1e-5)
+    assert found[2.0][0].item() - found[0.0][0].item() == pytest.approx(2 * expected, rel=1e-5)
+    assert found[2.0][1]["loss"].item() == found[2.0][0].item()
 
 
 # ---- The run ----------------------------------------------------------------------------------------------
@@ -238,6 +253,7 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
     "words, message",
     [
         (["--beta=0"], "beta=0.0"),
+        (["--nll_weight=-1"], "nll_weight=-1.0: must be at least 0"),
         (["--label_smoothing=0.5"], "label_smoothing=0.5"),
         (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: is of loss=dpo"),
         (["--reference=adapter_off"], "there is no adapter without lora_rank"),
@@ -254,7 +270,7 @@ def test_mistakes_are_one_line(chat_model, pairs, tmp_path, words, message):
 def test_a_stage_cannot_change_the_loss(chat_model, pairs, tmp_path):
     config = tmp_path / "stages.py"
     config.write_text("stages = [dict(steps=2), dict(steps=2, beta=0.5)]\n")
-    words = [word for word in TINY if "max_steps" not in word]
+    words = [word for word in SIZES if "max_steps" not in word]
     words += [f"--init_from={chat_model}", f"--dataset={pairs}", f"--out_dir={tmp_path / 'a'}"]
     with pytest.raises(UserError, match=r"stages\[1\]: beta cannot change during a run"):
         dpo.main([str(config), *words])

@@ -11,6 +11,7 @@ from parts.calculator import calculate
 from parts.problems import (
     DAYS,
     FAMILIES,
+    REFUSAL,
     Problem,
     is_right,
     is_well_formed,
@@ -89,6 +90,21 @@ def test_solutions_are_right_and_mistakes_are_wrong():
         assert not is_right(problem, wrong)
         kinds.add((is_well_formed(problem, wrong), "thought" in wrong))
     assert kinds == {(True, True), (True, False), (False, False)}
+
+
+def test_preferences_are_a_call_and_what_it_gives():
+    """A call before a refusal; and what the calculator said before the same with a digit lost or doubled."""
+    kinds = []
+    for row in problem_rows("preference", 400, seed=3):
+        (chosen,), (rejected,) = row["chosen"], row["rejected"]
+        kinds.append(row["prompt"][-1]["role"])
+        assert row["prompt"][0]["role"] == "system"
+        if kinds[-1] == "tool":
+            assert chosen["content"] == row["prompt"][-1]["content"] != rejected["content"]
+            assert abs(len(chosen["content"]) - len(rejected["content"])) == 1
+        else:
+            assert chosen["tool_calls"] and rejected["content"] == REFUSAL
+    assert 80 < kinds.count("tool") <= 100 and kinds.count("user") > 250
 
 
 def test_what_counts_as_right():

@@ -104,7 +104,7 @@ def run_ours(cfg: Config, kind: str, folder: Path, packing: bool = False) -> dic
              "--learning_rate=1e-5", f"--device={cfg.device}", "--save_interval=0", "--eval_tokens=256",
              "--log_interval=1000", "--overwrite=True"]
     with open(os.devnull, "w") as sys.stdout:
-        sft.main([*words, f"--packing={packing}"]) if kind == "sft" else dpo.main(words)
+        sft.main([*words, f"--packing={packing}"]) if kind == "sft" else dpo.main([*words, "--nll_weight=0"])
     sys.stdout = sys.__stdout__
     return {"times": times, "loss": losses[0]}
 
