@@ -30,6 +30,7 @@ from configurator import UserError, checked
 from parts import hf
 from parts.distributed import like
 from parts.rope import rope_frequencies
+from parts.ternary import TernaryLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +55,7 @@ class GPTConfig:
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm, with its bias, is GPT-2's
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu, in its tanh form, is GPT-2's
     bias: Literal["none", "qkv", "all"] = "none"  # which linear layers have one: qkv is Qwen2's, all GPT-2's
+    ternary: bool = False  # 1.58-bit weights in the blocks' linear layers: -1, 0 or 1 times a scale
 
     def __post_init__(self) -> None:
         """Derive what is None; raise UserError for wrong types, and sizes that do not fit together."""
@@ -147,13 +149,14 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig, layer: int):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
-        self.q_proj = nn.Linear(C, H * D, bias=config.bias != "none")
-        self.k_proj = nn.Linear(C, K * D, bias=config.bias != "none")
-        self.v_proj = nn.Linear(C, K * D, bias=config.bias != "none")
-        self.o_proj = nn.Linear(H * D, C, bias=config.bias == "all")
+        self.q_proj = make_linear(config, C, H * D, bias=config.bias != "none")
+        self.k_proj = make_linear(config, C, K * D, bias=config.bias != "none")
+        self.v_proj = make_linear(config, C, K * D, bias=config.bias != "none")
+        self.o_proj = make_linear(config, H * D, C, bias=config.bias == "all")
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.layer, self.head_dim, self.dropout = layer, D, config.dropout
+        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None  # is shown q, k, v of a forward
 
     def forward(self, x: Tensor, rope: Any, mask: Any, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -164,6 +167,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if self.watch is not None:
+            self.watch(q, k, v)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -205,9 +210,9 @@ class MLP(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, inner, bias = config.n_embd, config.intermediate_size, config.bias == "all"
-        self.gate_proj = nn.Linear(C, inner, bias=bias) if config.mlp == "swiglu" else None
-        self.up_proj = nn.Linear(C, inner, bias=bias)
-        self.down_proj = nn.Linear(inner, C, bias=bias)
+        self.gate_proj = make_linear(config, C, inner, bias=bias) if config.mlp == "swiglu" else None
+        self.up_proj = make_linear(config, C, inner, bias=bias)
+        self.down_proj = make_linear(config, inner, C, bias=bias)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
@@ -229,6 +234,12 @@ class Block(nn.Module):
     def forward(self, x: Tensor, rope: Any, mask: Any, cache: KVCache | None) -> Tensor:
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
+
+
+def make_linear(config: GPTConfig, n_in: int, n_out: int, bias: bool) -> nn.Linear:
+    if config.ternary:
+        return TernaryLinear(n_in, n_out, bias, eps=config.norm_eps)
+    return nn.Linear(n_in, n_out, bias)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:

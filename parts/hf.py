@@ -183,6 +183,8 @@ def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
 
 def architecture(config: Any) -> str:
     """transformers' model_type that computes exactly this GPTConfig, or "nanollama" where there is none."""
+    if config.ternary:
+        return "nanollama"
     shape = (config.position, config.norm, config.mlp)
     if shape == ("learned", "layernorm", "gelu") and config.bias == "all" and not config.qk_norm:
         plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd

@@ -107,7 +107,8 @@ def adapted(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -
     """The model with a new adapter. UserError where its architecture has no adapters that PEFT could read."""
     if hf.architecture(plain.config) in ("gpt2", "nanollama"):
         raise UserError(f"lora_rank={cfg.lora_rank}: PEFT's files have no place for adapters of this "
-                        "architecture (GPT-2's q, k and v are one matrix there); leave it away to train all")
+                        "architecture (it knows no ternary weights, and GPT-2's q, k and v are one matrix "
+                        "there); leave it away to train all")
     if adapters.is_adapter(folder):
         raise UserError(f"init_from={cfg.init_from}: is an adapter itself; --merge=True makes a model of it")
     grown = plain.config.vocab_size > hf.read_config(folder)["vocab_size"]

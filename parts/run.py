@@ -413,7 +413,9 @@ def compare_with_before(cfg: Any, out_dir: Path) -> None:
     except TypeError as error:
         raise UserError(f"the configuration cannot be written down: {error}") from None
     if is_bound(out_dir):
-        old = read_run(out_dir / "run.json")["config"]
+        # A key that is younger than the run has its default: what the run did before there was a choice.
+        defaults = json.loads(json.dumps(dataclasses.asdict(type(cfg)())))
+        old = defaults | read_run(out_dir / "run.json")["config"]
         shrinks = new["max_steps"] < old.get("max_steps", 0) and not cfg.stages  # max_steps may only grow
         free = (OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL) | cfg.operational
         refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
