@@ -39,9 +39,9 @@ def compute_dtype(hidden: Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
-def chunk_rows(hidden: Tensor) -> int:
-    """Positions in a chunk: it fills a GPU, or keeps its logits near a CPU's cache."""
-    return 2048 if hidden.is_cuda else 512
+def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
+    """Positions in a chunk: it fills a GPU, or keeps its logits, 16 MB, near a CPU's cache."""
+    return 2048 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -56,8 +56,9 @@ class LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
         nll = hidden.new_zeros((), dtype=torch.float32)
         z_term = hidden.new_zeros((), dtype=torch.float32)
-        for start in range(0, len(hidden), chunk_rows(hidden)):
-            chunk = slice(start, start + chunk_rows(hidden))
+        rows = chunk_rows(hidden, vocab_size)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
             h, target = hidden[chunk].to(dtype), targets[chunk]  # (n, C), (n,)
             logits = (h @ matrix.T).float()  # (n, P)
             logits[:, vocab_size:] = -torch.inf
@@ -114,8 +115,9 @@ class LinearLogProbs(torch.autograd.Function):
         log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
         at_target = torch.empty_like(log_z)
         matrix = weight.to(dtype)[:vocab_size]  # (V, C)
-        for start in range(0, len(hidden), chunk_rows(hidden)):
-            chunk = slice(start, start + chunk_rows(hidden))
+        rows = chunk_rows(hidden, vocab_size)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
             logits = (hidden[chunk].to(dtype) @ matrix.T).float()  # (n, V)
             log_z[chunk] = logits.logsumexp(dim=-1)
             at_target[chunk] = logits.gather(1, targets[chunk, None])[:, 0]
@@ -129,8 +131,9 @@ class LinearLogProbs(torch.autograd.Function):
         matrix = weight.to(ctx.dtype)[:ctx.vocab_size]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        for start in range(0, len(hidden), chunk_rows(hidden)):
-            chunk = slice(start, start + chunk_rows(hidden))
+        rows = chunk_rows(hidden, ctx.vocab_size)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
             h, g = hidden[chunk].to(ctx.dtype), grad[chunk, None]  # (n, C), (n, 1)
             # d log p(target) / d logits = one_hot - softmax
             d_logits = (h @ matrix.T).float().sub_(log_z[chunk, None]).exp_().mul_(-g)  # (n, V)

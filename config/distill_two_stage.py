@@ -1,0 +1,12 @@
+# First the layers find the teacher's, under its frozen table; then the student learns to speak.
+#   python train.py && python distill.py config/distill_two_stage.py
+out_dir = "out/distill_two_stage"
+teacher = "out/base"
+student_layers = "0,2"
+n_embd = 128
+n_head = 2
+intermediate_size = 384
+stages = [
+    dict(steps=150, alpha=0.0, hidden_weight=1.0, attention_weight=0.5, lr_multipliers={"embed_tokens": 0.0}),
+    dict(steps=400, restart=True, alpha=0.9),
+]

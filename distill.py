@@ -1,0 +1,411 @@
+"""Stage 2, distillation: a small model learns what a larger one knows.
+
+    python distill.py                       # out/base teaches a model a quarter of its size -> out/distilled
+    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2     # begin as a part of the teacher
+    python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
+    python distill.py --cache=sample                     # the teacher is read from disk
+    python distill.py config/distill_two_stage.py
+
+Reads data/<dataset>/ of text or chats, made with the teacher's tokenizer, and writes out_dir as train.py
+does. The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher
+(parts/divergences.py), and, where asked for, what layers inside lose against layers of the teacher
+(parts/layer_losses.py, between the pairs of parts/layer_maps.py). With on_policy a share of the batches is
+continued by the student itself, and the teacher says what it thinks of that. The teacher is never changed.
+"""
+
+import dataclasses
+import math
+import zlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from configurator import UserError, configure, run_script
+from loop import Run, RunConfig, compute_dtype, fit, stage_at, stage_configs, start_run
+from model import GPT, GPTConfig
+from parts import hf
+from parts.adapters import weights_sha256
+from parts.carve import WIDTHS, carve, carved_config, kept_layers
+from parts.chat_data import ChatRows, UnpackedChatRows, chat_batch
+from parts.data import Mix, Rows, StagedData, in_epochs, parse_mix, shares, text_batch
+from parts.divergences import (
+    DenseTeacher,
+    Kind,
+    Objective,
+    SparseTeacher,
+    compared,
+    linear_distillation,
+)
+from parts.generate import Sampling, generate
+from parts.layer_maps import Strategy, layer_map, map_text
+from parts.losses import IGNORE
+from parts.shards import DataFolder
+from parts.student import Student, Taps, inside_loss
+from parts.teacher import load_teacher, shard_teacher
+from parts.teacher_cache import TeacherCache, identity_of
+from prepare import PrepareConfig, prepare
+
+
+@dataclass(frozen=True, kw_only=True)
+class DistillConfig(RunConfig, GPTConfig):
+    """A run's keys, the student's architecture (where it is not cut out of the teacher), and the teaching."""
+
+    vocab_size: int | None = None  # token ids the student has; None: as many as the data's tokenizer
+    n_layer: int = 2  # blocks
+    n_head: int = 2  # query heads
+    n_embd: int = 128  # width of the residual stream
+    intermediate_size: int | None = 256  # width of the MLP; None: 8/3 (gelu: 4) n_embd, rounded up to 256s
+    out_dir: str = "out/distilled"  # checkpoints and logs go here; the same command again continues the run
+    teacher: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    teacher_dtype: Literal["float32", "bfloat16"] | None = None  # of its weights; None: as the run computes
+    student_layers: str | None = None  # cut the student out of the teacher: every:2, first:3, last:3 or 0,2,5
+    alpha: float = 0.9  # share of the divergence; the rest is cross-entropy with the text
+    temperature: float = 1.0  # of both sides in the divergence
+    divergence: Kind = "forward_kl"  # or reverse_kl, jsd, tv; mse of the logits
+    jsd_beta: float = 0.5  # jsd: the teacher's share of the mixture
+    cache: Literal["none", "topk", "sample"] = "none"  # read the teacher from what tools.cache_teacher wrote
+    layer_map: Strategy = "uniform_plus_last"  # or last, last_k_uniform, all, uniform_consecutive
+    hidden_weight: float = 0.0  # weight of a loss between the outputs of mapped blocks
+    hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"  # which
+    attention_weight: float = 0.0  # weight of a loss between the attention of mapped blocks
+    attention_loss: Literal["relations", "mse"] = "relations"  # relations of q, k and v (MiniLMv2), or direct
+    lr_multipliers: dict = field(  # {regex of names: factor}, first match, 0 freezes; the table learns fast
+        default_factory=lambda: {"embed_tokens": 5.0})
+    on_policy: float = 0.0  # share of the steps whose text the student continues itself (GKD's lambda)
+    packing: bool = True  # of chats: several conversations a row, each for itself
+    document_mask: bool = False  # of text: attend within documents only
+
+    fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
+    operational = frozenset({"teacher_dtype"})
+
+    def __post_init__(self) -> None:
+        RunConfig.__post_init__(self)
+        self.architecture(self.vocab_size or 64, self.block_size)
+        for key, fits, rule in (
+                ("alpha", 0 <= self.alpha <= 1, "from 0 to 1"),
+                ("temperature", 0 < self.temperature < math.inf, "positive"),
+                ("jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1"),
+                ("hidden_weight", self.hidden_weight >= 0, "at least 0"),
+                ("attention_weight", self.attention_weight >= 0, "at least 0"),
+                ("on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")):
+            if not fits:
+                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
+        if self.cache != "none":
+            plain = {"divergence": "forward_kl", "on_policy": 0, "hidden_weight": 0, "attention_weight": 0}
+            for key, value in plain.items():
+                if getattr(self, key) != value:
+                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, not cache="
+                                    f"{self.cache}")
+        if self.student_layers and self.init_from:
+            raise UserError(f"student_layers={self.student_layers}: cuts the student out of the teacher; "
+                            f"init_from={self.init_from} gives another. Leave one of them away")
+
+    def architecture(self, vocab_size: int, block_size: int) -> GPTConfig:
+        """The student that the keys describe. Raises UserError for sizes that do not fit together."""
+        keys = {each.name: getattr(self, each.name) for each in dataclasses.fields(GPTConfig)}
+        return GPTConfig(**keys | {"vocab_size": vocab_size, "block_size": block_size})
+
+    @property
+    def objective(self) -> Objective:
+        return Objective(self.alpha, self.temperature, self.divergence, self.jsd_beta)
+
+    @property
+    def looks_inside(self) -> bool:
+        return self.hidden_weight > 0 or self.attention_weight > 0
+
+
+# ---- Data -------------------------------------------------------------------------------------------------
+
+def batch_of(rows: np.ndarray, cfg: DistillConfig, eot_id: int) -> dict[str, Any]:
+    """A micro-batch of text rows (n, T + 1) or of chat rows (n, 3, T)."""
+    if rows.ndim == 3:
+        return chat_batch(rows)
+    return text_batch(rows, eot_id if cfg.document_mask else None)
+
+
+def batches_at(data: StagedData, caches: dict[int, TeacherCache], step: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step; with a cache, also what the teacher said of their rows."""
+    cfg, mix, first, count = data.share(step)
+    owner, index = mix.places(first, count)
+    # Whether a step is the student's own follows from (seed, step), so all ranks agree.
+    draw = np.random.default_rng((cfg.seed, step, 1)).random()
+    batches = []
+    for start in range(0, count, cfg.micro_batch_size):
+        part = slice(start, start + cfg.micro_batch_size)
+        batch = batch_of(mix.samples(first + start, cfg.micro_batch_size), cfg, mix.tokenizer.eot_id)
+        if caches:
+            batch |= cached_teacher(caches, mix, owner[part], index[part], batch)
+        if draw < cfg.on_policy:
+            prompt = max(1, batch["input_ids"].shape[1] // 4)  # the student writes the other three quarters
+            batch["targets"][:, :prompt - 1] = IGNORE
+            batch |= {"prompt": prompt, "seed": zlib.crc32(f"{cfg.seed}/{first + start}".encode()),
+                      "count": int((batch["targets"] != IGNORE).sum())}
+        batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
+    return batches
+
+
+def cached_teacher(caches: dict[int, TeacherCache], mix: Mix, owner: np.ndarray, index: np.ndarray,
+                   batch: dict[str, Any]) -> dict[str, Tensor]:
+    """{"teacher_ids", "teacher_probs": (N, k), "teacher_tail": (N,)} at the positions of the batch's targets;
+    samples have no tail."""
+    T = batch["input_ids"].shape[1]
+    found = [caches[id(mix.rows[o])].read(i)[:T] for o, i in zip(owner, index, strict=True)]  # (T, width)
+    values = np.stack(found)  # (n, T, width)
+    values = values.reshape(-1, values.shape[-1])
+    if "positions" in batch:
+        values = values[batch["positions"].numpy()]
+    return caches[id(mix.rows[owner[0]])].decoded(values)
+
+
+# ---- Loss -------------------------------------------------------------------------------------------------
+
+def at_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+    """(B, T, C) -> (N, C), one row a target of the batch."""
+    hidden = hidden.flatten(0, 1)
+    return hidden[batch["positions"]] if "positions" in batch else hidden
+
+
+class Distillation:
+    """The loss of a batch: the student's forward pass inside the teacher's, where both output matrices are
+    gathered, however they are sharded."""
+
+    def __init__(self, student: Student, teacher: nn.Module | None, configs: list[DistillConfig],
+                 vocab_size: int):
+        """configs: of the stages. teacher: None where batches bring what it said."""
+        self.student, self.teacher, self.vocab_size = student, teacher, vocab_size
+        self.configs = configs
+        self.taps = None
+        if student.pairs and teacher is not None:
+            self.taps = (Taps(student, [s for s, _ in student.pairs]),
+                         Taps(teacher, [t for _, t in student.pairs]))
+
+    def __call__(self, forward: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """(loss summed over the targets, metrics). forward: the student, or DDP's wrapper of it."""
+        cfg = self.configs[batch["stage"]]
+        if "prompt" in batch:
+            batch = self.continued(batch)
+        if "teacher_ids" in batch:
+            source = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
+            return self.taught(forward, batch, source)
+
+        def head(hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+            with torch.enable_grad():
+                return self.taught(forward, batch, DenseTeacher(at_targets(hidden, batch), weight))
+
+        if cfg.alpha == 0 and not cfg.looks_inside:  # nobody is asked
+            return self.taught(forward, batch, None)
+        with torch.no_grad():
+            return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
+
+    def taught(self, forward: nn.Module, batch: dict[str, Any],
+               teacher: DenseTeacher | SparseTeacher | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's forward pass, against what the teacher says."""
+        cfg = self.configs[batch["stage"]]
+        objective = cfg.objective if "prompt" not in batch else cfg.objective._replace(alpha=1.0)
+
+        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
+            found = linear_distillation(at_targets(hidden, batch), weight, batch["targets"].flatten(),
+                                        teacher, self.vocab_size, objective)
+            inside = hidden.new_zeros((2,))
+            if self.student.pairs:
+                inside = inside_loss(self.student, *self.taps, batch, cfg)  # (2,) hidden, attention
+            return (*found, inside)
+
+        loss, ce, kd, inside = forward(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
+        loss = loss + cfg.hidden_weight * inside[0] + cfg.attention_weight * inside[1]
+        metrics = {"loss": ce, "divergence": kd}
+        if self.student.pairs:
+            metrics |= {"hidden": inside[0].detach(), "attention": inside[1].detach()}
+        return loss, metrics
+
+    def continued(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The batch with each row's text, after its prompt, as the student writes it (GKD, arXiv 2306.13649).
+
+        The cross-entropy is then with the student's own words, which teach nothing: only the teacher counts.
+        """
+        ids = batch["input_ids"]
+        rows = [row[:batch["prompt"]] for row in ids.tolist()]
+        self.student.eval()
+        steps = list(generate(self.student, rows, ids.shape[1] + 1 - batch["prompt"],
+                              Sampling(temperature=1.0, seed=batch["seed"]), vocab_size=self.vocab_size))
+        self.student.train()
+        whole = torch.cat((ids[:, :batch["prompt"]], torch.tensor(steps, device=ids.device).T), dim=1)
+        targets = torch.where(batch["targets"] == IGNORE, IGNORE, whole[:, 1:])
+        return batch | {"input_ids": whole[:, :-1].contiguous(), "targets": targets}
+
+
+# ---- Evaluation -------------------------------------------------------------------------------------------
+
+class Evaluation:
+    """The student on validation rows, by the weights of the last stage's mix; beside the teacher, where that
+    is in memory: its own loss, KL(teacher || student), and how often both hold the same token likeliest."""
+
+    def __init__(self, cfg: DistillConfig, mix: Mix, kind: Any, teacher: nn.Module | None, run: Run):
+        self.cfg, self.mix, self.run, self.teacher = cfg, mix, run, teacher
+        self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
+        self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
+
+    def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
+        results: dict[str, float] = {}
+        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
+            count, nats, teacher_nats, kl, agree, text_bytes = self.sums(model, rows)
+            found = {"val_loss": nats / count}
+            if rows.kind == "text":
+                found["val_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
+            if self.teacher is not None:
+                found |= {"val_teacher_loss": teacher_nats / count, "val_kl": kl / count,
+                          "val_agreement": agree / count}
+            for name, value in found.items():
+                results[name] = results.get(name, 0.0) + weight * value
+        return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
+
+    def sums(self, model: nn.Module, rows: Any) -> list[float]:
+        """`compared` over one folder's first cfg.eval_tokens and all ranks, and the bytes of their text."""
+        run, limit = self.run, self.cfg.eval_tokens
+        total = len(rows) if limit is None else min(len(rows), max(1, limit // rows.T))
+        sums = torch.zeros(5, dtype=torch.float64, device=run.device)
+        text_bytes, vocab_size = 0, self.mix.tokenizer.vocab_size
+        for mine in shares(total, self.cfg.micro_batch_size, run.rank, run.world_size):
+            read = rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64))
+            batch = batch_of(read, self.cfg, self.mix.tokenizer.eot_id)
+            if not len(mine):  # all ranks take part in each forward
+                batch["targets"] = torch.full_like(batch["targets"], IGNORE)
+            text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
+            batch = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+            sums += self.of(model, batch, vocab_size)
+        return run.sum([*sums.tolist(), text_bytes])
+
+    def of(self, model: nn.Module, batch: dict[str, Any], vocab_size: int) -> Tensor:
+        """`compared`, (5,), of a batch; without a teacher the student stands for it."""
+        inputs = dict(input_ids=batch["input_ids"], document_ids=batch.get("document_ids"))
+        targets = batch["targets"].flatten()
+
+        def beside(teacher: DenseTeacher | None) -> Tensor:
+            def head(hidden: Tensor, weight: Tensor) -> Tensor:
+                hidden = at_targets(hidden, batch)
+                other = teacher or DenseTeacher(hidden, weight)
+                return compared(hidden, weight, targets, other, vocab_size)
+            return model(**inputs, head=head)
+
+        if self.teacher is None:
+            return beside(None)
+        return self.teacher(**inputs, head=lambda hidden, weight: beside(
+            DenseTeacher(at_targets(hidden, batch), weight)))
+
+
+# ---- Go ---------------------------------------------------------------------------------------------------
+
+def main(argv: list[str]) -> int:
+    cfg, given = configure(DistillConfig, argv, usage=__doc__)
+    cfg, layers = with_architecture(cfg, given)
+    with start_run(cfg, given) as run:
+        if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
+            run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
+        kind = row_kind(cfg)
+        cfg = in_epochs(cfg, kind)
+        data = StagedData(cfg, kind, run.rank, run.world_size)
+        tokenizer = run.tokenizer = data.tokenizer
+        teacher_hash = run.on_first_rank(lambda: weights_sha256(hf.find_folder(cfg.teacher)))
+        run.identify(cfg, data=data.hashes(), teacher=teacher_hash)
+        caches, teacher = {}, None
+        if cfg.cache != "none":
+            caches = {id(rows): open_cache(cfg, rows, teacher_hash) for rows, _ in data.used()}
+        else:
+            teacher = load_teacher(cfg.teacher, tokenizer, run.device, getattr(torch, cfg.teacher_dtype)
+                                   if cfg.teacher_dtype else compute_dtype(cfg, run))
+            shard_teacher(teacher, cfg.parallel, run)
+        student = make_student(cfg, layers, teacher, data, run)
+        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+        loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size)
+        results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
+        print_summary(cfg, student, teacher, results, run)
+    return 0
+
+
+def with_architecture(cfg: DistillConfig, given: dict[str, str]) -> tuple[DistillConfig, list[int]]:
+    """`cfg` with the student's architecture, and the layers that are cut out of the teacher, if any.
+
+    UserError for keys of the architecture that come with init_from or with the teacher.
+    """
+    if not cfg.init_from and not cfg.student_layers:
+        return cfg, []
+    architecture = {each.name for each in dataclasses.fields(GPTConfig)}
+    free = {"block_size", *(WIDTHS if cfg.student_layers else ())}
+    source = f"student_layers={cfg.student_layers}" if cfg.student_layers else f"init_from={cfg.init_from}"
+    if both := sorted(architecture & given.keys() - free):
+        raise UserError(f"{given[both[0]]}: {both[0]} comes with {source} and cannot be given")
+    fields = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))
+    layers = []
+    if cfg.student_layers:
+        layers = kept_layers(cfg.student_layers, fields["n_layer"])
+        widths = {key: getattr(cfg, key) for key in WIDTHS if key in given}
+        fields = dataclasses.asdict(carved_config(GPTConfig(**fields), layers, widths))
+    return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
+
+
+def row_kind(cfg: DistillConfig) -> Any:
+    """What the rows of the first data set are: text, or chats."""
+    kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
+    if kind == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
+        raise UserError("on_policy: continues text; chats have an end of their own")
+    return Rows if kind == "text" else ChatRows if cfg.packing else UnpackedChatRows
+
+
+def open_cache(cfg: DistillConfig, rows: Any, teacher_hash: str) -> TeacherCache:
+    """What tools/cache_teacher.py wrote of these rows. UserError, with its command line, if it did not."""
+    words = {"teacher": cfg.teacher, "dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache,
+             "temperature": cfg.temperature}
+    words |= {key: value for key, value in (("packing", cfg.packing), ("document_mask", cfg.document_mask))
+              if value != getattr(DistillConfig, key)}
+    hint = "python -m tools.cache_teacher " + " ".join(f"--{key}={value}" for key, value in words.items())
+    return TeacherCache(rows, identity_of(rows, teacher_hash, cfg.document_mask), cfg.cache, cfg.temperature,
+                        hint)
+
+
+def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | None, data: StagedData,
+                 run: Run) -> Student:
+    """On the meta device, for random weights or those of init_from; cut out of the teacher, with weights."""
+    stages = stage_configs(cfg)
+    longest = max(stage.block_size for stage in stages)
+    if cfg.init_from or layers:  # a context that is there stays
+        longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
+    config = cfg.architecture(cfg.vocab_size or data.tokenizer.vocab_size, longest)
+    pairs, width = [], None
+    if any(stage.looks_inside for stage in stages):
+        fields = hf.read_config(hf.find_folder(cfg.teacher))
+        pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
+        width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
+        run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
+    with torch.device("meta"):
+        student = Student(config, pairs, width)
+    if layers:
+        source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # whole, on each rank, for a moment
+        ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
+        student.materialize("cpu", cfg.seed)
+        student.load_state_dict(carve(source.eval(), config, layers, ids).state_dict(), strict=False)
+    run.print(f"student   {student.num_parameters():,} parameters"
+              + (f", cut out of {cfg.teacher}: layers {', '.join(map(str, layers))}" if layers else ""))
+    return student
+
+
+def print_summary(cfg: DistillConfig, student: Student, teacher: nn.Module | None, results: dict[str, float],
+                  run: Run) -> None:
+    """How good the student is beside its teacher, and what to do next."""
+    if run.rank > 0 or not results:
+        return
+    run.print(f"\nvalidation  student  loss {results['val_loss']:.4f}, perplexity "
+              f"{results['val_perplexity']:.2f}  ({student.num_parameters():,} parameters)")
+    if teacher is not None:
+        loss = results["val_teacher_loss"]
+        run.print(f"            teacher  loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}\n"
+                  f"            KL {results['val_kl']:.4f} nats, the same likeliest token at "
+                  f"{100 * results['val_agreement']:.1f} % of places")
+    run.print(f"next        python sample.py --model={run.out_dir} --prompt=\"import os\"\n"
+              f"            python -m tools.compare --teacher={cfg.teacher} --student={run.out_dir}")
+
+
+if __name__ == "__main__":
+    run_script(main)

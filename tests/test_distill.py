@@ -1,0 +1,355 @@
+"""Distillation as a whole: it learns from its teacher, online and from a cache, stops and resumes to the bit,
+does not care how it is split up, and never changes the teacher."""
+
+import math
+import os
+import shutil
+import signal
+
+import numpy as np
+import pytest
+import torch
+
+import distill
+import loop
+from configurator import UserError, configure
+from model import GPT
+from parts import checkpoint, hf
+from parts.adapters import weights_sha256
+from parts.data import Rows
+from parts.shards import DataFolder
+from parts.student import Student
+from parts.teacher import ForeignTeacher, load_teacher
+from parts.tokenizer import Tokenizer
+from tests.conftest import busy_model, tiny_config
+from tests.runs import events, kill_in_step, losses
+from tests.test_sft import assert_equal
+from tools import cache_teacher
+
+TINY = """--n_layer=1 --n_embd=32 --n_head=2 --intermediate_size=64 --block_size=64 --global_batch_size=8
+    --micro_batch_size=4 --max_steps=20 --learning_rate=3e-3 --eval_tokens=1024 --device=cpu --log_interval=1
+    --eval_interval=0 --save_interval=0""".split()
+CARVED = [word for word in TINY if not word.startswith(("--n_", "--inter"))] + ["--student_layers=last:1"]
+INSIDE = ["--hidden_weight=1", "--attention_weight=0.5"]
+
+
+def words(trained, data, out, *more, sizes=TINY):
+    return [*sizes, f"--teacher={trained}", f"--dataset={data}", f"--out_dir={out}", *more]
+
+
+def run(*given, sizes=TINY):
+    told = words(*given, sizes=sizes)
+    distill.main(told)
+    return events(given[2])
+
+
+def cache(trained, data, *more):
+    told = [f"--teacher={trained}", f"--dataset={data}", "--block_size=64", "--device=cpu"]
+    cache_teacher.main([*told, *more])
+
+
+# ---- It learns --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        [],
+        ["--divergence=reverse_kl", "--temperature=2"],
+        ["--divergence=jsd", "--alpha=1"],
+        ["--divergence=mse", "--alpha=0.1"],
+        ["--alpha=0"],
+        INSIDE,
+        [*INSIDE, "--hidden_loss=mse", "--attention_loss=mse", "--layer_map=last"],
+        ["--hidden_weight=1", "--hidden_loss=info_nce", "--layer_map=uniform_consecutive"],
+        ["--hidden_weight=1", "--hidden_loss=sinkhorn"],
+        ["--ternary=True"],
+        ["--on_policy=0.5"],
+    ],
+)
+def test_it_learns(trained, data, tmp_path, more):
+    before = weights_sha256(hf.find_folder(trained))
+    found = run(trained, data, tmp_path / "a", *more)
+    assert losses(found)[-1] < losses(found)[0] - 0.15
+    last = found[-1]
+    assert last["val_teacher_loss"] < last["val_loss"] < losses(found)[0]
+    assert 0 < last["val_kl"] < last["val_loss"] and 0 <= last["val_agreement"] <= 1
+    assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
+    assert weights_sha256(hf.find_folder(trained)) == before
+    folder = hf.find_folder(tmp_path / "a")
+    assert GPT.from_pretrained(folder).config.n_embd == 32
+
+
+def test_inside_losses_fall_and_projections_are_kept(trained, data, tmp_path):
+    found = run(trained, data, tmp_path / "a", *INSIDE)
+    inside = [(event["hidden"], event["attention"]) for event in found if "hidden" in event]
+    assert inside[-1][0] < 0.9 * inside[0][0] and all(np.isfinite(inside).flatten())
+    folder = hf.find_folder(tmp_path / "a")
+    assert (folder / "projections.safetensors").is_file()
+    import transformers
+
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    assert theirs.config.hidden_size == 32
+
+
+def test_a_student_cut_out_of_the_teacher_begins_ahead(trained, data, tmp_path):
+    begun = losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=CARVED))[0]
+    scratch = losses(run(trained, data, tmp_path / "b", "--max_steps=1"))[0]
+    assert begun < scratch - 0.1
+    found = run(trained, data, tmp_path / "c", "--n_embd=32", "--intermediate_size=64", sizes=CARVED)
+    assert losses(found)[-1] < losses(found)[0]
+    config = GPT.from_pretrained(tmp_path / "c").config
+    assert (config.n_layer, config.n_embd, config.n_head, config.head_dim) == (1, 32, 4, 16)
+
+
+def test_the_teacher_itself_has_nothing_to_learn(trained, data, tmp_path):
+    sizes = [word for word in CARVED if "layers" not in word] + ["--student_layers=0,1", "--alpha=1"]
+    found = run(trained, data, tmp_path / "a", "--max_steps=1", "--learning_rate=1e-9", sizes=sizes)
+    assert abs(found[0]["divergence"]) < 1e-6
+    assert found[-1]["val_kl"] == pytest.approx(0, abs=1e-5) and found[-1]["val_agreement"] > 0.999
+
+
+def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_path):
+    """From a teacher with chat tokens; the first word of an answer is trained, as all are."""
+    import sft
+
+    short = [word for word in CARVED if "layers" not in word]
+    sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'teacher'}"])
+    found = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
+    assert found[-1]["val_loss"] < losses(found)[0]
+    assert "val_bits_per_byte" not in found[-1]
+    cache(tmp_path / "teacher", chats, "--method=topk", "--k=506")
+    cached = run(tmp_path / "teacher", chats, tmp_path / "b", "--cache=topk")
+    packed = run(tmp_path / "teacher", chats, tmp_path / "c")
+    np.testing.assert_allclose(losses(cached), losses(packed), rtol=2e-3)
+
+
+def test_stages_change_what_is_learned(trained, data, tmp_path):
+    config = tmp_path / "two.py"
+    config.write_text("""
+stages = [dict(steps=6, alpha=0.0, hidden_weight=1.0, lr_multipliers={"embed_tokens": 0.0}),
+          dict(steps=6, restart=True, temperature=2.0)]
+""")
+    told = [word for word in words(trained, data, tmp_path / "a") if "max_steps" not in word]
+    distill.main([str(config), *told])
+    whole = events(tmp_path / "a")
+    first = [event for event in whole if event.get("step", 0) <= 6 and "divergence" in event]
+    second = [event for event in whole if event.get("step", 0) > 6 and "divergence" in event]
+    assert all(event["divergence"] == 0 < event["hidden"] for event in first)
+    assert all(event["hidden"] == 0 < event["divergence"] for event in second)
+    state = torch.load(tmp_path / "a" / "step_000006" / "trainer" / "state.pt", weights_only=True)
+    assert not any("embed_tokens" in name for name in state["optimizer"]), "the frozen have no state"
+
+
+# ---- From a cache -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_data(data, tmp_path):
+    """A copy of the data, for caches to stand beside."""
+    return shutil.copytree(data, tmp_path / "tiny")
+
+
+def test_the_whole_teacher_from_a_cache_is_the_teacher(trained, own_data, tmp_path):
+    """k = V: in float32 the same run; in 16 and 8 bits nearly."""
+    expected = run(trained, own_data, tmp_path / "online", "--temperature=2")
+    for values, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("uint8", 2e-2)):
+        cache(trained, own_data, "--method=topk", "--k=500", f"--values={values}", "--temperature=2")
+        found = run(trained, own_data, tmp_path / values, "--temperature=2", "--cache=topk")
+        for key in ("loss", "divergence"):
+            ours, theirs = ([e[key] for e in each if key in e] for each in (found, expected))
+            np.testing.assert_allclose(ours, theirs, rtol=tolerance)
+        shutil.rmtree(next(own_data.glob("teacher_*")))
+
+
+@pytest.mark.parametrize("method", ["topk", "sample"])
+def test_it_learns_from_a_cache(trained, own_data, tmp_path, method, capsys):
+    cache(trained, own_data, f"--method={method}")
+    width = {"topk": 64 * 2 + 65 * 2, "sample": 64}[method]
+    assert f"tokens, {width} bytes each" in capsys.readouterr().out
+    found = run(trained, own_data, tmp_path / "a", f"--cache={method}")
+    assert losses(found)[-1] < losses(found)[0] - 0.15 and "val_kl" not in found[-1]
+
+
+def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
+    """Killed in its second shard, it loses that one and ends as if nothing had been."""
+    from parts import teacher_cache
+
+    rows = Rows(DataFolder(own_data), "train", 64)
+    identity = teacher_cache.identity_of(rows, weights_sha256(hf.find_folder(trained)), False)
+    spec = teacher_cache.CacheSpec("sample", 1.5, 8)
+    teacher = load_teacher(trained, Tokenizer.load(own_data), "cpu", torch.float32)
+    asked = []
+
+    @torch.no_grad()
+    def ask(numbers):
+        asked.append(len(numbers))
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        ids = torch.from_numpy(rows.read(numbers)[:, :-1])
+        return (teacher(ids) / 1.5).log_softmax(-1).flatten(0, 1)
+
+    with pytest.raises(KeyboardInterrupt):
+        teacher_cache.CacheWriter(rows, spec, identity, rows_a_shard=30).fill(ask, 10)
+    with pytest.raises(UserError, match="has 30 of .* rows; the same command goes on: again"):
+        teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
+    writer = teacher_cache.CacheWriter(rows, spec, identity, rows_a_shard=30)
+    assert writer.done == 30
+    writer.fill(ask, 10)
+    found = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
+    found.verify()
+    got = found.decoded(found.read(31))
+    assert got["teacher_ids"].shape == (64, 8) and got["teacher_probs"].unique().item() == 1 / 8
+    path = found.folder / "train_00001.cache"
+    path.write_bytes(b"x" + path.read_bytes()[1:])
+    with pytest.raises(UserError, match="does not match its sha256"):
+        found.verify()
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="missing, or not of .* bytes"):
+        teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
+
+
+def test_a_cache_of_something_else_is_refused(trained, own_data, tmp_path):
+    cache(trained, own_data, "--method=sample")
+    for more, reason in ((["--temperature=2"], "another temperature"), (["--block_size=60"], "block_size"),
+                         (["--document_mask=True"], "document_mask")):  # fmt: skip
+        with pytest.raises(UserError, match=f"{reason}.*Make it: python -m tools.cache_teacher --teacher="):
+            run(trained, own_data, tmp_path / "a", "--cache=sample", *more)
+
+
+def test_a_disk_that_is_too_small(trained, own_data, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    with pytest.raises(UserError, match="GB, the disk has 0.0 free"):
+        cache(trained, own_data, "--method=sample", "--k=9")
+
+
+# ---- Exact ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("more", [INSIDE, ["--on_policy=0.5"], ["--cache=sample"]])
+def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, monkeypatch):
+    if "--cache=sample" in more:
+        cache(trained, own_data, "--method=sample")
+    more = [*more, "--max_steps=10"]
+    run(trained, own_data, tmp_path / "whole", *more)
+    original, steps = loop.backward, []
+
+    def backward(*arguments):
+        steps.append(None)
+        if len(steps) == 5:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    monkeypatch.setattr(loop, "backward", backward)
+    with pytest.raises(SystemExit):
+        run(trained, own_data, tmp_path / "cut", *more)
+    monkeypatch.setattr(loop, "backward", original)
+    assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
+    run(trained, own_data, tmp_path / "cut", *more)
+    assert_equal(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_killed_and_started_again_is_the_same_run(trained, data, tmp_path):
+    more = ["--save_interval=3", "--max_steps=10"]
+    run(trained, data, tmp_path / "whole", *more, sizes=CARVED)
+    told = words(trained, data, tmp_path / "killed", *more, sizes=CARVED)
+    kill_in_step(5, distill.main, told)
+    distill.main(told)
+    assert_equal(tmp_path / "whole", tmp_path / "killed")
+
+
+def on_two_ranks(*given):
+    run(*given)
+
+
+def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, data, tmp_path, two_ranks):
+    """Nor on how the teacher is sharded."""
+    more = ["--optimizer=adamw", "--hidden_weight=1", "--attention_weight=1", "--max_steps=10"]
+    expected = losses(run(trained, data, tmp_path / "one", *more))
+    small = losses(run(trained, data, tmp_path / "small", *more, "--micro_batch_size=1"))
+    np.testing.assert_allclose(small, expected, rtol=1e-5)
+    for name, how in (("ddp", []), ("fsdp", ["--parallel=fsdp"])):
+        two_ranks(on_two_ranks, str(trained), str(data), str(tmp_path / name), *more, *how)
+        np.testing.assert_allclose(losses(events(tmp_path / name)), expected, rtol=1e-5)
+
+
+# ---- Teachers ---------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_of_transformers(tmp_path, data):
+    """An architecture that model.py does not have gives the losses its logits give."""
+    transformers = pytest.importorskip("transformers")
+    tokenizer = Tokenizer.load(data)
+    config = transformers.GPTNeoXConfig(
+        vocab_size=512, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=128)  # fmt: skip
+    folder = tmp_path / "neox"
+    theirs = transformers.GPTNeoXForCausalLM(config)
+    theirs.save_pretrained(folder)
+    tokenizer.save(folder)
+    teacher = load_teacher(folder, tokenizer, "cpu", torch.float32)
+    assert isinstance(teacher, ForeignTeacher)
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(teacher(ids), theirs.eval()(ids).logits)
+    found = run(folder, data, tmp_path / "a", "--max_steps=3")
+    assert found[-1]["val_kl"] > 0
+
+
+def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):
+    tokenizer = Tokenizer.load(data)
+    definition = tokenizer.definition | {"model": dict(tokenizer.definition["model"])}
+    vocab = dict(definition["model"]["vocab"])
+    (one, first), (two, second) = list(vocab.items())[300:302]
+    vocab[one], vocab[two] = second, first
+    definition["model"]["vocab"] = vocab
+    folder = tmp_path / "permuted"
+    busy_model(tiny_config()).save_pretrained(folder)
+    Tokenizer(definition, tokenizer.settings).save(folder)
+    with pytest.raises(UserError, match="2 token ids mean something else: .* is '.*' there and '.*' in"):
+        run(folder, data, tmp_path / "a")
+    small = tmp_path / "small"
+    busy_model(tiny_config(vocab_size=499)).save_pretrained(small)
+    tokenizer.save(small)
+    with pytest.raises(UserError, match="has 499 token ids, its tokenizer 500"):
+        run(small, data, tmp_path / "a")
+
+
+def test_padded_columns_are_cut(data, tmp_path):
+    """A teacher with more rows than its tokenizer has ids."""
+    folder = tmp_path / "padded"
+    busy_model(tiny_config(vocab_size=640)).save_pretrained(folder)
+    Tokenizer.load(data).save(folder)
+    found = run(folder, data, tmp_path / "a", "--max_steps=2")
+    assert np.isfinite(found[-1]["val_kl"])
+    config = GPT.from_pretrained(tmp_path / "a").config
+    assert config.vocab_size == 500
+
+
+def test_projections_start_from_their_names():
+    student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
+    assert student.projected(1, torch.ones(1, 2, 64)).shape == (1, 2, 96)
+    same = Student(tiny_config(), [(0, 1)], teacher_width=64)
+    assert not list(same.projections) and same.projected(0, torch.ones(3)).tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    "more, message",
+    [
+        (["--alpha=1.5"], "alpha=1.5: must be from 0 to 1"),
+        (["--temperature=0"], "temperature=0.0: must be positive"),
+        (["--cache=topk", "--divergence=jsd"], "divergence=jsd: needs the teacher itself, not cache=topk"),
+        (["--cache=sample", "--on_policy=0.5"], "on_policy=0.5: needs the teacher itself"),
+        (["--student_layers=first:1"], "comes with student_layers=first:1 and cannot be given"),
+        (["--hidden_weight=1", "--layer_map=all"], "layer_map=all"),
+        (["--teacher=/nowhere"], "no model here"),
+    ],
+)
+def test_mistakes_are_one_line(trained, data, tmp_path, more, message):
+    with pytest.raises(UserError, match=message):
+        run(trained, data, tmp_path / "a", *more)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt2_half", "two_stage", "nanollama"])
+def test_config_files_describe_runs(name):
+    cfg = configure(distill.DistillConfig, [f"config/distill_{name}.py"])[0]
+    assert cfg.teacher and loop.stage_configs(cfg)

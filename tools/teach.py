@@ -1,0 +1,140 @@
+"""What a teacher brings: the same student, taught in several ways, from the same text.
+
+    python train.py --max_steps=1500 --out_dir=out/teacher
+    python -m tools.teach --teacher=out/teacher --json=docs/results/distill.json
+
+Every arm is a run of distill.py with other words, for each seed; the student has a quarter of the teacher's
+parameters. Finished runs are not repeated, so the command may be cut and started again, or for other seeds
+and arms at once on another core. Prints validation bits a byte, mean and range over the seeds; how much of
+the gap between the plain student and the teacher is closed; tokens a second; bytes of cache a token.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from configurator import UserError, configure, run_script
+from parts.shards import write_json
+
+CUT = "--student_layers=0,2 --n_embd=128 --n_head=2 --intermediate_size=256"
+SAME = "--n_layer=3 --n_embd=256 --n_head=4 --intermediate_size=768"
+INSIDE = "hidden_weight=1.0, attention_weight=0.5, alpha=0.0"
+ARMS = {  # {name: words of distill.py}
+    "text alone": "--alpha=0",
+    "text alone, equal time": "--alpha=0",
+    "teacher": "",
+    "teacher, cached top-64": "--cache=topk",
+    "teacher, cached samples": "--cache=sample",
+    "cut out, text alone": f"{CUT} --alpha=0",
+    "cut out, teacher": CUT,
+    "cut out, teacher, inside": f"{CUT} --hidden_weight=0.5 --attention_weight=0.25",
+    "cut out, two stages": CUT,
+    "as large, teacher": SAME,
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeachConfig:
+    teacher: str = "out/teacher"  # model folder or out_dir
+    dataset: str = "pystdlib"  # folder under data/ (or path)
+    out_dir: str = "out/teach"  # a folder a run goes here
+    seeds: str = "1,2,3"  # with commas between
+    arms: str = "all"  # numbers of the arms, from 0, with commas between; all
+    steps: int = 300  # of each run
+    equal_time: float = 2.5  # times as many for "text alone, equal time": what a taught step costs beside it
+    json: str | None = None  # where the figures go, once all runs are there
+
+    @property
+    def runs(self) -> list[tuple[str, int]]:
+        names = list(ARMS)
+        chosen = names if self.arms == "all" else [names[int(number)] for number in self.arms.split(",")]
+        return [(name, int(seed)) for seed in self.seeds.split(",") for name in chosen]
+
+
+def folder_of(cfg: TeachConfig, name: str, seed: int) -> Path:
+    return Path(cfg.out_dir) / f"{name.replace(', ', '_').replace(' ', '-')}_{seed}"
+
+
+def run(cfg: TeachConfig, name: str, seed: int) -> None:
+    """One arm with one seed, in a process of its own; nothing to do where it is finished."""
+    out = folder_of(cfg, name, seed)
+    if events(out) and "val_loss" in events(out)[-1]:
+        return
+    steps = round(cfg.steps * cfg.equal_time) if "equal time" in name else cfg.steps
+    words = [f"--teacher={cfg.teacher}", f"--dataset={cfg.dataset}", f"--out_dir={out}", f"--seed={seed}",
+             f"--max_steps={steps}", "--eval_interval=0", "--save_interval=0", "--log_interval=50",
+             *ARMS[name].split()]
+    if "two stages" in name:
+        out.mkdir(parents=True, exist_ok=True)
+        config = out / "stages.py"
+        config.write_text(f"stages = [dict(steps={steps // 3}, {INSIDE}), "
+                          f"dict(steps={steps - steps // 3}, restart=True)]\n")
+        words = [str(config), *(word for word in words if "max_steps" not in word)]
+    script = Path(__file__).parent.parent / "distill.py"
+    found = subprocess.run([sys.executable, str(script), *words], capture_output=True, text=True)
+    if found.returncode:
+        raise UserError(f"{name}: {found.stderr[-600:]}")
+    print(f"{name}, seed {seed}: {events(out)[-1]['val_bits_per_byte']:.4f}", flush=True)
+
+
+def events(out: Path) -> list[dict[str, Any]]:
+    path = out / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+def measured(cfg: TeachConfig) -> dict[str, Any]:
+    """{arm: {"bits": one a seed, "tokens_per_second", "parameters", ...}} of the finished runs."""
+    arms: dict[str, Any] = {}
+    for name, seed in cfg.runs:
+        found = events(folder_of(cfg, name, seed))
+        if not found or "val_loss" not in found[-1]:
+            continue
+        arm = arms.setdefault(name, {"bits": [], "speeds": [], "agreement": []})
+        arm["bits"].append(found[-1]["val_bits_per_byte"])
+        arm["speeds"] += [event["tokens_per_second"] for event in found if "tokens_per_second" in event]
+        arm["agreement"] += [found[-1]["val_agreement"]] if "val_agreement" in found[-1] else []
+        if "val_teacher_loss" in found[-1]:  # nats of the same targets, so bits in proportion
+            ratio = found[-1]["val_teacher_loss"] / found[-1]["val_loss"]
+            arms["the teacher itself"] = {"bits": [found[-1]["val_bits_per_byte"] * ratio], "speeds": [],
+                                          "agreement": []}
+    return arms
+
+
+def table(arms: dict[str, Any]) -> str:
+    """A line an arm, in Markdown."""
+    plain = statistics.mean(arms["text alone"]["bits"])
+    best = arms["the teacher itself"]["bits"][0]
+    lines = ["| taught by | bits per byte | gap closed | agrees with the teacher | tokens/s |",
+             "|---|---|---|---|---|"]
+    for name, arm in arms.items():
+        bits = arm["bits"]
+        mean = statistics.mean(bits)
+        spread = f" ({min(bits):.3f} - {max(bits):.3f})" if len(bits) > 1 else ""
+        agreement = f"{100 * statistics.mean(arm['agreement']):.1f} %" if arm["agreement"] else ""
+        speed = f"{statistics.median(arm['speeds']):,.0f}" if arm["speeds"] else ""
+        lines.append(f"| {name} | {mean:.3f}{spread} | {100 * (plain - mean) / (plain - best):.0f} % | "
+                     f"{agreement} | {speed} |")
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> int:
+    cfg, _ = configure(TeachConfig, argv, usage=__doc__)
+    for name, seed in cfg.runs:
+        run(cfg, name, seed)
+    arms = measured(cfg)
+    if {"text alone", "the teacher itself"} <= arms.keys():
+        print(table(arms))
+    if cfg.json:
+        write_json(Path(cfg.json), {"command": "python -m tools.teach", "torch": torch.__version__,
+                                    "steps": cfg.steps, "seeds": cfg.seeds, "arms": arms})
+    return 0
+
+
+if __name__ == "__main__":
+    run_script(main)
