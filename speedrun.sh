@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The whole pipeline on whatever machine this is: prepare, pre-train, fine-tune, learn preferences, measure.
+# The whole pipeline on whatever machine this is: prepare, pre-train, distil, fine-tune, learn preferences, measure.
 #   ./speedrun.sh          a quarter of an hour on two cores; ends in a table of the three models
 #   ./speedrun.sh smoke    the same commands for a few steps
 set -euo pipefail
@@ -23,6 +23,7 @@ fi
 python prepare.py
 "${launch[@]}" train.py --out_dir=$out/base "${flags[@]}"
 python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
+"${launch[@]}" distill.py config/distill_tiny.py --teacher=$out/base --out_dir=$out/distilled "${flags[@]}"
 "${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${flags[@]}"
 "${launch[@]}" dpo.py --init_from=$out/sft --out_dir=$out/dpo "${flags[@]}"
 python eval.py --model=$out/base --compare=$out/sft,$out/dpo --tasks=all "${few[@]}"

@@ -5,7 +5,7 @@ teacher = "out/base"
 student_layers = "0,2"
 n_embd = 128
 n_head = 2
-intermediate_size = 384
+intermediate_size = 256
 stages = [
     dict(steps=150, alpha=0.0, hidden_weight=1.0, attention_weight=0.5, lr_multipliers={"embed_tokens": 0.0}),
     dict(steps=400, restart=True, alpha=0.9),
