@@ -1,22 +1,27 @@
 """A student cut out of its teacher: some of the layers, and of each the part that matters most.
 
-    config = GPTConfig(..., n_layer=2, n_embd=128, n_head=2, intermediate_size=256)
-    student = carve(teacher, config, kept_layers("every:2", 4), calibration_ids)
+    config = carved_config(teacher.config, [0, 2], {"n_embd": 128, "n_head": 2, "intermediate_size": 256})
+    student = carve(teacher, config, [0, 2], calibration_ids)
 
-Layers are copied, as DistilGPT-2's were. Where the student is narrower, what a pass over some text shows to
-be the most active is kept (Minitron, arXiv 2407.14679, section 2.2): channels of the residual stream by what
-stands there behind the norms, heads by the size of their output, MLP neurons by theirs. Grouped queries stay
-with their keys: a key/value head is kept or left with all its queries.
+Layers are copied, as DistilGPT-2's were. Where the student is narrower, a pass over some text shows what to
+keep. Heads and MLP neurons: the most active (Minitron, arXiv 2407.14679, section 2.2); a key/value head is
+kept or left with all its queries. The residual stream: with RMSNorm, which does not mind a rotation, its
+first principal components (SliceGPT, arXiv 2401.15024, here one rotation for all layers), else its most
+active channels.
 """
 
+import math
 import re
+from dataclasses import replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import UserError
 from model import GPT, GPTConfig
 
+WRITERS = ("o_proj", "down_proj")  # the matrices that write to the residual stream
 WIDTHS = ("n_embd", "n_head", "n_kv_head", "intermediate_size")  # what may be less than the teacher's
 
 
@@ -41,7 +46,6 @@ def kept_layers(choice: str, depth: int) -> list[int]:
 
 def carved_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int]) -> GPTConfig:
     """The teacher's, with these layers and widths. UserError for one that is wider than the teacher's."""
-    from dataclasses import replace
     for key, value in widths.items():
         if value > getattr(teacher, key):
             raise UserError(f"{key}={value}: wider than the teacher, which has {getattr(teacher, key)}")
@@ -57,36 +61,65 @@ def carved_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int])
 @torch.no_grad()
 def carve(teacher: GPT, config: GPTConfig, layers: list[int], ids: Tensor) -> GPT:
     """The student on the CPU, in float32. ids: (B, T) int64, text that shows what is active."""
-    activity = measure_activity(teacher, ids)
-    channels = strongest(activity["channels"], config.n_embd)
-    full = teacher.config
+    activity, full = measure_activity(teacher, ids), teacher.config
     state = {name: tensor.float().cpu() for name, tensor in teacher.state_dict().items()}
-    student = GPT(config)
-    D, group = config.head_dim, full.n_head // full.n_kv_head
+    channels = strongest(activity["channels"], config.n_embd)
+    if config.n_embd < full.n_embd and full.norm == "rmsnorm":
+        components = torch.linalg.eigh(activity["covariance"]).eigenvectors.flip(1)  # (C, C), largest first
+        state, channels = rotated(state, components, config.n_embd), torch.arange(config.n_embd)
+    student, D, group = GPT(config), config.head_dim, full.n_head // full.n_kv_head
     for name, parameter in student.named_parameters():
         match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)\.(weight|bias)", name)
-        source = name if match is None else name.replace(f".{match[1]}.", f".{layers[int(match[1])]}.", 1)
-        tensor, module = state[source], match[2] if match else ""
-        if match:
-            at = layers[int(match[1])]
-            kv = strongest(activity[f"heads.{at}"].view(-1, group).sum(1), config.n_kv_head)  # (K,)
-            queries = (kv[:, None] * group + torch.arange(group)).flatten()  # (H,)
-            inner = {"q_proj": rows_of(queries, D), "k_proj": rows_of(kv, D), "v_proj": rows_of(kv, D),
-                     "o_proj": rows_of(queries, D)}.get(module.rpartition(".")[2])
-            if module.startswith("mlp."):
-                inner = strongest(activity[f"neurons.{at}"], config.intermediate_size)
-        if module.endswith(("_norm",)):  # of q and k: as wide as a head
+        if match is None:  # tables, the last norm
+            parameter.copy_(state[name][..., channels])
+            continue
+        at, module = layers[int(match[1])], match[2].rpartition(".")[2]
+        tensor = state[f"model.layers.{at}.{match[2]}.{match[3]}"]
+        kv = strongest(activity[f"heads.{at}"].view(-1, group).sum(1), config.n_kv_head)  # (K,)
+        queries = (kv[:, None] * group + torch.arange(group)).flatten()  # (H,)
+        neurons = strongest(activity[f"neurons.{at}"], config.intermediate_size)
+        inner = {"q_proj": rows_of(queries, D), "k_proj": rows_of(kv, D), "v_proj": rows_of(kv, D),
+                 "o_proj": rows_of(queries, D), "gate_proj": neurons, "up_proj": neurons,
+                 "down_proj": neurons}.get(module)
+        if module in ("q_norm", "k_norm"):  # as wide as a head
             kept = tensor
-        elif match is None or module.endswith("layernorm"):  # tables, norms
-            kept = tensor[..., channels]
-        elif module.endswith(("o_proj", "down_proj")):
+        elif inner is None:  # the block's norms
             kept = tensor[channels]
-            kept = kept[:, inner] if tensor.ndim == 2 else kept
         else:
-            kept = tensor[inner]
-            kept = kept[:, channels] if tensor.ndim == 2 else kept
+            rows, columns = (channels, inner) if module in WRITERS else (inner, channels)
+            kept = tensor[rows][:, columns] if tensor.ndim == 2 else tensor[rows]
         parameter.copy_(kept)
     return student
+
+
+def rotated(state: dict[str, Tensor], basis: Tensor, width: int) -> dict[str, Tensor]:
+    """The weights of the same function with the residual stream in another basis, (C, C) orthonormal columns.
+
+    RMSNorm commutes with a rotation once its weights are multiplied into the matrices that read behind it;
+    they then are 1, here times what keeps the norm of the first `width` coordinates. Only a tied output
+    matrix, which is the input's, cannot take the last norm's weights in: their mean stays there.
+    """
+    rescale = math.sqrt(len(basis) / width)
+    result = {}
+    for name, tensor in state.items():
+        norm = {"q_proj": "input_layernorm", "k_proj": "input_layernorm", "v_proj": "input_layernorm",
+                "gate_proj": "post_attention_layernorm", "up_proj": "post_attention_layernorm"}
+        module, _, kind = name.rpartition(".")
+        last = module.rpartition(".")[2]
+        if last in norm and kind == "weight":
+            layer = re.match(r"model\.layers\.\d+\.", name)[0]
+            tensor = tensor * state[f"{layer}{norm[last]}.weight"] @ basis
+        elif last in WRITERS:
+            tensor = basis.T @ tensor
+        elif name == "lm_head.weight":
+            tensor = tensor * state["model.norm.weight"] @ basis
+        elif last in ("embed_tokens", "embed_positions"):
+            tensor = tensor @ basis
+        elif last in ("input_layernorm", "post_attention_layernorm", "norm"):
+            mean = tensor.mean() if last == "norm" and "lm_head.weight" not in state else 1.0
+            tensor = torch.ones_like(tensor) * mean * rescale
+        result[name] = tensor
+    return result
 
 
 def strongest(activity: Tensor, count: int) -> Tensor:
@@ -100,12 +133,16 @@ def rows_of(heads: Tensor, D: int) -> Tensor:
 
 
 def measure_activity(teacher: GPT, ids: Tensor) -> dict[str, Tensor]:
-    """What a pass over `ids` shows: "channels" (C,), "heads.<layer>" (H,), "neurons.<layer>" (inner,)."""
-    found: dict[str, Tensor] = {"channels": torch.zeros(teacher.config.n_embd)}
+    """What a pass over `ids` shows: "channels" (C,), of the residual stream behind the norms; "covariance"
+    (C, C), of what enters them, each token of length 1; "heads.<layer>" (H,); "neurons.<layer>" (inner,)."""
+    C = teacher.config.n_embd
+    found: dict[str, Tensor] = {"channels": torch.zeros(C), "covariance": torch.zeros(C, C)}
     hooks = []
 
-    def note_norm(module: nn.Module, _: tuple, output: Tensor) -> None:
+    def note_norm(module: nn.Module, inputs: tuple, output: Tensor) -> None:
         found["channels"] += output.float().abs().mean((0, 1)).cpu()  # (C,)
+        stream = F.normalize(inputs[0].float().flatten(0, 1), dim=-1)  # (B T, C)
+        found["covariance"] += (stream.T @ stream).cpu()
 
     def note_heads(layer: int) -> nn.Module:
         def hook(module: nn.Module, inputs: tuple) -> None:
@@ -123,6 +160,7 @@ def measure_activity(teacher: GPT, ids: Tensor) -> dict[str, Tensor]:
             hooks.append(norm.register_forward_hook(note_norm))
         hooks.append(block.self_attn.o_proj.register_forward_pre_hook(note_heads(layer)))
         hooks.append(block.mlp.down_proj.register_forward_pre_hook(note_neurons(layer)))
+    hooks.append(teacher.model["norm"].register_forward_hook(note_norm))
     teacher(ids.to(teacher.head_weight.device), head=lambda hidden, weight: None)
     for hook in hooks:
         hook.remove()

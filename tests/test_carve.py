@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from parts.carve import carve, carved_config, kept_layers, measure_activity
+from parts.carve import carve, carved_config, kept_layers, measure_activity, rotated
 from tests.conftest import busy_model, tiny_config
 
 IDS = torch.randint(500, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -63,11 +63,47 @@ def test_what_does_nothing_goes_first():
     torch.testing.assert_close(student(IDS), teacher(IDS), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_rotated_stream_computes_the_same(tied):
+    """The norms' weights move into the matrices; those of a tied table's norm only where they are equal."""
+    teacher = busy_model(tiny_config(tie_embeddings=tied, qk_norm=True))
+    with torch.no_grad():
+        if tied:
+            teacher.model["norm"].weight.fill_(1.3)
+    basis = torch.linalg.qr(torch.randn(64, 64, generator=torch.Generator().manual_seed(1))).Q
+    other = busy_model(teacher.config, seed=5)
+    other.load_state_dict(rotated(teacher.state_dict(), basis, 64))
+    torch.testing.assert_close(other(IDS), teacher(IDS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_stream_of_few_dimensions_is_cut_without_loss():
+    """A model of width 32 hidden in one of width 64, at an angle to all of its channels: it is found."""
+    small = busy_model(tiny_config(n_embd=32, head_dim=16, norm_eps=1e-9))
+    U = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(1))).Q  # (64, 32)
+    with torch.no_grad():
+        for name, parameter in small.named_parameters():
+            if name.endswith("norm.weight"):
+                parameter.fill_(1.0)
+    large = busy_model(tiny_config(norm_eps=1e-9))
+    state = rotated(small.state_dict(), torch.eye(32), 32)
+    for name, tensor in state.items():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):
+            state[name] = U @ tensor
+        elif tensor.ndim == 2:
+            state[name] = tensor @ U.T
+        elif "norm" in name:
+            state[name] = torch.full((64,), 0.5**0.5)  # a length of 1 is shared by twice the channels
+    large.load_state_dict(state)
+    torch.testing.assert_close(large(IDS), small(IDS), rtol=1e-3, atol=2e-3)
+    config = carved_config(large.config, [0, 1], {"n_embd": 32})
+    torch.testing.assert_close(carve(large, config, [0, 1], IDS)(IDS), large(IDS), rtol=1e-3, atol=2e-3)
+
+
 def test_channels_that_are_silent_go_first():
-    teacher = busy_model(tiny_config())
+    teacher = busy_model(tiny_config(**GPT2))
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
-            if name.endswith(("embed_tokens.weight", "norm.weight")):
+            if name.endswith(("embed_tokens.weight", "norm.weight", "norm.bias")):
                 parameter[..., ::2] = 0
     config = carved_config(teacher.config, [0, 1], {"n_embd": 32})
     student = carve(teacher, config, [0, 1], IDS)

@@ -8,19 +8,19 @@ sft.py or dpo.py, or TRL's trainer (requirements-dev.txt) with the flags that ma
 all weights with AdamW in float32 on one thread, in batches of the same rows, cut to the longest of the batch;
 DPO's reference log-probabilities are computed before the clock starts. The rows are lines of the standard
 library: some to continue, and their continuation (or a wrong one). Time is CPU time from the end of one step
-to the end of the next, after the first five; memory is the peak of the process less what it had before
-training. Losses of the first step have to agree: to a few per cent in fine-tuning, whose first rows differ.
+to the end of the next, after the first five; memory is the peak of the process (Linux only) less what it had
+before training, with all packages loaded. Losses of the first step have to agree: to a few per cent in fine-tuning, whose first rows differ.
 """
 
 import json
 import os
 import random
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from parts.chat import with_chat_tokens
 from parts.sources import find_files
 from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
+from tools.bench.loss import status_megabytes
 from tools.bench.measure import BenchConfig
 
 WARM_UP = 5  # steps before the clock counts
@@ -50,14 +51,20 @@ class Config(BenchConfig):
     threads: int = 1  # of torch
 
 
+def write_model(folder: Path, tokenizer: Tokenizer, n_layer: int, n_embd: int, block_size: int,
+                seed: int = 0) -> None:
+    """A random model, with heads of 64, and its tokenizer."""
+    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=n_layer, n_embd=n_embd,
+                          n_head=n_embd // 64, block_size=block_size), seed)
+    model.save_pretrained(folder, eos_token_id=tokenizer.end_ids)
+    tokenizer.save(folder)
+
+
 def write_inputs(cfg: Config, kind: str, folder: Path) -> None:
     """A random model, rows of the kind as JSON lines, and our data folder of them."""
     texts = [path.read_text(encoding="utf-8", errors="ignore") for path in find_files("pystdlib")[0][:400]]
     tokenizer = with_chat_tokens(Tokenizer.train(texts, cfg.vocab_size - 6))
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=cfg.n_layer, n_embd=cfg.n_embd,
-                          n_head=cfg.n_embd // 64, block_size=cfg.block_size))
-    model.save_pretrained(folder / "model", eos_token_id=tokenizer.end_ids)
-    tokenizer.save(folder / "model")
+    write_model(folder / "model", tokenizer, cfg.n_layer, cfg.n_embd, cfg.block_size)
     draw, rows = random.Random(1), []
     pieces = [lines for text in texts if len(lines := text.splitlines()) > 40]
     while len(rows) < 3 * cfg.steps * cfg.batch_size:
@@ -81,10 +88,29 @@ def write_inputs(cfg: Config, kind: str, folder: Path) -> None:
 # ---- What a process does ----------------------------------------------------------------------------------
 
 def run_ours(cfg: Config, kind: str, folder: Path, packing: bool = False) -> dict[str, Any]:
-    """sft.py or dpo.py, as a user runs it, with a clock behind each step."""
+    """sft.py or dpo.py."""
     import dpo
-    import loop
     import sft
+    words = [*our_words(cfg, folder), "--learning_rate=1e-5"]
+    if kind == "sft":
+        return clocked(sft.main, [*words, f"--packing={packing}"])
+    return clocked(dpo.main, [*words, "--nll_weight=0"])
+
+
+def our_words(cfg: Config, folder: Path) -> list[str]:
+    """The command line that our stages share: one evaluation, of few tokens, and one checkpoint, at the end.
+    """
+    return [f"--init_from={folder / 'model'}", f"--dataset={folder / 'data'}", f"--out_dir={folder / 'out'}",
+            f"--max_steps={cfg.steps}", f"--global_batch_size={cfg.batch_size}", "--optimizer=adamw",
+            f"--micro_batch_size={cfg.batch_size}", f"--block_size={cfg.block_size}", "--eval_interval=0",
+            f"--device={cfg.device}", "--save_interval=0", "--eval_tokens=256", "--log_interval=1000",
+            "--overwrite=True"]
+
+
+def clocked(main: Callable[[list[str]], int], words: list[str], metric: str = "loss") -> dict[str, Any]:
+    """A stage of ours as a user runs it: {"times": CPU seconds at the end of each step, "losses": the mean of
+    the metric in each}."""
+    import loop
     times, losses, update, backward = [], [], loop.update, loop.backward
 
     def timed_update(*arguments: Any) -> Any:
@@ -92,21 +118,16 @@ def run_ours(cfg: Config, kind: str, folder: Path, packing: bool = False) -> dic
         times.append(time.process_time())
         return result
 
-    def first_loss(forward: Any, batches: list[dict], *others: Any) -> dict[str, Any]:
+    def noted_backward(forward: Any, batches: list[dict], *others: Any) -> dict[str, Any]:
         sums = backward(forward, batches, *others)
-        losses.append(sums["loss"].item() / sum(batch["count"] for batch in batches))
+        losses.append(sums[metric].item() / sum(batch["count"] for batch in batches))
         return sums
 
-    loop.update, loop.backward = timed_update, first_loss
-    words = [f"--init_from={folder / 'model'}", f"--dataset={folder / 'data'}", f"--out_dir={folder / 'out'}",
-             f"--max_steps={cfg.steps}", f"--global_batch_size={cfg.batch_size}", "--optimizer=adamw",
-             f"--micro_batch_size={cfg.batch_size}", f"--block_size={cfg.block_size}", "--eval_interval=0",
-             "--learning_rate=1e-5", f"--device={cfg.device}", "--save_interval=0", "--eval_tokens=256",
-             "--log_interval=1000", "--overwrite=True"]
+    loop.update, loop.backward = timed_update, noted_backward
     with open(os.devnull, "w") as sys.stdout:
-        sft.main([*words, f"--packing={packing}"]) if kind == "sft" else dpo.main([*words, "--nll_weight=0"])
+        main(words)
     sys.stdout = sys.__stdout__
-    return {"times": times, "loss": losses[0]}
+    return {"times": times, "losses": losses}
 
 
 def run_trl(cfg: Config, kind: str, folder: Path) -> dict[str, Any]:
@@ -115,30 +136,41 @@ def run_trl(cfg: Config, kind: str, folder: Path) -> dict[str, Any]:
     import transformers
     import trl
     times: list[float] = []
+    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    common = trl_arguments(cfg, folder) | dict(learning_rate=1e-5, logging_strategy="steps", logging_steps=1)
+    if kind == "sft":
+        arguments = trl.SFTConfig(**common, assistant_only_loss=True)
+        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+                                 processing_class=tokenizer, callbacks=[trl_clock(times)])
+    else:
+        arguments = trl.DPOConfig(**common, precompute_ref_log_probs=True)
+        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
+                                 processing_class=tokenizer, callbacks=[trl_clock(times)])
+    with open(os.devnull, "w") as sys.stdout:
+        trainer.train()
+    sys.stdout = sys.__stdout__
+    return {"times": times, "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+
+
+def trl_arguments(cfg: Config, folder: Path) -> dict[str, Any]:
+    """What TRL's trainers share: nothing recomputed, nothing saved or shown, float32, a fused AdamW."""
+    return dict(output_dir=str(folder / "trl"), max_steps=cfg.steps, report_to=[],
+                per_device_train_batch_size=cfg.batch_size, use_cpu=cfg.device == "cpu", bf16=False,
+                gradient_checkpointing=False, max_length=cfg.block_size, save_strategy="no",
+                disable_tqdm=True, optim="adamw_torch_fused")
+
+
+def trl_clock(times: list[float]) -> Any:
+    """A callback of transformers' Trainer that notes CPU seconds at the end of each step."""
+    import transformers
 
     class Clock(transformers.TrainerCallback):
         def on_step_end(self, *arguments: Any, **more: Any) -> None:
             times.append(time.process_time())
 
-    rows = [json.loads(line) for line in (folder / "rows.jsonl").read_text().splitlines()]
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
-    common = dict(output_dir=str(folder / "trl"), max_steps=cfg.steps, learning_rate=1e-5, report_to=[],
-                  per_device_train_batch_size=cfg.batch_size, use_cpu=cfg.device == "cpu", bf16=False,
-                  gradient_checkpointing=False, max_length=cfg.block_size, save_strategy="no",
-                  logging_strategy="steps", logging_steps=1, disable_tqdm=True, optim="adamw_torch_fused")
-    if kind == "sft":
-        arguments = trl.SFTConfig(**common, assistant_only_loss=True)
-        trainer = trl.SFTTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
-                                 processing_class=tokenizer, callbacks=[Clock()])
-    else:
-        arguments = trl.DPOConfig(**common, precompute_ref_log_probs=True)
-        trainer = trl.DPOTrainer(model, args=arguments, train_dataset=datasets.Dataset.from_list(rows),
-                                 processing_class=tokenizer, callbacks=[Clock()])
-    with open(os.devnull, "w") as sys.stdout:
-        trainer.train()
-    sys.stdout = sys.__stdout__
-    return {"times": times, "loss": trainer.state.log_history[0]["loss"]}
+    return Clock()
 
 
 ARMS = {"ours": run_ours, "ours, packed": lambda cfg, kind, folder: run_ours(cfg, kind, folder, True),
@@ -149,40 +181,35 @@ def work(argv: list[str]) -> int:
     """One arm in this process, its figures as JSON. argv: the arm, kind, folder, and Config's words."""
     arm, kind, folder, *words = argv
     cfg, _ = configure(Config, words)
+    print(json.dumps(measured(cfg, lambda: ARMS[arm](cfg, kind, Path(folder)))))
+    return 0
+
+
+def measured(cfg: Config, run: Callable[[], dict[str, Any]]) -> dict[str, float]:
+    """Mean seconds of a step after the warm-up, megabytes of the peak, first and last loss of what `run` did.
+    """
     torch.set_num_threads(cfg.threads)
     import accelerate  # noqa: F401
     import datasets  # noqa: F401
-    import transformers  # noqa: F401
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # with every package loaded, for all arms
-    found = ARMS[arm](cfg, kind, Path(folder))
+    from transformers import LlamaForCausalLM  # noqa: F401
+    from trl import DPOTrainer, SFTTrainer  # noqa: F401
+    # With every package loaded, for all arms. Not getrusage, whose peak begins with that of the parent.
+    before = status_megabytes("VmRSS")
+    found = run()
     steps = [b - a for a, b in zip(found["times"][WARM_UP:], found["times"][WARM_UP + 1:], strict=False)]
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"seconds": statistics.mean(steps), "loss": found["loss"],
-                      "megabytes": (peak - before) * 1024 / 1e6}))
-    return 0
+    return {"seconds": statistics.mean(steps), "loss": found["losses"][0], "last_loss": found["losses"][-1],
+            "megabytes": status_megabytes("VmHWM") - before}
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
 
 def measure(cfg: Config, kind: str) -> dict[str, Any]:
     """Every arm, once a round, in a process of its own."""
-    if cfg.steps <= WARM_UP + 1:
-        raise UserError(f"steps={cfg.steps}: must be more than {WARM_UP + 1}")
-    names = ["ours", *["ours, packed"] * (kind == "sft"), "TRL"]
-    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    require_steps(cfg)
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, kind, Path(scratch))
-        words = [f"--{key}={getattr(cfg, key)}" for key in
-                 ("steps", "batch_size", "block_size", "device", "threads")]
-        code = "import sys; from tools.bench.post import work; sys.exit(work(sys.argv[1:]))"
-        environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads), "HF_HUB_OFFLINE": "1"}
-        for _ in range(cfg.rounds):
-            for name in names:
-                found = subprocess.run([sys.executable, "-c", code, name, kind, scratch, *words],
-                                       env=environment, capture_output=True, text=True)
-                if found.returncode:
-                    raise UserError(f"{name}: {found.stderr[-800:]}")
-                results[name].append(json.loads(found.stdout.splitlines()[-1]))
+        results = in_turns(cfg, ["ours", *["ours, packed"] * (kind == "sft"), "TRL"], "tools.bench.post",
+                           kind, scratch)
     first = {name: runs[0]["loss"] for name, runs in results.items()}
     if any(abs(loss / first["TRL"] - 1) > (1e-3 if kind == "dpo" else 0.1) for loss in first.values()):
         raise UserError(f"the first losses differ, so the arms do not do the same: {first}")
@@ -191,17 +218,46 @@ def measure(cfg: Config, kind: str) -> dict[str, Any]:
             "arms": results}
 
 
-def report(figures: dict[str, Any]) -> str:
-    """A line an arm: milliseconds a step, median and spread of the rounds; peak memory of training."""
+def require_steps(cfg: Config) -> None:
+    """UserError where no step is left to be timed."""
+    if cfg.steps <= WARM_UP + 1:
+        raise UserError(f"steps={cfg.steps}: must be more than {WARM_UP + 1}")
+
+
+def in_turns(cfg: Config, names: list[str], module: str, *arguments: str) -> dict[str, list[dict[str, float]]]:
+    """{arm: its figures, one a round}: the module's work([arm, *arguments, *words]), an arm after the other,
+    each in a process of its own. UserError, with what it said, for one that fails."""
+    results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
+    words = [f"--{key}={getattr(cfg, key)}" for key in
+             ("steps", "batch_size", "block_size", "device", "threads")]
+    code = f"import sys; from {module} import work; sys.exit(work(sys.argv[1:]))"
+    environment = os.environ | {"OMP_NUM_THREADS": str(cfg.threads), "HF_HUB_OFFLINE": "1"}
+    for _ in range(cfg.rounds):
+        for name in names:
+            found = subprocess.run([sys.executable, "-c", code, name, *arguments, *words], env=environment,
+                                   capture_output=True, text=True)
+            if found.returncode:
+                raise UserError(f"{name}: {found.stderr[-800:]}")
+            results[name].append(json.loads(found.stdout.splitlines()[-1]))
+    return results
+
+
+def report(figures: dict[str, Any], peers: dict[str, dict[str, str]] | None = None) -> str:
+    """A line an arm: milliseconds a step, median and spread of the rounds; peak memory of training.
+
+    peers: {column: {arm: the arm that it is compared with}}; None: all with TRL.
+    """
     middle = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
               for name, runs in figures["arms"].items()}
-    trl = middle["TRL"]
-    lines = [f"{figures['subject']:14} {'ms a step':>10} {'(min - max)':>21} {'x TRL':>7} {'MB':>9} "
-             f"{'of TRL':>7} {'first loss':>11}"]
+    peers = peers or {"TRL": dict.fromkeys(middle, "TRL")}
+    columns = [" ".join(f"{word + peer:>8}" for peer in peers) for word in ("x ", "of ")]
+    lines = [f"{figures['subject']:14} {'ms a step':>10} {'(min - max)':>21} {columns[0]} {'MB':>9} "
+             f"{columns[1]} {'first loss':>11}"]
     for name, runs in figures["arms"].items():
         low, high = (1e3 * pick(run["seconds"] for run in runs) for pick in (min, max))
-        mine = middle[name]
+        mine, others = middle[name], [middle.get(arms.get(name)) for arms in peers.values()]
+        speeds = [f"{other['seconds'] / mine['seconds']:8.2f}" if other else " " * 8 for other in others]
+        sizes = [f"{mine['megabytes'] / other['megabytes']:8.2f}" if other else " " * 8 for other in others]
         lines.append(f"{name:14} {1e3 * mine['seconds']:10,.1f} {f'({low:,.1f} - {high:,.1f})':>21} "
-                     f"{trl['seconds'] / mine['seconds']:7.2f} {mine['megabytes']:9,.0f} "
-                     f"{mine['megabytes'] / trl['megabytes']:7.2f} {mine['loss']:11.4f}")
+                     f"{' '.join(speeds)} {mine['megabytes']:9,.0f} {' '.join(sizes)} {mine['loss']:11.4f}")
     return "\n".join(lines)
