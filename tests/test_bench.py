@@ -16,7 +16,7 @@ from configurator import UserError
 from model import GPT
 from parts.shards import DataFolder
 from tests.conftest import ROOT
-from tools.bench import generate, load, loss, peers, train
+from tools.bench import distill, generate, load, loss, peers, train
 from tools.bench.__main__ import main
 from tools.bench.measure import interleaved, matmul_arms, matmul_peak
 from tools.bench.peers import Shape, llama_config, nanogpt_parameters
@@ -233,6 +233,16 @@ def test_another_loss_is_refused(monkeypatch):
         main(["loss", "--n=8", "--d=4", "--v=10"])
 
 
+def test_another_divergence_is_refused():
+    """A last loss may differ by what rounding grows to, a first one may not."""
+    results = {name: [{"loss": 0.1, "last_loss": 0.05}] * 2 for name in distill.ARMS}
+    distill.check(results | {"ours": [{"loss": 0.100001, "last_loss": 0.05001}]})
+    for altered, message in (({"loss": 0.1001, "last_loss": 0.05}, "forward_kl: loss differs"),
+                             ({"loss": 0.1, "last_loss": 0.0502}, "forward_kl: last_loss differs")):
+        with pytest.raises(UserError, match=message):
+            distill.check(results | {"plain": [altered]})
+
+
 def test_other_rows_are_refused(monkeypatch):
     rows = load.batches_at
     monkeypatch.setattr(load, "batches_at", lambda data, step: rows(data, step + 1))
@@ -323,3 +333,20 @@ def test_fine_tuning_beside_trl(kind, tmp_path, capsys):
         assert all(run["seconds"] > 0 and run["megabytes"] > 0 for run in runs)
     if kind == "dpo":
         assert figures["arms"]["ours"][0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_distillation_beside_trl_and_full_logits(tmp_path, capsys):
+    toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
+           "--teacher_n_layer=2", "--teacher_n_embd=128"]  # fmt: skip
+    assert main(["distill", *toy, f"--json={tmp_path / 'b.json'}"]) == 0
+    lines = {line[:14].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "x TRL  x plain" in lines["distill"] and len(lines["ours"]) == len(lines["TRL, jsd"])
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert list(figures["arms"]) == ["ours", "ours, jsd", "TRL", "TRL, jsd", "plain"] and figures["trl"]
+    for runs in figures["arms"].values():
+        assert all(run["seconds"] > 0 and run["megabytes"] > 0 for run in runs)
+        assert all(run["last_loss"] < 0.9 * run["loss"] for run in runs)
+    first = {name: runs[0]["loss"] for name, runs in figures["arms"].items()}
+    assert first["ours"] == pytest.approx(first["TRL"], rel=1e-5)
+    assert first["ours, jsd"] == pytest.approx(first["TRL, jsd"], rel=1e-5)

@@ -9,13 +9,11 @@ times. Both models have to be of an architecture that model.py has. Left out: me
 tell apart for two models.
 """
 
-import math
 import os
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -55,22 +53,30 @@ class CompareConfig(Sampling):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
                 raise UserError(f"{key}={getattr(self, key)}: must be positive")
 
-    @property
-    def page(self) -> Path:
-        if not self.out and not Path(self.student).is_dir():
-            raise UserError(f"student={self.student}: no folder here for the page; say where with --out=")
-        return Path(self.out) if self.out else Path(self.student) / "compare.md"
-
 
 # ---- Figures ----------------------------------------------------------------------------------------------
 
-def evaluated(cfg: CompareConfig, mix: Mix, told: DistillConfig, teacher: GPT,
-              student: GPT) -> tuple[dict[str, float], dict[str, float]]:
-    """distill.py's figures of the teacher by itself, and of the student beside it."""
-    kind, run = row_kind(told), Run(Path("."), pick_device(cfg.device))
+def table(folders: list[Path], models: list[GPT], told: DistillConfig, mix: Mix) -> str:
+    """A line a figure, the teacher's and the student's; below it, how alike they are."""
+    kind, run = row_kind(told), Run(Path("."), models[0].head_weight.device)
     with torch.no_grad():
-        return (Evaluation(told, mix, kind, None, run)(teacher, last=True),
-                Evaluation(told, mix, kind, teacher, run)(student, last=True))
+        figures = [Evaluation(told, mix, kind, other, run)(model, last=True)  # the teacher's by itself
+                   for model, other in zip(models, (None, models[0]), strict=True)]
+    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROJECTIONS)
+             for folder in folders]
+    start, tokens = mix.tokenizer.prefix_ids or [mix.tokenizer.eot_id], min(128, told.block_size)
+    rows = {"parameters": [f"{model.num_parameters():,}" for model in models],
+            "weights on disk, MB": [f"{size / 1e6:,.2f}" for size in sizes],
+            "validation loss, nats a token": [f"{each['val_loss']:.4f}" for each in figures],
+            "perplexity": [f"{each['val_perplexity']:,.2f}" for each in figures]}
+    if "val_bits_per_byte" in figures[0]:  # chats have none
+        rows["bits per byte"] = [f"{each['val_bits_per_byte']:.4f}" for each in figures]
+    rows["greedy tokens/s"] = [f"{tokens_per_second(model, start, tokens):,.0f}" for model in models]
+    lines = ["| | teacher | student |", "|---|---:|---:|",
+             *(f"| {name} | {' | '.join(cells)} |" for name, cells in rows.items())]
+    return "\n".join(lines) + (
+        f"\n\nKL(teacher || student) is {figures[1]['val_kl']:.4f} nats a token; both hold the same token "
+        f"likeliest at {100 * figures[1]['val_agreement']:.1f} % of the places.")
 
 
 def tokens_per_second(model: GPT, start: list[int], tokens: int) -> float:
@@ -82,30 +88,6 @@ def tokens_per_second(model: GPT, start: list[int], tokens: int) -> float:
         list(generate(model, [start], tokens, greedy))
         times.append(time.perf_counter() - begin)
     return tokens / min(times)
-
-
-def load(cfg: CompareConfig, key: str, tokenizer: Tokenizer) -> GPT:
-    """The model of cfg.teacher or cfg.student. UserError if its ids are not those of the data."""
-    folder = hf.find_folder(getattr(cfg, key))
-    model = GPT.from_pretrained(folder, pick_device(cfg.device)).eval()
-    if spelled(Tokenizer.load(folder)) != spelled(tokenizer) or model.config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{key}={getattr(cfg, key)}: its token ids are not those of dataset={cfg.dataset}")
-    return model
-
-
-def table(folders: list[Path], models: list[GPT], figures: list[dict[str, float]],
-          speeds: list[float]) -> str:
-    """A line a figure, the teacher's and the student's."""
-    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROJECTIONS)
-             for folder in folders]
-    rows = [("parameters", [f"{model.num_parameters():,}" for model in models]),
-            ("weights on disk, MB", [f"{size / 1e6:,.2f}" for size in sizes]),
-            ("validation loss, nats a token", [f"{each['val_loss']:.4f}" for each in figures]),
-            ("perplexity", [f"{each['val_perplexity']:,.2f}" for each in figures]),
-            ("bits per byte", [f"{each.get('val_bits_per_byte', math.nan):.4f}" for each in figures]),
-            ("greedy tokens/s", [f"{speed:,.0f}" for speed in speeds])]
-    return "\n".join(["| | teacher | student |", "|---|---:|---:|"]
-                     + [f"| {name} | {' | '.join(cells)} |" for name, cells in rows if "nan" not in cells])
 
 
 # ---- What they write --------------------------------------------------------------------------------------
@@ -122,12 +104,12 @@ def read_prompts(path: str | None) -> list[str]:
     return prompts
 
 
-def continued(model: GPT, tokenizer: Tokenizer, prompts: list[str], cfg: CompareConfig, ends: set[int],
+def continued(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int, ends: set[int],
               sampling: Sampling) -> list[str]:
-    """What the model writes behind each prompt, to the end of the text or cfg.max_new_tokens."""
+    """What the model writes behind each prompt, to the end of the text or max_new_tokens."""
     ids = [tokenizer.prefix_ids + tokenizer.encode(prompt) for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(model, ids, cfg.max_new_tokens, sampling, lambda row, new: new[-1] in ends,
+    for tokens in generate(model, ids, max_new_tokens, sampling, lambda row, new: new[-1] in ends,
                            tokenizer.vocab_size):
         for row, token in zip(new, tokens, strict=True):
             row += [] if token is None else [token]
@@ -164,46 +146,56 @@ def write_page(path: Path, text: str) -> None:
 
 # ---- The page ---------------------------------------------------------------------------------------------
 
-def compare(cfg: CompareConfig, command: str) -> tuple[str, dict[str, Any]]:
-    """(the page, {"teacher", "student": what `evaluated` found})."""
-    folders = [hf.find_folder(name) for name in (cfg.teacher, cfg.student)]
+def validation(cfg: CompareConfig, folders: list[Path]) -> tuple[DistillConfig, Mix]:
+    """What distill.py would be told, and the data. UserError for rows that one of the models cannot read."""
     shorter = min(hf.read_config(folder)["block_size"] for folder in folders)
     if (cfg.block_size or 0) > shorter:
         raise UserError(f"block_size={cfg.block_size}: one of the models reads no more than {shorter:,}")
     told = DistillConfig(dataset=cfg.dataset, block_size=cfg.block_size or shorter, packing=cfg.packing,
                          micro_batch_size=cfg.batch_size, eval_tokens=cfg.eval_tokens,
                          document_mask=cfg.document_mask)
-    mix = Mix(told.dataset, told.block_size, cfg.seed, row_kind(told))
-    prompts, tokenizer = read_prompts(cfg.prompts), mix.tokenizer
-    models = [load(cfg, key, tokenizer) for key in ("teacher", "student")]
-    figures = evaluated(cfg, mix, told, *models)
-    start = tokenizer.prefix_ids or [tokenizer.eot_id]
-    speeds = [tokens_per_second(model, start, min(128, shorter)) for model in models]
-    ends = {tokenizer.eot_id, *(i for folder in folders for i in hf.end_ids(folder))}
-    written = {name: [continued(model, tokenizer, prompts, cfg, ends, sampling) for model in models]
+    return told, Mix(told.dataset, told.block_size, told.seed, row_kind(told))
+
+
+def load(cfg: CompareConfig, folder: Path, tokenizer: Tokenizer) -> GPT:
+    """A model. UserError if its ids are not those of the data."""
+    model, own = GPT.from_pretrained(folder, pick_device(cfg.device)).eval(), Tokenizer.load(folder)
+    if spelled(own) != spelled(tokenizer) or model.config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"{folder}: its token ids are not those of dataset={cfg.dataset}")
+    return model
+
+
+def page(cfg: CompareConfig, command: str) -> str:
+    """The whole of it. UserError where the models, the data or the prompts do not fit together."""
+    folders = [hf.find_folder(name) for name in (cfg.teacher, cfg.student)]
+    prompts, (told, mix) = read_prompts(cfg.prompts), validation(cfg, folders)
+    models = [load(cfg, folder, mix.tokenizer) for folder in folders]
+    extent = f"the first {cfg.eval_tokens:,} tokens" if cfg.eval_tokens else "all of them"
+    parts = ["# Teacher and student", fenced(command), f"Teacher `{folders[0]}`, student `{folders[1]}`; "
+             f"validation rows of {told.block_size:,} tokens of {cfg.dataset}, {extent}; "
+             f"{device_name(pick_device(cfg.device))}, float32, torch {torch.__version__}.",
+             table(folders, models, told, mix),
+             f"## What they write\n\nAt most {cfg.max_new_tokens:,} tokens behind each prompt. Sampled: "
+             f"temperature {cfg.temperature}, seed {cfg.seed}."]
+    ends = {mix.tokenizer.eot_id, *(i for folder in folders for i in hf.end_ids(folder))}
+    written = {name: [continued(model, mix.tokenizer, prompts, cfg.max_new_tokens, ends, sampling)
+                      for model in models]
                for name, sampling in (("greedy", Sampling(temperature=0)), ("sampled", cfg))}
-    lines = ["# Teacher and student", f"- teacher: `{folders[0]}`\n- student: `{folders[1]}`\n- `{command}`",
-             table(folders, models, figures, speeds),
-             f"KL(teacher || student) is {figures[1]['val_kl']:.4f} nats a token; both hold the same token "
-             f"likeliest at {100 * figures[1]['val_agreement']:.1f} % of the places.",
-             f"Validation rows of {told.block_size:,} tokens of {cfg.dataset}, "
-             + (f"the first {cfg.eval_tokens:,} tokens" if cfg.eval_tokens else "all of them")
-             + f"; {device_name(pick_device(cfg.device))}, float32, torch {torch.__version__}.",
-             f"## What they write\n\nSampled: temperature {cfg.temperature}, seed {cfg.seed}; at most "
-             f"{cfg.max_new_tokens:,} tokens behind each prompt."]
     for number, prompt in enumerate(prompts):
         rows = [beside(name, [texts[number] for texts in both]) for name, both in written.items()]
-        lines.append("\n".join([fenced(prompt), "", "<table>", "<tr><th></th><th>teacher</th><th>student</th>"
-                                "</tr>", *rows, "</table>"]))
-    return "\n\n".join(lines) + "\n", {"teacher": figures[0], "student": figures[1]}
+        parts += [fenced(prompt), "\n".join(["<table>", "<tr><th></th><th>teacher</th><th>student</th></tr>",
+                                             *rows, "</table>"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(CompareConfig, argv, usage=__doc__)
-    path = cfg.page
-    page, _ = compare(cfg, f"python -m tools.compare {' '.join(argv)}".strip())
-    write_page(path, page)
-    print(page.partition("\n\n## ")[0] + f"\n\n{path}: written")
+    if not cfg.out and not Path(cfg.student).is_dir():
+        raise UserError(f"student={cfg.student}: is no folder here; say where the page goes with --out=")
+    out = Path(cfg.out) if cfg.out else Path(cfg.student) / "compare.md"
+    text = page(cfg, " ".join(["python -m tools.compare", *argv]))
+    write_page(out, text)
+    print(text.partition("\n\n## ")[0], f"{out}: written", sep="\n\n")
     return 0
 
 

@@ -53,7 +53,7 @@ class FreeDataConfig:
     tokens: int = 1_000_000  # stop at the document that reaches so many
     out: str = "data/free"  # the data folder itself
     length: int | None = None  # most tokens written of a document; None: what the teacher's context holds
-    seeds: str | None = None  # sampled: a .jsonl ({"text": ..}) or a text file, of whose lines documents begin
+    seeds: str | None = None  # sampled: a .jsonl ({"text": ..}) or text file, whose lines documents open with
     seed_tokens: int = 8  # sampled: that many tokens of a line
     first_tokens: int = 3  # sampled: tokens behind them (or at the beginning) at first_temperature
     first_temperature: float = 1.5  # sampled: 0 takes the likeliest
@@ -167,7 +167,7 @@ def build(cfg: FreeDataConfig, teacher: Path, tokenizer: Tokenizer, folder: Path
     seeds = read_seeds(cfg.seeds, tokenizer, cfg.seed_tokens) if cfg.seeds else [[]]
     length = cfg.length or hf.read_config(teacher)["block_size"] - max(map(len, seeds))
     if length < 1:
-        raise UserError(f"seed_tokens={cfg.seed_tokens}: fill the teacher's context; give fewer, or --length=")
+        raise UserError(f"seed_tokens={cfg.seed_tokens}: fill the teacher's context; give --length=")
     if cfg.kind == "uniform":
         documents = random_documents(cfg, np.array(sorted(words)), length)
     else:

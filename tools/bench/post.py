@@ -8,8 +8,9 @@ sft.py or dpo.py, or TRL's trainer (requirements-dev.txt) with the flags that ma
 all weights with AdamW in float32 on one thread, in batches of the same rows, cut to the longest of the batch;
 DPO's reference log-probabilities are computed before the clock starts. The rows are lines of the standard
 library: some to continue, and their continuation (or a wrong one). Time is CPU time from the end of one step
-to the end of the next, after the first five; memory is the peak of the process (Linux only) less what it had
-before training, with all packages loaded. Losses of the first step have to agree: to a few per cent in fine-tuning, whose first rows differ.
+to the end of the next, after the first five; memory is the peak of the process less what it had before
+training, with every package loaded (Linux only). Losses of the first step have to agree: to a few per cent in
+fine-tuning, whose first rows differ.
 """
 
 import json
@@ -151,7 +152,8 @@ def run_trl(cfg: Config, kind: str, folder: Path) -> dict[str, Any]:
     with open(os.devnull, "w") as sys.stdout:
         trainer.train()
     sys.stdout = sys.__stdout__
-    return {"times": times, "losses": [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]}
+    losses = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+    return {"times": times, "losses": losses}
 
 
 def trl_arguments(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -224,7 +226,8 @@ def require_steps(cfg: Config) -> None:
         raise UserError(f"steps={cfg.steps}: must be more than {WARM_UP + 1}")
 
 
-def in_turns(cfg: Config, names: list[str], module: str, *arguments: str) -> dict[str, list[dict[str, float]]]:
+def in_turns(cfg: Config, names: list[str], module: str,
+             *arguments: str) -> dict[str, list[dict[str, float]]]:
     """{arm: its figures, one a round}: the module's work([arm, *arguments, *words]), an arm after the other,
     each in a process of its own. UserError, with what it said, for one that fails."""
     results: dict[str, list[dict[str, float]]] = {name: [] for name in names}
@@ -242,7 +245,7 @@ def in_turns(cfg: Config, names: list[str], module: str, *arguments: str) -> dic
     return results
 
 
-def report(figures: dict[str, Any], peers: dict[str, dict[str, str]] | None = None) -> str:
+def report(figures: dict[str, Any], peers: dict[str, dict[str, str | None]] | None = None) -> str:
     """A line an arm: milliseconds a step, median and spread of the rounds; peak memory of training.
 
     peers: {column: {arm: the arm that it is compared with}}; None: all with TRL.
