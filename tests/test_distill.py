@@ -1,10 +1,12 @@
 """Distillation as a whole: it learns from its teacher, online and from a cache, stops and resumes to the bit,
 does not care how it is split up, and never changes the teacher."""
 
+import json
 import math
 import os
 import shutil
 import signal
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +23,7 @@ from parts.shards import DataFolder
 from parts.student import Student
 from parts.teacher import ForeignTeacher, load_teacher
 from parts.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses
 from tests.test_sft import assert_equal
@@ -114,6 +117,7 @@ def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_p
     import sft
 
     short = [word for word in CARVED if "layers" not in word]
+    chats = shutil.copytree(chats, tmp_path / "chats")
     sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'teacher'}"])
     found = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
     assert found[-1]["val_loss"] < losses(found)[0]
@@ -144,16 +148,26 @@ stages = [dict(steps=6, alpha=0.0, hidden_weight=1.0, lr_multipliers={"embed_tok
 # ---- From a cache -----------------------------------------------------------------------------------------
 
 
+@pytest.fixture(scope="module")
+def little(trained, tmp_path_factory):
+    """Some 20,000 tokens, which a teacher reads in a second."""
+    folder = tmp_path_factory.mktemp("little") / "text"
+    source = Path(json.__file__).parent
+    prepare(PrepareConfig(source=str(source), out=str(folder), tokenizer=str(trained), val_fraction=0.2,
+                          num_proc=1))  # fmt: skip
+    return folder
+
+
 @pytest.fixture
-def own_data(data, tmp_path):
-    """A copy of the data, for caches to stand beside."""
-    return shutil.copytree(data, tmp_path / "tiny")
+def own_data(little, tmp_path):
+    """A copy of it, for caches to stand beside."""
+    return shutil.copytree(little, tmp_path / "little")
 
 
 def test_the_whole_teacher_from_a_cache_is_the_teacher(trained, own_data, tmp_path):
     """k = V: in float32 the same run; in 16 and 8 bits nearly."""
     expected = run(trained, own_data, tmp_path / "online", "--temperature=2")
-    for values, tolerance in (("float32", 1e-5), ("float16", 1e-3), ("uint8", 2e-2)):
+    for values, tolerance in (("float32", 1e-5), ("float16", 3e-3), ("uint8", 3e-2)):
         cache(trained, own_data, "--method=topk", "--k=500", f"--values={values}", "--temperature=2")
         found = run(trained, own_data, tmp_path / values, "--temperature=2", "--cache=topk")
         for key in ("loss", "divergence"):

@@ -14,17 +14,17 @@ ONE = [word for word in TINY if "max_steps" not in word]
 
 def test_a_grid_is_run_once_and_drawn(trained, data, tmp_path, capsys):
     words = " ".join([*ONE, f"--teacher={trained}", f"--dataset={data}", "--max_steps=2"])
-    told = ["--grid=temperature=1,2 alpha=0,1", f"--words={words}", f"--out_dir={tmp_path / 'sweep'}",
+    told = ["--grid=alpha=0,1 temperature=2", f"--words={words}", f"--out_dir={tmp_path / 'sweep'}",
             f"--json={tmp_path / 'sweep.json'}", f"--png={tmp_path / 'sweep.png'}"]  # fmt: skip
     sweep.main(told)
     points = json.loads((tmp_path / "sweep.json").read_text())["points"]
-    assert [p["temperature"] + p["alpha"] for p in points] == ["10", "11", "20", "21"]
-    assert points[0]["value"] == points[2]["value"] != points[1]["value"], "no teacher, no temperature"
+    assert [p["temperature"] + p["alpha"] for p in points] == ["20", "21"]
+    assert points[0]["value"] != points[1]["value"] < 6.3
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
-    before = (tmp_path / "sweep" / "temperature=1_alpha=0" / "metrics.jsonl").stat().st_mtime_ns
+    before = (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns
     sweep.main(told)
-    assert (tmp_path / "sweep" / "temperature=1_alpha=0" / "metrics.jsonl").stat().st_mtime_ns == before
-    assert "temperature 1  alpha 0  val_loss" in capsys.readouterr().out
+    assert (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "alpha 0  temperature 2  val_loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("grid", ["a", "a=", "a=1 b=2 c=3 d=4"])
