@@ -314,8 +314,9 @@ def main(argv: list[str]) -> int:
         if cfg.cache != "none":
             caches = {id(rows): open_cache(cfg, rows, teacher_hash) for rows, _ in data.used()}
         else:
-            teacher = load_teacher(cfg.teacher, tokenizer, run.device, getattr(torch, cfg.teacher_dtype)
-                                   if cfg.teacher_dtype else compute_dtype(cfg, run))
+            dtype = getattr(torch, cfg.teacher_dtype) if cfg.teacher_dtype else compute_dtype(cfg, run)
+            longest = max(stage.block_size for stage in stage_configs(cfg))
+            teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
             shard_teacher(teacher, cfg.parallel, run)
         student = make_student(cfg, layers, teacher, data, run)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)

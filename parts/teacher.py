@@ -1,6 +1,6 @@
 """The teacher of a distillation: any model folder, frozen, with the student's vocabulary.
 
-    teacher = load_teacher("out/base", tokenizer, device, dtype)
+    teacher = load_teacher("out/base", tokenizer, device, dtype, block_size=128)
     result = teacher(ids, document_ids=None, head=lambda hidden, weight: ...)     # as a GPT is called
 
 Architectures that model.py does not have come in through transformers, whose logits stand for the hidden
@@ -25,10 +25,12 @@ from parts.adapters import is_adapter
 from parts.tokenizer import Tokenizer
 
 
-def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dtype) -> nn.Module:
+def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dtype,
+                 block_size: int) -> nn.Module:
     """The model of a folder, an out_dir or a hub id, in eval mode, without gradients, its weights in `dtype`.
 
-    Raises UserError where its vocabulary is not the tokenizer's.
+    block_size: of the longest rows that it will read. Raises UserError where those are longer than its
+    context, or its vocabulary is not the tokenizer's.
     """
     folder = hf.find_folder(source)
     check_vocabulary(folder, tokenizer)
@@ -37,13 +39,14 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
         teacher = GPT.from_pretrained(folder, device)
     else:
         teacher = ForeignTeacher(folder, device)
-    if (rows := vocabulary_rows(teacher)) < tokenizer.vocab_size:
-        raise UserError(f"teacher={source}: has {rows:,} token ids, its tokenizer {tokenizer.vocab_size:,}")
+    config = teacher.config
+    if config.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"teacher={source}: has {config.vocab_size:,} token ids, its tokenizer "
+                        f"{tokenizer.vocab_size:,}")
+    context = getattr(config, "block_size", None) or getattr(config, "max_position_embeddings", None)
+    if context is not None and context < block_size:
+        raise UserError(f"block_size={block_size}: teacher={source} has a context of {context} tokens")
     return teacher.to(dtype).eval().requires_grad_(False)
-
-
-def vocabulary_rows(teacher: nn.Module) -> int:
-    return teacher.config.vocab_size
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:

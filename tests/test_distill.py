@@ -192,7 +192,7 @@ def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
     rows = Rows(DataFolder(own_data), "train", 64)
     identity = teacher_cache.identity_of(rows, weights_sha256(hf.find_folder(trained)), False)
     spec = teacher_cache.CacheSpec("sample", 1.5, 8)
-    teacher = load_teacher(trained, Tokenizer.load(own_data), "cpu", torch.float32)
+    teacher = load_teacher(trained, Tokenizer.load(own_data), "cpu", torch.float32, 64)
     asked = []
 
     @torch.no_grad()
@@ -301,7 +301,7 @@ def test_a_teacher_of_transformers(tmp_path, data):
     theirs = transformers.GPTNeoXForCausalLM(config)
     theirs.save_pretrained(folder)
     tokenizer.save(folder)
-    teacher = load_teacher(folder, tokenizer, "cpu", torch.float32)
+    teacher = load_teacher(folder, tokenizer, "cpu", torch.float32, 64)
     assert isinstance(teacher, ForeignTeacher)
     ids = torch.arange(40)[None]
     torch.testing.assert_close(teacher(ids), theirs.eval()(ids).logits)
@@ -356,6 +356,7 @@ def test_projections_start_from_their_names():
         (["--student_layers=first:1"], "comes with student_layers=first:1 and cannot be given"),
         (["--hidden_weight=1", "--layer_map=all"], "layer_map=all"),
         (["--teacher=/nowhere"], "no model here"),
+        (["--block_size=80"], "block_size=80: teacher=.* has a context of 64 tokens"),
     ],
 )
 def test_mistakes_are_one_line(trained, data, tmp_path, more, message):

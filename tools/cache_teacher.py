@@ -69,7 +69,7 @@ def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
     if begun < len(rows):
         device = pick_device(cfg.device)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        teacher = load_teacher(cfg.teacher, tokenizer, device, getattr(torch, dtype))
+        teacher = load_teacher(cfg.teacher, tokenizer, device, getattr(torch, dtype), cfg.block_size)
         eot_id = tokenizer.eot_id if cfg.document_mask else None
 
         @torch.inference_mode()
