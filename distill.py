@@ -15,8 +15,8 @@ continued by the student itself, and the teacher says what it thinks of that. Th
 
 import dataclasses
 import math
-import zlib
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -39,14 +39,17 @@ from parts.divergences import (
     compared,
     linear_distillation,
 )
-from parts.generate import Sampling, generate
+from parts.generate import Sampling, written
 from parts.layer_maps import Strategy, layer_map, map_text
 from parts.losses import IGNORE
 from parts.shards import DataFolder
 from parts.student import Student, Taps, inside_loss
 from parts.teacher import load_teacher, shard_teacher
 from parts.teacher_cache import TeacherCache, identity_of
+from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
+
+CHOICES = ("dropout", "ternary")  # of a student that is cut out: the tensors are the same either way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,7 +86,8 @@ class DistillConfig(RunConfig, GPTConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        self.architecture(self.vocab_size or 64, self.block_size)
+        if not (self.student_layers or self.init_from):  # else the sizes come from a folder
+            self.architecture(self.vocab_size or 64, self.block_size)
         for key, fits, rule in (
                 ("alpha", 0 <= self.alpha <= 1, "from 0 to 1"),
                 ("temperature", 0 < self.temperature < math.inf, "positive"),
@@ -99,6 +103,8 @@ class DistillConfig(RunConfig, GPTConfig):
                 if getattr(self, key) != value:
                     raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, not cache="
                                     f"{self.cache}")
+        if self.on_policy and self.document_mask:
+            raise UserError(f"on_policy={self.on_policy}: the student writes without document_mask")
         if self.student_layers and self.init_from:
             raise UserError(f"student_layers={self.student_layers}: cuts the student out of the teacher; "
                             f"init_from={self.init_from} gives another. Leave one of them away")
@@ -122,7 +128,10 @@ class DistillConfig(RunConfig, GPTConfig):
 def batch_of(rows: np.ndarray, cfg: DistillConfig, eot_id: int) -> dict[str, Any]:
     """A micro-batch of text rows (n, T + 1) or of chat rows (n, 3, T)."""
     if rows.ndim == 3:
-        return chat_batch(rows)
+        batch = chat_batch(rows)
+        if not cfg.packing:  # one conversation a row, padded behind: causal attention needs no mask
+            del batch["document_ids"]
+        return batch
     return text_batch(rows, eot_id if cfg.document_mask else None)
 
 
@@ -141,7 +150,7 @@ def batches_at(data: StagedData, caches: dict[int, TeacherCache], step: int) -> 
         if draw < cfg.on_policy:
             prompt = max(1, batch["input_ids"].shape[1] // 4)  # the student writes the other three quarters
             batch["targets"][:, :prompt - 1] = IGNORE
-            batch |= {"prompt": prompt, "seed": zlib.crc32(f"{cfg.seed}/{first + start}".encode()),
+            batch |= {"prompt": prompt, "first": first + start,
                       "count": int((batch["targets"] != IGNORE).sum())}
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
     return batches
@@ -195,7 +204,7 @@ class Distillation:
             with torch.enable_grad():
                 return self.taught(forward, batch, DenseTeacher(at_targets(hidden, batch), weight))
 
-        if cfg.alpha == 0 and not cfg.looks_inside:  # nobody is asked
+        if cfg.alpha == 0 and not cfg.looks_inside and "prompt" not in batch:  # nobody is asked
             return self.taught(forward, batch, None)
         with torch.no_grad():
             return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
@@ -216,6 +225,8 @@ class Distillation:
 
         loss, ce, kd, inside = forward(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
         loss = loss + cfg.hidden_weight * inside[0] + cfg.attention_weight * inside[1]
+        if not cfg.hidden_weight:  # DDP waits for the gradient of every parameter
+            loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         metrics = {"loss": ce, "divergence": kd}
         if self.student.pairs:
             metrics |= {"hidden": inside[0].detach(), "attention": inside[1].detach()}
@@ -229,8 +240,11 @@ class Distillation:
         ids = batch["input_ids"]
         rows = [row[:batch["prompt"]] for row in ids.tolist()]
         self.student.eval()
-        steps = list(generate(self.student, rows, ids.shape[1] + 1 - batch["prompt"],
-                              Sampling(temperature=1.0, seed=batch["seed"]), vocab_size=self.vocab_size))
+        numbers = range(batch["first"], batch["first"] + len(rows))  # the same text however a step is split
+        sampling = Sampling(temperature=1.0, seed=self.configs[0].seed)
+        with torch.no_grad():
+            steps = list(written(self.student, rows, ids.shape[1] + 1 - batch["prompt"], sampling,
+                                 vocab_size=self.vocab_size, numbers=numbers))
         self.student.train()
         whole = torch.cat((ids[:, :batch["prompt"]], torch.tensor(steps, device=ids.device).T), dim=1)
         targets = torch.where(batch["targets"] == IGNORE, IGNORE, whole[:, 1:])
@@ -305,14 +319,17 @@ def main(argv: list[str]) -> int:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
             run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
         kind = row_kind(cfg)
-        cfg = in_epochs(cfg, kind)
+        told, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         tokenizer = run.tokenizer = data.tokenizer
+        check_folders(cfg, tokenizer)
         teacher_hash = run.on_first_rank(lambda: weights_sha256(hf.find_folder(cfg.teacher)))
-        run.identify(cfg, data=data.hashes(), teacher=teacher_hash)
         caches, teacher = {}, None
         if cfg.cache != "none":
-            caches = {id(rows): open_cache(cfg, rows, teacher_hash) for rows, _ in data.used()}
+            caches = {id(rows): open_cache(cfg, rows, teacher_hash)
+                      for mix in data.mixes.values() for rows in mix.rows}
+            if len({cache.records.spec for cache in caches.values()}) > 1:
+                raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
         else:
             dtype = getattr(torch, cfg.teacher_dtype) if cfg.teacher_dtype else compute_dtype(cfg, run)
             longest = max(stage.block_size for stage in stage_configs(cfg))
@@ -320,6 +337,8 @@ def main(argv: list[str]) -> int:
             shard_teacher(teacher, cfg.parallel, run)
         student = make_student(cfg, layers, teacher, data, run)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+        run.identify(told, data=data.hashes(), teacher=teacher_hash,
+                     caches=sorted(cache.folder.name for cache in caches.values()))
         loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size)
         results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
         print_summary(cfg, student, teacher, results, run)
@@ -334,7 +353,7 @@ def with_architecture(cfg: DistillConfig, given: dict[str, str]) -> tuple[Distil
     if not cfg.init_from and not cfg.student_layers:
         return cfg, []
     architecture = {each.name for each in dataclasses.fields(GPTConfig)}
-    free = {"block_size", *(WIDTHS if cfg.student_layers else ())}
+    free = {"block_size", *((*WIDTHS, *CHOICES) if cfg.student_layers else ())}
     source = f"student_layers={cfg.student_layers}" if cfg.student_layers else f"init_from={cfg.init_from}"
     if both := sorted(architecture & given.keys() - free):
         raise UserError(f"{given[both[0]]}: {both[0]} comes with {source} and cannot be given")
@@ -344,7 +363,20 @@ def with_architecture(cfg: DistillConfig, given: dict[str, str]) -> tuple[Distil
         layers = kept_layers(cfg.student_layers, fields["n_layer"])
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in given}
         fields = dataclasses.asdict(carved_config(GPTConfig(**fields), layers, widths))
+        fields |= {key: getattr(cfg, key) for key in CHOICES if key in given}
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
+
+
+def check_folders(cfg: DistillConfig, tokenizer: Tokenizer) -> None:
+    """UserError where out_dir holds a model that is read, or a model's ids are not those of the data."""
+    for key in ("teacher", "init_from"):
+        source = getattr(cfg, key)
+        if source and hf.find_folder(source).resolve().is_relative_to(Path(cfg.out_dir).resolve()):
+            raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; give another")
+    if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={cfg.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids")
+    if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
+        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset}")
 
 
 def row_kind(cfg: DistillConfig) -> Any:
@@ -357,6 +389,10 @@ def row_kind(cfg: DistillConfig) -> Any:
 
 def open_cache(cfg: DistillConfig, rows: Any, teacher_hash: str) -> TeacherCache:
     """What tools/cache_teacher.py wrote of these rows. UserError, with its command line, if it did not."""
+    for stage in stage_configs(cfg):
+        if (stage.temperature, stage.document_mask) != (cfg.temperature, cfg.document_mask):
+            raise UserError("stages: temperature and document_mask cannot change under a cache; give them to "
+                            "the whole run")
     words = {"teacher": cfg.teacher, "dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache,
              "temperature": cfg.temperature}
     words |= {key: value for key, value in (("packing", cfg.packing), ("document_mask", cfg.document_mask))
@@ -381,7 +417,7 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
         width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
         run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
     with torch.device("meta"):
-        student = Student(config, pairs, width)
+        student = Student(config, pairs, width, cfg.seed)
     if layers:
         source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # whole, on each rank, for a moment
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]

@@ -251,7 +251,7 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, given) as run:
         if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # embedded
             run.on_first_rank(lambda: prepare_problems("preference", cfg.init_from))
-        cfg = in_epochs(cfg, PairRows)
+        told, cfg = cfg, in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer
         model = chat_model(cfg, data.tokenizer, run, dropout=0.0)
@@ -260,7 +260,7 @@ def main(argv: list[str]) -> int:
                             "changes more than can be switched off; begin with sft.py")
         reference = Reference(cfg, model, run)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, reference, run)
-        run.identify(cfg, data=data.hashes(), base=model.base_hash)
+        run.identify(told, data=data.hashes(), base=model.base_hash)
         used = [*data.used(), *((rows, np.arange(evaluation.pairs(rows))) for rows in evaluation.rows)]
         for rows, indices in used:
             if cfg.reference == "precomputed":

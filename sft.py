@@ -95,12 +95,12 @@ def main(argv: list[str]) -> int:
         if any(stage.dataset == "problems_chat" for stage in stage_configs(cfg)):  # the embedded default
             run.on_first_rank(lambda: prepare_problems("chat", cfg.init_from))
         kind = ChatRows if cfg.packing else UnpackedChatRows
-        cfg = in_epochs(cfg, kind)
+        told, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer
         model = chat_model(cfg, data.tokenizer, run)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, run)
-        run.identify(cfg, data=data.hashes(), base=model.base_hash)
+        run.identify(told, data=data.hashes(), base=model.base_hash)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows"
                       + f", {rows.left_out:,} conversations left out: no answer in {rows.T} tokens"

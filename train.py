@@ -158,12 +158,12 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, given) as run:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
             run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
-        cfg = in_epochs(cfg)
+        told, cfg = cfg, in_epochs(cfg)
         data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
         tokenizer = run.tokenizer = data.tokenizer
         check_vocabulary(cfg, data)
         evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, run)
-        run.identify(cfg, data=data.hashes())
+        run.identify(told, data=data.hashes())
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
             model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "

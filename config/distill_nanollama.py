@@ -2,7 +2,7 @@
 #   torchrun --standalone --nproc_per_node=8 distill.py config/distill_nanollama.py
 out_dir = "out/distill_nanollama"
 teacher = "out/nanollama_1b"
-student_layers = "every:2"
+student_layers = "every:1"
 n_embd = 1024
 n_head = 16
 intermediate_size = 2816

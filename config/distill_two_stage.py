@@ -1,4 +1,4 @@
-# First the layers find the teacher's, under its frozen table; then the student learns to speak.
+# First the layers are drawn to the teacher's, beside the text, under its frozen table; then it teaches words.
 #   python train.py && python distill.py config/distill_two_stage.py
 out_dir = "out/distill_two_stage"
 teacher = "out/base"

@@ -64,7 +64,7 @@ def carve(teacher: GPT, config: GPTConfig, layers: list[int], ids: Tensor) -> GP
     activity, full = measure_activity(teacher, ids), teacher.config
     state = {name: tensor.float().cpu() for name, tensor in teacher.state_dict().items()}
     channels = strongest(activity["channels"], config.n_embd)
-    if config.n_embd < full.n_embd and full.norm == "rmsnorm":
+    if config.n_embd < full.n_embd and full.norm == "rmsnorm" and not full.ternary:
         components = torch.linalg.eigh(activity["covariance"]).eigenvectors.flip(1)  # (C, C), largest first
         state, channels = rotated(state, components, config.n_embd), torch.arange(config.n_embd)
     student, D, group = GPT(config), config.head_dim, full.n_head // full.n_kv_head

@@ -172,7 +172,7 @@ class LinearDistillation(torch.autograd.Function):
                 d_logits.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
             if with_grad:
                 d_logits = d_logits.to(dtype)
-                grad_hidden[chunk] = d_logits @ matrix  # (n, C)
+                grad_hidden[chunk] = (d_logits @ matrix).to(hidden.dtype)  # (n, C)
             if with_weight:
                 grad_weight[:vocab_size] += d_logits.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)

@@ -79,11 +79,10 @@ class Past:
     ids: list[int] = field(default_factory=list)
 
 
-@torch.inference_mode()
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
-             is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
-             vocab_size: int | None = None, numbers: Sequence[int] | None = None,
-             past: Past | None = None) -> Iterator[list[int | None]]:
+def written(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+            is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
+            vocab_size: int | None = None, numbers: Sequence[int] | None = None,
+            past: Past | None = None) -> Iterator[list[int | None]]:
     """Yield one token a row and step, None for rows that have ended; at most max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
@@ -133,6 +132,9 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
         yield step_tokens
         if not any(live):
             return
+
+
+generate = torch.inference_mode()(written)  # 15 % faster than no_grad; but its tensors can enter no training
 
 
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:

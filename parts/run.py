@@ -277,7 +277,8 @@ class Run:
         return values
 
     def identify(self, cfg: Any, **identity: Any) -> None:
-        """Write run.json: the configuration, and what else must be unchanged on resume (its data's hash).
+        """Write run.json: the configuration as the user gave it, and what else must be unchanged on resume
+        (its data's hash, from which epochs follow).
 
         Called once all is known to be well; only here does --overwrite=True delete what was there. UserError
         where out_dir holds a run with another identity.

@@ -10,6 +10,7 @@ where no other program looks.
 """
 
 import math
+import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -41,7 +42,7 @@ class Student(GPT):
                  seed: int = 0):
         """pairs: (layer, teacher's layer). teacher_width: where outputs of blocks are compared."""
         super().__init__(config)
-        self.pairs = pairs
+        self.pairs, self.seed = pairs, seed
         self.projections = nn.ModuleDict()
         if teacher_width not in (None, config.n_embd):
             for layer in sorted({layer for layer, _ in pairs}):
@@ -62,8 +63,9 @@ class Student(GPT):
         stored = load_file(folder / PROJECTIONS) if (folder / PROJECTIONS).is_file() else {}
         for name, parameter in self.named_parameters():
             if name.startswith("projections."):
-                yield name, stored[name] if name in stored else 0.02 * torch.randn(
-                    parameter.shape, generator=torch.Generator().manual_seed(len(name)))
+                generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+                new = 0.02 * torch.randn(parameter.shape, generator=generator)
+                yield name, stored.get(name, new)
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:

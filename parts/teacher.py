@@ -34,11 +34,12 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
     """
     folder = hf.find_folder(source)
     check_vocabulary(folder, tokenizer)
-    kind = "" if is_adapter(folder) else json.loads((folder / "config.json").read_text())["model_type"]
-    if kind in (*hf.TIED_BY_DEFAULT, "nanollama", ""):
+    if is_ours(folder):
         teacher = GPT.from_pretrained(folder, device)
+        for parameter in teacher.parameters():  # not its rotary tables, which stay float32
+            parameter.data = parameter.data.to(dtype)
     else:
-        teacher = ForeignTeacher(folder, device)
+        teacher = ForeignTeacher(folder, device, dtype)
     config = teacher.config
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"teacher={source}: has {config.vocab_size:,} token ids, its tokenizer "
@@ -46,15 +47,29 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
     context = getattr(config, "block_size", None) or getattr(config, "max_position_embeddings", None)
     if context is not None and context < block_size:
         raise UserError(f"block_size={block_size}: teacher={source} has a context of {context} tokens")
-    return teacher.to(dtype).eval().requires_grad_(False)
+    return teacher.eval().requires_grad_(False)
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether model.py has the architecture. UserError for a config.json that is none."""
+    if is_adapter(folder):
+        return True
+    try:
+        return json.loads((folder / "config.json").read_text())["model_type"] in (*hf.TIED_BY_DEFAULT,
+                                                                                  "nanollama")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a model's config ({type(error).__name__}: {error})"
+                        ) from None
 
 
 def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
     """UserError with the first ids that mean something else to the teacher than to the data."""
     theirs, ours = spelled(Tokenizer.load(folder)), spelled(tokenizer)
-    different = [i for i in sorted(ours.keys() | theirs.keys()) if ours.get(i) != theirs.get(i)]
+    different = [i for i in sorted(ours) if ours[i] != theirs.get(i)]  # what it has beyond them is cut
+    if different and set(different) <= tokenizer.special_ids and not theirs.keys() & set(different):
+        raise UserError(f"teacher={folder}: does not know the chat tokens; fine-tune it with sft.py first")
     if different:
-        shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours.get(i)!r} in the data"
+        shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours[i]!r} in the data"
                           for i in different[:3])
         raise UserError(f"teacher={folder}: {len(different):,} token ids mean something else: {shown} "
                         f"(prepare.py --tokenizer={folder} makes data for it)")
@@ -68,23 +83,27 @@ def spelled(tokenizer: Tokenizer) -> dict[int, str]:
 class ForeignTeacher(nn.Module):
     """A causal language model of transformers, called as a GPT is. It sees no document borders."""
 
-    def __init__(self, folder: Path, device: Any):
+    def __init__(self, folder: Path, device: Any, dtype: torch.dtype):
         super().__init__()
         try:
             from transformers import AutoModelForCausalLM
         except ImportError:
             raise UserError(f"teacher={folder}: an architecture that model.py does not have needs "
                             "transformers (pip install transformers)") from None
-        self.inner = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, use_safetensors=True).to(device)
+        try:
+            self.inner = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=dtype).to(device)
+        except (ValueError, OSError) as error:  # it needs code of its own, or has no safetensors
+            raise UserError(f"teacher={folder}: transformers does not load it: {str(error).splitlines()[0]}"
+                            ) from None
         self.config = self.inner.config
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None,
                 head: Callable[[Tensor, None], Any] | None = None) -> Any:
-        """input_ids (B, T) -> head(logits (B, T, V), None). ValueError where documents are to be masked."""
+        """input_ids (B, T) -> head(logits (B, T, V), None). UserError where documents are to be masked."""
         if document_ids is not None:
             raise UserError("teacher: an architecture of transformers cannot mask documents from each other; "
-                            "use packing=False or document_mask=False")
+                            "use packing=False (of chats) or document_mask=False (of text)")
         logits = self.inner(input_ids=input_ids, use_cache=False).logits
         return logits if head is None else head(logits, None)
 

@@ -3,7 +3,7 @@
     data/pystdlib/teacher_1f0c9a7be2d4/   meta.json   train_00000.cache ...
 
     writer = CacheWriter(rows, spec, identity); writer.fill(ask)        # tools/cache_teacher.py
-    cache = TeacherCache(rows, teacher_hash, "sample", temperature=1.0, teacher="out/base")
+    cache = TeacherCache(rows, identity, "sample", temperature=1.0, hint="how to make it")
     found = cache.decoded(np.stack([cache.read(row) for row in indices]))
 
 A record belongs to an input position of a row and has a fixed width, so a row is found by its number: a
@@ -11,12 +11,13 @@ memory-mapped array (rows, T, bytes). topk: the k likeliest ids, their log-proba
 others together; renormalising k probabilities without the others would teach too much certainty. sample: ids
 drawn from the teacher, 2 bytes each; their shares estimate its probabilities without bias (Random Sampling
 KD, arXiv 2503.16870). A cache is for one teacher, one data set, one row length and one temperature, and is
-named by the hash of them: another is not found. Left out: HDF5, which compresses such records little and
-reads them slower (docs/log.md).
+named by the hash of them: another is not found.
 """
 
+import fcntl
 import hashlib
 import json
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -117,6 +118,11 @@ class CacheWriter:
         if (self.folder / "meta.json").is_file():
             self.meta["shards"] = read_meta(self.folder)["shards"]
         self.done = sum(shard["rows"] for shard in self.meta["shards"])
+        self.lock = os.open(self.folder, os.O_RDONLY)
+        try:
+            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this ends
+        except BlockingIOError:
+            raise UserError(f"{self.folder}: another process is caching there") from None
         need, free = (len(rows) - self.done) * self.row_bytes, shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(f"{self.folder}: needs {need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")
@@ -124,6 +130,14 @@ class CacheWriter:
     def fill(self, ask: Callable[[np.ndarray], Tensor], batch_size: int,
              progress: Callable[[int], None] = lambda rows: None) -> None:
         """ask(row numbers (n,)) -> log-probabilities (n T, V) of those rows. progress: told of rows done."""
+        try:
+            self.write(ask, batch_size, progress)
+        finally:
+            os.close(self.lock)
+
+    def write(self, ask: Callable[[np.ndarray], Tensor], batch_size: int,
+              progress: Callable[[int], None]) -> None:
+        """`fill`, in the folder that this process holds."""
         while self.done < len(self.rows):
             last = min(len(self.rows), self.done + self.rows_a_shard)
             name = f"train_{len(self.meta['shards']):05d}.cache"
@@ -131,9 +145,10 @@ class CacheWriter:
             file = HashedFile(beside)
             for begin in range(self.done, last, batch_size):
                 numbers = np.arange(begin, min(begin + batch_size, last))
-                log_probs = ask(numbers)
-                generator = torch.Generator(log_probs.device).manual_seed(begin)
-                file.write(self.records.encode(log_probs, generator))
+                log_probs = ask(numbers).unflatten(0, (len(numbers), -1))  # (n, T, V)
+                for number, of_row in zip(numbers, log_probs, strict=True):
+                    generator = torch.Generator(of_row.device).manual_seed(int(number))
+                    file.write(self.records.encode(of_row, generator))
                 progress(len(numbers))
             digest = file.close()
             beside.replace(self.folder / name)
@@ -149,6 +164,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         row_bytes = meta["identity"]["block_size"] * meta["bytes_a_token"]
         sizes = {folder / shard["name"]: shard["rows"] * row_bytes for shard in meta["shards"]}
+        Records(spec_of(meta), 2)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'meta.json'}: damaged ({type(error).__name__}: {error}); delete {folder} "
                         "and cache anew") from None
@@ -156,6 +172,10 @@ def read_meta(folder: Path) -> dict[str, Any]:
         if not path.is_file() or path.stat().st_size != size:
             raise UserError(f"{path}: missing, or not of {size:,} bytes; delete {folder} and cache anew")
     return meta
+
+
+def spec_of(meta: dict[str, Any]) -> CacheSpec:
+    return CacheSpec(**{key: meta["identity"][key] for key in CacheSpec.__dataclass_fields__})
 
 
 class TeacherCache:
@@ -172,18 +192,22 @@ class TeacherCache:
             meta = read_meta(folder)
             differs = [key for key, value in wanted.items() if meta["identity"].get(key) != value]
             (others if differs else found).append((folder, meta, differs))
+        whole = [each for each in found if sum(shard["rows"] for shard in each[1]["shards"]) == len(rows)]
+        if len(whole) > 1:
+            raise UserError(f"cache={method}: {', '.join(str(folder) for folder, *_ in whole)} all fit; "
+                            "delete those that are not meant")
         if not found:
             near = "".join(f"; {folder.name} is of another {', '.join(differs)}"
                            for folder, _, differs in others[:3])
             raise UserError(f"cache={method}: none in {rows.data.folder} for this teacher, data, block_size "
                             f"and temperature{near}. Make it: {hint}")
-        self.folder, meta, _ = found[-1]
-        done = sum(shard["rows"] for shard in meta["shards"])
-        if done < len(rows):
+        self.folder, meta, _ = (whole or found)[0]
+        spec = spec_of(meta)
+        if not whole:
+            done = sum(shard["rows"] for shard in meta["shards"])
             raise UserError(f"{self.folder}: has {done:,} of {len(rows):,} rows; the same command goes on: "
-                            f"{hint}")
-        spec = CacheSpec(**{key: meta["identity"][key] for key in CacheSpec.__dataclass_fields__})
-        self.meta, self.records = meta, Records(spec, rows.data.meta["vocab_size"])
+                            f"{hint} --k={spec.k} --values={spec.values}")
+        self.records = Records(spec, rows.data.meta["vocab_size"])
         width = self.records.width
         self.shards = [np.memmap(self.folder / shard["name"], np.uint8, "r").reshape(-1, rows.T, width)
                        for shard in meta["shards"]]
@@ -197,9 +221,10 @@ class TeacherCache:
     def decoded(self, records: np.ndarray) -> dict[str, Tensor]:
         return self.records.decode(records)
 
-    def verify(self) -> None:
-        """Compare every shard with its sha256. UserError for the first that differs."""
-        for shard in self.meta["shards"]:
-            if file_sha256(self.folder / shard["name"]) != shard["sha256"]:
-                raise UserError(f"{self.folder / shard['name']}: content does not match its sha256; delete "
-                                f"{self.folder} and cache anew")
+
+def verify(folder: Path) -> None:
+    """Compare every shard of a cache with its sha256. UserError for the first that differs."""
+    for shard in read_meta(folder)["shards"]:
+        if file_sha256(folder / shard["name"]) != shard["sha256"]:
+            raise UserError(f"{folder / shard['name']}: content does not match its sha256; delete {folder} "
+                            "and cache anew")

@@ -132,6 +132,18 @@ def test_the_ends_of_stages_stay(data, curriculum, tmp_path):
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == list(ends.values())
 
 
+def test_a_run_of_epochs_goes_on(data, tmp_path, capsys):
+    """The same words again are the same run, though its stages count epochs and the loop counts steps."""
+    config = tmp_path / "epochs.py"
+    config.write_text("stages = [dict(epochs=0.01), dict(epochs=0.01)]\n")
+    run(data, tmp_path / "whole", str(config))
+    stop_at_step(data, tmp_path / "cut", 3, str(config))
+    stop_at_step(data, tmp_path / "cut", None, str(config))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    run(data, tmp_path / "cut", str(config))
+    assert "finished" in capsys.readouterr().out
+
+
 def test_every_evaluation_reads_the_last_stages_rows_with_the_base_of_its_step(data, curriculum, tmp_path):
     """At borders and inside the ramp, computed once more from the checkpoints."""
     found = run(data, tmp_path, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=99",

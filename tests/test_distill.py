@@ -68,6 +68,7 @@ def cache(trained, data, *more):
         ["--hidden_weight=1", "--hidden_loss=sinkhorn"],
         ["--ternary=True"],
         ["--on_policy=0.5"],
+        ["--dtype=bfloat16", *INSIDE],
     ],
 )
 def test_it_learns(trained, data, tmp_path, more):
@@ -211,13 +212,13 @@ def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
     assert writer.done == 30
     writer.fill(ask, 10)
     found = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
-    found.verify()
+    teacher_cache.verify(found.folder)
     got = found.decoded(found.read(31))
     assert got["teacher_ids"].shape == (64, 8) and got["teacher_probs"].unique().item() == 1 / 8
     path = found.folder / "train_00001.cache"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(UserError, match="does not match its sha256"):
-        found.verify()
+        teacher_cache.verify(found.folder)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="missing, or not of .* bytes"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
@@ -225,10 +226,19 @@ def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
 
 def test_a_cache_of_something_else_is_refused(trained, own_data, tmp_path):
     cache(trained, own_data, "--method=sample")
-    for more, reason in ((["--temperature=2"], "another temperature"), (["--block_size=60"], "block_size"),
+    for more, reason in ((["--temperature=2"], "temperature"), (["--block_size=60"], "block_size"),
                          (["--document_mask=True"], "document_mask")):  # fmt: skip
-        with pytest.raises(UserError, match=f"{reason}.*Make it: python -m tools.cache_teacher --teacher="):
+        pattern = f"is of another {reason}. Make it: python -m tools.cache_teacher --teacher="
+        with pytest.raises(UserError, match=pattern):
             run(trained, own_data, tmp_path / "a", "--cache=sample", *more)
+    config = tmp_path / "stages.py"
+    config.write_text("stages = [dict(steps=2), dict(steps=2, temperature=4.0)]\n")
+    told = [word for word in words(trained, own_data, tmp_path / "a") if "max_steps" not in word]
+    with pytest.raises(UserError, match="temperature and document_mask cannot change under a cache"):
+        distill.main([str(config), *told, "--cache=sample"])
+    cache(trained, own_data, "--method=sample", "--k=8")
+    with pytest.raises(UserError, match="teacher_.*teacher_.* all fit; delete those that are not meant"):
+        run(trained, own_data, tmp_path / "a", "--cache=sample")
 
 
 def test_a_disk_that_is_too_small(trained, own_data, monkeypatch):
@@ -285,6 +295,23 @@ def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, data, tmp_path
     for name, how in (("ddp", []), ("fsdp", ["--parallel=fsdp"])):
         two_ranks(on_two_ranks, str(trained), str(data), str(tmp_path / name), *more, *how)
         np.testing.assert_allclose(losses(events(tmp_path / name)), expected, rtol=1e-5)
+    own = ["--optimizer=adamw", "--on_policy=1", "--max_steps=2"]
+    two_ranks(on_two_ranks, str(trained), str(data), str(tmp_path / "own"), *own, "--parallel=fsdp")
+    expected = losses(run(trained, data, tmp_path / "alone", *own))
+    np.testing.assert_allclose(losses(events(tmp_path / "own")), expected, rtol=1e-5)
+
+
+def staged(config, *told):
+    distill.main([str(config), *told])
+
+
+def test_two_ranks_pass_a_border_between_stages(trained, data, tmp_path, two_ranks):
+    """Into a stage that does not use the projections of the first."""
+    config = tmp_path / "two.py"
+    config.write_text("stages = [dict(steps=2, hidden_weight=1.0), dict(steps=3)]\n")
+    told = [word for word in words(trained, data, tmp_path / "a") if "max_steps" not in word]
+    two_ranks(staged, str(config), *map(str, told))
+    assert len(losses(events(tmp_path / "a"))) == 5
 
 
 # ---- Teachers ---------------------------------------------------------------------------------------------
@@ -328,6 +355,27 @@ def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):
         run(small, data, tmp_path / "a")
 
 
+def test_the_model_that_is_read_is_never_deleted(trained, data, tmp_path):
+    """Nor a finished run, by a command that is refused."""
+    own = shutil.copytree(trained, tmp_path / "own")
+    for more in ([f"--init_from={own}"], []):
+        teacher = trained if more else own
+        sizes = [word for word in TINY if not word.startswith(("--n_", "--inter"))] if more else TINY
+        with pytest.raises(UserError, match="holds the model of"):
+            run(teacher, data, own, "--overwrite=True", *more, sizes=sizes)
+    assert hf.find_folder(own)
+    run(trained, data, tmp_path / "a", "--max_steps=2")
+    with pytest.raises(UserError, match="none in"):
+        run(trained, data, tmp_path / "a", "--max_steps=2", "--overwrite=True", "--cache=sample")
+    assert checkpoint.step_folders(tmp_path / "a")
+
+
+def test_a_students_own_text_does_not_depend_on_micro_batches(trained, data, tmp_path):
+    found = [losses(run(trained, data, tmp_path / size, "--on_policy=1", f"--micro_batch_size={size}",
+                        "--max_steps=3")) for size in ("1", "8")]  # fmt: skip
+    np.testing.assert_allclose(*found, rtol=1e-5)
+
+
 def test_padded_columns_are_cut(data, tmp_path):
     """A teacher with more rows than its tokenizer has ids."""
     folder = tmp_path / "padded"
@@ -342,6 +390,9 @@ def test_padded_columns_are_cut(data, tmp_path):
 def test_projections_start_from_their_names():
     student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
     assert student.projected(1, torch.ones(1, 2, 64)).shape == (1, 2, 96)
+    other = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96, seed=1)
+    matrices = [m.weight for s in (student, other) for m in s.projections.values()]
+    assert all((a != b).any() for i, a in enumerate(matrices) for b in matrices[:i])
     same = Student(tiny_config(), [(0, 1)], teacher_width=64)
     assert not list(same.projections) and same.projected(0, torch.ones(3)).tolist() == [1, 1, 1]
 
@@ -353,7 +404,10 @@ def test_projections_start_from_their_names():
         (["--temperature=0"], "temperature=0.0: must be positive"),
         (["--cache=topk", "--divergence=jsd"], "divergence=jsd: needs the teacher itself, not cache=topk"),
         (["--cache=sample", "--on_policy=0.5"], "on_policy=0.5: needs the teacher itself"),
+        (["--on_policy=1", "--document_mask=True"], "on_policy=1.0: the student writes without"),
+        (["--vocab_size=300"], "vocab_size=300: the data's tokenizer has 500 ids"),
         (["--student_layers=first:1"], "comes with student_layers=first:1 and cannot be given"),
+        (["--student_layers=last:1", "--n_head=3"], "comes with student_layers|n_head=3"),
         (["--hidden_weight=1", "--layer_map=all"], "layer_map=all"),
         (["--teacher=/nowhere"], "no model here"),
         (["--block_size=80"], "block_size=80: teacher=.* has a context of 64 tokens"),

@@ -26,7 +26,7 @@ from parts.data import Rows, parse_mix, text_batch
 from parts.run import pick_device
 from parts.shards import DataFolder
 from parts.teacher import load_teacher
-from parts.teacher_cache import CacheSpec, CacheWriter, TeacherCache, identity_of
+from parts.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
 from parts.tokenizer import Tokenizer
 
 
@@ -53,7 +53,8 @@ class CacheConfig:
     @property
     def spec(self) -> CacheSpec:
         k = self.k or {"topk": 64, "sample": 32}[self.method]
-        return CacheSpec(self.method, self.temperature, k, self.values)
+        values = self.values if self.method == "topk" else "float16"  # samples have none
+        return CacheSpec(self.method, self.temperature, k, values)
 
 
 def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
@@ -77,6 +78,7 @@ def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
             read = rows.read(numbers)
             if read.ndim == 3:  # (n, 3, T): inputs, targets, conversations
                 ids, documents = torch.from_numpy(read[:, 0]), torch.from_numpy(read[:, 2])
+                documents = documents if cfg.packing else None
             else:
                 batch = text_batch(read, eot_id)
                 ids, documents = batch["input_ids"], batch.get("document_ids")
@@ -92,7 +94,7 @@ def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
         with tqdm(total=len(rows), initial=begun, unit="row", disable=not sys.stderr.isatty()) as bar:
             writer.fill(ask, cfg.batch_size, bar.update)
     else:
-        TeacherCache(rows, identity, cfg.method, cfg.temperature, "").verify()
+        verify(writer.folder)
     tokens, seconds = (len(rows) - begun) * rows.T, time.perf_counter() - start
     print(f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"
           + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "; verified"))

@@ -6,7 +6,8 @@
 Every arm is a run of distill.py with other words, for each seed; the student has a quarter of the teacher's
 parameters. Finished runs are not repeated, so the command may be cut and started again, or for other seeds
 and arms at once on another core. Prints validation bits a byte, mean and range over the seeds; how much of
-the gap between the plain student and the teacher is closed; tokens a second; bytes of cache a token.
+the gap between the plain student and the teacher is closed; how often both hold the same token likeliest;
+tokens a second. The caches have to be there (tools/cache_teacher.py, --method=topk and --method=sample).
 """
 
 import json
@@ -63,10 +64,9 @@ def folder_of(cfg: TeachConfig, name: str, seed: int) -> Path:
 
 def run(cfg: TeachConfig, name: str, seed: int) -> None:
     """One arm with one seed, in a process of its own; nothing to do where it is finished."""
-    out = folder_of(cfg, name, seed)
-    if events(out) and "val_loss" in events(out)[-1]:
+    out, steps = folder_of(cfg, name, seed), steps_of(cfg, name)
+    if is_finished(out, steps):
         return
-    steps = round(cfg.steps * cfg.equal_time) if "equal time" in name else cfg.steps
     words = [f"--teacher={cfg.teacher}", f"--dataset={cfg.dataset}", f"--out_dir={out}", f"--seed={seed}",
              f"--max_steps={steps}", "--eval_interval=0", "--save_interval=0", "--log_interval=50",
              *ARMS[name].split()]
@@ -83,6 +83,15 @@ def run(cfg: TeachConfig, name: str, seed: int) -> None:
     print(f"{name}, seed {seed}: {events(out)[-1]['val_bits_per_byte']:.4f}", flush=True)
 
 
+def steps_of(cfg: TeachConfig, name: str) -> int:
+    return round(cfg.steps * cfg.equal_time) if "equal time" in name else cfg.steps
+
+
+def is_finished(out: Path, steps: int) -> bool:
+    found = events(out)
+    return bool(found) and "val_loss" in found[-1] and found[-1]["step"] == steps
+
+
 def events(out: Path) -> list[dict[str, Any]]:
     path = out / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
@@ -93,7 +102,7 @@ def measured(cfg: TeachConfig) -> dict[str, Any]:
     arms: dict[str, Any] = {}
     for name, seed in cfg.runs:
         found = events(folder_of(cfg, name, seed))
-        if not found or "val_loss" not in found[-1]:
+        if not is_finished(folder_of(cfg, name, seed), steps_of(cfg, name)):
             continue
         arm = arms.setdefault(name, {"bits": [], "speeds": [], "agreement": []})
         arm["bits"].append(found[-1]["val_bits_per_byte"])
