@@ -27,7 +27,6 @@ from configurator import UserError, configure, run_script
 from loop import Run, RunConfig, compute_dtype, fit, stage_at, stage_configs, start_run
 from model import GPT, GPTConfig
 from parts import hf
-from parts.adapters import weights_sha256
 from parts.carve import WIDTHS, carve, carved_config, kept_layers
 from parts.chat_data import ChatRows, UnpackedChatRows, chat_batch
 from parts.data import Mix, Rows, StagedData, in_epochs, parse_mix, shares, text_batch
@@ -44,7 +43,7 @@ from parts.layer_maps import Strategy, layer_map, map_text
 from parts.losses import IGNORE
 from parts.shards import DataFolder
 from parts.student import Student, Taps, inside_loss
-from parts.teacher import load_teacher, shard_teacher
+from parts.teacher import load_teacher, shard_teacher, teacher_sha256
 from parts.teacher_cache import TeacherCache, identity_of
 from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
@@ -323,7 +322,7 @@ def main(argv: list[str]) -> int:
         data = StagedData(cfg, kind, run.rank, run.world_size)
         tokenizer = run.tokenizer = data.tokenizer
         check_folders(cfg, tokenizer)
-        teacher_hash = run.on_first_rank(lambda: weights_sha256(hf.find_folder(cfg.teacher)))
+        teacher_hash = run.on_first_rank(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
         caches, teacher = {}, None
         if cfg.cache != "none":
             caches = {id(rows): open_cache(cfg, rows, teacher_hash)

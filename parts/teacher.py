@@ -8,6 +8,7 @@ states there (weight is None). Ids have to mean the same bytes on both sides; ro
 the tokenizer's ids are padding, and cut where the losses are computed.
 """
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -21,7 +22,8 @@ from torch.distributed.fsdp import fully_shard
 from configurator import UserError
 from model import GPT
 from parts import hf
-from parts.adapters import is_adapter
+from parts.adapters import CONFIG, is_adapter, weights_sha256
+from parts.shards import file_sha256
 from parts.tokenizer import Tokenizer
 
 
@@ -48,6 +50,12 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
     if context is not None and context < block_size:
         raise UserError(f"block_size={block_size}: teacher={source} has a context of {context} tokens")
     return teacher.eval().requires_grad_(False)
+
+
+def teacher_sha256(folder: Path) -> str:
+    """The hash of what a teacher computes: of its weights and its configuration."""
+    config = folder / (CONFIG if is_adapter(folder) else "config.json")
+    return hashlib.sha256((weights_sha256(folder) + file_sha256(config)).encode()).hexdigest()
 
 
 def is_ours(folder: Path) -> bool:

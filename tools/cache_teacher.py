@@ -20,12 +20,11 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
 from parts import hf
-from parts.adapters import weights_sha256
 from parts.chat_data import ChatRows, UnpackedChatRows
 from parts.data import Rows, parse_mix, text_batch
 from parts.run import pick_device
 from parts.shards import DataFolder
-from parts.teacher import load_teacher
+from parts.teacher import load_teacher, teacher_sha256
 from parts.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
 from parts.tokenizer import Tokenizer
 
@@ -63,7 +62,7 @@ def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
     if kind is None:
         raise UserError(f"{folder.folder}: holds {folder.meta['kind']} rows; a teacher reads text or chats")
     rows, tokenizer = kind(folder, "train", cfg.block_size), Tokenizer.load(folder.folder)
-    hash_ = weights_sha256(hf.find_folder(cfg.teacher))
+    hash_ = teacher_sha256(hf.find_folder(cfg.teacher))
     identity = identity_of(rows, hash_, cfg.document_mask)
     writer = CacheWriter(rows, cfg.spec, identity)
     begun, start = writer.done, time.perf_counter()
