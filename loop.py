@@ -9,7 +9,7 @@ that are sums too; and `evaluate(model, last)`. The loop adds sums and counts ov
 divides once, so that gradients depend neither on the micro-batch size nor on the number of processes. It
 knows no stage by name.
 
-Writes out_dir/step_*/ (parts/checkpoint.py) and metrics.jsonl (parts/run.py, where the keys are, too). Many
+Writes out_dir/step_*/ (parts/checkpoint.py) and metrics.jsonl (parts/run.py; the keys: parts/stages.py). Many
 processes come from torchrun: parallel=ddp gives each a copy of the model, parallel=fsdp (FSDP2, arXiv
 2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
 """
@@ -46,8 +46,9 @@ from parts.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from parts.run import Run, RunConfig, Stage, plan, stage_at, stage_configs, start_run
+from parts.run import Run, start_run
 from parts.shards import write_json
+from parts.stages import RunConfig, Stage, plan, stage_at, stage_configs
 
 __all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run"]
 

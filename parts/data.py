@@ -20,8 +20,8 @@ import torch
 
 from configurator import UserError
 from parts.losses import IGNORE
-from parts.run import plan, stage_at, with_steps
 from parts.shards import DataFolder, file_sha256
+from parts.stages import plan, stage_at, with_steps
 from parts.tokenizer import Tokenizer
 
 

@@ -19,7 +19,8 @@ from model import GPT, GPTConfig
 from parts import adapters, hf
 from parts.chat import with_chat_tokens
 from parts.lora import AdaptedGPT, targets_of
-from parts.run import Run, RunConfig, stage_configs
+from parts.run import Run
+from parts.stages import RunConfig, stage_configs
 from parts.tokenizer import Tokenizer
 
 

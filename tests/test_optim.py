@@ -9,7 +9,7 @@ from configurator import UserError
 from model import GPT
 from parts import optim
 from parts.optim import Muon, learning_rate_at, make_optimizers, multipliers, orthogonalize
-from parts.run import RunConfig
+from parts.stages import RunConfig
 from tests.conftest import tiny_config
 
 

@@ -11,8 +11,8 @@ import pytest
 import train
 from configurator import UserError, configure
 from loop import RunConfig, plan, start_run
-from parts.run import with_steps
 from parts.shards import write_json
+from parts.stages import with_steps
 from tests.runs import events, losses, run, stop_at_step
 
 
