@@ -107,12 +107,17 @@ def mask_path(shard: Path) -> Path:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """Replace a JSON file in one step: it is old or new, never half."""
+    """`write_text` of JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file in one step: it is old or new, never half."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
         with naming(path):
             with open(beside, "w", encoding="utf-8") as file:
-                file.write(json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+                file.write(text)
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(beside, path)

@@ -5,6 +5,7 @@ import os
 import signal
 from pathlib import Path
 
+import pytest
 import torch
 
 import loop
@@ -80,6 +81,21 @@ def kill_in_step(step, main, words):
         main(words)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+def stopped_in_step(step, monkeypatch, run):
+    """run(), which SIGTERM reaches while it computes its `step`-th step: it must save that step and leave."""
+    original, done = loop.backward, []
+
+    def backward(*arguments):
+        done.append(None)
+        if len(done) == step:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
+
+    with monkeypatch.context() as patched, pytest.raises(SystemExit):
+        patched.setattr(loop, "backward", backward)
+        run()
 
 
 def stop_at_step(data, out, step, *words):

@@ -7,7 +7,7 @@ import pytest
 
 from configurator import UserError
 from model import GPT
-from parts import hf
+from parts import hf, shards
 from parts.generate import Sampling, generate
 from parts.tokenizer import Tokenizer
 from tests.conftest import busy_model, tiny_config
@@ -101,7 +101,8 @@ def test_no_text_leaves_its_fence(text, fence):
 
 def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
     target = tmp_path / "pages" / "compare.md"
-    compare.write_page(target, "old")
+    target.parent.mkdir()
+    shards.write_text(target, "old")
     replace = os.replace
 
     def fails(source, path):
@@ -110,10 +111,10 @@ def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="No space left on device: '.*compare.md'"):
-        compare.write_page(target, "new")
+        shards.write_text(target, "new")
     assert [path.name for path in target.parent.iterdir()] == ["compare.md"] and target.read_text() == "old"
     monkeypatch.setattr(os, "replace", replace)
-    compare.write_page(target, "new")
+    shards.write_text(target, "new")
     assert target.read_text() == "new"
 
 

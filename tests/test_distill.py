@@ -3,9 +3,7 @@ does not care how it is split up, and never changes the teacher."""
 
 import json
 import math
-import os
 import shutil
-import signal
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +23,7 @@ from parts.teacher import ForeignTeacher, load_teacher
 from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
 from tests.conftest import busy_model, tiny_config
-from tests.runs import events, kill_in_step, losses
+from tests.runs import events, kill_in_step, losses, stopped_in_step
 from tests.test_sft import assert_equal
 from tools import cache_teacher
 
@@ -256,18 +254,7 @@ def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, 
         cache(trained, own_data, "--method=sample")
     more = [*more, "--max_steps=10"]
     run(trained, own_data, tmp_path / "whole", *more)
-    original, steps = loop.backward, []
-
-    def backward(*arguments):
-        steps.append(None)
-        if len(steps) == 5:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(loop, "backward", backward)
-    with pytest.raises(SystemExit):
-        run(trained, own_data, tmp_path / "cut", *more)
-    monkeypatch.setattr(loop, "backward", original)
+    stopped_in_step(5, monkeypatch, lambda: run(trained, own_data, tmp_path / "cut", *more))
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
     run(trained, own_data, tmp_path / "cut", *more)
     assert_equal(tmp_path / "whole", tmp_path / "cut")

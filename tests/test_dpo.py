@@ -8,7 +8,6 @@ import pytest
 import torch
 
 import dpo
-import loop
 from configurator import UserError, configure
 from model import GPT
 from parts import checkpoint, hf
@@ -17,7 +16,7 @@ from parts.chat_data import PairRows, pair_batch
 from parts.losses import linear_log_probs, preference_loss
 from parts.shards import DataFolder
 from tests.conftest import busy_model, tiny_config
-from tests.runs import events, kill_in_step, losses
+from tests.runs import events, kill_in_step, losses, stopped_in_step
 from tests.test_sft import assert_equal
 
 SIZES = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
@@ -193,21 +192,7 @@ def test_the_table_is_kept_by_what_it_follows_from(chat_model, pairs, tmp_path, 
 
 def test_stopped_and_resumed_is_the_same_run(chat_model, pairs, tmp_path, monkeypatch):
     run(chat_model, pairs, tmp_path / "whole")
-    original, steps = loop.backward, []
-
-    def backward(*arguments):
-        steps.append(None)
-        if len(steps) == 5:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(loop, "backward", backward)
-    with pytest.raises(SystemExit):
-        run(chat_model, pairs, tmp_path / "cut")
-    monkeypatch.setattr(loop, "backward", original)
+    stopped_in_step(5, monkeypatch, lambda: run(chat_model, pairs, tmp_path / "cut"))
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
     run(chat_model, pairs, tmp_path / "cut")
     assert_equal(tmp_path / "whole", tmp_path / "cut")

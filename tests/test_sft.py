@@ -7,7 +7,6 @@ import pytest
 import torch
 
 import dpo
-import loop
 import sft
 from configurator import UserError, configure
 from model import GPT
@@ -17,7 +16,7 @@ from parts.chat_data import ChatRows, UnpackedChatRows
 from parts.data import StagedData
 from parts.losses import IGNORE
 from parts.tokenizer import Tokenizer
-from tests.runs import events, kill_in_step, losses
+from tests.runs import events, kill_in_step, losses, stopped_in_step
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
     --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
@@ -96,21 +95,7 @@ def test_four_bits_learn_too(trained, chats, tmp_path):
 @pytest.mark.parametrize("words", [[], LORA])
 def test_stopped_and_resumed_is_the_same_run(trained, chats, tmp_path, words, monkeypatch):
     run(trained, chats, tmp_path / "whole", *words)
-    original, steps = loop.backward, []
-
-    def backward(*arguments):
-        steps.append(None)
-        if len(steps) == 6:
-            import os
-            import signal
-
-            os.kill(os.getpid(), signal.SIGTERM)
-        return original(*arguments)
-
-    monkeypatch.setattr(loop, "backward", backward)
-    with pytest.raises(SystemExit):
-        run(trained, chats, tmp_path / "cut", *words)
-    monkeypatch.setattr(loop, "backward", original)
+    stopped_in_step(6, monkeypatch, lambda: run(trained, chats, tmp_path / "cut", *words))
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000006"
     run(trained, chats, tmp_path / "cut", *words)
     assert_equal(tmp_path / "whole", tmp_path / "cut")

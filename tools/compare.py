@@ -9,7 +9,6 @@ times. Both models have to be of an architecture that model.py has. Left out: me
 tell apart for two models.
 """
 
-import os
 import re
 import time
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from parts import hf
 from parts.data import Mix
 from parts.generate import Sampling, generate
 from parts.run import Run, device_name, pick_device
-from parts.shards import naming, sync_folder
+from parts.shards import write_text
 from parts.student import PROJECTIONS
 from parts.teacher import spelled
 from parts.tokenizer import Tokenizer
@@ -128,22 +127,6 @@ def beside(name: str, texts: list[str]) -> str:
     return f"<tr><th>{name}</th>\n{cells}\n</tr>"
 
 
-def write_page(path: Path, text: str) -> None:
-    """Replace the page in one step: it is old or new, never half."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with naming(path):
-            with open(temporary, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-            sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 # ---- The page ---------------------------------------------------------------------------------------------
 
 def validation(cfg: CompareConfig, folders: list[Path]) -> tuple[DistillConfig, Mix]:
@@ -194,7 +177,8 @@ def main(argv: list[str]) -> int:
         raise UserError(f"student={cfg.student}: is no folder here; say where the page goes with --out=")
     out = Path(cfg.out) if cfg.out else Path(cfg.student) / "compare.md"
     text = page(cfg, " ".join(["python -m tools.compare", *argv]))
-    write_page(out, text)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_text(out, text)
     print(text.partition("\n\n## ")[0], f"{out}: written", sep="\n\n")
     return 0
 
