@@ -88,10 +88,11 @@ def opening_id(tokenizer: Tokenizer) -> int:
 
 
 def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
-    """The context as a user's message, the continuations as the first words of the assistant's answer."""
-    frame = encode_prompt(tokenizer, [{"role": "user", "content": ""}])
-    end = frame.index(end_of_turn(tokenizer))
-    answers = [tokenizer.encode(continuation.strip()) for continuation in continuations]
+    """The context as a user's message, the continuations as the first words of the assistant's answer. One
+    that says nothing is the end of the turn."""
+    frame, stop = encode_prompt(tokenizer, [{"role": "user", "content": ""}]), end_of_turn(tokenizer)
+    end = frame.index(stop)
+    answers = [tokenizer.encode(continuation.strip()) or [stop] for continuation in continuations]
     return Request(tokenizer.encode(context.strip()), answers, frame[:end], frame[end:])
 
 
@@ -101,6 +102,7 @@ def fitting(request: Request, continuation: list[int], block_size: int) -> tuple
     The context loses its beginning. A continuation that the model cannot hold is scored in pieces, each
     behind as much as fits.
     """
+    assert continuation, "nothing is asked"
     context, before, behind = request.context, request.before, request.behind
     room = max(1, block_size + 1 - len(before) - len(behind) - len(continuation))
     kept = context[max(0, len(context) - room):]
@@ -249,7 +251,7 @@ def at_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
 def nats(model: GPT, rows: list[np.ndarray], asked: list[int]) -> list[list[float]]:
     """-log p of the last `asked` ids of each row, which has more than that and at most block_size + 1.
 
-    Rows of one length that stand together are computed together.
+    Rows of one length that stand together are computed together. UserError where the model gives no number.
     """
     found: list[list[float]] = []
     device, V = model.head_weight.device, model.config.vocab_size
@@ -262,6 +264,8 @@ def nats(model: GPT, rows: list[np.ndarray], asked: list[int]) -> list[list[floa
                 wanted = part[:, -count:]  # (B, asked)
                 values = model(part[:, :-1], head=lambda hidden, weight, wanted=wanted: linear_log_probs(
                     hidden[:, -wanted.shape[1]:].flatten(0, 1), weight, wanted.flatten(), V))
+                if not values.isfinite().all():
+                    raise UserError("a log-probability is not finite: the model's weights are broken")
                 found += (-values).view(wanted.shape).tolist()
                 bar.update(len(part))
     return found

@@ -10,7 +10,7 @@ import torch
 import model as model_file
 from configurator import UserError
 from parts import likelihood
-from parts.chat import encode_prompt, with_chat_tokens
+from parts.chat import encode_prompt, end_of_turn, with_chat_tokens
 from parts.likelihood import Request, Text, encode_plain, encode_turn, fitting, log_probs, nats
 from parts.lm import LM
 from parts.tokenizer import Tokenizer
@@ -148,6 +148,7 @@ def test_a_turn_is_that_of_the_chat_format(tokenizer):
     asked = [{"role": "user", "content": "What is 2 + 2?"}]
     assert request.before + request.context + request.behind == encode_prompt(chat, asked)
     assert request.continuations == [chat.encode("4"), chat.encode("<|im_end|>")]
+    assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "it says nothing"
     texts, lost = fitting(request, request.continuations[0], 20)
     frame = len(request.before), len(request.behind)
     ids = texts[0].ids.tolist()
