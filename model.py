@@ -436,15 +436,17 @@ class GPT(nn.Module):
     # ---- Folders ------------------------------------------------------------------------------------------
 
     @classmethod
-    def from_pretrained(cls, path: str | Path, device: Any = "cpu") -> "GPT":
-        """Load a Hugging Face folder, an out_dir of ours or a hub id, in float32.
+    def from_pretrained(cls, path: str | Path, device: Any = "cpu",
+                        dtype: torch.dtype = torch.float32) -> "GPT":
+        """Load a Hugging Face folder, an out_dir of ours or a hub id.
 
-        Raises UserError, by name, for an architecture or a setting that this model does not compute.
+        dtype: of the weights; rotary tables are always float32. Raises UserError, by name, for an
+        architecture or a setting that this model does not compute.
         """
         folder = hf.find_folder(path)
         with torch.device("meta"):
             model = cls(GPTConfig.read(folder))
-        model.to_empty(device=device)
+        model.to(dtype).to_empty(device=device)
         model.load(folder)
         return model
 

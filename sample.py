@@ -54,7 +54,7 @@ class SampleConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, least in (("num_samples", 1), ("max_new_tokens", 0), ("batch_size", 1), ("seed", 0)):
+        for key, least in (("num_samples", 1), ("max_new_tokens", 0), ("batch_size", 1)):
             if getattr(self, key) < least:
                 raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
         if self.prompt and self.prompt_file:
@@ -83,9 +83,8 @@ class Sampler:
         device = pick_device(cfg.device)
         folder = hf.find_folder(cfg.model)
         self.tokenizer = Tokenizer.load(folder)
-        self.model = GPT.from_pretrained(folder, device=device).eval()
-        if cfg.dtype or device.type == "cuda":
-            self.model.to({"float32": torch.float32, "float16": torch.float16}.get(cfg.dtype, torch.bfloat16))
+        dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+        self.model = GPT.from_pretrained(folder, device, getattr(torch, dtype)).eval()
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
         self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)
 
@@ -159,6 +158,8 @@ def read_prompts(path: str) -> list[tuple[str, dict[str, Any]]]:
 def answer_file(cfg: SampleConfig, sampler: Sampler, rows: list[tuple[str, dict[str, Any]]]) -> int:
     """Answer a file of conversations, and print the rows with what was said; returns the tokens written."""
     require_chat(sampler.tokenizer, cfg.model)
+    if cfg.stops:
+        raise UserError("stop: a conversation's answers end by themselves")
     conversations = []
     for place, row in rows:
         try:

@@ -32,7 +32,8 @@ class Sampling:
     seed: int = 1337  # each row draws from this and its own number
 
     def __post_init__(self) -> None:
-        for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1)):
+        for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1),
+                               ("seed", 0, 2**43 - 1)):  # with the numbers of the rows, torch takes 63 bits
             if not low <= getattr(self, key) <= high:
                 raise UserError(f"{key}={getattr(self, key)}: must be between {low} and {high}")
         if self.repetition_penalty <= 0:

@@ -45,7 +45,7 @@ class LM:
             turn = encode_prompt(self.tokenizer, [{"role": "user", "content": ""}])
             end = turn.index(end_of_turn(self.tokenizer))
             self.before, self.after = turn[:end], turn[end:]
-        self.model = GPT.from_pretrained(self.folder, pick_device(device)).eval().to(getattr(torch, dtype))
+        self.model = GPT.from_pretrained(self.folder, pick_device(device), getattr(torch, dtype)).eval()
         self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
         self.tokens, self.truncated = 0, []
 

@@ -37,9 +37,7 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
     folder = hf.find_folder(source)
     check_vocabulary(folder, tokenizer)
     if is_ours(folder):
-        teacher = GPT.from_pretrained(folder, device)
-        for parameter in teacher.parameters():  # not its rotary tables, which stay float32
-            parameter.data = parameter.data.to(dtype)
+        teacher = GPT.from_pretrained(folder, device, dtype)
     else:
         teacher = ForeignTeacher(folder, device, dtype)
     config = teacher.config

@@ -156,6 +156,8 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     assert len(found) == 2 and found[0] == found[1]
     assert found[0].keys() == {"messages", "id", "completion", "replies", "finish_reason"}
     assert found[0]["finish_reason"] == "length" and found[0]["replies"][-1]["role"] == "assistant"
+    with pytest.raises(UserError, match="stop: a conversation's answers end by themselves"):
+        sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--stop=x"])
     for bad, message in (
         ('{"messages": []}', "p.jsonl:1: 'messages' is no list of messages"),
         ('{"messages": [{"role": "x", "content": "a"}]}', "p.jsonl:1: unknown role"),

@@ -332,6 +332,7 @@ def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
         (["--model=out/nowhere"], "no model here|the hub does not give it"),
         (["--prompt=a", "--prompt_file=b"], "give one"),
         (["--num_samples=0"], "num_samples"),
+        ([f"--seed={2**43}"], "seed=8796093022208: must be between 0 and"),
         (["--stop="], "no value"),
         (["--stop=['']"], "none of them empty"),
         (["--device=tpu9"], "no such device"),

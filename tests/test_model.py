@@ -332,6 +332,19 @@ def test_context_may_change_in_a_trained_model(tmp_path):
         GPT(tiny_config(**GPT2)).reconfigure(block_size=128)
 
 
+def test_rotary_tables_are_float32_whatever_the_weights_are(tmp_path):
+    """As they would be behind a change of the context, so that figures do not depend on what ran before."""
+    busy_model(tiny_config()).save_pretrained(tmp_path)
+    half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
+    assert half.rope_cos.dtype == half.rope_sin.dtype == torch.float32
+    ids = ids_for(half.config)
+    before = half(ids)
+    half.reconfigure(block_size=128)
+    half.reconfigure(block_size=64)
+    assert before.dtype == torch.bfloat16 and torch.equal(half(ids), before)
+
+
 def test_more_tokens_than_the_context_is_an_error():
     with pytest.raises(ValueError, match="65 tokens do not fit block_size=64"):
         GPT(tiny_config())(torch.zeros(1, 65, dtype=torch.int64))
