@@ -8,20 +8,23 @@ that no earlier one held are counted, all alike, but never its first one. That i
 guide (huggingface.co/docs/transformers/perplexity). Models with different tokenizers compare in bits per
 byte: the same nats over the bytes of the tokens. Standard errors take windows as independent.
 
-The text: a file or a prepared folder (--data=perplexity=FILE); else the validation split of the model's own
-data. A limit of 500 reads the first 500 KiB; --shots and --chat do not apply. wikitext is the test split of
-WikiText-2 (arXiv 1609.07843), on the hub Salesforce/wikitext.
+The text: a file or a prepared folder (--data=perplexity=FILE), or of another folder the text files whose
+names begin with perplexity; else the validation split of the model's own data. A limit of 500 reads the first
+500 KiB; --shots and --chat do not apply. wikitext is the test split of WikiText-2 (arXiv 1609.07843), on the
+hub Salesforce/wikitext.
 """
 
 import math
+from pathlib import Path
 
 import numpy as np
 
 from configurator import UserError
-from parts.benchmarks import find, read
+from parts.benchmarks import ROW_KINDS, convert, find, read
 from parts.figures import Figure, Result, ratio
 from parts.likelihood import nats
 from parts.lm import LM
+from parts.sources import file_kind
 from parts.texts import Texts, read_texts
 
 WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
@@ -30,12 +33,13 @@ WIKITEXT = "Salesforce/wikitext:wikitext-2-raw-v1:test"
 def load(source: str | None, limit: int, shots: int | None, model: str, stride: int | None = None,
          wikitext: bool = False) -> Texts:
     """The first `limit` KiB of the text."""
-    if not wikitext:
+    if wikitext and source is not None:
+        source = str(find(source, "wikitext", ROW_KINDS | {".txt"})[0])
+    if not wikitext or source is not None and file_kind(Path(source)) == ".txt":
         return read_texts(source, model, 1024 * limit)
-    if source is not None:
-        return read_texts(str(find(source, "wikitext")[0]), model, 1024 * limit)
-    text = "\n\n".join(row["text"] for row in read(None, "wikitext", WIKITEXT)[0])
-    return Texts([text[:1024 * limit]], WIKITEXT)
+    rows = read(source, "wikitext", WIKITEXT)  # a line each
+    text = "\n\n".join(convert(rows, lambda row: row["text"])).encode()[:1024 * limit]
+    return Texts([text.decode("utf-8", "ignore")], source or WIKITEXT)  # not half a character
 
 
 def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
@@ -73,7 +77,8 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
     found, counted = [], 1  # the first token has nothing before it
     for begin in range(0, length, stride):
         end = min(begin + context, length)
-        found.append((begin, end, min(end - counted, end - begin - 1)))  # nor has a window's first token
+        if new := min(end - counted, end - begin - 1):  # nor has a window's first token
+            found.append((begin, end, new))
         counted = end
         if end == length:
             break

@@ -38,15 +38,16 @@ class Texts(NamedTuple):
 def read_texts(source: str | None, model: str, limit: int) -> Texts:
     """The first `limit` bytes of a source's documents; the last one is cut. UserError where there are none.
 
-    source: a file, a glob, a prepared folder (its validation split), or a folder with text files. None, or a
-    folder without any: the validation split of the text that the model, or its base, was trained on.
+    source: a file, a glob, a prepared folder (its validation split), or a folder with text files whose names
+    begin with perplexity. None, or a folder without any: the validation split of the text that the model, or
+    its base, was trained on.
     """
     files: list[Path] = []
     prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
     if source and prepared is None:
         files = find_files(source)[0] if not Path(source).is_dir() else [
             path for path in files_under(Path(source), lambda part: part.startswith("."))
-            if file_kind(path) in TEXT_KINDS]
+            if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
     if not files:
         prepared = prepared or own_data(model)
     documents, left = [], limit
@@ -78,7 +79,8 @@ def of_files(files: list[Path], limit: int) -> Iterator[str]:
                 try:
                     yield document(row, "text")
                 except Skip as reason:
-                    raise UserError(f"{row.place}: {reason}") from None
+                    if str(reason) not in ("blank line", "empty text"):
+                        raise UserError(f"{row.place}: {reason}") from None
 
 
 def of_folder(folder: Path) -> Iterator[str]:

@@ -67,6 +67,7 @@ def test_windows():
     assert perplexity.windows(10, 4, 2) == [(0, 4, 3), (2, 6, 2), (4, 8, 2), (6, 10, 2)]
     assert perplexity.windows(9, 4, 3) == [(0, 4, 3), (3, 7, 3), (6, 9, 2)]
     assert perplexity.windows(8, 4, 4) == [(0, 4, 3), (4, 8, 3)]
+    assert perplexity.windows(9, 4, 4) == [(0, 4, 3), (4, 8, 3)], "a last token alone has nothing before it"
     assert perplexity.windows(3, 4, 2) == [(0, 3, 2)]
 
 
@@ -99,9 +100,11 @@ def test_the_text_of_files(tmp_path):
     assert read_texts(str(tmp_path / "a.txt"), "", 100) == Texts(["no mark"], str(tmp_path / "a.txt"))
     assert read_texts(str(tmp_path / "rows.jsonl"), "", 5).documents == ["one", "tw"]
     assert read_texts(str(tmp_path / "b.md"), "", 3).documents == ["na"], "no half character"
-    (tmp_path / "bad.txt").rename(tmp_path / "bad.bin")
-    assert read_texts(str(tmp_path), "", 100).documents == ["no mark", "naïve"], "text files, not rows"
-    (tmp_path / "bad.bin").rename(tmp_path / "bad.txt")
+    (tmp_path / "perplexity_b.md").write_bytes("naïve".encode())
+    (tmp_path / "perplexity.jsonl").write_text('{"text": "one"}\n')
+    assert read_texts(str(tmp_path), "", 100).documents == ["naïve"], "text files with the task's name"
+    (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
+    assert read_texts(str(tmp_path / "rows.jsonl"), "", 9).documents == ["one", "two"]
     with pytest.raises(UserError, match="bad.txt: not UTF-8 .invalid start byte at byte 0"):
         read_texts(str(tmp_path / "bad.txt"), "", 100)
     (tmp_path / "bad.txt").write_text("")
@@ -134,6 +137,25 @@ def test_the_text_of_a_prepared_folder_is_its_validation_split(data, trained, tm
         read_texts(None, str(out / "step_000001"), 1000)
     with pytest.raises(UserError, match="holds chat rows, not text"):
         read_texts(str(chats), "", 1000)
+
+
+def test_wikitext_is_the_same_text_from_rows_and_from_a_file(tmp_path):
+    lines = ["", " = Title = \n", " naïve .\n", ""]
+    rows, whole = tmp_path / "wikitext_test.jsonl", tmp_path / "wikitext.txt"
+    rows.write_text("".join(json.dumps({"text": line}) + "\n" for line in lines))
+    whole.write_text("\n\n".join(lines), encoding="utf-8")
+    texts = [perplexity.load(str(path), 1, None, "", wikitext=True) for path in (rows, whole)]
+    assert texts[0].documents == texts[1].documents == ["\n\n = Title = \n\n\n naïve .\n\n\n"]
+    rows.write_text(json.dumps({"text": "é" * 600}) + "\n")
+    assert perplexity.load(str(rows), 1, None, "", wikitext=True).documents == ["é" * 512], "bytes count"
+
+
+def test_a_broken_model_has_no_perplexity(trained):
+    broken = LM(str(trained), device="cpu")
+    with torch.no_grad():
+        broken.model.head_weight[5] = math.nan
+    with pytest.raises(UserError, match="not finite: the model's weights are broken"):
+        perplexity.score(broken, Texts([TEXT], ""), "")
 
 
 # ---- Context length ---------------------------------------------------------------------------------------
