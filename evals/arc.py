@@ -17,8 +17,8 @@ allenai/ai2_arc, whose rows have question, choices.text, choices.label and answe
 
 from typing import Any
 
-from parts.choices import Question, accuracies, ask, questions_of, result, shots_text, splits
-from parts.figures import Result, mean
+from parts.choices import Question, questions_of, score_by_character, shots_text, splits
+from parts.figures import Result
 from parts.lm import LM
 
 SHOTS = 25
@@ -50,8 +50,4 @@ def question_of(row: dict[str, Any]) -> Question:
 
 
 def score(lm: LM, questions: list[Question], name: str) -> Result:
-    """Accuracy by log-probability a character, and by log-probability."""
-    found = ask(lm, questions)
-    rights = accuracies(questions, found)
-    return result(questions, found, {key: mean(rights[key]) for key in ("accuracy_norm", "accuracy")},
-                  rights["accuracy_norm"])
+    return score_by_character(lm, questions)

@@ -56,9 +56,9 @@ def load(source: str | None, limit: int, shots: int | None,
          category: Literal["simple_python", "irrelevance"]) -> Questions:
     """The first `limit` questions. There are no shots."""
     if source is None:
-        rows, _ = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
+        rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
     else:
-        rows, _ = read(source, f"bfcl_v4_{category}", "")
+        rows = read(source, f"bfcl_v4_{category}", "")
     truths = {row.get("id"): row["ground_truth"] for row in rows if "ground_truth" in row}
     asked = [row for row in rows if "ground_truth" not in row][:limit]
     simple = category == "simple_python"

@@ -27,7 +27,7 @@ import itertools
 import math
 from typing import Any
 
-from parts.choices import Question, accuracies, ask, log_probs, questions_of, result, shots_text, splits
+from parts.choices import Question, accuracy, ask, log_probs, questions_of, result, shots_text, splits
 from parts.figures import Figure, Result, mean
 from parts.lm import LM
 
@@ -43,8 +43,8 @@ LABELS = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}
 def load(source: str | None, limit: int, shots: int | None, name: str, few: int = 0) -> list[Question]:
     """The first questions behind `shots` examples, or `few` where that is None."""
     shots = few if shots is None else shots
-    hub = {split: f"nyu-mll/glue:{name}:{split}" for split in ("train", "validation")}
-    examples, asked = splits(source, name, hub if shots else {"validation": hub["validation"]})
+    hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
+    examples, asked = splits(source, name, hub if shots else {"dev": hub["dev"]})
     before = shots_text(in_turns(questions_of(rows_of(examples, name), lambda row: question_of(row, name)))
                         if shots else [], shots)
     return [Question(each.prompt, each.choices, each.gold, before)
@@ -70,12 +70,13 @@ def in_turns(examples: list[Question]) -> list[Question]:
 
 def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
     found = ask(lm, questions)
-    right = accuracies(questions, found)["accuracy"]
+    scores = list(map(log_probs, found))
+    right = accuracy(questions, scores)
     figures = {"accuracy": mean(right)}
     if name == "cola":
-        said = [log_probs(row).index(max(log_probs(row))) for row in found]
+        said = [score.index(max(score)) for score in scores]
         figures = {"matthews": matthews([question.gold[0] for question in questions], said)} | figures
-    return result(questions, found, figures, right)
+    return result(questions, found, figures, right, scores)
 
 
 def matthews(gold: list[int], said: list[int]) -> Figure:

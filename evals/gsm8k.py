@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from parts.benchmarks import Questions, convert, read
+from parts.choices import split_of
 from parts.figures import Result, mean, truncated
 from parts.lm import LM
 
@@ -50,11 +51,11 @@ class Problem(NamedTuple):
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
     """The first `limit` rows of the test split, and the first `shots` of the training split."""
     if source is None:
-        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}")[0] for split in ("train", "test"))
+        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}") for split in ("train", "test"))
     else:
-        rows, _ = read(source, "gsm8k", "")
-        train = [row for row in rows if "train" in row["file"]]
-        test = [row for row in rows if "train" not in row["file"]]
+        rows = read(source, "gsm8k", "")
+        train = [row for row in rows if split_of(row) == "train"]
+        test = [row for row in rows if split_of(row) != "train"]
     count = SHOTS if shots is None else shots
     if len(train) < count or not test:
         raise UserError(f"data={source}: gsm8k needs a test file and, for shots={count}, a gsm8k_train file")

@@ -21,8 +21,8 @@ capital letter: their prompt is the question alone, cleaned.
 import re
 from typing import Any
 
-from parts.choices import Question, accuracies, ask, questions_of, result, shots_text, splits
-from parts.figures import Result, mean
+from parts.choices import Question, questions_of, score_by_character, shots_text, splits
+from parts.figures import Result
 from parts.lm import LM
 
 HUB = {"train": "Rowan/hellaswag::train", "validation": "Rowan/hellaswag::validation"}
@@ -53,8 +53,4 @@ def clean(text: str) -> str:
 
 
 def score(lm: LM, questions: list[Question]) -> Result:
-    """Accuracy by log-probability a character, and by log-probability."""
-    found = ask(lm, questions)
-    rights = accuracies(questions, found)
-    return result(questions, found, {key: mean(rights[key]) for key in ("accuracy_norm", "accuracy")},
-                  rights["accuracy_norm"])
+    return score_by_character(lm, questions)

@@ -24,7 +24,7 @@ questions of each subject in turn. On the hub: cais/mmlu, config all.
 
 from typing import Any
 
-from parts.choices import Question, accuracies, ask, questions_of, result, shots_text, splits
+from parts.choices import Question, accuracy, ask, log_probs, questions_of, result, shots_text, splits
 from parts.figures import Result, mean
 from parts.lm import LM
 
@@ -81,8 +81,9 @@ def opening(subject: str) -> str:
 def score(lm: LM, questions: list[Question]) -> Result:
     """Accuracy over all questions; by subject and by group of subjects among the details."""
     found = ask(lm, questions)
-    right = accuracies(questions, found)["accuracy"]
-    measured = result(questions, found, {"accuracy": mean(right)}, right)
+    scores = list(map(log_probs, found))
+    right = accuracy(questions, scores)
+    measured = result(questions, found, {"accuracy": mean(right)}, right, scores)
     for each, question in zip(measured.answers, questions, strict=True):
         each["subject"] = question.group
     subjects = {question.group for question in questions}

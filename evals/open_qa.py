@@ -44,7 +44,7 @@ class Question(NamedTuple):
 def load(source: str | None, limit: int, shots: int | None,
          name: Literal["hotpotqa", "triviaqa"]) -> Questions:
     """The first `limit` rows, and the last `shots`."""
-    rows, _ = read(source, name, HUB[name])
+    rows = read(source, name, HUB[name])
     count = SHOTS if shots is None else shots
     if count >= len(rows):
         raise UserError(f"shots={count}: {name} has {len(rows)} rows, which leaves none to ask")

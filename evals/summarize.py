@@ -32,7 +32,7 @@ ASK, ASK_CHAT = "\n\nTL;DR:", "\n\nSummarize this text in a few sentences."
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
     """The first `limit` rows as (document, summary), and the last `shots`."""
-    rows, _ = read(source, "summarize", HUB)
+    rows = read(source, "summarize", HUB)
     asked = len(rows) - (shots or 0)
     if asked <= 0:
         raise UserError(f"shots={shots}: there are {len(rows)} rows, which leaves none to ask")

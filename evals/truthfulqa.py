@@ -22,7 +22,7 @@ everywhere: choices that are equally likely share the point.
 import math
 from typing import Any, NamedTuple
 
-from parts.choices import Question, accuracies, ask, log_probs, questions_of, result, splits
+from parts.choices import Question, accuracy, ask, log_probs, questions_of, result, splits
 from parts.figures import Result, mean
 from parts.likelihood import Likelihood
 from parts.lm import LM
@@ -64,9 +64,10 @@ def question_of(row: dict[str, Any], key: str) -> Question:
 def score(lm: LM, questions: Questions) -> Result:
     found = ask(lm, questions.one + questions.many)
     one, many = found[:len(questions.one)], found[len(questions.one):]
-    right = accuracies(questions.one, one)["accuracy"]
+    scores = list(map(log_probs, one))
+    right = accuracy(questions.one, scores)
     shares = [true_share(row, question.gold) for row, question in zip(many, questions.many, strict=True)]
-    measured = result(questions.one, one, {"mc1": mean(right), "mc2": mean(shares)}, right)
+    measured = result(questions.one, one, {"mc1": mean(right), "mc2": mean(shares)}, right, scores)
     for answer, share in zip(measured.answers, shares, strict=True):
         answer["mc2"] = share
     return measured

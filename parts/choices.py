@@ -2,7 +2,7 @@
 
     examples, asked = splits(source, "mmlu", {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"})
     found = ask(lm, questions)                                    # [[Likelihood, ..] a question]
-    right = [credit(log_probs(each), question.gold) for ...]      # accuracy is the mean of this
+    right = accuracy(questions, list(map(log_probs, found)))      # [1.0, 0.0, 0.5, ..]: the mean counts
 
 A choice follows the question behind one space, a worked example is a question with its answer, and a blank
 line parts them: the form of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness). Two things
@@ -16,12 +16,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from configurator import UserError
-from parts.benchmarks import read
+from parts.benchmarks import convert, read
 from parts.figures import Figure, Result, mean
 from parts.likelihood import Likelihood
 from parts.lm import LM
 
-SPLITS = ("train", "dev", "val", "validation", "test")  # the first has the examples, the last is asked
+EXAMPLES = ("train", "dev", "val", "validation")  # the first that there is, behind the protocol's own
+ASKED = {  # the first that there is, by the one that the protocol asks; a test split may have no answers
+    "test": ("test", None, "validation", "val", "dev", "train"),
+    "validation": ("validation", "val", None, "test", "dev", "train"),
+    "dev": ("dev", "validation", "val", None, "test", "train")}
 
 
 @dataclass(frozen=True)
@@ -39,39 +43,38 @@ def splits(source: str | None, name: str,
            hub: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of which a benchmark takes its examples, and those that it asks.
 
-    source: a file or a folder; None: the hub's. hub: {split: its name on the hub}. In files, a row's split is
-    its key "split", or stands in the name of the file. Where all rows are of one, the examples are empty.
+    source: a file or a folder; None: the hub's. hub: {split: its name on the hub}, of which the last is
+    asked. In files, a row's split is its key "split", or stands in the name of the file. Where all rows are
+    of one, the examples are empty.
     """
     if source is None:
-        rows = [row | {"split": split} for split, place in hub.items() for row in read(None, name, place)[0]]
+        rows = [row | {"split": split} for split, place in hub.items() for row in read(None, name, place)]
     else:
-        rows = read(source, name, "")[0]
-    found = {split: [row for row in rows if split_of(row) == split] for split in (*SPLITS, None)}
-    found = [rows for rows in found.values() if rows]
-    return found[0] if len(found) > 1 else [], found[-1]
+        rows = read(source, name, "")
+    found: dict[str | None, list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault(split_of(row), []).append(row)
+    asked = next((split for split in ASKED[list(hub)[-1]] if split in found), split_of(rows[0]))
+    examples = next((found[split] for split in (*hub, *EXAMPLES) if split in found and split != asked), [])
+    return examples, found[asked]
 
 
 def split_of(row: dict[str, Any]) -> str | None:
-    """One of SPLITS, or None where neither the row nor its file's name says."""
-    if row.get("split") in SPLITS:
+    """What the row says, or a word of its file's name; None where neither does."""
+    if isinstance(row.get("split"), str):
         return row["split"]
-    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in SPLITS]
+    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in ASKED["test"]]
     return words[-1] if words else None
 
 
-def questions_of(rows: list[dict[str, Any]], convert: Callable[[dict[str, Any]], Question]) -> list[Question]:
-    """Each row converted. UserError, with file and number, for one that `convert` cannot read."""
-    questions = []
-    for number, row in enumerate(rows, 1):
-        try:
-            question = convert(row)
-            if not question.gold or not all(0 <= gold < len(question.choices) for gold in question.gold):
-                raise ValueError("no right answer")
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-            place, reason = f"{row['file']}: row {number}", f"{type(error).__name__}: {error}"
-            raise UserError(f"{place}: no question of this benchmark ({reason})") from None
-        questions.append(question)
-    return questions
+def questions_of(rows: list[dict[str, Any]], how: Callable[[dict[str, Any]], Question]) -> list[Question]:
+    """Each row as how(row) makes it. UserError, with file and number, for one that it cannot read."""
+    def question_of(row: dict[str, Any]) -> Question:
+        question = how(row)
+        if not question.gold or not all(0 <= gold < len(question.choices) for gold in question.gold):
+            raise ValueError("no right answer")
+        return question
+    return convert(rows, question_of)
 
 
 def shots_text(examples: Sequence[Question], count: int) -> str:
@@ -105,14 +108,20 @@ def credit(scores: Sequence[float], gold: Sequence[int]) -> float:
     return len(set(best) & set(gold)) / len(best)
 
 
+def accuracy(questions: list[Question], scores: list[list[float]]) -> list[float]:
+    """A point, none or a part of one for each question."""
+    return [credit(row, question.gold) for question, row in zip(questions, scores, strict=True)]
+
+
 def result(questions: list[Question], found: list[list[Likelihood]], figures: dict[str, Figure],
-           right: list[float]) -> Result:
-    """Figures with what was said to each question. Among the details are the first prompt, what guessing
-    would bring, and of how many questions a context lost its beginning; if any did, that is a figure, too."""
+           right: list[float], scores: list[list[float]]) -> Result:
+    """Figures with what was said to each question: the choice with the highest of `scores`. Among the
+    details are the first prompt, what guessing would bring, and of how many questions a context lost its
+    beginning; if any did, that is a figure, too."""
     cut = [any(each.cut for each in row) for row in found]
     answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
-                "log_probs": log_probs(row), "said": max(range(len(row)), key=log_probs(row).__getitem__),
-                "right": each} for question, row, each in zip(questions, found, right, strict=True)]
+                "log_probs": log_probs(row), "said": score.index(max(score)), "right": each}
+               for question, row, score, each in zip(questions, found, scores, right, strict=True)]
     if any(cut):
         figures = figures | {"truncated": mean(cut)}
     chance = mean([len(question.gold) / len(question.choices) for question in questions]).value
@@ -120,9 +129,11 @@ def result(questions: list[Question], found: list[list[Likelihood]], figures: di
                                      "first_prompt": questions[0].shots + questions[0].prompt})
 
 
-def accuracies(questions: list[Question], found: list[list[Likelihood]]) -> dict[str, list[float]]:
-    """{"accuracy": a point or none for each question, "accuracy_norm": the same by `per_character`}."""
-    pairs = list(zip(questions, found, strict=True))
-    return {"accuracy": [credit(log_probs(row), question.gold) for question, row in pairs],
-            "accuracy_norm": [credit(per_character(row, question.choices), question.gold)
-                              for question, row in pairs]}
+def score_by_character(lm: LM, questions: list[Question]) -> Result:
+    """Accuracy by log-probability a character, and by log-probability."""
+    found = ask(lm, questions)
+    scores = [per_character(row, question.choices) for question, row in zip(questions, found, strict=True)]
+    right = accuracy(questions, scores)
+    figures = {"accuracy_norm": mean(right),
+               "accuracy": mean(accuracy(questions, list(map(log_probs, found))))}
+    return result(questions, found, figures, right, scores)

@@ -162,20 +162,52 @@ def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
             for split in ("train", "validation")}
     write_rows(tmp_path, **rows)
     monkeypatch.setattr(glue, "splits", lambda source, name, hub: splits(
-        source, name, {split: f"{tmp_path}::{split}" for split in hub}))
+        source, name, {split: f"{tmp_path}::{place.rpartition(':')[2]}" for split, place in hub.items()}))
     found = glue.load(None, 3, 2, "cola")
     assert [whole(question).count("train") for question in found] == [2, 2, 2]
     assert [question.prompt[:14] for question in found] == [f"validation {number}\nQ" for number in range(3)]
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"query": "Question: x", "choices": ["a"]}, "easy.jsonl: row 1: no question of this benchmark .Key"),
+    ({"query": "Question: x", "choices": ["a"]}, "easy.jsonl: row 1 is not of this benchmark .Key"),
     ({"query": "Question: x", "choices": ["a"], "gold": 3}, "no right answer"),
     ({"query": "Question: x", "choices": 3, "gold": 0}, "TypeError"),
 ])
 def test_a_row_of_another_form_is_named(row, message, tmp_path):
     with pytest.raises(UserError, match=message):
         arc.load(write_rows(tmp_path, arc_easy=[row]), 5, 0, "arc_easy")
+
+
+def test_which_split_is_asked(tmp_path):
+    """The one that the protocol asks, whatever else there is; a test split without answers is none."""
+    for number, (hub, names, expected) in enumerate([
+            ({"dev": "", "test": ""}, ["auxiliary_train", "dev", "validation", "test"], ("dev", "test")),
+            ({"train": "", "validation": ""}, ["train", "val", "test"], ("train", "val")),
+            ({"validation": ""}, ["TEST", "dev"], ("dev", "TEST")),
+            ({"dev": ""}, ["TEST", "dev"], (None, "dev")),
+            ({"train": "", "test": ""}, ["dev", "test"], ("dev", "test")),
+            ({"train": "", "test": ""}, ["other"], (None, "other"))]):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        for name in names:
+            write_rows(folder, **{f"quiz_{name}": [{"of": name}]})
+        examples, asked = splits(str(folder), "quiz", hub)
+        assert ([row["of"] for row in examples] or [None], [row["of"] for row in asked]) == (
+            [expected[0]], [expected[1]])
+    rows = {split: [{"of": split}] for split in ("auxiliary_train", "dev", "test")}
+    (tmp_path / "all.json").write_text(json.dumps(rows))
+    examples, asked = splits(str(tmp_path / "all.json"), "quiz", {"dev": "", "test": ""})
+    assert [row["of"] for row in examples + asked] == ["dev", "test"]
+
+
+def test_what_was_said_is_what_was_counted(tmp_path):
+    """Behind "Why?", " so" is likelier, " thus it is" likelier a character."""
+    row = {"query": "Why?", "choices": ["so", "thus it is"], "gold": 1}
+    questions = arc.load(write_rows(tmp_path, arc_easy=[row]), 1, 0, "arc_easy")
+    found = arc.score(Scorer(lambda context, choice: {" so": -4.0, " thus it is": -5.0}[choice]), questions,
+                      "arc_easy")
+    assert found.figures["accuracy_norm"].value == 1 and found.figures["accuracy"].value == 0
+    assert (found.answers[0]["said"], found.answers[0]["right"]) == (1, 1)
 
 
 # ---- Points -----------------------------------------------------------------------------------------------

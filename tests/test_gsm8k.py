@@ -87,7 +87,7 @@ ROWS = [{"question": f"What is {n} + {n}?",
 
 @pytest.fixture
 def folder(tmp_path):
-    (tmp_path / "gsm8k_train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:9]))
+    (tmp_path / "GSM8K_TRAIN.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[:9]))
     (tmp_path / "gsm8k_test.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS[9:]))
     return tmp_path
 

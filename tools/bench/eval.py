@@ -141,7 +141,7 @@ def write_model(cfg: Config, folder: Path) -> None:
     if cfg.model:
         shutil.copytree(hf.find_folder(cfg.model), folder)
         return
-    text = [row["question"] for row in read(cfg.data, "mmlu", "")[0]]
+    text = [row["question"] for row in read(cfg.data, "mmlu", "")]
     tokenizer = Tokenizer.train(text, 8192)
     model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=6, n_embd=320, n_head=5,
                           intermediate_size=1024, block_size=cfg.block_size))

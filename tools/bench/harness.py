@@ -63,7 +63,7 @@ def hub_form(name: str, row: Row) -> Row:
 
 def rows_of(name: str, data: str, limit: int) -> tuple[list[Row], list[Row]]:
     """The rows of examples and those that are asked: of MMLU the first of each subject in turn."""
-    rows = read(data, name, "")[0]
+    rows = read(data, name, "")
     if name == "arc_easy":
         rows = [row | {"split": "train" if number < SHOTS[name] else "test"}
                 for number, row in enumerate(rows)]
