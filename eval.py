@@ -43,10 +43,13 @@ from evals import (
     summarize,
     truthfulqa,
 )
+from parts import hf
 from parts.adapters import weights_sha256
+from parts.chat import require_chat
 from parts.figures import Figure, Result
 from parts.lm import LM
 from parts.shards import write_bytes, write_json, write_text
+from parts.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
@@ -126,7 +129,7 @@ class EvalConfig:
 
     @property
     def models(self) -> list[str]:
-        return [self.model, *filter(None, self.compare.split(","))]
+        return [self.model, *filter(None, map(str.strip, self.compare.split(",")))]
 
     @property
     def places(self) -> tuple[str | None, dict[str, str]]:
@@ -151,8 +154,11 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     questions, absent = {}, {}
     for name in cfg.task_names:
         try:
-            questions[name] = TASKS[name].module.load(pairs.get(name, folder), cfg.limit, cfg.shots,
-                                                      **cfg.settings(name))
+            found = TASKS[name].module.load(pairs.get(name, folder), cfg.limit, cfg.shots,
+                                            **cfg.settings(name))
+            if not getattr(found, "asked", found):
+                raise UserError(f"{name}: there is no question in {pairs.get(name, folder)}")
+            questions[name] = found
         except UserError as reason:
             if name in cfg.tasks.split(","):
                 raise
@@ -160,6 +166,14 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     if not questions:
         raise UserError(f"tasks={cfg.tasks}: none can be run; {next(iter(absent.values()))}")
     return questions, absent
+
+
+def require_models(cfg: EvalConfig) -> None:
+    """UserError for a name that stands for no model, before the others are measured for hours."""
+    for path in cfg.models:
+        tokenizer = Tokenizer.load(hf.find_folder(path))
+        if cfg.chat:
+            require_chat(tokenizer, path)
 
 
 def measure(path: str, questions: dict[str, Any], cfg: EvalConfig, measured: dict[str, Any],
@@ -279,6 +293,7 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
 def main(argv: list[str]) -> int:
     cfg, _ = configure(EvalConfig, argv, usage=__doc__)
     questions, absent = load_all(cfg)
+    require_models(cfg)
     beside = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")
     out = Path(cfg.out_dir) if cfg.out_dir else beside
     out.mkdir(parents=True, exist_ok=True)

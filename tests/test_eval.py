@@ -177,23 +177,37 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
         file.write("".join(json.dumps(row) + "\n" for row in rows))
     (tmp_path / splits).write_text(json.dumps({"name": "quiz", "dev": rows[:1], "test": rows[1:]}))
     (tmp_path / fields).write_text("a\tb\n1\t\n")
-    found, digest = read(str(tmp_path), "quiz", "hub/quiz")
+    found = read(str(tmp_path), "quiz", "hub/quiz")
     assert found == [{"q": "a", "file": lines}, {"q": "b", "file": lines},
                      {"q": "a", "split": "dev", "file": splits}, {"q": "b", "split": "test", "file": splits},
                      {"fields": ["a", "b"], "file": fields}, {"fields": ["1", ""], "file": fields}]
-    assert read(str(tmp_path / fields), "quiz", "")[0] == found[4:]
-    assert digest == read(str(tmp_path), "quiz", "")[1] != read(str(tmp_path / fields), "quiz", "")[1]
+    assert read(str(tmp_path / fields), "quiz", "") == found[4:]
+    (tmp_path / "answers").mkdir()
+    (tmp_path / "answers" / "quiz.jsonl").write_text("{}\n")
+    (tmp_path / "QUIZ.md").write_text("what this is")
+    assert read(str(tmp_path), "quiz", "") == found, "neither what eval.py wrote nor what is not rows"
     lists = [{"q": [{"role": "user"}]}, {"q": [{"role": "user"}]}]
     (tmp_path / "ASKED_1.json").write_text("".join(json.dumps(row) + "\n" for row in lists))
-    found, _ = read(str(tmp_path), "asked", "")
+    found = read(str(tmp_path), "asked", "")
     assert found == [{**row, "file": "ASKED_1.json"} for row in lists], "rows that hold lists are no splits"
     assert convert(found, lambda row: row["q"][0]["role"]) == ["user", "user"]
     with pytest.raises(UserError, match=r"ASKED_1.json: row 1 is not of this benchmark .IndexError: list"):
         convert(found, lambda row: row["q"][1])
     (tmp_path / "bad.jsonl").write_text("[1]\n")
-    for source, name, message in ((tmp_path, "other", "no file other"), (tmp_path, "bad", "not a JSON")):
+    (tmp_path / "half.jsonl").write_text('{"q": "\\ud83d"}\n')
+    (tmp_path / "twice.jsonl").write_text("{}\n")
+    (tmp_path / "twice.jsonl.gz").write_bytes(gzip.compress(b"{}\n"))
+    (tmp_path / "latin.tsv").write_bytes(b"na\xefve\t1\n")
+    (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(b"a\t1\n" * 99)[:-9])
+    for name, message in (("other", "no file other"), ("bad", "not a JSON"), ("half", "row 1 has a lone"),
+                          ("twice", "twice.jsonl: there is another file of this name"),
+                          ("latin", "latin.tsv: damaged"), ("cut", "cut.tsv.gz: damaged")):
         with pytest.raises(UserError, match=message):
-            read(str(source), name, "")
+            read(str(tmp_path), name, "")
+    (tmp_path / "blank.tsv").write_text("\ufeffnice\t1\r\n\r\n", encoding="utf-8")
+    assert read(str(tmp_path), "blank", "") == [{"fields": ["nice", "1"], "file": "blank.tsv"}]
+    (tmp_path / "space.jsonl").write_text('{"q": 1}\n\n')
+    assert read(str(tmp_path), "space", "") == [{"q": 1, "file": "space.jsonl"}]
 
 
 @pytest.mark.parametrize("words, message", [
@@ -208,6 +222,18 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message):
         evaluation.main(words)
+
+
+def test_mistakes_are_found_before_anything_is_measured(trained, tmp_path, capsys):
+    rows = [{"query": "Question: x", "choices": ["a", "b"], "gold": 0}] * 25
+    (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = [f"--model={trained}", f"--data={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    for more, message in (([f"--compare={trained}, out/nope"], "out/nope"),
+                          (["--chat=True"], "its tokenizer has no chat tokens"),
+                          (["--tasks=arc_easy"], "arc_easy: there is no question in")):
+        with pytest.raises(UserError, match=message):
+            evaluation.main([*words, *more])
+    assert "accuracy" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_generated_answers_from_the_command(trained, chat_folder, tmp_path, capsys):
