@@ -40,6 +40,7 @@ QUARTER_ARMS = {  # {name: words of distill.py}
     "cut out, teacher, inside": f"{CUT} --hidden_weight=0.5 --attention_weight=0.25",
     "cut out, two stages": CUT,
     "as large, teacher": SAME,
+    "as large, teacher, 5 x the steps": SAME,  # those of the teacher, if it is the one above
 }
 HALF_ARMS = {
     "text alone, equal time": f"{HALF} --alpha=0",
@@ -97,7 +98,8 @@ def run(cfg: TeachConfig, name: str, seed: int) -> None:
 
 
 def steps_of(cfg: TeachConfig, name: str) -> int:
-    return round(cfg.steps * cfg.equal_time) if "equal time" in name else cfg.steps
+    times = cfg.equal_time if "equal time" in name else 5 if "5 x" in name else 1
+    return round(times * cfg.steps)
 
 
 def is_finished(out: Path, steps: int) -> bool:
