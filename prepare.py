@@ -42,7 +42,7 @@ from parts.eval_texts import Benchmark, find_benchmarks
 from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, folder_to_be, write_json
 from parts.sources import Row, Skip, find_files, hub_rows, parse_json, read_rows
 from parts.tokenizer import Tokenizer
-from parts.workers import Recipe, look_into, text_hash, text_in, tokenize_all
+from parts.workers import Recipe, look_into, pieces, text_hash, text_in, tokenize_all
 
 BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
 BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the training text at the most
@@ -194,10 +194,10 @@ def training_texts(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> 
     total = 0
     for batch in in_batches(rows):
         contents, _, _ = look_into(batch, recipe)  # what is left out is counted when the rows are tokenized
-        for text in (text_in(content) for content in contents if content is not None):
-            data = text.encode("utf-8")
+        for content in filter(None, contents):
+            data = text_in(content).encode("utf-8")
             if text_hash(data) >= val_fraction * 2**64:
-                yield text
+                yield from pieces(content)
                 total += len(data)
             if total > BPE_SAMPLE_BYTES:
                 return

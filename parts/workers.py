@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from parts.chat import call_text, encode_answer, encode_chat, encode_prompt
+from parts.chat import call_text, encode_answer, encode_chat, encode_prompt, parts_of
 from parts.conversations import Message, conversation, preference, renamed
 from parts.decontaminate import OVERLAPS, Index
 from parts.sources import Row, Skip, document, value_of
@@ -111,9 +111,22 @@ def said(content: Any) -> str:
     """The words of a document: its text, or what is said in all its messages, with blank lines between."""
     if isinstance(content, str):
         return content
-    messages: list[Message] = content if isinstance(content, list) else [*content[0], *content[1:]]
-    return "\n\n".join(text for message in messages for text in (
+    return "\n\n".join(text for message in messages_in(content) for text in (
         message.get("thought"), message["content"], *map(call_text, message.get("tool_calls", ()))) if text)
+
+
+def pieces(content: Any) -> Iterator[str]:
+    """What of a document becomes ids by itself: its text, or all of its messages but the special tokens."""
+    if isinstance(content, str):
+        yield content
+        return
+    for message in messages_in(content):  # from what is `said` a tokenizer would not learn the roles' names
+        yield from (part.text for part in parts_of(message) if not part.is_special)
+
+
+def messages_in(content: list | tuple) -> list[Message]:
+    """Those of a conversation, or a preference's prompt and its two answers."""
+    return content if isinstance(content, list) else [*content[0], *content[1:]]
 
 
 # ---- Contents -> ids --------------------------------------------------------------------------------------

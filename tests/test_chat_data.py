@@ -11,6 +11,7 @@ from parts.conversations import conversation, preference
 from parts.losses import IGNORE
 from parts.problems import problem_rows
 from parts.shards import DataFolder
+from parts.tokenizer import Tokenizer
 from prepare import main as prepare_main
 from tests.conftest import busy_model, tiny_config
 
@@ -38,8 +39,6 @@ def folders(tmp_path_factory):
 
 
 def tokenizer_of(data):
-    from parts.tokenizer import Tokenizer
-
     return Tokenizer.load(data.folder)
 
 
@@ -159,6 +158,22 @@ def test_an_id_outside_the_vocabulary_is_named(folders, tmp_path):
     ids.tofile(copy / "train_00000.bin")
     with pytest.raises(UserError, match="train_00000.bin: token 3 is 60000, the vocabulary has"):
         UnpackedChatRows(DataFolder(copy), "train", 200).read(np.arange(4))
+
+
+@pytest.mark.parametrize("kind", ["chat", "preference"])
+def test_a_tokenizer_learns_what_is_said_and_not_how_rows_are_spelled(kind, tmp_path):
+    """As JSON these rows have the names of keys and backslashes beside every word."""
+    import json
+
+    words = ('"left"\n"right"', '"right"\n"left"')
+    row = {"chat": lambda n: {"question": f"{n}", "answer": words[0]},
+           "preference": lambda n: {"prompt": f"{n}", "chosen": words[0], "rejected": words[1]}}[kind]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(99)))
+    prepare_main([f"--kind={kind}", f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}",
+                  "--vocab_size=290", "--num_proc=1"])  # fmt: skip
+    tokens = Tokenizer.load(tmp_path / "d").hf.get_vocab().keys()
+    assert {"user", "assistant", '"left', '"right'} <= tokens
+    assert not [token for token in tokens if "role" in token or "content" in token]
 
 
 def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
