@@ -224,15 +224,15 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
 
 def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFolder:
     """The embedded problems for a model's tokenizer, in data/problems_<kind>: made anew where another made
-    them, or an earlier version of the problems."""
+    them, or an earlier version of the problems. UserError where the folder differs in anything else."""
     cfg = PrepareConfig(kind=kind, source="problems", out=f"data/problems_{kind}",
                         tokenizer=str(hf.find_folder(model)))
-    try:
-        return prepare(cfg)
-    except UserError:
-        if not (cfg.folder / "meta.json").exists() or DataFolder(cfg.folder).meta.get("source") != "problems":
-            raise
-        return prepare(dataclasses.replace(cfg, overwrite=True))
+    there = (cfg.folder / "meta.json").exists()
+    different = differing(DataFolder(cfg.folder), describe_inputs(cfg, [], [])) if there else []
+    if others := [key for key in different if key not in ("tokenizer", "problems")]:
+        raise UserError(f"{cfg.folder}: was made otherwise ({', '.join(others)} differ); to train on it, "
+                        "give it another name, and that as --dataset=")
+    return prepare(dataclasses.replace(cfg, overwrite=bool(different)))
 
 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
@@ -323,11 +323,16 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
     return settings | {"files": len(files), "content": hashlib.sha256(digests.encode()).hexdigest()}
 
 
+def differing(data: DataFolder, inputs: dict[str, Any]) -> list[str]:
+    """Which of the inputs the folder was not made from."""
+    return [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]
+
+
 def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
     """The folder as it is. Raises UserError if it was made from other inputs."""
     data = DataFolder(folder)
-    if differing := [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]:
-        raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); "
+    if different := differing(data, inputs):
+        raise UserError(f"{folder}: made from other inputs ({', '.join(different)} differ); "
                         "--overwrite=True replaces it, --out= makes another")
     print(f"data    {folder} is up to date")
     return data

@@ -14,11 +14,12 @@ import pytest
 
 import prepare as prepare_module
 from configurator import UserError
+from parts import problems
 from parts import shards as shards_module
 from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
 from parts.shards import DataFolder, folder_to_be
 from parts.tokenizer import Tokenizer
-from prepare import PrepareConfig, SeenHashes, main, prepare
+from prepare import PrepareConfig, SeenHashes, main, prepare, prepare_problems
 from tests.conftest import ROOT, config_of
 
 
@@ -296,6 +297,23 @@ def test_what_stands_in_the_folder_is_safe(tmp_path):
         assert {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()} == before
     assert main([*words, f"--out={tmp_path / 'empty'}", "--overwrite=True", "--val_fraction=0.2"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty", "mine"]
+
+
+def test_the_embedded_problems_follow_the_model_and_nothing_else(chat_folder, tmp_path, monkeypatch, capsys):
+    """Made anew for another tokenizer; what a user made otherwise stays."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(problems, "ROWS", 300)
+    words = ["--kind=chat", "--source=problems", "--out=data/problems_chat", "--num_proc=1"]
+    main([*words, "--vocab_size=300"])
+    tokenizer = DataFolder("data/problems_chat").meta["tokenizer_sha256"]
+    assert prepare_problems("chat", str(chat_folder)).meta["tokenizer_sha256"] != tokenizer
+    assert "is up to date" not in capsys.readouterr().out
+    prepare_problems("chat", str(chat_folder))
+    assert "is up to date" in capsys.readouterr().out
+    main([*words, "--vocab_size=300", "--val_fraction=0.2", "--overwrite=True"])
+    with pytest.raises(UserError, match=r"data/problems_chat: was made otherwise \(val_fraction differ\)"):
+        prepare_problems("chat", str(chat_folder))
+    assert DataFolder("data/problems_chat").meta["inputs"]["val_fraction"] == 0.2
 
 
 def test_two_prepares_of_one_folder(tmp_path):
