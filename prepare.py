@@ -80,6 +80,8 @@ class PrepareConfig:
             raise UserError(f"keys={self.keys}: is for chats and preferences; of text give --text_key=")
         if not all(ours and theirs for ours, theirs in self.key_names.items()):
             raise UserError(f"keys={self.keys}: write ours=theirs, with commas between")
+        if not self.out and (self.folder == Path("data") or set("*?[") & set(self.folder.name)):
+            raise UserError(f"source={self.source}: gives the data folder no name; add --out=data/NAME")
 
     @property
     def key_names(self) -> dict[str, str]:

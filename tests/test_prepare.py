@@ -217,6 +217,19 @@ def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
         main([f"--out={tmp_path / 'd'}", "--num_proc=1", word])
 
 
+@pytest.mark.parametrize("source, name", [
+    ("books/,notes.jsonl", "books"), ("corpus/*", "corpus"), ("a/notes.txt.gz", "notes"),
+    ("hf:some/set:config:split", "set"), ("corpus/*.md", None), ("a/b?.txt", None), ("[ab].txt", None),
+    (".", None), ("./", None), ("..", None), (".notes.txt", None), ("/", None)])  # fmt: skip
+def test_the_folders_name(source, name):
+    if name:
+        assert PrepareConfig(source=source).folder == Path("data") / name
+    else:
+        assert PrepareConfig(source=source, out="data/mine").folder == Path("data/mine")
+        with pytest.raises(UserError, match="no name; add --out=data/NAME"):
+            PrepareConfig(source=source)
+
+
 def test_an_interrupt_leaves_no_data_set(tmp_path):
     """Ctrl-C in the middle, with worker processes: exit code 130, no meta.json, no traceback; a rerun gives
     the same."""
