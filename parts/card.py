@@ -23,6 +23,7 @@ from typing import Any
 from configurator import UserError
 from parts import checkpoint, hf
 from parts.adapters import weights_sha256
+from parts.shards import file_sha256
 
 # A stage is known by a key that only its script has.
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "packing": "fine-tuning",
@@ -225,15 +226,17 @@ def data(stages: list[Stage]) -> str:
     """Where the text came from, and which benchmarks were found in it."""
     rows, found = [], []
     for path, digest in {path: digest for stage in stages for path, digest in stage.data.items()}.items():
-        meta, name = read_json(Path(path) / "meta.json") or {}, Path(path).name
+        file, name = Path(path) / "meta.json", Path(path).name
+        same = file.is_file() and file_sha256(file) == digest  # not another data set of that name by now
+        meta = read_json(file) if same else {}
         counts = [sum((meta.get(key) or {}).values()) or "?" for key in ("documents", "tokens")]
         rows.append([name, meta.get("source", "not at hand any more"), *counts, f"`{str(digest)[:16]}`"])
-        contaminated = read_json(Path(path) / "contaminated.json")
+        contaminated = read_json(file.with_name("contaminated.json")) if same else None
         benchmarks = (contaminated or {}).get("benchmarks", {})
         found += [[name, each, *(counts.get(key, "") for key in ("documents", "ngram", "minhash"))]
                   for each, counts in benchmarks.items()]
         if contaminated is None:
-            found.append([name, "not looked for", "", "", ""])
+            found.append([name, "not looked for" if same else "not known", "", "", ""])
     if not rows:
         return ""
     return "\n\n".join(["## Data", table(["set", "source", "documents", "tokens", "sha256, beginning"], rows),

@@ -1,5 +1,6 @@
 """The model card: its front matter as the hub reads it, and every number traced to the file it comes from."""
 
+import hashlib
 import json
 import shutil
 
@@ -118,6 +119,20 @@ def test_contamination(copied, chats):
     assert f"| {chats.name} | gsm8k | 7 | 5 | 3 |" in text and f"| {chats.name} | mmlu |  |  |  |" in text
     assert "not looked for" in text  # in the data of pre-training
     assert f"| {chats.name} | not looked for" in card_of(copied)
+
+
+@pytest.mark.parametrize("change", ["gone", "made anew"])
+def test_data_that_is_not_what_was_trained_on_tells_nothing(change, pipeline, chats):
+    """Neither where it is from, nor whether benchmarks were looked for in it."""
+    file = chats / "meta.json"
+    before, digest = file.read_text(), hashlib.sha256(file.read_bytes()).hexdigest()
+    file.write_text(before.replace('"problems"', '"elsewhere"')) if change == "made anew" else file.unlink()
+    try:
+        text = card_of(pipeline)
+    finally:
+        file.write_text(before)
+    assert f"| {chats.name} | not at hand any more | ? | ? | `{digest[:16]}` |" in text
+    assert f"| {chats.name} | not known |  |  |  |" in text and "elsewhere" not in text
 
 
 def test_what_is_not_known_is_said(copied, tmp_path):
