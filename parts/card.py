@@ -24,6 +24,7 @@ from configurator import UserError
 from parts import checkpoint, hf
 from parts.adapters import weights_sha256
 from parts.shards import file_sha256
+from parts.teacher import teacher_sha256
 
 # A stage is known by a key that only its script has.
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "packing": "fine-tuning",
@@ -62,24 +63,33 @@ def read_json(path: Path) -> Any:
 
 def lineage(model: str | None) -> list[Stage]:
     """The runs behind a model, the first one first: its own, and those behind init_from, as far as their
-    folders are here."""
+    folders are here and hold the weights that were begun from."""
     stages: list[Stage] = []
+    digest = None  # of the model, where the run behind it has noted one
     while model and Path(model).is_dir():
-        path = hf.find_folder(model)
+        try:
+            path = hf.find_folder(model)
+        except UserError:  # its checkpoints are gone
+            break
+        if digest and digest not in (weights_sha256(path), teacher_sha256(path)):
+            break
         found = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
         if found is None or any(found == stage.out_dir for stage in stages):
             break
         step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else math.inf
         run = read_json(found / "run.json")
         try:
-            config, data = dict(run["config"]), dict(run["identity"].get("data", {}))
+            config, identity = dict(run["config"]), dict(run["identity"])
+            data = dict(identity.get("data", {}))
         except (TypeError, KeyError, ValueError, AttributeError):
             raise UserError(f"{found / 'run.json'}: not a run's") from None
         events = [event for event in log(found / "metrics.jsonl") if event.get("step", 0) <= step]
         trained, validated = (next((event for event in reversed(events) if key in event), {})
                               for key in ("tokens", "val_loss"))
         stages.append(Stage(found.name, found, config, data, trained, validated))
-        model = config.get("init_from") or (config.get("teacher") if config.get("student_layers") else None)
+        model, digest = config.get("init_from"), identity.get("base")
+        if config.get("student_layers"):
+            model, digest = config.get("teacher"), identity.get("teacher")
     return stages[::-1]
 
 

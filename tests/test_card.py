@@ -9,10 +9,11 @@ from huggingface_hub import ModelCard
 
 import sft
 from configurator import UserError
-from model import GPTConfig
-from parts import hf
+from model import GPT, GPTConfig
+from parts import checkpoint, hf
 from parts.adapters import weights_sha256
 from parts.card import Card, commit, lineage, shown
+from parts.teacher import teacher_sha256
 from parts.tokenizer import Tokenizer
 from tests.test_export import run
 
@@ -151,6 +152,30 @@ def test_the_chain_ends_where_a_folder_is_gone(copied):
     run_json["config"]["init_from"] = str(copied)  # a circle
     (copied / "run.json").write_text(json.dumps(run_json))
     assert [stage.name for stage in lineage(str(copied))] == ["chatty"]
+
+
+@pytest.mark.parametrize("change", ["none", "deleted", "trained on"])
+def test_the_chain_ends_where_the_weights_are_others(change, copied, trained, tmp_path):
+    base = shutil.copytree(trained, tmp_path / "base")
+    run_json = json.loads((copied / "run.json").read_text())
+    run_json["config"]["init_from"] = str(base)
+    (copied / "run.json").write_text(json.dumps(run_json))
+    if change == "deleted":
+        checkpoint.remove_checkpoints(base)
+    if change == "trained on":
+        GPT(GPTConfig.read(hf.find_folder(base)), seed=1).save_pretrained(hf.find_folder(base))
+    names = ["base", "chatty"] if change == "none" else ["chatty"]
+    assert [stage.name for stage in lineage(str(copied))] == names
+
+
+def test_a_student_cut_out_of_its_teacher_follows_it(copied, trained):
+    run_json = json.loads((copied / "run.json").read_text())
+    run_json["config"] |= {"init_from": None, "teacher": str(trained), "student_layers": "last:1"}
+    for digest, names in ((teacher_sha256(hf.find_folder(trained)), ["trained", "chatty"]),
+                          ("of another", ["chatty"])):
+        run_json["identity"] = {"data": {}, "teacher": digest}
+        (copied / "run.json").write_text(json.dumps(run_json))
+        assert [stage.name for stage in lineage(str(copied))] == names
 
 
 @pytest.mark.parametrize("name, content", [
