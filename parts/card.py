@@ -37,18 +37,24 @@ ROOT = Path(__file__).parent.parent
 
 @dataclass(frozen=True)
 class Stage:
-    """A run that went into the model: its out_dir, its configuration, its log's last words."""
+    """A run that went into the model: its out_dir, its configuration, its log's words of a checkpoint."""
 
     name: str
     out_dir: Path
     config: dict[str, Any]
     data: dict[str, str]  # {folder: hash}
-    trained: dict[str, Any]  # the last event with "tokens" up to the checkpoint
+    step: int | str  # of the checkpoint
+    trained: dict[str, Any]  # the last event with "tokens" up to there
     validated: dict[str, Any]  # the last with "val_loss"
 
     @property
     def kind(self) -> str:
         return next((kind for key, kind in STAGES.items() if key in self.config), "training")
+
+    def logged(self, event: dict[str, Any], key: str) -> Any:
+        """What an event says, with its step where that is not the checkpoint's."""
+        value, step = event.get(key, "?"), event.get("step", self.step)
+        return value if step == self.step else f"{shown(value)} (step {shown(step)})"
 
 
 def read_json(path: Path) -> Any:
@@ -86,7 +92,8 @@ def lineage(model: str | None) -> list[Stage]:
         events = [event for event in log(found / "metrics.jsonl") if event.get("step", 0) <= step]
         trained, validated = (next((event for event in reversed(events) if key in event), {})
                               for key in ("tokens", "val_loss"))
-        stages.append(Stage(found.name, found, config, data, trained, validated))
+        step = step if step < math.inf else trained.get("step", "?")
+        stages.append(Stage(found.name, found, config, data, step, trained, validated))
         model, digest = config.get("init_from"), identity.get("base")
         if config.get("student_layers"):
             model, digest = config.get("teacher"), identity.get("teacher")
@@ -220,8 +227,9 @@ def training(stages: list[Stage]) -> str:
         return "## Training\n\nNot known: no run of nanollama stands beside this model."
     first = stages[0].config.get("init_from")
     begun = f"\n\nThe first of these runs began from {shown(first)}." if first else ""
-    rows = [[f"{stage.kind} ({stage.name})", stage.config.get("dataset"), stage.trained.get("step", "?"),
-             stage.trained.get("tokens", "?"), stage.validated.get("val_loss", "?")] for stage in stages]
+    rows = [[f"{stage.kind} ({stage.name})", stage.config.get("dataset"), stage.step,
+             stage.logged(stage.trained, "tokens"), stage.logged(stage.validated, "val_loss")]
+            for stage in stages]
     keys = [key for key in SHOWN if any(stage.config.get(key) not in (None, 0) for stage in stages)]
     settings = [[key, *(stage.config.get(key, "") for stage in stages)] for key in keys]
     everything = json.dumps({stage.name: public(stage.config) for stage in stages}, indent=1)

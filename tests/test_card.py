@@ -100,6 +100,16 @@ def test_an_earlier_checkpoint_has_its_own_numbers(copied):
     assert "| fine-tuning (chatty) | " in text and " | 2 | " in text.split("fine-tuning (chatty)")[1][:60]
 
 
+def test_what_was_logged_before_the_checkpoint_has_its_step(copied):
+    """With log_interval=10 a checkpoint may be some steps further than the log."""
+    path = copied / "metrics.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    lines = [line for line in lines if line["step"] < 4 or "val_loss" in line]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    tokens = next(line["tokens"] for line in lines if line["step"] == 3)
+    assert f" | 4 | {tokens:,} (step 3) | {lines[-1]['val_loss']:.6g} |" in card_of(copied / "step_000004")
+
+
 def test_nothing_of_this_machine_is_told(copied, trained, chats):
     """Paths in the runs of this test are absolute; a card has their last parts."""
     text = card_of(copied)
