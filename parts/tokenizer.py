@@ -43,7 +43,7 @@ BYTE_TO_LETTER = {byte: letter for letter, byte in LETTER_TO_BYTE.items()}
 
 
 class Tokenizer:
-    """A tokenizer.json, and what its folder's tokenizer_config.json says of it.
+    """A tokenizer.json, and what its folder's tokenizer_config.json and chat_template.jinja say of it.
 
     vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text; end_ids: that, or,
     where there is a chat template, those that end a turn or a text. special_ids: the ids that no text can
@@ -79,10 +79,12 @@ class Tokenizer:
             return cls(gpt2_definition())
         path = Path(source)
         path = path / "tokenizer.json" if path.is_dir() else path
-        settings = path.with_name("tokenizer_config.json")
+        settings, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         try:
             definition = json.loads(path.read_text(encoding="utf-8"))
             known = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else None
+            if known is not None and template.is_file():  # where transformers has it since 5, first of all
+                known["chat_template"] = template.read_text(encoding="utf-8")
             return cls(definition, known)
         except FileNotFoundError:
             hint = "give gpt2, or a folder with tokenizer.json"

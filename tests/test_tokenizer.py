@@ -125,6 +125,22 @@ def test_auto_tokenizer_gives_our_ids(trained_bpe, tmp_path):
     assert theirs(END_OF_TEXT).input_ids == [trained_bpe.eot_id] != trained_bpe.encode(END_OF_TEXT)
 
 
+def test_a_chat_template_in_a_file_of_its_own(trained_bpe, tmp_path):
+    """As transformers saves it; and where both are there, it is the one that transformers reads."""
+    from transformers import AutoTokenizer
+
+    Tokenizer(trained_bpe.definition, trained_bpe.settings | {"chat_template": "old"}).save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.chat_template = "{{ messages[0].content }}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert "chat_template" not in json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "theirs").settings["chat_template"] == theirs.chat_template
+    (tmp_path / "chat_template.jinja").write_text("new")
+    found = Tokenizer.load(tmp_path).settings["chat_template"]
+    assert found == AutoTokenizer.from_pretrained(tmp_path).chat_template == "new"
+
+
 def test_training_is_repeatable_and_ends_with_the_end_of_text(trained_bpe):
     texts = ["one two three two one"] * 50
     one, two = Tokenizer.train(texts, 270), Tokenizer.train(texts, 270)
