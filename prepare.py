@@ -102,7 +102,7 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
     batch, size = [], 0
     for row in rows:
         batch.append(row)
-        size += len(row.content) if isinstance(row.content, bytes | str) else 64
+        size += len(row.content if isinstance(row.content, bytes | str) else str(row.content))
         if size >= BATCH_BYTES:
             yield batch
             batch, size = [], 0

@@ -18,6 +18,7 @@ from parts import problems
 from parts import shards as shards_module
 from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
 from parts.shards import DataFolder, folder_to_be
+from parts.sources import Row
 from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, SeenHashes, main, prepare, prepare_problems
 from tests.conftest import ROOT, config_of
@@ -92,6 +93,12 @@ def test_every_document_once_on_one_side(tmp_path, monkeypatch, num_proc):
         )
     )
     assert set(val) <= set(decoded(tmp_path / "e", "val"))
+
+
+@pytest.mark.parametrize("content", [b"x" * 2**19, "x" * 2**19, {"messages": [{"content": "x" * 2**19}]}])
+def test_batches_are_of_equal_size_whatever_a_row_is(content):
+    batches = list(prepare_module.in_batches([Row("a", "value", content)] * 5))
+    assert [len(batch) for batch in batches] == [2, 2, 1]
 
 
 def test_processes_do_not_change_a_byte(tmp_path, text_folder):
