@@ -58,14 +58,15 @@ class Student(GPT):
         return super().num_parameters() - sum(p.numel() for p in self.projections.parameters())
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """The folder's weights; projections that it does not have start anew."""
+        """The folder's weights; projections that it does not have in this width start anew."""
         yield from hf.read_tensors(folder)
         stored = load_file(folder / PROJECTIONS) if (folder / PROJECTIONS).is_file() else {}
         for name, parameter in self.named_parameters():
             if name.startswith("projections."):
                 generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
                 new = 0.02 * torch.randn(parameter.shape, generator=generator)
-                yield name, stored.get(name, new)
+                fits = name in stored and stored[name].shape == new.shape
+                yield name, stored[name] if fits else new
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:

@@ -412,6 +412,18 @@ def test_projections_start_from_their_names():
     assert not list(same.projections) and same.projected(0, torch.ones(3)).tolist() == [1, 1, 1]
 
 
+def test_projections_of_another_teacher_start_anew(tmp_path):
+    student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
+    student.save_pretrained(tmp_path)
+    for width in (96, 80):
+        taught = Student(tiny_config(), [(0, 1)], teacher_width=width, seed=1)
+        before = taught.projections["0"].weight.clone()
+        taught.load(tmp_path)
+        expected = student.projections["0"].weight if width == 96 else before
+        assert torch.equal(taught.projections["0"].weight, expected)
+        assert torch.equal(taught.head_weight, student.head_weight)
+
+
 @pytest.mark.parametrize(
     "more, message",
     [
