@@ -215,8 +215,9 @@ def main(argv: list[str]) -> int:
             raise UserError(f"{given[key]}: {key} is of --format={format}")
     source = Source(cfg)
     card = card_text(cfg, source)
+    told = card.rpartition("## Origin")[0]  # the commit and the packages there are no reason to export anew
     inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "quantize", "license")}
-    inputs |= {"name": cfg.title, "card": hashlib.sha256(card.encode()).hexdigest(),
+    inputs |= {"name": cfg.title, "card": hashlib.sha256(told.encode()).hexdigest(),
                "model": {path.name: file_sha256(path) for path in sorted(source.folder.iterdir())
                          if path.is_file() and path.name not in ("manifest.json", "README.md")}}
     if source.folder.resolve() == cfg.folder.resolve():

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 import export
+import parts.card
 import sample
 import sft
 import train
@@ -226,10 +227,11 @@ def test_training_from_packed_weights_is_one_line(trained, data, tmp_path):
 
 # ---- The folder -------------------------------------------------------------------------------------------
 
-def test_the_same_again_does_nothing(chat_model, tmp_path, capsys):
+def test_the_same_again_does_nothing(chat_model, tmp_path, capsys, monkeypatch):
     out = run(chat_model[1], tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "README.md").write_text("my own words")  # a card is there to be edited
+    monkeypatch.setattr(parts.card, "commit", lambda: "the next one")
     assert export.main([f"--model={chat_model[1]}", f"--out={out}"]) == 0
     assert "is there already" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
