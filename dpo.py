@@ -12,6 +12,7 @@ either answer do not fit block_size is left out and counted.
 """
 
 import hashlib
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,7 +29,7 @@ from parts.chat_data import PairRows, pair_batch
 from parts.data import Mix, StagedData, in_epochs, shares
 from parts.losses import linear_log_probs, preference_loss
 from parts.post_training import PostTrainingConfig, chat_model, write_merged
-from parts.shards import file_sha256
+from parts.shards import file_sha256, write_bytes
 from prepare import prepare_problems
 
 
@@ -187,9 +188,9 @@ def read_table(path: Path, rows: int) -> np.ndarray:
 
 
 def save_array(path: Path, table: np.ndarray) -> None:
-    beside = path.with_suffix(".tmp.npy")
-    np.save(beside, table)
-    beside.replace(path)
+    content = io.BytesIO()
+    np.save(content, table)
+    write_bytes(path, content.getvalue())  # several runs may do so at once
 
 
 # ---- Data and evaluation ----------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ import torch
 import dpo
 from configurator import UserError, configure
 from model import GPT
-from parts import checkpoint, hf
+from parts import checkpoint, hf, shards
 from parts.adapters import weights_sha256
 from parts.chat_data import PairRows, pair_batch
 from parts.losses import linear_log_probs, preference_loss
@@ -266,6 +266,21 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
     Tokenizer.load(hf.find_folder(chat_model)).save(folder)
     first = run(folder, pairs, tmp_path / "a", "--max_steps=1")[0]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
+
+
+def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+    path, table = tmp_path / "reference_x.npy", np.ones((3, 2), np.float32)
+    dpo.save_array(path, table)
+    np.testing.assert_array_equal(dpo.read_table(path, 3), table)
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(shards.os, "fsync", full)
+    with pytest.raises(OSError, match="No space left on device: .*reference_x.npy"):
+        dpo.save_array(path, 2 * table)
+    np.testing.assert_array_equal(dpo.read_table(path, 3), table)
+    assert list(tmp_path.iterdir()) == [path]
 
 
 @pytest.mark.parametrize(
