@@ -78,6 +78,8 @@ class PrepareConfig:
             raise UserError("source=mistakes: are preferences (--kind=preference)")
         if self.keys and self.kind == "text":
             raise UserError(f"keys={self.keys}: is for chats and preferences; of text give --text_key=")
+        if self.text_key != "text" and self.kind != "text":
+            raise UserError(f"text_key={self.text_key}: is for text; of a {self.kind} give --keys=")
         if not all(ours and theirs for ours, theirs in self.key_names.items()):
             raise UserError(f"keys={self.keys}: write ours=theirs, with commas between")
         if not self.out and (self.folder == Path("data") or set("*?[") & set(self.folder.name)):
@@ -284,18 +286,20 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
     """UserError where no row could be used, with what may be the key of the text, or a split has none."""
     if not tally.kept:
         reason = max(tally.skipped, key=tally.skipped.get, default="there is none")
-        raise UserError(f"source={cfg.source}: no row can be used: {reason}{keys_of(tally.first)}")
+        raise UserError(f"source={cfg.source}: no row can be used: {reason}{keys_of(tally.first, cfg.kind)}")
     for split, count in tokens.items():
         if not count and (split == "train" or cfg.val_fraction):
             raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
                             f"val_fraction={cfg.val_fraction}: give more text, or another share")
 
 
-def keys_of(row: Row | None) -> str:
+def keys_of(row: Row | None, kind: str) -> str:
     """"; --text_key= one of a, b" for a row of JSON with those keys, else nothing."""
+    option = {"text": "--text_key=", "chat": "--keys=question=..,answer=..",
+              "preference": "--keys=prompt=..,chosen=..,rejected=.."}[kind]
     with contextlib.suppress(Skip, TypeError):
         if row and row.kind == "json":
-            return f"; --text_key= one of {', '.join(parse_json(row.content))}"
+            return f"; {option} one of {', '.join(parse_json(row.content))}"
     return ""
 
 

@@ -184,6 +184,9 @@ def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
     words = [f"--source={tmp_path / 'r.jsonl'}", "--kind=chat", f"--out={tmp_path / 'd'}", "--num_proc=1",
              "--val_fraction=0", "--vocab_size=300"]  # fmt: skip
+    for kind, keys in (("chat", "question=..,answer=.."), ("preference", "prompt=..,chosen=..,rejected=..")):
+        with pytest.raises(UserError, match=f"--keys={keys} one of text, ans$"):
+            prepare_main([*words, f"--kind={kind}"])
     prepare_main([*words, "--keys=question=text,answer=ans"])
     assert DataFolder(tmp_path / "d").meta["rows"] == {
         "in": 34, "kept": 30,
@@ -203,6 +206,7 @@ def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
     for words, message in (
         (["--keys=a=b"], "keys=a=b: is for chats"),
         (["--kind=chat", "--keys=question"], "write ours=theirs"),
+        (["--kind=chat", "--text_key=ans"], "text_key=ans: is for text; of a chat give --keys="),
     ):
         with pytest.raises(UserError, match=message):
             prepare_main(words)
