@@ -13,6 +13,7 @@ question, choices, answers, descriptions of functions. A key of several words is
 choices are keys). A single word under a key is none: it is an id, a subject, a role, a label, "yes".
 """
 
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -66,8 +67,8 @@ def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
     """
     sources: list[str] = []
     ignored = 0
-    for name in [spec] if Path(spec).exists() else spec.split(","):
-        path = Path(name) if Path(name).exists() else Path("data") / name
+    for name in [spec] if os.path.exists(spec) else spec.split(","):  # Path raises where a name is too long
+        path = Path(name) if os.path.exists(name) else Path("data") / name
         if name.startswith("hf:"):
             sources.append(name)
         elif (path / "meta.json").is_file():

@@ -89,7 +89,7 @@ def test_parquet_and_a_set_through_datasets(tmp_path):
         items(f"hf:{tmp_path / 'nothing'}")
 
 
-def test_names_folders_globs(tmp_path):
+def test_names_folders_globs(tmp_path, monkeypatch):
     for name in ("a/x.jsonl", "a/y.tsv", "b/x.jsonl", "a/picture.png", "c d,e.jsonl"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text('"a b"\n')
@@ -97,6 +97,8 @@ def test_names_folders_globs(tmp_path):
     assert [each.name for each in found] == [f"{tmp_path}/a/x.jsonl", "y", f"{tmp_path}/b/x.jsonl"]
     assert ignored == 1  # the picture; and two of one name go by their paths
     assert [each.name for each in find_benchmarks(f"{tmp_path}/c d,e.jsonl")[0]] == ["c d,e"]
+    monkeypatch.chdir(tmp_path / "b")
+    assert len(find_benchmarks(",".join(["x.jsonl"] * 99))[0]) == 1  # longer than a name may be
     (one,) = find_benchmarks(f"{tmp_path}/b/x.jsonl")[0]
     before = one.digest()
     (tmp_path / "b" / "x.jsonl").write_text('"a c"\n')
