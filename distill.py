@@ -259,7 +259,7 @@ def main(argv: list[str]) -> int:
         ends = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
         loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, ends)
         results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
-        print_summary(cfg, student, teacher, results, run)
+        print_summary(cfg, student, teacher, results, run, kind.kind)
     return 0
 
 
@@ -350,7 +350,7 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
 
 
 def print_summary(cfg: DistillConfig, student: Student, teacher: nn.Module | None, results: dict[str, float],
-                  run: Run) -> None:
+                  run: Run, kind: str) -> None:
     """How good the student is beside its teacher, and what to do next."""
     if run.rank > 0 or not results:
         return
@@ -361,7 +361,8 @@ def print_summary(cfg: DistillConfig, student: Student, teacher: nn.Module | Non
         run.print(f"            teacher  loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}\n"
                   f"            KL {results['val_kl']:.4f} nats, the same likeliest token at "
                   f"{100 * results['val_agreement']:.1f} % of places")
-    run.print(f"next        python sample.py --model={run.out_dir} --prompt=\"import os\"\n"
+    words = "--chat=True" if kind == "chat" else '--prompt="import os"'
+    run.print(f"next        python sample.py --model={run.out_dir} {words}\n"
               f"            python -m tools.compare --teacher={cfg.teacher} --student={run.out_dir}")
 
 

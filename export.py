@@ -126,7 +126,7 @@ The blocks' weights are -1, 0 or 1 times a scale, packed to 2 bits each. transfo
 nanollama has:
 
 ```sh
-python sample.py --model={name} {our_words}
+python sample.py {our_words} --model={name}  # this folder, or its name on the hub
 ```"""}
 IF_IT_CHATS = {"prompt": '[{"role": "user", "content": "12 * 30?"}]', "our_words": "--chat=True",
                "llama": "llama-cli --jinja --special"}  # special: thoughts and tool calls are seen

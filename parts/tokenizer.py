@@ -87,7 +87,8 @@ class Tokenizer:
                 known["chat_template"] = template.read_text(encoding="utf-8")
             return cls(definition, known)
         except FileNotFoundError:
-            hint = "give gpt2, or a folder with tokenizer.json"
+            hint = ("copy the model's into its folder" if Path(source).is_dir() else
+                    "give gpt2, or a folder with tokenizer.json")
             raise UserError(f"{path}: no tokenizer there ({hint})") from None
         except UserError:
             raise

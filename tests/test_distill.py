@@ -112,7 +112,7 @@ def test_the_teacher_itself_has_nothing_to_learn(trained, data, tmp_path):
     assert found[-1]["val_kl"] == pytest.approx(0, abs=1e-5) and found[-1]["val_agreement"] > 0.999
 
 
-def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_path):
+def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_path, capsys):
     """From a teacher with chat tokens; the first word of an answer is trained, as all are."""
     import sft
 
@@ -122,6 +122,7 @@ def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_p
     found = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
     assert found[-1]["val_loss"] < losses(found)[0]
     assert "val_bits_per_byte" not in found[-1]
+    assert f"sample.py --model={tmp_path / 'a'} --chat=True\n" in capsys.readouterr().out
     cache(tmp_path / "teacher", chats, "--method=topk", "--k=506")
     cached = run(tmp_path / "teacher", chats, tmp_path / "b", "--cache=topk")
     packed = run(tmp_path / "teacher", chats, tmp_path / "c")

@@ -192,6 +192,7 @@ def test_a_ternary_model_packed_and_read_back(tokenizer, tmp_path, capsys):
     model, folder = saved(tmp_path / "m", tokenizer, ternary=True, intermediate_size=130)
     out = run(folder, tmp_path / "out", "--format=ternary")
     assert float(capsys.readouterr().out.split(" of float16's")[0].split()[-1]) <= 0.14
+    assert "sample.py --chat=True --model=m  # this folder" in (out / "README.md").read_text()
     packed = GPT.from_pretrained(out).eval()
     assert torch.equal(logits(packed), logits(model))
     plain = sum(p.numel() for n, p in model.named_parameters() if "_proj" not in n)

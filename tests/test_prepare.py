@@ -310,7 +310,7 @@ def test_what_stands_in_the_folder_is_safe(tmp_path):
     assert main([*words, f"--out={tmp_path / 'empty'}"]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
     for mistake, message in (("--text_key=txt", "no row can be used: no key 'txt'; --text_key= one of text"),
-                             ("--tokenizer=gtp2", "no tokenizer there")):
+                             ("--tokenizer=gtp2", "no tokenizer there .give gpt2, or")):
         wrong = [word for word in words if "vocab" not in word or "key" in mistake]
         with pytest.raises(UserError, match=message):
             main([*wrong, f"--out={tmp_path / 'empty'}", "--overwrite=True", mistake])

@@ -184,7 +184,7 @@ def test_a_template_that_begins_with_a_token_is_known(trained_bpe):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "no tokenizer there"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
+    [(None, "there .copy the model's"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
 )
 def test_what_is_no_tokenizer_is_one_line(tmp_path, content, message):
     if content is not None:
