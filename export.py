@@ -88,7 +88,8 @@ class Source:
         self.cfg, self.folder = cfg, hf.find_folder(cfg.model)
         self.config, self.tokenizer = GPTConfig.read(self.folder), Tokenizer.load(self.folder)
         ends = hf.end_ids(self.folder)
-        self.end_ids = (ends if len(ends) > 1 else ends[0]) if ends else self.tokenizer.end_ids
+        ends = (ends if len(ends) > 1 else ends[0]) if ends else self.tokenizer.end_ids
+        self.ids = hf.special_ids(ends, self.tokenizer.bos_id)
         self.vocabulary: dict[str, Any] = {}
         if cfg.format == "hf" and hf.architecture(self.config) == "nanollama":
             raise UserError(f"format=hf: transformers has no architecture with {hf.unusual(self.config)}"
@@ -152,7 +153,7 @@ def state_of(model: GPT) -> dict[str, torch.Tensor]:
 
 def write_hf(folder: Path, cfg: ExportConfig, source: Source) -> str:
     model = source.weights()
-    hf.save_folder(folder, source.config, state_of(model), source.end_ids, getattr(torch, cfg.dtype))
+    hf.save_folder(folder, source.config, state_of(model), source.ids, getattr(torch, cfg.dtype))
     source.tokenizer.save(folder)
     return f"{model.num_parameters():,} weights in {cfg.dtype}"
 
@@ -166,7 +167,7 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source) -> str:
         path = folder / f"{cfg.title}-{kind}.gguf"
         placed = gguf_file.write(path, source.config, state, described, kind)
         tables.append(f"{path.name}\n{gguf_file.mix(placed)}")
-    hf.describe(folder, source.config, source.end_ids)  # llama.cpp needs the file alone, our loader these
+    hf.describe(folder, source.config, source.ids)  # llama.cpp needs the file alone, our loader these
     source.tokenizer.save(folder)
     return "\n".join(tables)
 
@@ -180,7 +181,7 @@ def write_ternary(folder: Path, cfg: ExportConfig, source: Source) -> str:
             state |= {f"{name}.weight": ternary.pack(codes), f"{name}.weight_scale": scale}
             plain += 2 * codes.numel()
             packed += state[f"{name}.weight"].numel() + 4  # and a float32
-    hf.save_folder(folder, source.config, state, source.end_ids, packing=ternary.PACKING)
+    hf.save_folder(folder, source.config, state, source.ids, packing=ternary.PACKING)
     source.tokenizer.save(folder)
     return f"ternary matrices: {packed:,} bytes, {packed / plain:.4f} of float16's"
 

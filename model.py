@@ -494,4 +494,4 @@ class GPT(nn.Module):
             raise UserError("packed ternary weights: only export.py --format=ternary writes them")
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        hf.save_folder(Path(path), self.config, state, eos_token_id)
+        hf.save_folder(Path(path), self.config, state, hf.special_ids(eos_token_id))

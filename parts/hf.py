@@ -3,7 +3,7 @@
     folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
-    save_folder(folder, config, state, eos)     # what transformers' from_pretrained reads
+    save_folder(folder, config, state, ids)     # what transformers' from_pretrained reads
 
 In memory all parameters have Llama's names; only GPT-2 needs renaming (and its Conv1D matrices transposing).
 What fits no architecture of transformers is saved under our own model_type, with the reason beside it, and
@@ -207,10 +207,10 @@ def unusual(config: Any) -> str:
                      if getattr(config, key) != value)
 
 
-def write_config(config: Any, eos_token_id: EndIds, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json's contents for a GPTConfig."""
+def write_config(config: Any, ids: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """config.json's contents for a GPTConfig. ids: `special_ids`."""
     kind = architecture(config)
-    common = {"model_type": kind, **special_ids(eos_token_id), "torch_dtype": str(dtype).rpartition(".")[2]}
+    common = {"model_type": kind, **ids, "torch_dtype": str(dtype).rpartition(".")[2]}
     if kind == "nanollama":
         return common | {"gpt_config": dataclasses.asdict(config),
                          "note": "transformers has no architecture like this: only nanollama loads it"}
@@ -326,35 +326,37 @@ def gguf_of(folder: Path) -> Path | None:
     return files[0]
 
 
-def special_ids(eos_token_id: EndIds) -> dict[str, Any]:
+def special_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> dict[str, Any]:
     """What config.json and generation_config.json say of the ids that open and end a text. Where several end
-    one, as in chats, the last is that between texts."""
+    one, as in chats, the last is that between texts; it opens one where no other does."""
     ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return {"bos_token_id": ends[-1], "eos_token_id": eos_token_id, "pad_token_id": None}
+    return {"bos_token_id": ends[-1] if bos_token_id is None else bos_token_id,
+            "eos_token_id": eos_token_id, "pad_token_id": None}
 
 
-def write_generation_config(folder: Path, eos_token_id: EndIds) -> None:
-    text = json.dumps(special_ids(eos_token_id), indent=2) + "\n"
+def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
+    text = json.dumps(ids, indent=2) + "\n"
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
-def describe(folder: Path, config: Any, eos_token_id: EndIds, dtype: torch.dtype = torch.float32,
+def describe(folder: Path, config: Any, ids: dict[str, Any], dtype: torch.dtype = torch.float32,
              packing: str | None = None) -> dict[str, Any]:
     """Write config.json, which is returned, and generation_config.json."""
-    described = write_config(config, eos_token_id, dtype) | ({"packing": packing} if packing else {})
+    described = write_config(config, ids, dtype) | ({"packing": packing} if packing else {})
     (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
-    write_generation_config(folder, eos_token_id)
+    write_generation_config(folder, ids)
     return described
 
 
-def save_folder(folder: Path, config: Any, state: dict[str, Tensor], eos_token_id: EndIds,
+def save_folder(folder: Path, config: Any, state: dict[str, Tensor], ids: dict[str, Any],
                 dtype: torch.dtype = torch.float32, packing: str | None = None) -> None:
     """Write the three files of a model folder. state: by our names; padding rows are cut, all is `dtype`.
+    ids: `special_ids`.
 
     packing: how uint8 tensors of the state, which stay as they are, hold the weights (`is_packed`).
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe(folder, config, eos_token_id, dtype, packing)
+    described = describe(folder, config, ids, dtype, packing)
     state = {name: tensor[:config.vocab_size] if name in VOCABULARY_TABLES else tensor
              for name, tensor in state.items()}
     state = to_gpt2(state) if described["model_type"] == "gpt2" else state

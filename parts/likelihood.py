@@ -82,9 +82,7 @@ def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -
 
 def opening_id(tokenizer: Tokenizer) -> int:
     """What stands before a text: the tokenizer's bos_token, else its end-of-text token."""
-    name = tokenizer.settings.get("bos_token")
-    index = tokenizer.hf.token_to_id(name["content"] if isinstance(name, dict) else name) if name else None
-    return tokenizer.eot_id if index is None else index
+    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:

@@ -46,9 +46,9 @@ class Tokenizer:
     """A tokenizer.json, and what its folder's tokenizer_config.json and chat_template.jinja say of it.
 
     vocab_size: highest id + 1. eot_id: the id between documents and at the end of a text; end_ids: that, or,
-    where there is a chat template, those that end a turn or a text. special_ids: the ids that no text can
-    become. prefix_ids: what the tokenizer's own template puts before a text (Llama's
-    <s>; nothing for ours).
+    where there is a chat template, those that end a turn or a text. bos_id: the one that opens a text, or
+    None. special_ids: the ids that no text can become. prefix_ids: what the tokenizer's own template puts
+    before a text (Llama's <s>; nothing for ours).
     """
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
@@ -64,8 +64,9 @@ class Tokenizer:
         self.special_ids = frozenset(self.hf.get_added_tokens_decoder())
         self.prefix_ids = list(takewhile(self.special_ids.__contains__, self.hf.encode("a").ids))
         self.vocab_size = 1 + max(self.hf.get_vocab().values())
-        end = self.settings.get("eos_token") or END_OF_TEXT
-        end = end["content"] if isinstance(end, dict) else end
+        begin, end = (token["content"] if isinstance(token, dict) else token for token in (
+            self.settings.get("bos_token"), self.settings.get("eos_token") or END_OF_TEXT))
+        self.bos_id = self.hf.token_to_id(begin) if begin else None
         self.eot_id = self.hf.token_to_id(end)
         if self.eot_id is None:
             raise UserError(f"tokenizer: the end-of-text token {end!r} is not in the vocabulary")

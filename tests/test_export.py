@@ -96,6 +96,19 @@ def test_the_pipeline_and_the_chat_template(chat_model, tokenizer, tmp_path):
     assert generate.model.generation_config.eos_token_id == tokenizer.end_ids
 
 
+def test_what_opens_a_text_is_the_tokenizers(tokenizer, tmp_path):
+    """As Llama's <s>, and said so in both files that transformers reads; where there is none, the end."""
+    from transformers import AutoModelForCausalLM
+
+    for name, expected in (("<s>", tokenizer.vocab_size), (None, tokenizer.eot_id)):
+        other = tokenizer.extended(["<s>"], {"bos_token": name})
+        _, folder = saved(tmp_path / f"{name} model", other)
+        theirs = AutoModelForCausalLM.from_pretrained(run(folder, tmp_path / f"{name} export"))
+        assert theirs.config.bos_token_id == theirs.generation_config.bos_token_id == expected
+        assert theirs.generation_config.eos_token_id == other.end_ids == tokenizer.end_ids
+        assert theirs.generate(max_new_tokens=2, do_sample=False)[0, 0] == expected
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_the_bytes(dtype, chat_model, tmp_path):
     from transformers import AutoModelForCausalLM
