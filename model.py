@@ -105,17 +105,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     Shape and dtype are x's.
     """
     cos, sin = rope
-    first, second = x.chunk(2, dim=-1)  # (B, heads, T, D/2) each
-    return (x * cos + torch.cat((second, first), dim=-1) * sin).to(x.dtype)
+    swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (B, heads, T, D)
+    return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
 
 
 class KVCache:
     """Static keys and values of every layer, for generation.
 
-    k, v: (L, B, K, S, D), allocated once. lengths: (B,) int64, the tokens that each row holds. A token's slot
-    is its position, so rows of unequal length need no padding on the left: what the padding behind a shorter
-    row wrote is overwritten before anything attends to it. used: int, the largest length, and even: bool,
-    whether it is the length of all rows, are known without a synchronisation.
+    k, v: (L, B, K, S, D), allocated once. lengths: how many tokens each row holds; used: the largest of them;
+    even: whether it is that of all rows. A token's slot is its position, so rows of unequal length need no
+    padding on the left: what the padding behind a shorter row wrote is overwritten before anything attends
+    to it.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
@@ -124,8 +124,8 @@ class KVCache:
         self.k = torch.zeros(shape, device=device, dtype=dtype)
         self.v = torch.zeros(shape, device=device, dtype=dtype)
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
-        self.lengths = torch.zeros(batch_size, dtype=torch.int64, device=device)
-        self.used, self.even, self.block_size = 0, True, config.block_size
+        self.block_size = config.block_size
+        self.hold([0] * batch_size)
 
     def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
         """Make the next T slots of each row those that `update` fills. Returns the mask for `attend`, and the
@@ -134,27 +134,27 @@ class KVCache:
             raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
         if self.even and (self.used == 0 or T == 1):  # causal, or a token that sees all there is
             return None, slice(self.used, self.used + T)
-        self.slots = self.lengths[:, None] + torch.arange(T, device=self.lengths.device)  # (B, T)
-        keys = torch.arange(self.used + T, device=self.lengths.device)  # (S,)
+        lengths = torch.tensor(self.lengths, device=self.k.device)
+        self.slots = lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
+        keys = torch.arange(self.used + T, device=self.k.device)  # (S,)
         return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store (B, K, T, D) in the begun slots; returns what is to be attended to, (B, K, S, D) each."""
-        S = self.used + k.shape[2]
-        if self.even:
-            self.k[layer, :, :, self.used:S] = k
-            self.v[layer, :, :, self.used:S] = v
-        else:
-            self.k[layer][self.rows, :, self.slots] = k.transpose(1, 2).to(self.k.dtype)  # (B, T, K, D)
-            self.v[layer][self.rows, :, self.slots] = v.transpose(1, 2).to(self.v.dtype)
+        T, S = k.shape[2], self.used + k.shape[2]
+        held = self.k[layer], self.v[layer]  # (B, K, all slots, D)
+        for slots, new in zip(held, (k, v), strict=True):
+            if self.even:
+                slots.narrow(2, self.used, T).copy_(new)
+            else:
+                slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, T, K, D)
         if self.used == 0:  # nothing older: the new keys are all there is, and plain causal attention will do
             return k, v
-        return self.k[layer, :, :, :S].to(k.dtype), self.v[layer, :, :, :S].to(v.dtype)
+        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)
 
     def hold(self, lengths: list[int]) -> None:
         """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
-        self.lengths = torch.tensor(lengths, device=self.lengths.device)
-        self.used, self.even = max(lengths), len(set(lengths)) == 1
+        self.lengths, self.used, self.even = lengths, max(lengths), len(set(lengths)) == 1
 
 
 class Attention(nn.Module):

@@ -158,12 +158,12 @@ def read_shared(model: GPT, rows: list[list[int]], cache: KVCache) -> list[list[
 
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
-    device, longest = cache.lengths.device, max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)  # (B, T)
-    last = torch.tensor([len(row) - 1 for row in rows], device=device)
+    longest = max(map(len, rows))
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.k.device)  # (B, T)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden[:, 0] if longest == 1 else hidden[torch.arange(len(rows)), last]  # (B, C)
+        last = [len(row) - 1 for row in rows]
+        hidden = hidden[:, 0] if longest == 1 else hidden[range(len(rows)), last]  # (B, C)
         return (hidden @ weight.T.to(hidden.dtype))[:, :model.config.vocab_size]
 
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
