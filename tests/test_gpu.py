@@ -3,15 +3,17 @@
 python -m pytest tests/test_gpu.py
 """
 
-import json
-
 import pytest
 import torch
 
+import distill
+import dpo
 import sample
+import sft
 import train
 from model import GPT, document_mask
 from tests.conftest import TINY_RUN, busy_model, tiny_config
+from tests.runs import events, losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -37,7 +39,7 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward():
 
 
 def masks_of(model, dense):
-    def masks(input_ids, document_ids, cache):
+    def masks(input_ids, document_ids, cache, paths):
         _, positions = GPT.mask_and_positions(model, input_ids, document_ids, cache)
         return document_mask(document_ids, dense), positions
 
@@ -46,14 +48,38 @@ def masks_of(model, dense):
 
 @pytest.mark.parametrize("words", [[], ["--compile=True"], ["--compile=True", "--document_mask=True"]])
 def test_bfloat16_training_follows_float32_on_the_cpu(data, tmp_path, words):
-    losses = []
+    runs = []
     for place in (["--device=cpu"], ["--device=cuda", *words]):
         out = tmp_path / place[0][-4:]
         mask = [word for word in words if "mask" in word]
         train.main([*TINY_RUN, f"--dataset={data}", f"--out_dir={out}", "--max_steps=30", *place, *mask])
-        events = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-        losses.append([event["loss"] for event in events if "loss" in event])
-    assert max(abs(a / b - 1) for a, b in zip(*losses, strict=True)) < 0.02
+        runs.append(losses(events(out)))
+    assert max(abs(a / b - 1) for a, b in zip(*runs, strict=True)) < 0.02
+
+
+SHORT = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --eval_tokens=2048
+    --learning_rate=1e-3 --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+
+
+@pytest.mark.parametrize("kind", ["online", "inside", "on_policy", "lora", "preferences"])
+def test_later_stages_follow_the_cpu(kind, trained, data, chats, pairs, tmp_path):
+    """Packed chats, answers that share their prompt, a teacher and its layers: float32, on both devices."""
+    taught = [f"--teacher={trained}", f"--dataset={data}", "--student_layers=last:1"]
+    script, words = {
+        "online": (distill, taught),
+        "inside": (distill, [*taught, "--hidden_weight=1", "--attention_weight=0.5"]),
+        "on_policy": (distill, [*taught, "--on_policy=0.5"]),
+        "lora": (sft, [f"--init_from={trained}", f"--dataset={chats}", "--lora_rank=4"]),
+        "preferences": (dpo, [f"--init_from={tmp_path / 'chat'}", f"--dataset={pairs}"])}[kind]
+    if kind == "preferences":
+        sft.main([*SHORT, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'chat'}",
+                  "--device=cpu"])
+    runs = []
+    for device in ("cpu", "cuda"):
+        out = tmp_path / device
+        script.main([*SHORT, *words, "--dtype=float32", f"--device={device}", f"--out_dir={out}"])
+        runs.append(losses(events(out)))
+    assert max(abs(a / b - 1) for a, b in zip(*runs, strict=True)) < 0.02
 
 
 def test_sampling_on_the_gpu(trained, capsys):

@@ -40,6 +40,8 @@ QUARTER_ARMS = {  # {name: words of distill.py}
     "cut out, teacher, inside": f"{CUT} --hidden_weight=0.5 --attention_weight=0.25",
     "cut out, two stages": CUT,
     "as large, teacher": SAME,
+    "cut out, text alone, equal time": f"{CUT} --alpha=0",
+    "cut out, cached samples, equal time": f"{CUT} --cache=sample",
     "as large, teacher, 5 x the steps": SAME,  # those of the teacher, if it is the one above
 }
 HALF_ARMS = {
@@ -58,7 +60,7 @@ class TeachConfig:
     seeds: str = "1,2,3"  # with commas between
     arms: str = "all"  # numbers of the arms, from 0, with commas between; all
     steps: int = 300  # of each run
-    equal_time: float = 2.5  # times as many for "text alone, equal time": what a taught step costs beside it
+    equal_time: float = 2.5  # times as many for "equal time": what a taught step costs beside one without
     json: str | None = None  # where the figures go, once all runs are there
 
     @property
