@@ -220,12 +220,12 @@ def test_loss_by_position(data, curriculum, tmp_path, capsys):
              f"--json={tmp_path / 'j'}", f"--png={tmp_path / 'p.png'}"]
     assert context.main(words) == 0
     printed = capsys.readouterr().out.splitlines()
-    assert printed[1].split() == ["0-31", "32-63"] and [line.split()[0] for line in printed[2:]] == names
+    assert printed[1].split() == ["0-31", "32-63"] and [line.split()[0] for line in printed[2:4]] == names
     content = json.loads((tmp_path / "j").read_text())
     rows, documents, available = context.rows_within_documents(DataFolder(data), 64, 8)
     assert printed[0].startswith(f"loss in nats a token; 8 of {available} validation rows of 64 tokens")
     assert (content["rows"], content["documents"]) == (8, documents)
-    for name, line in zip(names, printed[2:], strict=True):
+    for name, line in zip(names, printed[2:4], strict=True):
         model = GPT.from_pretrained(name).eval()
         with torch.no_grad():
             log_probs = F.log_softmax(model(torch.from_numpy(rows[:, :-1])).double(), dim=-1).numpy()
@@ -233,6 +233,14 @@ def test_loss_by_position(data, curriculum, tmp_path, capsys):
         expected = [nll[:, :32].mean(), nll[:, 32:].mean()]
         assert list(content["loss"][name].values()) == pytest.approx(expected, rel=1e-6)
         assert line.split()[1:] == [f"{loss:.4f}" for loss in content["loss"][name].values()]
+        with torch.no_grad():
+            short = F.log_softmax(model(torch.from_numpy(rows[:, -25:-1])).double(), dim=-1).numpy()
+        less = -np.take_along_axis(short, rows[:, -24:, None], axis=2)[:, -8:, 0]
+        more = (less - nll[:, -8:]).mean(axis=1)  # behind 16 tokens, and behind 56
+        found = content["more_behind_less"][name]
+        assert found["16"] == pytest.approx([more.mean(), more.std() / 8**0.5], rel=1e-4)
+        assert found["56"] == [0, 0] and list(found) == ["16", "32", "56"]
+    assert printed[5].split() == ["16", "32", "56"] and len(printed) == 8
     assert (tmp_path / "p.png").stat().st_size > 5000
 
 

@@ -7,8 +7,12 @@ A token at position p of a row has p tokens before it. The rows are validation r
 document, spread evenly over all that do, so that those p tokens are about the same thing; every model reads
 the same ones. A model that uses its context has a lower loss at later positions; one that was never trained
 on such positions often has a higher one.
+
+A second table compares targets with themselves: the last eighth of each row's, read behind all that the row
+has before them, and behind less.
 """
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -77,16 +81,27 @@ def load(name: str, data: DataFolder, block_size: int, device: torch.device) -> 
 # ---- What is measured -------------------------------------------------------------------------------------
 
 @torch.no_grad()
-def loss_by_position(model: GPT, rows: np.ndarray) -> torch.Tensor:
-    """Mean loss in nats of the targets at each position: (n, T + 1) int64 -> (T,) float64."""
-    T = rows.shape[1] - 1
-    total = torch.zeros(T, dtype=torch.float64)
+def losses_of(model: GPT, rows: np.ndarray) -> torch.Tensor:
+    """The loss in nats of each target: (n, T + 1) int64 -> (n, T) float64."""
+    T, found = rows.shape[1] - 1, []
     for part in torch.from_numpy(rows).split(max(1, FORWARD_TOKENS // T)):
         part = part.to(model.head_weight.device)  # (B, T + 1)
         logits = model(part[:, :-1]).float().flatten(0, 1)  # (B T, V)
-        nll = F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none").view(-1, T)  # (B, T)
-        total += nll.sum(dim=0).cpu().double()
-    return total / len(rows)
+        found.append(F.cross_entropy(logits, part[:, 1:].flatten(), reduction="none").view(-1, T).cpu())
+    return torch.cat(found).double()
+
+
+def loss_by_context(model: GPT, rows: np.ndarray) -> dict[int, tuple[float, float]]:
+    """{tokens before the last eighth of a row's targets: how many nats a token these cost more than
+    behind all of the row, and the standard error of that}."""
+    T = rows.shape[1] - 1
+    asked = max(1, T // 8)
+    contexts = sorted({*(2**k for k in range(4, 32) if 2**k < T - asked), T - asked})
+    found = {context: losses_of(model, rows[:, -(context + asked + 1):])[:, -asked:].mean(dim=1)
+             for context in contexts}  # (n,) each
+    more = {context: each - found[T - asked] for context, each in found.items()}
+    return {context: (each.mean().item(), each.std(correction=0).item() / math.sqrt(len(rows)))
+            for context, each in more.items()}
 
 
 def buckets(T: int) -> dict[str, slice]:
@@ -99,17 +114,26 @@ def main(argv: list[str]) -> int:
     cfg, _ = configure(ContextConfig, argv, usage=__doc__)
     data, names = DataFolder(dataset_folder(cfg.dataset)), cfg.model.split(",")
     rows, documents, available = rows_within_documents(data, cfg.block_size, cfg.rows)
-    places, figures, width = buckets(cfg.block_size), {}, max(map(len, names))
+    places, width = buckets(cfg.block_size), max(map(len, names))
+    figures, more = {}, {}
     print(f"loss in nats a token; {len(rows):,} of {available:,} validation rows of {cfg.block_size:,} tokens"
           f" that lie within one document, from {documents:,} documents")
     print(" " * width + "".join(f"{place:>12}" for place in places))
     for name in names:
-        losses = loss_by_position(load(name, data, cfg.block_size, pick_device(cfg.device)), rows)
+        model = load(name, data, cfg.block_size, pick_device(cfg.device))
+        losses = losses_of(model, rows).mean(dim=0)  # (T,)
         figures[name] = {place: losses[part].mean().item() for place, part in places.items()}
         print(f"{name:{width}}" + "".join(f"{loss:12.4f}" for loss in figures[name].values()))
+        more[name] = loss_by_context(model, rows)
+    print(f"nats a token that the last {max(1, cfg.block_size // 8):,} targets of a row cost more behind so"
+          " many tokens than behind all, and the standard error")
+    print(" " * width + "".join(f"{context:>18,}" for context in more[names[0]]))
+    for name, found in more.items():
+        print(f"{name:{width}}" + "".join(f"{value:+10.4f} +-{error:.4f}" for value, error in found.values()))
     if cfg.json:
         write_json(Path(cfg.json), {"command": f"python -m tools.context {' '.join(argv)}", "rows": len(rows),
-                                    "documents": documents, "torch": torch.__version__, "loss": figures})
+                                    "documents": documents, "torch": torch.__version__, "loss": figures,
+                                    "more_behind_less": more})
     if cfg.png:
         draw(figures, Path(cfg.png))
     return 0
