@@ -91,6 +91,7 @@ def fields(path):
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_weight_comes_back(name, tokenizer, tmp_path):
     model = model_of(**SHAPES[name])
+    gguf_file.require_supported(model.config)  # does not refuse it
     write(tmp_path / "m.gguf", model, tokenizer)
     found = dict(gguf_file.read_tensors(tmp_path / "m.gguf", model.config))
     expected = state_of(model)
@@ -211,11 +212,6 @@ def test_the_real_mix_is_told(tokenizer, tmp_path):
 ])  # fmt: skip
 def test_what_llama_cpp_does_not_compute(changes, message):
     with pytest.raises(UserError, match=message):
-        gguf_file.require_supported(tiny_config(**changes))
-
-
-def test_what_it_does_is_not_refused():
-    for changes in SHAPES.values():
         gguf_file.require_supported(tiny_config(**changes))
 
 
