@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from parts.conversations import is_list_of_dicts
-from parts.sources import Skip, file_kind, files_under, find_files, hub_rows, read_rows, value_of
+from parts.sources import Blank, Skip, file_kind, files_under, find_files, hub_rows, read_rows, value_of
 
 ROW_KINDS = {".jsonl", ".json", ".parquet", ".tsv"}
 
@@ -86,9 +86,9 @@ def file_rows(path: Path) -> Iterator[dict[str, Any]]:
     for row in rows:
         try:
             value = value_of(row)
+        except Blank:
+            continue
         except Skip as reason:
-            if str(reason) == "blank line":
-                continue
             raise UserError(f"{row.place}: {reason}") from None
         if not isinstance(value, dict):
             raise UserError(f"{row.place}: not a JSON object")

@@ -25,7 +25,18 @@ from configurator import UserError
 from parts.chat import ROLES
 from parts.conversations import is_list_of_dicts
 from parts.shards import DataFolder, file_sha256
-from parts.sources import KINDS, TABLE_KINDS, Row, Skip, file_kind, find_files, hub_rows, read_rows, value_of
+from parts.sources import (
+    KINDS,
+    TABLE_KINDS,
+    Blank,
+    Row,
+    Skip,
+    file_kind,
+    find_files,
+    hub_rows,
+    read_rows,
+    value_of,
+)
 from parts.tokenizer import Tokenizer
 from parts.words import normalised
 
@@ -92,10 +103,10 @@ def hub_items(name: str) -> Iterator[tuple[str, str]]:
 
 def file_items(path: Path) -> Iterator[tuple[str, str]]:
     for row in read_rows([path], None, 2**20):
-        if row.kind == "json" and not row.content.strip():
-            continue  # a blank line
         try:
             value = value_of(row)
+        except Blank:
+            continue
         except Skip as reason:
             raise UserError(f"{KEY}={row.place}: {reason}") from None
         if file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":

@@ -45,6 +45,10 @@ class Skip(Exception):
     """A row that cannot be used; the message is the reason it is counted under."""
 
 
+class Blank(Skip):
+    """A row with nothing in it."""
+
+
 def find_files(source: str, key: str = "source", kinds: set[str] = KINDS) -> tuple[list[Path], int]:
     """The files that a comma-separated list of files, folders and globs names, and how many it ignores.
 
@@ -346,7 +350,7 @@ def document(row: Row, text_key: str) -> str:
     if not isinstance(value, str):
         raise Skip(f"{text_key!r} is not a string")
     if not value.strip():
-        raise Skip("empty text")
+        raise Blank("empty text")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -361,7 +365,7 @@ def parse_json(line: bytes) -> Any:
     except UnicodeDecodeError:
         raise Skip("not UTF-8") from None
     if not text.strip():
-        raise Skip("blank line")
+        raise Blank("blank line")
     try:
         return json.loads(text, object_pairs_hook=unique_names, parse_constant=no_constant)
     except RecursionError:

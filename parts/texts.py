@@ -19,6 +19,7 @@ from parts.run import read_run
 from parts.shards import DataFolder
 from parts.sources import (
     TEXT_KINDS,
+    Blank,
     Skip,
     document,
     file_kind,
@@ -78,9 +79,10 @@ def of_files(files: list[Path], limit: int) -> Iterator[str]:
             for row in read_rows([path], "text", piece=2**20):
                 try:
                     yield document(row, "text")
+                except Blank:
+                    continue
                 except Skip as reason:
-                    if str(reason) not in ("blank line", "empty text"):
-                        raise UserError(f"{row.place}: {reason}") from None
+                    raise UserError(f"{row.place}: {reason}") from None
 
 
 def of_folder(folder: Path) -> Iterator[str]:
