@@ -44,6 +44,16 @@ def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
     return 2048 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
 
 
+def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Of (n, V): the probabilities and the logsumexp, (n, V) and (n,), float32.
+
+    Memory traffic is the cost of a large vocabulary. Softmax is one kernel, where logsumexp is four; and as
+    the largest probability is e^max / e^logsumexp, the latter need not be computed from the logits.
+    """
+    probabilities = logits.softmax(dim=-1, dtype=torch.float32)  # (n, V)
+    return probabilities, logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
+
+
 class LinearCrossEntropy(torch.autograd.Function):
     """The autograd side of `linear_cross_entropy`: the forward pass already computes the gradients."""
 
@@ -59,25 +69,20 @@ class LinearCrossEntropy(torch.autograd.Function):
         rows = chunk_rows(hidden, vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            h, target = hidden[chunk].to(dtype), targets[chunk]  # (n, C), (n,)
-            logits = (h @ matrix.T).float()  # (n, P)
+            wanted = targets[chunk] != IGNORE  # (n,)
+            h = torch.where(wanted[:, None], hidden[chunk].to(dtype), 0)  # (n, C): adds nothing to the weight
+            target = torch.where(wanted, targets[chunk], 0)[:, None]  # (n, 1)
+            logits = h @ matrix.T  # (n, P)
             logits[:, vocab_size:] = -torch.inf
-            wanted = target != IGNORE  # (n,)
-            index = torch.where(wanted, target, 0)[:, None]  # (n, 1)
-            at_target = logits.gather(1, index)[:, 0]  # (n,)
-            largest = logits.amax(dim=-1)  # (n,)
-            exponentials = logits.sub_(largest[:, None]).exp_()  # in place: memory traffic is the cost here
-            total = exponentials.sum(dim=-1)  # (n,)
-            log_z = total.log() + largest  # logsumexp
-            nll += torch.where(wanted, log_z - at_target, 0.0).sum()
+            probabilities, log_z = softmax(logits)  # (n, P), (n,)
+            nll += torch.where(wanted, log_z - logits.gather(1, target)[:, 0], 0.0).sum()
             z_term += z_loss * torch.where(wanted, log_z.square(), 0.0).sum()
             if with_grad:
                 # d nll / d logits = softmax - one_hot;  d z / d logits = 2 z_loss log_z softmax
-                weights = wanted * (1 + 2 * z_loss * log_z) / total
-                d_logits = exponentials.mul_(weights[:, None])  # (n, P)
-                d_logits.scatter_add_(1, index, -wanted.float()[:, None])
+                d_logits = probabilities.mul_(1 + 2 * z_loss * log_z[:, None]) if z_loss else probabilities
+                d_logits.scatter_add_(1, target, d_logits.new_full((len(h), 1), -1.0))
                 d_logits = d_logits.to(dtype)
-                grad_hidden[chunk] = d_logits @ matrix  # (n, C)
+                grad_hidden[chunk] = torch.where(wanted[:, None], d_logits @ matrix, 0)  # (n, C)
                 if not with_weight:
                     continue
                 if dtype == torch.float32:
@@ -112,22 +117,20 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
                 dtype: torch.dtype) -> Tensor:
-        log_z = hidden.new_empty(len(hidden), dtype=torch.float32)
-        at_target = torch.empty_like(log_z)
+        log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)
         matrix = weight.to(dtype)[:vocab_size]  # (V, C)
         rows = chunk_rows(hidden, vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            logits = (hidden[chunk].to(dtype) @ matrix.T).float()  # (n, V)
-            log_z[chunk] = logits.logsumexp(dim=-1)
-            at_target[chunk] = logits.gather(1, targets[chunk, None])[:, 0]
-        ctx.save_for_backward(hidden, weight, targets, log_z)
+            logits = hidden[chunk].to(dtype) @ matrix.T  # (n, V)
+            log_probs[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - softmax(logits)[1]
+        ctx.save_for_backward(hidden, weight, targets)
         ctx.vocab_size, ctx.dtype = vocab_size, dtype
-        return at_target - log_z
+        return log_probs
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
-        hidden, weight, targets, log_z = ctx.saved_tensors
+        hidden, weight, targets = ctx.saved_tensors
         matrix = weight.to(ctx.dtype)[:ctx.vocab_size]
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
@@ -136,7 +139,7 @@ class LinearLogProbs(torch.autograd.Function):
             chunk = slice(start, start + rows)
             h, g = hidden[chunk].to(ctx.dtype), grad[chunk, None]  # (n, C), (n, 1)
             # d log p(target) / d logits = one_hot - softmax
-            d_logits = (h @ matrix.T).float().sub_(log_z[chunk, None]).exp_().mul_(-g)  # (n, V)
+            d_logits = (h @ matrix.T).softmax(dim=-1, dtype=torch.float32).mul_(-g)  # (n, V)
             d_logits.scatter_add_(1, targets[chunk, None], g)
             d_logits = d_logits.to(ctx.dtype)
             grad_hidden[chunk] = d_logits @ matrix
