@@ -281,6 +281,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
+        self.compiled_steps = False  # compile what generation does for a token (parts/generate.py)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),

@@ -51,6 +51,7 @@ class SampleConfig(Sampling):
     batch_size: int = 16  # rows generated together
     device: str | None = None  # cpu, cuda, mps; None: the best there is
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda
+    compile: bool = False  # torch.compile the step of a token: pays beyond some ten thousand tokens
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -85,6 +86,7 @@ class Sampler:
         self.tokenizer = Tokenizer.load(folder)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         self.model = GPT.from_pretrained(folder, device, getattr(torch, dtype)).eval()
+        self.model.compiled_steps = cfg.compile
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
         self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)
 

@@ -4,12 +4,16 @@
         ...                                        # one new token a row, None for a row that has ended
 
 Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context
-is full, its last block_size // 2 tokens are read anew and the others forgotten. Shapes: B rows, V vocab_size.
+is full, its last block_size // 2 tokens are read anew and the others forgotten. `model.compiled_steps = True`
+compiles the step of one token: half a minute at first, then a third faster on a CPU; on a GPU a CUDA graph.
+Shapes: B rows, S slots of the cache, V vocab_size.
 """
 
+import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -112,7 +116,8 @@ def written(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling:
         if cache is None:
             longest = min(block_size, max(map(len, context)) + max_new_tokens - step)
             slots = longest if past is None else block_size
-            cache = KVCache(model.config, len(context), slots, device, compute_dtype(model))
+            kind = StepCache if model.compiled_steps else KVCache
+            cache = kind(model.config, len(context), slots, device, compute_dtype(model))
             unread = read_shared(model, context, cache)
         logits = forward_last(model, unread, cache)
         cache.hold([len(row) for row in context])
@@ -160,6 +165,8 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.k.device)  # (B, T)
+    if longest == 1 and isinstance(cache, StepCache):
+        return compiled_step(cache.k.device.type)(model, ids, cache)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         last = [len(row) - 1 for row in rows]
@@ -168,6 +175,53 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
 
     with torch.compiler.set_stance("force_eager"):  # every length would be compiled anew
         return model(ids, cache=cache, head=head)
+
+
+# ---- Compiled ---------------------------------------------------------------------------------------------
+
+class StepCache(KVCache):
+    """A cache with which every step of one token has the same shapes: it sees all slots, behind a mask.
+
+    place: (B, 1) int64, the slot of each row's next token.
+    """
+
+    def __init__(self, *arguments: Any):
+        super().__init__(*arguments)
+        for tensor in (self.k, self.v):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # else a CUDA graph copies it at each step
+
+    def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
+        if T > 1:
+            return super().begin(T)
+        slots = torch.arange(self.k.shape[3], device=self.k.device)  # (S,)
+        return slots <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
+
+    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        if k.shape[2] > 1:
+            return super().update(layer, k, v)
+        held = self.k[layer], self.v[layer]  # (B, K, S, D)
+        for slots, new in zip(held, (k, v), strict=True):
+            slots[self.rows, :, self.place] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
+        return held[0].to(k.dtype), held[1].to(v.dtype)
+
+    def hold(self, lengths: list[int]) -> None:
+        super().hold(lengths)
+        self.place = torch.tensor(lengths, device=self.k.device)[:, None]
+
+
+def last_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
+    """Feed one token a row, ids (B, 1); the logits behind it, (B, V)."""
+    logits = model(ids, cache=cache, head=lambda hidden, weight: hidden[:, 0] @ weight.T.to(hidden.dtype))
+    return logits[:, :model.config.vocab_size]
+
+
+@functools.cache
+def compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
+    """`last_logits`, compiled for a kind of device: into C++ on a CPU, into a CUDA graph on a GPU, where
+    coordinate_descent_tuning makes products with a single row kernels of their own."""
+    options = {"cpu": {"cpp_wrapper": True},
+               "cuda": {"triton.cudagraphs": True, "coordinate_descent_tuning": True}}
+    return torch.compile(last_logits, options=options.get(device))
 
 
 def compute_dtype(model: GPT) -> torch.dtype:

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import parts.generate
 from configurator import UserError
 from model import GPT
 from parts.shards import DataFolder
@@ -171,11 +172,12 @@ def test_our_step_is_one_of_fits(tmp_path, data):
     assert events[0]["grad_norm"] == step.meter.norm.item()
 
 
-def test_generate(tmp_path, nanogpt):
+def test_generate(tmp_path, nanogpt, monkeypatch):
+    monkeypatch.setattr(parts.generate, "compiled_step", lambda device: parts.generate.last_logits)
     words = [word for word in TOY if "block" not in word]
     figures, arms = run(tmp_path, "generate", *words, "--block_size=64", "--max_new_tokens=24",
-                        "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}")
-    assert list(arms) == ["nanoGPT", "transformers", "our Llama", "our GPT-2"]
+                        "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}", "--compile=True")
+    assert list(arms) == ["nanoGPT", "transformers", "our Llama", "our GPT-2", "our Llama, compiled"]
     for check in figures["checks"].values():
         assert check["tokens"] == 72 and check["distinct"] > 5
     assert figures["gemv_seconds_per_step"] > 0 and figures["copy_bytes_per_second"] > 0

@@ -13,7 +13,7 @@ import parts.generate
 import sample
 from configurator import UserError
 from model import GPT
-from parts.generate import Sampling, choose, generate, penalize
+from parts.generate import Past, Sampling, choose, generate, penalize
 from parts.tokenizer import Tokenizer
 from tests.conftest import ROOT, busy_model, tiny_config
 
@@ -112,6 +112,31 @@ def test_a_row_that_ends_leaves_the_others_alone():
     ended = run(model, prompts, 40, is_done=lambda row, new: row == 0 and len(new) == 3)
     assert ended == [free[0][:3], free[1], free[2]]
     assert run(model, prompts, 40, is_done=lambda row, new: True) == [row[:1] for row in free]
+
+
+@pytest.mark.parametrize("changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all")])
+def test_steps_of_one_shape_write_the_same(monkeypatch, changes):
+    """What would be compiled, uncompiled: ragged rows, past the context's end, after a shared beginning."""
+    monkeypatch.setattr(parts.generate, "compiled_step", lambda device: parts.generate.last_logits)
+    model, prompts = busy_model(tiny_config(**changes)), [*prompts_of(10), [3], list(range(64))]
+    shared = [list(range(100, 170)) + tail for tail in ([], [5], [6, 7])]
+    texts = []
+    for model.compiled_steps in (False, True):
+        ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
+        past = Past()
+        turns = [run(model, [prompts[0] + list(range(n))], 9, past=past) for n in (1, 20)]
+        texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
+    assert texts[0] == texts[1]
+    assert isinstance(past.cache, parts.generate.StepCache)
+
+
+def test_a_compiled_step_writes_the_same():
+    model, prompts = busy_model(tiny_config()), [[1, 2, 3], [4], [5] * 40]
+    counts, lengths = torch._dynamo.utils.counters["stats"], (8, 16, 23)
+    expected, begin = [run(model, prompts, length) for length in lengths], counts["unique_graphs"]
+    model.compiled_steps = True
+    assert [run(model, prompts, length) for length in lengths] == expected
+    assert counts["unique_graphs"] == begin + 2  # one for the first size of the cache, one for all others
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
@@ -218,13 +243,16 @@ def call(capsys, trained, *words):
     return capsys.readouterr()
 
 
-def test_only_the_generated_text_is_on_stdout(capsys, trained):
+def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
     tokenizer, model = Tokenizer.load(trained / "step_000060"), GPT.from_pretrained(trained).eval()
     prompt = "import os"
     expected = tokenizer.decode(run(model, [tokenizer.encode(prompt)], 20)[0])
     printed = call(capsys, trained, f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
     assert printed.out == expected + "\n"
     assert "20 tokens in" in printed.err and "tokens/s" in printed.err
+    monkeypatch.setattr(parts.generate, "compiled_step", lambda device: parts.generate.last_logits)
+    words = [f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0", "--compile=True"]
+    assert call(capsys, trained, *words).out == expected + "\n"
 
 
 def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):

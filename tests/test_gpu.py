@@ -12,6 +12,7 @@ import sample
 import sft
 import train
 from model import GPT, document_mask
+from parts.generate import Sampling, generate
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import events, losses
 
@@ -80,6 +81,17 @@ def test_later_stages_follow_the_cpu(kind, trained, data, chats, pairs, tmp_path
         script.main([*SHORT, *words, "--dtype=float32", f"--device={device}", f"--out_dir={out}"])
         runs.append(losses(events(out)))
     assert max(abs(a / b - 1) for a, b in zip(*runs, strict=True)) < 0.02
+
+
+def test_a_compiled_step_writes_the_same_on_the_gpu():
+    """A CUDA graph, in float32: the context ends on the way, and another cache takes its place."""
+    torch.set_float32_matmul_precision("highest")
+    model, prompts = busy_model(tiny_config()).cuda(), [[1, 2, 3], [4], list(range(60))]
+    texts = []
+    for model.compiled_steps in (False, True, True):
+        steps = generate(model, prompts, 40, Sampling(temperature=0))
+        texts.append([list(tokens) for tokens in steps])
+    assert texts[0] == texts[1] == texts[2]
 
 
 def test_sampling_on_the_gpu(trained, capsys):

@@ -1,7 +1,7 @@
 """Greedy generation: ours beside nanoGPT's and transformers', about four million parameters each.
 
     python -m tools.bench generate --nanogpt=../nanoGPT
-    python -m tools.bench generate --nanogpt=../nanoGPT --batch_size=16
+    python -m tools.bench generate --nanogpt=../nanoGPT --batch_size=16 --compile=True
     python -m tools.bench generate --device=cuda --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257
 
 A call reads the prompts and writes max_new_tokens to each. Checked first, in float32: transformers writes
@@ -9,10 +9,12 @@ our tokens from the folder we save, and nanoGPT, with GPT-2's GELU, those of our
 weights. The weights are random and larger than a fresh model's, so that the tokens vary.
 
 "of peak" is the time that the model's matrices take, each once with batch_size vectors (GEMV), beside the
-time of a token. Left out: compiled decoding, which ours has not, and sampling.
+time of a token. Left out: sampling, and the peers compiled.
 """
 
+import copy
 import tempfile
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +30,8 @@ from tools.bench import peers
 from tools.bench.measure import PeerConfig, baselines, copy_arm, gemv_arm, interleaved, row, start, table
 from tools.bench.peers import Shape, llama_config, require_equal_tokens
 
+COMPILED = "our Llama, compiled"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PeerConfig):
@@ -39,6 +43,7 @@ class Config(PeerConfig):
     batch_size: int = 1  # prompts at a time
     prompt_tokens: int = 16  # of each prompt
     max_new_tokens: int = 256  # written behind each
+    compile: bool | None = None  # also our Llama with its step compiled; None: on cuda
 
     def __post_init__(self) -> None:
         PeerConfig.__post_init__(self)
@@ -62,20 +67,25 @@ def measure(cfg: Config) -> dict[str, Any]:
         models["transformers"] = peers.transformers_twin(llama, Path(folder), device).eval()
     models["our Llama"] = llama
     models["our GPT-2"] = peers.gpt2_twin(models.get("nanoGPT"), shape).to(device).eval()
+    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+        models[COMPILED] = copy.deepcopy(llama)
+        models[COMPILED].compiled_steps = True
     checks = check(models, prompts, cfg.max_new_tokens)
 
     for model in models.values():
         model.to(DTYPES[dtype])
-    copy, copied = copy_arm(device)
+    copying, copied = copy_arm(device)
     arms = {name: lambda name=name, model=model: write(name, model, prompts, cfg.max_new_tokens)
             for name, model in models.items()}
-    timings = interleaved(arms | {"gemv": gemv_arm(llama, cfg.batch_size), "copy": copy}, cfg.rounds, device,
-                          cfg.seconds)
+    arms |= {"gemv": gemv_arm(llama, cfg.batch_size), "copy": copying}
+    timings = interleaved(arms, cfg.rounds, device, cfg.seconds)
     beside = baselines(timings, "nanoGPT", "transformers")
     limit = cfg.max_new_tokens * min(timings["gemv"].seconds)
     rows = [row(name, dtype, timings[name], beside, limit / timings[name].median, parameters=count(model))
             for name, model in models.items()]
     notes = [] if nanogpt else ["nanoGPT is left out: --nanogpt=DIR names its folder"]
+    if COMPILED in checks:
+        notes.append(f"{COMPILED}: {checks[COMPILED]['first_call_seconds']:.0f} s to compile, left out")
     return {"tokens_per_call": cfg.batch_size * cfg.max_new_tokens, "batch_size": cfg.batch_size,
             "checks": checks, "gemv_seconds_per_step": min(timings["gemv"].seconds),
             "weight_bytes": count(llama) * DTYPES[dtype].itemsize,
@@ -119,6 +129,12 @@ def write(name: str, model: nn.Module, prompts: Tensor, length: int) -> list[lis
 def check(models: dict[str, nn.Module], prompts: Tensor, length: int) -> dict[str, Any]:
     """Each peer's tokens are those of our model with its weights; figures for the JSON, or UserError."""
     checks = {}
+    if COMPILED in models:
+        begin = time.perf_counter()
+        found = write(COMPILED, models[COMPILED], prompts, length)
+        seconds = time.perf_counter() - begin
+        eager = write("our Llama", models["our Llama"], prompts, length)
+        checks[COMPILED] = require_equal_tokens(COMPILED, found, eager) | {"first_call_seconds": seconds}
     for peer, ours in (("nanoGPT", "our GPT-2"), ("transformers", "our Llama")):
         if peer in models:
             with peers.tanh_gelu(models[peer]):
