@@ -13,6 +13,7 @@ import dataclasses
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -194,6 +195,8 @@ def start_run(cfg: Any, given: dict[str, str]) -> Run:
     changed = "  ".join(f"{key}={value}" for key, value in differences(cfg).items())
     run.print(f"run       {cfg.out_dir} on {run.world_size} x {device_name(run.device)}"
               + (f"\nchanged   {changed}" if changed else ""))
+    if cfg.dtype == "bfloat16" and emulates_bfloat16(run.device):
+        run.print("note      this CPU has no bfloat16 units: float32 is some ten times as fast")
     return run
 
 
@@ -220,6 +223,14 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def emulates_bfloat16(device: torch.device) -> bool:
+    """Whether this is a CPU without units for it; one that does not say, as outside Linux, is taken to have
+    them."""
+    info = Path("/proc/cpuinfo")
+    units = r"\b(avx512_bf16|amx_bf16|bf16)\b"
+    return device.type == "cpu" and info.is_file() and not re.search(units, info.read_text())
 
 
 def claim_folder(cfg: Any, run: Run) -> None:

@@ -4,10 +4,13 @@ import json
 import shutil
 import sys
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
+import parts.run
 import train
 from configurator import UserError, configure
 from loop import RunConfig, plan, start_run
@@ -86,6 +89,20 @@ def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
     assert losses(grown)[:4] == losses(before) and len(losses(grown)) == 8
     with pytest.raises(UserError, match="max_steps was 8, is 4"):
         run(data, tmp_path, *words, "--max_steps=4")
+
+
+@pytest.mark.parametrize("flags, emulated", [
+    ("fma avx2 avx512f", True), ("avx512f avx512_bf16 amx_int8", False), ("asimd bf16", False), ("", True)
+])
+def test_a_cpu_without_bfloat16_units_is_told(tmp_path, monkeypatch, capsys, flags, emulated):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name : a CPU\nflags : {flags}\n")
+    monkeypatch.setattr(parts.run, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
+    for dtype in ("bfloat16", "float32"):
+        with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype), {}):
+            assert ("no bfloat16 units" in capsys.readouterr().out) == (emulated and dtype == "bfloat16")
+    cpuinfo.unlink()
+    assert not parts.run.emulates_bfloat16(torch.device("cpu"))  # not known
 
 
 def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_path):

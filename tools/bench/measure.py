@@ -175,14 +175,6 @@ def copy_arm(device: torch.device) -> tuple[Callable[[], Any], int]:
     return lambda: target.copy_(source), 2 * size
 
 
-def has_bfloat16_units(device: torch.device) -> bool:
-    """Whether bfloat16 is computed or emulated; without /proc/cpuinfo it is taken for emulated."""
-    info = Path("/proc/cpuinfo")
-    if device.type == "cuda":
-        return True
-    return info.is_file() and bool(re.search(r"\b(avx512_bf16|amx_bf16|bf16)\b", info.read_text()))
-
-
 # ---- The report -------------------------------------------------------------------------------------------
 
 def row(name: str, dtype: str, timing: Timing, peers: dict[str, float], share: float | None = None,

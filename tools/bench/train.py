@@ -39,13 +39,12 @@ from model import GPT
 from parts.data import StagedData
 from parts.meter import Meter
 from parts.optim import learning_rate_at, make_optimizers, set_learning_rate
-from parts.run import Run
+from parts.run import Run, emulates_bfloat16
 from prepare import PrepareConfig, prepare
 from tools.bench import peers
 from tools.bench.measure import (
     PeerConfig,
     baselines,
-    has_bfloat16_units,
     interleaved,
     matmul_arms,
     matmul_peak,
@@ -190,7 +189,7 @@ class StepBench:
         cfg, on_gpu = self.cfg, self.device.type == "cuda"
         dtypes = {None: ["bfloat16"] if on_gpu else ["float32", "bfloat16"],
                   "both": ["float32", "bfloat16"]}.get(cfg.dtype, [cfg.dtype])
-        if "bfloat16" in dtypes and not has_bfloat16_units(self.device):
+        if "bfloat16" in dtypes and emulates_bfloat16(self.device):
             self.notes.append("this CPU has no bfloat16 units: those figures are of their emulation")
         if on_gpu and "float32" not in dtypes:
             torch.set_float32_matmul_precision("high")  # after the checks; both train.py files set it, too
