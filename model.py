@@ -202,6 +202,9 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0) -> 
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
+    if grouped and q.shape[2] == 1:  # the heads of a group are as so many queries of one head, and k, v stay
+        queries = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K, D)
+        return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout).view(q.shape)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
                                           is_causal=q.shape[2] > 1 and mask is None)
 
