@@ -112,17 +112,17 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
 class KVCache:
     """Static keys and values of every layer, for generation.
 
-    k, v: (L, B, K, S, D), allocated once. lengths: how many tokens each row holds; used: the largest of them;
-    even: whether it is that of all rows. A token's slot is its position, so rows of unequal length need no
-    padding on the left: what the padding behind a shorter row wrote is overwritten before anything attends
-    to it.
+    k, v: (B, K, S, D) of each layer, allocated once. lengths: how many tokens each row holds; used: the
+    largest of them; even: whether it is that of all rows. A token's slot is its position, so rows of unequal
+    length need no padding on the left: what the padding behind a shorter row wrote is overwritten before
+    anything attends to it.
     """
 
     def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
                  dtype: Any = None):
-        shape = (config.n_layer, batch_size, config.n_kv_head, max_length, config.head_dim)
-        self.k = torch.zeros(shape, device=device, dtype=dtype)
-        self.v = torch.zeros(shape, device=device, dtype=dtype)
+        shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
+        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
+                          for _ in range(2))
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.block_size = config.block_size
         self.hold([0] * batch_size)
@@ -134,9 +134,10 @@ class KVCache:
             raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
         if self.even and (self.used == 0 or T == 1):  # causal, or a token that sees all there is
             return None, slice(self.used, self.used + T)
-        lengths = torch.tensor(self.lengths, device=self.k.device)
-        self.slots = lengths[:, None] + torch.arange(T, device=self.k.device)  # (B, T)
-        keys = torch.arange(self.used + T, device=self.k.device)  # (S,)
+        device = self.rows.device
+        lengths = torch.tensor(self.lengths, device=device)
+        self.slots = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
+        keys = torch.arange(self.used + T, device=device)  # (S,)
         return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -204,7 +205,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0) -> 
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     if grouped and q.shape[2] == 1:  # the heads of a group are as so many queries of one head, and k, v stay
         queries = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K, D)
-        return F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout).view(q.shape)
+        y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout)
+        return y.reshape(q.shape)  # of a GPU's kernels, one gives y in another layout
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
                                           is_causal=q.shape[2] > 1 and mask is None)
 

@@ -10,6 +10,7 @@ Shapes: B rows, S slots of the cache, V vocab_size.
 """
 
 import functools
+import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from model import GPT, KVCache
+from model import GPT, GPTConfig, KVCache
 
 SHARED = 64  # tokens: what all rows begin with is read a single time from this length on
 
@@ -154,9 +155,10 @@ def read_shared(model: GPT, rows: list[list[int]], cache: KVCache) -> list[list[
     shared = min(len(os.path.commonprefix(rows)), *(len(row) - 1 for row in rows))
     if len(rows) == 1 or shared < SHARED:
         return rows
-    one = KVCache(model.config, 1, shared, cache.k.device, cache.k.dtype)
+    one = KVCache(model.config, 1, shared, cache.rows.device, cache.k[0].dtype)
     forward_last(model, [rows[0][:shared]], one)
-    cache.k[:, :, :, :shared], cache.v[:, :, :, :shared] = one.k, one.v  # (L, 1, K, shared, D) for all B rows
+    for slots, read in zip((*cache.k, *cache.v), (*one.k, *one.v), strict=True):
+        slots[:, :, :shared] = read  # (1, K, shared, D) for all B rows
     cache.hold([shared] * len(rows))
     return [row[shared:] for row in rows]
 
@@ -164,9 +166,9 @@ def read_shared(model: GPT, rows: list[list[int]], cache: KVCache) -> list[list[
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     """Feed some tokens a row behind what the cache holds; logits after each row's last one, (B, V)."""
     longest = max(map(len, rows))
-    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.k.device)  # (B, T)
+    ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.rows.device)  # (B, T)
     if longest == 1 and isinstance(cache, StepCache):
-        return compiled_step(cache.k.device.type)(model, ids, cache)
+        return compiled_step(cache.rows.device.type)(model, ids, cache)
 
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         last = [len(row) - 1 for row in rows]
@@ -180,33 +182,42 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
 # ---- Compiled ---------------------------------------------------------------------------------------------
 
 class StepCache(KVCache):
-    """A cache with which every step of one token has the same shapes: it sees all slots, behind a mask.
+    """A cache with which 128 steps of one token in a row have the same shapes: what they see, through a mask,
+    is all slots up to a multiple of 128.
 
-    place: (B, 1) int64, the slot of each row's next token.
+    seen: these slots, (S,) int64. place: (B, 1) int64, the slot of each row's next token. torch is told which
+    sizes differ between calls, and compiles once for all of them.
     """
 
-    def __init__(self, *arguments: Any):
-        super().__init__(*arguments)
-        for tensor in (self.k, self.v):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # else a CUDA graph copies it at each step
+    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
+                 dtype: Any = None):
+        self.all_slots = torch.arange(128 * math.ceil(max_length / 128), device=device)
+        self.seen = self.all_slots[:0]
+        # More than are ever seen: of two sizes that are equal, torch would compile that they always are.
+        super().__init__(config, batch_size, len(self.all_slots) + 8, device, dtype)
+        for tensor in (*self.k, *self.v):
+            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph writes into no other input
+            torch._dynamo.mark_dynamic(tensor, 2)
 
     def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
         if T > 1:
             return super().begin(T)
-        slots = torch.arange(self.k.shape[3], device=self.k.device)  # (S,)
-        return slots <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
+        return self.seen <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if k.shape[2] > 1:
             return super().update(layer, k, v)
-        held = self.k[layer], self.v[layer]  # (B, K, S, D)
+        held, S = (self.k[layer], self.v[layer]), len(self.seen)
         for slots, new in zip(held, (k, v), strict=True):
             slots[self.rows, :, self.place] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
-        return held[0].to(k.dtype), held[1].to(v.dtype)
+        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)  # (B, K, S, D)
 
     def hold(self, lengths: list[int]) -> None:
         super().hold(lengths)
-        self.place = torch.tensor(lengths, device=self.k.device)[:, None]
+        if len(self.seen) != (size := 128 * (self.used // 128 + 1)):
+            self.seen = self.all_slots[:size]
+            torch._dynamo.mark_dynamic(self.seen, 0)
+        self.place = torch.tensor(lengths, device=self.rows.device)[:, None]
 
 
 def last_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:

@@ -143,7 +143,7 @@ class Tree(KVCache):
             mask[rows, path[:len(path) - len(ids)]] = True  # what it shares with those before it
             mask[rows, first:][:, rows] = np.tri(len(ids), dtype=bool)  # and what it adds
             row += len(ids)
-        device = self.k.device
+        device = self.rows.device
         self.mask = torch.from_numpy(mask).to(device)[None, None]  # (1, 1, T, S)
         self.positions = torch.from_numpy(np.concatenate(places)).to(device)[None]  # (1, T)
         ids = torch.from_numpy(np.concatenate(new)).to(device)[None].long()  # (1, T)
@@ -156,9 +156,9 @@ class Tree(KVCache):
     def keep(self, length: int) -> None:
         """Forget all but the first tokens of the last text, which move to the first slots."""
         settled = common(self.path[:length], np.arange(length))
-        slots = torch.from_numpy(self.path[settled:length]).to(self.k.device)
-        for stored in (self.k, self.v):
-            stored[:, :, :, settled:length] = stored[:, :, :, slots]
+        slots = torch.from_numpy(self.path[settled:length]).to(self.rows.device)
+        for stored in (*self.k, *self.v):
+            stored[:, :, settled:length] = stored[:, :, slots]
         self.states[settled:length] = self.states[slots]
         self.text, self.path = self.text[:length], np.arange(length)
         self.hold([length])

@@ -114,13 +114,17 @@ def test_a_row_that_ends_leaves_the_others_alone():
     assert run(model, prompts, 40, is_done=lambda row, new: True) == [row[:1] for row in free]
 
 
-@pytest.mark.parametrize("changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all")])
-def test_steps_of_one_shape_write_the_same(monkeypatch, changes):
-    """What would be compiled, uncompiled: ragged rows, past the context's end, after a shared beginning."""
-    monkeypatch.setattr(parts.generate, "compiled_step", lambda device: parts.generate.last_logits)
-    model, prompts = busy_model(tiny_config(**changes)), [*prompts_of(10), [3], list(range(64))]
-    shared = [list(range(100, 170)) + tail for tail in ([], [5], [6, 7])]
-    texts = []
+@pytest.mark.parametrize("changes, dtype", [
+    ({}, torch.float32), (dict(position="learned", norm="layernorm", mlp="gelu", bias="all"), torch.float32),
+    ({}, torch.bfloat16), (dict(ternary=True), torch.float32)])
+def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
+    """Traced, not compiled: ragged rows, past the context's end, behind a shared beginning; in few graphs."""
+    torch._dynamo.reset()  # it counts the graphs of all tests as one function's
+    traced = torch.compile(parts.generate.last_logits, backend="eager")
+    monkeypatch.setattr(parts.generate, "compiled_step", lambda device: traced)
+    model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(10), [3], list(range(64))]
+    counts, shared = torch._dynamo.utils.counters["stats"], [[7] * 70 + tail for tail in ([], [5], [6, 7])]
+    texts, begin = [], counts["unique_graphs"]
     for model.compiled_steps in (False, True):
         ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
         past = Past()
@@ -128,15 +132,17 @@ def test_steps_of_one_shape_write_the_same(monkeypatch, changes):
         texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
     assert texts[0] == texts[1]
     assert isinstance(past.cache, parts.generate.StepCache)
+    assert counts["unique_graphs"] - begin <= 3  # one for 12 rows, one for any number, one for a single row
 
 
 def test_a_compiled_step_writes_the_same():
-    model, prompts = busy_model(tiny_config()), [[1, 2, 3], [4], [5] * 40]
-    counts, lengths = torch._dynamo.utils.counters["stats"], (8, 16, 23)
+    torch._dynamo.reset()
+    model, prompts = busy_model(tiny_config(block_size=512)), [[1, 2, 3], [4], [5] * 40]
+    counts, lengths = torch._dynamo.utils.counters["stats"], (8, 60, 120, 250)  # caches of 128, 256, 384
     expected, begin = [run(model, prompts, length) for length in lengths], counts["unique_graphs"]
     model.compiled_steps = True
     assert [run(model, prompts, length) for length in lengths] == expected
-    assert counts["unique_graphs"] == begin + 2  # one for the first size of the cache, one for all others
+    assert counts["unique_graphs"] == begin + 1  # for all lengths, and all sizes of the cache
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():

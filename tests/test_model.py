@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configurator import UserError
@@ -275,6 +276,24 @@ def test_bfloat16_attention_on_a_cpu_computes_in_float32():
     expected.sum().backward()
     for tensor, reference in zip((q, k, v), exact, strict=True):
         assert torch.equal(tensor.grad, reference.grad.bfloat16())
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("groups", [1, 2, 8])
+def test_a_single_query_by_the_definition(monkeypatch, masked, groups):
+    """In float64; and where the kernel's result lies in memory as that of a GPU's memory-efficient one."""
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(3, 8, 1, 16, generator=generator, dtype=torch.float64)
+    k, v = torch.randn(2, 3, groups, 5, 16, generator=generator, dtype=torch.float64)
+    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()[:, None, None]
+    scores = q @ k.repeat_interleave(8 // groups, dim=1).mT / 4
+    scores = scores.masked_fill(~mask, -torch.inf) if masked else scores
+    expected = scores.softmax(-1) @ v.repeat_interleave(8 // groups, dim=1)
+    kernel = F.scaled_dot_product_attention
+    assert (attend(q, k, v, mask if masked else None) - expected).abs().max() < 1e-12
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *arguments, **options: kernel(
+        *arguments, **options).transpose(1, 2).contiguous().transpose(1, 2))
+    assert (attend(q, k, v, mask if masked else None) - expected).abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("lengths", [[20, 7, 13], [20, 20, 20]])

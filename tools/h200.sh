@@ -5,7 +5,8 @@
 #   tools/h200.sh toy FILE.json          the same commands on a CPU, in a minute
 # It measures the step of a 124 M and of a 1.1 B model, compiled, in bfloat16, as a share of the best matrix
 # product, beside nanoGPT's; greedy decoding at batch 1 and 32, eager and as a CUDA graph, as a share of what
-# reading the weights allows; the time and memory of the loss head. Every part is checked against its peers before it is timed.
+# reading the weights allows; the time and memory of the loss head. Every part is checked against its peers
+# before it is timed.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -17,7 +18,7 @@ peer=()
 if [ -n "${nanogpt:-}" ]; then peer=(--nanogpt="$nanogpt"); fi
 
 failed=0
-bench() {  # bench SECONDS NAME SUBJECT --key=value ...: a measurement, whose figures become NAME in the result
+bench() {  # bench SECONDS NAME SUBJECT --key=value ...: a measurement; its figures become NAME in the result
     local seconds=$1 name=$2
     shift 2
     echo "== $name: python -m tools.bench $*" >&2
@@ -35,17 +36,17 @@ if [ "$size" = toy ]; then
 else
     turns=(--rounds=3 --seconds=1 --device=cuda)
     if python -c "import pytest" 2> /dev/null; then
-        timeout 90 python -m pytest -q tests/test_gpu.py || failed=1
+        timeout 70 python -m pytest -q tests/test_gpu.py || failed=1
     fi
-    bench 110 train_124m train "${turns[@]}" --size=124m --batch_size=32 "${peer[@]}" \
+    bench 100 train_124m train "${turns[@]}" --size=124m --batch_size=32 "${peer[@]}" \
         --arms="(nanoGPT|our Llama), bfloat16, compiled"
     bench 90 train_1.1b train "${turns[@]}" --size=1.1b --arms="our Llama, bfloat16, compiled"
     gpt2=(--n_layer=12 --n_head=12 --n_embd=768 --vocab_size=50257 --block_size=1024 --max_new_tokens=128)
     large=(--n_layer=22 --n_head=32 --n_embd=2048 --vocab_size=32000 --max_new_tokens=64)
-    bench 80 decode_124m generate "${turns[@]}" "${gpt2[@]}" "${peer[@]}"
-    bench 60 decode_124m_batch_32 generate "${turns[@]}" "${gpt2[@]}" --batch_size=32
-    bench 80 decode_1.1b generate "${turns[@]}" "${large[@]}"
-    bench 30 loss loss "${turns[@]}" --n=16384 --d=768 --v=50257
+    bench 90 decode_124m generate "${turns[@]}" "${gpt2[@]}" "${peer[@]}"
+    bench 70 decode_124m_batch_32 generate "${turns[@]}" "${gpt2[@]}" --batch_size=32
+    bench 90 decode_1.1b generate "${turns[@]}" "${large[@]}"
+    bench 20 loss loss "${turns[@]}" --n=16384 --d=768 --v=50257
 fi
 
 python - "$parts" "$out" <<'PYTHON'

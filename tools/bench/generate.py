@@ -85,7 +85,8 @@ def measure(cfg: Config) -> dict[str, Any]:
             for name, model in models.items()]
     notes = [] if nanogpt else ["nanoGPT is left out: --nanogpt=DIR names its folder"]
     if COMPILED in checks:
-        notes.append(f"{COMPILED}: {checks[COMPILED]['first_call_seconds']:.0f} s to compile, left out")
+        notes.append(f"{COMPILED}: {checks[COMPILED]['first_call_seconds']:.0f} s at first, with what "
+                     "the compiler keeps of earlier ones")
     return {"tokens_per_call": cfg.batch_size * cfg.max_new_tokens, "batch_size": cfg.batch_size,
             "checks": checks, "gemv_seconds_per_step": min(timings["gemv"].seconds),
             "weight_bytes": count(llama) * DTYPES[dtype].itemsize,
