@@ -51,7 +51,7 @@ class SampleConfig(Sampling):
     batch_size: int = 16  # rows generated together
     device: str | None = None  # cpu, cuda, mps; None: the best there is
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda
-    compile: bool = False  # torch.compile the step of a token: pays from some fifty thousand on
+    compile: bool = False  # torch.compile the step of a token: for long runs of one row or a few
 
     def __post_init__(self) -> None:
         super().__post_init__()
