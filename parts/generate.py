@@ -5,8 +5,8 @@
 
 Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context
 is full, its last block_size // 2 tokens are read anew and the others forgotten. `model.compiled_steps = True`
-compiles the step of one token: half a minute at first, then on a CPU twice as fast for one row, and no faster
-for many; on a GPU a CUDA graph.
+compiles the step of one token: half a minute at first, then on a CPU 1.5 to 2 times as fast for one row, and
+no faster for many; on a GPU a CUDA graph.
 Shapes: B rows, S slots of the cache, V vocab_size.
 """
 
