@@ -5,11 +5,11 @@
     loss = model(ids, head=loss_head)                  # loss_head(hidden, weight): no (B, T, V) tensor needed
     model = GPT.from_pretrained("out/base")            # our checkpoints are Hugging Face folders
 
-Read it top down: GPTConfig, rotary positions, the cache, attention, MLP, block, GPT. Parameters carry the
-names of Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`) whatever the architecture;
-parts/hf.py renames GPT-2's. Llama: arXiv 2302.13971. The model knows no loss, no optimizer and no tokenizer.
+Read it top down: GPTConfig, rotary positions, attention, MLP, block, GPT. Parameters carry the names of
+Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`) whatever the architecture; parts/hf.py renames
+GPT-2's. Llama: arXiv 2302.13971. The model knows no loss, no optimizer and no tokenizer.
 
-Shapes: B batch, T time, S stored keys, C n_embd, H query heads, K key/value heads, D head_dim, V vocab_size,
+Shapes: B batch, T time, S keys, C n_embd, H query heads, K key/value heads, D head_dim, V vocab_size,
 P the rows of the table in memory (V and padding), L layers.
 """
 
@@ -29,6 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from configurator import UserError, checked
 from parts import gguf_file, hf
 from parts.distributed import like
+from parts.kv_cache import KVCache
 from parts.rope import rope_frequencies
 from parts.ternary import TernaryLinear
 
@@ -107,55 +108,6 @@ def rotate(x: Tensor, rope: tuple[Tensor, Tensor]) -> Tensor:
     cos, sin = rope
     swapped = x.roll(x.shape[-1] // 2, dims=-1)  # (B, heads, T, D)
     return torch.addcmul(x * cos, swapped, sin).to(x.dtype)
-
-
-class KVCache:
-    """Static keys and values of every layer, for generation.
-
-    k, v: (B, K, S, D) of each layer, allocated once. lengths: how many tokens each row holds; used: the
-    largest of them; even: whether it is that of all rows. A token's slot is its position, so rows of unequal
-    length need no padding on the left: what the padding behind a shorter row wrote is overwritten before
-    anything attends to it.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
-                 dtype: Any = None):
-        shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
-        self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
-                          for _ in range(2))
-        self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
-        self.block_size = config.block_size
-        self.hold([0] * batch_size)
-
-    def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
-        """Make the next T slots of each row those that `update` fills. Returns the mask for `attend`, and the
-        positions: a slice that all rows share, or (B, T)."""
-        if self.used + T > self.block_size:
-            raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
-        if self.even and (self.used == 0 or T == 1):  # causal, or a token that sees all there is
-            return None, slice(self.used, self.used + T)
-        device = self.rows.device
-        lengths = torch.tensor(self.lengths, device=device)
-        self.slots = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
-        keys = torch.arange(self.used + T, device=device)  # (S,)
-        return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) in the begun slots; returns what is to be attended to, (B, K, S, D) each."""
-        T, S = k.shape[2], self.used + k.shape[2]
-        held = self.k[layer], self.v[layer]  # (B, K, all slots, D)
-        for slots, new in zip(held, (k, v), strict=True):
-            if self.even:
-                slots.narrow(2, self.used, T).copy_(new)
-            else:
-                slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, T, K, D)
-        if self.used == 0:  # nothing older: the new keys are all there is, and plain causal attention will do
-            return k, v
-        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)
-
-    def hold(self, lengths: list[int]) -> None:
-        """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
-        self.lengths, self.used, self.even = lengths, max(lengths), len(set(lengths)) == 1
 
 
 class Attention(nn.Module):

@@ -6,22 +6,20 @@
 Each row is what it would be alone: rows see no padding, and draw from their own numbers. When a row's context
 is full, its last block_size // 2 tokens are read anew and the others forgotten. `model.compiled_steps = True`
 compiles the step of one token: half a minute at first, then on a CPU 1.5 to 2 times as fast for one row, and
-no faster for many; on a GPU a CUDA graph.
-Shapes: B rows, S slots of the cache, V vocab_size.
+no faster for many; on a GPU a CUDA graph. Shapes: B rows, V vocab_size.
 """
 
 import functools
-import math
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache
+from model import GPT
+from parts.kv_cache import KVCache, StepCache
 
 SHARED = 64  # tokens: what all rows begin with is read a single time from this length on
 
@@ -181,45 +179,6 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
 
 
 # ---- Compiled ---------------------------------------------------------------------------------------------
-
-class StepCache(KVCache):
-    """A cache with which 128 steps of one token in a row have the same shapes: what they see, through a mask,
-    is all slots up to a multiple of 128.
-
-    seen: these slots, (S,) int64. place: (B, 1) int64, the slot of each row's next token. torch is told which
-    sizes differ between calls, and compiles once for all of them.
-    """
-
-    def __init__(self, config: GPTConfig, batch_size: int, max_length: int, device: Any = None,
-                 dtype: Any = None):
-        self.all_slots = torch.arange(128 * math.ceil(max_length / 128), device=device)
-        self.seen = self.all_slots[:0]
-        # More than are ever seen: of two sizes that are equal, torch would compile that they always are.
-        super().__init__(config, batch_size, len(self.all_slots) + 8, device, dtype)
-        for tensor in (*self.k, *self.v):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph writes into no other input
-            torch._dynamo.mark_dynamic(tensor, 2)
-
-    def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
-        if T > 1:
-            return super().begin(T)
-        return self.seen <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if k.shape[2] > 1:
-            return super().update(layer, k, v)
-        held, S = (self.k[layer], self.v[layer]), len(self.seen)
-        for slots, new in zip(held, (k, v), strict=True):
-            slots[self.rows, :, self.place] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
-        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)  # (B, K, S, D)
-
-    def hold(self, lengths: list[int]) -> None:
-        super().hold(lengths)
-        if len(self.seen) != (size := 128 * (self.used // 128 + 1)):
-            self.seen = self.all_slots[:size]
-            torch._dynamo.mark_dynamic(self.seen, 0)
-        self.place = torch.tensor(lengths, device=self.rows.device)[:, None]
-
 
 def last_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
     """Feed one token a row, ids (B, 1); the logits behind it, (B, V)."""

@@ -25,9 +25,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError
-from model import GPT, KVCache
+from model import GPT
 from parts.chat import encode_prompt, end_of_turn
 from parts.generate import compute_dtype
+from parts.kv_cache import KVCache
 from parts.losses import chunk_rows, linear_log_probs
 from parts.tokenizer import Tokenizer
 

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configurator import UserError
-from model import GPT, GPTConfig, KVCache, attend, document_mask
+from model import GPT, GPTConfig, attend, document_mask
 from parts import hf
+from parts.kv_cache import KVCache
 from tests.conftest import ROOT, busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
