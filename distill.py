@@ -8,11 +8,10 @@
 
 Reads data/<dataset>/ of text or chats, made with the teacher's tokenizer, and writes out_dir as train.py
 does. The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher
-(parts/divergences.py), and, where asked for, what layers inside lose against layers of the teacher
-(parts/layer_losses.py, between the pairs of parts/layer_maps.py). With on_policy a share of the batches is
-continued by the student itself (parts/on_policy.py), and the teacher says what it thinks of that. The teacher
-is never changed.
-"""
+(distillation/divergences.py), and, where asked for, what layers inside lose against layers of the teacher
+(distillation/layer_losses.py, between the pairs of distillation/layer_maps.py). With on_policy a share of
+the batches is continued by the student itself (distillation/on_policy.py), and the teacher says what it
+thinks of that. The teacher is never changed."""
 
 import dataclasses
 import math
@@ -25,14 +24,10 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
-from loop import Run, RunConfig, compiles, compute_dtype, fit, stage_at, stage_configs, start_run
-from model import GPT, GPTConfig
-from parts import hf
-from parts.carve import WIDTHS, carve, carved_config, kept_layers
-from parts.chat import end_of_turn
-from parts.chat_data import ChatRows, UnpackedChatRows, batch_of
-from parts.data import Mix, Rows, StagedData, in_epochs, parse_mix
-from parts.divergences import (
+from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
+from dataset.dataloader import Mix, Rows, parse_mix
+from dataset.shards import DataFolder
+from distillation.divergences import (
     DenseTeacher,
     Kind,
     Objective,
@@ -40,15 +35,21 @@ from parts.divergences import (
     at_targets,
     linear_distillation,
 )
-from parts.layer_maps import Strategy, layer_map, map_text
-from parts.on_policy import beginnings, continued
-from parts.shards import DataFolder
-from parts.side_by_side import Evaluation
-from parts.student import Student, Taps, inside_loss
-from parts.teacher import load_teacher, shard_teacher, teacher_sha256
-from parts.teacher_cache import TeacherCache, identity_of
-from parts.tokenizer import Tokenizer
+from distillation.evaluation import Evaluation
+from distillation.layer_maps import Strategy, layer_map, map_text
+from distillation.on_policy import beginnings, continued
+from distillation.pruning import WIDTHS, carve, carved_config, kept_layers
+from distillation.student import Student, Taps, inside_loss
+from distillation.teacher import load_teacher, shard_teacher
+from distillation.teacher_cache import TeacherCache, identity_of
+from formats import hf
+from formats.chat_format import end_of_turn
+from formats.hf import teacher_sha256
+from formats.tokenizer import Tokenizer
+from loop import Run, RunConfig, compiles, compute_dtype, fit, stage_at, stage_configs, start_run
+from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
+from training.staged_data import StagedData, in_epochs
 
 CHOICES = ("dropout", "ternary")  # of a student that is cut out: the tensors are the same either way
 

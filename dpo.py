@@ -22,15 +22,16 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
+from dataset.chat_rows import PairRows, pair_batch
+from dataset.dataloader import Mix, shares
+from formats import hf
+from formats.files import file_sha256, write_bytes
 from loop import Run, compute_dtype, fit, stage_configs, start_run
 from model import GPT
-from parts import hf
-from parts.chat_data import PairRows, pair_batch
-from parts.data import Mix, StagedData, in_epochs, shares
-from parts.losses import linear_log_probs, preference_loss
-from parts.post_training import PostTrainingConfig, chat_model, write_merged
-from parts.shards import file_sha256, write_bytes
 from prepare import prepare_problems
+from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.losses import linear_log_probs, preference_loss
+from training.staged_data import StagedData, in_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

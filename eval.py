@@ -28,7 +28,9 @@ from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError, configure, run_script
-from evals import (
+from evals.lm import LM
+from evals.results import Figure, Result
+from evals.tasks import (
     arc,
     bfcl,
     context_length,
@@ -43,13 +45,11 @@ from evals import (
     summarize,
     truthfulqa,
 )
-from parts import hf
-from parts.adapters import weights_sha256
-from parts.chat import require_chat
-from parts.figures import Figure, Result
-from parts.lm import LM
-from parts.shards import write_bytes, write_json, write_text
-from parts.tokenizer import Tokenizer
+from formats import hf
+from formats.chat_format import require_chat
+from formats.files import write_bytes, write_json, write_text
+from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):

@@ -28,12 +28,14 @@ import torch
 from safetensors import SafetensorError
 
 from configurator import UserError, configure, run_script
+from formats import checkpoint, hf
+from formats import gguf as gguf_file
+from formats.files import file_sha256, folder_to_be, hidden
+from formats.gguf_tokenizer import vocabulary
+from formats.model_card import Card, read_json
+from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from parts import checkpoint, gguf_file, hf, ternary
-from parts.card import Card, read_json
-from parts.gguf_vocabulary import vocabulary
-from parts.shards import file_sha256, folder_to_be, hidden
-from parts.tokenizer import Tokenizer
+from modeling import ternary
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,10 +9,9 @@ that are sums too; and `evaluate(model, last)`. The loop adds sums and counts ov
 divides once, so that gradients depend neither on the micro-batch size nor on the number of processes. It
 knows no stage by name.
 
-Writes out_dir/step_*/ (parts/checkpoint.py) and metrics.jsonl (parts/run.py; the keys: parts/stages.py). Many
-processes come from torchrun: parallel=ddp gives each a copy of the model, parallel=fsdp (FSDP2, arXiv
-2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
-"""
+Writes out_dir/step_*/ (formats/checkpoint.py) and metrics.jsonl (training/run.py; the keys:
+training/stages.py). Many processes come from torchrun: parallel=ddp gives each a copy of the model,
+parallel=fsdp (FSDP2, arXiv 2304.11277) a shard of it. Left out: tensor and pipeline parallelism."""
 
 import dataclasses
 import math
@@ -33,11 +32,12 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from configurator import UserError
-from parts import checkpoint
-from parts.distributed import whole
-from parts.hf import find_folder
-from parts.meter import Meter, NotFinite, Progress, log_line, step_text
-from parts.optim import (
+from formats import checkpoint
+from formats.files import write_json
+from formats.hf import find_folder
+from modeling.devices import whole
+from training.metrics import Meter, NotFinite, Progress, log_line, step_text
+from training.optim import (
     learning_rate_at,
     load_optimizer_state,
     make_optimizers,
@@ -46,9 +46,8 @@ from parts.optim import (
     optimizer_state,
     set_learning_rate,
 )
-from parts.run import Run, start_run
-from parts.shards import write_json
-from parts.stages import RunConfig, Stage, plan, stage_at, stage_configs
+from training.run import Run, start_run
+from training.stages import RunConfig, Stage, plan, stage_at, stage_configs
 
 __all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run"]
 

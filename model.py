@@ -6,8 +6,8 @@
     model = GPT.from_pretrained("out/base")            # our checkpoints are Hugging Face folders
 
 Read it top down: GPTConfig, rotary positions, attention, MLP, block, GPT. Parameters carry the names of
-Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`) whatever the architecture; parts/hf.py renames
-GPT-2's. Llama: arXiv 2302.13971. The model knows no loss, no optimizer and no tokenizer.
+Hugging Face's Llama (`model.layers.0.self_attn.q_proj.weight`) whatever the architecture; formats/hf.py
+renames GPT-2's. Llama: arXiv 2302.13971. The model knows no loss, no optimizer and no tokenizer.
 
 Shapes: B batch, T time, S keys, C n_embd, H query heads, K key/value heads, D head_dim, V vocab_size,
 P the rows of the table in memory (V and padding), L layers.
@@ -27,11 +27,12 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, checked
-from parts import gguf_file, hf
-from parts.distributed import like
-from parts.kv_cache import KVCache
-from parts.rope import rope_frequencies
-from parts.ternary import TernaryLinear
+from formats import gguf as gguf_file
+from formats import hf
+from modeling.devices import like
+from modeling.kv_cache import KVCache
+from modeling.rope import rope_frequencies
+from modeling.ternary import TernaryLinear
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,7 +239,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
-        self.compiled_steps = False  # compile what generation does for a token (parts/generate.py)
+        self.compiled_steps = False  # compile what generation does for a token (generation/generate.py)
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),

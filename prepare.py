@@ -10,14 +10,13 @@
 
 Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian uint16, readable by np.memmap
 as nanoGPT's), tokenizer.json, and meta.json last of all: a folder without it does not exist. An end-of-text
-token stands behind every document. Which side of the split a document falls on is decided by its hash, so the
-same text is never on both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason,
-always. Chats and preferences come in the forms that parts/conversations.py knows, are written as
-parts/chat.py says, and have a mask beside their ids. With --decontaminate, a row that overlaps an evaluation
-item (parts/decontaminate.py says when) is left out of both sides and of the text that a tokenizer is trained
-on, and contaminated.json lists it, with what it overlaps. The folder is built beside its name and then
-renamed: a failure, a kill or a mistake leaves what was there as it was.
-"""
+token stands behind every document. Which side of the split a document falls on is decided by its hash, so
+the same text is never on both; exact duplicates are dropped. Rows in = rows kept + rows skipped, by reason,
+always. Chats and preferences come in the forms that dataset/conversations.py knows, are written as
+formats/chat_format.py says, and have a mask beside their ids. With --decontaminate, a row that overlaps an
+evaluation item (dataset/decontaminate.py says when) is left out of both sides and of the text that a
+tokenizer is trained on, and contaminated.json lists it, with what it overlaps. The folder is built beside
+its name and then renamed: a failure, a kill or a mistake leaves what was there as it was."""
 
 import contextlib
 import dataclasses
@@ -35,14 +34,16 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
-from parts import hf, problems
-from parts.chat import with_chat_tokens
-from parts.decontaminate import SETTINGS, Index, Removed
-from parts.eval_texts import Benchmark, find_benchmarks
-from parts.shards import FORMAT_VERSION, DataFolder, ShardWriter, file_sha256, folder_to_be, write_json
-from parts.sources import Row, Skip, find_files, hub_rows, parse_json, read_rows
-from parts.tokenizer import Tokenizer
-from parts.workers import Recipe, look_into, pieces, text_hash, text_in, tokenize_all
+from dataset import problems
+from dataset.decontaminate import SETTINGS, Index, Removed
+from dataset.encoding import Recipe, look_into, pieces, text_hash, text_in, tokenize_all
+from dataset.eval_items import Benchmark, find_benchmarks
+from dataset.shards import FORMAT_VERSION, DataFolder, ShardWriter
+from dataset.sources import Row, Skip, find_files, hub_rows, parse_json, read_rows
+from formats import hf
+from formats.chat_format import with_chat_tokens
+from formats.files import file_sha256, folder_to_be, write_json
+from formats.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
 BPE_SAMPLE_BYTES = 64 * 2**20  # a tokenizer is trained on so much of the training text at the most

@@ -26,16 +26,16 @@ from typing import Any, Literal
 import torch
 
 from configurator import UserError, configure, run_script
+from dataset.conversations import listed
+from dataset.sources import Skip, parse_json
+from formats import hf
+from formats.chat_format import require_chat
+from formats.tokenizer import Tokenizer
+from generation.assistant import Assistant
+from generation.generate import Sampling, generate
+from generation.terminal import converse
 from model import GPT
-from parts import hf
-from parts.assistant import Assistant
-from parts.chat import require_chat
-from parts.conversations import listed
-from parts.generate import Sampling, generate
-from parts.run import pick_device
-from parts.sources import Skip, parse_json
-from parts.terminal import converse
-from parts.tokenizer import Tokenizer
+from modeling.devices import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

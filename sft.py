@@ -9,7 +9,7 @@
 Reads folders that `prepare.py --kind=chat --tokenizer=<init_from>` makes (that of the embedded problems is
 made here). Writes out_dir as train.py does; its checkpoints carry the chat template. Only what the assistant
 says is trained on. Conversations are packed into rows and do not see each other. With --lora_rank the weights
-stay as they are, and a checkpoint is an adapter in PEFT's format (parts/lora.py); with --quantize_base=nf4
+stay as they are, and a checkpoint is an adapter in PEFT's format (training/lora.py); with --quantize_base=nf4
 they stay in 4 bits.
 """
 
@@ -22,12 +22,13 @@ import torch
 from torch import Tensor, nn
 
 from configurator import configure, run_script
+from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
+from dataset.dataloader import IGNORE, Mix, shares
 from loop import Run, fit, stage_configs, start_run
-from parts.chat_data import ChatRows, UnpackedChatRows, chat_batch
-from parts.data import Mix, StagedData, in_epochs, shares
-from parts.losses import IGNORE, linear_cross_entropy
-from parts.post_training import PostTrainingConfig, chat_model, write_merged
 from prepare import prepare_problems
+from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.losses import linear_cross_entropy
+from training.staged_data import StagedData, in_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

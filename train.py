@@ -21,15 +21,16 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
+from dataset.dataloader import Mix, Rows, text_batch, validation_batches
+from dataset.shards import DataFolder
+from formats import hf
+from formats.tokenizer import Tokenizer
+from generation.generate import Sampling, generate
 from loop import Run, RunConfig, fit, stage_configs, start_run
 from model import GPT, GPTConfig
-from parts import hf
-from parts.data import Mix, Rows, StagedData, in_epochs, text_batch, validation_batches
-from parts.generate import Sampling, generate
-from parts.losses import linear_cross_entropy
-from parts.shards import DataFolder
-from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
+from training.losses import linear_cross_entropy
+from training.staged_data import StagedData, in_epochs
 
 
 @dataclass(frozen=True, kw_only=True)

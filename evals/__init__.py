@@ -1,0 +1,1 @@
+"""Measurements: likelihoods, generated answers, and one file per benchmark in evals/tasks/."""

@@ -16,9 +16,9 @@ sys.path.insert(
 )  # the scripts stand in the root, as their users find them
 
 from configurator import configure
+from formats.chat_format import with_chat_tokens
+from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from parts.chat import with_chat_tokens
-from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent

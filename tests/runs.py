@@ -10,7 +10,7 @@ import torch
 
 import loop
 import train
-from parts import checkpoint
+from formats import checkpoint
 from tests.conftest import TINY_RUN
 
 ADAMW = ["--optimizer=adamw", "--max_steps=20"]

@@ -13,15 +13,15 @@ import torch
 import distill
 import loop
 from configurator import UserError, configure
+from dataset.dataloader import Rows
+from dataset.shards import DataFolder
+from distillation.divergences import DenseTeacher
+from distillation.student import Student
+from distillation.teacher import ForeignTeacher, load_teacher
+from formats import checkpoint, hf
+from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 from model import GPT
-from parts import checkpoint, hf
-from parts.adapters import weights_sha256
-from parts.data import Rows
-from parts.divergences import DenseTeacher
-from parts.shards import DataFolder
-from parts.student import Student
-from parts.teacher import ForeignTeacher, load_teacher
-from parts.tokenizer import Tokenizer
 from prepare import PrepareConfig, prepare
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses, stopped_in_step
@@ -188,7 +188,7 @@ def test_it_learns_from_a_cache(trained, own_data, tmp_path, method, capsys):
 
 def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
     """Killed in its second shard, it loses that one and ends as if nothing had been."""
-    from parts import teacher_cache
+    from distillation import teacher_cache
 
     rows = Rows(DataFolder(own_data), "train", 64)
     identity = teacher_cache.identity_of(rows, weights_sha256(hf.find_folder(trained)), False)
@@ -253,7 +253,7 @@ def test_a_damaged_cache_stops_nobody_who_does_not_read_it(trained, own_data, tm
 
 def test_a_cache_is_made_chunk_by_chunk(trained, own_data, monkeypatch):
     """The same records, and no more positions' logits at a time than a chunk has."""
-    from parts import teacher_cache
+    from distillation import teacher_cache
 
     written, seen = [], []
     encode = teacher_cache.Records.encode

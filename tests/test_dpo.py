@@ -10,15 +10,16 @@ import torch
 
 import dpo
 from configurator import UserError, configure
+from dataset import shards
+from dataset.chat_rows import PairRows, pair_batch
+from dataset.shards import DataFolder
+from formats import checkpoint, hf
+from formats.peft import weights_sha256
 from model import GPT
-from parts import checkpoint, hf, shards
-from parts.adapters import weights_sha256
-from parts.chat_data import PairRows, pair_batch
-from parts.losses import linear_log_probs, preference_loss
-from parts.shards import DataFolder
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses, stopped_in_step
 from tests.test_sft import assert_equal
+from training.losses import linear_log_probs, preference_loss
 
 SIZES = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
     --eval_tokens=2048 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
@@ -261,7 +262,7 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
     folder = tmp_path / "dropping"
     model = busy_model(tiny_config(vocab_size=506, dropout=0.5))
     model.save_pretrained(folder)
-    from parts.tokenizer import Tokenizer
+    from formats.tokenizer import Tokenizer
 
     Tokenizer.load(hf.find_folder(chat_model)).save(folder)
     first = run(folder, pairs, tmp_path / "a", "--max_steps=1")[0]

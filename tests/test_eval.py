@@ -9,12 +9,12 @@ import torch
 
 import eval as evaluation
 from configurator import UserError
-from evals import problems as problems_task
-from parts import hf
-from parts.benchmarks import convert, read
-from parts.chat import encode_prompt
-from parts.figures import Result, mean
-from parts.lm import LM
+from evals.benchmarks import convert, read
+from evals.lm import LM
+from evals.results import Result, mean
+from evals.tasks import problems as problems_task
+from formats import hf
+from formats.chat_format import encode_prompt
 
 
 def test_a_mean_and_its_standard_error():

@@ -12,19 +12,20 @@ import pytest
 import torch
 
 import export
-import parts.card
+import formats.model_card
 import sample
 import sft
 import train
 from configurator import UserError
+from formats import checkpoint, hf
+from formats import gguf as gguf_file
+from formats.chat_format import encode_prompt, with_chat_tokens
+from formats.peft import AdapterSpec, weights_sha256
+from formats.tokenizer import Tokenizer
 from model import GPT
-from parts import checkpoint, gguf_file, hf
-from parts.adapters import AdapterSpec, weights_sha256
-from parts.chat import encode_prompt, with_chat_tokens
-from parts.lora import AdaptedGPT
-from parts.ternary import pack, unpack
-from parts.tokenizer import Tokenizer
+from modeling.ternary import pack, unpack
 from tests.conftest import ROOT, busy_model, tiny_config
+from training.lora import AdaptedGPT
 
 IDS = torch.arange(40).view(2, 20)
 CHAT = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 * 30?"}]
@@ -245,7 +246,7 @@ def test_the_same_again_does_nothing(chat_model, tmp_path, capsys, monkeypatch):
     out = run(chat_model[1], tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     (out / "README.md").write_text("my own words")  # a card is there to be edited
-    monkeypatch.setattr(parts.card, "commit", lambda: "the next one")
+    monkeypatch.setattr(formats.model_card, "commit", lambda: "the next one")
     assert export.main([f"--model={chat_model[1]}", f"--out={out}"]) == 0
     assert "is there already" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}

@@ -11,8 +11,8 @@ import dpo
 import sample
 import sft
 import train
+from generation.generate import Sampling, generate
 from model import GPT, document_mask
-from parts.generate import Sampling, generate
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import events, losses
 

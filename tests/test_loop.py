@@ -13,13 +13,12 @@ import torch
 import loop
 import train
 from configurator import UserError, configure
+from dataset.dataloader import IGNORE, Mix, text_batch
+from formats import checkpoint
+from formats.files import write_json
 from loop import RunConfig, fit, start_run
 from model import GPT
-from parts import checkpoint
-from parts.data import Mix, text_batch
-from parts.distributed import whole
-from parts.losses import IGNORE
-from parts.shards import write_json
+from modeling.devices import whole
 from tests.conftest import TINY_RUN, tiny_config
 from tests.runs import ADAMW, assert_close, assert_same_run, events, losses, run, state, stop_at_step, weights
 

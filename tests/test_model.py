@@ -1,4 +1,4 @@
-"""model.py and parts/hf.py: the same logits as transformers, both ways, and the model's own equalities."""
+"""model.py and formats/hf.py: the same logits as transformers, both ways, and the model's own equalities."""
 
 import json
 import subprocess
@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configurator import UserError
+from formats import hf
 from model import GPT, GPTConfig, attend, document_mask
-from parts import hf
-from parts.kv_cache import KVCache
+from modeling.kv_cache import KVCache
 from tests.conftest import ROOT, busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)

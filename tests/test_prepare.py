@@ -1,5 +1,5 @@
-"""prepare.py, parts/shards.py and parts/data.py: what lies on disk, what a step reads, and every fault in one
-line."""
+"""prepare.py, dataset/shards.py and dataset/dataloader.py: what lies on disk, what a step reads, and every
+fault in one line."""
 
 import json
 import os
@@ -14,12 +14,13 @@ import pytest
 
 import prepare as prepare_module
 from configurator import UserError
-from parts import problems
-from parts import shards as shards_module
-from parts.data import Mix, Rows, parse_mix, text_batch, validation_batches
-from parts.shards import DataFolder, folder_to_be
-from parts.sources import Row
-from parts.tokenizer import Tokenizer
+from dataset import problems
+from dataset import shards as shards_module
+from dataset.dataloader import Mix, Rows, parse_mix, text_batch, validation_batches
+from dataset.shards import DataFolder
+from dataset.sources import Row
+from formats.files import folder_to_be
+from formats.tokenizer import Tokenizer
 from prepare import PrepareConfig, SeenHashes, main, prepare, prepare_problems
 from tests.conftest import ROOT, config_of
 

@@ -9,14 +9,14 @@ import torch
 import dpo
 import sft
 from configurator import UserError, configure
+from dataset.chat_rows import ChatRows, UnpackedChatRows
+from dataset.dataloader import IGNORE
+from formats import checkpoint, hf
+from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 from model import GPT
-from parts import checkpoint, hf
-from parts.adapters import weights_sha256
-from parts.chat_data import ChatRows, UnpackedChatRows
-from parts.data import StagedData
-from parts.losses import IGNORE
-from parts.tokenizer import Tokenizer
 from tests.runs import events, kill_in_step, losses, stopped_in_step
+from training.staged_data import StagedData
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
     --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()

@@ -1,0 +1,1 @@
+"""Commands to run with `python -m tools.NAME`."""

@@ -5,9 +5,8 @@
     python distill.py --cache=sample
 
 One pass of the teacher over the data, once, for any number of students. Writes data/<name>/teacher_<hash>/
-(parts/teacher_cache.py); killed, the same command goes on and loses one shard at the most; finished, it
-verifies what is there.
-"""
+(distillation/teacher_cache.py); killed, the same command goes on and loses one shard at the most; finished,
+it verifies what is there."""
 
 import sys
 import time
@@ -19,15 +18,16 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, configure, run_script
-from parts import hf
-from parts.chat_data import ChatRows, UnpackedChatRows
-from parts.data import Rows, parse_mix, text_batch
-from parts.divergences import DenseTeacher
-from parts.run import pick_device
-from parts.shards import DataFolder
-from parts.teacher import load_teacher, teacher_sha256
-from parts.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
-from parts.tokenizer import Tokenizer
+from dataset.chat_rows import ChatRows, UnpackedChatRows
+from dataset.dataloader import Rows, parse_mix, text_batch
+from dataset.shards import DataFolder
+from distillation.divergences import DenseTeacher
+from distillation.teacher import load_teacher
+from distillation.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
+from formats import hf
+from formats.hf import teacher_sha256
+from formats.tokenizer import Tokenizer
+from modeling.devices import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,17 +17,18 @@ from pathlib import Path
 import torch
 
 from configurator import UserError, configure, run_script
+from dataset.dataloader import Mix
 from distill import DistillConfig, row_kind
+from distillation.evaluation import Evaluation
+from distillation.student import PROJECTIONS
+from distillation.teacher import spelled
+from formats import hf
+from formats.files import write_text
+from formats.tokenizer import Tokenizer
+from generation.generate import Sampling, generate
 from model import GPT
-from parts import hf
-from parts.data import Mix
-from parts.generate import Sampling, generate
-from parts.run import Run, device_name, pick_device
-from parts.shards import write_text
-from parts.side_by_side import Evaluation
-from parts.student import PROJECTIONS
-from parts.teacher import spelled
-from parts.tokenizer import Tokenizer
+from modeling.devices import device_name, pick_device
+from training.run import Run
 
 PROMPTS = ["import os", "def main(", "class Stack:"]
 

@@ -21,12 +21,13 @@ import torch
 import torch.nn.functional as F
 
 from configurator import UserError, configure, run_script
+from dataset.dataloader import Rows, dataset_folder
+from dataset.shards import DataFolder
+from formats.files import write_json
+from formats.hf import find_folder
+from formats.tokenizer import Tokenizer
 from model import GPT
-from parts.data import Rows, dataset_folder
-from parts.hf import find_folder
-from parts.run import pick_device
-from parts.shards import DataFolder, write_json
-from parts.tokenizer import Tokenizer
+from modeling.devices import pick_device
 
 FORWARD_TOKENS = 4096  # at a time: their logits are 0.5 GB in float32 at 32,000 ids
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, configure, run_script
-from parts.shards import write_json
+from formats.files import write_json
 
 ROOT = Path(__file__).parent.parent
 

@@ -16,8 +16,8 @@ import torch
 
 import train
 from configurator import UserError
+from formats import checkpoint, hf
 from model import GPT
-from parts import checkpoint, hf
 from tests.conftest import TINY_RUN
 from tests.runs import ADAMW, assert_same_run, run
 

@@ -12,16 +12,16 @@ from pathlib import Path
 
 import pytest
 
-from parts import checkpoint
-from parts.shards import DataFolder
+from dataset.shards import DataFolder
+from formats import checkpoint
 from tests.conftest import ROOT
 
 
 @pytest.mark.slow
 def test_thirty_kills_change_no_bit(tmp_path, text_folder):
-    """Some of them inside a save; `python -m tools.soak --kills=1000` is the same for a release."""
+    """Some of them inside a save; `python -m bench.soak --kills=1000` is the same for a release."""
     words = ["--kills=30", f"--source={text_folder}", f"--json={tmp_path / 'j'}"]
-    found = subprocess.run([sys.executable, "-m", "tools.soak", *words], cwd=ROOT, capture_output=True,
+    found = subprocess.run([sys.executable, "-m", "bench.soak", *words], cwd=ROOT, capture_output=True,
                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     assert found.returncode == 0, found.stderr + found.stdout
     counts = json.loads((tmp_path / "j").read_text())

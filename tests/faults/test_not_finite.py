@@ -9,8 +9,8 @@ import torch
 
 import loop
 from configurator import UserError
-from parts import checkpoint
-from parts.data import Mix
+from dataset.dataloader import Mix
+from formats import checkpoint
 from tests.runs import assert_same_run, events, losses, run
 
 WORDS = ["--max_steps=16", "--save_interval=4", "--log_interval=4", "--schedule=constant", "--warmup_steps=0"]

@@ -10,9 +10,9 @@ import torch
 
 import train
 from configurator import UserError
+from formats import checkpoint
+from formats.files import file_sha256, write_json
 from model import GPT
-from parts import checkpoint
-from parts.shards import file_sha256, write_json
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import run
 

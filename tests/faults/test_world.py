@@ -12,12 +12,13 @@ from safetensors.torch import load_file
 import loop
 import train
 from configurator import UserError, configure
+from dataset.dataloader import Mix
+from formats import checkpoint
 from loop import start_run
 from model import GPT
-from parts import checkpoint
-from parts.data import Mix, StagedData
 from tests.conftest import ROOT, TINY_RUN
 from tests.runs import flat, run, state, weights
+from training.staged_data import StagedData
 
 
 @pytest.fixture(scope="module", params=["adamw", "muon"])

@@ -1,0 +1,1 @@
+"""What distill.py uses: teachers, their caches, students, divergences, layer losses, pruning."""

@@ -1,0 +1,98 @@
+"""GSM8K, word problems of grade school (arXiv 2110.14168): 8-shot with chain of thought (arXiv 2201.11903).
+
+    {"question": "Ann buys 3 pens at $4 each. What does she pay?",
+     "answer": "3 pens cost 3 * 4 = $<<3*4=12>>12.\\n#### 12"}
+
+The prompt is that of lm-eval's task gsm8k: eight rows of the training split as they are, with their worked
+answers, and the question.
+
+    Question: Ann buys 3 pens at $4 each. What does she pay?
+    Answer: 3 pens cost 3 * 4 = $<<3*4=12>>12.
+    #### 12
+
+    Question: ...
+    Answer:
+
+The eight are the first of the training split, for every question the same: the eight that Wei et al. wrote
+themselves are not in the data. A prompt that is longer than the context loses its beginning.
+
+"strict" reads the number behind the first ####, "flexible" the last number of all; both are compared as
+numbers. lm-eval's task has the same two filters, and compares texts: it also counts 12.0 and 12.00 as wrong,
+takes the dots of "12..." for a part of the number, and sees no number behind "#### $". Files: gsm8k_train*,
+gsm8k_test* of github.com/openai/grade-school-math; hub: openai/gsm8k.
+"""
+
+import re
+from decimal import Decimal
+from typing import Any, NamedTuple
+
+from configurator import UserError
+from evals.benchmarks import Questions, convert, read
+from evals.lm import LM
+from evals.multiple_choice import split_of
+from evals.results import Result, mean, truncated
+
+SHOTS = 8
+MAX_NEW_TOKENS = 256  # lm-eval's default
+STOPS = ["Question:"]
+# A number: 7, 1,080, 7.50, .5, -7, $7, -$7, $-7. Commas stand before three digits each. A minus behind a
+# letter, a digit or a bracket is an operator: the last number of 10-5 is 5.
+SIGN = r"(?:(?<![\w)])-\$?|\$-?)?"
+NUMBER = SIGN + r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
+STRICT = rf"####\s*({NUMBER})"
+
+
+class Problem(NamedTuple):
+    prompt: str
+    answer: str  # with its steps
+    number: Decimal  # the right one
+
+
+def load(source: str | None, limit: int, shots: int | None) -> Questions:
+    """The first `limit` rows of the test split, and the first `shots` of the training split."""
+    if source is None:
+        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}") for split in ("train", "test"))
+    else:
+        rows = read(source, "gsm8k", "")
+        train = [row for row in rows if split_of(row) == "train"]
+        test = [row for row in rows if split_of(row) != "train"]
+    count = SHOTS if shots is None else shots
+    if len(train) < count or not test:
+        raise UserError(f"data={source}: gsm8k needs a test file and, for shots={count}, a gsm8k_train file")
+    return Questions(convert(test[:limit], problem_of), convert(train[:count], problem_of))
+
+
+def problem_of(row: dict[str, Any]) -> Problem:
+    number = strict(row["answer"])
+    if number is None:
+        raise ValueError("no number behind ####")
+    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], number)
+
+
+def score(lm: LM, questions: Questions) -> Result:
+    """The shares of right answers, strict and flexible."""
+    shots = "".join(f"{problem.prompt} {problem.answer}\n\n" for problem in questions.shots)
+    prompts = [shots + problem.prompt for problem in questions.asked]
+    texts = lm.generate_until(prompts, STOPS, MAX_NEW_TOKENS)
+    answers = [{"prompt": problem.prompt, "answer": str(problem.number), "said": text,
+                "strict": strict(text) == problem.number, "flexible": flexible(text) == problem.number}
+               for problem, text in zip(questions.asked, texts, strict=True)]
+    figures = {key: mean([answer[key] for answer in answers]) for key in ("strict", "flexible")}
+    return Result(figures | truncated(lm.truncated), answers,
+                  {"shots": len(questions.shots), "first_prompt": prompts[0]})
+
+
+def strict(text: str) -> Decimal | None:
+    """The number behind the first #### that has one."""
+    found = re.search(STRICT, text)
+    return value_of(found[1]) if found else None
+
+
+def flexible(text: str) -> Decimal | None:
+    """The last number of a text."""
+    found = re.findall(NUMBER, text)
+    return value_of(found[-1]) if found else None
+
+
+def value_of(number: str) -> Decimal:
+    return Decimal(re.sub("[$,]", "", number))

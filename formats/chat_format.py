@@ -1,0 +1,197 @@
+"""The chat format, in one place: conversation -> token ids and which of them are trained on, and back.
+
+    tokenizer = with_chat_tokens(tokenizer)         # six special tokens, and the template for other programs
+    ids, mask = encode_chat(tokenizer, messages)    # one entry a token; mask is 1 where the assistant speaks
+    ids = encode_prompt(tokenizer, messages)        # ... and the words behind which an answer begins
+    message = read_answer(tokenizer, new_ids)       # what a model wrote, as a message
+
+A message is {"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant's may also have
+"thought" (text) and "tool_calls" ([{"name": text, "arguments": {..}}]). It is written as ChatML:
+
+    <|im_start|>user
+    12 * 30?<|im_end|>
+    <|im_start|>assistant
+    <|start_thought|>12 * 3 = 36<|end_thought|>360<|im_end|>
+
+or, with a tool,
+
+    <|im_start|>assistant
+    <|tool_call|>{"name": "calculator", "arguments": {"expression": "12 * 30"}}<|im_end|>
+    <|im_start|>tool
+    <|tool_response|>360<|im_end|>
+
+Ids are made part by part, so that no text becomes a special token, whatever it says. A Jinja template cannot
+do that: TEMPLATE gives the same ids wherever no text holds the name of a special token. What is trained on is
+all that the assistant says, its <|im_end|> included.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+from configurator import UserError
+from formats.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
+
+START, END = "<|im_start|>", END_OF_TURN
+THOUGHT, THOUGHT_END = "<|start_thought|>", "<|end_thought|>"
+CALL, RESPONSE = "<|tool_call|>", "<|tool_response|>"
+CHAT_TOKENS = [START, END, THOUGHT, THOUGHT_END, CALL, RESPONSE]
+ROLES = ("system", "user", "assistant", "tool")
+
+# Of transformers' template language: `generation` marks what the assistant says, for losses on that alone.
+TEMPLATE = """\
+{%- for message in messages -%}
+    {{- '<|im_start|>' + message.role + '\\n' -}}
+    {%- if message.role == 'assistant' -%}
+        {%- generation -%}
+        {%- if message.thought -%}
+            {{- '<|start_thought|>' + message.thought | trim + '<|end_thought|>' -}}
+        {%- endif -%}
+        {{- (message.content or '') | trim -}}
+        {%- for tool_call in message.tool_calls or [] -%}
+            {%- set call = tool_call.function or tool_call -%}
+            {{- '<|tool_call|>' + {'name': call.name, 'arguments': call.arguments} | tojson -}}
+        {%- endfor -%}
+        {{- '<|im_end|>' -}}
+        {%- endgeneration -%}
+    {%- else -%}
+        {{- '<|tool_response|>' if message.role == 'tool' else '' -}}
+        {{- message.content | trim + '<|im_end|>' -}}
+    {%- endif -%}
+    {{- '\\n' -}}
+{%- endfor -%}
+{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
+"""
+
+
+def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
+    """The tokenizer with the six special tokens behind its vocabulary, and with our chat template.
+
+    A tokenizer that has some of them (Qwen's has two) keeps their ids. One that ends a text as it ends a turn
+    ends a text by <|endoftext|> from then on, so that the end of a conversation can be told.
+    """
+    if tokenizer.eot_id != tokenizer.hf.token_to_id(END):
+        return tokenizer.extended(CHAT_TOKENS, {"chat_template": TEMPLATE})
+    settings = {"chat_template": TEMPLATE, "eos_token": END_OF_TEXT}
+    return tokenizer.extended([*CHAT_TOKENS, END_OF_TEXT], settings)
+
+
+def end_of_turn(tokenizer: Tokenizer) -> int | None:
+    """The id that ends a turn, or None for a tokenizer without chat tokens."""
+    ids = [tokenizer.hf.token_to_id(name) for name in CHAT_TOKENS]
+    return None if None in ids else ids[CHAT_TOKENS.index(END)]
+
+
+def require_chat(tokenizer: Tokenizer, place: str) -> None:
+    """UserError unless the tokenizer has the chat tokens."""
+    if end_of_turn(tokenizer) is None:
+        raise UserError(f"{place}: its tokenizer has no chat tokens; sft.py makes a chat model of a base")
+
+
+# ---- Messages -> ids --------------------------------------------------------------------------------------
+
+class Part(NamedTuple):
+    text: str
+    is_special: bool
+    is_target: bool
+
+
+def parts_of(message: dict[str, Any]) -> Iterator[Part]:
+    """A turn as the pieces that are encoded each for itself."""
+    role, content = message["role"], (message.get("content") or "").strip()
+    yield Part(START, True, False)
+    yield Part(f"{role}\n", False, False)
+    if role == "tool":
+        yield Part(RESPONSE, True, False)
+    speaks = role == "assistant"
+    if speaks and message.get("thought"):
+        yield Part(THOUGHT, True, True)
+        yield Part(message["thought"].strip(), False, True)
+        yield Part(THOUGHT_END, True, True)
+    yield Part(content, False, speaks)
+    for call in (message.get("tool_calls") or []) if speaks else []:
+        yield Part(CALL, True, True)
+        yield Part(call_text(call), False, True)
+    yield Part(END, True, speaks)
+    yield Part("\n", False, False)
+
+
+def call_text(call: dict[str, Any]) -> str:
+    """A tool call as JSON: {"name": .., "arguments": ..}, spelled as transformers' templates spell it."""
+    call = call.get("function") or call
+    return json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+
+
+def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int], list[int]]:
+    ids: list[int] = []
+    mask: list[int] = []
+    for text, is_special, is_target in parts:
+        new = [tokenizer.hf.token_to_id(text)] if is_special else tokenizer.encode(text)
+        ids += new
+        mask += [int(is_target)] * len(new)
+    return ids, mask
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a conversation, of equal lengths: mask is 1 for the assistant's words and their end.
+
+    The tokenizer is one of `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate.
+    """
+    return encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
+
+
+def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
+    """The ids of a conversation and of the words that make the assistant speak next."""
+    opening = (Part(START, True, False), Part("assistant\n", False, False))
+    return encode_chat(tokenizer, messages)[0] + encode_parts(tokenizer, opening)[0]
+
+
+def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
+    """The ids of what an assistant says behind `encode_prompt`: those that the mask of its turn has."""
+    return encode_parts(tokenizer, (part for part in parts_of(message) if part.is_target))[0]
+
+
+# ---- Ids -> messages --------------------------------------------------------------------------------------
+
+def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
+    """What an assistant wrote, up to its end of turn, as a message: the inverse of `encode_answer`.
+
+    Has "thought" and "tool_calls" only where there are some. A tool call that is not a JSON object with a
+    name and arguments is no call: its text is in "malformed", a list; so is a thought without an end.
+    """
+    pieces: dict[str, list[str]] = {"content": [], "thought": [], "calls": [], "malformed": []}
+    place, run = "content", []
+    names = {tokenizer.hf.token_to_id(name): name for name in CHAT_TOKENS}
+    for token in [*ids, tokenizer.hf.token_to_id(END)]:
+        name = names.get(token)
+        if name is None:
+            run += [] if token == tokenizer.eot_id else [token]
+            continue
+        unfinished = place == "thought" and name != THOUGHT_END
+        pieces["malformed" if unfinished else place].append(tokenizer.decode(run))
+        place, run = {THOUGHT: "thought", CALL: "calls"}.get(name, "content"), []
+        if name == END:
+            break
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(pieces["content"]).strip()}
+    if any(pieces["thought"]):
+        message["thought"] = "".join(pieces["thought"]).strip()
+    calls = [read_call(text) for text in pieces["calls"]]
+    pieces["malformed"] += [text for text, call in zip(pieces["calls"], calls, strict=True) if call is None]
+    if any(calls):
+        message["tool_calls"] = [call for call in calls if call]
+    if pieces["malformed"]:
+        message["malformed"] = pieces["malformed"]
+    return message
+
+
+def read_call(text: str) -> dict[str, Any] | None:
+    """{"name", "arguments"} of a tool call's JSON, or None where it is no such thing."""
+    try:
+        call = json.loads(text)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        call = {"name": call["name"], "arguments": call["arguments"]}
+        call_text(call).encode("utf-8")  # JSON can spell a lone surrogate, which is no text
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return call

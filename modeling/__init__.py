@@ -1,0 +1,1 @@
+"""The parts that model.py is built from: positions, caches, ternary weights, devices."""

@@ -1,0 +1,438 @@
+"""bench: each comparison at toy size, beside a stand-in with nanoGPT's interface; and its refusals.
+
+The figures themselves mean nothing here. What is held: the checks refuse what does not agree, both sides have
+as many parameters, and every number that a comparison promises is in its JSON.
+"""
+
+import json
+import math
+import os
+import subprocess
+
+import numpy as np
+import pytest
+import torch
+
+import generation.generate
+from bench import distill, generate, llama_cpp, load, loss, peers, serve, train
+from bench.__main__ import main
+from bench.measure import interleaved, matmul_arms, matmul_peak
+from bench.peers import Shape, llama_config, nanogpt_parameters
+from configurator import UserError
+from dataset.shards import DataFolder
+from model import GPT
+from tests.conftest import ROOT
+
+TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
+QUICK = ["--rounds=2", "--seconds=0.001"]
+# The interface and the parameters' names of nanoGPT's model.py, with attention of its own and no options.
+STAND_IN = '''
+import torch, dataclasses
+from torch import nn
+from torch.nn import functional as F
+
+@dataclasses.dataclass
+class GPTConfig:
+    block_size: int; vocab_size: int; n_layer: int; n_head: int; n_embd: int; dropout: float; bias: bool
+
+class Norm(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.ones(c.n_embd)), None
+    def forward(self, x):
+        return F.layer_norm(x, self.weight.shape, self.weight, None, 1e-5)
+
+class Attention(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.heads = c.n_head
+        self.c_attn = nn.Linear(c.n_embd, 3 * c.n_embd, bias=False)
+        self.c_proj = nn.Linear(c.n_embd, c.n_embd, bias=False)
+    def forward(self, x):
+        q, k, v = (part.unflatten(2, (self.heads, -1)).transpose(1, 2) for part in self.c_attn(x).chunk(3, 2))
+        scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+        scores = scores.masked_fill(torch.ones_like(scores).triu(1) > 0, -torch.inf)
+        return self.c_proj((scores.softmax(-1) @ v).transpose(1, 2).flatten(2))
+
+class MLP(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.c_fc = nn.Linear(c.n_embd, 4 * c.n_embd, bias=False)
+        self.c_proj = nn.Linear(4 * c.n_embd, c.n_embd, bias=False)
+        self.gelu = nn.GELU()
+    def forward(self, x):
+        return self.c_proj(self.gelu(self.c_fc(x)))
+
+class Block(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        self.ln_1, self.attn, self.ln_2, self.mlp = Norm(c), Attention(c), Norm(c), MLP(c)
+    def forward(self, x):
+        x = x + self.attn(self.ln_1(x))
+        return x + self.mlp(self.ln_2(x))
+
+class GPT(nn.Module):
+    def __init__(self, c):
+        super().__init__()
+        print("number of parameters: some")
+        self.transformer = nn.ModuleDict(dict(
+            wte=nn.Embedding(c.vocab_size, c.n_embd), wpe=nn.Embedding(c.block_size, c.n_embd),
+            h=nn.ModuleList([Block(c) for _ in range(c.n_layer)]), ln_f=Norm(c)))
+        self.lm_head = nn.Linear(c.n_embd, c.vocab_size, bias=False)
+        self.transformer.wte.weight = self.lm_head.weight
+        for p in self.parameters():
+            if p.ndim == 2:
+                nn.init.normal_(p, std=0.02)
+    def forward(self, ids, targets=None):
+        x = self.transformer.wte(ids) + self.transformer.wpe(torch.arange(ids.shape[1]))
+        for block in self.transformer.h:
+            x = block(x)
+        logits = self.lm_head(self.transformer.ln_f(x))
+        return logits, None if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    def configure_optimizers(self, weight_decay, learning_rate, betas, device_type):
+        return torch.optim.AdamW(self.parameters(), learning_rate, betas, weight_decay=weight_decay)
+    @torch.no_grad()
+    def generate(self, ids, length, temperature=1.0, top_k=None):
+        for _ in range(length):
+            ids = torch.cat((ids, self(ids)[0][:, -1:].argmax(-1)), 1)
+        return ids
+'''
+
+
+@pytest.fixture(scope="module")
+def nanogpt(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("nanogpt")
+    (folder / "model.py").write_text(STAND_IN)
+    return folder
+
+
+def run(tmp_path, *words):
+    """The JSON of `python -m bench WORDS`."""
+    path = tmp_path / "figures.json"
+    assert main([words[0], *QUICK, *words[1:], f"--json={path}"]) == 0
+    figures = json.loads(path.read_text())
+    assert figures["command"].startswith(f"python -m bench {words[0]}")
+    assert {"torch", "transformers", "numpy", "machine", "threads", "clock"} <= figures["versions"].keys()
+    for arm in figures["arms"]:
+        assert 0 < arm["min_seconds"] <= arm["median_seconds"] <= arm["max_seconds"] < 60
+        assert len(arm["seconds"]) in (1, 2) and arm["first_call_seconds"] > 0
+        assert all(0 < ratio < math.inf for ratio in arm["speed_of"].values())
+        assert 0 < arm["share_of_peak"] < 5  # of a toy, a clock tick may be a share
+    return figures, {arm["arm"]: arm for arm in figures["arms"]}
+
+
+# ---- Each comparison --------------------------------------------------------------------------------------
+
+def test_train(tmp_path, nanogpt, capsys):
+    figures, arms = run(tmp_path, "train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}")
+    kinds = ("nanoGPT", "transformers", "our Llama", "our Llama, Muon", "our GPT-2")
+    assert list(arms) == [f"{kind}, {dtype}" for dtype in ("float32", "bfloat16") for kind in kinds]
+    assert arms["nanoGPT, float32"]["speed_of"]["nanoGPT, float32"] == 1
+    for arm in arms.values():
+        assert arm["parameters"] == pytest.approx(arms["nanoGPT, float32"]["parameters"], rel=0.01)
+        assert arm["dtype"] == arm["arm"].split(", ")[-1]
+    assert len(figures["checks"]) == 2
+    assert all(check["difference"] <= 1e-5 for check in figures["checks"].values())
+    assert figures["checks"]["loss of our weights"]["ours"] == pytest.approx(math.log(65), rel=0.05)
+    printed = capsys.readouterr().out
+    assert "x nanoGPT, float32" in printed and "GFLOP/s" in printed and "number of parameters" not in printed
+
+
+def test_train_without_nanogpt_says_so(tmp_path, capsys):
+    arms = run(tmp_path, "train", *TOY, "--batch_size=2", "--arms=Llama, f|tr.*, f")[1]
+    assert list(arms) == ["transformers, float32", "our Llama, float32"]
+    assert "nanoGPT is left out: --nanogpt=DIR" in capsys.readouterr().out
+
+
+def test_train_leaves_nanogpt_out_of_sizes_it_cannot_have(tmp_path, nanogpt, capsys):
+    words = ["--n_kv_head=1", "--arms=our Llama, float32", f"--nanogpt={nanogpt}"]
+    run(tmp_path, "train", *TOY, "--batch_size=2", *words)
+    assert "nanoGPT is left out: it has no grouped heads" in capsys.readouterr().out
+
+
+def test_our_step_is_one_of_fits(tmp_path, data):
+    """Three steps have the losses of three steps of train.py, from the same weights and rows."""
+    import train as stage
+    cfg = train.Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=500, batch_size=4)
+    bench = train.StepBench(cfg, torch.device("cpu"), tmp_path)
+    bench.data, config = data, bench.llama.config
+    bench.llama = GPT(config, seed=1337)
+    run_cfg = bench.train_config("muon")
+    step = train.OurStep(bench.llama, run_cfg, train.Run(tmp_path, bench.device), "float32")
+    for _ in range(3):
+        step()
+    stage.main([f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=3", "--log_interval=3",
+                "--n_layer=1", "--n_head=2", "--n_embd=32", f"--intermediate_size={config.intermediate_size}",
+                "--block_size=16", "--global_batch_size=4", "--micro_batch_size=4", "--learning_rate=1e-3",
+                "--schedule=constant", "--warmup_steps=0", "--lr_multipliers={}",
+                "--weight_decay=0.1", "--beta2=0.99", "--device=cpu", "--eval_tokens=64",
+                "--sample_tokens=0"])
+    events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    assert events[0]["loss"] == step.meter.sums["loss"].item() / step.meter.counts["loss"]
+    assert events[0]["grad_norm"] == step.meter.norm.item()
+
+
+def test_generate(tmp_path, nanogpt, monkeypatch):
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
+    words = [word for word in TOY if "block" not in word]
+    figures, arms = run(tmp_path, "generate", *words, "--block_size=64", "--max_new_tokens=24",
+                        "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}", "--compile=True")
+    assert list(arms) == ["nanoGPT", "transformers", "our Llama", "our GPT-2", "our Llama, compiled"]
+    for check in figures["checks"].values():
+        assert check["tokens"] == 72 and check["distinct"] > 5
+    assert figures["gemv_seconds_per_step"] > 0 and figures["copy_bytes_per_second"] > 0
+
+
+def test_loss(tmp_path):
+    """Full logits keep several (n, v) tensors, ours a chunk of 512 rows: memory tells them apart."""
+    figures, arms = run(tmp_path, "loss", "--n=2048", "--d=32", "--v=4000", "--rounds=1")
+    assert max(figures["checks"].values()) <= 1e-5
+    full, ours = (min(arms[name]["memory_megabytes"]) for name in ("full logits", "our head"))
+    assert full > 2 * 4 * 2048 * 4000 / 1e6 and 0 < ours < 0.6 * full
+
+
+def test_loss_in_bfloat16_is_checked_as_bfloat16_allows():
+    differences = loss.check(loss.problem(64, 16, 100, "bfloat16", "cpu"))
+    assert max(differences.values()) <= 2e-2
+
+
+def test_load(tmp_path):
+    figures, arms = run(tmp_path, "load", *TOY, "--batch_size=2", "--gigabytes=1")
+    assert list(arms) == ["nanoGPT get_batch", "our batch"]
+    assert 0 < figures["open_seconds"] < 1 and figures["share_of_step"] > 0
+    assert figures["checks"] == {"rows": 2, "tokens": 32}
+
+
+def test_a_sparse_folder_has_the_size_it_says(tmp_path):
+    shards = DataFolder(load.sparse_folder(tmp_path / "big", 600_000_000)).shards["train"]
+    assert [len(shard) for shard in shards] == [2**27, 2**27, 300_000_000 - 2**28]
+
+
+# ---- Refusals ---------------------------------------------------------------------------------------------
+
+def test_altered_weights_are_refused(tmp_path, nanogpt, monkeypatch):
+    """One matrix multiplied by -3, on the way to either peer, and nothing is timed."""
+    def altered(make):
+        def made(*arguments):
+            model = make(*arguments)
+            with torch.no_grad():
+                next(p for n, p in model.named_parameters() if "down_proj" in n).mul_(-3)
+            return model
+        return made
+
+    words = ["train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}"]
+    for name, what in (("gpt2_twin", "nanoGPT's weights"), ("transformers_twin", "our weights")):
+        with monkeypatch.context() as patch:
+            patch.setattr(peers, name, altered(getattr(peers, name)))
+            with pytest.raises(UserError, match=f"{what}: ours gives .* nothing to compare"):
+                main(words)
+            with pytest.raises(UserError, match="greedy tokens: token"):
+                main(["generate", *words[1:-2], "--block_size=64", "--max_new_tokens=40", *QUICK, words[-1]])
+
+
+def test_another_loss_is_refused(monkeypatch):
+    monkeypatch.setitem(loss.ARMS, "our head", lambda *inputs: 1.001 * loss.our_head(*inputs))
+    with pytest.raises(UserError, match="loss: ours is off by 1.0e-03"):
+        main(["loss", "--n=8", "--d=4", "--v=10"])
+
+
+def test_another_divergence_is_refused():
+    """A last loss may differ by what rounding grows to, a first one may not."""
+    results = {name: [{"loss": 0.1, "last_loss": 0.05}] * 2 for name in distill.ARMS}
+    distill.check(results | {"ours": [{"loss": 0.100001, "last_loss": 0.05001}]})
+    for altered, message in (({"loss": 0.1001, "last_loss": 0.05}, "forward_kl: loss differs"),
+                             ({"loss": 0.1, "last_loss": 0.0502}, "forward_kl: last_loss differs")):
+        with pytest.raises(UserError, match=message):
+            distill.check(results | {"plain": [altered]})
+
+
+def test_other_rows_are_refused(monkeypatch):
+    rows = load.batches_at
+    monkeypatch.setattr(load, "batches_at", lambda data, step: rows(data, step + 1))
+    with pytest.raises(UserError, match="the first batch is not what the file holds"):
+        main(["load", *TOY, "--batch_size=2"])
+
+
+@pytest.mark.parametrize("words, message", [
+    (["train", "--nanogpt=nowhere"], "no model.py here"),
+    (["train", "--arms=none"], "no arm has such a name"),
+    (["train", "--rounds=0"], "rounds=0: must be positive"),
+    (["generate", "--prompt_tokens=400"], "do not fit"),
+    (["loss", "--n=0"], "must be positive"),
+    (["speed"], "say what to measure"),
+    ([], "say what to measure"),
+])
+def test_what_a_user_can_get_wrong(words, message):
+    with pytest.raises(UserError, match=message):
+        main([*words, *(TOY if words[:1] == ["train"] else [])])
+
+
+# ---- The parts --------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("shape, parameters", [
+    (Shape(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65), 804_096),
+    (Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 124_337_664),
+])
+def test_our_llama_has_nanogpts_number_of_parameters(shape, parameters):
+    """nanoGPT prints 0.80M and 123.55M: it leaves the 8,192 and 786,432 of the positions out."""
+    with torch.device("meta"):
+        ours = GPT(llama_config(shape)).num_parameters()
+    assert ours == pytest.approx(nanogpt_parameters(shape), rel=0.01)
+    assert nanogpt_parameters(shape) == parameters
+    assert llama_config(shape).intermediate_size % 8 == 0
+
+
+def test_arms_take_turns():
+    """Three calls to warm up, one arm after the other; then a turn each, round by round."""
+    calls = []
+    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    timings = interleaved(arms, rounds=2, device=torch.device("cpu"), seconds=1e-9)
+    assert calls == list("aaabbb" + "abab")
+    assert all(len(timing.seconds) == 2 and timing.repeats == 1 for timing in timings.values())
+
+
+def test_peak_is_that_of_the_best_product():
+    products = {(8, 16, 32), (64, 64, 64)}
+    timings = interleaved(matmul_arms(products, "float32", torch.device("cpu")), 1, torch.device("cpu"), 1e-3)
+    timings["matmul 8 x 16 x 32, float32"].seconds = [1.0]
+    timings["matmul 64 x 64 x 64, float32"].seconds = [0.5, 0.25]
+    assert matmul_peak(timings, "float32") == 2 * 64**3 / 0.25
+
+
+def test_help_lists_every_key(capsys):
+    for module in (train, generate, loss, load):
+        with pytest.raises(SystemExit):
+            main([module.__name__.split(".")[-1], "--help"])
+        printed = capsys.readouterr().out
+        assert module.__doc__.strip() in printed and "--rounds=5" in printed and "--threads=1" in printed
+    assert main(["--help"]) == 0 and "python -m bench train" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
+    """The same commands, on this CPU; with a GPU they differ in sizes only."""
+    found = subprocess.run(
+        ["bench/h200.sh", "toy", str(tmp_path / "j")], cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"},
+    )
+    assert found.returncode == 0, found.stderr
+    parts = json.loads((tmp_path / "j").read_text())
+    assert parts.keys() == {"command", "train_124m", "train_1.1b", "decode_124m", "loss"}
+    arms = [arm["arm"] for arm in parts["train_124m"]["arms"]]
+    assert arms[0] == "nanoGPT, float32" and "our Llama, float32" in arms
+    assert all(arm["median_seconds"] > 0 for part in list(parts.values())[1:] for arm in part["arms"])
+
+
+@pytest.mark.slow
+def test_what_looking_for_evaluation_items_costs(tmp_path, text_folder, capsys):
+    words = ["--rounds=1", "--megabytes=0.5", f"--source={text_folder}", "--vocab_size=300"]
+    assert main(["decontaminate", *words, f"--json={tmp_path / 'b.json'}"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("MB/s") == printed.count("documents/s") == 2
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert list(figures["arms"]) == ["prepare.py", "prepare.py, decontaminated", "MinHash of whole documents",
+                                     "all of the search"]  # fmt: skip
+    assert 0 < figures["items"] < figures["documents"] and figures["words_a_document"] > 30
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["sft", "dpo"])
+def test_fine_tuning_beside_trl(kind, tmp_path, capsys):
+    toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
+           "--block_size=256"]  # fmt: skip
+    assert main([kind, *toy, f"--json={tmp_path / 'b.json'}"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith(("ours", "TRL")) for line in lines) == (3 if kind == "sft" else 2)
+    figures = json.loads((tmp_path / "b.json").read_text())
+    for runs in figures["arms"].values():
+        assert all(run["seconds"] > 0 and run["megabytes"] > 0 for run in runs)
+    if kind == "dpo":
+        assert figures["arms"]["ours"][0]["loss"] == pytest.approx(0.6931, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_distillation_beside_trl_and_full_logits(tmp_path, capsys):
+    toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
+           "--teacher_n_layer=2", "--teacher_n_embd=128"]  # fmt: skip
+    assert main(["distill", *toy, f"--json={tmp_path / 'b.json'}"]) == 0
+    lines = {line[:14].strip(): line for line in capsys.readouterr().out.splitlines()}
+    assert "x TRL  x plain" in lines["distill"] and len(lines["ours"]) == len(lines["TRL, jsd"])
+    figures = json.loads((tmp_path / "b.json").read_text())
+    assert list(figures["arms"]) == ["ours", "ours, jsd", "TRL", "TRL, jsd", "plain"] and figures["trl"]
+    for runs in figures["arms"].values():
+        assert all(run["seconds"] > 0 and run["megabytes"] > 0 for run in runs)
+        assert all(run["last_loss"] < 0.9 * run["loss"] for run in runs)
+    first = {name: runs[0]["loss"] for name, runs in figures["arms"].items()}
+    assert first["ours"] == pytest.approx(first["TRL"], rel=1e-5)
+    assert first["ours, jsd"] == pytest.approx(first["TRL, jsd"], rel=1e-5)
+
+
+def test_cache_formats_give_back_the_same(tmp_path, data, trained):
+    """And a file that does not is noticed."""
+    pytest.importorskip("h5py", reason="the peer of cached teachers; not a requirement")
+    from bench import cache
+
+    words = ["cache", f"--teacher={trained}", f"--dataset={data}", "--rows=8", "--rounds=1", "--seconds=0.01",
+             "--block_size=32", "--batch_size=4", f"--json={tmp_path / 'cache.json'}"]  # fmt: skip
+    main(words)
+    figures = json.loads((tmp_path / "cache.json").read_text())
+    sizes = figures["bytes_a_token"]
+    assert sizes["ours"] == 64 * 2 + 65 * 2 and sizes["ours, samples"] == 64
+    assert sizes["HDF5, gzip"] < sizes["HDF5"]
+    assert {arm["arm"] for arm in figures["writing"]} == {"ours", *cache.GZIP}
+    with pytest.raises(UserError, match="HDF5: does not give back what was written"):
+        cache.check({"HDF5": {"ids": np.zeros(3)}}, {"ids": np.ones(3)})
+
+
+@pytest.mark.slow
+def test_serving_what_is_exported(tmp_path, trained, data, capsys):
+    words = [f"--model={trained}", f"--text={data}", "--rounds=1", "--batch_sizes=1,3", "--prompt_tokens=20",
+             "--max_new_tokens=20", "--quantize=f32,q8_0,q4_k_m", "--eval_tokens=2000"]  # fmt: skip
+    assert main(["serve", *words, f"--json={tmp_path / 'b.json'}"]) == 0
+    figures = json.loads((tmp_path / "b.json").read_text())
+    formats = {each["format"]: each for each in figures["formats"]}
+    exact = formats["hf float32"]["perplexity"]
+    assert formats["gguf f32"]["perplexity"] == exact
+    assert formats["gguf q8_0"]["perplexity"] == pytest.approx(exact, rel=0.01)
+    assert formats["gguf q4_k_m"]["perplexity"] == pytest.approx(exact, rel=0.05)
+    assert formats["gguf q4_k_m"]["bytes"] < formats["gguf q8_0"]["bytes"] < formats["hf bfloat16"]["bytes"]
+    theirs = ["llama.cpp f32", "llama.cpp q8_0", "llama.cpp q4_k_m"] if llama_cpp.has_server() else []
+    assert [(each["arm"], each["batch_size"]) for each in figures["arms"]] == [
+        (arm, batch) for batch in (1, 3) for arm in ["ours", "transformers", *theirs]]
+    for each in figures["arms"]:
+        assert each["decoded_tokens_per_second"] > 0 and each["prompt_tokens_per_second"] > 0
+        assert each["megabytes"] > 0 and len(each["rounds"]) == 1
+    assert all(count > 3 for counts in figures["checks"].values() for count in counts.values())
+    printed = capsys.readouterr().out
+    assert "x transformers" in printed and "gguf q4_k_m" in printed
+
+
+def test_an_arm_that_writes_something_else_is_refused():
+    ours = {"ours": [{"rows": [[1, 2, 0, 5]]}]}
+    assert serve.check(ours | {"transformers": [{"rows": [[1, 2, 7, 7]]}]}, {0}) == {"transformers": 2}
+    with pytest.raises(UserError, match="llama.cpp f32: row 0 is not what ours writes: nothing to compare"):
+        serve.check(ours | {"llama.cpp f32": [{"rows": [[1, 3, 0, 5]]}]}, {0})
+    assert serve.check(ours | {"llama.cpp q8_0": [{"rows": [[9]]}]}, {0}) == {}
+
+
+@pytest.mark.parametrize("words, message", [
+    (["--batch_sizes=1,x"], "batch_sizes=1,x: must be whole numbers"),
+    (["--max_new_tokens=1"], "must be at least 2"),
+    (["--prompt_tokens=60"], "do not fit the context of 64"),
+    (["--prompt_tokens=8", "--max_new_tokens=8", "--eval_tokens=64"], "1 windows of 64 tokens, 16 are"),
+])
+def test_what_cannot_be_served(words, message, trained, data):
+    with pytest.raises(UserError, match=message):
+        main(["serve", f"--model={trained}", f"--text={data}", *words])
+
+
+def test_ids_of_another_tokenizer_are_refused(trained, tmp_path, data):
+    from formats import hf
+    from formats.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(hf.find_folder(trained))
+    assert len(serve.ids_of(str(data), tokenizer)) == sum(map(len, DataFolder(data).shards["val"]))
+    (tmp_path / "text.txt").write_text("def main():\n")
+    assert serve.ids_of(str(tmp_path / "text.txt"), tokenizer).tolist() == tokenizer.encode("def main():\n")
+    with pytest.raises(UserError, match="its ids are other tokens than the model's"):
+        serve.ids_of(str(data), Tokenizer.train(["other text"], 300))

@@ -1,0 +1,34 @@
+"""bench/learn.py: what needs no minutes of training."""
+
+import pytest
+
+from bench import learn
+from configurator import UserError, configure
+
+
+def test_report_by_hand():
+    def arm(*losses):
+        return [{"val_loss": loss, "parameters": 1000, "tokens": 2000} for loss in losses]
+
+    lines = learn.report({"nanoGPT's README": arm(2.0, 1.8), "ours": arm(1.5, 1.4, 1.3)}).split("\n")
+    assert lines[1].split() == ["nanoGPT's", "README", "1,000", "2,000", "1.9000", "(1.8000", "-", "2.0000)",
+                                "+0.0000"]
+    assert lines[2].split()[-5:] == ["1.4000", "(1.3000", "-", "1.5000)", "-0.5000"]
+
+
+def test_both_sides_have_as_many_parameters():
+    """Within 1 %: a Llama of an MLP of 344, and nanoGPT's model, whose positions are learned."""
+    from model import GPT
+    from train import TrainConfig
+
+    cfg = configure(TrainConfig, learn.OURS)[0]
+    ours = GPT(cfg.architecture(257, learn.T)).num_parameters()
+    C = learn.WIDTH
+    theirs = learn.LAYERS * (12 * C * C + 2 * C) + C + 257 * C + learn.T * C
+    assert ours == pytest.approx(theirs, rel=0.01)
+    assert all(configure(TrainConfig, [*learn.OURS, *words]) for _, words in learn.ARMS.values())
+
+
+def test_it_needs_nanogpts_folder(tmp_path):
+    with pytest.raises(UserError, match="nanoGPT's train.py"):
+        learn.main([f"--nanogpt={tmp_path}"])

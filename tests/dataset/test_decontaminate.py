@@ -1,0 +1,400 @@
+"""dataset/decontaminate.py, and prepare.py with it: copies of evaluation items are found however they are
+hidden, other text is not, and what is left is what the text would have been without them."""
+
+import json
+import random
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+
+import prepare as prepare_module
+from configurator import UserError
+from dataset.conversations import conversation, preference
+from dataset.decontaminate import NGRAM, WHOLE, Index
+from dataset.encoding import said
+from dataset.eval_items import find_benchmarks
+from dataset.shards import DataFolder
+from dataset.sources import standard_library
+from dataset.words import words_of
+from prepare import main
+from tests.conftest import ROOT, shared
+
+# Words as English has them: few that are often said, many that are not.
+VOCABULARY = [f"w{number}" for number in range(3000)]
+SHARES = 1 / np.arange(3, 3003)
+
+
+def writing(seed, words):
+    """A text of made-up sentences, without end."""
+    draw = random.Random(f"{seed}")
+    found = draw.choices(VOCABULARY, SHARES, k=words)
+    for at in range(11, words, 12):
+        found[at] += draw.choice((".", ".", ".\n", ".\n\n"))
+    return " ".join(found)
+
+
+def edited(text, share, seed=0):
+    """A copy with that share of its words replaced, one at least."""
+    draw, words = random.Random(seed), text.split(" ")
+    for at in draw.sample(range(len(words)), max(1, round(share * len(words)))):
+        words[at] = f"new{draw.randrange(10**6)}"
+    return " ".join(words)
+
+
+def embedded(text, seed):
+    return f"{writing(seed, 600)} {text} {writing(-seed, 600)}"
+
+
+def index_of(*texts, name="test"):
+    return Index([(name, [(f"{name}:{number}", text) for number, text in enumerate(texts)])])
+
+
+ITEMS = [writing(f"item {number}", 27 + number % 120) for number in range(240)]
+
+
+@pytest.fixture(scope="module")
+def index():
+    return index_of(*ITEMS)
+
+
+def share_found(index, texts, how=""):
+    """The share of texts that overlap the item of their number (by `how` alone, if it is given)."""
+    return np.mean([any(each["item"] == f"test:{number}" and how in each for each in overlaps) if how else
+                    any(each["item"] == f"test:{number}" for each in overlaps)
+                    for number, overlaps in enumerate(index.find(texts))])  # fmt: skip
+
+
+# ---- What is found ----------------------------------------------------------------------------------------
+
+
+def test_copies(index):
+    """Alone, in capitals and other punctuation, in the middle of long text, and halves of them."""
+    assert share_found(index, ITEMS, "ngram") == share_found(index, ITEMS, "minhash") == 1
+    other = [item.upper().replace(" ", " , ").replace(".", " \u2014 ") for item in ITEMS]
+    assert share_found(index, other, "ngram") == share_found(index, other, "minhash") == 1
+    assert share_found(index, [embedded(item, n + 1) for n, item in enumerate(ITEMS)], "ngram") == 1
+    for half in (lambda words: words[: len(words) // 2], lambda words: words[len(words) // 2 :]):
+        halves = [" ".join(half(item.split(" "))) for item in ITEMS]
+        assert share_found(index, halves, "ngram") == 1
+        assert share_found(index, [embedded(item, n + 1) for n, item in enumerate(halves)]) == 1
+
+
+def test_copies_of_which_two_percent_are_edited(index):
+    """MinHash alone finds all that stand by themselves, 13 words in a row all, wherever they stand."""
+    copies = [edited(item, 0.02, seed) for seed, item in enumerate(ITEMS)]
+    assert share_found(index, copies, "minhash") == 1
+    assert share_found(index, copies, "ngram") == 1
+    assert share_found(index, [embedded(copy, n + 1) for n, copy in enumerate(copies)], "ngram") == 1
+    paragraphs = [f"{writing(n, 200)}\n\n{copy}\n\n{writing(-n, 200)}" for n, copy in enumerate(copies, 1)]
+    whole = [number for number, item in enumerate(ITEMS) if "\n\n" not in item]
+    found = index.find([paragraphs[number] for number in whole])
+    assert all(any("minhash" in each for each in overlaps) for overlaps in found)
+
+
+def test_items_whose_words_stand_in_another_order(index):
+    """Sentences of 12 words, shuffled: no 13 in a row are left, but nearly all pairs."""
+    draw, copies = random.Random(0), []
+    for item in ITEMS:
+        sentences = [" ".join(each.split()) for each in item.split(".") if each.strip()]
+        if len(sentences) > 4:
+            copies.append(". ".join(draw.sample(sentences, len(sentences))))
+    found = [any("minhash" in each for each in overlaps) for overlaps in index.find(copies)]
+    assert len(copies) > 100 and np.mean(found) > 0.99
+
+
+def test_other_text_is_not_found(index):
+    assert not any(index.find([writing(("other", number), 60) for number in range(3000)]))
+    assert not any(index.find([path.read_text("utf-8", "replace") for path in standard_library()[:150]]))
+
+
+def test_equal_words_are_those_of_sets_of_thirteen():
+    """Against plain Python, on words of so few kinds that chance makes overlaps, and near misses."""
+    draw = random.Random(0)
+    texts = [" ".join(draw.choices("ab", (5, 1), k=draw.randrange(60))) for _ in range(600)]
+    items, texts = texts[:60], texts[60:]
+
+    def grams(text):
+        words = text.split()
+        return {tuple(words[i : i + NGRAM]) for i in range(len(words) - NGRAM + 1)}
+
+    known = set().union(*map(grams, items))
+    whole = {tuple(item.split()) for item in items if WHOLE <= len(item.split()) < NGRAM}
+    expected = [bool(grams(text) & known) or any(
+        tuple(text.split()[i : i + len(each)]) == each for each in whole for i in range(60))
+        for text in texts]  # fmt: skip
+    found = index_of(*items).find(texts)
+    assert [any("ngram" in each for each in overlaps) for overlaps in found] == expected
+    assert 0 < sum(expected) < len(expected)
+    for text, overlaps in zip(texts, found, strict=True):
+        for each in overlaps:
+            item = items[int(each["item"].removeprefix("test:"))]
+            assert each.get("ngram", "") in " ".join(text.split()) and each.get("ngram", "") in item
+
+
+@pytest.mark.parametrize("words", [13, 12, 10, 9, 8, 7])
+def test_short_items(words):
+    """From 10 words on anywhere in a text, from 8 on as a line; a choice, a label, nowhere."""
+    item = " ".join(f"rare{number}" for number in range(words))
+    index = index_of(f"{item}\n\nyes\n\nno", "yes", "of the")
+    assert bool(index.find([embedded(item, 1)])[0]) == (words >= 10)
+    for text in (item, f"{writing(1, 500)}\n{item}\n{writing(2, 500)}"):
+        assert bool(index.find([text])[0]) == (words >= 8)
+    assert index.find(["yes", "yes\n\nno", "of the", "", "\n"]) == [[]] * 5
+
+
+def test_nothing_crosses_from_a_text_to_the_next():
+    words = ITEMS[9].split()
+    index = index_of(" ".join(words))
+    parts = [" ".join(words[at : at + 12]) for at in range(0, len(words), 12)]
+    assert not any(index.find(parts))
+    assert index.find([" ".join(words[:13]), *parts])[0] and index.find([*parts, " ".join(words[-13:])])[-1]
+
+
+def test_each_benchmark_is_told_with_its_item():
+    """An item of two sets counts for both; of one set, the item that is most like it is named."""
+    one, other = ITEMS[0], ITEMS[1]
+    index = Index([("a", [("a:1", one), ("a:2", edited(one, 0.05))]), ("b", [("b:1", other), ("b:2", one)])])
+    (found,) = index.find([one])
+    assert Counter((each["benchmark"], each["item"]) for each in found) == {("a", "a:1"): 2, ("b", "b:2"): 2}
+    assert {each["minhash"] for each in found if "minhash" in each} == {1.0}
+    assert {each["ngram"] for each in found if "ngram" in each} == {words_of([one]).spelled(0, 13).decode()}
+
+
+def test_similarities_are_those_of_sets_of_words_and_pairs(index):
+    """Beside exact Jaccard similarities in plain Python: off by standard errors, and right on average."""
+    def elements(text):
+        words = words_of([text]).data.split()
+        return {*words, *zip(words, words[1:], strict=False)}
+
+    errors = []
+    for number, item in enumerate(ITEMS):
+        copy = edited(item, 0.03, number)
+        one, other = elements(item), elements(copy)
+        exact = len(one & other) / len(one | other)
+        for each in index.find([copy.replace("\n", " ")])[0]:
+            if "minhash" in each:
+                errors.append((each["minhash"] - exact) / np.sqrt(exact * (1 - exact) / 128))
+    assert len(errors) > 200 and np.abs(errors).max() < 4 and abs(np.mean(errors)) < 4 / np.sqrt(len(errors))
+
+
+def test_an_index_without_anything_that_can_be_found():
+    for texts in ([], [""], ["yes", "no", "a b c"]):
+        assert index_of(*texts).find(["a b c", writing(1, 100), ""]) == [[], [], []]
+    assert Index([]).find(["a b c"]) == [[]] and Index([]).find([]) == []
+
+
+def test_a_template_that_thousands_share_costs_no_memory():
+    """2,000 items and 1,000 texts that differ in two words of 42: 2 million pairs share a band."""
+    import tracemalloc
+
+    template = ITEMS[3].split(" ")[:20]
+    made = [" ".join([*template, str(number), *template[::-1], str(number + 7)]) for number in range(3000)]
+    index = index_of(*made[:2000])
+    tracemalloc.start()
+    found = index.find(made[2000:])
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert all(found) and peak < 150 * 2**20
+
+
+# ---- On the public sets -----------------------------------------------------------------------------------
+
+
+def public(*names):
+    spec = ",".join(str(shared(name)) for name in names)
+    return [(each.name, list(each.items())) for each in find_benchmarks(spec)[0]]
+
+
+def test_edited_copies_of_benchmark_items():
+    """2 % of the words, one at least: all of 27 words or more; MinHash alone those of 50 or more."""
+    for name, items in public("math/gsm8k_test.jsonl", "eval/mmlu_dev_test.jsonl.gz", "eval/arc_easy.jsonl"):
+        texts = [text for _, text in items][:3000]
+        lengths = np.array([len(text.split(" ")) for text in texts])
+        found = Index([(name, items)]).find([edited(text, 0.02, seed) for seed, text in enumerate(texts)])
+        by = [{how for each in overlaps for how in ("ngram", "minhash") if how in each} for overlaps in found]
+        assert np.mean([bool(each) for each, n in zip(by, lengths, strict=True) if n >= 27]) > 0.999
+        assert np.mean(["minhash" in each for each, n in zip(by, lengths, strict=True) if n >= 50]) > 0.999
+
+
+def test_novels_hold_no_item_by_chance():
+    import lzma
+    items = public("eval/mmlu_dev_test.jsonl.gz", "eval/arc_easy.jsonl", "eval/cola_dev.tsv")
+    with lzma.open(shared("text/novels_98_english.jsonl.xz"), "rt") as file:
+        texts = [json.loads(line)["text"] for line, _ in zip(file, range(6), strict=False)]
+    assert not any(Index(items).find(texts))
+
+
+def test_training_problems_beside_test_problems():
+    """GSM8K's two halves share some sentences, none of them a whole problem."""
+    texts = [text for _, text in public("math/gsm8k_train.jsonl")[0][1]]
+    found = Index(public("math/gsm8k_test.jsonl")).find(texts)
+    equal = [each["ngram"] for overlaps in found for each in overlaps if "ngram" in each]
+    assert len(equal) == 7 and sum(map(len, found)) == 7
+    assert "miles in 3 hours at the same rate how many additional hours would" in equal
+
+
+# ---- prepare.py -------------------------------------------------------------------------------------------
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def content(folder, leave_out=("meta.json", "contaminated.json")):
+    return {path.name: path.read_bytes() for path in sorted(folder.iterdir()) if path.name not in leave_out}
+
+
+def contaminated(folder):
+    return json.loads((folder / "contaminated.json").read_text())
+
+
+@pytest.fixture
+def dirty(tmp_path):
+    """(words of a command, its rows' numbers that overlap, the rows) of text with copies of items in it."""
+    clean = [{"text": writing(("row", number), 80 + number % 50)} for number in range(300)]
+    inside = embedded(" ".join(ITEMS[2].split()), 5)
+    copies = [{"text": text} for text in (ITEMS[1], inside, edited(ITEMS[3], 0.02), ITEMS[1])]
+    rows = list(clean)
+    for at, copy in zip((17, 100, 101, 250), copies, strict=True):
+        rows.insert(at, copy)
+    write_rows(tmp_path / "clean.jsonl", clean)
+    write_rows(tmp_path / "dirty.jsonl", rows)
+    write_rows(tmp_path / "held.jsonl", [{"question": item, "answer": "yes"} for item in ITEMS[:50]])
+    write_rows(tmp_path / "other.jsonl", [{"question": "what now?"}, {"question": ITEMS[2]}])
+    return tmp_path
+
+
+WORDS = ["--vocab_size=300", "--val_fraction=0.2"]
+
+
+@pytest.mark.parametrize("num_proc", [1, 2])
+def test_what_is_left_is_what_there_would_have_been(dirty, monkeypatch, capsys, num_proc):
+    """Shards and tokenizer are, byte for byte, those of the clean text; every other row is accounted for."""
+    monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**14)
+    main([f"--source={dirty}/clean.jsonl", f"--out={dirty}/clean", "--num_proc=1", *WORDS])
+    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/found", f"--num_proc={num_proc}", *WORDS,
+          f"--decontaminate={dirty}/held.jsonl,{dirty}/other.jsonl", "--strict=True"])  # fmt: skip
+    assert content(dirty / "found") == content(dirty / "clean")
+    assert DataFolder(dirty / "found").meta["rows"] == {
+        "in": 304, "kept": 300, "skipped": {"overlaps an evaluation item": 4}}  # fmt: skip
+    report = contaminated(dirty / "found")
+    places = [each["row"] for each in report["removed"]]
+    assert places == [f"{dirty}/dirty.jsonl:{line}" for line in (18, 101, 102, 251)]
+    assert report["benchmarks"] == {
+        "held": {"items": 50, "too_short": 0, "documents": 4, "ngram": 4, "minhash": 3},
+        "other": {"items": 2, "too_short": 1, "documents": 1, "ngram": 1, "minhash": 0}}  # fmt: skip
+    held = [each for each in report["removed"][1]["overlaps"] if each["benchmark"] == "held"]
+    assert held == [{"benchmark": "held", "item": f"{dirty}/held.jsonl:3",
+                     "ngram": words_of([ITEMS[2]]).spelled(0, 13).decode()}]  # fmt: skip
+    assert report["settings"]["ngram"] == 13 and report["settings"]["threshold"] == 0.8
+    printed = capsys.readouterr().out
+    assert "overlap 4 rows with held: 4 by equal words, 3 as near-duplicates\n" in printed
+    assert "1 of its 2 items are too short to be found" in printed
+    assert not (dirty / "clean" / "contaminated.json").exists()
+
+
+def test_only_what_was_read_is_listed(dirty):
+    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS, "--max_tokens=20_000",
+          f"--decontaminate={dirty}/held.jsonl"])  # fmt: skip
+    rows, report = DataFolder(dirty / "d").meta["rows"], contaminated(dirty / "d")
+    assert rows["in"] == rows["kept"] + 1 < 100 and len(report["removed"]) == 1
+
+
+def test_the_same_sets_do_nothing_others_are_refused(dirty, capsys):
+    words = [f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS]
+    held = f"--decontaminate={dirty}/held.jsonl"
+    main([*words, held])
+    before = content(dirty / "d", ())
+    main([*words, held, "--num_proc=2"])
+    assert "is up to date" in capsys.readouterr().out and content(dirty / "d", ()) == before
+    for change in ([], [f"{held},{dirty}/other.jsonl"]):
+        with pytest.raises(UserError, match="decontaminate differ"):
+            main([*words, *change])
+    write_rows(dirty / "held.jsonl", [{"question": ITEMS[0]}])
+    with pytest.raises(UserError, match="decontaminate differ"):
+        main([*words, held])
+    assert content(dirty / "d", ()) == before
+    main([*words, held, "--overwrite=True"])
+    assert contaminated(dirty / "d")["benchmarks"]["held"]["documents"] == 0  # item 0 is not in it
+    main([*words, "--overwrite=True"])
+    assert not (dirty / "d" / "contaminated.json").exists()
+
+
+CHATS = [
+    {"messages": [{"role": "user", "content": "Tell me."}, {"role": "assistant", "content": "ITEM"}]},
+    {"messages": [{"role": "user", "content": "ITEM"}, {"role": "assistant", "content": "I do not know."}]},
+    {"messages": [{"role": "user", "content": "Why?"},
+                  {"role": "assistant", "thought": "ITEM", "content": "Because."}]},
+    {"messages": [{"role": "user", "content": "Why?"}, {"role": "assistant", "content": "", "tool_calls": [
+        {"name": "search", "arguments": {"query": "ITEM"}}]}]},
+]  # fmt: skip
+PREFERENCES = [
+    {"prompt": "ITEM", "chosen": "yes", "rejected": "no"},
+    {"prompt": "Tell me.", "chosen": "ITEM", "rejected": "no"},
+    {"prompt": "Tell me.", "chosen": "yes", "rejected": "ITEM"},
+]
+
+
+@pytest.mark.parametrize("kind, rows", [("chat", CHATS), ("preference", PREFERENCES)])
+def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
+    """In whatever is said, by whomever; a question and its answer also as one."""
+    item = json.dumps(writing("item 7", 33))[1:-1]
+    rows = [json.loads(json.dumps(row).replace("ITEM", item)) for row in rows]
+    other = {"chat": {"question": "Which?", "answer": "That one, {}."},
+             "preference": {"prompt": "Which?", "chosen": "That one, {}.", "rejected": "No."}}[kind]
+    plain = [json.loads(json.dumps(other).replace("{}", str(number))) for number in range(30)]
+    write_rows(tmp_path / "rows.jsonl", rows + plain)
+    write_rows(tmp_path / "held.jsonl", [{"question": writing("item 7", 33)}])
+    main([f"--source={tmp_path}/rows.jsonl", f"--kind={kind}", f"--out={tmp_path}/d", "--num_proc=1", *WORDS,
+          f"--decontaminate={tmp_path}/held.jsonl"])  # fmt: skip
+    report = contaminated(tmp_path / "d")
+    assert [each["row"] for each in report["removed"]] == [
+        f"{tmp_path}/rows.jsonl:{line}" for line in range(1, len(rows) + 1)]  # fmt: skip
+    assert DataFolder(tmp_path / "d").meta["rows"]["kept"] == 30
+
+
+def test_what_is_said():
+    assert said("a text") == "a text"
+    assert said(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
+    assert said(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
+    assert said(preference(PREFERENCES[1])) == "Tell me.\n\nITEM\n\nno"
+
+
+def test_a_set_that_cannot_be_read_leaves_what_was_there(dirty):
+    words = [f"--source={dirty}/clean.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS]
+    main(words)
+    before = content(dirty / "d", ())
+    (dirty / "bad.jsonl").write_text('{"question": "Is it')
+    for name in ("bad.jsonl", "nowhere.jsonl"):
+        with pytest.raises(UserError, match=f"decontaminate=.*{name}"):
+            main([*words, "--overwrite=True", f"--decontaminate={dirty}/held.jsonl,{dirty}/{name}"])
+        assert content(dirty / "d", ()) == before and not (dirty / ".d.tmp").exists()
+
+
+def test_every_row_overlapping_is_one_line(dirty):
+    with pytest.raises(UserError, match="no row can be used: overlaps an evaluation item"):
+        main([f"--source={dirty}/held.jsonl", "--text_key=question", f"--out={dirty}/d", "--num_proc=1",
+              f"--decontaminate={dirty}/held.jsonl", "--vocab_size=300"])  # fmt: skip
+
+
+def test_a_prepare_that_is_killed_leaves_nothing_half(dirty):
+    """And the same command then gives what it would have given."""
+    some = [{"text": writing(n, 3000)} for n in range(60)]
+    write_rows(dirty / "many.jsonl", [{"text": ITEMS[1]}, *some * 6])
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--source={dirty}/many.jsonl", f"--out={dirty}/d",
+               f"--decontaminate={dirty}/held.jsonl", "--num_proc=2", "--vocab_size=300"]  # fmt: skip
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not list((dirty / ".d.tmp").glob("train*.bin")) and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert not (dirty / "d").exists()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    assert contaminated(dirty / "d")["benchmarks"]["held"]["documents"] == 1
+    assert sorted(path.name for path in dirty.iterdir() if "tmp" in path.name) == []

@@ -1,0 +1,200 @@
+"""Log-probabilities: equal to transformers' whatever is shared and however it is cut; ids equal to HFLM's."""
+
+import random
+import types
+
+import numpy as np
+import pytest
+import torch
+
+import model as model_file
+from configurator import UserError
+from evals import likelihood
+from evals.likelihood import Request, Text, encode_plain, encode_turn, fitting, log_probs, nats
+from evals.lm import LM
+from formats.chat_format import encode_prompt, end_of_turn, with_chat_tokens
+from formats.tokenizer import Tokenizer
+from tests.conftest import busy_model, tiny_config
+
+GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train([open(__file__, encoding="utf-8").read()], 400)
+
+
+def tree_of_texts(seed=0):
+    """Texts as benchmarks have them: one or two worked examples in common, four choices, some of one token;
+    two texts are equal, one goes on from another, some stand alone."""
+    draw = random.Random(seed)
+    examples = [draw.randrange(500) for _ in range(30)]
+    texts = []
+    for _ in range(25):
+        question = [draw.randrange(500) for _ in range(draw.randint(1, 12))]
+        context = examples[:draw.choice([0, 15, 30, 30])] + question
+        for _ in range(4):
+            choice = [draw.randrange(500) for _ in range(draw.choice([1, 1, 3, 7]))]
+            texts.append(Text(np.array(context + choice, np.int32), len(choice)))
+    texts += [texts[0], Text(np.concatenate([texts[0].ids, [7, 8]]).astype(np.int32), 1)]
+    texts.append(Text(texts[0].ids, len(texts[0].ids) - 1))
+    draw.shuffle(texts)
+    return texts
+
+
+def alone(peer, texts):
+    """(sum of log-probabilities, whether all are the likeliest) of each text in a forward pass of its own."""
+    found = []
+    for ids, asked in texts:
+        ids = torch.from_numpy(ids).long()
+        with torch.inference_mode():
+            rows = peer(ids[None, :-1]).logits[0, -asked:].double().log_softmax(-1)  # (asked, V)
+        wanted = ids[-asked:]
+        found.append((rows[torch.arange(asked), wanted].sum().item(),
+                      bool((rows.argmax(-1) == wanted).all())))
+    return found
+
+
+@pytest.mark.parametrize("changes", [{}, GPT2, dict(qk_norm=True)], ids=["llama", "gpt2", "qwen3"])
+def test_a_tree_of_texts_gives_what_transformers_gives_each_text(changes, tmp_path):
+    import transformers
+    model = busy_model(tiny_config(**changes))
+    model.save_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    texts = tree_of_texts()
+    # The likeliest token behind some of the contexts, so that there is something greedy to be found.
+    for number in range(0, len(texts), 5):
+        ids, asked = texts[number]
+        with torch.inference_mode():
+            best = peer(torch.from_numpy(ids[:-asked]).long()[None]).logits[0, -1].argmax().item()
+        texts[number] = Text(np.array([*ids[:-asked], best], np.int32), 1)
+    expected = alone(peer, texts)
+    assert any(greedy for _, greedy in expected) and not all(greedy for _, greedy in expected)
+    for at_once in (1, 40, 256, 10_000):
+        found = log_probs(model, texts, at_once)
+        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
+        for (ours, _), (theirs, _) in zip(found, expected, strict=True):
+            assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
+    model, texts, computed = busy_model(tiny_config()), tree_of_texts(1), []
+    forward = model_file.GPT.forward
+    monkeypatch.setattr(model_file.GPT, "forward", lambda self, ids, **more: (
+        computed.append(ids.shape[1]), forward(self, ids, **more))[1])
+    log_probs(model, texts, at_once=64)
+    nodes = {tuple(text.ids[:end]) for text in texts for end in range(1, len(text.ids))}
+    assert sum(computed) == len(nodes) < sum(len(text.ids) - 1 for text in texts) / 2
+    assert len(computed) > 5 and max(computed) <= 64
+
+
+def test_running_text_gives_transformers_losses(tmp_path):
+    import transformers
+    model = busy_model(tiny_config())
+    model.save_pretrained(tmp_path)
+    peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    draw = np.random.default_rng(0)
+    rows = [draw.integers(500, size=length).astype(np.int32) for length in (65, 65, 65, 20, 2)]
+    asked = [64, 64, 10, 10, 1]
+    found = nats(model, rows, asked)
+    assert [len(each) for each in found] == asked
+    texts = [Text(row, count) for row, count in zip(rows, asked, strict=True)]
+    assert [-sum(each) for each in found] == pytest.approx([each for each, _ in alone(peer, texts)], abs=1e-4)
+
+
+# ---- Text -> ids ------------------------------------------------------------------------------------------
+
+def test_a_context_and_its_continuations(tokenizer):
+    def encoded(context, *continuations):
+        return encode_plain(tokenizer, context, list(continuations))
+
+    ids = tokenizer.encode
+    assert encoded("def f", "(x):", "()") == Request(ids("def f"), [ids("def f(x):")[len(ids("def f")):],
+                                                                   ids("def f()")[len(ids("def f")):]])
+    assert encoded("x =  ", "1").context == ids("x ="), "spaces at the end belong to what follows"
+    assert encoded("x =  ", "1").continuations == [ids("x =  1")[len(ids("x =")):]]
+    for nothing in ("", " \n"):
+        assert encoded(nothing, "import") == Request([tokenizer.eot_id], [ids(nothing + "import")])
+    with pytest.raises(UserError, match="'' behind 'x' is no token of its own"):
+        encoded("x", "")
+
+
+def test_ids_are_those_of_lm_evaluation_harness(tokenizer, tmp_path):
+    harness = pytest.importorskip("lm_eval.models.huggingface")
+    model = busy_model(tiny_config(vocab_size=tokenizer.vocab_size))
+    model.save_pretrained(tmp_path, eos_token_id=tokenizer.eot_id)
+    tokenizer.save(tmp_path)
+    peer = harness.HFLM(pretrained=str(tmp_path), device="cpu")
+    asked = {}
+    peer._loglikelihood_tokens = lambda requests, **more: asked.update({text: ids for text, *ids in requests})
+    pieces = ["", " ", "\n\n", "Question: a b", "a  ", "tokenizer", "é", "日本", "12 34", "\t", " x", "end. "]
+    pairs = [(one + two, three) for one in pieces for two in pieces for three in pieces if three]
+    for pair in pairs:
+        try:
+            request = encode_plain(tokenizer, pair[0], [pair[1]])
+        except UserError:
+            continue  # there HFLM fails as well, or would score nothing
+        if not pair[0].strip() and pair[0]:
+            continue  # a context of blanks alone, which HFLM refuses
+        peer.loglikelihood([types.SimpleNamespace(args=pair, task_name="")], disable_tqdm=True)
+        assert [request.context, request.continuations[0]] == asked[pair], pair
+    assert len(asked) > 1000
+    assert peer.prefix_token_id == likelihood.opening_id(tokenizer) == tokenizer.eot_id
+
+
+def test_a_turn_is_that_of_the_chat_format(tokenizer):
+    chat = with_chat_tokens(tokenizer)
+    request = encode_turn(chat, " What is 2 + 2? ", [" 4", " <|im_end|>"])
+    asked = [{"role": "user", "content": "What is 2 + 2?"}]
+    assert request.before + request.context + request.behind == encode_prompt(chat, asked)
+    assert request.continuations == [chat.encode("4"), chat.encode("<|im_end|>")]
+    assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "it says nothing"
+    texts, lost = fitting(request, request.continuations[0], 20)
+    frame = len(request.before), len(request.behind)
+    ids = texts[0].ids.tolist()
+    assert lost == len(request.context) - (21 - sum(frame) - 1) > 0 and len(texts) == 1 and len(ids) == 21
+    assert ids[:frame[0]] == request.before, "the frame of a chat is not what is cut"
+    assert ids[frame[0]:-1 - frame[1]] == request.context[lost:]
+
+
+def test_what_is_too_long_loses_its_beginning():
+    request = Request(list(range(10)), [[10, 11, 12]])
+    for block_size, begin in ((12, 0), (11, 1), (5, 7), (3, 9)):
+        texts, lost = fitting(request, request.continuations[0], block_size)
+        assert [(text.ids.tolist(), text.asked) for text in texts] == [(list(range(begin, 13)), 3)]
+        assert lost == begin
+    pieces, lost = fitting(Request([1, 2], []), [3, 4, 5, 6, 7, 8, 9], 3)
+    assert [(text.ids.tolist(), text.asked) for text in pieces] == [
+        ([2, 3, 4, 5], 3), ([5, 6, 7, 8], 3), ([6, 7, 8, 9], 1)] and lost == 1
+
+
+# ---- LM ---------------------------------------------------------------------------------------------------
+
+def test_a_model_is_asked(trained):
+    lm = LM(str(trained), device="cpu")
+    long = "import os\n" * 60
+    found = lm.loglikelihood([("import", [" os", " é"]), (long, [" x" * 100, "y"]), ("", ["import"])])
+    assert [len(row) for row in found] == [2, 2, 1]
+    assert found[0][0].log_prob > found[0][1].log_prob and found[0][1].bytes == 3
+    one, both = (len(lm.tokenizer.encode(text)) for text in ("import", "import os"))
+    assert found[0][0].tokens == both - one and found[0][0].cut == 0
+    whole = lm.tokenizer.encode(long.rstrip())
+    behind = lm.tokenizer.encode(long + "y")[len(whole):]
+    assert found[1][1].cut == len(whole) + len(behind) - 65 > 0
+    # A continuation of more tokens than the context holds: all of them count.
+    ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
+    assert found[1][0].tokens == len(ids) > 64 and found[1][0].cut == len(whole) - 1
+    pieces = [Text(np.array(([whole[-1]] + ids)[at:at + 65], np.int32), len(ids[at:at + 64]))
+              for at in range(0, len(ids) - len(ids) % 64, 64)]
+    rest = len(ids) % 64
+    pieces += [Text(np.array(ids[-65:], np.int32), rest)] if rest else []
+    expected = sum(each for each, _ in log_probs(lm.model, pieces))
+    assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
+
+
+def test_a_broken_model_is_named(trained):
+    lm = LM(str(trained), device="cpu")
+    with torch.no_grad():
+        lm.model.head_weight.fill_(float("nan"))
+    with pytest.raises(UserError, match="a log-probability of nan: its weights are broken"):
+        lm.loglikelihood([("import", [" os"])])

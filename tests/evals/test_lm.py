@@ -1,0 +1,131 @@
+"""A model as benchmarks see it: where its text ends, in which batches it is asked, how much it reads."""
+
+import random
+
+import pytest
+
+import evals.lm
+import generation.assistant
+from evals.lm import LM, cut
+from formats.chat_format import encode_answer, encode_prompt
+
+
+@pytest.fixture(scope="module")
+def base(trained):
+    return LM(str(trained), device="cpu")
+
+
+@pytest.fixture(scope="module")
+def chat(chat_folder):
+    return LM(str(chat_folder), device="cpu", chat=True)
+
+
+def scripted(ids):
+    """In place of generation.generate.generate: every row writes these ids, as long as it is not done."""
+    def generate(model, prompts, max_new_tokens, sampling, is_done, *rest):
+        live, new = [True] * len(prompts), [[] for _ in prompts]
+        for token in ids[:max_new_tokens]:
+            if any(live):
+                yield [token if alive else None for alive in live]
+                for row, written in enumerate(new):
+                    written.append(token)
+                    live[row] = live[row] and not is_done(row, written)
+    return generate
+
+
+@pytest.mark.parametrize("text, stops, written", [
+    ("12\n\nQuestion: 5?", ["\n\n"], "12"),
+    ("12\n\nQuestion: 5?", ["Question:", "5"], "12\n\n"),
+    ("a caf\u00e9 \u2192 b", ["\u2192"], "a caf\u00e9 "),
+    ("a caf\u00e9 \u2192 b", ["f\u00e9 "], "a ca"),
+    ("never", ["always", "nevermore"], "never"),
+])
+def test_a_stop_text_ends_it_wherever_its_tokens_end(base, monkeypatch, text, stops, written):
+    tokenizer, asked = base.tokenizer, []
+    spelled = [tokenizer.encode(text), [i for letter in text for i in tokenizer.encode(letter)]]
+    for ids in spelled:  # as the tokenizer cuts it, and letter by letter
+        monkeypatch.setattr(evals.lm, "generate", scripted(ids))
+        before = base.tokens
+        assert base.generate_until(["x"], stops, 100) == [written] == [cut(text, stops)]
+        asked.append(base.tokens - before)
+        least = next((n for n in range(1, len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stops)),
+                     len(ids))
+        assert asked[-1] == least, "not a token is written behind the stop"
+
+
+def test_stops_are_those_that_the_whole_text_has_and_cost_nothing(base, monkeypatch):
+    """Tokens at random, broken characters and all: what the last few tell is what all of them tell."""
+    draw, tokenizer = random.Random(0), base.tokenizer
+    stops, decode = ["\n\n", "e\u2192", "in ", "Question:"], base.tokenizer.decode
+    for _ in range(200):
+        ids = [draw.randrange(tokenizer.eot_id) for _ in range(40)]
+        at = draw.randrange(30)
+        ids[at:at] = tokenizer.encode(draw.choice(stops))
+        first = next(n for n in range(1, len(ids) + 1) if any(stop in decode(ids[:n]) for stop in stops))
+        monkeypatch.setattr(evals.lm, "generate", scripted(ids))
+        assert base.write([[1]], stops, 100) == [ids[:first]]
+    decoded = []
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    monkeypatch.setattr(evals.lm, "generate", scripted([tokenizer.encode("a")[0]] * 500))
+    base.write([[1]], ["Question:"], 500)
+    assert len(decoded) == 500 and max(decoded) == 1 + len("Question:"), "ten tokens each, not all of them"
+
+
+def test_batches_are_of_like_lengths_and_bounded(base, monkeypatch):
+    lengths = [3, 50, 7, 50, 1, 9]
+    monkeypatch.setattr(base, "batch_size", 2)
+    assert list(base.batches(lengths)) == [[1, 3], [5, 2], [0, 4]]
+    monkeypatch.setattr(base, "batch_size", 64)
+    monkeypatch.setattr(evals.lm, "AT_ONCE", 100)
+    assert list(base.batches(lengths)) == [[1, 3], [5, 2, 0, 4]]
+    monkeypatch.setattr(evals.lm, "AT_ONCE", 10)
+    assert list(base.batches(lengths))[:3] == [[1], [3], [5]] and list(base.batches([])) == []
+
+
+def test_answers_do_not_depend_on_the_batch(base, monkeypatch):
+    prompts = ["import os", "x", "def f(self):\n    return", "", "class A", "# " + "a" * 80]
+    alone = [base.generate_until([prompt], ["\n\n"], 12)[0] for prompt in prompts]
+    for batch_size in (2, 64):
+        monkeypatch.setattr(base, "batch_size", batch_size)
+        assert base.generate_until(prompts, ["\n\n"], 12) == alone
+    ids = [base.tokenizer.encode(prompt) for prompt in prompts]
+    assert base.generate_until(ids, ["\n\n"], 12) == alone, "a prompt may be ids"
+
+
+def test_of_a_prompt_longer_than_the_context_the_end_is_read(base, chat):
+    block_size, text = base.model.config.block_size, "the quick brown fox " * 40
+    ids = base.tokenizer.encode(text)
+    assert base.prompt_ids(text, 20) == ids[-(block_size - 20):]
+    assert base.prompt_ids(text, 1000) == ids[-block_size // 2:], "half of the context is the prompt's"
+    assert base.prompt_ids("fox", 20) == base.tokenizer.encode("fox")
+    end = base.tokenizer.decode(ids[-(block_size - 20):])
+    assert base.generate_until([end, text], [], 20) == base.generate_until([end], [], 20) * 2
+    assert base.generate_until([end, text], [], 20) and base.truncated == [False, True]
+
+    whole = encode_prompt(chat.tokenizer, [{"role": "user", "content": " fox "}])
+    assert chat.prompt_ids(" fox ", 20) == whole == chat.prompt_ids("fox", 20)
+    found = chat.prompt_ids(text, 20)
+    assert len(found) == chat.model.config.block_size - 20
+    size = chat.room(20)
+    assert found == chat.before + chat.tokenizer.encode(text.strip())[-size:] + chat.after
+
+
+def test_an_assistant_is_heard_out_and_its_thoughts_do_not_count(chat, monkeypatch):
+    said = {"role": "assistant", "thought": "one\n\ntwo", "content": "12 apples\nand more"}
+    ids = encode_answer(chat.tokenizer, said)
+    monkeypatch.setattr(evals.lm, "generate", scripted(ids + ids))
+    before = chat.tokens
+    assert chat.generate_until(["How many?"], ["\n"], 200) == ["12 apples"]
+    assert chat.tokens - before == len(ids)
+
+
+def test_the_first_answer_as_it_is(chat, monkeypatch):
+    call = {"name": "calculator", "arguments": {"expression": "2 + 2"}}
+    ids = encode_answer(chat.tokenizer, {"role": "assistant", "content": "", "tool_calls": [call]})
+    monkeypatch.setattr(generation.assistant, "generate", scripted(ids))
+    asked = [[{"role": "user", "content": "2 + 2?"}]] * 2
+    for replies in chat.reply(asked, 100, most_calls=0):
+        assert [message.get("tool_calls") for message in replies] == [[call]]
+    for replies in chat.reply(asked, 100, most_calls=1):
+        assert [message["role"] for message in replies] == ["assistant", "tool", "assistant"]
+        assert replies[1]["content"] == "4"

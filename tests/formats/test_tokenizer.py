@@ -1,0 +1,198 @@
+"""formats/tokenizer.py: both back ends give the same ids, text never becomes a special token, everything
+round- trips."""
+
+import inspect
+import json
+import random
+import unicodedata
+
+import pytest
+
+from configurator import UserError
+from formats.tokenizer import END_OF_TEXT, Tokenizer, has_long_blank
+from tests.conftest import shared
+
+AWKWARD = [
+    "👩‍👩‍👧 emoji 🇩🇪",
+    "中文 without 空格",
+    "crlf\r\nand\rcr",
+    "e\u0301 and a lone \u0301",
+    "\u0085\u2028\u2029",
+    "<|endoftext|>",
+    "'S 'ſ it's IT'LL",
+    "\t \n  x",
+    "1234567",
+    "\u00a0\ufeff\u200b",
+    "\x00\x01",
+    "Ⅷ٣½ǅ",
+    "don't  stop ",
+    "   ",
+    "\n\n\n",
+    "a" * 300,
+    "",
+    "ﬁ ligature",
+    "\U0001f1e6",
+]
+
+
+@pytest.fixture(scope="module")
+def trained_bpe():
+    return Tokenizer.train([inspect.getsource(random)], 400)
+
+
+def hf_ids(tokenizer, text):
+    return tokenizer.plain.encode(text, add_special_tokens=False).ids
+
+
+def random_text(generator):
+    parts = [
+        generator.choice(AWKWARD)
+        if generator.random() < 0.4
+        else chr(
+            generator.choice(
+                [
+                    generator.randrange(32, 127),
+                    generator.randrange(0xD800),
+                    generator.randrange(0xE000, 0x110000),
+                ]
+            )
+        )
+        for _ in range(generator.randrange(30))
+    ]
+    return "".join(parts)
+
+
+def test_back_ends_agree_and_texts_round_trip(trained_bpe):
+    generator, table = random.Random(0), trained_bpe.token_bytes()
+    assert trained_bpe.fast is not None
+    for text in AWKWARD + [random_text(generator) for _ in range(2000)]:
+        ids = trained_bpe.encode(text)
+        assert ids == hf_ids(trained_bpe, text), repr(text)
+        assert trained_bpe.decode(ids) == text
+        assert b"".join(table[i] for i in ids) == text.encode()
+        assert not trained_bpe.special_ids & set(ids)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["a" * 2**20, " " * 2**20 + "x", "\n" * 2**20, "^" * 2**20, "7" * 2**20, "中" * 350_000],
+    ids=["letters", "blanks", "newlines", "signs", "digits", "chinese"],
+)
+def test_a_megabyte_without_a_space(trained_bpe, text):
+    assert trained_bpe.encode(text) == hf_ids(trained_bpe, text)
+
+
+def test_long_blanks_are_found_before_the_regex_engine_gives_up():
+    assert has_long_blank(" " * 131_072) and has_long_blank("x" * 1000 + "\n" * 200_000)
+    assert not has_long_blank("x " * 100_000) and not has_long_blank("")
+
+
+def test_gpt2_equals_tiktoken_and_its_own_file(monkeypatch, tmp_path):
+    import tiktoken
+
+    monkeypatch.setenv("TIKTOKEN_CACHE_DIR", str(shared("tiktoken_cache")))
+    gpt2 = Tokenizer.load("gpt2")
+    assert (gpt2.vocab_size, gpt2.eot_id) == (50257, 50256)
+    gpt2.save(tmp_path)
+    loaded = Tokenizer.load(tmp_path)
+    text = shared("text/tinyshakespeare.txt").read_text()[:200_000] + "".join(AWKWARD)
+    ids = tiktoken.get_encoding("gpt2").encode_ordinary(text)
+    assert loaded.encode(text) == ids == hf_ids(loaded, text)
+    assert loaded.decode(ids) == text
+
+
+def test_gpt2_without_its_ranks_is_one_line(monkeypatch):
+    import tiktoken
+
+    def offline(name):
+        raise ConnectionError("no network")
+
+    monkeypatch.setattr(tiktoken, "get_encoding", offline)
+    with pytest.raises(UserError, match="TIKTOKEN_CACHE_DIR"):
+        Tokenizer.load("gpt2")
+
+
+def test_auto_tokenizer_gives_our_ids(trained_bpe, tmp_path):
+    from transformers import AutoTokenizer
+
+    trained_bpe.save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    for text in AWKWARD:
+        if END_OF_TEXT not in text:  # there transformers finds the special token, and we do not
+            assert theirs(text).input_ids == trained_bpe.encode(text)
+    assert theirs.eos_token_id == theirs.bos_token_id == trained_bpe.eot_id
+    assert theirs(END_OF_TEXT).input_ids == [trained_bpe.eot_id] != trained_bpe.encode(END_OF_TEXT)
+
+
+def test_a_chat_template_in_a_file_of_its_own(trained_bpe, tmp_path):
+    """As transformers saves it; and where both are there, it is the one that transformers reads."""
+    from transformers import AutoTokenizer
+
+    Tokenizer(trained_bpe.definition, trained_bpe.settings | {"chat_template": "old"}).save(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    theirs.chat_template = "{{ messages[0].content }}"
+    theirs.save_pretrained(tmp_path / "theirs")
+    assert "chat_template" not in json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
+    assert Tokenizer.load(tmp_path / "theirs").settings["chat_template"] == theirs.chat_template
+    (tmp_path / "chat_template.jinja").write_text("new")
+    found = Tokenizer.load(tmp_path).settings["chat_template"]
+    assert found == AutoTokenizer.from_pretrained(tmp_path).chat_template == "new"
+
+
+def test_training_is_repeatable_and_ends_with_the_end_of_text(trained_bpe):
+    texts = ["one two three two one"] * 50
+    one, two = Tokenizer.train(texts, 270), Tokenizer.train(texts, 270)
+    assert one.definition == two.definition
+    assert trained_bpe.vocab_size == 400 and trained_bpe.eot_id == 399 and trained_bpe.special_ids == {399}
+
+
+def test_other_tokenizer_files_use_the_slower_back_end():
+    """A normalizer, or merges numbered in another order than they apply, is not what tiktoken does."""
+    definition = Tokenizer.train(["the cat the hat the bat"] * 9, 270).definition
+    nfc = Tokenizer(definition | {"normalizer": {"type": "NFC"}})
+    assert nfc.fast is None
+    assert nfc.encode("e\u0301") == nfc.encode(unicodedata.normalize("NFC", "e\u0301"))
+    swapped = json.loads(json.dumps(definition))
+    swapped["model"]["merges"][0], swapped["model"]["merges"][1] = (
+        swapped["model"]["merges"][1],
+        swapped["model"]["merges"][0],
+    )
+    other = Tokenizer(swapped)
+    assert other.fast is None and other.decode(other.encode("the cat")) == "the cat"
+    assert other.token_bytes()[other.encode("a")[0]] == b"a"
+
+
+def test_a_template_that_begins_with_a_token_is_known(trained_bpe):
+    """As Llama's, which puts <s> before every text."""
+    template = {
+        "type": "TemplateProcessing",
+        "single": [
+            {"SpecialToken": {"id": END_OF_TEXT, "type_id": 0}},
+            {"Sequence": {"id": "A", "type_id": 0}},
+        ],
+        "pair": [],
+        "special_tokens": {
+            END_OF_TEXT: {"id": END_OF_TEXT, "ids": [trained_bpe.eot_id], "tokens": [END_OF_TEXT]}
+        },
+    }
+    tokenizer = Tokenizer(trained_bpe.definition | {"post_processor": template})
+    assert tokenizer.prefix_ids == [trained_bpe.eot_id] and trained_bpe.prefix_ids == []
+    assert tokenizer.encode("word") == trained_bpe.encode("word")
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [(None, "there .copy the model's"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
+)
+def test_what_is_no_tokenizer_is_one_line(tmp_path, content, message):
+    if content is not None:
+        (tmp_path / "tokenizer.json").write_text(content)
+    with pytest.raises(UserError, match=message):
+        Tokenizer.load(tmp_path)
+
+
+def test_a_lone_surrogate_is_not_text(trained_bpe):
+    with pytest.raises(UnicodeEncodeError):
+        trained_bpe.encode("\ud800")

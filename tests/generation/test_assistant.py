@@ -1,0 +1,202 @@
+"""Answering: the calculator is called and read, conversations are remembered, the terminal."""
+
+import json
+
+import pytest
+
+import sample
+from configurator import UserError
+from dataset.problems import Problem
+from formats.chat_format import encode_answer, encode_prompt, with_chat_tokens
+from formats.tokenizer import Tokenizer
+from generation import assistant as assistants
+from generation.assistant import MOST_CALLS, Assistant, call_tool
+from generation.generate import Past, Sampling, generate
+from generation.terminal import converse, forget
+from model import GPT
+from tests.conftest import busy_model, tiny_config
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return with_chat_tokens(Tokenizer.train([open(__file__, encoding="utf-8").read()], 400))
+
+
+class Scripted(Assistant):
+    """An assistant whose model says what it is told to, turn by turn; the rest is real."""
+
+    def __init__(self, tokenizer, turns, monkeypatch):
+        super().__init__(GPT(tiny_config(vocab_size=512)), tokenizer, Sampling(), 50)
+        self.turns, self.prompts = list(turns), []
+
+        def written(model, prompts, max_new_tokens, sampling, is_done, vocab_size, numbers, past):
+            self.prompts.append([tokenizer.decode(prompt) for prompt in prompts])
+            said = [encode_answer(tokenizer, self.turns.pop(0)) for _ in prompts]
+            for step in range(max(map(len, said))):
+                yield [ids[step] if step < len(ids) else None for ids in said]
+
+        monkeypatch.setattr(assistants, "generate", written)
+
+
+def called(expression):
+    call = {"name": "calculator", "arguments": {"expression": expression}}
+    return {"role": "assistant", "content": "", "tool_calls": [call]}
+
+
+def said(text):
+    return {"role": "assistant", "content": text}
+
+
+USER = {"role": "user", "content": "12 * 30?"}
+
+
+def test_the_calculator_is_called_and_its_result_read(tokenizer, monkeypatch):
+    scripted = Scripted(tokenizer, [called("12 * 30"), said("hello"), said("360")], monkeypatch)
+    first, second = scripted.reply([[USER], [{"role": "user", "content": "hi"}]])
+    assert first == [called("12 * 30"), {"role": "tool", "content": "360"}, said("360")]
+    assert second == [said("hello")]
+    assert len(scripted.prompts[1]) == 1, "only the one that called goes on"
+    assert scripted.prompts[1][0].endswith(
+        "<|im_start|>tool\n<|tool_response|>360<|im_end|>\n<|im_start|>assistant\n"
+    )
+
+
+def test_calls_without_end_are_ended(tokenizer, monkeypatch):
+    scripted = Scripted(tokenizer, [called("1 + 1")] * 9, monkeypatch)
+    (reply,) = scripted.reply([[USER]])
+    assert len(scripted.prompts) == MOST_CALLS + 1
+    assert reply[-1]["role"] == "assistant" and reply[-1]["cut"], "a result that nobody reads is no answer"
+
+
+def test_a_wrong_call_is_told_to_the_model():
+    assert call_tool({"name": "calculator", "arguments": {"expression": "2 * 3"}}) == "6"
+    assert call_tool({"name": "shell", "arguments": {}}) == "error: no tool 'shell'"
+    for arguments in ({}, {"x": 1}, [], "2 * 3"):
+        assert call_tool({"name": "calculator", "arguments": arguments}).startswith("error: give")
+
+
+def test_what_was_said_is_not_read_again(tokenizer, monkeypatch):
+    """The same words with and without the past, and fewer tokens through the model."""
+    model = busy_model(tiny_config(vocab_size=512, block_size=256))
+    sizes = []
+    original = GPT.forward
+    monkeypatch.setattr(
+        GPT, "forward", lambda self, ids, **more: sizes.append(ids.shape[1]) or original(self, ids, **more)
+    )
+    past, messages, before = Past(), [USER], 0
+    for _ in range(3):
+        prompt = encode_prompt(tokenizer, messages)
+        plain = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0))]
+        sizes.clear()
+        kept = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0), past=past)]
+        assert kept == plain
+        assert sizes[0] <= len(prompt) - before, "what the last prompt held is not read"
+        before = len(prompt)
+        messages += [said(tokenizer.decode([i for i in kept if i < 400])), USER]
+    long = [*range(300)]  # over the context: its end is read, and the past is that
+    assert [i[0] for i in generate(model, [long], 4, Sampling(temperature=0), past=past)] == [
+        i[0] for i in generate(model, [long], 4, Sampling(temperature=0))
+    ]
+
+
+def test_a_conversation_in_the_terminal(tokenizer, monkeypatch, tmp_path):
+    thoughtful = {"role": "assistant", "content": "It is 360.", "thought": "3 * 12"}
+    scripted = Scripted(tokenizer, [thoughtful, called("2 * 3"), said("6 \u00e9")], monkeypatch)
+    lines = iter(["12 * 30?", "", "/save " + str(tmp_path / "s.jsonl"), "/reset", "2 * 3?", "/save", "/what"])
+    out = []
+
+    def ask(_):
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+
+    converse(scripted, "Be brief.", ask, out.append)
+    text = "".join(out)
+    assert "\x1b[2m3 * 12\x1b[0m\nIt is 360.\x1b[0m\n" in text
+    assert "= 6\x1b[0m\n" in text and "6 \u00e9" in text
+    assert "/save needs a file" in text and text.count("/reset forgets") == 2
+    saved = json.loads((tmp_path / "s.jsonl").read_text())
+    assert saved["messages"] == [
+        {"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 * 30?"}, thoughtful
+    ]  # fmt: skip
+    assert "12 * 30" not in scripted.prompts[1][0] and "Be brief." in scripted.prompts[1][0]
+
+
+def test_a_full_context_forgets_the_oldest_turns(tokenizer, monkeypatch):
+    scripted = Scripted(tokenizer, [], monkeypatch)
+    messages = [{"role": "system", "content": "s"}]
+    messages += [USER, said("360")] * 12 + [{"role": "user", "content": "last"}]
+    told = forget(scripted, messages, keep=1)
+    assert "messages forgotten" in told and messages[0]["role"] == "system" and messages[1]["role"] == "user"
+    assert messages[-1]["content"] == "last"
+    assert len(encode_prompt(tokenizer, messages)) <= scripted.model.config.block_size
+    assert forget(scripted, messages, keep=1) == ""
+
+
+# ---- The commands -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tokenizer, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    busy_model(tiny_config(vocab_size=tokenizer.vocab_size)).save_pretrained(
+        folder, eos_token_id=tokenizer.end_ids
+    )
+    tokenizer.save(folder)
+    return folder
+
+
+def test_messages_in_a_file(chat_folder, tmp_path, capsys):
+    rows = [{"messages": [USER], "id": 1}, {"conversations": [{"from": "human", "value": "b"}]}]
+    (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
+    words = [f"--model={chat_folder}", "--device=cpu", "--max_new_tokens=5", "--temperature=0"]
+    assert sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--num_samples=2"]) == 0
+    found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert len(found) == 2 and found[0] == found[1]
+    assert found[0].keys() == {"messages", "id", "completion", "replies", "finish_reason"}
+    assert found[0]["finish_reason"] == "length" and found[0]["replies"][-1]["role"] == "assistant"
+    with pytest.raises(UserError, match="stop: a conversation's answers end by themselves"):
+        sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--stop=x"])
+    for bad, message in (
+        ('{"messages": []}', "p.jsonl:1: 'messages' is no list of messages"),
+        ('{"messages": [{"role": "x", "content": "a"}]}', "p.jsonl:1: unknown role"),
+        (json.dumps(rows[0]) + '\n{"prompt": "a"}', "p.jsonl:2: has no messages"),
+    ):
+        (tmp_path / "p.jsonl").write_text(bad + "\n")
+        with pytest.raises(UserError, match=message):
+            sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--chat=True", "--prompt=a"], "chat=True: takes no prompt"),
+        (["--system=a"], "system: is of --chat=True"),
+    ],
+)
+def test_mistakes_are_one_line(chat_folder, words, message):
+    with pytest.raises(UserError, match=message):
+        sample.main([f"--model={chat_folder}", *words])
+
+
+def test_a_base_does_not_chat(trained):
+    with pytest.raises(UserError, match="its tokenizer has no chat tokens; sft.py makes a chat model"):
+        sample.main([f"--model={trained}", "--chat=True"])
+
+
+def test_pairs_of_a_models_own_answers(tokenizer, monkeypatch):
+    from tools.make_pairs import PairsConfig, make_pairs
+
+    cfg = PairsConfig(count=2, samples=2, families="add", seed=3)
+    from itertools import islice
+
+    from dataset.problems import problems
+
+    first, second = islice(problems("train", 3, ("add",)), 2)
+    assert isinstance(first, Problem)
+    turns = [said("no"), said(first.answer), said(second.answer), said(second.answer)]
+    rows, right = make_pairs(cfg, Scripted(tokenizer, turns, monkeypatch))
+    assert right == 0.75 and len(rows) == 1, "what is always right gives no pair"
+    assert rows[0]["chosen"] == [said(first.answer)] and rows[0]["rejected"] == [said("no")]
+    assert rows[0]["prompt"][0]["content"] == first.question

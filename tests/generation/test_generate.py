@@ -1,0 +1,405 @@
+"""generate.py and sample.py: cached = uncached, batched = alone, every edge with a stated result."""
+
+import io
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import generation.generate
+import sample
+from configurator import UserError
+from formats.tokenizer import Tokenizer
+from generation.generate import Past, Sampling, choose, generate, penalize
+from model import GPT
+from tests.conftest import ROOT, busy_model, tiny_config
+
+GREEDY = Sampling(temperature=0)
+
+
+def run(model, prompts, count, sampling=GREEDY, **options):
+    """The new ids of each row."""
+    rows = [[] for _ in prompts]
+    for tokens in generate(model, prompts, count, sampling, **options):
+        for row, token in zip(rows, tokens, strict=True):
+            row += [] if token is None else [token]
+    return rows
+
+
+def uncached(model, prompt, count):
+    """Greedy decoding by the definition: the whole window through the model for every token."""
+    window, new = prompt[-model.config.block_size :], []
+    for _ in range(count):
+        with torch.no_grad():
+            new.append(model(torch.tensor([window]))[0, -1].argmax().item())
+        window = window + new[-1:]
+        if len(window) > model.config.block_size:
+            window = window[-(model.config.block_size // 2) :]
+    return new
+
+
+def prompts_of(count, longest=60, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    lengths = torch.randint(1, longest, (count,), generator=generator).tolist()
+    return [torch.randint(500, (length,), generator=generator).tolist() for length in lengths]
+
+
+@pytest.mark.parametrize(
+    "changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)]
+)
+def test_greedy_tokens_of_200_prompts(changes):
+    """Cached = uncached and batched ragged = alone, past the end of the context (64) as well."""
+    model, prompts = busy_model(tiny_config(**changes)), prompts_of(100)
+    together = [row for first in range(0, 100, 25) for row in run(model, prompts[first : first + 25], 20)]
+    for prompt, row in zip(prompts, together, strict=True):
+        assert row == uncached(model, prompt, 20)
+        assert [row] == run(model, [prompt], 20)
+
+
+def test_a_full_context_goes_on_with_its_last_half():
+    model = busy_model(tiny_config())
+    prompts = [prompts_of(1, seed=1)[0], list(range(64)), list(range(200))]
+    assert run(model, prompts, 100) == [uncached(model, prompt, 100) for prompt in prompts]
+
+
+def test_greedy_tokens_equal_transformers(trained):
+    from transformers import AutoModelForCausalLM
+
+    folder = trained / "step_000060"
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), GPT.from_pretrained(folder).eval()
+    for prompt in prompts_of(5, longest=20):
+        reference = theirs.generate(
+            torch.tensor([prompt]), max_new_tokens=30, do_sample=False, eos_token_id=None, pad_token_id=0
+        )
+        assert run(ours, [prompt], 30) == [reference[0, len(prompt) :].tolist()]
+
+
+def test_rows_do_not_know_of_each_other():
+    model, prompts = busy_model(tiny_config()), prompts_of(6)
+    sampling = Sampling(temperature=1.5, top_k=50, seed=3)
+    together = run(model, prompts, 30, sampling)
+    assert together == [
+        run(model, [prompt], 30, sampling, numbers=[row])[0] for row, prompt in enumerate(prompts)
+    ]
+    assert together == run(model, prompts, 30, sampling)
+    assert together != run(model, prompts, 30, Sampling(temperature=1.5, top_k=50, seed=4))
+    same = run(model, [prompts[0]] * 2, 30, sampling)
+    assert same[0] != same[1]  # samples of one prompt differ
+
+
+@pytest.mark.parametrize("tails", [[[], [5], [6, 7, 8]], [[], [], []], [[1, 2], [3, 4], [5, 6]]])
+def test_what_rows_begin_with_is_read_once(monkeypatch, tails):
+    model = busy_model(tiny_config(block_size=128))
+    prompts = [list(range(100, 170)) + tail for tail in tails]
+    alone = [run(model, [prompt], 70)[0] for prompt in prompts]
+    read, forward_last = [], generation.generate.forward_last
+    monkeypatch.setattr(generation.generate, "forward_last", lambda model, rows, cache: read.append(
+        sum(map(len, rows))) or forward_last(model, rows, cache))
+    assert run(model, prompts, 70) == alone, "the cache's last half included"
+    shared = 70 if all(tails) else 69  # the last token of a row is its own
+    assert read[:2] == [shared, sum(map(len, prompts)) - 3 * shared] and read[2] == 3
+    monkeypatch.setattr(generation.generate, "SHARED", 71)
+    read.clear()
+    assert run(model, prompts, 70) == alone and read[0] == sum(map(len, prompts))
+
+
+def test_a_row_that_ends_leaves_the_others_alone():
+    model, prompts = busy_model(tiny_config()), [list(range(60)), [5], [7] * 30]
+    free = run(model, prompts, 40)
+    ended = run(model, prompts, 40, is_done=lambda row, new: row == 0 and len(new) == 3)
+    assert ended == [free[0][:3], free[1], free[2]]
+    assert run(model, prompts, 40, is_done=lambda row, new: True) == [row[:1] for row in free]
+
+
+@pytest.mark.parametrize("changes, dtype", [
+    ({}, torch.float32), (dict(position="learned", norm="layernorm", mlp="gelu", bias="all"), torch.float32),
+    ({}, torch.bfloat16), (dict(ternary=True), torch.float32)])
+def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
+    """Traced, not compiled: ragged rows, past the context's end, behind a shared beginning; in few graphs."""
+    torch._dynamo.reset()  # it counts the graphs of all tests as one function's
+    traced = torch.compile(generation.generate.last_logits, backend="eager")
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: traced)
+    model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(10), [3], list(range(64))]
+    counts, shared = torch._dynamo.utils.counters["stats"], [[7] * 70 + tail for tail in ([], [5], [6, 7])]
+    texts, begin = [], counts["unique_graphs"]
+    for model.compiled_steps in (False, True):
+        ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
+        past = Past()
+        turns = [run(model, [prompts[0] + list(range(n))], 9, past=past) for n in (1, 20)]
+        texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
+    assert texts[0] == texts[1]
+    assert isinstance(past.cache, generation.generate.StepCache)
+    assert counts["unique_graphs"] - begin <= 3  # one for 12 rows, one for any number, one for a single row
+
+
+def test_a_compiled_step_writes_the_same():
+    torch._dynamo.reset()
+    model, prompts = busy_model(tiny_config(block_size=512)), [[1, 2, 3], [4], [5] * 40]
+    counts, lengths = torch._dynamo.utils.counters["stats"], (8, 60, 120, 250)  # caches of 128, 256, 384
+    expected, begin = [run(model, prompts, length) for length in lengths], counts["unique_graphs"]
+    model.compiled_steps = True
+    assert [run(model, prompts, length) for length in lengths] == expected
+    assert counts["unique_graphs"] == begin + 1  # for all lengths, and all sizes of the cache
+
+
+def test_ids_beyond_the_tokenizer_are_never_chosen():
+    model = busy_model(tiny_config())
+    assert (
+        max(max(row) for row in run(model, prompts_of(4), 50, Sampling(temperature=50.0), vocab_size=3)) < 3
+    )
+
+
+def test_no_tokens_and_empty_prompts():
+    model = busy_model(tiny_config())
+    assert run(model, [[1]], 0) == [[]]
+    with pytest.raises(ValueError, match="at least one token"):
+        run(model, [[1], []], 3)
+
+
+LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # most likely first: 1, 3, 0, 2, 4
+
+
+@pytest.mark.parametrize(
+    "options, uniform, expected",
+    [
+        (dict(temperature=0), 0.99, 1),
+        (dict(temperature=1.0), 0.0, 1),
+        (dict(temperature=1.0), 0.39, 1),
+        (dict(temperature=1.0), 0.41, 3),
+        (dict(temperature=1.0), 0.81, 0),
+        (dict(temperature=1.0), 0.91, 2),
+        (dict(temperature=1.0), 0.999999, 4),
+        (dict(temperature=1.0, top_k=1), 0.999, 1),
+        (dict(temperature=1.0, top_k=2), 0.49, 1),
+        (dict(temperature=1.0, top_k=2), 0.51, 3),
+        (dict(temperature=1.0, top_k=0), 0.999, 4),
+        (dict(temperature=1.0, top_k=99), 0.999, 4),
+        (dict(temperature=1.0, top_p=0.0), 0.999, 1),
+        (dict(temperature=1.0, top_p=0.39), 0.999, 1),
+        (dict(temperature=1.0, top_p=0.5), 0.999, 3),
+        (dict(temperature=1.0, top_p=1.0), 0.999, 4),
+        (dict(temperature=1.0, top_k=3, top_p=0.9), 0.999, 0),
+        (dict(temperature=1.0, top_k=3, top_p=0.88), 0.999, 3),
+        (dict(temperature=1.0, min_p=0.2), 0.999, 0),
+        (dict(temperature=1.0, min_p=1.0), 0.999, 3),
+        (dict(temperature=100.0), 0.999, 4),
+    ],
+)
+def test_choice_by_hand(options, uniform, expected):
+    assert choose(LOGITS.clone(), torch.tensor([uniform]), Sampling(**options)).tolist() == [expected]
+
+
+def test_choice_has_the_distribution_of_transformers_filters():
+    from transformers import (
+        LogitsProcessorList,
+        MinPLogitsWarper,
+        TemperatureLogitsWarper,
+        TopKLogitsWarper,
+        TopPLogitsWarper,
+    )
+
+    logits = torch.randn(1, 50, generator=torch.Generator().manual_seed(0)) * 3
+    filters = LogitsProcessorList(
+        [TemperatureLogitsWarper(0.7), TopKLogitsWarper(20), TopPLogitsWarper(0.9), MinPLogitsWarper(0.02)]
+    )
+    expected = filters(None, logits.clone()).softmax(-1)[0]
+    uniform = (torch.arange(100_000) + 0.5) / 100_000
+    chosen = choose(
+        logits.expand(100_000, 50), uniform, Sampling(temperature=0.7, top_k=20, top_p=0.9, min_p=0.02)
+    )
+    assert (torch.bincount(chosen, minlength=50) / 100_000 - expected).abs().max() < 1e-4
+
+
+def test_repetition_penalty_equals_transformers():
+    from transformers import RepetitionPenaltyLogitsProcessor
+
+    logits, rows = (
+        torch.randn(2, 30, generator=torch.Generator().manual_seed(0)),
+        [[1, 2, 2, 5], [29, 0, 3, 3]],
+    )
+    expected = RepetitionPenaltyLogitsProcessor(1.3)(torch.tensor(rows), logits.clone())
+    assert torch.equal(penalize(logits.clone(), rows, 1.3), expected)
+    assert torch.equal(penalize(logits.clone(), rows, 1.0), logits)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(temperature=-1), "temperature"),
+        (dict(top_p=1.1), "top_p"),
+        (dict(top_p=float("nan")), "top_p"),
+        (dict(min_p=-0.1), "min_p"),
+        (dict(top_k=-1), "top_k"),
+        (dict(repetition_penalty=0), "repetition_penalty"),
+    ],
+)
+def test_sampling_refuses(options, message):
+    with pytest.raises(UserError, match=message):
+        Sampling(**options)
+
+
+# ---- sample.py --------------------------------------------------------------------------------------------
+
+
+def call(capsys, trained, *words):
+    assert sample.main([f"--model={trained}", "--device=cpu", *words]) == 0
+    return capsys.readouterr()
+
+
+def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
+    tokenizer, model = Tokenizer.load(trained / "step_000060"), GPT.from_pretrained(trained).eval()
+    prompt = "import os"
+    expected = tokenizer.decode(run(model, [tokenizer.encode(prompt)], 20)[0])
+    printed = call(capsys, trained, f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
+    assert printed.out == expected + "\n"
+    assert "20 tokens in" in printed.err and "tokens/s" in printed.err
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
+    words = [f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0", "--compile=True"]
+    assert call(capsys, trained, *words).out == expected + "\n"
+
+
+def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
+    single = call(capsys, trained, "--prompt=def ", "--max_new_tokens=50").out
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def ", "id": 7}\n\n{"prompt": ""}\n', encoding="utf-8")
+    lines = call(
+        capsys,
+        trained,
+        f"--prompt_file={tmp_path / 'p.jsonl'}",
+        "--max_new_tokens=50",
+        "--num_samples=2",
+        "--batch_size=3",
+    ).out.splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert [row["prompt"] for row in rows] == ["def ", "def ", "", ""] and [
+        row.get("id") for row in rows
+    ] == [7, 7, None, None]
+    assert rows[0]["completion"] + "\n" == single and rows[0]["completion"] != rows[1]["completion"]
+    again = call(
+        capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=50", "--num_samples=2"
+    ).out.splitlines()
+    assert again == lines  # the batch size changes nothing
+    several = call(capsys, trained, "--prompt=def ", "--max_new_tokens=50", "--num_samples=2")
+    assert several.out == rows[0]["completion"] + "\n" + rows[1]["completion"] + "\n"
+
+
+def test_stop_texts_end_a_sample_and_are_not_shown(capsys, trained, tmp_path):
+    whole = call(capsys, trained, "--prompt=def ", "--max_new_tokens=60").out[:-1]
+    stop = whole[20:23]
+    expected = whole[: whole.index(stop)]
+    assert (
+        call(capsys, trained, "--prompt=def ", "--max_new_tokens=60", f"--stop={stop}").out == expected + "\n"
+    )
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def "}\n')
+    line = json.loads(
+        call(
+            capsys,
+            trained,
+            f"--prompt_file={tmp_path / 'p.jsonl'}",
+            "--max_new_tokens=60",
+            f"--stop={['nowhere', stop]}",
+        ).out
+    )
+    assert (line["completion"], line["finish_reason"]) == (expected, "stop")
+
+
+def test_streaming_never_takes_back_a_character(trained, monkeypatch):
+    """Bytes of a character one by one, and a stop text that begins and does not go on."""
+    sampler = sample.Sampler(sample.SampleConfig(model=str(trained), device="cpu", stop="END"))
+    tokenizer = sampler.tokenizer
+    ids = tokenizer.encode("née 中 EN E EN") + tokenizer.encode("D after")
+    shown = [sampler.shown(ids[:n], finished=False) for n in range(len(ids) + 1)]
+    assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
+    assert not any("\N{REPLACEMENT CHARACTER}" in text for text in shown)
+    assert sampler.shown(ids, finished=True) == "née 中 EN E "
+
+
+def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
+    marker = call(capsys, trained, "--prompt=<|endoftext|>", "--max_new_tokens=5", "--temperature=0").out
+    nothing = call(capsys, trained, "--prompt=", "--max_new_tokens=5", "--temperature=0").out
+    assert marker != nothing
+    printed = call(capsys, trained, "--prompt=" + "word " * 100, "--max_new_tokens=5")
+    assert "the model reads the last 64" in printed.err
+    assert call(capsys, trained, "--max_new_tokens=0").out == "\n"
+
+
+def test_other_keys_of_a_prompt_come_back(capsys, trained, tmp_path):
+    (tmp_path / "p.jsonl").write_text('\n{"prompt": "a", "k": "\\u00e9"}\n')
+    printed = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=2").out
+    assert json.loads(printed)["k"] == "\u00e9"
+    (tmp_path / "q.jsonl").write_text('\n\n{"prompt": "\\ud800"}\n')
+    with pytest.raises(UserError, match="q.jsonl:3"):
+        call(capsys, trained, f"--prompt_file={tmp_path / 'q.jsonl'}")
+
+
+@pytest.mark.parametrize("how, code", [(">&-", 0), ("2>&-", 0), ("<&-", 0)])
+def test_a_stream_may_be_closed(trained, how, code):
+    command = f"{sys.executable} sample.py --model={trained} --prompt=a --max_new_tokens=3 --device=cpu {how}"
+    found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,
+                           env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    assert found.returncode == code and "Traceback" not in found.stderr
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no prompts"),
+        ("{", ":1: not JSON"),
+        ('{"prompt": "a"}\n{"text": "b"}', ':2: needs the key "prompt"'),
+        ('{"prompt": 3}', "needs the key"),
+        ('{"prompt": "a", "prompt": "b"}', "name twice"),
+        ('{"prompt": "\\ud800"}', "lone surrogate"),
+        ("[1]", "needs the key"),
+    ],
+)
+def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
+    (tmp_path / "p.jsonl").write_text(content)
+    with pytest.raises(UserError, match=message):
+        sample.main([f"--model={trained}", f"--prompt_file={tmp_path / 'p.jsonl'}"])
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--model=out/nowhere"], "no model here|the hub does not give it"),
+        (["--prompt=a", "--prompt_file=b"], "give one"),
+        (["--num_samples=0"], "num_samples"),
+        ([f"--seed={2**43}"], "seed=8796093022208: must be between 0 and"),
+        (["--stop="], "no value"),
+        (["--stop=['']"], "none of them empty"),
+        (["--device=tpu9"], "no such device"),
+        (["--device=cuda:9"], "not on this machine"),
+    ],
+)
+def test_wrong_words(trained, words, message, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with pytest.raises(UserError, match=message):
+        sample.main([f"--model={trained}", *words])
+
+
+def test_the_prompt_is_shown_on_a_terminal_only(trained, monkeypatch, capsys):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    screen = Terminal()
+    monkeypatch.setattr(sys, "stdout", screen)
+    sample.main([f"--model={trained}", "--prompt=import", "--max_new_tokens=3"])
+    assert "import" in capsys.readouterr().err and not screen.getvalue().startswith("import")
+
+
+def test_a_row_that_ends_with_a_full_context_leaves_the_others_theirs():
+    model = busy_model(tiny_config(block_size=16))
+    prompts, sampling = [list(range(10)), [3, 4]], Sampling(temperature=0)
+
+    def done(row, ids):
+        return row == 0 and len(ids) == 7  # its context has 16 tokens when the seventh comes
+
+    both = [[], []]
+    for tokens in generate(model, prompts, 20, sampling, done):
+        for row, token in enumerate(tokens):
+            both[row] += [] if token is None else [token]
+    alone = [tokens[0] for tokens in generate(model, prompts[1:], 20, sampling)]
+    assert len(both[0]) == 7 and both[1] == alone

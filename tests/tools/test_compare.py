@@ -1,0 +1,144 @@
+"""tools/compare.py: its figures are distill.py's, and the page holds whatever models write."""
+
+import os
+import re
+
+import pytest
+
+from configurator import UserError
+from dataset import shards
+from formats import hf
+from formats.tokenizer import Tokenizer
+from generation.generate import Sampling, generate
+from model import GPT
+from tests.conftest import busy_model, tiny_config
+from tests.test_distill import CARVED, INSIDE, run
+from tools import compare
+
+MORE = ["--device=cpu", "--eval_tokens=1024", "--batch_size=4", "--max_new_tokens=12"]
+
+
+@pytest.fixture(scope="module")
+def taught(trained, data, tmp_path_factory):
+    """A student with projections beside its weights, and what its run logged last."""
+    out = tmp_path_factory.mktemp("compare") / "student"
+    return out, run(trained, data, out, *INSIDE)[-1]
+
+
+def page(trained, student, dataset, *more):
+    compare.main([f"--teacher={trained}", f"--student={student}", f"--dataset={dataset}", *MORE, *more])
+    return (student / "compare.md").read_text(encoding="utf-8")
+
+
+def cells(text):
+    """{name of a line of the table: [the teacher's cell, the student's]}."""
+    lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
+    return {name: figures for name, *figures in lines[1:]}
+
+
+def test_figures_are_those_of_the_run(trained, data, taught, capsys):
+    out, logged = taught
+    text = page(trained, out, data)
+    found = cells(text)
+    assert found["validation loss, nats a token"] == [
+        f"{logged['val_teacher_loss']:.4f}", f"{logged['val_loss']:.4f}"]  # fmt: skip
+    assert found["perplexity"][1] == f"{logged['val_perplexity']:,.2f}"
+    bits = logged["val_bits_per_byte"], logged["val_teacher_loss"] / logged["val_loss"]
+    assert found["bits per byte"] == [f"{bits[0] * bits[1]:.4f}", f"{bits[0]:.4f}"]
+    assert f"KL(teacher || student) is {logged['val_kl']:.4f} nats" in text
+    assert f"likeliest at {100 * logged['val_agreement']:.1f} % of the places" in text
+    models = [GPT.from_pretrained(folder) for folder in (trained, out)]
+    assert found["parameters"] == [f"{model.num_parameters():,}" for model in models]
+    for shown, model in zip(found["weights on disk, MB"], models, strict=True):
+        weights = 4 * model.num_parameters() / 1e6  # without the projections of the teaching
+        assert float(shown) == pytest.approx(weights, abs=0.01)
+    assert all(float(speed.replace(",", "")) > 0 for speed in found["greedy tokens/s"])
+    printed = capsys.readouterr().out
+    assert "| perplexity |" in printed and printed.endswith(f"{out / 'compare.md'}: written\n")
+
+
+def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
+    """And a teacher is as good as itself."""
+    import sft
+
+    short = [word for word in CARVED if "layers" not in word]
+    sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'a'}"])
+    text = page(tmp_path / "a", tmp_path / "a", chats, "--packing=False")
+    assert "bits per byte" not in text
+    assert float(re.search(r"\) is (\S+) nats", text)[1]) == pytest.approx(0, abs=1e-4)
+    teacher, student = cells(text)["validation loss, nats a token"]
+    assert teacher == student and "the same token likeliest at 100.0 %" in text
+
+
+def test_what_they_write(trained, data, taught, tmp_path):
+    """Greedy and sampled, both models', as `generate` gives it; the same seed the same text."""
+    out, _ = taught
+    (tmp_path / "prompts.txt").write_text("import sys\r\n\n    def a(self):\n")
+    words = [f"--prompts={tmp_path / 'prompts.txt'}", "--seed=3", "--temperature=0.7"]
+    first, second = (page(trained, out, data, *words).split("## What they write")[1] for _ in range(2))
+    assert first == second != page(trained, out, data, *words, "--seed=4").split("## What they write")[1]
+    blocks = re.findall(r"^(`{3,})text\n(.*?)\n\1$", first, flags=re.S | re.M)
+    texts = [text for _, text in blocks]
+    assert len(texts) == 10 and (texts[0], texts[5]) == ("import sys", "    def a(self):")
+    tokenizer = Tokenizer.load(data)
+    for place, folder, how in ((1, trained, Sampling(temperature=0)), (2, out, Sampling(temperature=0)),
+                               (3, trained, Sampling(temperature=0.7, seed=3))):  # fmt: skip
+        model = GPT.from_pretrained(folder).eval()
+        ids = [tokens[0] for tokens in generate(model, [tokenizer.encode("import sys")], 12, how)]
+        ids = ids[: ids.index(tokenizer.eot_id)] if tokenizer.eot_id in ids else ids
+        assert texts[place] == tokenizer.decode(ids)
+
+
+@pytest.mark.parametrize(
+    "text, fence", [("", 3), ("a", 3), ("```\n# out", 4), ("a ````` b ``", 6), ("~~~\n</td></table>", 3)]
+)
+def test_no_text_leaves_its_fence(text, fence):
+    marks = "`" * fence
+    assert compare.fenced(text) == f"{marks}text\n{text}\n{marks}"
+    markdown = pytest.importorskip("markdown_it").MarkdownIt().parse(compare.beside("greedy", [text, "b"]))
+    blocks = [token.content for token in markdown if token.type == "fence"]
+    assert blocks == [f"{text}\n", "b\n"]
+
+
+def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
+    target = tmp_path / "pages" / "compare.md"
+    target.parent.mkdir()
+    shards.write_text(target, "old")
+    replace = os.replace
+
+    def fails(source, path):
+        assert target.read_text() == "old" and source.read_text() == "new"
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "replace", fails)
+    with pytest.raises(OSError, match="No space left on device: '.*compare.md'"):
+        shards.write_text(target, "new")
+    assert [path.name for path in target.parent.iterdir()] == ["compare.md"] and target.read_text() == "old"
+    monkeypatch.setattr(os, "replace", replace)
+    shards.write_text(target, "new")
+    assert target.read_text() == "new"
+
+
+def test_mistakes_are_one_line(trained, data, taught, tmp_path):
+    out, _ = taught
+    (tmp_path / "blank.txt").write_text("\n \n")
+    (tmp_path / "latin.txt").write_bytes(b"d\xe9ux\n")
+    tokenizer, other = Tokenizer.load(data), Tokenizer.train(["another text " * 9], 300)
+    for name, its, size in (("small", tokenizer, 499), ("other", other, 512)):
+        busy_model(tiny_config(vocab_size=size)).save_pretrained(tmp_path / name)
+        its.save(tmp_path / name)
+    for more, message in (
+        (["--eval_tokens=0"], "eval_tokens=0: must be positive"),
+        (["--temperature=-1"], "temperature=-1.0: must be between"),
+        (["--block_size=65"], "block_size=65: one of the models reads no more than 64"),
+        ([f"--prompts={tmp_path / 'blank.txt'}"], "blank.txt: no prompts in it"),
+        ([f"--prompts={tmp_path / 'latin.txt'}"], "latin.txt: not UTF-8"),
+        ([f"--teacher={tmp_path / 'small'}"], "small: its token ids are not those of dataset="),
+        ([f"--teacher={tmp_path / 'other'}"], "other: its token ids are not those of dataset="),
+        (["--dataset=nowhere"], "no data set here"),
+        (["--student=some/one"], "student=some/one: is no folder here; say where the page goes with --out="),
+    ):
+        with pytest.raises(UserError, match=message) as error:
+            page(trained, out, data, *more)
+        assert "\n" not in str(error.value)
+    assert hf.find_folder(out).is_dir()

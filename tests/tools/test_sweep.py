@@ -1,0 +1,61 @@
+"""The tools around distillation: grids of runs and their picture, the bias of caches, what teachers bring."""
+
+import json
+
+import pytest
+
+from bench import cache_bias, teach
+from configurator import UserError
+from tests.conftest import busy_model, tiny_config
+from tests.test_distill import TINY
+from tools import sweep
+
+ONE = [word for word in TINY if "max_steps" not in word]
+
+
+def test_a_grid_is_run_once_and_drawn(trained, data, tmp_path, capsys):
+    words = " ".join([*ONE, f"--teacher={trained}", f"--dataset={data}", "--max_steps=2"])
+    told = ["--grid=alpha=0,1 temperature=2", f"--words={words}", f"--out_dir={tmp_path / 'sweep'}",
+            f"--json={tmp_path / 'sweep.json'}", f"--png={tmp_path / 'sweep.png'}"]  # fmt: skip
+    sweep.main(told)
+    points = json.loads((tmp_path / "sweep.json").read_text())["points"]
+    assert [p["temperature"] + p["alpha"] for p in points] == ["20", "21"]
+    assert points[0]["value"] != points[1]["value"] < 6.3
+    assert (tmp_path / "sweep.png").stat().st_size > 10_000
+    before = (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns
+    sweep.main(told)
+    assert (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns == before
+    assert "alpha 0  temperature 2  val_loss" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("grid", ["a", "a=", "a=1 b=2 c=3 d=4"])
+def test_a_grid_that_is_none(grid):
+    with pytest.raises(UserError, match="write one to three keys"):
+        sweep.main([f"--grid={grid}"])
+
+
+def test_a_run_that_fails_says_why(tmp_path):
+    with pytest.raises(UserError, match="unknown|no key"):
+        sweep.main(["--grid=temprature=1", f"--out_dir={tmp_path}"])
+
+
+def test_samples_go_to_the_truth_and_renormalised_tokens_do_not(trained, data, tmp_path, capsys):
+    student = tmp_path / "student"
+    busy_model(tiny_config()).save_pretrained(student)
+    cache_bias.main([
+        f"--teacher={trained}", f"--student={student}", f"--dataset={data}", "--block_size=64", "--k=16",
+        f"--json={tmp_path / 'bias.json'}", f"--png={tmp_path / 'bias.png'}"])  # fmt: skip
+    found = json.loads((tmp_path / "bias.json").read_text())
+    samples, sharp = found["16 samples"], found["16 likeliest, renormalised"]
+    assert samples[-1] < 0.1 * samples[0] < sharp[-1] and sharp[0] == sharp[-1]
+    assert found["16 likeliest and the rest"][0] < sharp[0] and found["draws"][-1] == 256
+    assert (tmp_path / "bias.png").stat().st_size > 10_000
+
+
+def test_a_table_of_what_a_teacher_brings():
+    arms = {
+        "text alone": {"bits": [2.0, 2.2], "speeds": [10.0], "agreement": []},
+        "teacher": {"bits": [1.7, 1.9], "speeds": [5.0], "agreement": [0.5]},
+        "the teacher itself": {"bits": [1.5], "speeds": [], "agreement": []},
+    }
+    assert "| teacher | 1.800 (1.700 - 1.900) | 50 % | 50.0 % | 5 |" in teach.table(arms)

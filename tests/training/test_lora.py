@@ -1,0 +1,207 @@
+"""Adapters: they start as nothing, train alone, merge exactly, and PEFT reads and writes the same files."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from configurator import UserError
+from formats import hf
+from formats.peft import AdapterSpec, read_adapter, weights_sha256
+from model import GPT
+from tests.conftest import busy_model, tiny_config
+from training.lora import AdaptedGPT, targets_of
+
+SPEC = AdapterSpec(4, 8.0, 0.0, ("q_proj", "down_proj"), False)
+IDS = torch.arange(40).view(2, 20)
+
+
+@pytest.fixture
+def base(tmp_path):
+    folder = tmp_path / "base"
+    model = busy_model(tiny_config())
+    model.save_pretrained(folder, eos_token_id=0)
+    return model, folder
+
+
+def adapted(folder, spec=SPEC, vocab_size=500, seed=0):
+    with torch.device("meta"):
+        model = AdaptedGPT(
+            tiny_config(vocab_size=vocab_size),
+            spec,
+            {"path": str(folder), "sha256": weights_sha256(folder)},
+            seed,
+        )
+    model.to_empty(device="cpu")
+    model.load(folder)
+    return model.eval()
+
+
+def busy(model):
+    """Its adapter far from where it began."""
+    generator = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if model.is_adapter(name):
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model
+
+
+@torch.no_grad()
+def test_at_the_start_it_is_the_base(base):
+    model, folder = base
+    assert torch.equal(adapted(folder)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@torch.no_grad()
+def test_merged_is_the_adapter_and_the_base_stays(base, tmp_path, rslora):
+    model, folder = base
+    spec = AdapterSpec(4, 8.0, 0.0, ("q_proj", "down_proj"), rslora)
+    assert spec.scale == (4.0 if rslora else 2.0)
+    before = weights_sha256(folder)
+    tuned = busy(adapted(folder, spec))
+    tuned.save_pretrained(tmp_path / "a", eos_token_id=0)
+    merged = GPT.from_pretrained(tmp_path / "a").eval()
+    torch.testing.assert_close(merged(IDS), tuned(IDS), rtol=1e-5, atol=1e-5)
+    assert (merged(IDS) - model(IDS)).abs().max() > 0.1
+    tuned.use_adapter(False)
+    assert torch.equal(tuned(IDS), model(IDS)) and weights_sha256(folder) == before
+    weight = "model.layers.0.self_attn.q_proj"
+    A, B = (tuned.get_parameter(f"{weight}.lora_{x}") for x in "AB")
+    by_hand = model.get_parameter(f"{weight}.weight") + spec.scale * B @ A
+    torch.testing.assert_close(merged.get_parameter(f"{weight}.weight"), by_hand)
+
+
+@torch.no_grad()
+def test_a_saved_adapter_loads_to_go_on(base, tmp_path):
+    _, folder = base
+    tuned = busy(adapted(folder))
+    tuned.save_pretrained(tmp_path / "a")
+    again = adapted(folder, seed=3)
+    again.load(tmp_path / "a")
+    assert torch.equal(again(IDS), tuned(IDS))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rslora", [False, True])
+def test_peft_gives_the_same_logits(base, tmp_path, rslora):
+    import peft
+    import transformers
+
+    _, folder = base
+    tuned = busy(adapted(folder, AdapterSpec(4, 8.0, 0.0, ("q_proj", "up_proj"), rslora)))
+    tuned.save_pretrained(tmp_path / "a", eos_token_id=0)
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(folder), tmp_path / "a"
+    )
+    torch.testing.assert_close(theirs.eval()(IDS).logits, tuned(IDS), rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_an_adapter_of_peft_loads(base, tmp_path):
+    import peft
+    import transformers
+
+    _, folder = base
+    config = peft.LoraConfig(r=3, lora_alpha=6, target_modules=["v_proj", "o_proj"], task_type="CAUSAL_LM")
+    theirs = peft.get_peft_model(transformers.AutoModelForCausalLM.from_pretrained(folder), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs").eval()
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+@torch.no_grad()
+def test_new_tokens_begin_as_the_mean_and_travel_with_the_adapter(base, tmp_path):
+    model, folder = base
+    tables = ("embed_tokens",)
+    tuned = adapted(folder, AdapterSpec(4, 8.0, 0.0, ("q_proj",), False, tables), vocab_size=508)
+    table = tuned.get_parameter("model.embed_tokens.weight")
+    mean = model.get_parameter("model.embed_tokens.weight")[:500].mean(0)
+    torch.testing.assert_close(table[500:508], mean.expand(8, -1))
+    assert torch.equal(table[508:], torch.zeros(4, 64))
+    torch.testing.assert_close(tuned(IDS)[..., :500], model(IDS), rtol=1e-5, atol=1e-5)
+    busy(tuned).save_pretrained(tmp_path / "a")
+    merged = GPT.from_pretrained(tmp_path / "a").eval()
+    assert merged.config.vocab_size == 508
+    torch.testing.assert_close(merged(IDS), tuned(IDS), rtol=1e-5, atol=1e-5)
+
+
+def test_32000_tokens_become_32006_tied_and_untied(tmp_path):
+    for tied in (True, False):
+        config = tiny_config(vocab_size=32_000, n_embd=16, n_layer=1, n_head=2, tie_embeddings=tied)
+        model = GPT(config).eval()
+        model.save_pretrained(tmp_path / str(tied))
+        with torch.device("meta"):
+            grown = GPT(tiny_config(**{**vars(config), "vocab_size": 32_006}))
+        grown.to_empty(device="cpu")
+        grown.load(tmp_path / str(tied))
+        with torch.no_grad():
+            before, after = model(IDS), grown.eval()(IDS)
+        torch.testing.assert_close(after[..., :32_000], before, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(after[..., 32_000], before.mean(-1), rtol=1e-4, atol=1e-5)
+
+
+def test_only_the_adapter_is_saved(base, tmp_path):
+    _, folder = base
+    adapted(folder).save_pretrained(tmp_path / "a", eos_token_id=[7, 0])
+    stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+    assert {name.rsplit("lora_", 1)[1] for name in stored} == {"A.weight", "B.weight"} and len(stored) == 8
+    assert hf.end_ids(tmp_path / "a") == [7, 0]
+    assert read_adapter(tmp_path / "a")[1] == SPEC
+
+
+def test_faults_are_named(base, tmp_path):
+    model, folder = base
+    adapted(folder).save_pretrained(tmp_path / "a")
+    with pytest.raises(UserError, match="lora_targets=xyz: matches none of down_proj, gate_proj"):
+        targets_of(model, "xyz")
+    with pytest.raises(UserError, match="no regular expression"):
+        targets_of(model, "(")
+    assert targets_of(model, "q|v_proj") == ("q_proj", "v_proj")
+    busy_model(tiny_config(), seed=2).save_pretrained(folder)
+    with pytest.raises(UserError, match="whose weights are others by now"):
+        GPT.from_pretrained(tmp_path / "a")
+    (folder / "config.json").unlink()
+    with pytest.raises(UserError, match="an adapter of .*no model here"):
+        GPT.from_pretrained(tmp_path / "a")
+    place = tmp_path / "a" / "adapter_config.json"
+    place.write_text(json.dumps(json.loads(place.read_text()) | {"alpha_pattern": {"q_proj": 64}}))
+    with pytest.raises(UserError, match="only plain LoRA adapters are read, not with alpha_pattern"):
+        read_adapter(tmp_path / "a")
+    (tmp_path / "a" / "adapter_config.json").write_text('{"peft_type": "IA3"}')
+    with pytest.raises(UserError, match="only plain LoRA adapters are read"):
+        read_adapter(tmp_path / "a")
+
+
+@torch.no_grad()
+def test_four_bits(base, tmp_path):
+    """What the quantised base computes, how far that is from float32, and what it takes."""
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model, folder = base
+    spec = AdapterSpec(4, 8.0, 0.0, targets_of(model, "_proj$"), False)
+    with torch.device("meta"):
+        tuned = AdaptedGPT(
+            model.config, spec, {"path": str(folder), "sha256": weights_sha256(folder)}, quantize=True
+        )
+    tuned.to_empty(device="cpu")
+    tuned.load(folder)
+    tuned.eval()
+    assert len(tuned.quantized) == 14 and tuned.num_parameters() > model.num_parameters()
+    assert not any(name in tuned.quantized for name, _ in tuned.named_parameters())
+    rounded = GPT.from_pretrained(folder).eval()
+    for name, module in tuned.quantized.items():
+        weight = model.get_parameter(name)
+        back = bitsandbytes.functional.dequantize_4bit(module.packed, module.scales)
+        assert 0.05 < (back - weight).norm() / weight.norm() < 0.11
+        assert module.num_bytes() <= 0.3 * 2 * weight.numel()
+        rounded.get_parameter(name).copy_(back)
+    torch.testing.assert_close(tuned(IDS), rounded(IDS), rtol=1e-5, atol=1e-5)
+    busy(tuned).save_pretrained(tmp_path / "a")
+    again = AdaptedGPT(model.config, spec, tuned.base, quantize=True)
+    again.load(tmp_path / "a")
+    assert torch.equal(again.eval()(IDS), tuned(IDS))

@@ -1,0 +1,246 @@
+"""training/run.py: stages, the folder of a run, its log, what it refuses."""
+
+import json
+import shutil
+import sys
+import types
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import train
+import training.run
+from configurator import UserError, configure
+from formats.files import write_json
+from loop import RunConfig, plan, start_run
+from tests.runs import events, losses, run, stop_at_step
+from training.stages import with_steps
+
+
+def test_plan_by_hand():
+    cfg = RunConfig(
+        stages=[
+            dict(steps=3),
+            dict(epochs=0.5, learning_rate=1.0),
+            dict(steps=2, restart=True),
+            dict(steps=1),
+        ]
+    )
+    stages = plan(with_steps(cfg, lambda stage: 10))
+    assert [(s.first, s.last, s.begin, s.end) for s in stages] == [
+        (0, 3, 0, 8),
+        (3, 8, 0, 8),
+        (8, 10, 8, 11),
+        (10, 11, 8, 11),
+    ]
+    assert stages[1].cfg.learning_rate == 1.0 and stages[2].cfg.learning_rate == cfg.learning_rate
+
+
+@pytest.mark.parametrize(
+    "stages, message",
+    [
+        (["x"], r"stages\[0\]: must be a dict"),
+        ([dict(learning_rate=1)], "a dict with steps or epochs"),
+        ([dict(steps=0)], "steps=0: must be a positive"),
+        ([dict(steps=True)], "steps=True: must be a positive"),
+        ([{1: 2, "steps": 2}], "must be a dict"),
+        ([dict(steps=1, epochs=1)], "steps or epochs"),
+        ([dict(steps=1, learning_rat=1)], r"stages\[0\]: unknown key 'learning_rat'"),
+        ([dict(steps=1), dict(steps=1, seed=3)], r"stages\[1\]: seed cannot"),
+        ([dict(steps=1, n_layer=3)], r"stages\[0\]: n_layer cannot"),
+        ([dict(steps=1, micro_batch_size="a")], "expected int"),
+        ([dict(steps=1, learning_rate=-1)], "learning_rate=-1"),
+    ],
+)
+def test_stages_that_make_no_sense(stages, message):
+    with pytest.raises(UserError, match=message):
+        plan(RunConfig(stages=stages))
+
+
+def test_the_log_has_every_field(trained):
+    found = events(trained)
+    assert losses(found)[0] > 6 > 5.3 > losses(found)[-1]
+    assert found[0].keys() == {
+        "step",
+        "loss",
+        "lr",
+        "grad_norm",
+        "tokens",
+        "tokens_per_second",
+        "mfu",
+        "memory_gb",
+        "seconds",
+    }
+    assert found[-1].keys() == {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+    assert [event["step"] for event in found if "loss" in event] == list(range(1, 61))
+    assert found[-1]["val_perplexity"] == pytest.approx(np.exp(found[-1]["val_loss"]))
+
+
+def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
+    words = ["--schedule=constant", "--warmup_steps=0"]
+    run(data, tmp_path, *words, "--max_steps=4")
+    before = events(tmp_path)
+    capsys.readouterr()
+    assert run(data, tmp_path, *words, "--max_steps=4") == before
+    assert "finished" in capsys.readouterr().out
+    grown = run(data, tmp_path, *words, "--max_steps=8")
+    assert losses(grown)[:4] == losses(before) and len(losses(grown)) == 8
+    with pytest.raises(UserError, match="max_steps was 8, is 4"):
+        run(data, tmp_path, *words, "--max_steps=4")
+
+
+@pytest.mark.parametrize("flags, emulated", [
+    ("fma avx2 avx512f", True), ("avx512f avx512_bf16 amx_int8", False), ("asimd bf16", False), ("", True)
+])
+def test_a_cpu_without_bfloat16_units_is_told(tmp_path, monkeypatch, capsys, flags, emulated):
+    cpuinfo = tmp_path / "cpuinfo"
+    cpuinfo.write_text(f"model name : a CPU\nflags : {flags}\n")
+    monkeypatch.setattr(training.run, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
+    for dtype in ("bfloat16", "float32"):
+        with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype), {}):
+            assert ("no bfloat16 units" in capsys.readouterr().out) == (emulated and dtype == "bfloat16")
+    cpuinfo.unlink()
+    assert not training.run.emulates_bfloat16(torch.device("cpu"))  # not known
+
+
+def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_path):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    out = tmp_path / "out"
+    run(copy, out, "--max_steps=2")
+    for word, message in (
+        ("--learning_rate=1e-3", "learning_rate was 0.003, is 0.001"),
+        ("--n_layer=3", "n_layer was 2, is 3"),
+        ("--seed=5", "seed was 1337, is 5"),
+        ("--dtype=bfloat16", "dtype was None, is bfloat16"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(copy, out, "--max_steps=2", word)
+    meta = json.loads((copy / "meta.json").read_text())
+    write_json(copy / "meta.json", meta | {"source": "elsewhere"})
+    with pytest.raises(UserError, match="data was"):
+        run(copy, out, "--max_steps=2")
+    assert len(losses(run(copy, out, "--max_steps=3", "--overwrite=True", "--seed=5"))) == 3
+
+
+def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
+    with pytest.raises(UserError, match="decides over no parameter"):
+        run(data, tmp_path, "--max_steps=2", "--lr_multipliers={'nothing': 0.1}")
+    assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "3", "null", "{}", '{"config": 3, "identity": 4}'])
+def test_damaged_files_of_a_run_are_one_line(data, tmp_path, content):
+    run(data, tmp_path, "--max_steps=2")
+    for name in ("run.json", "checkpoints.json"):
+        before = (tmp_path / name).read_text()
+        (tmp_path / name).write_text(content)
+        if name == "run.json" or content in ("", "{", "3", "null"):
+            with pytest.raises(UserError, match=f"{name}: damaged"):
+                run(data, tmp_path, "--max_steps=3")
+        (tmp_path / name).write_text(before)
+    (tmp_path / "metrics.jsonl").write_text(content + '\n{"step": "x"}\n{"a":}\n')  # a log is not needed
+    assert [event["step"] for event in run(data, tmp_path, "--max_steps=2")] == [2]  # it evaluates anew
+    assert [event["step"] for event in run(data, tmp_path, "--max_steps=3")] == [2, 3, 3]
+
+
+def test_overwriting_comes_last(data, tmp_path):
+    """A mistake beside --overwrite=True costs nothing; nor may a run lie in a data set's folder."""
+    run(data, tmp_path / "out", "--max_steps=2")
+    kept = json.loads((tmp_path / "out" / "run.json").read_text())
+    for words in ([f"--dataset={tmp_path / 'typo'}"], ["--vocab_size=10"], ["--block_size=100000"]):
+        with pytest.raises(UserError):
+            run(data, tmp_path / "out", "--max_steps=2", "--overwrite=True", *words)
+    assert (tmp_path / "out" / "step_000002").is_dir()
+    assert json.loads((tmp_path / "out" / "run.json").read_text()) == kept
+    with pytest.raises(UserError, match="holds a data set"):
+        run(data, data, "--max_steps=2")
+
+
+def test_two_runs_in_one_folder(data, tmp_path):
+    cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
+    with start_run(cfg, {}):
+        with pytest.raises(UserError, match="another process is training here"):
+            start_run(cfg, {})
+    start_run(cfg, {}).__exit__()
+
+
+def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
+    stop_at_step(data, tmp_path, 3, "--max_steps=9")
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
+    found = run(data, tmp_path, "--max_steps=9")
+    assert [event["step"] for event in found if "loss" in event] == list(range(1, 10))
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--vocab_size=100"], "has 500 ids"),
+        (["--global_batch_size=6"], "multiple of micro_batch_size x ranks"),
+        (["--dataset=nowhere"], "no data set here"),
+        (["--n_head=3"], "n_head|n_embd"),
+        (["--learning_rate=0"], "positive"),
+        (["--device=cuda:7"], "not on this machine"),
+        (["--init_from=nowhere/at/all"], "no model here"),
+        (["--parallel=zero"], "none|ddp|fsdp"),
+        (["--z_loss=-1"], "negative"),
+        (["--out_dir="], "no value"),
+        (["--dataset=,"], "write folders and their weights"),
+        (["--dataset=a:1e308,b:1e308"], "write folders and their weights"),
+        (["--learning_rate=1e400"], "expected float"),
+        (["--max_steps=1" + "0" * 400], "expected int"),
+        (["--block_size=10000000"], "make no row"),
+    ],
+)
+def test_wrong_words_are_one_line(data, tmp_path, words, message):
+    with pytest.raises(UserError, match=message):
+        run(data, tmp_path, "--max_steps=1", *words)
+
+
+def test_bad_validation_text_is_found_before_training(data, tmp_path, two_ranks):
+    copy = tmp_path / "copy"
+    shutil.copytree(data, copy)
+    ids = np.memmap(copy / "val_00000.bin", np.uint16, "r+")
+    ids[1000] = 60_000
+    ids.flush()
+    for message in two_ranks(refusal, copy, tmp_path / "out", "--micro_batch_size=2", "--eval_tokens=4096"):
+        assert "val_00000.bin: token 1000 is 60000, the vocabulary has 500 ids" in message
+    assert not (tmp_path / "out" / "metrics.jsonl").exists()
+    with pytest.raises(UserError, match="tokens make no row of block_size=40000"):
+        run(data, tmp_path / "long", "--block_size=40000", "--max_steps=1")
+
+
+def test_two_ranks_refuse_together(data, tmp_path, two_ranks):
+    for message in two_ranks(refusal, data, tmp_path, "--parallel=none"):
+        assert "torchrun started 2 processes" in message
+    for message in two_ranks(refusal, data, tmp_path, "--micro_batch_size=8"):
+        assert "= 8 x 2" in message
+
+
+def refusal(data, out, *words):
+    try:
+        run(data, out, *words)
+    except UserError as error:
+        return str(error)
+
+
+def test_wandb_mirrors_the_log(data, tmp_path, monkeypatch):
+    logged = []
+    fake = types.ModuleType("wandb")
+    fake.Error = type("Error", (Exception,), {})
+    fake.init = lambda **options: types.SimpleNamespace(
+        log=lambda event, step: logged.append((step, event)), **options
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    found = run(data, tmp_path, "--max_steps=2", "--wandb=True")
+    assert [{"step": step, **event} for step, event in logged] == found
+
+    def without_key(**options):
+        raise fake.Error("api_key not configured\nmore")
+
+    fake.init = without_key
+    with pytest.raises(UserError, match="api_key not configured .WANDB_MODE=offline"):
+        run(data, tmp_path / "b", "--max_steps=2", "--wandb=True")

@@ -1,0 +1,290 @@
+"""A curriculum in stages: longer rows, a rotary base that rises, other data; and tools/context.py."""
+
+import json
+import shutil
+import sys
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+
+import train
+from configurator import UserError, configure
+from dataset.dataloader import Rows
+from dataset.shards import DataFolder
+from formats import checkpoint
+from formats.files import write_json
+from loop import plan
+from model import GPT
+from modeling.rope import rope_frequencies
+from prepare import PrepareConfig, prepare
+from tests.conftest import ROOT, tiny_config
+from tests.runs import assert_close, assert_same_run, events, losses, run, stop_at_step
+from tools import context
+
+# The tiny curriculum's stages, tinier: rows of 16, 32, 64 and 16 again.
+STAGES = """
+schedule = "wsd"
+decay_steps = 4
+dropout = 0.1
+stages = [dict(steps=4, block_size=16, global_batch_size=16),
+          dict(steps=5, block_size=32, rope_theta=(10_000, 500_000), document_mask=True),
+          dict(steps=4, block_size=64, global_batch_size=4, rope_theta=500_000, document_mask=True),
+          dict(steps=4, block_size=16, global_batch_size=16, rope_theta=500_000)]
+"""
+
+
+@pytest.fixture(scope="module")
+def curriculum(tmp_path_factory, data):
+    """A run of the four stages that was never stopped, all its checkpoints, and its config file."""
+    folder = tmp_path_factory.mktemp("curriculum")
+    (folder / "c.py").write_text(STAGES)
+    run(data, folder / "out", str(folder / "c.py"), "--save_interval=1", "--keep_checkpoints=99")
+    return folder
+
+
+def thetas(out):
+    """The rotary base in each checkpoint's config.json."""
+    return [json.loads((folder / "config.json").read_text())["rope_theta"]
+            for folder in checkpoint.step_folders(out)]
+
+
+def test_the_base_rises_geometrically_and_meets_the_next_stage(curriculum):
+    rise = [10_000 * 50 ** (k / 5) for k in range(1, 6)]  # 21,867  47,818  104,564  228,653  500,000
+    found = thetas(curriculum / "out")
+    assert found == pytest.approx([10_000] * 4 + rise + [500_000] * 8)
+    assert found[8:] == [500_000] * 9  # the ramp's last step exactly, and no jump behind it
+
+
+@pytest.mark.parametrize("start, end", [(611_721, 934_974), (500_000, 7), (3, 3), (1e-3, 1e9)])
+def test_a_ramp_reaches_its_end_to_the_last_bit(start, end):
+    """611,721 (934,974 / 611,721) is not 934,974 in floating point."""
+    cfg = train.TrainConfig(stages=[dict(steps=7), dict(steps=3, rope_theta=(start, end))])
+    first, second = plan(cfg)
+    middle = start ** (1 / 3) * end ** (2 / 3)
+    assert [second.rope_theta_at(step) for step in (8, 9)] == [pytest.approx(middle), end]
+    assert [first.rope_theta_at(step) for step in (0, 6)] == [10_000, 10_000]
+
+
+def test_the_planned_stages_of_the_large_run():
+    cfg = configure(train.TrainConfig, [str(ROOT / "config" / "train_nanollama_1b.py")])[0]
+    stages = plan(cfg)
+    assert [stage.last for stage in stages] == [184_000, 194_000, 207_000, 230_000]
+    assert [stage.cfg.block_size for stage in stages] == [4096, 8192, 16_384, 4096]
+    assert all(stage.cfg.block_size * stage.cfg.global_batch_size == 131_072 for stage in stages)
+    assert all((stage.begin, stage.end) == (0, 230_000) for stage in stages)
+    assert [stage.rope_theta_at(stage.last - 1) for stage in stages] == [10_000, 500_000, 500_000, 500_000]
+    assert stages[1].rope_theta_at(184_000) == pytest.approx(10_000 * 50**1e-4)
+    assert stages[1].rope_theta_at(188_999) == pytest.approx(10_000 * 50**0.5)
+    assert cfg.z_loss == 1e-4 and cfg.schedule == "wsd"
+    assert train.context_length(cfg) == 16_384
+    assert [stage.cfg.dataset for stage in stages] == ["web", "web", "books:0.5,code:0.5",
+                                                      "maths:0.4,qa:0.3,stem:0.3"]
+    assert [stage.cfg.document_mask for stage in stages] == [False, True, True, False]
+    text = (ROOT / "config" / "train_nanollama_1b.py").read_text()
+    for name in ("books", "code", "maths", "qa", "stem"):  # how each folder is made, with one tokenizer
+        assert f"--out=data/{name} " in text
+    assert text.count("--tokenizer=data/web") == 5
+
+
+@pytest.mark.parametrize("folders, first, third", [
+    (["books", "docs"], "books", "books:0.5,docs:0.5"),
+    (["books"], "pystdlib", "pystdlib")])
+def test_the_planned_stages_of_the_tiny_run(tmp_path, monkeypatch, folders, first, third):
+    for folder in folders:
+        (tmp_path / "data" / folder).mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    stages = plan(configure(train.TrainConfig, [str(ROOT / "config" / "train_tiny_curriculum.py")])[0])
+    assert [stage.last for stage in stages] == [500, 600, 800, 1000]
+    assert [stage.cfg.block_size for stage in stages] == [128, 256, 512, 128]
+    assert all(stage.cfg.block_size * stage.cfg.global_batch_size == 2048 for stage in stages)
+    assert (stages[0].cfg.dataset, stages[2].cfg.dataset) == (first, third)
+
+
+@pytest.mark.parametrize("step", [2, 4, 6, 8, 9, 11, 13, 15])
+def test_resumed_it_is_the_same_run(data, curriculum, tmp_path, step):
+    """Inside each stage, in the middle of the ramp and at every border, as if it had been killed there."""
+    out = tmp_path / "out"
+    shutil.copytree(curriculum / "out", out)
+    for folder in checkpoint.step_folders(out)[step:]:
+        shutil.rmtree(folder)
+    write_json(out / "checkpoints.json", {"last": f"step_{step:06d}"})
+    run(data, out, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=99")
+    assert_same_run(curriculum / "out", out)
+    assert thetas(out) == thetas(curriculum / "out")
+    found, expected = ([event for event in events(each) if "val_loss" in event]
+                       for each in (out, curriculum / "out"))
+    assert found == expected and [event["step"] for event in found] == [4, 9, 13, 17]  # each stage's end
+
+
+def test_stopped_in_each_stage_and_at_each_border(data, curriculum, tmp_path):
+    """The same by signals, with no other checkpoints than a stop's and those at the ends of stages."""
+    for step in (1, 3, 5, 8, 10, 14, None):  # 3 and 8: the last step of a stage
+        stop_at_step(data, tmp_path / "out", step, str(curriculum / "c.py"))
+    assert_same_run(curriculum / "out", tmp_path / "out")
+
+
+def test_the_ends_of_stages_stay(data, curriculum, tmp_path):
+    run(data, tmp_path, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=1")
+    pointers = checkpoint.read_pointers(tmp_path)
+    ends = {f"stage_{number}": f"step_{step:06d}" for number, step in enumerate((4, 9, 13, 17), 1)}
+    assert {key: pointers[key] for key in ends} == ends and pointers["last"] == ends["stage_4"]
+    assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == list(ends.values())
+
+
+def test_a_run_of_epochs_goes_on(data, tmp_path, capsys):
+    """The same words again are the same run, though its stages count epochs and the loop counts steps."""
+    config = tmp_path / "epochs.py"
+    config.write_text("stages = [dict(epochs=0.01), dict(epochs=0.01)]\n")
+    run(data, tmp_path / "whole", str(config))
+    stop_at_step(data, tmp_path / "cut", 3, str(config))
+    stop_at_step(data, tmp_path / "cut", None, str(config))
+    assert_same_run(tmp_path / "whole", tmp_path / "cut")
+    run(data, tmp_path / "cut", str(config))
+    assert "finished" in capsys.readouterr().out
+
+
+def test_every_evaluation_reads_the_last_stages_rows_with_the_base_of_its_step(data, curriculum, tmp_path):
+    """At borders and inside the ramp, computed once more from the checkpoints."""
+    found = run(data, tmp_path, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=99",
+                "--eval_interval=7")
+    figures = {event["step"]: event["val_loss"] for event in found if "val_loss" in event}
+    assert list(figures) == [4, 7, 9, 13, 14, 17]
+    rows = Rows(DataFolder(data), "val", 16).read(np.arange(1024 // 16))  # TINY_RUN's eval_tokens
+    for step, figure in figures.items():
+        model = GPT.from_pretrained(tmp_path / f"step_{step:06d}").eval()
+        with torch.no_grad():
+            logits = model(torch.from_numpy(rows[:, :-1])).flatten(0, 1)
+            loss = F.cross_entropy(logits, torch.from_numpy(rows[:, 1:]).flatten())
+        assert loss.item() == pytest.approx(figure)
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_two_ranks_ramp_alike(data, tmp_path, two_ranks, parallel):
+    (tmp_path / "c.py").write_text(STAGES.replace("dropout = 0.1", 'optimizer = "adamw"'))
+    words = [str(tmp_path / "c.py"), "--micro_batch_size=2"]
+    expected = losses(run(data, tmp_path / "one", *words))
+    two_ranks(run, data, tmp_path / "two", *words, f"--parallel={parallel}")
+    assert_close(losses(events(tmp_path / "two")), expected)
+    assert thetas(tmp_path / "two") == thetas(tmp_path / "one")
+
+
+def test_transformers_reads_a_checkpoint_inside_the_ramp(curriculum):
+    from transformers import AutoModelForCausalLM
+
+    folder = checkpoint.step_folders(curriculum / "out")[6]
+    theirs, ours = AutoModelForCausalLM.from_pretrained(folder).eval(), GPT.from_pretrained(folder).eval()
+    assert 100_000 < ours.config.rope_theta < 110_000
+    ids = torch.randint(500, (2, 64), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        assert (theirs(ids).logits - ours(ids)).abs().max() <= 1e-5
+
+
+def test_tables_are_rewritten_in_place():
+    """What was compiled against them, or wrapped around them, stays right."""
+    model = GPT(tiny_config())
+    before = model.rope_cos
+    model.reconfigure(rope_theta=123.0)
+    assert model.rope_cos is before
+    angles = torch.arange(64)[:, None] * rope_frequencies(16, 123.0, None)[0]
+    assert torch.equal(model.rope_cos, torch.cat((angles.cos(), angles.cos()), dim=-1))
+    assert torch.equal(model.rope_sin, torch.cat((-angles.sin(), angles.sin()), dim=-1))
+
+
+@pytest.mark.parametrize("theta", ["(1, 2, 3)", "(1,)", "(0, 5)", "(10, -5)", "('a', 2)", "[]", "(True, 2)",
+                                   "(float('inf'), 2)", "(2, float('nan'))"])
+def test_ramps_that_make_no_sense(data, tmp_path, theta):
+    (tmp_path / "c.py").write_text(f"stages = [dict(steps=1, rope_theta={theta})]")
+    with pytest.raises(UserError, match=r"stages\[0\]: rope_theta=.*: a ramp is two positive numbers"):
+        run(data, tmp_path / "out", str(tmp_path / "c.py"))
+
+
+def test_learned_positions_have_no_base(data, tmp_path):
+    (tmp_path / "c.py").write_text("stages = [dict(steps=1), dict(steps=1, rope_theta=5e5)]")
+    with pytest.raises(UserError, match=r"stages\[1\]: position=learned has no rotary base"):
+        run(data, tmp_path / "out", str(tmp_path / "c.py"), "--position=learned")
+
+
+def test_only_a_stage_may_say_a_ramp(data, tmp_path):
+    (tmp_path / "c.py").write_text("rope_theta = (10_000, 500_000)")
+    with pytest.raises(UserError, match="c.py:1: rope_theta = .*: expected float"):
+        run(data, tmp_path / "out", str(tmp_path / "c.py"))
+
+
+# ---- tools/context.py -------------------------------------------------------------------------------------
+
+def test_loss_by_position(data, curriculum, tmp_path, capsys):
+    """The table's figures, computed once more in another way."""
+    names = [str(curriculum / "out" / f"step_{step:06d}") for step in (9, 13)]
+    words = [f"--model={','.join(names)}", f"--dataset={data}", "--block_size=64", "--rows=8",
+             f"--json={tmp_path / 'j'}", f"--png={tmp_path / 'p.png'}"]
+    assert context.main(words) == 0
+    printed = capsys.readouterr().out.splitlines()
+    assert printed[1].split() == ["0-31", "32-63"] and [line.split()[0] for line in printed[2:4]] == names
+    content = json.loads((tmp_path / "j").read_text())
+    rows, documents, available = context.rows_within_documents(DataFolder(data), 64, 8)
+    assert printed[0].startswith(f"loss in nats a token; 8 of {available} validation rows of 64 tokens")
+    assert (content["rows"], content["documents"]) == (8, documents)
+    for name, line in zip(names, printed[2:4], strict=True):
+        model = GPT.from_pretrained(name).eval()
+        with torch.no_grad():
+            log_probs = F.log_softmax(model(torch.from_numpy(rows[:, :-1])).double(), dim=-1).numpy()
+        nll = -np.take_along_axis(log_probs, rows[:, 1:, None], axis=2)[..., 0]
+        expected = [nll[:, :32].mean(), nll[:, 32:].mean()]
+        assert list(content["loss"][name].values()) == pytest.approx(expected, rel=1e-6)
+        assert line.split()[1:] == [f"{loss:.4f}" for loss in content["loss"][name].values()]
+        with torch.no_grad():
+            short = F.log_softmax(model(torch.from_numpy(rows[:, -25:-1])).double(), dim=-1).numpy()
+        less = -np.take_along_axis(short, rows[:, -24:, None], axis=2)[:, -8:, 0]
+        more = (less - nll[:, -8:]).mean(axis=1)  # behind 16 tokens, and behind 56
+        found = content["more_behind_less"][name]
+        assert found["16"] == pytest.approx([more.mean(), more.std() / 8**0.5], rel=1e-4)
+        assert found["56"] == [0, 0] and list(found) == ["16", "32", "56"]
+    assert printed[5].split() == ["16", "32", "56"] and len(printed) == 8
+    assert (tmp_path / "p.png").stat().st_size > 5000
+
+
+def test_rows_by_hand(data, tmp_path):
+    """Four documents of 9, 5, 12 and 4 tokens and their ends, as rows of 4 + 1: three lie within one."""
+    shutil.copytree(data, tmp_path / "d")
+    meta = json.loads((data / "meta.json").read_text())
+    ids = np.concatenate([np.append(np.full(length, k), 499) for k, length in enumerate((9, 5, 12, 4))])
+    for path in (tmp_path / "d").glob("val_*.bin"):
+        path.unlink()
+    ids.astype(np.uint16).tofile(tmp_path / "d" / "val_00000.bin")
+    shards = [shard for shard in meta["shards"] if shard["name"].startswith("train")]
+    shards.append({"name": "val_00000.bin", "tokens": len(ids), "sha256": ""})
+    write_json(tmp_path / "d" / "meta.json", meta | {"shards": shards})
+    # Tokens 0-8 are 0, 9 ends; 10-14 are 1, 15 ends; 16-27 are 2, 28 ends; 29-32 are 3, 33 ends.
+    rows, documents, available = context.rows_within_documents(DataFolder(tmp_path / "d"), 4, 99)
+    assert rows[:, 0].tolist() == [0, 0, 2, 2] and (rows == rows[:, :1]).all()  # from 0, 4, 16 and 20
+    assert (documents, available) == (2, 4)
+    rows, documents, _ = context.rows_within_documents(DataFolder(tmp_path / "d"), 4, 2)
+    assert rows[:, 0].tolist() == [0, 2] and documents == 2  # evenly spread
+    with pytest.raises(UserError, match="no validation document holds a row of block_size=12"):
+        context.rows_within_documents(DataFolder(tmp_path / "d"), 12, 99)
+
+
+def test_buckets_by_hand():
+    assert list(context.buckets(512)) == ["0-31", "32-63", "64-127", "128-255", "256-511"]
+    assert list(context.buckets(100)) == ["0-31", "32-63", "64-99"] and list(context.buckets(20)) == ["0-19"]
+    assert context.buckets(100)["64-99"] == slice(64, 100)
+
+
+def test_a_longer_context_than_the_models(data, curriculum, capsys):
+    """Rotary tables grow: what the model makes of positions it never saw is a thing to look at."""
+    context.main([f"--model={curriculum / 'out'}", f"--dataset={data}", "--block_size=100", "--rows=2"])
+    assert capsys.readouterr().out.splitlines()[1].split() == ["0-31", "32-63", "64-99"]
+
+
+def test_what_cannot_be_compared(data, curriculum, tmp_path, text_folder, monkeypatch):
+    words = [f"--model={curriculum / 'out'}", "--block_size=64", "--rows=2"]
+    prepare(PrepareConfig(source=text_folder, out=str(tmp_path / "other"), vocab_size=400, num_proc=1))
+    with pytest.raises(UserError, match="its tokenizer is not that of .*other"):
+        context.main([*words, f"--dataset={tmp_path / 'other'}"])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where the package is not installed
+    with pytest.raises(UserError, match=r"pip install matplotlib"):
+        context.main([*words, f"--dataset={data}", f"--png={tmp_path / 'p.png'}"])
+    with pytest.raises(UserError, match="block_size=64, rows=0: must be positive"):
+        context.main([*words, "--rows=0"])

@@ -1,0 +1,1 @@
+"""What every training stage uses: run folder, stages, metrics, optimizers, losses, LoRA."""
