@@ -30,14 +30,14 @@ class UserError(ValueError):
 def configure(schema: type, argv: list[str], usage: str = "") -> tuple[typing.Any, dict[str, str]]:
     """Build `schema` from config files and `--key=value` words.
 
-    Returns the frozen instance and `given`: the place each explicitly set key came from (`config/x.py:3` or
+    Returns the frozen instance and `provenance`: the place each explicitly set key came from (`config/x.py:3` or
     `command line`). Prints the keys and exits 0 on --help. Raises UserError for an unknown key, a wrong type,
     a value outside a Literal, an unreadable config file, or whatever the schema's own __post_init__ refuses.
     """
     if {"--help", "-h"} & set(argv):
         print(help_text(schema, usage))
         raise SystemExit(0)
-    values, given = {}, {}
+    values, provenance = {}, {}
     for word in argv:
         if word.startswith("--"):
             key, equals, text = word[2:].partition("=")
@@ -47,12 +47,12 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[typing.An
             if not text and getattr(schema, key, None) != "":
                 raise UserError(f"command line: {word}: no value (an empty variable?)")
             values[key] = parse(text, hint, f"command line: --{key}")
-            given[key] = "command line"
+            provenance[key] = "command line"
         else:
             for key, (value, place) in read_config_file(word).items():
-                values[key] = checked(schema, key, value, place)
-                given[key] = place
-    return schema(**values), given
+                values[key] = coerce_field(schema, key, value, place)
+                provenance[key] = place
+    return schema(**values), provenance
 
 
 def read_config_file(path: str) -> dict[str, tuple[typing.Any, str]]:
@@ -78,7 +78,7 @@ def read_config_file(path: str) -> dict[str, tuple[typing.Any, str]]:
 
 def override(config: typing.Any, changes: dict, place: str) -> typing.Any:
     """A copy of `config` with `changes`, each checked like a config file's assignment at `place`."""
-    return dataclasses.replace(config, **{k: checked(type(config), k, v, place) for k, v in changes.items()})
+    return dataclasses.replace(config, **{k: coerce_field(type(config), k, v, place) for k, v in changes.items()})
 
 
 def field_types(schema: type, key: str, place: str) -> dict[str, typing.Any]:
@@ -122,24 +122,24 @@ def parse(text: str, hint: typing.Any, place: str) -> typing.Any:
             return text
         if (typing.get_origin(kind) or kind) in (bool, int, float, list, dict):
             try:
-                return conform(ast.literal_eval(text), kind)
+                return coerce(ast.literal_eval(text), kind)
             except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
                 continue
     raise UserError(f"{place}={text}: expected {type_name(hint)}")
 
 
-def checked(schema: type, key: str, value: typing.Any, place: str) -> typing.Any:
+def coerce_field(schema: type, key: str, value: typing.Any, place: str) -> typing.Any:
     """`value` as the field `key` of `schema` has it (an int may become a float). Raises UserError."""
     hint = field_types(schema, key, place)[key]
     for kind in alternatives(hint):
         try:
-            return conform(value, kind)
+            return coerce(value, kind)
         except TypeError:
             continue
     raise UserError(f"{place}: {key} = {value!r}: expected {type_name(hint)}")
 
 
-def conform(value: typing.Any, kind: typing.Any) -> typing.Any:
+def coerce(value: typing.Any, kind: typing.Any) -> typing.Any:
     """`value` as `kind`: 3 is a float, 1e9 is an int; True, nan and 1e19 are no numbers. Raises TypeError."""
     origin = typing.get_origin(kind)
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63

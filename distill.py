@@ -32,21 +32,21 @@ from distillation.divergences import (
     Kind,
     Objective,
     SparseTeacher,
-    at_targets,
     linear_distillation,
+    select_targets,
 )
-from distillation.evaluation import Evaluation
+from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import Strategy, layer_map, map_text
 from distillation.on_policy import beginnings, continued
-from distillation.pruning import WIDTHS, carve, carved_config, kept_layers
-from distillation.student import Student, Taps, inside_loss
+from distillation.pruning import WIDTHS, kept_layers, prune, pruned_config
+from distillation.student import ActivationHooks, Student, feature_loss
 from distillation.teacher import load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, identity_of
 from formats import hf
 from formats.chat_format import end_of_turn
 from formats.hf import teacher_sha256
 from formats.tokenizer import Tokenizer
-from loop import Run, RunConfig, compiles, compute_dtype, fit, stage_at, stage_configs, start_run
+from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_run, training_dtype
 from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 from training.staged_data import StagedData, in_epochs
@@ -83,8 +83,8 @@ class DistillConfig(RunConfig, GPTConfig):
     packing: bool = True  # of chats: several conversations a row, each for itself
     document_mask: bool = False  # of text: attend within documents only
 
-    fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
-    operational = frozenset({"teacher_dtype"})
+    stage_fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
+    resume_free = frozenset({"teacher_dtype"})
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -123,7 +123,7 @@ class DistillConfig(RunConfig, GPTConfig):
         return Objective(self.alpha, self.temperature, self.divergence, self.jsd_beta)
 
     @property
-    def looks_inside(self) -> bool:
+    def uses_layer_losses(self) -> bool:
         return self.hidden_weight > 0 or self.attention_weight > 0
 
 
@@ -131,8 +131,8 @@ class DistillConfig(RunConfig, GPTConfig):
 
 def batches_at(data: StagedData, caches: dict[int, TeacherCache], step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step; with a cache, also what the teacher said of their rows."""
-    cfg, mix, first, count = data.share(step)
-    owner, index = mix.places(first, count)
+    cfg, mix, first, count = data.shard_for_step(step)
+    owner, index = mix.locate(first, count)
     # Whether a step is the student's own follows from (seed, step), so all ranks agree.
     draw = np.random.default_rng((cfg.seed, step, 1)).random()
     batches = []
@@ -177,8 +177,8 @@ class Distillation:
         self.configs, self.end_ids = configs, end_ids
         self.taps = None
         if student.pairs and teacher is not None:
-            self.taps = (Taps(student, [s for s, _ in student.pairs]),
-                         Taps(teacher, [t for _, t in student.pairs]))
+            self.taps = (ActivationHooks(student, [s for s, _ in student.pairs]),
+                         ActivationHooks(teacher, [t for _, t in student.pairs]))
 
     def __call__(self, forward: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss summed over the targets, metrics). forward: the student, or DDP's wrapper of it."""
@@ -187,18 +187,18 @@ class Distillation:
             batch = continued(self.student, batch, self.configs[0].seed, self.vocab_size, self.end_ids)
         if "teacher_ids" in batch:
             source = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            return self.taught(forward, batch, source)
+            return self.student_loss(forward, batch, source)
 
         def head(hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
             with torch.enable_grad():
-                return self.taught(forward, batch, DenseTeacher(at_targets(hidden, batch), weight))
+                return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
 
-        if cfg.alpha == 0 and not cfg.looks_inside and "prompts" not in batch:  # nobody is asked
-            return self.taught(forward, batch, None)
+        if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:  # nobody is asked
+            return self.student_loss(forward, batch, None)
         with torch.no_grad():
             return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
 
-    def taught(self, forward: nn.Module, batch: dict[str, Any],
+    def student_loss(self, forward: nn.Module, batch: dict[str, Any],
                teacher: DenseTeacher | SparseTeacher | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's forward pass, against what the teacher says."""
         cfg, own = self.configs[batch["stage"]], "prompts" in batch
@@ -206,11 +206,11 @@ class Distillation:
         objective = cfg.objective._replace(alpha=1.0) if own else cfg.objective
 
         def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            found = linear_distillation(at_targets(hidden, batch), weight, batch["targets"].flatten(),
+            found = linear_distillation(select_targets(hidden, batch), weight, batch["targets"].flatten(),
                                         teacher, self.vocab_size, objective)
             inside = hidden.new_zeros((2,))
             if self.student.pairs:
-                inside = inside_loss(self.student, *self.taps, batch, cfg)  # (2,) hidden, attention
+                inside = feature_loss(self.student, *self.taps, batch, cfg)  # (2,) hidden, attention
             return (*found, inside)
 
         loss, ce, kd, inside = forward(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
@@ -227,17 +227,17 @@ class Distillation:
 # ---- Go ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(DistillConfig, argv, usage=__doc__)
-    cfg, layers = with_architecture(cfg, given)
-    with start_run(cfg, given) as run:
+    cfg, provenance = configure(DistillConfig, argv, usage=__doc__)
+    cfg, layers = with_architecture(cfg, provenance)
+    with start_run(cfg, provenance) as run:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
-            run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
+            run.run_on_rank0(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
         kind = row_kind(cfg)
-        told, cfg = cfg, in_epochs(cfg, kind)
+        user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         tokenizer = run.tokenizer = data.tokenizer
         check_folders(cfg, tokenizer)
-        teacher_hash = run.on_first_rank(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
+        teacher_hash = run.run_on_rank0(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
         caches, teacher = {}, None
         if cfg.cache != "none":
             caches = {id(rows): open_cache(cfg, rows, teacher_hash)
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
             if len({cache.records.spec for cache in caches.values()}) > 1:
                 raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
         else:
-            dtype = getattr(torch, cfg.teacher_dtype) if cfg.teacher_dtype else compute_dtype(cfg, run)
+            dtype = getattr(torch, cfg.teacher_dtype) if cfg.teacher_dtype else training_dtype(cfg, run)
             longest = max(stage.block_size for stage in stage_configs(cfg))
             teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
             shard_teacher(teacher, cfg.parallel, run)
@@ -253,8 +253,8 @@ def main(argv: list[str]) -> int:
         if isinstance(teacher, GPT) and compiles(cfg, student, run):  # one of transformers stays as it is
             for block in teacher.model["layers"]:
                 block.compile()
-        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
-        run.identify(told, data=data.hashes(), teacher=teacher_hash,
+        evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+        run.write_run_json(user_cfg, data=data.hashes(), teacher=teacher_hash,
                      caches=sorted(cache.folder.name for cache in caches.values()))
         # Where the student's own answers end; a row of text goes on behind an end.
         ends = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
@@ -264,7 +264,7 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def with_architecture(cfg: DistillConfig, given: dict[str, str]) -> tuple[DistillConfig, list[int]]:
+def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[DistillConfig, list[int]]:
     """`cfg` with the student's architecture, and the layers that are cut out of the teacher, if any.
 
     UserError for keys of the architecture that come with init_from or with the teacher.
@@ -274,15 +274,15 @@ def with_architecture(cfg: DistillConfig, given: dict[str, str]) -> tuple[Distil
     architecture = {each.name for each in dataclasses.fields(GPTConfig)}
     free = {"block_size", *((*WIDTHS, *CHOICES) if cfg.student_layers else ())}
     source = f"student_layers={cfg.student_layers}" if cfg.student_layers else f"init_from={cfg.init_from}"
-    if both := sorted(architecture & given.keys() - free):
-        raise UserError(f"{given[both[0]]}: {both[0]} comes with {source} and cannot be given")
+    if both := sorted(architecture & provenance.keys() - free):
+        raise UserError(f"{provenance[both[0]]}: {both[0]} comes with {source} and cannot be given")
     fields = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))
     layers = []
     if cfg.student_layers:
         layers = kept_layers(cfg.student_layers, fields["n_layer"])
-        widths = {key: getattr(cfg, key) for key in WIDTHS if key in given}
-        fields = dataclasses.asdict(carved_config(GPTConfig(**fields), layers, widths))
-        fields |= {key: getattr(cfg, key) for key in CHOICES if key in given}
+        widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
+        fields = dataclasses.asdict(pruned_config(GPTConfig(**fields), layers, widths))
+        fields |= {key: getattr(cfg, key) for key in CHOICES if key in provenance}
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
 
 
@@ -333,7 +333,7 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
         longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
     config = cfg.architecture(cfg.vocab_size or data.tokenizer.vocab_size, longest)
     pairs, width = [], None
-    if any(stage.looks_inside for stage in stages):
+    if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))
         pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
         width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
@@ -344,7 +344,7 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
         source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # whole, on each rank, for a moment
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
         student.materialize("cpu", cfg.seed)
-        student.load_state_dict(carve(source.eval(), config, layers, ids).state_dict(), strict=False)
+        student.load_state_dict(prune(source.eval(), config, layers, ids).state_dict(), strict=False)
     run.print(f"student   {student.num_parameters():,} parameters"
               + (f", cut out of {cfg.teacher}: layers {', '.join(map(str, layers))}" if layers else ""))
     return student

@@ -26,7 +26,7 @@ from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, shares
 from formats import hf
 from formats.files import file_sha256, write_bytes
-from loop import Run, compute_dtype, fit, stage_configs, start_run
+from loop import Run, fit, stage_configs, start_run, training_dtype
 from model import GPT
 from prepare import prepare_problems
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
@@ -52,7 +52,7 @@ class DPOConfig(PostTrainingConfig):
     label_smoothing: float = 0.0  # dpo: the share of pairs that may be the wrong way round
     reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # where it is computed
 
-    fixed = PostTrainingConfig.fixed | {"loss", "beta", "nll_weight", "label_smoothing", "reference"}
+    stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing", "reference"}
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +115,7 @@ class Reference:
 
     def __init__(self, cfg: DPOConfig, policy: GPT, run: Run):
         self.cfg, self.run, self.policy, self.model = cfg, run, policy, None
-        self.vocab_size, self.dtype = run.tokenizer.vocab_size, compute_dtype(cfg, run)
+        self.vocab_size, self.dtype = run.tokenizer.vocab_size, training_dtype(cfg, run)
         self.tables: dict[int, Tensor] = {}  # of the rows with this id(): (rows, 2) float32
 
     def load(self) -> GPT:
@@ -155,7 +155,7 @@ class Reference:
                     str(self.dtype), "shared prompt")
         name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         path = rows.data.folder / f"reference_{name}.npy"
-        table = self.run.on_first_rank(lambda: read_table(path, len(rows)))
+        table = self.run.run_on_rank0(lambda: read_table(path, len(rows)))
         missing = indices[np.isnan(table[indices, 0])]
         if len(missing):
             found = np.zeros((len(missing), 2))
@@ -164,7 +164,7 @@ class Reference:
                     pairs = [rows.pair(number) for number in missing[mine]]
                     found[mine] = self.compute(pair_batch(pairs)).T.cpu()
             table[missing] = np.array(self.run.sum(found.flatten().tolist())).reshape(-1, 2)
-            self.run.on_first_rank(lambda: save_array(path, table))
+            self.run.run_on_rank0(lambda: save_array(path, table))
         self.tables[id(rows)] = torch.from_numpy(table)
 
     def batch(self, pairs: list[tuple[PairRows, int]]) -> dict[str, Any]:
@@ -198,13 +198,13 @@ def save_array(path: Path, table: np.ndarray) -> None:
 
 def batches_at(data: StagedData, reference: Reference, step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
-    cfg, mix, first, count = data.share(step)
-    pairs = [(mix.rows[folder], number) for folder, number in zip(*mix.places(first, count), strict=True)]
+    cfg, mix, first, count = data.shard_for_step(step)
+    pairs = [(mix.rows[folder], number) for folder, number in zip(*mix.locate(first, count), strict=True)]
     size = cfg.micro_batch_size
     return [reference.batch(pairs[start:start + size]) for start in range(0, count, size)]
 
 
-class Evaluation:
+class PreferenceEvaluation:
     """Loss, accuracy and margin over the validation pairs of the last stage's mix."""
 
     def __init__(self, cfg: DPOConfig, mix: Mix, reference: Reference, run: Run):
@@ -245,11 +245,11 @@ def pair_loss(model: nn.Module, batch: dict[str, Any], reference: Reference,
 # ---- Go ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(DPOConfig, argv, usage=__doc__)
-    with start_run(cfg, given) as run:
+    cfg, provenance = configure(DPOConfig, argv, usage=__doc__)
+    with start_run(cfg, provenance) as run:
         if any(stage.dataset == "problems_preference" for stage in stage_configs(cfg)):  # embedded
-            run.on_first_rank(lambda: prepare_problems("preference", cfg.init_from))
-        told, cfg = cfg, in_epochs(cfg, PairRows)
+            run.run_on_rank0(lambda: prepare_problems("preference", cfg.init_from))
+        user_cfg, cfg = cfg, in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer
         model = chat_model(cfg, data.tokenizer, run, dropout=0.0)
@@ -257,8 +257,8 @@ def main(argv: list[str]) -> int:
             raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so the adapter "
                             "changes more than can be switched off; begin with sft.py")
         reference = Reference(cfg, model, run)
-        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, reference, run)
-        run.identify(told, data=data.hashes(), base=model.base_hash)
+        evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
+        run.write_run_json(user_cfg, data=data.hashes(), base=model.base_hash)
         used = [*data.used(), *((rows, np.arange(evaluation.pairs(rows))) for rows in evaluation.rows)]
         for rows, indices in used:
             if cfg.reference == "precomputed":

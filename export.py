@@ -30,7 +30,7 @@ from safetensors import SafetensorError
 from configurator import UserError, configure, run_script
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
-from formats.files import file_sha256, folder_to_be, hidden
+from formats.files import atomic_folder, file_sha256, sibling_path
 from formats.gguf_tokenizer import vocabulary
 from formats.model_card import Card, read_json
 from formats.tokenizer import Tokenizer
@@ -91,7 +91,7 @@ class Source:
         self.config, self.tokenizer = GPTConfig.read(self.folder), Tokenizer.load(self.folder)
         ends = hf.end_ids(self.folder)
         ends = (ends if len(ends) > 1 else ends[0]) if ends else self.tokenizer.end_ids
-        self.ids = hf.special_ids(ends, self.tokenizer.bos_id)
+        self.ids = hf.special_token_ids(ends, self.tokenizer.bos_id)
         self.vocabulary: dict[str, Any] = {}
         if cfg.format == "hf" and hf.architecture(self.config) == "nanollama":
             raise UserError(f"format=hf: transformers has no architecture with {hf.unusual(self.config)}"
@@ -180,7 +180,7 @@ def write_ternary(folder: Path, cfg: ExportConfig, source: Source) -> str:
     for name, module in model.named_modules():
         if isinstance(module, ternary.TernaryLinear):
             codes, scale = (tensor.detach() for tensor in module.codes_and_scale())
-            state |= {f"{name}.weight": ternary.pack(codes), f"{name}.weight_scale": scale}
+            state |= {f"{name}.weight": ternary.pack_codes(codes), f"{name}.weight_scale": scale}
             plain += 2 * codes.numel()
             packed += state[f"{name}.weight"].numel() + 4  # and a float32
     hf.save_folder(folder, source.config, state, source.ids, packing=ternary.PACKING)
@@ -203,7 +203,7 @@ def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
         raise UserError(f"out={folder}: holds a checkpoint; give an export a folder of its own")
     before = manifest["export"]
     differing = [key for key, value in inputs.items() if before.get(key) != value]
-    if not differing and checkpoint.fault(folder, model_only=True) is None:
+    if not differing and checkpoint.find_corruption(folder, model_only=True) is None:
         return True
     if differing and not overwrite:
         raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); --overwrite=True "
@@ -226,14 +226,14 @@ def main(argv: list[str]) -> int:
     if source.folder.resolve() == cfg.folder.resolve():
         raise UserError(f"out={cfg.folder}: is the model itself; give another")
     if is_done(cfg.folder, inputs, cfg.overwrite):
-        shutil.rmtree(hidden(cfg.folder, "old"), ignore_errors=True)  # of one that was killed at the very end
+        shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)  # of one that was killed at the very end
         print(f"{cfg.folder} is there already, made from the same")
         return 0
     try:
-        with folder_to_be(cfg.folder, "manifest.json", "export") as beside:
+        with atomic_folder(cfg.folder, "manifest.json", "export") as beside:
             report = WRITERS[cfg.format](beside, cfg, source)
             (beside / "README.md").write_text(card, encoding="utf-8")
-            checkpoint.seal(beside, export=inputs)
+            checkpoint.write_manifest(beside, export=inputs)
     except (OSError, SafetensorError) as error:
         raise UserError(f"out={cfg.folder}: could not be written ({error})") from error
     print(report)

@@ -35,7 +35,7 @@ from configurator import UserError
 from formats import checkpoint
 from formats.files import write_json
 from formats.hf import find_folder
-from modeling.devices import whole
+from modeling.devices import gather_full
 from training.metrics import Meter, NotFinite, Progress, log_line, step_text
 from training.optim import (
     learning_rate_at,
@@ -47,9 +47,9 @@ from training.optim import (
     set_learning_rate,
 )
 from training.run import Run, start_run
-from training.stages import RunConfig, Stage, plan, stage_at, stage_configs
+from training.stages import RunConfig, Stage, plan_stages, stage_at, stage_configs
 
-__all__ = ["Run", "RunConfig", "fit", "plan", "stage_at", "stage_configs", "start_run"]
+__all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
 CHECKPOINT_BYTES = 12  # a parameter, at most: the weight and AdamW's two moments in float32
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -69,7 +69,7 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
     """
     folder = newest_checkpoint(run)
     size = CHECKPOINT_BYTES * model.num_saved()
-    run.on_first_rank(lambda: checkpoint.require_space(run.out_dir, size))
+    run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
     place(model, cfg, run, folder)
     while True:
         try:
@@ -81,16 +81,16 @@ def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]
 def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: Callable, loss_fn: Callable,
              evaluate: Callable, run: Run) -> dict[str, float]:
     """`fit`, for a model that has the weights of the checkpoint `folder`. Raises NotFinite."""
-    stages = plan(cfg)
+    stages = plan_stages(cfg)
     total = stages[-1].last
     progress, saved = load_state(folder)
     progress.rollbacks = run.rollbacks = max(progress.rollbacks, run.rollbacks)
     saved_step = progress.step if folder else -1
     set_context(model, stages, max(progress.step - 1, 0))
-    run.on_first_rank(lambda: run.cut_log(progress.step))
+    run.run_on_rank0(lambda: run.truncate_log(progress.step))
     if folder:
         run.print(f"resumed   from {folder}")
-    dtype = compute_dtype(cfg, run)
+    dtype = training_dtype(cfg, run)
     autocasts = dtype != torch.float32 and not isinstance(model, FSDPModule)
     amp = torch.autocast(run.device.type, dtype, enabled=autocasts)
     scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
@@ -112,7 +112,7 @@ def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: 
         run.print(f"{step_text(progress.step, total)}  {figures}")
         return found
 
-    evaluated = run.on_first_rank(lambda: run.last_event("val_loss").get("step") == progress.step)
+    evaluated = run.run_on_rank0(lambda: run.last_event("val_loss").get("step") == progress.step)
     if folder and is_due(progress.step, cfg.eval_interval, stages) and not evaluated:
         results = measure()  # the run was stopped between saving and evaluating
     if progress.step >= total and not results:
@@ -206,7 +206,7 @@ def roll_back(step: int, cfg: RunConfig, model: nn.Module, batches_at: Callable,
     batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
                            for key, value in batch.items()} for batch in batches_at(step)])
     dump = run.out_dir / f"not_finite_{step:06d}.json"
-    run.on_first_rank(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
+    run.run_on_rank0(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
     folder = newest_checkpoint(run)
     if folder is None or run.rollbacks >= cfg.max_rollbacks:
         raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
@@ -214,7 +214,7 @@ def roll_back(step: int, cfg: RunConfig, model: nn.Module, batches_at: Callable,
                         "rate; a lower --learning_rate or --dtype=float32, in another out_dir, may help, too")
     run.rollbacks += 1
     at = checkpoint.folder_step(folder)
-    run.on_first_rank(lambda: run.cut_log(at))
+    run.run_on_rank0(lambda: run.truncate_log(at))
     run.log({"step": at, "rollbacks": run.rollbacks, "not_finite_step": step})
     run.print(f"rollback  {run.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
               f"{dump}); on from {folder} at {0.5 ** run.rollbacks:g} of the learning rate")
@@ -260,7 +260,7 @@ def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: An
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = whole(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
     for optimizer in optimizers:
         optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
@@ -288,7 +288,7 @@ def place(model: nn.Module, cfg: RunConfig, run: Run, folder: Path | None) -> No
     if cfg.parallel == "fsdp" and run.world_size > 1:
         mesh = init_device_mesh(run.device.type, (run.world_size,))
         # Inputs are not cast, so that rotary tables stay float32.
-        policy = MixedPrecisionPolicy(param_dtype=compute_dtype(cfg, run), cast_forward_inputs=False,
+        policy = MixedPrecisionPolicy(param_dtype=training_dtype(cfg, run), cast_forward_inputs=False,
                                       reduce_dtype=DTYPES[cfg.reduce_dtype])
         for module in (*blocks, model):
             fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
@@ -310,11 +310,11 @@ def compiles(cfg: RunConfig, model: nn.Module, run: Run) -> bool:
     It costs about a minute, which is little in a run of more than 1e16 FLOPs, half a minute of a fast GPU.
     """
     T = model.config.block_size
-    work = plan(cfg)[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
+    work = plan_stages(cfg)[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
     return cfg.compile if cfg.compile is not None else run.device.type == "cuda" and work > 1e16
 
 
-def compute_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
+def training_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
     return DTYPES[cfg.dtype or ("bfloat16" if run.device.type == "cuda" else "float32")]
 
 
@@ -337,7 +337,7 @@ def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
     if stage.cfg.lr_multipliers:
         table = multipliers(model, stage.cfg.lr_multipliers)
         run.print(multipliers_text(table))
-        run.on_first_rank(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
+        run.run_on_rank0(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
     optimizers = make_optimizers(model, stage.cfg)
     if run.world_size == 1 or isinstance(model, FSDPModule):
         return model, optimizers
@@ -355,7 +355,7 @@ def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any,
     All ranks gather, rank 0 writes.
     """
     writes = run.rank == 0
-    gathered = ((name, whole(parameter.detach())) for name, parameter in model.named_parameters())
+    gathered = ((name, gather_full(parameter.detach())) for name, parameter in model.named_parameters())
     parameters = {name: tensor.cpu() if writes else None for name, tensor in gathered}
     state = {"progress": dataclasses.asdict(progress), "scaler": scaler.state_dict(),
              "optimizer": optimizer_state(model, optimizers, keep=writes)}
@@ -369,14 +369,14 @@ def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any,
 
     def write_and_point() -> None:
         folder = checkpoint.write_checkpoint(run.out_dir, progress.step, write)
-        checkpoint.point(run.out_dir, keep, **dict.fromkeys(("last", *names), folder.name))
+        checkpoint.update_pointers(run.out_dir, keep, **dict.fromkeys(("last", *names), folder.name))
 
-    run.on_first_rank(write_and_point)
+    run.run_on_rank0(write_and_point)
 
 
 def newest_checkpoint(run: Run) -> Path | None:
     """The newest one whose files are all intact. All ranks call it."""
-    return run.on_first_rank(lambda: checkpoint.newest_verified(run.out_dir, run.print))
+    return run.run_on_rank0(lambda: checkpoint.newest_verified(run.out_dir, run.print))
 
 
 def load_state(folder: Path | None) -> tuple[Progress, dict[str, Any]]:
@@ -396,4 +396,4 @@ def note_best(results: dict[str, float], progress: Progress, run: Run, keep: int
     name, loss = f"step_{progress.step:06d}", results.get("val_loss", math.inf)
     best = checkpoint.read_pointers(run.out_dir).get("best_val_loss", math.inf)
     if run.rank == 0 and loss < best and (run.out_dir / name).is_dir():
-        checkpoint.point(run.out_dir, keep, best=name, best_val_loss=loss)
+        checkpoint.update_pointers(run.out_dir, keep, best=name, best_val_loss=loss)

@@ -26,10 +26,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, checked
+from configurator import UserError, coerce_field
 from formats import gguf as gguf_file
 from formats import hf
-from modeling.devices import like
+from modeling.devices import shard_like
 from modeling.kv_cache import KVCache
 from modeling.rope import rope_frequencies
 from modeling.ternary import TernaryLinear
@@ -62,7 +62,7 @@ class GPTConfig:
     def __post_init__(self) -> None:
         """Derive what is None; raise UserError for wrong types, and sizes that do not fit together."""
         for each in fields(self):
-            checked(type(self), each.name, getattr(self, each.name), "model")
+            coerce_field(type(self), each.name, getattr(self, each.name), "model")
         for key in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
                     "block_size", "rope_theta", "norm_eps"):
             if getattr(self, key) is not None and getattr(self, key) <= 0:
@@ -124,7 +124,7 @@ class Attention(nn.Module):
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.layer, self.head_dim, self.dropout = layer, D, config.dropout
-        self.watch: Callable[[Tensor, Tensor, Tensor], None] | None = None  # is shown q, k, v of a forward
+        self.attn_hook: Callable[[Tensor, Tensor, Tensor], None] | None = None  # is shown q, k, v of a forward
 
     def forward(self, x: Tensor, rope: Any, mask: Any, cache: KVCache | None) -> Tensor:
         B, T, _ = x.shape
@@ -135,8 +135,8 @@ class Attention(nn.Module):
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
-        if self.watch is not None:
-            self.watch(q, k, v)
+        if self.attn_hook is not None:
+            self.attn_hook(q, k, v)
         y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -152,7 +152,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0) -> 
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, dropout).to(q.dtype)
     if isinstance(mask, tuple):
-        return taken(attend(*(taken(x, mask[0]) for x in (q, k, v)), None, dropout), mask[1])
+        return gather_tokens(attend(*(gather_tokens(x, mask[0]) for x in (q, k, v)), None, dropout), mask[1])
     grouped = q.shape[1] != k.shape[1]
     if isinstance(mask, BlockMask):
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
@@ -164,7 +164,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Any, dropout: float = 0.0) -> 
                                           is_causal=q.shape[2] > 1 and mask is None)
 
 
-def taken(x: Tensor, places: Tensor) -> Tensor:
+def gather_tokens(x: Tensor, places: Tensor) -> Tensor:
     """(B, heads, T, D), at places (R, S) of the flattened (B, T) -> (R, heads, S, D)."""
     return x.transpose(1, 2).flatten(0, 1)[places].transpose(1, 2)
 
@@ -265,7 +265,7 @@ class GPT(nn.Module):
             inside forward, where FSDP has gathered it. Its rows from V on are padding, to be left out.
         document_ids: (B, T) int64, non-decreasing along a row: tokens see their own document only, and
             positions start at 0 in each, so that packed documents give the logits they give alone.
-        cache: the tokens stand behind those it holds; the caller then says what it holds (`KVCache.hold`).
+        cache: the tokens stand behind those it holds; the caller then says what it holds (`KVCache.set_lengths`).
         paths: (R, S) int64, the sequences to attend along, in place of the rows: of each token its number in
             the flattened (B, T). What several begin with alike is there once, and computed once. Every token
             stands on a path; a shorter one repeats its last token.
@@ -295,7 +295,7 @@ class GPT(nn.Module):
                            paths: Tensor | None = None) -> tuple[Any, slice | Tensor]:
         """The mask for `attend`, and the tokens' positions: a slice that all rows share, or (B, T)."""
         if cache is not None:
-            return cache.begin(input_ids.shape[1])
+            return cache.prepare(input_ids.shape[1])
         T = (input_ids if paths is None else paths).shape[1]
         if T > self.config.block_size:
             raise ValueError(f"{T} tokens do not fit block_size={self.config.block_size}")
@@ -332,7 +332,7 @@ class GPT(nn.Module):
                 value.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
             if name in hf.VOCABULARY_TABLES:
                 value[self.config.vocab_size:] = 0  # padding
-            parameter.copy_(like(parameter, value))
+            parameter.copy_(shard_like(parameter, value))
         self.rebuild_rope()
 
     def materialize(self, device: Any, seed: int) -> None:
@@ -429,7 +429,7 @@ class GPT(nn.Module):
                 tensor = F.pad(tensor, (0, 0, 0, P - V))
             if parameter is None or parameter.shape != tensor.shape:
                 raise UserError(f"{folder}: {name} {tuple(tensor.shape)} has no place in this architecture")
-            parameter.copy_(like(parameter, tensor))
+            parameter.copy_(shard_like(parameter, tensor))
         if missing:
             raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} parameters are)")
         for module in self.modules():
@@ -453,4 +453,4 @@ class GPT(nn.Module):
             raise UserError("packed ternary weights: only export.py --format=ternary writes them")
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
-        hf.save_folder(Path(path), self.config, state, hf.special_ids(eos_token_id))
+        hf.save_folder(Path(path), self.config, state, hf.special_token_ids(eos_token_id))

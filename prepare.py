@@ -36,13 +36,13 @@ from tqdm import tqdm
 from configurator import UserError, configure, run_script
 from dataset import problems
 from dataset.decontaminate import SETTINGS, Index, Removed
-from dataset.encoding import Recipe, look_into, pieces, text_hash, text_in, tokenize_all
+from dataset.encoding import Recipe, parse_rows, pieces, text_hash, text_in, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.shards import FORMAT_VERSION, DataFolder, ShardWriter
 from dataset.sources import Row, Skip, find_files, hub_rows, parse_json, read_rows
 from formats import hf
 from formats.chat_format import with_chat_tokens
-from formats.files import file_sha256, folder_to_be, write_json
+from formats.files import atomic_folder, file_sha256, write_json
 from formats.tokenizer import Tokenizer
 
 BATCH_BYTES = 2**20  # rows travel to the workers in batches of about this size
@@ -198,7 +198,7 @@ def training_texts(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> 
     """The first BPE_SAMPLE_BYTES of usable text that will not be validation text."""
     total = 0
     for batch in in_batches(rows):
-        contents, _, _ = look_into(batch, recipe)  # what is left out is counted when the rows are tokenized
+        contents, _, _ = parse_rows(batch, recipe)  # what is left out is counted when the rows are tokenized
         for content in filter(None, contents):
             data = text_in(content).encode("utf-8")
             if text_hash(data) >= val_fraction * 2**64:
@@ -218,7 +218,7 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     inputs = describe_inputs(cfg, files, benchmarks)
     if (cfg.folder / "meta.json").exists() and not cfg.overwrite:
         return unchanged(cfg.folder, inputs)
-    with folder_to_be(cfg.folder) as folder:
+    with atomic_folder(cfg.folder) as folder:
         meta = build(cfg, folder, files, benchmarks)
         write_json(folder / "meta.json", meta | {"files_ignored": ignored, "inputs": inputs})
     tokens = meta["tokens"]
@@ -360,9 +360,9 @@ def make_tokenizer(texts: Iterable[str], cfg: PrepareConfig) -> Tokenizer:
 
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(PrepareConfig, argv, usage=__doc__)
-    if "vocab_size" in given and cfg.tokenizer != "bpe":
-        raise UserError(f"{given['vocab_size']}: vocab_size is for --tokenizer=bpe, not {cfg.tokenizer}")
+    cfg, provenance = configure(PrepareConfig, argv, usage=__doc__)
+    if "vocab_size" in provenance and cfg.tokenizer != "bpe":
+        raise UserError(f"{provenance['vocab_size']}: vocab_size is for --tokenizer=bpe, not {cfg.tokenizer}")
     if cfg.verify:
         DataFolder(cfg.folder).verify()
         print(f"{cfg.folder}: every shard matches its sha256")

@@ -42,7 +42,7 @@ class SFTConfig(PostTrainingConfig):
     save_interval: int = 400  # steps between checkpoints; 0: only at the end of a stage
     packing: bool = True  # several conversations a row, each for itself; False: one a row
 
-    fixed = PostTrainingConfig.fixed | {"packing"}
+    stage_fixed = PostTrainingConfig.stage_fixed | {"packing"}
 
 
 def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
@@ -57,11 +57,11 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[T
 
 def batches_at(data: StagedData, step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
-    cfg, mix, first, count = data.share(step)
+    cfg, mix, first, count = data.shard_for_step(step)
     return [chat_batch(rows) for rows in np.split(mix.samples(first, count), count // cfg.micro_batch_size)]
 
 
-class Evaluation:
+class ChatEvaluation:
     """Loss and perplexity of the validation conversations of the last stage's mix, by the weights of it."""
 
     def __init__(self, cfg: SFTConfig, mix: Mix, kind: Any, run: Run):
@@ -91,17 +91,17 @@ class Evaluation:
 
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(SFTConfig, argv, usage=__doc__)
-    with start_run(cfg, given) as run:
+    cfg, provenance = configure(SFTConfig, argv, usage=__doc__)
+    with start_run(cfg, provenance) as run:
         if any(stage.dataset == "problems_chat" for stage in stage_configs(cfg)):  # the embedded default
-            run.on_first_rank(lambda: prepare_problems("chat", cfg.init_from))
+            run.run_on_rank0(lambda: prepare_problems("chat", cfg.init_from))
         kind = ChatRows if cfg.packing else UnpackedChatRows
-        told, cfg = cfg, in_epochs(cfg, kind)
+        user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer
         model = chat_model(cfg, data.tokenizer, run)
-        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, kind, run)
-        run.identify(told, data=data.hashes(), base=model.base_hash)
+        evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
+        run.write_run_json(user_cfg, data=data.hashes(), base=model.base_hash)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows"
                       + f", {rows.left_out:,} conversations left out: no answer in {rows.T} tokens"

@@ -60,7 +60,7 @@ class TrainConfig(RunConfig, GPTConfig):
 
 def batches_at(data: StagedData, step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
-    cfg, mix, first, count = data.share(step)
+    cfg, mix, first, count = data.shard_for_step(step)
     eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
     return [text_batch(rows, eot_id) | {"z_loss": cfg.z_loss}
             for rows in np.split(mix.samples(first, count), count // cfg.micro_batch_size)]
@@ -80,7 +80,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any],
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
-class Evaluation:
+class TextEvaluation:
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read.
 
     A run has one, made from its last stage: the same text, rows and masks at every step, whatever stage that
@@ -153,18 +153,18 @@ def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float
 # ---- Go ---------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(TrainConfig, argv, usage=__doc__)
+    cfg, provenance = configure(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
-        cfg = with_architecture_of(cfg.init_from, cfg, given)
-    with start_run(cfg, given) as run:
+        cfg = with_architecture_of(cfg.init_from, cfg, provenance)
+    with start_run(cfg, provenance) as run:
         if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
-            run.on_first_rank(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
-        told, cfg = cfg, in_epochs(cfg)
+            run.run_on_rank0(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
+        user_cfg, cfg = cfg, in_epochs(cfg)
         data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
         tokenizer = run.tokenizer = data.tokenizer
         check_vocabulary(cfg, data)
-        evaluation = Evaluation(data.stages[-1].cfg, data.last_mix, run)
-        run.identify(told, data=data.hashes())
+        evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
+        run.write_run_json(user_cfg, data=data.hashes())
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
             model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "
@@ -177,15 +177,15 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def with_architecture_of(source: str, cfg: TrainConfig, given: dict[str, str]) -> TrainConfig:
+def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, str]) -> TrainConfig:
     """`cfg` with the architecture of a model folder. UserError if the user gave some of it as well.
 
     Only block_size may be given: rows may be shorter than the model's context, or, with RoPE, longer.
     """
     fields = hf.read_config(hf.find_folder(source))
-    if both := sorted({each.name for each in dataclasses.fields(GPTConfig)} & given.keys() - {"block_size"}):
-        raise UserError(f"{given[both[0]]}: {both[0]} comes with init_from={source} and cannot be given")
-    if "block_size" in given:
+    if both := sorted({each.name for each in dataclasses.fields(GPTConfig)} & provenance.keys() - {"block_size"}):
+        raise UserError(f"{provenance[both[0]]}: {both[0]} comes with init_from={source} and cannot be given")
+    if "block_size" in provenance:
         fields["block_size"] = cfg.block_size
     return dataclasses.replace(cfg, **fields)
 

@@ -60,7 +60,7 @@ def write_inputs(cfg: Config, folder: Path) -> None:
                      cfg.teacher_n_embd, cfg.block_size, seed=1)
 
 
-def rows_of(cfg: post.Config, folder: Path) -> np.ndarray:
+def packed_rows(cfg: post.Config, folder: Path) -> np.ndarray:
     """What distill.py reads, in its order: (steps * B, 3, T) of inputs, targets and conversation numbers."""
     mix = Mix(str(folder / "data"), cfg.block_size, RunConfig.seed, UnpackedChatRows)
     return mix.samples(0, cfg.steps * cfg.batch_size)
@@ -106,7 +106,7 @@ def run_trl(cfg: post.Config, divergence: str, folder: Path) -> dict[str, Any]:
         **post.trl_arguments(cfg, folder), beta=BETA[divergence], lmbda=0.0, seq_kd=False, temperature=1.0,
         learning_rate=RATE, adam_beta2=BETA2, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0,
         lr_scheduler_type="constant", train_sampling_strategy="sequential", logging_strategy="no")
-    rows = datasets.Dataset.from_list(list(trl_rows(rows_of(cfg, folder))))
+    rows = datasets.Dataset.from_list(list(trl_rows(packed_rows(cfg, folder))))
     trainer = Noting(student, teacher, arguments, train_dataset=rows, processing_class=tokenizer,
                      callbacks=[post.trl_clock(times)])
     with open(os.devnull, "w") as sys.stdout:
@@ -130,7 +130,7 @@ def run_plain(cfg: post.Config, _: str, folder: Path) -> dict[str, Any]:
     student, teacher = transformers_models(cfg, folder)
     student.train()
     optimizer = torch.optim.AdamW(student.parameters(), RATE, (0.9, BETA2), weight_decay=0.0, fused=True)
-    times, losses, rows = [], [], rows_of(cfg, folder)
+    times, losses, rows = [], [], packed_rows(cfg, folder)
     for first in range(0, len(rows), cfg.batch_size):
         some = rows[first:first + cfg.batch_size]
         ids = chat_batch(some)["input_ids"].to(cfg.device)  # (B, T), cut behind the last target

@@ -61,7 +61,7 @@ def hub_form(name: str, row: Row) -> Row:
             "label": int(row["fields"][1])}
 
 
-def rows_of(name: str, data: str, limit: int) -> tuple[list[Row], list[Row]]:
+def question_rows(name: str, data: str, limit: int) -> tuple[list[Row], list[Row]]:
     """The rows of examples and those that are asked: of MMLU the first of each subject in turn."""
     rows = read(data, name, "")
     if name == "arc_easy":
@@ -101,7 +101,7 @@ def write_tasks(folder: Path, data: str, names: list[str], limit: int) -> dict[s
     for name in names:
         if name not in INCLUDED:
             raise UserError(f"tasks={name}: must be of {', '.join(INCLUDED)}")
-        examples, asked = rows_of(name, data, limit)
+        examples, asked = question_rows(name, data, limit)
         common = {"include": str(theirs / INCLUDED[name]), "dataset_path": "json", "dataset_name": None,
                   "num_fewshot": SHOTS.get(name, 0), "test_split": "test", "validation_split": None,
                   "training_split": None, "fewshot_split": "train" if name in SHOTS else None,

@@ -69,7 +69,7 @@ class ChatRows:
             hint = " (prepare.py --val_fraction= makes more)" if split == "val" else ""
             raise UserError(f"{data.folder}: none of {len(self.lengths)} {split} conversations has an answer "
                             f"in its first block_size={block_size} tokens{hint}")
-        self.rows = pack(self.lengths[usable], block_size) if packing else [[i] for i in range(len(usable))]
+        self.rows = pack_rows(self.lengths[usable], block_size) if packing else [[i] for i in range(len(usable))]
         self.rows = [usable[row] for row in self.rows]
 
     def __len__(self) -> int:
@@ -131,7 +131,7 @@ class PairRows:
         return self.documents.tokens(document, prompt + chosen + rejected)[0], prompt, chosen
 
 
-def pack(lengths: np.ndarray, size: int) -> list[list[int]]:
+def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
     """Which numbers share a row: best fit, longest first. Each row's lengths sum to `size` at the most."""
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(size + 1)]  # the rows that have so much room

@@ -27,7 +27,7 @@ ANSWERS = ("output", "response", "completion", "answer")
 Message = dict[str, Any]
 
 
-def renamed(row: Any, keys: dict[str, str]) -> dict[str, Any]:
+def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
     """The row, with the values of its own keys under ours too. keys: {ours: the row's}. Skip if one lacks."""
     if not isinstance(row, dict):
         raise Skip("not a JSON object")
@@ -47,7 +47,7 @@ def conversation(row: dict[str, Any]) -> list[Message]:
         answer = next((source[key] for key in ANSWERS if key in source), None)
         if answer is None:
             raise Skip(f"no answer (none of {', '.join(ANSWERS)})")
-        found.append({"role": "assistant", "content": text_of(answer, "the answer").strip()})
+        found.append({"role": "assistant", "content": require_text(answer, "the answer").strip()})
     if not any(message["role"] == "assistant" for message in found):
         raise Skip("no turn of an assistant")
     require_answers(found)
@@ -88,7 +88,7 @@ def opening(row: dict[str, Any]) -> list[Message]:
     if is_list_of_dicts(question):
         return begin + [message_of(each) for each in question]
     source = row["instances"][0] if is_list_of_dicts(row.get("instances")) else row
-    texts = [text_of(question, "the question").strip(), text_of(source.get("input") or "", "input").strip()]
+    texts = [require_text(question, "the question").strip(), require_text(source.get("input") or "", "input").strip()]
     if not texts[0]:
         raise Skip("empty question")
     return [*begin, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
@@ -96,7 +96,7 @@ def opening(row: dict[str, Any]) -> list[Message]:
 
 def system_of(row: dict[str, Any]) -> list[Message]:
     """The system message that a row's own keys make, or []."""
-    texts = [text_of(row[key], key) for key in ("system", "tools") if row.get(key)]
+    texts = [require_text(row[key], key) for key in ("system", "tools") if row.get(key)]
     return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
@@ -116,7 +116,7 @@ def answer_messages(value: Any) -> list[Message]:
         return [message_of(each) for each in value]
     if isinstance(value, dict):
         return [message_of(value)]
-    text = text_of(value, "an answer")
+    text = require_text(value, "an answer")
     turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
     if turns[0].strip() or len(turns) < 5:  # no transcript with two turns at least
         return [{"role": "assistant", "content": text.strip()}]
@@ -130,7 +130,7 @@ def message_of(value: dict[str, Any]) -> Message:
     role = ROLE_NAMES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         raise Skip(f"unknown role {str(name)[:40]!r}")
-    content = text_of(value.get("content", value.get("value")) or "", "a message")
+    content = require_text(value.get("content", value.get("value")) or "", "a message")
     message: Message = {"role": role, "content": content.strip()}
     if name == "function_call":
         call = read_call(content)
@@ -138,7 +138,7 @@ def message_of(value: dict[str, Any]) -> Message:
             raise Skip("a function call that is not JSON with a name and arguments")
         return message | {"content": "", "tool_calls": [call]}
     if value.get("thought"):
-        message["thought"] = text_of(value["thought"], "a thought").strip()
+        message["thought"] = require_text(value["thought"], "a thought").strip()
     if value.get("tool_calls"):
         if not is_list_of_dicts(value["tool_calls"]):
             raise Skip("tool_calls is no list of calls")
@@ -157,7 +157,7 @@ def called(call: Any) -> dict[str, Any]:
         except (ValueError, RecursionError):
             raise Skip("a tool call's arguments are not JSON") from None
     call = {"name": call["name"], "arguments": arguments}
-    text_of(call_text(call), "a tool call")
+    require_text(call_text(call), "a tool call")
     return call
 
 
@@ -172,7 +172,7 @@ def is_list_of_dicts(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
 
 
-def text_of(value: Any, what: str) -> str:
+def require_text(value: Any, what: str) -> str:
     """A text, or a number as one (2.0 is "2"). Skip for anything else, and for what UTF-8 cannot hold."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(int(value)) if value == value // 1 else str(value)

@@ -114,7 +114,7 @@ class Mix:
         ends = [len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)]
         return math.ceil(min(ends))
 
-    def picks(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def interleave(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(folder, number within it) of the samples first ... first + count - 1, (count,) int64 each.
 
         Folder d takes its j-th turn at time (j + 1/2) / weight[d]; the samples are all turns in order of
@@ -134,9 +134,9 @@ class Mix:
         order = np.lexsort((owner, np.concatenate(times)))[first - before:first - before + count]
         return owner[order], number[order]
 
-    def places(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(folder, row in it) of the run's samples first ... first + count - 1, (count,) int64 each."""
-        owner, number = self.picks(first, count)
+        owner, number = self.interleave(first, count)
         for folder in np.unique(owner):
             mine = owner == folder
             epoch, place = np.divmod(number[mine], len(self.rows[folder]))
@@ -146,7 +146,7 @@ class Mix:
 
     def samples(self, first: int, count: int) -> np.ndarray:
         """The rows of these samples, (count, ...) int64, whatever shape a row has: (T + 1,) of text."""
-        owner, index = self.places(first, count)
+        owner, index = self.locate(first, count)
         parts = {int(folder): self.rows[folder].read(index[owner == folder]) for folder in np.unique(owner)}
         out = np.empty((count, *next(iter(parts.values())).shape[1:]), dtype=np.int64)
         for folder, rows in parts.items():

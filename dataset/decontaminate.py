@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 
 from dataset.minhash import BANDS, PERMUTATIONS, NearDuplicates, band_keys, lookup, signatures
-from dataset.words import ODD, Words, chained, distinct, mixed, passages, runs, words_of
+from dataset.words import GOLDEN_RATIO_64, Words, chained, distinct, mixed, passages, runs, words_of
 
 NGRAM = 13  # equal words in a row
 WHOLE = 10  # words of the shortest paragraph or item that is looked for as a whole; the longest has NGRAM - 1
@@ -167,7 +167,7 @@ def compact(places: np.ndarray) -> np.ndarray:
 def gram_keys(eights: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """uint64 of `counts` words, 8 to 16, from each of `starts` on: its first eight and its last eight."""
     last = eights[starts + counts - 8]
-    return mixed(mixed(eights[starts] + counts.astype(np.uint64)) * ODD + last)
+    return mixed(mixed(eights[starts] + counts.astype(np.uint64)) * GOLDEN_RATIO_64 + last)
 
 
 def signed(words: Words, pairs: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> np.ndarray:

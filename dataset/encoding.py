@@ -20,9 +20,9 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dataset.conversations import Message, conversation, preference, renamed
+from dataset.conversations import Message, conversation, preference, rename_keys
 from dataset.decontaminate import OVERLAPS, Index
-from dataset.sources import Row, Skip, document, value_of
+from dataset.sources import Row, Skip, document, row_value
 from formats.chat_format import call_text, encode_answer, encode_chat, encode_prompt, parts_of
 from formats.tokenizer import Tokenizer
 
@@ -55,7 +55,7 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
     lengths, byte_counts, hashes = (np.zeros(len(rows), dtype) for dtype in (np.int64, np.int64, np.uint64))
-    contents, reasons, overlaps = look_into(rows, recipe)
+    contents, reasons, overlaps = parse_rows(rows, recipe)
     for i, content in enumerate(contents):
         if content is None:
             continue
@@ -69,7 +69,7 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
 
 # ---- Rows -> contents -------------------------------------------------------------------------------------
 
-def look_into(rows: list[Row], recipe: Recipe) -> tuple[
+def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
         list[Any], list[str | None], list[list[dict[str, Any]]]]:
     """Of each row the content, or None, and why it cannot be used, or None; and its overlaps."""
     contents, reasons = [], []
@@ -82,7 +82,7 @@ def look_into(rows: list[Row], recipe: Recipe) -> tuple[
             reasons.append(str(reason))
     overlaps: list[list[dict[str, Any]]] = [[] for _ in rows]
     if recipe.index:
-        overlaps = recipe.index.find(["" if content is None else said(content) for content in contents])
+        overlaps = recipe.index.find(["" if content is None else visible_text(content) for content in contents])
         for i, found in enumerate(overlaps):
             if found:
                 contents[i], reasons[i] = None, OVERLAPS
@@ -93,7 +93,7 @@ def content_of(row: Row, recipe: Recipe) -> Any:
     """A row's text, its messages, or the three parts of a preference. Skip if it cannot be used."""
     if recipe.kind == "text":
         return document(row, recipe.text_key)
-    fields = renamed(value_of(row), recipe.keys)
+    fields = rename_keys(row_value(row), recipe.keys)
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 
@@ -107,7 +107,7 @@ def text_hash(data: bytes) -> int:
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
 
-def said(content: Any) -> str:
+def visible_text(content: Any) -> str:
     """The words of a document: its text, or what is said in all its messages, with blank lines between."""
     if isinstance(content, str):
         return content
@@ -120,7 +120,7 @@ def pieces(content: Any) -> Iterator[str]:
     if isinstance(content, str):
         yield content
         return
-    for message in messages_in(content):  # from what is `said` a tokenizer would not learn the roles' names
+    for message in messages_in(content):  # from what is `visible_text` a tokenizer would not learn the roles' names
         yield from (part.text for part in parts_of(message) if not part.is_special)
 
 

@@ -34,7 +34,7 @@ from dataset.sources import (
     find_files,
     hub_rows,
     read_rows,
-    value_of,
+    row_value,
 )
 from dataset.words import normalised
 from formats.chat_format import ROLES
@@ -99,13 +99,13 @@ def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
 # ---- Items ------------------------------------------------------------------------------------------------
 
 def hub_items(name: str) -> Iterator[tuple[str, str]]:
-    return ((row.place, text_of(row.content)) for row in hub_rows(name, None, KEY))
+    return ((row.place, item_text(row.content)) for row in hub_rows(name, None, KEY))
 
 
 def file_items(path: Path) -> Iterator[tuple[str, str]]:
     for row in read_rows([path], None, 2**20):
         try:
-            value = value_of(row)
+            value = row_value(row)
         except Blank:
             continue
         except Skip as reason:
@@ -113,17 +113,17 @@ def file_items(path: Path) -> Iterator[tuple[str, str]]:
         if file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":
             yield from split_items(value, row)
         else:
-            yield row.place, text_of(value)
+            yield row.place, item_text(value)
 
 
 def split_items(value: dict[str, Any], row: Row) -> Iterator[tuple[str, str]]:
     """A .json object's lists of objects, each of them an item, and whatever else it says as one more."""
     splits = {name: rows for name, rows in value.items() if is_list_of_dicts(rows)}
-    if text := text_of({name: other for name, other in value.items() if name not in splits}):
+    if text := item_text({name: other for name, other in value.items() if name not in splits}):
         yield row.place, text
     for name, rows in splits.items():
         for number, each in enumerate(rows):
-            yield f"{row.place.removesuffix(':1')} {name}[{number}]", text_of(each)
+            yield f"{row.place.removesuffix(':1')} {name}[{number}]", item_text(each)
 
 
 def folder_items(folder: Path) -> Iterator[tuple[str, str]]:
@@ -146,7 +146,7 @@ def folder_items(folder: Path) -> Iterator[tuple[str, str]]:
 
 # ---- A row's text -----------------------------------------------------------------------------------------
 
-def text_of(value: Any) -> str:
+def item_text(value: Any) -> str:
     """All strings of a row that are text, with blank lines between them."""
     return value if isinstance(value, str) else "\n\n".join(strings(value))
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from dataset.words import ODD, mixed, runs
+from dataset.words import GOLDEN_RATIO_64, mixed, runs
 
 PERMUTATIONS = 128
 BANDS = 32  # of PERMUTATIONS / BANDS = 4 rows each
@@ -52,7 +52,7 @@ def band_keys(signature: np.ndarray) -> np.ndarray:
     rows = signature.reshape(len(signature), BANDS, PERMUTATIONS // BANDS)
     keys = np.broadcast_to(np.arange(BANDS, dtype=np.uint64), rows.shape[:2])
     for row in range(rows.shape[2]):
-        keys = mixed(keys * ODD + rows[:, :, row])
+        keys = mixed(keys * GOLDEN_RATIO_64 + rows[:, :, row])
     return keys
 
 

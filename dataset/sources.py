@@ -325,7 +325,7 @@ def hub_rows(name: str, text_key: str | None, key: str = "source") -> Iterator[R
         raise UserError(f"{key}=hf:{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
 
 
-def value_of(row: Row) -> Any:
+def row_value(row: Row) -> Any:
     """The row's content as Python's: text, or what the JSON says. Raises Skip with the reason if it is bad.
     """
     if row.kind == "bad":
@@ -340,7 +340,7 @@ def value_of(row: Row) -> Any:
 
 def document(row: Row, text_key: str) -> str:
     """The row's text. Raises Skip with the reason if there is none that can be used."""
-    value = value_of(row)
+    value = row_value(row)
     if row.kind == "json":
         if not isinstance(value, dict):
             raise Skip("not a JSON object")

@@ -25,7 +25,7 @@ DELETED = bytes(code for code in range(128) if chr(code) in string.punctuation o
 FOLDED = bytes(code if code == ord("\n") or code > 127 else ord(" ") if chr(code).isspace() else
                ord(chr(code).lower()) for code in range(256))
 IDEOGRAPH = re.compile("[\u2e80-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")  # kana are among them
-ODD = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: multiplies sums apart
+GOLDEN_RATIO_64 = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: multiplies sums apart
 WEIGHTS = np.random.default_rng(13).integers(2**64, size=1024, dtype=np.uint64)  # of the bytes of a long word
 
 
@@ -96,7 +96,7 @@ def word_hashes(data: bytes, begins: np.ndarray, ends: np.ndarray) -> np.ndarray
     lengths = ends - begins
     others = 8 * np.maximum(8 - lengths, 0).astype(np.uint64)  # bits that belong to a short word's neighbours
     first, last = eight[begins + 8] << others, eight[ends] >> others << others
-    hashes = mixed(mixed(first * ODD + lengths.astype(np.uint64)) * ODD + last)
+    hashes = mixed(mixed(first * GOLDEN_RATIO_64 + lengths.astype(np.uint64)) * GOLDEN_RATIO_64 + last)
     long = np.flatnonzero(lengths > 16)
     if len(long):
         places = runs(np.zeros(len(long), np.int64), lengths[long])
@@ -127,7 +127,7 @@ def chained(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(W,) words -> (W,) hashes of two and of eight words from each on; the last ones see zeros."""
     by, results = hashes, []
     for step in (1, 2, 4):
-        by = mixed(by * ODD + np.append(by, np.zeros(step, np.uint64))[step:])
+        by = mixed(by * GOLDEN_RATIO_64 + np.append(by, np.zeros(step, np.uint64))[step:])
         results.append(by)
     return results[0], results[2]
 

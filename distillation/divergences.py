@@ -18,10 +18,11 @@ import torch
 from torch import Tensor
 
 from dataset.dataloader import IGNORE
-from training.losses import chunk_rows, compute_dtype
+from modeling.devices import autocast_dtype
+from training.losses import chunk_rows
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
-LOWEST = -100.0  # nats: no token is less likely to a teacher, so that none costs infinitely much
+MIN_LOG_PROB = -100.0  # nats: no token is less likely to a teacher, so that none costs infinitely much
 
 
 class Objective(NamedTuple):
@@ -67,7 +68,7 @@ def divergence(log_p: Tensor, log_q: Tensor, kind: Kind, beta: float = 0.5) -> t
     2306.13649, equation 1), at most ln 2 for beta 1/2. tv: half the sum of |p - q| (arXiv 2307.15190).
     log_p, log_q: (n, V). log_q may hold -inf, and is changed.
     """
-    log_q.clamp_(min=LOWEST)
+    log_q.clamp_(min=MIN_LOG_PROB)
     p, q = log_p.exp(), log_q.exp()
     if kind == "forward_kl":
         return dot(q, log_q.sub_(log_p)), p.sub_(q)
@@ -131,7 +132,7 @@ def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slic
     return T**2 * loss, gradient.mul_(T)
 
 
-def at_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
+def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
     """(B, T, C) -> (N, C): the batch's "positions", where it has them, else all."""
     hidden = hidden.flatten(0, 1)
     return hidden[batch["positions"]] if "positions" in batch else hidden
@@ -147,7 +148,7 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor,
     soft targets are of the same positions. What is ignored is computed all the same, because to look for it
     would make a GPU wait: callers leave most of it out. Returns float32 scalars, 0 where no target is.
     """
-    dtype = compute_dtype(hidden)
+    dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearDistillation.apply(hidden, weight, targets, teacher, vocab_size, objective, dtype,
                                         torch.is_grad_enabled())

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from dataset.chat_rows import batch_of
 from dataset.dataloader import IGNORE, Mix, shares
-from distillation.divergences import DenseTeacher, at_targets, compared
+from distillation.divergences import DenseTeacher, compared, select_targets
 from training.run import Run
 
 
-class Evaluation:
+class StudentEvaluation:
     """The student on validation rows, by the weights of the last stage's mix; beside the teacher, where that
     is in memory: its own loss, KL(teacher || student), and how often both hold the same token likeliest."""
 
@@ -64,7 +64,7 @@ class Evaluation:
 
         def beside(teacher: DenseTeacher | None) -> Tensor:
             def head(hidden: Tensor, weight: Tensor) -> Tensor:
-                hidden = at_targets(hidden, batch)
+                hidden = select_targets(hidden, batch)
                 other = teacher or DenseTeacher(hidden, weight)
                 return compared(hidden, weight, targets, other, vocab_size)
             return model(**inputs, head=head)
@@ -72,4 +72,4 @@ class Evaluation:
         if self.teacher is None:
             return beside(None)
         return self.teacher(**inputs, head=lambda hidden, weight: beside(
-            DenseTeacher(at_targets(hidden, batch), weight)))
+            DenseTeacher(select_targets(hidden, batch), weight)))

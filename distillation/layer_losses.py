@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-NOTHING = -1e30  # the logarithm of 0, but finite: the difference of two is a number, where inf - inf is NaN
+NEG_INF = -1e30  # the logarithm of 0, but finite: the difference of two is a number, where inf - inf is NaN
 SHORTEST = 1e-6  # a vector below this norm has no direction: its cosine with any other is about 0
 
 
@@ -76,7 +76,7 @@ def log_attention(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, D)
     scores = products(q, k) / math.sqrt(q.shape[-1])  # (B, H, T, T)
-    return scores.masked_fill(~seen, NOTHING).log_softmax(dim=-1)
+    return scores.masked_fill(~seen, NEG_INF).log_softmax(dim=-1)
 
 
 def attention_mse(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teacher_k: Tensor,
@@ -136,7 +136,7 @@ def transport_plan(cost: Tensor, weights: Tensor, regularization: float, iterati
 
     cost: (B, T, T). Rows sum to `weights` (B, T); columns do so up to what the iterations leave.
     """
-    mass = torch.where(weights > 0, weights.log(), NOTHING)  # (B, T)
+    mass = torch.where(weights > 0, weights.log(), NEG_INF)  # (B, T)
     both = weights[:, :, None] * weights[:, None, :]  # (B, T, T), the pairs that count
     # The geometric mean: a first token's outsized vectors would raise the mean until it blurs all the others.
     logs = (both * cost.clamp_min(1e-12).log()).sum(dim=(1, 2)) / both.sum(dim=(1, 2)).clamp_min(1)  # (B,)
@@ -176,5 +176,5 @@ def info_nce(student: Tensor, teacher: Tensor, weights: Tensor, temperature: flo
     """
     student, teacher = (F.normalize(x, dim=-1, eps=SHORTEST) for x in same_width(student, teacher))
     scores = products(student, teacher) / temperature  # (B, T, T)
-    log_p = scores.masked_fill(weights[:, None] == 0, NOTHING).log_softmax(dim=-1)
+    log_p = scores.masked_fill(weights[:, None] == 0, NEG_INF).log_softmax(dim=-1)
     return -(weights * log_p.diagonal(dim1=1, dim2=2)).sum()

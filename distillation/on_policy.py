@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from dataset.dataloader import IGNORE
-from generation.generate import Sampling, written
+from generation.generate import Sampling, generate_steps
 from model import GPT
 
 
@@ -47,7 +47,7 @@ def continued(student: GPT, batch: dict[str, Any], seed: int, vocab_size: int,
 
     student.eval()
     with torch.no_grad():
-        steps = list(written(student, rows, max(lengths), Sampling(temperature=1.0, seed=seed), is_done,
+        steps = list(generate_steps(student, rows, max(lengths), Sampling(temperature=1.0, seed=seed), is_done,
                              vocab_size, batch["numbers"]))
     student.train()
     own = [[token for token in row if token is not None] for row in zip(*steps, strict=True)]

@@ -44,7 +44,7 @@ def kept_layers(choice: str, depth: int) -> list[int]:
     return layers
 
 
-def carved_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int]) -> GPTConfig:
+def pruned_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int]) -> GPTConfig:
     """The teacher's, with these layers and widths. UserError for one that is wider than the teacher's."""
     for key, value in widths.items():
         if value > getattr(teacher, key):
@@ -59,7 +59,7 @@ def carved_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int])
 
 
 @torch.no_grad()
-def carve(teacher: GPT, config: GPTConfig, layers: list[int], ids: Tensor) -> GPT:
+def prune(teacher: GPT, config: GPTConfig, layers: list[int], ids: Tensor) -> GPT:
     """The student on the CPU, in float32. ids: (B, T) int64, text that shows what is active."""
     activity, full = measure_activity(teacher, ids), teacher.config
     state = {name: tensor.float().cpu() for name, tensor in teacher.state_dict().items()}
@@ -78,8 +78,8 @@ def carve(teacher: GPT, config: GPTConfig, layers: list[int], ids: Tensor) -> GP
         kv = strongest(activity[f"heads.{at}"].view(-1, group).sum(1), config.n_kv_head)  # (K,)
         queries = (kv[:, None] * group + torch.arange(group)).flatten()  # (H,)
         neurons = strongest(activity[f"neurons.{at}"], config.intermediate_size)
-        inner = {"q_proj": rows_of(queries, D), "k_proj": rows_of(kv, D), "v_proj": rows_of(kv, D),
-                 "o_proj": rows_of(queries, D), "gate_proj": neurons, "up_proj": neurons,
+        inner = {"q_proj": head_rows(queries, D), "k_proj": head_rows(kv, D), "v_proj": head_rows(kv, D),
+                 "o_proj": head_rows(queries, D), "gate_proj": neurons, "up_proj": neurons,
                  "down_proj": neurons}.get(module)
         if module in ("q_norm", "k_norm"):  # as wide as a head
             kept = tensor
@@ -127,7 +127,7 @@ def strongest(activity: Tensor, count: int) -> Tensor:
     return activity.topk(count).indices.sort().values
 
 
-def rows_of(heads: Tensor, D: int) -> Tensor:
+def head_rows(heads: Tensor, D: int) -> Tensor:
     """The rows of a projection that make these heads: (heads * D,)."""
     return (heads[:, None] * D + torch.arange(D)).flatten()
 

@@ -78,7 +78,7 @@ class Student(GPT):
             save_file(own, Path(path) / PROJECTIONS)
 
 
-class Taps:
+class ActivationHooks:
     """What some blocks of a GPT gave in its latest forward pass."""
 
     def __init__(self, model: GPT, layers: list[int]):
@@ -88,7 +88,7 @@ class Taps:
         for layer in set(layers):
             block = model.model["layers"][layer]
             block.register_forward_hook(self.note(layer))
-            block.self_attn.watch = lambda q, k, v, layer=layer: self.heads.__setitem__(layer, (q, k, v))
+            block.self_attn.attn_hook = lambda q, k, v, layer=layer: self.heads.__setitem__(layer, (q, k, v))
 
     def note(self, layer: int) -> Any:
         def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
@@ -96,7 +96,7 @@ class Taps:
         return hook
 
 
-def inside_loss(student: Student, ours: Taps, theirs: Taps, batch: dict[str, Any], cfg: Any) -> Tensor:
+def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHooks, batch: dict[str, Any], cfg: Any) -> Tensor:
     """(2,): the losses of hidden states and of attention, each the mean over the mapped pairs, summed over
     the positions of the targets; 0 for one whose weight is 0.
 

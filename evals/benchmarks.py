@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from dataset.conversations import is_list_of_dicts
-from dataset.sources import Blank, Skip, file_kind, files_under, find_files, hub_rows, read_rows, value_of
+from dataset.sources import Blank, Skip, file_kind, files_under, find_files, hub_rows, read_rows, row_value
 
 ROW_KINDS = {".jsonl", ".json", ".parquet", ".tsv"}
 
@@ -85,7 +85,7 @@ def file_rows(path: Path) -> Iterator[dict[str, Any]]:
     rows = list(read_rows(files, None, piece=2**20))
     for row in rows:
         try:
-            value = value_of(row)
+            value = row_value(row)
         except Blank:
             continue
         except Skip as reason:

@@ -27,12 +27,12 @@ from tqdm import tqdm
 from configurator import UserError
 from formats.chat_format import encode_prompt, end_of_turn
 from formats.tokenizer import Tokenizer
-from generation.generate import compute_dtype
 from model import GPT
+from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache
 from training.losses import chunk_rows, linear_log_probs
 
-AT_ONCE = {"cpu": 256, "cuda": 4096}  # new tokens in a forward pass: more see more that is not theirs
+MAX_BATCH_TOKENS = {"cpu": 256, "cuda": 4096}  # new tokens in a forward pass: more see more that is not theirs
 ROW_TOKENS = 4096  # of running text in a forward pass
 
 
@@ -122,7 +122,7 @@ class Tree(KVCache):
     """
 
     def __init__(self, model: GPT, size: int):
-        device, dtype = model.head_weight.device, compute_dtype(model)
+        device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
         super().__init__(model.config, 1, size, device, dtype)
         self.states = torch.zeros(size, model.config.n_embd, device=device, dtype=dtype)
         self.text, self.path = np.zeros(0, np.int32), np.zeros(0, np.int64)
@@ -132,7 +132,7 @@ class Tree(KVCache):
         first = end = self.used
         paths, new, places = [], [], []
         for text in texts:
-            shared = common(self.text, text)
+            shared = shared_prefix_length(self.text, text)
             new.append(text[shared:])
             places.append(np.arange(shared, len(text)))
             self.text, self.path = text, np.append(self.path[:shared], np.arange(end, end + len(new[-1])))
@@ -151,21 +151,21 @@ class Tree(KVCache):
         self.states[first:end] = model(ids, cache=self, head=lambda hidden, weight: hidden[0])
         return paths
 
-    def begin(self, T: int) -> tuple[Tensor, Tensor]:
+    def prepare(self, T: int) -> tuple[Tensor, Tensor]:
         return self.mask, self.positions
 
     def keep(self, length: int) -> None:
         """Forget all but the first tokens of the last text, which move to the first slots."""
-        settled = common(self.path[:length], np.arange(length))
+        settled = shared_prefix_length(self.path[:length], np.arange(length))
         slots = torch.from_numpy(self.path[settled:length]).to(self.rows.device)
         for stored in (*self.k, *self.v):
             stored[:, :, settled:length] = stored[:, :, slots]
         self.states[settled:length] = self.states[slots]
         self.text, self.path = self.text[:length], np.arange(length)
-        self.hold([length])
+        self.set_lengths([length])
 
 
-def common(one: np.ndarray, two: np.ndarray) -> int:
+def shared_prefix_length(one: np.ndarray, two: np.ndarray) -> int:
     """With how many equal elements both begin."""
     length = min(len(one), len(two))
     differs = one[:length] != two[:length]
@@ -179,7 +179,7 @@ def batches(texts: list[np.ndarray], at_once: int) -> Iterator[list[tuple[int, i
     """
     before, batch, size = np.zeros(0, np.int32), [], 0
     for number in sorted(range(len(texts)), key=lambda number: texts[number].tobytes()):
-        begin = common(before, texts[number])
+        begin = shared_prefix_length(before, texts[number])
         for end in [*range(begin + at_once, len(texts[number]), at_once), len(texts[number])]:
             if size + end - begin > at_once:
                 yield batch
@@ -192,7 +192,7 @@ def batches(texts: list[np.ndarray], at_once: int) -> Iterator[list[tuple[int, i
 
 
 @torch.inference_mode()
-def log_probs(model: GPT, texts: list[Text], at_once: int | None = None) -> list[tuple[float, bool]]:
+def text_log_probs(model: GPT, texts: list[Text], at_once: int | None = None) -> list[tuple[float, bool]]:
     """Of each text: the sum of the asked tokens' log-probabilities (float32), and whether each of them is the
     likeliest at its place.
 
@@ -200,14 +200,14 @@ def log_probs(model: GPT, texts: list[Text], at_once: int | None = None) -> list
     most block_size + 1.
     """
     device = model.head_weight.device
-    at_once = at_once or AT_ONCE.get(device.type, 4096)
+    at_once = at_once or MAX_BATCH_TOKENS.get(device.type, 4096)
     inputs = [text.ids[:-1] for text in texts]
     tree = Tree(model, model.config.block_size + at_once)
     found: list[Any] = [None] * len(texts)
     with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
         for batch in batches(inputs, at_once):
             pieces = [inputs[number][:end] for number, end in batch]
-            tree.keep(common(tree.text, pieces[0]))
+            tree.keep(shared_prefix_length(tree.text, pieces[0]))
             paths = tree.read(model, pieces)
             whole = [(number, path) for (number, end), path in zip(batch, paths, strict=True)
                      if end == len(inputs[number])]

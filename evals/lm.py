@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError
-from evals.likelihood import Likelihood, encode_plain, encode_turn, fitting, log_probs
+from evals.likelihood import Likelihood, encode_plain, encode_turn, fitting, text_log_probs
 from formats import hf
 from formats.chat_format import encode_prompt, end_of_turn, read_answer, require_chat
 from formats.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from generation.generate import Sampling, generate
 from model import GPT
 from modeling.devices import pick_device
 
-AT_ONCE = 2**17  # tokens of the prompts of a batch: at 16,384 tokens eight prompts, whatever batch_size says
+MAX_BATCH_TOKENS = 2**17  # tokens of the prompts of a batch: at 16,384 tokens eight prompts, whatever batch_size says
 
 
 class LM:
@@ -87,7 +87,7 @@ class LM:
         order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
         with tqdm(total=len(order), unit="prompt", leave=False, disable=None) as bar:
             while order:
-                size = max(1, min(self.batch_size, AT_ONCE // lengths[order[0]]))
+                size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // lengths[order[0]]))
                 yield order[:size]
                 bar.update(len(order[:size]))
                 order = order[size:]
@@ -151,7 +151,7 @@ class LM:
                 owners += [(len(found), len(row))] * len(parts)
                 row.append(Likelihood(0.0, len(ids), True, len(continuation.encode()), lost))
             found.append(row)
-        for (row, column), (log_prob, greedy) in zip(owners, log_probs(self.model, texts), strict=True):
+        for (row, column), (log_prob, greedy) in zip(owners, text_log_probs(self.model, texts), strict=True):
             if not math.isfinite(log_prob):
                 raise UserError(f"{self.folder}: a log-probability of {log_prob}: its weights are broken")
             each = found[row][column]

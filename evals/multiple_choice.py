@@ -93,7 +93,7 @@ def ask(lm: LM, questions: list[Question]) -> list[list[Likelihood]]:
                              for question in questions])
 
 
-def log_probs(found: list[Likelihood]) -> list[float]:
+def choice_log_probs(found: list[Likelihood]) -> list[float]:
     return [each.log_prob for each in found]
 
 
@@ -120,7 +120,7 @@ def result(questions: list[Question], found: list[list[Likelihood]], figures: di
     beginning; if any did, that is a figure, too."""
     cut = [any(each.cut for each in row) for row in found]
     answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
-                "log_probs": log_probs(row), "said": score.index(max(score)), "right": each}
+                "log_probs": choice_log_probs(row), "said": score.index(max(score)), "right": each}
                for question, row, score, each in zip(questions, found, scores, right, strict=True)]
     if any(cut):
         figures = figures | {"truncated": mean(cut)}
@@ -135,5 +135,5 @@ def score_by_character(lm: LM, questions: list[Question]) -> Result:
     scores = [per_character(row, question.choices) for question, row in zip(questions, found, strict=True)]
     right = accuracy(questions, scores)
     figures = {"accuracy_norm": mean(right),
-               "accuracy": mean(accuracy(questions, list(map(log_probs, found))))}
+               "accuracy": mean(accuracy(questions, list(map(choice_log_probs, found))))}
     return result(questions, found, figures, right, scores)

@@ -21,7 +21,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from configurator import UserError
-from formats.files import file_sha256, naming, sync_folder, write_json
+from formats.files import file_sha256, path_in_errors, sync_folder, write_json
 
 NAME = re.compile(r"step_(\d{6,})")
 
@@ -37,7 +37,7 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
         shutil.rmtree(beside, ignore_errors=True)
         beside.mkdir(parents=True)
         write(beside)
-        seal(beside)
+        write_manifest(beside)
         shutil.rmtree(folder, ignore_errors=True)  # an unverified one of the same step
         os.replace(beside, folder)
         sync_folder(out_dir)
@@ -48,11 +48,11 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
     return folder
 
 
-def seal(folder: Path, **more: Any) -> None:
+def write_manifest(folder: Path, **more: Any) -> None:
     """Force a folder's files to disk, and write manifest.json: their hashes, and what else is to be known."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
-        with open(path, "rb") as file, naming(path):
+        with open(path, "rb") as file, path_in_errors(path):
             os.fsync(file.fileno())
     digests = {str(path.relative_to(folder)): file_sha256(path) for path in files}
     write_json(folder / "manifest.json", {"files": digests} | more)
@@ -70,7 +70,7 @@ def require_space(out_dir: Path, size: int) -> None:
                         f"{size / 1e9:,.2f}; {free / 1e9:,.2f} GB are")
 
 
-def sweep(out_dir: Path) -> None:
+def clean_tmp(out_dir: Path) -> None:
     """Remove what a killed process left half written."""
     for path in out_dir.glob(".step_*.tmp"):
         shutil.rmtree(path)
@@ -78,7 +78,7 @@ def sweep(out_dir: Path) -> None:
         path.unlink()
 
 
-def fault(folder: Path, model_only: bool = False) -> str | None:
+def find_corruption(folder: Path, model_only: bool = False) -> str | None:
     """What is wrong with a checkpoint folder, or None if every file is there and has its sha256.
 
     model_only: leave out trainer/, which is twice the size of the rest, and README.md, which people edit.
@@ -107,7 +107,7 @@ def folder_step(folder: Path) -> int:
 def newest_verified(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
     """The latest checkpoint whose files are all intact; says which ones it passed over."""
     for folder in reversed(step_folders(out_dir)):
-        problem = fault(folder)
+        problem = find_corruption(folder)
         if problem is None:
             return folder
         warn(f"{folder}: passed over: {problem}")
@@ -125,7 +125,7 @@ def read_pointers(out_dir: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged ({error}); without it the next save makes a new one") from None
 
 
-def point(out_dir: Path, keep: int, **pointers: Any) -> None:
+def update_pointers(out_dir: Path, keep: int, **pointers: Any) -> None:
     """Update checkpoints.json, then delete all checkpoints but the newest `keep` and those it points to."""
     pointers = read_pointers(out_dir) | pointers
     write_json(out_dir / "checkpoints.json", pointers)

@@ -24,7 +24,7 @@ from configurator import UserError
 
 
 @contextlib.contextmanager
-def naming(path: Path) -> Iterator[None]:
+def path_in_errors(path: Path) -> Iterator[None]:
     """Inside, an OSError that names no file, as that of a write to a full disk, is given this one's name."""
     try:
         yield
@@ -41,13 +41,13 @@ class HashedFile:
 
     def write(self, values: np.ndarray) -> None:
         data = values.tobytes()
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.file.write(data)
         self.digest.update(data)
 
     def close(self) -> str:
         """Force it to disk; returns the hash."""
-        with naming(self.path):
+        with path_in_errors(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
         self.file.close()
@@ -68,7 +68,7 @@ def write_bytes(path: Path, content: bytes) -> None:
     """Replace a file in one step: it is old or new, never half."""
     beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:
-        with naming(path):
+        with path_in_errors(path):
             with open(beside, "wb") as file:
                 file.write(content)
                 file.flush()
@@ -88,14 +88,14 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def hidden(target: Path, word: str) -> Path:
+def sibling_path(target: Path, word: str) -> Path:
     """Where, beside `target`, what is to take its place ("tmp") or had it ("old") is kept for the moment."""
     target = target.resolve()
     return target.with_name(f".{target.name}.{word}")
 
 
 @contextlib.contextmanager
-def folder_to_be(target: Path, mark: str = "meta.json", kind: str = "data set") -> Iterator[Path]:
+def atomic_folder(target: Path, mark: str = "meta.json", kind: str = "data set") -> Iterator[Path]:
     """An empty folder beside `target` to build in, which then takes its place. UserError if it may not: what
     stands there already must have the file `mark`, as folders of this kind do."""
     if target.exists() and not target.is_dir():
@@ -103,7 +103,7 @@ def folder_to_be(target: Path, mark: str = "meta.json", kind: str = "data set") 
     if target.is_dir() and any(target.iterdir()) and not (target / mark).exists():
         raise UserError(f"out={target}: holds files, but no {kind}; give a folder that is new or empty")
     target = target.resolve()
-    beside, before = hidden(target, "tmp"), hidden(target, "old")
+    beside, before = sibling_path(target, "tmp"), sibling_path(target, "old")
     beside.mkdir(parents=True, exist_ok=True)
     lock = os.open(beside, os.O_RDONLY)
     try:

@@ -31,7 +31,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from formats import hf, kquants
-from formats.files import naming
+from formats.files import path_in_errors
 from modeling.rope import rope_frequencies, yarn_factor
 
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
@@ -92,7 +92,7 @@ def metadata(config: Any, kind: str) -> dict[str, Any]:
 
 # ---- Tensors ----------------------------------------------------------------------------------------------
 
-def renamed(config: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+def rename_tensors(config: Any, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
     """(their name, tensor) of each parameter, in order: rows of q and k in their order, padding cut, q, k and
     v of gpt2 fused; and the factors of llama3's rotary scaling, which are a tensor there."""
     arch = hf.architecture(config)
@@ -189,11 +189,11 @@ class Placed(NamedTuple):
     bytes: int
 
 
-def plan(config: Any, state: dict[str, Tensor], kind: str) -> list[Placed]:
+def plan_tensors(config: Any, state: dict[str, Tensor], kind: str) -> list[Placed]:
     """What `write` will put where, without doing it."""
     import gguf
     placed = []
-    for name, tensor in renamed(config, state):
+    for name, tensor in rename_tensors(config, state):
         each = tensor_type(name, tuple(tensor.shape), config, kind)
         wanted = each if each == "F32" else wanted_type(name, config, kind)
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), gguf.GGMLQuantizationType[each])
@@ -208,20 +208,20 @@ def write(path: Path, config: Any, state: dict[str, Tensor], described: dict[str
     state: float32 tensors by our names. described: further metadata, of the tokenizer and of the origin.
     """
     import gguf
-    placed = plan(config, state, kind)
+    placed = plan_tensors(config, state, kind)
     writer = gguf.GGUFWriter(None, hf.architecture(config))
     for key, value in (metadata(config, kind) | described).items():
         add_value(writer, key, value)
-    for (_, tensor), each in zip(renamed(config, state), placed, strict=True):
+    for (_, tensor), each in zip(rename_tensors(config, state), placed, strict=True):
         type_ = gguf.GGMLQuantizationType[each.type]
         shape = gguf.quant_shape_to_byte_shape(tuple(tensor.shape), type_)
         writer.add_tensor_info(each.name, shape, np.dtype(np.uint8), each.bytes, raw_dtype=type_)
-    with naming(path):
+    with path_in_errors(path):
         try:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
             writer.write_ti_data_to_file()
-            tensors = zip(renamed(config, state), placed, strict=True)
+            tensors = zip(rename_tensors(config, state), placed, strict=True)
             for (_, tensor), each in tqdm(tensors, path.name, len(placed), leave=False,
                                           disable=not sys.stderr.isatty()):
                 writer.write_tensor_data(encoded(tensor.float().cpu().contiguous().numpy(), each.type))

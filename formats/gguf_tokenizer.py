@@ -36,7 +36,7 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int, place: str) -> dict[str, A
     described = {"tokenizer.ggml.model": "gpt2", "tokenizer.ggml.pre": pre_tokenizer(tokenizer, place),
                  "tokenizer.ggml.tokens": tokens, "tokenizer.ggml.token_type": kinds,
                  "tokenizer.ggml.merges": merges, "tokenizer.ggml.eos_token_id": tokenizer.eot_id}
-    return described | special_ids(tokenizer, place) | chat_template(tokenizer, place)
+    return described | gguf_special_ids(tokenizer, place) | chat_template(tokenizer, place)
 
 
 def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:
@@ -56,7 +56,7 @@ def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:
     return name
 
 
-def special_ids(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
+def gguf_special_ids(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
     """The tokens that begin and end things. llama.cpp stops at the end of a text, and at that of a turn."""
     named = {}
     for key in ("bos", "pad"):

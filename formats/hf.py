@@ -213,7 +213,7 @@ def unusual(config: Any) -> str:
 
 
 def write_config(config: Any, ids: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json's contents for a GPTConfig. ids: `special_ids`."""
+    """config.json's contents for a GPTConfig. ids: `special_token_ids`."""
     kind = architecture(config)
     common = {"model_type": kind, **ids, "torch_dtype": str(dtype).rpartition(".")[2]}
     if kind == "nanollama":
@@ -308,7 +308,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
                         continue
                     tensor = stored.get_tensor(name)
                     if tensor.dtype == torch.uint8:
-                        tensor = ternary.unpack(tensor) * stored.get_tensor(f"{name}_scale")
+                        tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
                     yield from from_hf(name, tensor)
         except SafetensorError as error:
             raise UserError(f"{folder / file}: damaged: {error}") from None
@@ -316,7 +316,7 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 def require_intact(folder: Path) -> None:
     """UserError where a file is not the one that the manifest, if there is any, tells of."""
-    if (folder / "manifest.json").is_file() and (problem := checkpoint.fault(folder, model_only=True)):
+    if (folder / "manifest.json").is_file() and (problem := checkpoint.find_corruption(folder, model_only=True)):
         raise UserError(f"{folder}: damaged: {problem} (if it was changed on purpose, delete manifest.json)")
 
 
@@ -331,7 +331,7 @@ def gguf_of(folder: Path) -> Path | None:
     return files[0]
 
 
-def special_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> dict[str, Any]:
+def special_token_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> dict[str, Any]:
     """What config.json and generation_config.json say of the ids that open and end a text. Where several end
     one, as in chats, the last is that between texts; it opens one where no other does."""
     ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
@@ -356,7 +356,7 @@ def describe(folder: Path, config: Any, ids: dict[str, Any], dtype: torch.dtype 
 def save_folder(folder: Path, config: Any, state: dict[str, Tensor], ids: dict[str, Any],
                 dtype: torch.dtype = torch.float32, packing: str | None = None) -> None:
     """Write the three files of a model folder. state: by our names; padding rows are cut, all is `dtype`.
-    ids: `special_ids`.
+    ids: `special_token_ids`.
 
     packing: how uint8 tensors of the state, which stay as they are, hold the weights (`is_packed`).
     """

@@ -36,7 +36,7 @@ ROOT = Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
-class Stage:
+class RunSummary:
     """A run that went into the model: its out_dir, its configuration, its log's words of a checkpoint."""
 
     name: str
@@ -67,10 +67,10 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path}: damaged ({error})") from None
 
 
-def lineage(model: str | None) -> list[Stage]:
+def lineage(model: str | None) -> list[RunSummary]:
     """The runs behind a model, the first one first: its own, and those behind init_from, as far as their
     folders are here and hold the weights that were begun from."""
-    stages: list[Stage] = []
+    stages: list[RunSummary] = []
     digest = None  # of the model, where the run behind it has noted one
     while model and Path(model).is_dir():
         try:
@@ -93,7 +93,7 @@ def lineage(model: str | None) -> list[Stage]:
         trained, validated = (next((event for event in reversed(events) if key in event), {})
                               for key in ("tokens", "val_loss"))
         step = step if step < math.inf else trained.get("step", "?")
-        stages.append(Stage(found.name, found, config, data, step, trained, validated))
+        stages.append(RunSummary(found.name, found, config, data, step, trained, validated))
         model, digest = config.get("init_from"), identity.get("base")
         if config.get("student_layers"):
             model, digest = config.get("teacher"), identity.get("teacher")
@@ -221,7 +221,7 @@ class Card:
             + "\n\nThe sha256 of every file here is in manifest.json.")
 
 
-def training(stages: list[Stage]) -> str:
+def training(stages: list[RunSummary]) -> str:
     """What each run saw and reached, its main settings, and all of them to unfold."""
     if not stages:
         return "## Training\n\nNot known: no run of nanollama stands beside this model."
@@ -240,7 +240,7 @@ def training(stages: list[Stage]) -> str:
         f"<details><summary>all settings</summary>\n\n```json\n{everything}\n```\n</details>"])
 
 
-def data(stages: list[Stage]) -> str:
+def data(stages: list[RunSummary]) -> str:
     """Where the text came from, and which benchmarks were found in it."""
     rows, found = [], []
     for path, digest in {path: digest for stage in stages for path, digest in stage.data.items()}.items():

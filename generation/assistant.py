@@ -13,7 +13,7 @@ from typing import Any
 from formats.chat_format import encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.calculator import calculate
-from generation.generate import Past, Sampling, generate
+from generation.generate import PrefixCache, Sampling, generate
 from model import GPT
 
 TOOLS: dict[str, Callable[..., str]] = {"calculator": calculate}
@@ -32,7 +32,7 @@ class Assistant:
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
     def reply(self, conversations: list[list[Message]], show: Callable[[int], None] = lambda token: None,
-              past: Past | None = None, first: int = 0, most_calls: int = MOST_CALLS) -> list[list[Message]]:
+              past: PrefixCache | None = None, first: int = 0, most_calls: int = MOST_CALLS) -> list[list[Message]]:
         """The messages that follow each conversation: an answer, behind the calls and results it took.
 
         show(id): called with each token of the first conversation as it comes. past: of a single

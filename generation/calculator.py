@@ -23,7 +23,7 @@ def calculate(expression: Any) -> str:
     if not isinstance(expression, str) or len(expression) > LONGEST:
         return f"error: give an expression of at most {LONGEST} characters"
     try:
-        value = value_of(ast.parse(expression.strip(), mode="eval").body)
+        value = evaluate(ast.parse(expression.strip(), mode="eval").body)
     except ZeroDivisionError:
         return "error: division by zero"
     except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
@@ -31,14 +31,14 @@ def calculate(expression: Any) -> str:
     return str(int(value)) if value == value // 1 else f"{value:.12g}"
 
 
-def value_of(node: ast.expr) -> int | float:
+def evaluate(node: ast.expr) -> int | float:
     """The value of a tree; ValueError for what a calculator has no key for, and for numbers too large."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](value_of(node.operand))
+        value = OPERATORS[type(node.op)](evaluate(node.operand))
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = value_of(node.left), value_of(node.right)
+        left, right = evaluate(node.left), evaluate(node.right)
         if isinstance(node.op, ast.Pow) and abs(right) > 100:
             raise ValueError("the exponent is too large")
         value = OPERATORS[type(node.op)](left, right)

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from configurator import UserError
 from model import GPT
+from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache, StepCache
 
-SHARED = 64  # tokens: what all rows begin with is read a single time from this length on
+MIN_SHARED_PREFIX = 64  # tokens: what all rows begin with is read a single time from this length on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,17 +80,17 @@ def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
 
 
 @dataclass
-class Past:
+class PrefixCache:
     """What a text leaves behind for one that goes on with it: its ids, and their keys and values."""
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
 
 
-def written(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
+def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
             is_done: Callable[[int, list[int]], bool] = lambda row, new: False,
             vocab_size: int | None = None, numbers: Sequence[int] | None = None,
-            past: Past | None = None) -> Iterator[list[int | None]]:
+            past: PrefixCache | None = None) -> Iterator[list[int | None]]:
     """Yield one token a row and step, None for rows that have ended; at most max_new_tokens steps.
 
     prompts: ids, at least one a row; of a prompt longer than the context only its end is read. is_done(row,
@@ -111,16 +112,16 @@ def written(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling:
     if past is not None and past.cache is not None:
         shared = len(os.path.commonprefix([past.ids, context[0][:-1]]))
         cache, unread = past.cache, [context[0][shared:]]
-        cache.hold([shared])
+        cache.set_lengths([shared])
     for step in range(max_new_tokens):
         if cache is None:
             longest = min(block_size, max(map(len, context)) + max_new_tokens - step)
             slots = longest if past is None else block_size
             kind = StepCache if model.compiled_steps else KVCache
-            cache = kind(model.config, len(context), slots, device, compute_dtype(model))
+            cache = kind(model.config, len(context), slots, device, autocast_dtype(model.head_weight))
             unread = read_shared(model, context, cache)
         logits = forward_last(model, unread, cache)
-        cache.hold([len(row) for row in context])
+        cache.set_lengths([len(row) for row in context])
         if past is not None:
             past.cache, past.ids = cache, context[0].copy()
         logits = penalize(logits[:, :vocab_size].float(), context, sampling.repetition_penalty)
@@ -137,13 +138,13 @@ def written(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling:
                 context[row], cache = context[row][-max(1, block_size // 2):], None
         unread = [row[-1:] for row in context]
         if cache is not None and not all(live):
-            cache.hold([len(row) - 1 for row in context])  # not what a row that ended had grown to
+            cache.set_lengths([len(row) - 1 for row in context])  # not what a row that ended had grown to
         yield step_tokens
         if not any(live):
             return
 
 
-generate = torch.inference_mode()(written)  # 15 % faster than no_grad; but its tensors can enter no training
+generate = torch.inference_mode()(generate_steps)  # 15 % faster than no_grad; but its tensors can enter no training
 
 
 def read_shared(model: GPT, rows: list[list[int]], cache: KVCache) -> list[list[int]]:
@@ -152,13 +153,13 @@ def read_shared(model: GPT, rows: list[list[int]], cache: KVCache) -> list[list[
     The cache, which is empty, then holds it for every row. Returns what is left to be read of each.
     """
     shared = min(len(os.path.commonprefix(rows)), *(len(row) - 1 for row in rows))
-    if len(rows) == 1 or shared < SHARED:
+    if len(rows) == 1 or shared < MIN_SHARED_PREFIX:
         return rows
     one = KVCache(model.config, 1, shared, cache.rows.device, cache.k[0].dtype)
     forward_last(model, [rows[0][:shared]], one)
     for slots, read in zip((*cache.k, *cache.v), (*one.k, *one.v), strict=True):
         slots[:, :, :shared] = read  # (1, K, shared, D) for all B rows
-    cache.hold([shared] * len(rows))
+    cache.set_lengths([shared] * len(rows))
     return [row[shared:] for row in rows]
 
 
@@ -194,8 +195,3 @@ def compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
                "cuda": {"triton.cudagraphs": True, "coordinate_descent_tuning": True}}
     return torch.compile(last_logits, options=options.get(device))
 
-
-def compute_dtype(model: GPT) -> torch.dtype:
-    """What keys and values are computed in: autocast's dtype where it is on, else the weights'."""
-    device = model.head_weight.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else model.head_weight.dtype

@@ -13,7 +13,7 @@ from typing import Any
 
 from formats.chat_format import CALL, END, RESPONSE, THOUGHT, THOUGHT_END, encode_prompt
 from generation.assistant import Assistant
-from generation.generate import Past
+from generation.generate import PrefixCache
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"
 HELP = "/reset forgets, /save FILE writes, /quit leaves; Ctrl-C ends an answer\n"
@@ -45,7 +45,7 @@ def converse(assistant: Assistant, system: str, ask: Callable[[str], str], write
              styled: bool = True) -> None:
     """Ask, answer, and again, until the end of input or /quit."""
     begin = [{"role": "system", "content": system}] if system else []
-    messages, past = list(begin), Past()
+    messages, past = list(begin), PrefixCache()
     write(HELP)
     while True:
         try:

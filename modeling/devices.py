@@ -15,12 +15,12 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from configurator import UserError
 
 
-def whole(tensor: Tensor) -> Tensor:
+def gather_full(tensor: Tensor) -> Tensor:
     """All of a tensor that may be sharded; every rank must call it, since it gathers."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def like(parameter: Tensor, value: Tensor) -> Tensor:
+def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
     """A whole `value`, the same on all ranks, cut as `parameter` is, if that is sharded; nothing is sent."""
     if not isinstance(parameter, DTensor):
         return value
@@ -59,3 +59,9 @@ def emulates_bfloat16(device: torch.device) -> bool:
     info = Path("/proc/cpuinfo")
     units = r"\b(avx512_bf16|amx_bf16|bf16)\b"
     return device.type == "cpu" and info.is_file() and not re.search(units, info.read_text())
+
+
+def autocast_dtype(tensor: Tensor) -> torch.dtype:
+    """The dtype of matrix products with `tensor`: autocast's where it is on, else the tensor's own."""
+    device = tensor.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype

@@ -30,9 +30,9 @@ class KVCache:
                           for _ in range(2))
         self.rows = torch.arange(batch_size, device=device)[:, None]  # (B, 1)
         self.block_size = config.block_size
-        self.hold([0] * batch_size)
+        self.set_lengths([0] * batch_size)
 
-    def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
+    def prepare(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
         """Make the next T slots of each row those that `update` fills. Returns the mask for `attend`, and the
         positions: a slice that all rows share, or (B, T)."""
         if self.used + T > self.block_size:
@@ -58,7 +58,7 @@ class KVCache:
             return k, v
         return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)
 
-    def hold(self, lengths: list[int]) -> None:
+    def set_lengths(self, lengths: list[int]) -> None:
         """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
         self.lengths, self.used, self.even = lengths, max(lengths), len(set(lengths)) == 1
 
@@ -80,9 +80,9 @@ class StepCache(KVCache):
             torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph writes into no other input
             torch._dynamo.mark_dynamic(tensor, 2)
 
-    def begin(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
+    def prepare(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
         if T > 1:
-            return super().begin(T)
+            return super().prepare(T)
         return self.seen <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -93,8 +93,8 @@ class StepCache(KVCache):
             slots[self.rows, :, self.place] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
         return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)  # (B, K, S, D)
 
-    def hold(self, lengths: list[int]) -> None:
-        super().hold(lengths)
+    def set_lengths(self, lengths: list[int]) -> None:
+        super().set_lengths(lengths)
         if len(self.seen) != (size := 128 * (self.used // 128 + 1)):
             self.seen = self.all_slots[:size]
             torch._dynamo.mark_dynamic(self.seen, 0)

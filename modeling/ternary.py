@@ -45,15 +45,15 @@ def quantize_weights(w: Tensor) -> tuple[Tensor, Tensor]:
     return (w / scale).round().clamp(-1, 1), scale
 
 
-def pack(codes: Tensor) -> Tensor:
+def pack_codes(codes: Tensor) -> Tensor:
     """codes (n_out, n_in), each -1, 0 or 1 -> uint8 (n_out, n_in / 4, rounded up), as PACKING says."""
     fields = F.pad((codes + 1).to(torch.uint8), (0, -codes.shape[1] % 4), value=3)
     fields = fields.unflatten(1, (-1, 4))  # (n_out, n, 4)
     return (fields << torch.tensor([0, 2, 4, 6], dtype=torch.uint8)).sum(-1, dtype=torch.uint8)
 
 
-def unpack(packed: Tensor) -> Tensor:
-    """The inverse of `pack`: codes (n_out, n_in), float32."""
+def unpack_codes(packed: Tensor) -> Tensor:
+    """The inverse of `pack_codes`: codes (n_out, n_in), float32."""
     fields = packed[..., None] >> torch.tensor([0, 2, 4, 6], dtype=torch.uint8) & 3  # (n_out, n, 4)
     fields = fields.flatten(1)
     return fields[:, :fields.shape[1] - int((fields[0] == 3).sum())].float() - 1

@@ -31,7 +31,7 @@ from tools import cache_teacher
 TINY = """--n_layer=1 --n_embd=32 --n_head=2 --intermediate_size=64 --block_size=64 --global_batch_size=8
     --micro_batch_size=4 --max_steps=20 --learning_rate=3e-3 --eval_tokens=1024 --device=cpu --log_interval=1
     --eval_interval=0 --save_interval=0""".split()
-CARVED = [word for word in TINY if not word.startswith(("--n_", "--inter"))] + ["--student_layers=last:1"]
+PRUNED = [word for word in TINY if not word.startswith(("--n_", "--inter"))] + ["--student_layers=last:1"]
 INSIDE = ["--hidden_weight=1", "--attention_weight=0.5"]
 
 
@@ -96,17 +96,17 @@ def test_inside_losses_fall_and_projections_are_kept(trained, data, tmp_path):
 
 
 def test_a_student_cut_out_of_the_teacher_begins_ahead(trained, data, tmp_path):
-    begun = losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=CARVED))[0]
+    begun = losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=PRUNED))[0]
     scratch = losses(run(trained, data, tmp_path / "b", "--max_steps=1"))[0]
     assert begun < scratch - 0.1
-    found = run(trained, data, tmp_path / "c", "--n_embd=32", "--intermediate_size=64", sizes=CARVED)
+    found = run(trained, data, tmp_path / "c", "--n_embd=32", "--intermediate_size=64", sizes=PRUNED)
     assert losses(found)[-1] < losses(found)[0]
     config = GPT.from_pretrained(tmp_path / "c").config
     assert (config.n_layer, config.n_embd, config.n_head, config.head_dim) == (1, 32, 4, 16)
 
 
 def test_the_teacher_itself_has_nothing_to_learn(trained, data, tmp_path):
-    sizes = [word for word in CARVED if "layers" not in word] + ["--student_layers=0,1", "--alpha=1"]
+    sizes = [word for word in PRUNED if "layers" not in word] + ["--student_layers=0,1", "--alpha=1"]
     found = run(trained, data, tmp_path / "a", "--max_steps=1", "--learning_rate=1e-9", sizes=sizes)
     assert abs(found[0]["divergence"]) < 1e-6
     assert found[-1]["val_kl"] == pytest.approx(0, abs=1e-5) and found[-1]["val_agreement"] > 0.999
@@ -116,7 +116,7 @@ def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_p
     """From a teacher with chat tokens; the first word of an answer is trained, as all are."""
     import sft
 
-    short = [word for word in CARVED if "layers" not in word]
+    short = [word for word in PRUNED if "layers" not in word]
     chats = shutil.copytree(chats, tmp_path / "chats")
     sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'teacher'}"])
     found = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
@@ -291,8 +291,8 @@ def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, 
 
 def test_killed_and_started_again_is_the_same_run(trained, data, tmp_path):
     more = ["--save_interval=3", "--max_steps=10"]
-    run(trained, data, tmp_path / "whole", *more, sizes=CARVED)
-    told = words(trained, data, tmp_path / "killed", *more, sizes=CARVED)
+    run(trained, data, tmp_path / "whole", *more, sizes=PRUNED)
+    told = words(trained, data, tmp_path / "killed", *more, sizes=PRUNED)
     kill_in_step(5, distill.main, told)
     distill.main(told)
     assert_equal(tmp_path / "whole", tmp_path / "killed")

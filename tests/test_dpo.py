@@ -10,10 +10,9 @@ import torch
 
 import dpo
 from configurator import UserError, configure
-from dataset import shards
 from dataset.chat_rows import PairRows, pair_batch
 from dataset.shards import DataFolder
-from formats import checkpoint, hf
+from formats import checkpoint, files, hf
 from formats.peft import weights_sha256
 from model import GPT
 from tests.conftest import busy_model, tiny_config
@@ -277,7 +276,7 @@ def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     def full(descriptor):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards.os, "fsync", full)
+    monkeypatch.setattr(files.os, "fsync", full)
     with pytest.raises(OSError, match="No space left on device: .*reference_x.npy"):
         dpo.save_array(path, 2 * table)
     np.testing.assert_array_equal(dpo.read_table(path, 3), table)

@@ -23,7 +23,7 @@ from formats.chat_format import encode_prompt, with_chat_tokens
 from formats.peft import AdapterSpec, weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT
-from modeling.ternary import pack, unpack
+from modeling.ternary import pack_codes, unpack_codes
 from tests.conftest import ROOT, busy_model, tiny_config
 from training.lora import AdaptedGPT
 
@@ -55,7 +55,7 @@ def run(model, out, *words):
     assert export.main([f"--model={model}", f"--out={out}", *words]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
-    assert checkpoint.fault(out) is None
+    assert checkpoint.find_corruption(out) is None
     return out
 
 
@@ -196,9 +196,9 @@ def test_a_folder_of_one_type_is_a_model(chat_model, tmp_path, kind, apart):
 def test_four_codes_to_a_byte_by_hand():
     """-1, 0, 1, 1 -> 0, 1, 2, 2 -> 0b10_10_01_00; a row of five has three fields of 3 in its second byte."""
     codes = torch.tensor([[-1.0, 0.0, 1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
-    packed = pack(codes)
+    packed = pack_codes(codes)
     assert packed.tolist() == [[0b10_10_01_00, 0b11_11_11_00], [0b01_01_01_01, 0b11_11_11_10]]
-    assert torch.equal(unpack(packed), codes)
+    assert torch.equal(unpack_codes(packed), codes)
 
 
 def test_a_ternary_model_packed_and_read_back(tokenizer, tmp_path, capsys):
@@ -287,7 +287,7 @@ def test_other_peoples_folders_are_left_alone(chat_model, trained, tmp_path):
         for more in ([], ["--overwrite=True"]):
             with pytest.raises(UserError, match=message):
                 export.main([f"--model={chat_model[1]}", f"--out={tmp_path / name}", *more])
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and checkpoint.fault(step) is None
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and checkpoint.find_corruption(step) is None
 
 
 def test_a_model_is_not_replaced_by_itself(chat_model, tmp_path):
@@ -422,7 +422,7 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
         code = killed(moment, out)
         visible = [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
         if out.name in visible and out.exists():
-            assert checkpoint.fault(out) is None  # the old one or the new one
+            assert checkpoint.find_corruption(out) is None  # the old one or the new one
         assert export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *words]) == 0
         assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
         left = sorted(path.name for path in tmp_path.iterdir() if out.name in path.name)

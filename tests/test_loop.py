@@ -18,7 +18,7 @@ from formats import checkpoint
 from formats.files import write_json
 from loop import RunConfig, fit, start_run
 from model import GPT
-from modeling.devices import whole
+from modeling.devices import gather_full
 from tests.conftest import TINY_RUN, tiny_config
 from tests.runs import ADAMW, assert_close, assert_same_run, events, losses, run, state, stop_at_step, weights
 
@@ -351,7 +351,7 @@ def test_a_run_stopped_before_its_evaluation_makes_it_up(data, tmp_path, monkeyp
         raise RuntimeError("out of memory, say")
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Evaluation, "__call__", fails)
+        patch.setattr(train.TextEvaluation, "__call__", fails)
         with pytest.raises(RuntimeError):
             run(data, tmp_path, "--max_steps=3")
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == [
@@ -419,7 +419,7 @@ def first_gradients(data, out, words):
 
     def update(model, *others):
         if not found:
-            found.update({name: whole(p.grad).clone() for name, p in model.named_parameters()})
+            found.update({name: gather_full(p.grad).clone() for name, p in model.named_parameters()})
         return original(model, *others)
 
     loop.update = update

@@ -308,10 +308,10 @@ def test_cached_logits_equal_uncached(changes, lengths):
     with torch.no_grad():
         whole = model(ids)
         prefill = model(ids[:, :20], cache=cache)
-        cache.hold(lengths.tolist())
+        cache.set_lengths(lengths.tolist())
         rows = torch.arange(3)[:, None]
         several = model(ids[rows, lengths[:, None] + torch.arange(5)], cache=cache)
-        cache.hold((lengths + 5).tolist())
+        cache.set_lengths((lengths + 5).tolist())
         single = model(ids[rows, lengths[:, None] + 5], cache=cache)
     for row, length in enumerate(lengths):
         assert (prefill[row, :length] - whole[row, :length]).abs().max() <= 1e-5

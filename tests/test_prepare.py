@@ -19,7 +19,7 @@ from dataset import shards as shards_module
 from dataset.dataloader import Mix, Rows, parse_mix, text_batch, validation_batches
 from dataset.shards import DataFolder
 from dataset.sources import Row
-from formats.files import folder_to_be
+from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
 from prepare import PrepareConfig, SeenHashes, main, prepare, prepare_problems
 from tests.conftest import ROOT, config_of
@@ -338,9 +338,9 @@ def test_the_embedded_problems_follow_the_model_and_nothing_else(chat_folder, tm
 
 
 def test_two_prepares_of_one_folder(tmp_path):
-    with folder_to_be(tmp_path / "d"):
+    with atomic_folder(tmp_path / "d"):
         with pytest.raises(UserError, match="another process is writing it"):
-            with folder_to_be(tmp_path / "d"):
+            with atomic_folder(tmp_path / "d"):
                 pass
         assert (tmp_path / ".d.tmp").exists()
     assert (tmp_path / "d").exists()
@@ -469,14 +469,14 @@ def test_picks_are_one_sequence_however_it_is_cut(data, weights):
     """Every folder's samples in order without gaps, in proportion at every moment, however cut."""
     mix = Mix(str(data), 64, seed=0)
     mix.weights = weights
-    owners, numbers = mix.picks(0, 3000)
+    owners, numbers = mix.interleave(0, 3000)
     for folder, weight in enumerate(weights):
         turns = numbers[owners == folder]
         assert np.array_equal(turns, np.arange(len(turns)))
         share = np.cumsum(owners == folder) - weight * np.arange(1, 3001)
         assert np.abs(share).max() <= 1.5
     for size in (1, 7, 64):
-        cut = [mix.picks(first, min(size, 3000 - first)) for first in range(0, 3000, size)]
+        cut = [mix.interleave(first, min(size, 3000 - first)) for first in range(0, 3000, size)]
         assert np.array_equal(np.concatenate([o for o, _ in cut]), owners)
         assert np.array_equal(np.concatenate([n for _, n in cut]), numbers)
 

@@ -8,7 +8,7 @@ import torch
 
 import train
 from configurator import configure
-from loop import plan
+from loop import plan_stages
 from model import GPT
 from tests.conftest import ROOT, TINY_RUN
 
@@ -22,7 +22,7 @@ SIZES = {
 @pytest.mark.parametrize("path", sorted((ROOT / "config").glob("train_*.py")), ids=lambda path: path.stem)
 def test_config_files_describe_runs(path):
     cfg = configure(train.TrainConfig, [str(path)])[0]
-    stages = plan(cfg)
+    stages = plan_stages(cfg)
     assert stages[-1].last > 0
     assert all(stage.cfg.global_batch_size % stage.cfg.micro_batch_size == 0 for stage in stages)
     with torch.device("meta"):

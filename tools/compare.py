@@ -19,7 +19,7 @@ import torch
 from configurator import UserError, configure, run_script
 from dataset.dataloader import Mix
 from distill import DistillConfig, row_kind
-from distillation.evaluation import Evaluation
+from distillation.evaluation import StudentEvaluation
 from distillation.student import PROJECTIONS
 from distillation.teacher import spelled
 from formats import hf
@@ -61,7 +61,7 @@ def table(folders: list[Path], models: list[GPT], told: DistillConfig, mix: Mix)
     """A line a figure, the teacher's and the student's; below it, how alike they are."""
     kind, run = row_kind(told), Run(Path("."), models[0].head_weight.device)
     with torch.no_grad():
-        figures = [Evaluation(told, mix, kind, other, run)(model, last=True)  # the teacher's by itself
+        figures = [StudentEvaluation(told, mix, kind, other, run)(model, last=True)  # the teacher's by itself
                    for model, other in zip(models, (None, models[0]), strict=True)]
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROJECTIONS)
              for folder in folders]

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from configurator import configure, run_script
-from loop import plan
+from loop import plan_stages
 from model import GPT
 from prepare import PrepareConfig
 from train import TrainConfig
@@ -25,7 +25,7 @@ def row(argv: list[str]) -> str:
     with torch.device("meta"):
         model = GPT(cfg.architecture(cfg.vocab_size or PrepareConfig().vocab_size, cfg.block_size))
     config, parameters = model.config, model.num_parameters()
-    tokens = sum((s.last - s.first) * s.cfg.global_batch_size * s.cfg.block_size for s in plan(cfg))
+    tokens = sum((s.last - s.first) * s.cfg.global_batch_size * s.cfg.block_size for s in plan_stages(cfg))
     cells = (" ".join(argv) or "the defaults", f"{parameters / 1e6:,.1f} M", config.n_layer, config.n_embd,
              f"{config.n_head}/{config.n_kv_head}", config.intermediate_size, f"{config.vocab_size:,}",
              f"{config.block_size:,}", f"{tokens / 1e6:,.1f} M", f"{16 * parameters / 1e9:.2f} GB",

@@ -36,7 +36,7 @@ from dataset.encoding import text_hash
 from dataset.shards import FORMAT_VERSION, ShardWriter
 from dataset.sources import Row, Skip, document, file_kind, read_rows
 from formats import hf
-from formats.files import file_sha256, folder_to_be, write_json
+from formats.files import atomic_folder, file_sha256, write_json
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
@@ -201,7 +201,7 @@ def main(argv: list[str]) -> int:
     if (out / "meta.json").exists() and not cfg.overwrite:
         unchanged(out, inputs)
         return 0
-    with folder_to_be(out) as folder:
+    with atomic_folder(out) as folder:
         meta = build(cfg, teacher, Tokenizer.load(teacher), folder)
         write_json(folder / "meta.json", meta | {"inputs": inputs})
     print(f"data    {out}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation "

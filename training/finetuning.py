@@ -39,9 +39,9 @@ class PostTrainingConfig(RunConfig):
     quantize_base: Literal["nf4"] | None = None  # keep what has an adapter in 4 bits (QLoRA)
     merge: bool = False  # of an adapter: in the end also write the whole model to out_dir/merged
 
-    fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "quantize_base",
+    stage_fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "quantize_base",
                        "merge"})
-    operational = frozenset({"merge"})
+    resume_free = frozenset({"merge"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -93,7 +93,7 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **change
                             f"{fields['block_size']} tokens")
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
     config = GPTConfig(**fields)
-    base_hash = run.on_first_rank(lambda: adapters.weights_sha256(folder))
+    base_hash = run.run_on_rank0(lambda: adapters.weights_sha256(folder))
     with torch.device("meta"):
         model = GPT(config)
         if cfg.lora_rank:
@@ -131,5 +131,5 @@ def write_merged(run: Run) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         beside.replace(folder)
 
-    run.on_first_rank(write)
+    run.run_on_rank0(write)
     run.print(f"merged    {run.out_dir / 'merged'}")

@@ -121,7 +121,7 @@ class AdaptedGPT(GPT):
         chosen = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
                   for name, tensor in state.items() if self.is_adapter(name)}
         write_adapter(Path(path), chosen, self.spec, self.base)
-        hf.write_generation_config(Path(path), hf.special_ids(eos_token_id))
+        hf.write_generation_config(Path(path), hf.special_token_ids(eos_token_id))
 
     def num_parameters(self) -> int:
         return super().num_parameters() + self.num_quantized()

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from dataset.dataloader import IGNORE
+from modeling.devices import autocast_dtype
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
@@ -27,16 +28,10 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     carries the gradient; loss without it, for the log), float32 scalars; 0 where no target is. z-loss: PaLM,
     arXiv 2204.02311, section 5.
     """
-    dtype = compute_dtype(hidden)
+    dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
                                         vocab_size, z_loss, dtype, torch.is_grad_enabled())
-
-
-def compute_dtype(hidden: Tensor) -> torch.dtype:
-    """In which the products are computed: autocast's dtype where it is on, else that of the hidden states."""
-    device = hidden.device.type
-    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
@@ -106,7 +101,7 @@ def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size
     What the positions will count for is not known here, so the backward pass computes the logits once more,
     chunk by chunk: a fourth product in place of (N, V) in memory.
     """
-    dtype = compute_dtype(hidden)
+    dtype = autocast_dtype(hidden)
     with torch.autocast(hidden.device.type, enabled=False):
         return LinearLogProbs.apply(hidden, weight, targets, vocab_size, dtype)
 

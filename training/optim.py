@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError
-from modeling.devices import like, whole
+from modeling.devices import gather_full, shard_like
 
 BATCH_ELEMENTS = 2**26  # matrices orthogonalised in one batch: 256 MiB of float32
 
@@ -62,12 +62,12 @@ class Muon(torch.optim.Optimizer):
             momentum = self.state[parameter]["momentum_buffer"]
             grad = parameter.grad if skip is None else torch.where(skip > 0, 0.0, parameter.grad)
             momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))
-            directions.append(whole(grad.lerp(momentum, group["momentum"])))  # Nesterov
+            directions.append(gather_full(grad.lerp(momentum, group["momentum"])))  # Nesterov
         rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
         orthogonal = orthogonalize(torch.stack(directions), group["steps"])
         for parameter, direction in zip(parameters, orthogonal, strict=True):
             parameter.mul_(1 - go * (group["lr"] * group["weight_decay"]))
-            parameter.sub_(like(parameter, direction * (go * rate)))
+            parameter.sub_(shard_like(parameter, direction * (go * rate)))
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
@@ -181,7 +181,7 @@ def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
     result: dict[str, dict[str, Any]] = {}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
-            gathered = ((key, whole(value)) for key, value in state.items())
+            gathered = ((key, gather_full(value)) for key, value in state.items())
             result[names[parameter]] = {key: value.cpu() if keep else None for key, value in gathered}
     return result
 
@@ -196,4 +196,4 @@ def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimize
                 for key, value in saved.get(names[parameter], {}).items():
                     value = value.to(parameter.device)
                     is_sharded = value.shape == parameter.shape  # as all but the step count are
-                    optimizer.state[parameter][key] = like(parameter, value) if is_sharded else value
+                    optimizer.state[parameter][key] = shard_like(parameter, value) if is_sharded else value

@@ -26,10 +26,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError, differences
-from formats.checkpoint import read_pointers, remove_checkpoints, step_folders, sweep
-from formats.files import naming, write_json
+from formats.checkpoint import clean_tmp, read_pointers, remove_checkpoints, step_folders
+from formats.files import path_in_errors, write_json
 from modeling.devices import device_name, emulates_bfloat16, pick_device
-from training.stages import OPERATIONAL, stage_configs
+from training.stages import RESUMABLE_CHANGES, stage_configs
 
 
 @dataclass
@@ -63,18 +63,18 @@ class Run:
         """Append one event to metrics.jsonl, unrounded, and mirror it to wandb."""
         if self.rank == 0:
             path = self.out_dir / "metrics.jsonl"
-            with naming(path), open(path, "a", encoding="utf-8") as file:
+            with path_in_errors(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
             if self.wandb is not None:
                 self.wandb.log({k: v for k, v in event.items() if k != "step"}, step=event["step"])
 
-    def cut_log(self, step: int) -> None:
+    def truncate_log(self, step: int) -> None:
         """Forget the events after `step`: a resumed run makes them again."""
         path = self.out_dir / "metrics.jsonl"
         if self.rank == 0 and path.is_file():
             kept = "".join(json.dumps(event) + "\n" for event in self.events() if event["step"] <= step)
             beside = path.with_suffix(".tmp")
-            with naming(path):
+            with path_in_errors(path):
                 beside.write_text(kept, encoding="utf-8")
                 os.replace(beside, path)
 
@@ -111,7 +111,7 @@ class Run:
             dist.all_gather_object(values, value)
         return values
 
-    def identify(self, cfg: Any, **identity: Any) -> None:
+    def write_run_json(self, cfg: Any, **identity: Any) -> None:
         """Write run.json: the configuration as the user gave it, and what else must be unchanged on resume
         (its data's hash, from which epochs follow).
 
@@ -127,9 +127,9 @@ class Run:
             write_json(path, {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
                 "python": sys.version.split()[0], "torch": torch.__version__}})
 
-        self.on_first_rank(compare_and_write)
+        self.run_on_rank0(compare_and_write)
 
-    def on_first_rank(self, work: Callable[[], Any]) -> Any:
+    def run_on_rank0(self, work: Callable[[], Any]) -> Any:
         """Let rank 0 do something while the others wait; all return its result, or raise its user's fault."""
         outcome = [None, None]
         if self.rank == 0:
@@ -162,14 +162,14 @@ class Run:
                 signal.signal(number, handler)
 
 
-def start_run(cfg: Any, given: dict[str, str]) -> Run:
+def start_run(cfg: Any, provenance: dict[str, str]) -> Run:
     """Join the process group, claim out_dir, and print what differs from the defaults.
 
     given: where each explicit key comes from (`configure`). Raises UserError where out_dir holds another run
     or is in use, where the device is missing, or where keys contradict each other or the number of ranks.
     """
-    if cfg.stages and "max_steps" in given:
-        raise UserError(f"{given['max_steps']}: max_steps is the sum of the stages' and cannot be given")
+    if cfg.stages and "max_steps" in provenance:
+        raise UserError(f"{provenance['max_steps']}: max_steps is the sum of the stages' and cannot be given")
     run = Run(Path(cfg.out_dir), pick_device(cfg.device))
     if "RANK" in os.environ:  # torchrun's way to say that there may be others
         if cfg.parallel == "none" and int(os.environ["WORLD_SIZE"]) > 1:
@@ -187,7 +187,7 @@ def start_run(cfg: Any, given: dict[str, str]) -> Run:
                             f"micro_batch_size x ranks = {stage.micro_batch_size} x {run.world_size}")
     if cfg.dtype == "float16" and cfg.parallel == "fsdp" and run.world_size > 1:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
-    run.on_first_rank(lambda: claim_folder(cfg, run))
+    run.run_on_rank0(lambda: claim_folder(cfg, run))
     if run.device.type == "cuda" and cfg.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # what little runs in float32 beside bfloat16 may use TF32
     if cfg.wandb and run.rank == 0:
@@ -212,7 +212,7 @@ def claim_folder(cfg: Any, run: Run) -> None:
     run.lock = open(run.out_dir / ".lock", "w")
     try:
         fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
-        sweep(run.out_dir)
+        clean_tmp(run.out_dir)
         if (run.out_dir / "meta.json").exists():
             raise UserError(f"out_dir={cfg.out_dir}: holds a data set; a run needs a folder of its own")
         if not cfg.overwrite:
@@ -236,7 +236,7 @@ def compare_with_before(cfg: Any, out_dir: Path) -> None:
         defaults = json.loads(json.dumps(dataclasses.asdict(type(cfg)())))
         old = defaults | read_run(out_dir / "run.json")["config"]
         shrinks = new["max_steps"] < old.get("max_steps", 0) and not cfg.stages  # max_steps may only grow
-        free = (OPERATIONAL - {"max_steps"} if shrinks else OPERATIONAL) | cfg.operational
+        free = (RESUMABLE_CHANGES - {"max_steps"} if shrinks else RESUMABLE_CHANGES) | cfg.resume_free
         refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
                        {k: v for k, v in new.items() if k not in free})
 

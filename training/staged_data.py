@@ -16,7 +16,7 @@ import numpy as np
 
 from configurator import UserError
 from dataset.dataloader import Mix, Rows
-from training.stages import plan, stage_at, with_steps
+from training.stages import plan_stages, stage_at, with_steps
 
 
 class StagedData:
@@ -24,7 +24,7 @@ class StagedData:
 
     def __init__(self, cfg: Any, kind: Callable = Rows, rank: int = 0, world_size: int = 1):
         """cfg: a run's. Raises UserError where its stages' data sets differ in their tokenizers."""
-        self.stages, self.rank, self.world_size = plan(cfg), rank, world_size
+        self.stages, self.rank, self.world_size = plan_stages(cfg), rank, world_size
         self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed, kind)
                       for stage in self.stages}
         self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
@@ -37,7 +37,7 @@ class StagedData:
         """Stages that agree in this read the same rows, the later one from where the earlier one stopped."""
         return cfg.dataset, cfg.block_size
 
-    def share(self, step: int) -> tuple[Any, Mix, int, int]:
+    def shard_for_step(self, step: int) -> tuple[Any, Mix, int, int]:
         """This rank's part of a step: the stage's configuration, its mix, the first sample, how many."""
         stage = stage_at(self.stages, step)
         cfg = stage.cfg
@@ -52,7 +52,7 @@ class StagedData:
         for key, mix in self.mixes.items():
             count = sum((stage.last - stage.first) * stage.cfg.global_batch_size
                         for stage in self.stages if self.key(stage.cfg) == key)
-            owner, index = mix.places(0, count)
+            owner, index = mix.locate(0, count)
             for folder, rows in enumerate(mix.rows):
                 yield rows, np.unique(index[owner == folder])
 

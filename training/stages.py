@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configurator import UserError, conform, override
+from configurator import UserError, coerce, override
 from model import GPTConfig
 
 
@@ -54,8 +54,8 @@ class RunConfig:
     run_name: str | None = None  # its name there; None: the name of out_dir
     overwrite: bool = False  # delete what is in out_dir and start anew
 
-    fixed = frozenset()  # a script's own keys that no stage can change; not a key itself, as the next is none
-    operational = frozenset()  # a script's own keys that may differ when a run is resumed
+    stage_fixed = frozenset()  # a script's own keys that no stage can change; not a key itself, as the next is none
+    resume_free = frozenset()  # a script's own keys that may differ when a run is resumed
 
     def __post_init__(self) -> None:
         """UserError for a value outside its range."""
@@ -74,11 +74,11 @@ class RunConfig:
 
 # These may differ when a run is resumed: they change where, how fast and how long it runs, and of what it
 # computes the rounding at most (bfloat16 on a GPU); a larger max_steps stretches the schedule.
-OPERATIONAL = {"device", "parallel", "micro_batch_size", "compile", "reshard_after_forward",
+RESUMABLE_CHANGES = {"device", "parallel", "micro_batch_size", "compile", "reshard_after_forward",
                "activation_checkpointing", "max_steps", "eval_interval", "save_interval", "keep_checkpoints",
                "max_rollbacks", "log_interval", "wandb", "wandb_project", "run_name", "out_dir", "overwrite"}
 # What a stage may change, of the keys above and of the architecture; the keys of its own script are free.
-OF_A_STAGE = {"dataset", "global_batch_size", "micro_batch_size", "learning_rate", "min_lr", "warmup_steps",
+STAGE_OVERRIDABLE = {"dataset", "global_batch_size", "micro_batch_size", "learning_rate", "min_lr", "warmup_steps",
               "schedule", "decay_steps", "beta1", "beta2", "weight_decay", "grad_clip", "lr_multipliers",
               "block_size", "rope_theta", "rope_scaling"}
 
@@ -107,7 +107,7 @@ class Stage:
         return ends[0] ** (1 - share) * ends[1] ** share
 
 
-def plan(cfg: Any) -> list[Stage]:
+def plan_stages(cfg: Any) -> list[Stage]:
     """The stages of a run; one of max_steps where none are listed. UserError for what a stage cannot say."""
     if not cfg.stages:
         return [Stage(cfg, {}, 0, cfg.max_steps, 0, cfg.max_steps)]
@@ -137,8 +137,8 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
         raise UserError(f"stages[{number}]: must be a dict with steps or epochs, as dict(steps=100, ..)")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     common = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
-    if fixed := (common - OF_A_STAGE | cfg.fixed) & changes.keys():
-        raise UserError(f"stages[{number}]: {min(fixed)} cannot change during a run")
+    if forbidden := (common - STAGE_OVERRIDABLE | cfg.stage_fixed) & changes.keys():
+        raise UserError(f"stages[{number}]: {min(forbidden)} cannot change during a run")
     if {"rope_theta", "rope_scaling"} & changes.keys() and getattr(cfg, "position", None) == "learned":
         raise UserError(f"stages[{number}]: position=learned has no rotary base to change")
     values, theta = dict(changes), changes.get("rope_theta")
@@ -150,7 +150,7 @@ def stage_config(cfg: Any, number: int) -> tuple[Any, dict[str, Any]]:
 def ramp(theta: tuple | list, place: str) -> tuple[float, float]:
     """The two ends of a stage's rotary base. UserError unless they are two positive, finite numbers."""
     try:
-        start, end = (conform(each, float) for each in theta)
+        start, end = (coerce(each, float) for each in theta)
     except (TypeError, ValueError):
         start = end = 0.0
     if min(start, end) <= 0:

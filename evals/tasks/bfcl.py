@@ -44,7 +44,7 @@ TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array"
          "dict": dict, "any": str}
 
 
-class Question(NamedTuple):
+class ToolQuestion(NamedTuple):
     id: str
     messages: list[Message]
     name: str  # of the function
@@ -65,7 +65,7 @@ def load(source: str | None, limit: int, shots: int | None,
     return Questions(convert(asked, lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
 
 
-def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> Question:
+def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
     [messages], [function] = row["question"], row["function"]
     properties = function["parameters"]["properties"]
     offer = f"You can call {function['name']}({', '.join(properties)}).\n"
@@ -74,7 +74,7 @@ def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> Ques
     [(_, possible)] = truth[0].items() if truth else [("", {})]
     for name in possible:
         kinds_of(properties[name])
-    return Question(row["id"], asked, function["name"], function["parameters"], possible)
+    return ToolQuestion(row["id"], asked, function["name"], function["parameters"], possible)
 
 
 def download(names: list[str]) -> Path:
@@ -99,11 +99,11 @@ def score(lm: LM, questions: Questions, category: str) -> Result:
     return Result(figures | truncated(lm.truncated), answers, {"first_prompt": questions.asked[0].messages})
 
 
-def judged_silence(question: Question, message: Message) -> dict[str, bool]:
+def judged_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
     return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
 
 
-def judged_call(question: Question, message: Message) -> dict[str, Any]:
+def judged_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
     """The four verdicts, and what is wrong with the arguments, if anything is."""
     calls = message.get("tool_calls", [])
     valid = bool(calls) and not message.get("malformed")

@@ -31,7 +31,7 @@ def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -
     """The perplexity of the model's own context, and of the longest one; the curves among the details."""
     config = lm.model.config
     longest = context_length or config.block_size * (1 if config.position == "learned" else 2)
-    rows = rows_of(lm, texts, longest)
+    rows = cut_rows(lm, texts, longest)
     if longest > config.block_size:
         lm.model.reconfigure(block_size=longest)
     try:
@@ -53,7 +53,7 @@ def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -
         "perplexity_by_length": {length: each._asdict() for length, each in perplexities.items()}})
 
 
-def rows_of(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
+def cut_rows(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
     """Rows of length + 1 ids within one document. UserError where no document is so long."""
     rows = []
     for document in texts.documents:

@@ -28,7 +28,16 @@ import math
 from typing import Any
 
 from evals.lm import LM
-from evals.multiple_choice import Question, accuracy, ask, log_probs, questions_of, result, shots_text, splits
+from evals.multiple_choice import (
+    Question,
+    accuracy,
+    ask,
+    choice_log_probs,
+    questions_of,
+    result,
+    shots_text,
+    splits,
+)
 from evals.results import Figure, Result, mean
 
 PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
@@ -45,13 +54,13 @@ def load(source: str | None, limit: int, shots: int | None, name: str, few: int 
     shots = few if shots is None else shots
     hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
     examples, asked = splits(source, name, hub if shots else {"dev": hub["dev"]})
-    before = shots_text(in_turns(questions_of(rows_of(examples, name), lambda row: question_of(row, name)))
+    before = shots_text(in_turns(questions_of(glue_rows(examples, name), lambda row: question_of(row, name)))
                         if shots else [], shots)
     return [Question(each.prompt, each.choices, each.gold, before)
-            for each in questions_of(rows_of(asked, name)[:limit], lambda row: question_of(row, name))]
+            for each in questions_of(glue_rows(asked, name)[:limit], lambda row: question_of(row, name))]
 
 
-def rows_of(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+def glue_rows(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """With the columns of a .tsv by their names, and without a line that only names them."""
     named = [row | dict(zip(COLUMNS[name], row["fields"], strict=False)) if "fields" in row else row
              for row in rows]
@@ -70,7 +79,7 @@ def in_turns(examples: list[Question]) -> list[Question]:
 
 def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
     found = ask(lm, questions)
-    scores = list(map(log_probs, found))
+    scores = list(map(choice_log_probs, found))
     right = accuracy(questions, scores)
     figures = {"accuracy": mean(right)}
     if name == "cola":

@@ -85,14 +85,14 @@ def score(lm: LM, questions: Questions) -> Result:
 def strict(text: str) -> Decimal | None:
     """The number behind the first #### that has one."""
     found = re.search(STRICT, text)
-    return value_of(found[1]) if found else None
+    return parse_number(found[1]) if found else None
 
 
 def flexible(text: str) -> Decimal | None:
     """The last number of a text."""
     found = re.findall(NUMBER, text)
-    return value_of(found[-1]) if found else None
+    return parse_number(found[-1]) if found else None
 
 
-def value_of(number: str) -> Decimal:
+def parse_number(number: str) -> Decimal:
     return Decimal(re.sub("[$,]", "", number))

@@ -25,7 +25,16 @@ questions of each subject in turn. On the hub: cais/mmlu, config all.
 from typing import Any
 
 from evals.lm import LM
-from evals.multiple_choice import Question, accuracy, ask, log_probs, questions_of, result, shots_text, splits
+from evals.multiple_choice import (
+    Question,
+    accuracy,
+    ask,
+    choice_log_probs,
+    questions_of,
+    result,
+    shots_text,
+    splits,
+)
 from evals.results import Result, mean
 
 HUB = {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"}
@@ -81,7 +90,7 @@ def opening(subject: str) -> str:
 def score(lm: LM, questions: list[Question]) -> Result:
     """Accuracy over all questions; by subject and by group of subjects among the details."""
     found = ask(lm, questions)
-    scores = list(map(log_probs, found))
+    scores = list(map(choice_log_probs, found))
     right = accuracy(questions, scores)
     measured = result(questions, found, {"accuracy": mean(right)}, right, scores)
     for each, question in zip(measured.answers, questions, strict=True):

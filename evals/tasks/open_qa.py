@@ -35,7 +35,7 @@ SHOTS = 5
 MAX_NEW_TOKENS = 32
 
 
-class Question(NamedTuple):
+class OpenQuestion(NamedTuple):
     prompt: str
     answers: list[str]  # those that are right, the best known first
     kind: str | None  # HotpotQA's "bridge" or "comparison"
@@ -52,12 +52,12 @@ def load(source: str | None, limit: int, shots: int | None,
     return Questions(convert(asked, question_of), convert(examples, question_of))
 
 
-def question_of(row: dict[str, Any]) -> Question:
+def question_of(row: dict[str, Any]) -> OpenQuestion:
     answer = row["answer"]
     answers = [answer["value"], *answer["aliases"]] if isinstance(answer, dict) else [answer]
     if not all(isinstance(text, str) for text in answers):
         raise TypeError("an answer is a text")
-    return Question("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
+    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
 
 
 def score(lm: LM, questions: Questions, name: str) -> Result:

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from dataset.chat_rows import ChatRows, PairRows, UnpackedChatRows, chat_batch, pack, pair_batch
+from dataset.chat_rows import ChatRows, PairRows, UnpackedChatRows, chat_batch, pack_rows, pair_batch
 from dataset.conversations import conversation, preference
 from dataset.dataloader import IGNORE
 from dataset.problems import problem_rows
@@ -78,10 +78,10 @@ def test_packing_loses_nothing(folders):
 
 
 def test_best_fit_by_hand():
-    assert pack(np.array([3, 9, 6, 4, 1]), 10) == [[1, 4], [2, 3], [0]]
+    assert pack_rows(np.array([3, 9, 6, 4, 1]), 10) == [[1, 4], [2, 3], [0]]
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 61, 3000)
-    rows = pack(lengths, 100)
+    rows = pack_rows(lengths, 100)
     assert sorted(number for row in rows for number in row) == list(range(3000))
     assert all(lengths[row].sum() <= 100 for row in rows)
     assert len(rows) <= 1.02 * lengths.sum() / 100

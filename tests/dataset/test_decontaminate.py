@@ -15,7 +15,7 @@ import prepare as prepare_module
 from configurator import UserError
 from dataset.conversations import conversation, preference
 from dataset.decontaminate import NGRAM, WHOLE, Index
-from dataset.encoding import said
+from dataset.encoding import visible_text
 from dataset.eval_items import find_benchmarks
 from dataset.shards import DataFolder
 from dataset.sources import standard_library
@@ -359,10 +359,10 @@ def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
 
 
 def test_what_is_said():
-    assert said("a text") == "a text"
-    assert said(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
-    assert said(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
-    assert said(preference(PREFERENCES[1])) == "Tell me.\n\nITEM\n\nno"
+    assert visible_text("a text") == "a text"
+    assert visible_text(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
+    assert visible_text(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
+    assert visible_text(preference(PREFERENCES[1])) == "Tell me.\n\nITEM\n\nno"
 
 
 def test_a_set_that_cannot_be_read_leaves_what_was_there(dirty):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from configurator import UserError
-from dataset.eval_items import find_benchmarks, text_of
+from dataset.eval_items import find_benchmarks, item_text
 from dataset.words import words_of
 from prepare import main as prepare_main
 from tests.conftest import SHARED, shared
@@ -40,13 +40,13 @@ def items(spec):
     ],
 )  # fmt: skip
 def test_what_of_a_row_is_text(row, texts):
-    assert text_of(row) == "\n\n".join(texts)
+    assert item_text(row) == "\n\n".join(texts)
 
 
 def test_every_form(tmp_path):
     """The same two items as lines, array, object with splits, table, packed: equal texts, and places."""
     rows = [{"question": "Who \u2028 is it?", "answer": 'It is, "you"\nsee.'}, {"question": "And now, then?"}]
-    texts = [text_of(row) for row in rows]
+    texts = [item_text(row) for row in rows]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     for name, content, places in (
         ("a.jsonl", lines.encode(), ["a.jsonl:1", "a.jsonl:2"]),

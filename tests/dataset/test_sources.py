@@ -118,10 +118,10 @@ def test_every_packing(tmp_path, suffix):
     def zstd(data):
         return pyarrow.compress(data, codec="zstd", asbytes=True)
 
-    pack = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
+    pack_rows = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress, ".zst": zstd}[suffix]
     line = b'{"text": "packed"}\n'
     path = tmp_path / f"a.jsonl{suffix}"
-    path.write_bytes(pack(line * 1000) + pack(line))  # two frames, as parallel packers write
+    path.write_bytes(pack_rows(line * 1000) + pack_rows(line))  # two frames, as parallel packers write
     assert read(path)[0] == ["packed"] * 1001
     if suffix:
         path.write_bytes(path.read_bytes()[:-20])

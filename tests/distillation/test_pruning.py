@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from configurator import UserError
-from distillation.pruning import carve, carved_config, kept_layers, measure_activity, rotated
+from distillation.pruning import kept_layers, measure_activity, prune, pruned_config, rotated
 from tests.conftest import busy_model, tiny_config
 
 IDS = torch.randint(500, (3, 40), generator=torch.Generator().manual_seed(0))
@@ -36,7 +36,7 @@ GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_h
 @pytest.mark.parametrize("kind", [{}, GPT2, {"qk_norm": True}, {"tie_embeddings": False, "bias": "qkv"}])
 def test_all_of_it_is_the_teacher(kind):
     teacher = busy_model(tiny_config(**kind))
-    student = carve(teacher, teacher.config, [0, 1], IDS)
+    student = prune(teacher, teacher.config, [0, 1], IDS)
     torch.testing.assert_close(student(IDS), teacher(IDS), rtol=0, atol=0)
 
 
@@ -44,8 +44,8 @@ def test_all_of_it_is_the_teacher(kind):
 def test_a_chosen_layer_is_that_layer(kind):
     """Without its first block, a teacher computes what the student does."""
     teacher = busy_model(tiny_config(n_layer=3, **kind))
-    config = carved_config(teacher.config, [0, 2], {})
-    student = carve(teacher, config, [0, 2], IDS)
+    config = pruned_config(teacher.config, [0, 2], {})
+    student = prune(teacher, config, [0, 2], IDS)
     del teacher.model["layers"][1]
     torch.testing.assert_close(student(IDS), teacher(IDS))
 
@@ -57,8 +57,8 @@ def test_what_does_nothing_goes_first():
         for block in teacher.model["layers"]:
             block.self_attn.v_proj.weight[:16] = 0  # the first key/value head, and so two query heads
             block.mlp.up_proj.weight[64:] = 0
-    config = carved_config(teacher.config, [0, 1], {"n_head": 2, "n_kv_head": 1, "intermediate_size": 64})
-    student = carve(teacher, config, [0, 1], IDS)
+    config = pruned_config(teacher.config, [0, 1], {"n_head": 2, "n_kv_head": 1, "intermediate_size": 64})
+    student = prune(teacher, config, [0, 1], IDS)
     assert student.num_parameters() < teacher.num_parameters()
     torch.testing.assert_close(student(IDS), teacher(IDS), rtol=1e-5, atol=1e-5)
 
@@ -95,8 +95,8 @@ def test_a_stream_of_few_dimensions_is_cut_without_loss():
             state[name] = torch.full((64,), 0.5**0.5)  # a length of 1 is shared by twice the channels
     large.load_state_dict(state)
     torch.testing.assert_close(large(IDS), small(IDS), rtol=1e-3, atol=2e-3)
-    config = carved_config(large.config, [0, 1], {"n_embd": 32})
-    torch.testing.assert_close(carve(large, config, [0, 1], IDS)(IDS), large(IDS), rtol=1e-3, atol=2e-3)
+    config = pruned_config(large.config, [0, 1], {"n_embd": 32})
+    torch.testing.assert_close(prune(large, config, [0, 1], IDS)(IDS), large(IDS), rtol=1e-3, atol=2e-3)
 
 
 def test_channels_that_are_silent_go_first():
@@ -105,8 +105,8 @@ def test_channels_that_are_silent_go_first():
         for name, parameter in teacher.named_parameters():
             if name.endswith(("embed_tokens.weight", "norm.weight", "norm.bias")):
                 parameter[..., ::2] = 0
-    config = carved_config(teacher.config, [0, 1], {"n_embd": 32})
-    student = carve(teacher, config, [0, 1], IDS)
+    config = pruned_config(teacher.config, [0, 1], {"n_embd": 32})
+    student = prune(teacher, config, [0, 1], IDS)
     kept = teacher.model["embed_tokens"].weight[:, 1::2]
     assert torch.equal(student.model["embed_tokens"].weight, kept)
     assert student(IDS).isfinite().all() and config.head_dim == teacher.config.head_dim
@@ -133,4 +133,4 @@ def test_activity_is_what_passes_through():
 )
 def test_widths_that_do_not_fit(widths, message):
     with pytest.raises(UserError, match=message):
-        carved_config(tiny_config(), [0], widths)
+        pruned_config(tiny_config(), [0], widths)

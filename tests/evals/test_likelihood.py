@@ -10,7 +10,7 @@ import torch
 import model as model_file
 from configurator import UserError
 from evals import likelihood
-from evals.likelihood import Request, Text, encode_plain, encode_turn, fitting, log_probs, nats
+from evals.likelihood import Request, Text, encode_plain, encode_turn, fitting, nats, text_log_probs
 from evals.lm import LM
 from formats.chat_format import encode_prompt, end_of_turn, with_chat_tokens
 from formats.tokenizer import Tokenizer
@@ -71,7 +71,7 @@ def test_a_tree_of_texts_gives_what_transformers_gives_each_text(changes, tmp_pa
     expected = alone(peer, texts)
     assert any(greedy for _, greedy in expected) and not all(greedy for _, greedy in expected)
     for at_once in (1, 40, 256, 10_000):
-        found = log_probs(model, texts, at_once)
+        found = text_log_probs(model, texts, at_once)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
         for (ours, _), (theirs, _) in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
@@ -82,7 +82,7 @@ def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
     forward = model_file.GPT.forward
     monkeypatch.setattr(model_file.GPT, "forward", lambda self, ids, **more: (
         computed.append(ids.shape[1]), forward(self, ids, **more))[1])
-    log_probs(model, texts, at_once=64)
+    text_log_probs(model, texts, at_once=64)
     nodes = {tuple(text.ids[:end]) for text in texts for end in range(1, len(text.ids))}
     assert sum(computed) == len(nodes) < sum(len(text.ids) - 1 for text in texts) / 2
     assert len(computed) > 5 and max(computed) <= 64
@@ -188,7 +188,7 @@ def test_a_model_is_asked(trained):
               for at in range(0, len(ids) - len(ids) % 64, 64)]
     rest = len(ids) % 64
     pieces += [Text(np.array(ids[-65:], np.int32), rest)] if rest else []
-    expected = sum(each for each, _ in log_probs(lm.model, pieces))
+    expected = sum(each for each, _ in text_log_probs(lm.model, pieces))
     assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
 
 

@@ -76,9 +76,9 @@ def test_batches_are_of_like_lengths_and_bounded(base, monkeypatch):
     monkeypatch.setattr(base, "batch_size", 2)
     assert list(base.batches(lengths)) == [[1, 3], [5, 2], [0, 4]]
     monkeypatch.setattr(base, "batch_size", 64)
-    monkeypatch.setattr(evals.lm, "AT_ONCE", 100)
+    monkeypatch.setattr(evals.lm, "MAX_BATCH_TOKENS", 100)
     assert list(base.batches(lengths)) == [[1, 3], [5, 2, 0, 4]]
-    monkeypatch.setattr(evals.lm, "AT_ONCE", 10)
+    monkeypatch.setattr(evals.lm, "MAX_BATCH_TOKENS", 10)
     assert list(base.batches(lengths))[:3] == [[1], [3], [5]] and list(base.batches([])) == []
 
 

@@ -81,7 +81,7 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
                 message, failed = str(error), failed + 1
                 assert str(out) in message, (k, message)  # the path, and the cause
                 assert "No space left" in message or "file write failed" in message, (k, message)
-        intact = [step for step in (2, 4) if checkpoint.fault(out / f"step_{step:06d}") is None]
+        intact = [step for step in (2, 4) if checkpoint.find_corruption(out / f"step_{step:06d}") is None]
         newest = checkpoint.newest_verified(out, print)
         lost += 4 not in intact or checkpoint.folder_step(newest) < 4
         run(data, out, *words)
@@ -150,7 +150,7 @@ def test_five_hundred_flips_and_cuts_are_all_seen(saved):
             changed = bytearray(content)
             changed[place] ^= 1 << chance.randrange(8)
             path.write_bytes(changed)
-        loaded += checkpoint.fault(folder) is None
+        loaded += checkpoint.find_corruption(folder) is None
         loaded += checkpoint.newest_verified(out, lambda text: None) == folder
         if path.parent == folder:
             try:
@@ -160,4 +160,4 @@ def test_five_hundred_flips_and_cuts_are_all_seen(saved):
             except UserError:
                 pass
         path.write_bytes(content)
-    assert loaded == 0 and checkpoint.fault(folder) is None
+    assert loaded == 0 and checkpoint.find_corruption(folder) is None

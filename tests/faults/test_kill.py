@@ -70,7 +70,7 @@ def test_a_power_cut_leaves_a_checkpoint_that_verifies(tmp_path, monkeypatch):
 
     for step in (1, 2, 3):
         folder = checkpoint.write_checkpoint(disk, step, write)
-        checkpoint.point(disk, 1, last=folder.name)
+        checkpoint.update_pointers(disk, 1, last=folder.name)
         finished.append(len(power.states))
     monkeypatch.undo()
     found = []
@@ -85,7 +85,7 @@ def test_a_power_cut_leaves_a_checkpoint_that_verifies(tmp_path, monkeypatch):
         if newest:
             assert (newest / "model.safetensors").read_bytes() == bytes([step]) * 1000
             pointed = checkpoint.read_pointers(after)
-            assert not pointed or checkpoint.fault(after / pointed["last"]) is None
+            assert not pointed or checkpoint.find_corruption(after / pointed["last"]) is None
         found.append(step)
         shutil.rmtree(after, ignore_errors=True)
     assert set(found) == {0, 1, 2, 3} and len(found) > 30

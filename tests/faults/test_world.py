@@ -40,7 +40,7 @@ def saved_again(source, out, parallel):
             model = GPT(cfg.architecture(500, 64))
         loop.place(model, cfg, process, folder)
         progress, loaded = loop.load_state(folder)
-        stages = loop.plan(cfg)
+        stages = loop.plan_stages(cfg)
         _, optimizers = loop.enter_stage(stages, stages[0], model, process)
         loop.load_optimizer_state(model, optimizers, loaded["optimizer"])
         scaler = torch.amp.GradScaler("cpu", enabled=False)

@@ -5,9 +5,9 @@ import random
 
 import pytest
 
-from dataset.conversations import conversation, preference, renamed
+from dataset.conversations import conversation, preference, rename_keys
 from dataset.problems import problem_rows
-from dataset.sources import Skip, find_files, read_rows, value_of
+from dataset.sources import Skip, find_files, read_rows, row_value
 from formats.chat_format import (
     CHAT_TOKENS,
     encode_answer,
@@ -116,7 +116,7 @@ def test_every_real_file(tokenizer, template, name):
     rows = 0
     for row in read_rows(find_files(str(shared(name)))[0], None, 2**20):
         try:
-            messages = conversation(value_of(row))
+            messages = conversation(row_value(row))
         except Skip:
             continue
         if any(token in str(messages) for token in (*CHAT_TOKENS, END_OF_TEXT)):
@@ -245,7 +245,7 @@ def test_what_else_a_conversation_may_have():
     ):
         found = conversation({"messages": [QA[0], said, {"role": "function", "content": "4"}, QA[1]]})
         assert found[1]["tool_calls"] == [call] and found[2] == {"role": "tool", "content": "4"}
-    assert conversation(renamed({"text": "2 + 2?", "ans": 4.0}, {"question": "text", "answer": "ans"})) == QA
+    assert conversation(rename_keys({"text": "2 + 2?", "ans": 4.0}, {"question": "text", "answer": "ans"})) == QA
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ def test_every_real_preference():
     counts = {}
     for row in itertools.islice(read_rows(find_files(str(shared("prefs")))[0], None, 2**20), 4000):
         try:
-            preference(value_of(row))
+            preference(row_value(row))
             counts["kept"] = counts.get("kept", 0) + 1
         except Skip as reason:
             counts[str(reason)] = counts.get(str(reason), 0) + 1

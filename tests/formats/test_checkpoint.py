@@ -33,14 +33,14 @@ def test_a_checkpoint_is_a_hugging_face_folder(trained):
     assert AutoTokenizer.from_pretrained(folder).eos_token_id == theirs.config.eos_token_id == 499
     saved = torch.load(folder / "trainer" / "state.pt", weights_only=True)
     assert saved["progress"]["step"] == 60 and saved["progress"]["tokens"] == 60 * 8 * 64
-    assert checkpoint.fault(folder) is None
+    assert checkpoint.find_corruption(folder) is None
     pointers = json.loads((trained / "checkpoints.json").read_text())
     assert pointers["last"] == pointers["best"] == "step_000060"
 
 
 def test_old_checkpoints_go_but_not_the_best(data, tmp_path, monkeypatch):
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(train.Evaluation, "__call__", lambda self, model, last: {"val_loss": next(values)})
+    monkeypatch.setattr(train.TextEvaluation, "__call__", lambda self, model, last: {"val_loss": next(values)})
     monkeypatch.setattr(train, "print_summary", lambda *arguments: None)
     run(data, tmp_path, "--max_steps=5", "--save_interval=1", "--eval_interval=1", "--keep_checkpoints=2")
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == [

@@ -11,7 +11,7 @@ from formats.chat_format import encode_answer, encode_prompt, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation import assistant as assistants
 from generation.assistant import MOST_CALLS, Assistant, call_tool
-from generation.generate import Past, Sampling, generate
+from generation.generate import PrefixCache, Sampling, generate
 from generation.terminal import converse, forget
 from model import GPT
 from tests.conftest import busy_model, tiny_config
@@ -83,7 +83,7 @@ def test_what_was_said_is_not_read_again(tokenizer, monkeypatch):
     monkeypatch.setattr(
         GPT, "forward", lambda self, ids, **more: sizes.append(ids.shape[1]) or original(self, ids, **more)
     )
-    past, messages, before = Past(), [USER], 0
+    past, messages, before = PrefixCache(), [USER], 0
     for _ in range(3):
         prompt = encode_prompt(tokenizer, messages)
         plain = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0))]

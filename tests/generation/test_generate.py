@@ -13,7 +13,7 @@ import generation.generate
 import sample
 from configurator import UserError
 from formats.tokenizer import Tokenizer
-from generation.generate import Past, Sampling, choose, generate, penalize
+from generation.generate import PrefixCache, Sampling, choose, generate, penalize
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
 
@@ -101,7 +101,7 @@ def test_what_rows_begin_with_is_read_once(monkeypatch, tails):
     assert run(model, prompts, 70) == alone, "the cache's last half included"
     shared = 70 if all(tails) else 69  # the last token of a row is its own
     assert read[:2] == [shared, sum(map(len, prompts)) - 3 * shared] and read[2] == 3
-    monkeypatch.setattr(generation.generate, "SHARED", 71)
+    monkeypatch.setattr(generation.generate, "MIN_SHARED_PREFIX", 71)
     read.clear()
     assert run(model, prompts, 70) == alone and read[0] == sum(map(len, prompts))
 
@@ -127,7 +127,7 @@ def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
     texts, begin = [], counts["unique_graphs"]
     for model.compiled_steps in (False, True):
         ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
-        past = Past()
+        past = PrefixCache()
         turns = [run(model, [prompts[0] + list(range(n))], 9, past=past) for n in (1, 20)]
         texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
     assert texts[0] == texts[1]

@@ -6,13 +6,12 @@ import re
 import pytest
 
 from configurator import UserError
-from dataset import shards
-from formats import hf
+from formats import files, hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
 from model import GPT
 from tests.conftest import busy_model, tiny_config
-from tests.test_distill import CARVED, INSIDE, run
+from tests.test_distill import INSIDE, PRUNED, run
 from tools import compare
 
 MORE = ["--device=cpu", "--eval_tokens=1024", "--batch_size=4", "--max_new_tokens=12"]
@@ -61,7 +60,7 @@ def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
     """And a teacher is as good as itself."""
     import sft
 
-    short = [word for word in CARVED if "layers" not in word]
+    short = [word for word in PRUNED if "layers" not in word]
     sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'a'}"])
     text = page(tmp_path / "a", tmp_path / "a", chats, "--packing=False")
     assert "bits per byte" not in text
@@ -103,7 +102,7 @@ def test_no_text_leaves_its_fence(text, fence):
 def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
     target = tmp_path / "pages" / "compare.md"
     target.parent.mkdir()
-    shards.write_text(target, "old")
+    files.write_text(target, "old")
     replace = os.replace
 
     def fails(source, path):
@@ -112,10 +111,10 @@ def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "replace", fails)
     with pytest.raises(OSError, match="No space left on device: '.*compare.md'"):
-        shards.write_text(target, "new")
+        files.write_text(target, "new")
     assert [path.name for path in target.parent.iterdir()] == ["compare.md"] and target.read_text() == "old"
     monkeypatch.setattr(os, "replace", replace)
-    shards.write_text(target, "new")
+    files.write_text(target, "new")
     assert target.read_text() == "new"
 
 

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 import torch
 
+import modeling.devices
 import train
 import training.run
 from configurator import UserError, configure
 from formats.files import write_json
-from loop import RunConfig, plan, start_run
+from loop import RunConfig, plan_stages, start_run
 from tests.runs import events, losses, run, stop_at_step
 from training.stages import with_steps
 
@@ -28,7 +29,7 @@ def test_plan_by_hand():
             dict(steps=1),
         ]
     )
-    stages = plan(with_steps(cfg, lambda stage: 10))
+    stages = plan_stages(with_steps(cfg, lambda stage: 10))
     assert [(s.first, s.last, s.begin, s.end) for s in stages] == [
         (0, 3, 0, 8),
         (3, 8, 0, 8),
@@ -56,7 +57,7 @@ def test_plan_by_hand():
 )
 def test_stages_that_make_no_sense(stages, message):
     with pytest.raises(UserError, match=message):
-        plan(RunConfig(stages=stages))
+        plan_stages(RunConfig(stages=stages))
 
 
 def test_the_log_has_every_field(trained):
@@ -97,7 +98,7 @@ def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
 def test_a_cpu_without_bfloat16_units_is_told(tmp_path, monkeypatch, capsys, flags, emulated):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name : a CPU\nflags : {flags}\n")
-    monkeypatch.setattr(training.run, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
+    monkeypatch.setattr(modeling.devices, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
     for dtype in ("bfloat16", "float32"):
         with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype), {}):
             assert ("no bfloat16 units" in capsys.readouterr().out) == (emulated and dtype == "bfloat16")

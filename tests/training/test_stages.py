@@ -15,7 +15,7 @@ from dataset.dataloader import Rows
 from dataset.shards import DataFolder
 from formats import checkpoint
 from formats.files import write_json
-from loop import plan
+from loop import plan_stages
 from model import GPT
 from modeling.rope import rope_frequencies
 from prepare import PrepareConfig, prepare
@@ -61,7 +61,7 @@ def test_the_base_rises_geometrically_and_meets_the_next_stage(curriculum):
 def test_a_ramp_reaches_its_end_to_the_last_bit(start, end):
     """611,721 (934,974 / 611,721) is not 934,974 in floating point."""
     cfg = train.TrainConfig(stages=[dict(steps=7), dict(steps=3, rope_theta=(start, end))])
-    first, second = plan(cfg)
+    first, second = plan_stages(cfg)
     middle = start ** (1 / 3) * end ** (2 / 3)
     assert [second.rope_theta_at(step) for step in (8, 9)] == [pytest.approx(middle), end]
     assert [first.rope_theta_at(step) for step in (0, 6)] == [10_000, 10_000]
@@ -69,7 +69,7 @@ def test_a_ramp_reaches_its_end_to_the_last_bit(start, end):
 
 def test_the_planned_stages_of_the_large_run():
     cfg = configure(train.TrainConfig, [str(ROOT / "config" / "train_nanollama_1b.py")])[0]
-    stages = plan(cfg)
+    stages = plan_stages(cfg)
     assert [stage.last for stage in stages] == [184_000, 194_000, 207_000, 230_000]
     assert [stage.cfg.block_size for stage in stages] == [4096, 8192, 16_384, 4096]
     assert all(stage.cfg.block_size * stage.cfg.global_batch_size == 131_072 for stage in stages)
@@ -95,7 +95,7 @@ def test_the_planned_stages_of_the_tiny_run(tmp_path, monkeypatch, folders, firs
     for folder in folders:
         (tmp_path / "data" / folder).mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
-    stages = plan(configure(train.TrainConfig, [str(ROOT / "config" / "train_tiny_curriculum.py")])[0])
+    stages = plan_stages(configure(train.TrainConfig, [str(ROOT / "config" / "train_tiny_curriculum.py")])[0])
     assert [stage.last for stage in stages] == [500, 600, 800, 1000]
     assert [stage.cfg.block_size for stage in stages] == [128, 256, 512, 128]
     assert all(stage.cfg.block_size * stage.cfg.global_batch_size == 2048 for stage in stages)

@@ -164,7 +164,7 @@ def test_loss_against_position(lm, data):
     texts = read_texts(str(data), "", 60_000)
     result = context_length.score(lm, texts, "")
     assert lm.model.config.block_size == 64, "as it was"
-    rows = np.stack(context_length.rows_of(lm, texts, 128)).astype(np.int64)
+    rows = np.stack(context_length.cut_rows(lm, texts, 128)).astype(np.int64)
     peer = LM(str(lm.folder), device="cpu").model
     peer.reconfigure(block_size=128)
     with torch.no_grad():
