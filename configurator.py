@@ -81,6 +81,24 @@ def override(config: typing.Any, changes: dict, place: str) -> typing.Any:
     return dataclasses.replace(config, **{k: coerce_field(type(config), k, v, place) for k, v in changes.items()})
 
 
+def require(config: typing.Any, key: str, fits: bool, rule: str) -> None:
+    """UserError "key=value: must be <rule>" unless `fits`."""
+    if not fits:
+        raise UserError(f"{key}={getattr(config, key)}: must be {rule}")
+
+
+def require_positive(config: typing.Any, *keys: str) -> None:
+    """UserError for the first of these keys whose value is 0 or less; None passes."""
+    for key in keys:
+        require(config, key, getattr(config, key) is None or getattr(config, key) > 0, "positive")
+
+
+def require_not_negative(config: typing.Any, *keys: str) -> None:
+    """UserError for the first of these keys whose value is below 0; None passes."""
+    for key in keys:
+        require(config, key, getattr(config, key) is None or getattr(config, key) >= 0, "not negative")
+
+
 def field_types(schema: type, key: str, place: str) -> dict[str, typing.Any]:
     """The schema's annotations by field name; raises UserError if `key` is not one of them."""
     hints = typing.get_type_hints(schema)

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
 from dataset.dataloader import Mix, Rows, parse_mix
 from dataset.shards import DataFolder
@@ -48,6 +48,7 @@ from formats.hf import teacher_sha256
 from formats.tokenizer import Tokenizer
 from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_run, training_dtype
 from model import GPT, GPTConfig
+from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
 from training.staged_data import StagedData, in_epochs
 
@@ -89,16 +90,13 @@ class DistillConfig(RunConfig, GPTConfig):
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         if not (self.student_layers or self.init_from):  # else the sizes come from a folder
-            self.architecture(self.vocab_size or 64, self.block_size)
-        for key, fits, rule in (
-                ("alpha", 0 <= self.alpha <= 1, "from 0 to 1"),
-                ("temperature", 0 < self.temperature < math.inf, "positive"),
-                ("jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1"),
-                ("hidden_weight", self.hidden_weight >= 0, "at least 0"),
-                ("attention_weight", self.attention_weight >= 0, "at least 0"),
-                ("on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")):
-            if not fits:
-                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
+            GPTConfig.from_keys(self, vocab_size=self.vocab_size or 64)
+        require(self, "alpha", 0 <= self.alpha <= 1, "from 0 to 1")
+        require(self, "temperature", 0 < self.temperature < math.inf, "positive")
+        require(self, "jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1")
+        require(self, "hidden_weight", self.hidden_weight >= 0, "at least 0")
+        require(self, "attention_weight", self.attention_weight >= 0, "at least 0")
+        require(self, "on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")
         if self.cache != "none":
             plain = {"divergence": "forward_kl", "on_policy": 0, "hidden_weight": 0, "attention_weight": 0}
             for key, value in plain.items():
@@ -110,11 +108,6 @@ class DistillConfig(RunConfig, GPTConfig):
         if self.student_layers and self.init_from:
             raise UserError(f"student_layers={self.student_layers}: cuts the student out of the teacher; "
                             f"init_from={self.init_from} gives another. Leave one of them away")
-
-    def architecture(self, vocab_size: int, block_size: int) -> GPTConfig:
-        """The student that the keys describe. Raises UserError for sizes that do not fit together."""
-        keys = {each.name: getattr(self, each.name) for each in dataclasses.fields(GPTConfig)}
-        return GPTConfig(**keys | {"vocab_size": vocab_size, "block_size": block_size})
 
     # The text has no weight of its own. AdamW and Muon do not mind a gradient's size, so only the ratio of
     # weights counts: hidden_weight=100 with alpha=0 all but leaves the text out.
@@ -245,7 +238,7 @@ def main(argv: list[str]) -> int:
             if len({cache.records.spec for cache in caches.values()}) > 1:
                 raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
         else:
-            dtype = getattr(torch, cfg.teacher_dtype) if cfg.teacher_dtype else training_dtype(cfg, run)
+            dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
             longest = max(stage.block_size for stage in stage_configs(cfg))
             teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
             shard_teacher(teacher, cfg.parallel, run)
@@ -331,7 +324,7 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
     longest = max(stage.block_size for stage in stages)
     if cfg.init_from or layers:  # a context that is there stays
         longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
-    config = cfg.architecture(cfg.vocab_size or data.tokenizer.vocab_size, longest)
+    config = GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or data.tokenizer.vocab_size, block_size=longest)
     pairs, width = [], None
     if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))

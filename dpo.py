@@ -21,13 +21,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require, run_script
 from dataset.chat_rows import PairRows, pair_batch
-from dataset.dataloader import Mix, shares
+from dataset.dataloader import Mix, shares, validation_batches, validation_rows
 from formats import hf
 from formats.files import file_sha256, write_bytes
 from loop import Run, fit, stage_configs, start_run, training_dtype
 from model import GPT
+from modeling.devices import to_device
 from prepare import prepare_problems
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_log_probs, preference_loss
@@ -56,11 +57,9 @@ class DPOConfig(PostTrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, fits, rule in (("beta", self.beta > 0, "positive"),
-                                ("nll_weight", self.nll_weight >= 0, "at least 0"),
-                                ("label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")):
-            if not fits:
-                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
+        require(self, "beta", self.beta > 0, "positive")
+        require(self, "nll_weight", self.nll_weight >= 0, "at least 0")
+        require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
         if self.label_smoothing and self.loss == "ipo":
             raise UserError("label_smoothing: is of loss=dpo")
         if self.reference == "adapter_off" and not self.lora_rank:
@@ -140,7 +139,7 @@ class Reference:
                 self.policy.use_adapter(True)
         model = self.load()
         device = model.head_weight.device
-        batch = {k: v.to(device) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        batch = to_device(batch, device)
         with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
             return answer_log_probs(model, batch, self.vocab_size)
 
@@ -212,23 +211,21 @@ class PreferenceEvaluation:
         self.rows = [PairRows(folder, "val", cfg.block_size) for folder in mix.folders]
 
     def pairs(self, rows: PairRows) -> int:
-        """How many of a folder's pairs are read: the first cfg.eval_tokens, or all."""
-        limit = self.cfg.eval_tokens
-        return len(rows) if limit is None else min(len(rows), max(1, limit // (2 * rows.T)))
+        """The number of a folder's pairs that hold the first cfg.eval_tokens; a pair has two rows."""
+        return validation_rows(rows, self.cfg.eval_tokens and max(1, self.cfg.eval_tokens // 2))
 
     def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
         results: dict[str, float] = {}
         run, size = self.run, self.cfg.micro_batch_size
         for rows, weight in zip(self.rows, self.mix.weights, strict=True):
             sums, count = torch.zeros(3, device=run.device), 0
-            for mine in shares(self.pairs(rows), size, run.rank, run.world_size):
-                read = mine if len(mine) else np.zeros(1, dtype=np.int64)  # all ranks take part in a forward
-                batch = self.reference.batch([(rows, number) for number in read])
-                batch = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-                found = pair_loss(model, batch, self.reference, self.cfg)[1]
-                if len(mine):
+            for batch in validation_batches(
+                    lambda numbers, rows=rows: self.reference.batch([(rows, number) for number in numbers]),
+                    self.pairs(rows), size, run.rank, run.world_size):
+                _, found = pair_loss(model, to_device(batch, run.device), self.reference, self.cfg)
+                if batch["count"]:
                     sums += torch.stack([found["loss"], found["accuracy"], found["margin"]])
-                    count += len(mine)
+                    count += batch["count"]
             *totals, pairs = run.sum([*sums.tolist(), count])
             for name, total in zip(("val_loss", "val_accuracy", "val_margin"), totals, strict=True):
                 results[name] = results.get(name, 0.0) + weight * total / pairs

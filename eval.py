@@ -27,7 +27,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_positive, run_script
 from evals.lm import LM
 from evals.results import Figure, Result
 from evals.tasks import (
@@ -111,9 +111,7 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
 
     def __post_init__(self) -> None:
-        for key in ("limit", "batch_size", "stride", "context_length", "num_tests"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests")
         if self.shots is not None and self.shots < 0:
             raise UserError(f"shots={self.shots}: must not be negative")
         for key, names in (("tasks", set(self.task_names)), ("data", set(self.places[1]))):

@@ -36,6 +36,7 @@ from formats.model_card import Card, read_json
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from modeling import ternary
+from modeling.devices import DTYPES
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,7 +156,7 @@ def state_of(model: GPT) -> dict[str, torch.Tensor]:
 
 def write_hf(folder: Path, cfg: ExportConfig, source: Source) -> str:
     model = source.weights()
-    hf.save_folder(folder, source.config, state_of(model), source.ids, getattr(torch, cfg.dtype))
+    hf.save_folder(folder, source.config, state_of(model), source.ids, DTYPES[cfg.dtype])
     source.tokenizer.save(folder)
     return f"{model.num_parameters():,} weights in {cfg.dtype}"
 

@@ -35,7 +35,7 @@ from configurator import UserError
 from formats import checkpoint
 from formats.files import write_json
 from formats.hf import find_folder
-from modeling.devices import gather_full
+from modeling.devices import DTYPES, gather_full, to_device
 from training.metrics import Meter, NotFinite, Progress, log_line, step_text
 from training.optim import (
     learning_rate_at,
@@ -52,7 +52,6 @@ from training.stages import RunConfig, Stage, plan_stages, stage_at, stage_confi
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
 CHECKPOINT_BYTES = 12  # a parameter, at most: the weight and AdamW's two moments in float32
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]],
@@ -233,8 +232,7 @@ def backward(forward: nn.Module, batches: list[dict], loss_fn: Callable, amp: An
     sums: dict[str, Tensor] = {}
     for number, batch in enumerate(batches):
         synchronize_gradients(forward, number == len(batches) - 1)  # DDP looks at it in the forward pass
-        batch = {key: value.to(run.device, non_blocking=True) if isinstance(value, Tensor) else value
-                 for key, value in batch.items()}
+        batch = to_device(batch, run.device)
         with amp:
             loss, metrics = loss_fn(forward, batch)
         scaler.scale(loss * scale).backward()

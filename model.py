@@ -14,7 +14,6 @@ P the rows of the table in memory (V and padding), L layers.
 """
 
 import math
-import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -26,10 +25,10 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
-from configurator import UserError, coerce_field
+from configurator import UserError, coerce_field, require_positive
 from formats import gguf as gguf_file
 from formats import hf
-from modeling.devices import shard_like
+from modeling.devices import named_generator, shard_like
 from modeling.kv_cache import KVCache
 from modeling.rope import rope_frequencies
 from modeling.ternary import TernaryLinear
@@ -63,10 +62,7 @@ class GPTConfig:
         """Derive what is None; raise UserError for wrong types, and sizes that do not fit together."""
         for each in fields(self):
             coerce_field(type(self), each.name, getattr(self, each.name), "model")
-        for key in ("vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
-                    "block_size", "rope_theta", "norm_eps"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size", "block_size", "rope_theta", "norm_eps")
         if self.block_size > 2**24:  # the rotary tables alone would fill gigabytes
             raise UserError(f"block_size={self.block_size}: must be at most {2**24:,}")
         if not 0 <= self.dropout < 1:
@@ -85,6 +81,11 @@ class GPTConfig:
             if self.head_dim % 2:
                 raise UserError(f"head_dim={self.head_dim}: rotary positions turn pairs, so it must be even")
             rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # may refuse
+
+    @classmethod
+    def from_keys(cls, keys: Any, **changes: Any) -> "GPTConfig":
+        """The architecture that a run's configuration `keys` describes, with `changes`. Raises UserError."""
+        return cls(**{field.name: getattr(keys, field.name) for field in fields(cls)} | changes)
 
     @classmethod
     def read(cls, folder: Path) -> "GPTConfig":
@@ -327,7 +328,7 @@ class GPT(nn.Module):
             if parameter.ndim == 1:
                 value.fill_(0.0 if name.endswith("bias") else 1.0)
             else:
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))
+                generator = named_generator(seed, name)
                 is_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
                 value.normal_(0.0, residual_std if is_residual else 0.02, generator=generator)
             if name in hf.VOCABULARY_TABLES:

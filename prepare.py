@@ -33,7 +33,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_positive, run_script
 from dataset import problems
 from dataset.decontaminate import SETTINGS, Index, Removed
 from dataset.encoding import Recipe, parse_rows, pieces, text_hash, text_in, tokenize_all
@@ -67,9 +67,7 @@ class PrepareConfig:
     verify: bool = False  # only check an existing folder's hashes
 
     def __post_init__(self) -> None:
-        for key in ("vocab_size", "max_tokens", "num_proc"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "vocab_size", "max_tokens", "num_proc")
         if not 257 <= self.vocab_size <= 10**6:
             raise UserError(f"vocab_size={self.vocab_size}: must be at least 257 (256 bytes and the end of "
                             "text) and at most 1,000,000")

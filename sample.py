@@ -23,9 +23,7 @@ import time
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import torch
-
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_not_negative, require_positive, run_script
 from dataset.conversations import listed
 from dataset.sources import Skip, parse_json
 from formats import hf
@@ -35,7 +33,7 @@ from generation.assistant import Assistant
 from generation.generate import Sampling, generate
 from generation.terminal import converse
 from model import GPT
-from modeling.devices import pick_device
+from modeling.devices import DTYPES, pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,9 +53,8 @@ class SampleConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, least in (("num_samples", 1), ("max_new_tokens", 0), ("batch_size", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
+        require_positive(self, "num_samples", "batch_size")
+        require_not_negative(self, "max_new_tokens")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file: give one of them")
         if self.chat and (self.prompt or self.prompt_file or self.stop or self.num_samples > 1):
@@ -85,7 +82,7 @@ class Sampler:
         folder = hf.find_folder(cfg.model)
         self.tokenizer = Tokenizer.load(folder)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        self.model = GPT.from_pretrained(folder, device, getattr(torch, dtype)).eval()
+        self.model = GPT.from_pretrained(folder, device, DTYPES[dtype]).eval()
         self.model.compiled_steps = cfg.compile
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
         self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)

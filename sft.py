@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from configurator import configure, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
-from dataset.dataloader import IGNORE, Mix, shares
+from dataset.dataloader import Mix, validation_batches, validation_rows
 from loop import Run, fit, stage_configs, start_run
+from modeling.devices import to_device
 from prepare import prepare_problems
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
@@ -75,17 +76,14 @@ class ChatEvaluation:
 
     def loss(self, model: nn.Module, rows: Any) -> float:
         """Nats a target over one folder's first cfg.eval_tokens, which the ranks share."""
-        run, limit = self.run, self.cfg.eval_tokens
-        total = len(rows) if limit is None else min(len(rows), max(1, limit // rows.T))
+        run, total = self.run, validation_rows(rows, self.cfg.eval_tokens)
         nll, count = torch.zeros((), device=run.device), 0
-        for mine in shares(total, self.cfg.micro_batch_size, run.rank, run.world_size):
-            read = rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64))
-            if not len(mine):
-                read[:, 1] = IGNORE  # all ranks take part in each forward
-            batch = chat_batch(read)
-            count += batch["count"]
-            batch = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            nll += loss_fn(model, batch, self.mix.tokenizer.vocab_size)[1]["loss"]
+        for batch in validation_batches(lambda numbers: chat_batch(rows.read(numbers)), total,
+                                        self.cfg.micro_batch_size, run.rank, run.world_size):
+            _, metrics = loss_fn(model, to_device(batch, run.device), self.mix.tokenizer.vocab_size)
+            if batch["count"]:
+                nll += metrics["loss"]
+                count += batch["count"]
         nats, targets = run.sum([nll.item(), count])
         return nats / targets
 

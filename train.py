@@ -21,13 +21,14 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, run_script
-from dataset.dataloader import Mix, Rows, text_batch, validation_batches
+from dataset.dataloader import Mix, Rows, text_batch, validation_batches, validation_rows
 from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
 from loop import Run, RunConfig, fit, stage_configs, start_run
 from model import GPT, GPTConfig
+from modeling.devices import to_device
 from prepare import PrepareConfig, prepare
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, in_epochs
@@ -46,14 +47,9 @@ class TrainConfig(RunConfig, GPTConfig):
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        self.architecture(self.vocab_size or 64, self.block_size)
+        GPTConfig.from_keys(self, vocab_size=self.vocab_size or 64)
         if self.z_loss < 0 or self.sample_tokens < 0:
             raise UserError(f"z_loss={self.z_loss}, sample_tokens={self.sample_tokens}: must not be negative")
-
-    def architecture(self, vocab_size: int, block_size: int) -> GPTConfig:
-        """The model that the keys describe. Raises UserError for sizes that do not fit together."""
-        keys = {each.name: getattr(self, each.name) for each in dataclasses.fields(GPTConfig)}
-        return GPTConfig(**keys | {"vocab_size": vocab_size, "block_size": block_size})
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -95,7 +91,7 @@ class TextEvaluation:
         self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
         self.rows = [Rows(folder, "val", cfg.block_size) for folder in mix.folders]
         for rows in self.rows:
-            for _ in validation_batches(rows, cfg.eval_tokens, batch_size=1024, rank=0, world_size=1):
+            for _ in validation_batches(rows.read, validation_rows(rows, cfg.eval_tokens), 1024, 0, 1):
                 pass  # reading checks the ids
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
@@ -122,12 +118,14 @@ class TextEvaluation:
         nll, count, text_bytes = torch.zeros((), device=self.run.device), 0, 0
         tokenizer = self.mix.tokenizer
         eot_id = tokenizer.eot_id if self.cfg.document_mask else None
-        for batch in validation_batches(rows, self.cfg.eval_tokens, self.cfg.micro_batch_size, self.run.rank,
-                                        self.run.world_size, eot_id):
-            count += batch["count"]
-            text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
-            batch = {k: v.to(self.run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            nll += next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"]
+        for batch in validation_batches(lambda numbers: text_batch(rows.read(numbers), eot_id),
+                                        validation_rows(rows, self.cfg.eval_tokens),
+                                        self.cfg.micro_batch_size, self.run.rank, self.run.world_size):
+            _, metrics = next_token_loss(model, to_device(batch, self.run.device), tokenizer.vocab_size)
+            if batch["count"]:
+                nll += metrics["loss"]
+                count += batch["count"]
+                text_bytes += int(self.byte_counts[batch["targets"]].sum())
         return self.run.sum([nll.item(), count, text_bytes])
 
 
@@ -166,7 +164,8 @@ def main(argv: list[str]) -> int:
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
         run.write_run_json(user_cfg, data=data.hashes())
         with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
-            model = GPT(cfg.architecture(cfg.vocab_size or tokenizer.vocab_size, context_length(cfg)))
+            model = GPT(GPTConfig.from_keys(
+                cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size, block_size=context_length(cfg)))
         run.print(f"model     {model.num_parameters():,} parameters, "
                   f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP a token; "
                   f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")

@@ -37,7 +37,7 @@ from bench import llama_cpp
 from bench.loss import status_megabytes
 from bench.measure import BenchConfig, now
 from bench.post import in_turns
-from configurator import UserError, configure
+from configurator import UserError, configure, require_positive
 from dataset.shards import DataFolder
 from formats import gguf as gguf_file
 from formats import hf
@@ -65,9 +65,7 @@ class Config(BenchConfig):
         sizes = self.batch_sizes.split(",")
         if not all(size.isdecimal() and int(size) for size in sizes):
             raise UserError(f"batch_sizes={self.batch_sizes}: must be whole numbers with commas between")
-        for key, least in (("prompt_tokens", 1), ("max_new_tokens", 2), ("eval_tokens", 1), ("threads", 1)):
-            if getattr(self, key) < least:
-                raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
+        require_positive(self, "prompt_tokens", "max_new_tokens", "eval_tokens", "threads")
 
     @property
     def sizes(self) -> list[int]:

@@ -182,19 +182,21 @@ def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
     return batch | {"count": batch["targets"].numel()}
 
 
-def validation_batches(rows: Rows, limit_tokens: int | None, batch_size: int, rank: int, world_size: int,
-                       eot_id: int | None = None) -> Iterator[dict[str, Any]]:
-    """This rank's batches of the rows that hold the first `limit_tokens` (None: all); as many on each rank.
+def validation_batches(make_batch: Callable[[np.ndarray], dict[str, Any]], total: int, batch_size: int,
+                       rank: int, world_size: int) -> Iterator[dict[str, Any]]:
+    """This rank's validation batches of the rows 0 ... total - 1; make_batch(row numbers) makes one.
 
-    A rank that runs out repeats the first row with every target ignored, so that all ranks take part in each
-    forward.
+    Every rank gets the same number of batches, because all ranks must take part in each forward pass. A rank
+    that runs out of rows gets row 0 with a "count" of 0: run it, and do not add its sums.
     """
-    total = len(rows) if limit_tokens is None else min(len(rows), max(1, limit_tokens // rows.T))
-    for mine in shares(total, batch_size, rank, world_size):
-        batch = text_batch(rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64)), eot_id)
-        if not len(mine):
-            batch |= {"targets": torch.full_like(batch["targets"], IGNORE), "count": 0}
-        yield batch
+    for numbers in shares(total, batch_size, rank, world_size):
+        batch = make_batch(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
+        yield batch if len(numbers) else batch | {"count": 0}
+
+
+def validation_rows(rows: Any, limit_tokens: int | None) -> int:
+    """The number of rows that hold the first `limit_tokens` tokens, at least 1; all rows for None."""
+    return len(rows) if limit_tokens is None else min(len(rows), max(1, limit_tokens // rows.T))
 
 
 def shares(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:

@@ -7,13 +7,13 @@
 import math
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from dataset.chat_rows import batch_of
-from dataset.dataloader import IGNORE, Mix, shares
+from dataset.dataloader import Mix, validation_batches, validation_rows
 from distillation.divergences import DenseTeacher, compared, select_targets
+from modeling.devices import to_device
 from training.run import Run
 
 
@@ -43,18 +43,15 @@ class StudentEvaluation:
 
     def sums(self, model: nn.Module, rows: Any) -> list[float]:
         """`compared` over one folder's first cfg.eval_tokens and all ranks, and the bytes of their text."""
-        run, limit = self.run, self.cfg.eval_tokens
-        total = len(rows) if limit is None else min(len(rows), max(1, limit // rows.T))
-        sums = torch.zeros(5, dtype=torch.float64, device=run.device)
-        text_bytes, vocab_size = 0, self.mix.tokenizer.vocab_size
-        for mine in shares(total, self.cfg.micro_batch_size, run.rank, run.world_size):
-            read = rows.read(mine if len(mine) else np.zeros(1, dtype=np.int64))
-            batch = batch_of(read, self.cfg, self.mix.tokenizer.eot_id)
-            if not len(mine):  # all ranks take part in each forward
-                batch["targets"] = torch.full_like(batch["targets"], IGNORE)
-            text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
-            batch = {k: v.to(run.device) if isinstance(v, Tensor) else v for k, v in batch.items()}
-            sums += self.of(model, batch, vocab_size)
+        run, tokenizer = self.run, self.mix.tokenizer
+        sums, text_bytes = torch.zeros(5, dtype=torch.float64, device=run.device), 0
+        for batch in validation_batches(lambda numbers: batch_of(rows.read(numbers), self.cfg, tokenizer.eot_id),
+                                        validation_rows(rows, self.cfg.eval_tokens),
+                                        self.cfg.micro_batch_size, run.rank, run.world_size):
+            found = self.of(model, to_device(batch, run.device), tokenizer.vocab_size)
+            if batch["count"]:
+                sums += found
+                text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
         return run.sum([*sums.tolist(), text_bytes])
 
     def of(self, model: nn.Module, batch: dict[str, Any], vocab_size: int) -> Tensor:

@@ -10,7 +10,6 @@ where no other program looks.
 """
 
 import math
-import zlib
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -31,6 +30,7 @@ from distillation.layer_losses import (
 )
 from formats import hf
 from model import GPT, GPTConfig
+from modeling.devices import named_generator
 
 PROJECTIONS = "projections.safetensors"
 
@@ -63,7 +63,7 @@ class Student(GPT):
         stored = load_file(folder / PROJECTIONS) if (folder / PROJECTIONS).is_file() else {}
         for name, parameter in self.named_parameters():
             if name.startswith("projections."):
-                generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+                generator = named_generator(self.seed, name)
                 new = 0.02 * torch.randn(parameter.shape, generator=generator)
                 fits = name in stored and stored[name].shape == new.shape
                 yield name, stored[name] if fits else new

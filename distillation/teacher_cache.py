@@ -14,7 +14,6 @@ KD, arXiv 2503.16870). A cache is for one teacher, one data set, one row length 
 named by the hash of them: another is not found.
 """
 
-import fcntl
 import hashlib
 import json
 import os
@@ -30,7 +29,7 @@ from torch import Tensor
 
 from configurator import UserError
 from distillation.divergences import DenseTeacher
-from formats.files import HashedFile, file_sha256, sync_folder, write_json
+from formats.files import HashedFile, file_sha256, lock_path, sync_folder, write_json
 from training.losses import chunk_rows
 
 VERSION = 1
@@ -121,11 +120,9 @@ class CacheWriter:
             self.meta["shards"] = read_meta(self.folder)["shards"]
             require_shards(self.folder, self.meta)
         self.done = sum(shard["rows"] for shard in self.meta["shards"])
-        self.lock = os.open(self.folder, os.O_RDONLY)
-        try:
-            fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this ends
-        except BlockingIOError:
-            raise UserError(f"{self.folder}: another process is caching there") from None
+        self.lock = lock_path(self.folder)
+        if self.lock is None:
+            raise UserError(f"{self.folder}: another process is caching there")
         need, free = (len(rows) - self.done) * self.row_bytes, shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(f"{self.folder}: needs {need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")

@@ -12,7 +12,6 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-import torch
 from tqdm import tqdm
 
 from configurator import UserError
@@ -23,7 +22,7 @@ from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.generate import Sampling, generate
 from model import GPT
-from modeling.devices import pick_device
+from modeling.devices import DTYPES, pick_device
 
 MAX_BATCH_TOKENS = 2**17  # tokens of the prompts of a batch: at 16,384 tokens eight prompts, whatever batch_size says
 
@@ -45,7 +44,7 @@ class LM:
             turn = encode_prompt(self.tokenizer, [{"role": "user", "content": ""}])
             end = turn.index(end_of_turn(self.tokenizer))
             self.before, self.after = turn[:end], turn[end:]
-        self.model = GPT.from_pretrained(self.folder, pick_device(device), getattr(torch, dtype)).eval()
+        self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
         self.tokens, self.truncated = 0, []
 

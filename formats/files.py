@@ -105,11 +105,9 @@ def atomic_folder(target: Path, mark: str = "meta.json", kind: str = "data set")
     target = target.resolve()
     beside, before = sibling_path(target, "tmp"), sibling_path(target, "old")
     beside.mkdir(parents=True, exist_ok=True)
-    lock = os.open(beside, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
-    except BlockingIOError:
-        raise UserError(f"out={target}: another process is writing it") from None
+    lock = lock_path(beside)
+    if lock is None:
+        raise UserError(f"out={target}: another process is writing it")
     try:
         for old in beside.iterdir():  # of one that was killed
             old.unlink()
@@ -123,6 +121,32 @@ def atomic_folder(target: Path, mark: str = "meta.json", kind: str = "data set")
     finally:
         shutil.rmtree(beside, ignore_errors=True)
         os.close(lock)
+
+
+def read_jsonl(path: Path) -> list[dict[str, Any]]:
+    """The JSON objects of a log, one per line. Skips a line that a kill or a power cut left incomplete, and
+    returns [] for a file that is missing."""
+    events = []
+    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
+        with contextlib.suppress(ValueError):
+            event = json.loads(line)
+            events += [event] if isinstance(event, dict) else []
+    return events
+
+
+def lock_path(path: Path) -> int | None:
+    """Lock a file (created if missing) or a folder for this process, without waiting.
+
+    Returns an open descriptor, or None if another process holds the lock. Closing the descriptor releases it;
+    the kernel also releases it when the process ends, in whatever way.
+    """
+    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor
 
 
 def file_sha256(path: Path) -> str:

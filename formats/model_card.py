@@ -22,7 +22,7 @@ from typing import Any
 
 from configurator import UserError
 from formats import checkpoint, hf
-from formats.files import file_sha256
+from formats.files import file_sha256, read_jsonl
 from formats.hf import teacher_sha256
 from formats.peft import weights_sha256
 
@@ -89,7 +89,7 @@ def lineage(model: str | None) -> list[RunSummary]:
             data = dict(identity.get("data", {}))
         except (TypeError, KeyError, ValueError, AttributeError):
             raise UserError(f"{found / 'run.json'}: not a run's") from None
-        events = [event for event in log(found / "metrics.jsonl") if event.get("step", 0) <= step]
+        events = [event for event in read_jsonl(found / "metrics.jsonl") if event.get("step", 0) <= step]
         trained, validated = (next((event for event in reversed(events) if key in event), {})
                               for key in ("tokens", "val_loss"))
         step = step if step < math.inf else trained.get("step", "?")
@@ -98,18 +98,6 @@ def lineage(model: str | None) -> list[RunSummary]:
         if config.get("student_layers"):
             model, digest = config.get("teacher"), identity.get("teacher")
     return stages[::-1]
-
-
-def log(path: Path) -> list[dict[str, Any]]:
-    """The events of a metrics.jsonl, without a line that a kill has cut."""
-    events = []
-    for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        try:
-            event = json.loads(line)
-        except ValueError:
-            continue
-        events += [event] if isinstance(event, dict) else []
-    return events
 
 
 def scores(places: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:

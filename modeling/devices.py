@@ -6,13 +6,17 @@
 
 import os
 import re
+import zlib
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def gather_full(tensor: Tensor) -> Tensor:
@@ -65,3 +69,14 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
     """The dtype of matrix products with `tensor`: autocast's where it is on, else the tensor's own."""
     device = tensor.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else tensor.dtype
+
+
+def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
+    """The batch with its tensors on `device`; other values stay as they are. Copies do not block a GPU."""
+    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for key, value in batch.items()}
+
+
+def named_generator(seed: int, name: str) -> torch.Generator:
+    """A CPU generator for one named tensor: its numbers do not depend on which other tensors there are."""
+    return torch.Generator().manual_seed(zlib.crc32(f"{seed}/{name}".encode()))

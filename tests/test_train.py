@@ -9,7 +9,7 @@ import torch
 import train
 from configurator import configure
 from loop import plan_stages
-from model import GPT
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY_RUN
 
 SIZES = {
@@ -26,7 +26,7 @@ def test_config_files_describe_runs(path):
     assert stages[-1].last > 0
     assert all(stage.cfg.global_batch_size % stage.cfg.micro_batch_size == 0 for stage in stages)
     with torch.device("meta"):
-        model = GPT(cfg.architecture(cfg.vocab_size or 50257, cfg.block_size))
+        model = GPT(GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or 50257))
     if path.stem in SIZES:
         assert model.num_parameters() == SIZES[path.stem]
     comment = path.read_text().split("\n")[0]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_positive, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows
 from dataset.dataloader import Rows, parse_mix, text_batch
 from dataset.shards import DataFolder
@@ -27,7 +27,7 @@ from distillation.teacher_cache import CacheSpec, CacheWriter, identity_of, veri
 from formats import hf
 from formats.hf import teacher_sha256
 from formats.tokenizer import Tokenizer
-from modeling.devices import pick_device
+from modeling.devices import DTYPES, pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,9 +46,7 @@ class CacheConfig:
     dtype: Literal["float32", "bfloat16"] | None = None  # of the teacher's weights; None: bfloat16 on cuda
 
     def __post_init__(self) -> None:
-        for key in ("block_size", "k", "temperature", "batch_size"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "block_size", "k", "temperature", "batch_size")
 
     @property
     def spec(self) -> CacheSpec:
@@ -70,7 +68,7 @@ def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
     if begun < len(rows):
         device = pick_device(cfg.device)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        teacher = load_teacher(cfg.teacher, tokenizer, device, getattr(torch, dtype), cfg.block_size)
+        teacher = load_teacher(cfg.teacher, tokenizer, device, DTYPES[dtype], cfg.block_size)
         eot_id = tokenizer.eot_id if cfg.document_mask else None
 
         @torch.inference_mode()

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_positive, run_script
 from dataset.dataloader import Mix
 from distill import DistillConfig, row_kind
 from distillation.evaluation import StudentEvaluation
@@ -50,9 +50,7 @@ class CompareConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("max_new_tokens", "block_size", "eval_tokens", "batch_size"):
-            if getattr(self, key) is not None and getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "max_new_tokens", "block_size", "eval_tokens", "batch_size")
 
 
 # ---- Figures ----------------------------------------------------------------------------------------------

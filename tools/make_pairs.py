@@ -16,7 +16,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_positive, run_script
 from dataset.problems import FAMILIES, is_right, problems, prompt_of
 from formats import hf
 from formats.chat_format import require_chat
@@ -41,9 +41,7 @@ class PairsConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key in ("count", "samples", "max_new_tokens", "batch_size"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
+        require_positive(self, "count", "samples", "max_new_tokens", "batch_size")
         if unknown := set(self.families.split(",")) - FAMILIES.keys():
             raise UserError(f"families={self.families}: {min(unknown)!r} is none of {', '.join(FAMILIES)}")
 

@@ -14,7 +14,7 @@ import torch
 
 from configurator import configure, run_script
 from loop import plan_stages
-from model import GPT
+from model import GPT, GPTConfig
 from prepare import PrepareConfig
 from train import TrainConfig
 
@@ -23,7 +23,7 @@ def row(argv: list[str]) -> str:
     """The table's line for the run that these words describe. Raises UserError as train.py does."""
     cfg, _ = configure(TrainConfig, argv, usage=__doc__)
     with torch.device("meta"):
-        model = GPT(cfg.architecture(cfg.vocab_size or PrepareConfig().vocab_size, cfg.block_size))
+        model = GPT(GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or PrepareConfig().vocab_size))
     config, parameters = model.config, model.num_parameters()
     tokens = sum((s.last - s.first) * s.cfg.global_batch_size * s.cfg.block_size for s in plan_stages(cfg))
     cells = (" ".join(argv) or "the defaults", f"{parameters / 1e6:,.1f} M", config.n_layer, config.n_embd,

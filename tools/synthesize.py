@@ -31,7 +31,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require_not_negative, require_positive, run_script
 from dataset.encoding import text_hash
 from dataset.shards import FORMAT_VERSION, ShardWriter
 from dataset.sources import Row, Skip, document, file_kind, read_rows
@@ -67,10 +67,8 @@ class FreeDataConfig:
     overwrite: bool = False  # replace a folder made from other inputs
 
     def __post_init__(self) -> None:
-        for key, least in (("tokens", 1), ("length", 1), ("seed_tokens", 1), ("first_tokens", 0), ("seed", 0),
-                           ("first_temperature", 0), ("temperature", 0), ("batch_size", 1)):
-            if getattr(self, key) is not None and not getattr(self, key) >= least:
-                raise UserError(f"{key}={getattr(self, key)}: must be at least {least}")
+        require_positive(self, "tokens", "length", "seed_tokens", "batch_size")
+        require_not_negative(self, "first_tokens", "seed", "first_temperature", "temperature")
         if not 0 <= self.val_fraction < 1:
             raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
         if self.kind == "unlike" and self.temperature is not None and self.temperature <= 1:

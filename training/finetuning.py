@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, require
 from formats import hf
 from formats import peft as adapters
 from formats.chat_format import with_chat_tokens
@@ -45,12 +45,10 @@ class PostTrainingConfig(RunConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, fits, rule in (("block_size", self.block_size > 0, "positive"),
-                                ("lora_rank", self.lora_rank >= 0, "at least 0"),
-                                ("lora_alpha", self.lora_alpha > 0, "positive"),
-                                ("lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")):
-            if not fits:
-                raise UserError(f"{key}={getattr(self, key)}: must be {rule}")
+        require(self, "block_size", self.block_size > 0, "positive")
+        require(self, "lora_rank", self.lora_rank >= 0, "at least 0")
+        require(self, "lora_alpha", self.lora_alpha > 0, "positive")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
         for key in ("merge", "quantize_base"):
             if getattr(self, key) and not self.lora_rank:
                 raise UserError(f"{key}={getattr(self, key)}: there is no adapter without lora_rank")

@@ -12,7 +12,6 @@ only uses the model needs none of this: the folder of an adapter loads merged, a
 
 import math
 import re
-import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from configurator import UserError
 from formats import hf
 from formats.peft import AdapterSpec, is_adapter, read_adapter, write_adapter
 from model import GPT, GPTConfig
+from modeling.devices import named_generator
 
 
 class LoRALinear(nn.Linear):
@@ -102,7 +102,7 @@ class AdaptedGPT(GPT):
         if not is_adapter(folder):
             for name, parameter in self.named_parameters():
                 if name.endswith("lora_A"):  # as nn.Linear begins, drawn from (seed, name)
-                    generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed}/{name}".encode()))
+                    generator = named_generator(self.seed, name)
                     bound = 1 / math.sqrt(parameter.shape[1])
                     yield name, torch.empty(parameter.shape).uniform_(-bound, bound, generator=generator)
                 elif name.endswith("lora_B"):

@@ -10,7 +10,6 @@ Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl. loop.py d
 import atexit
 import contextlib
 import dataclasses
-import fcntl
 import json
 import os
 import signal
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from configurator import UserError, differences
 from formats.checkpoint import clean_tmp, read_pointers, remove_checkpoints, step_folders
-from formats.files import path_in_errors, write_json
+from formats.files import lock_path, path_in_errors, read_jsonl, write_json
 from modeling.devices import device_name, emulates_bfloat16, pick_device
 from training.stages import RESUMABLE_CHANGES, stage_configs
 
@@ -42,7 +41,7 @@ class Run:
     world_size: int = 1
     tokenizer: Any = None  # saved with every checkpoint
     wandb: Any = None
-    lock: Any = None  # the open file whose lock says that out_dir is taken
+    lock: int | None = None  # `lock_path` of out_dir, while this process holds it
     stop_signal: int = 0  # SIGINT or SIGTERM once one came: the loop saves and leaves after the step
     rollbacks: int = 0  # times this process went back to a checkpoint
 
@@ -50,8 +49,13 @@ class Run:
         return self
 
     def __exit__(self, *exception: Any) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other processes use out_dir."""
         if self.lock is not None:
-            self.lock.close()
+            os.close(self.lock)
+            self.lock = None
 
     def print(self, text: str = "") -> None:
         """To stdout, above a progress bar if there is one."""
@@ -80,12 +84,8 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """metrics.jsonl, without what a kill or a power cut left of a line."""
-        path, events = self.out_dir / "metrics.jsonl", []
-        for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-            with contextlib.suppress(ValueError):
-                event = json.loads(line)
-                events += [event] if isinstance(event, dict) and isinstance(event.get("step"), int) else []
-        return events
+        return [event for event in read_jsonl(self.out_dir / "metrics.jsonl")
+                if isinstance(event.get("step"), int)]
 
     def last_event(self, key: str) -> dict[str, Any]:
         """The newest event of metrics.jsonl that has `key`, or {}."""
@@ -200,28 +200,21 @@ def start_run(cfg: Any, provenance: dict[str, str]) -> Run:
     return run
 
 
-
-
-
-
-
-
 def claim_folder(cfg: Any, run: Run) -> None:
     """Lock out_dir, and compare the run in it, if there is one, with this configuration. Rank 0 only."""
     run.out_dir.mkdir(parents=True, exist_ok=True)
-    run.lock = open(run.out_dir / ".lock", "w")
+    run.lock = lock_path(run.out_dir / ".lock")
+    if run.lock is None:
+        raise UserError(f"out_dir={cfg.out_dir}: another process is training here")
     try:
-        fcntl.flock(run.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel frees it, however this process ends
         clean_tmp(run.out_dir)
         if (run.out_dir / "meta.json").exists():
             raise UserError(f"out_dir={cfg.out_dir}: holds a data set; a run needs a folder of its own")
         if not cfg.overwrite:
             read_pointers(run.out_dir)
             compare_with_before(cfg, run.out_dir)
-    except BlockingIOError:
-        raise UserError(f"out_dir={cfg.out_dir}: another process is training here") from None
     except BaseException:
-        run.lock.close()
+        run.release()
         raise
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
-from configurator import UserError, coerce, override
+from configurator import UserError, coerce, override, require, require_not_negative, require_positive
 from model import GPTConfig
 
 
@@ -59,17 +59,10 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """UserError for a value outside its range."""
-        for key in ("global_batch_size", "micro_batch_size", "max_steps", "learning_rate", "keep_checkpoints",
-                    "log_interval"):
-            if getattr(self, key) <= 0:
-                raise UserError(f"{key}={getattr(self, key)}: must be positive")
-        for key in ("min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed",
-                    "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks"):
-            if getattr(self, key) is not None and getattr(self, key) < 0:
-                raise UserError(f"{key}={getattr(self, key)}: must not be negative")
+        require_positive(self, "global_batch_size", "micro_batch_size", "max_steps", "learning_rate", "keep_checkpoints", "log_interval")
+        require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval", "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks")
         for key in ("beta1", "beta2"):
-            if not 0 <= getattr(self, key) < 1:
-                raise UserError(f"{key}={getattr(self, key)}: must be at least 0 and below 1")
+            require(self, key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
 
 
 # These may differ when a run is resumed: they change where, how fast and how long it runs, and of what it

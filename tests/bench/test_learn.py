@@ -4,6 +4,7 @@ import pytest
 
 from bench import learn
 from configurator import UserError, configure
+from model import GPTConfig
 
 
 def test_report_by_hand():
@@ -22,7 +23,7 @@ def test_both_sides_have_as_many_parameters():
     from train import TrainConfig
 
     cfg = configure(TrainConfig, learn.OURS)[0]
-    ours = GPT(cfg.architecture(257, learn.T)).num_parameters()
+    ours = GPT(GPTConfig.from_keys(cfg, vocab_size=257, block_size=learn.T)).num_parameters()
     C = learn.WIDTH
     theirs = learn.LAYERS * (12 * C * C + 2 * C) + C + 257 * C + learn.T * C
     assert ours == pytest.approx(theirs, rel=0.01)

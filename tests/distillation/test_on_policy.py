@@ -98,7 +98,8 @@ def run(teacher, out, *more):
 
 
 def test_chats_of_its_own(teacher, tmp_path):
-    """Only the teacher is learned from, and the log says so; micro-batches change nothing."""
+    """Only the teacher is learned from, and the log says so. The micro-batch size changes nothing in the first
+    step; later its rounding may change a sampled token."""
     more = ["--packing=False", "--on_policy=1", "--optimizer=adamw", "--max_steps=8"]
     found = run(teacher, tmp_path / "a", *more)
     own = [event["own_divergence"] for event in found if "own_divergence" in event]
@@ -106,7 +107,7 @@ def test_chats_of_its_own(teacher, tmp_path):
     assert not any("loss" in event or "divergence" in event for event in found)
     assert found[-1]["val_kl"] > 0
     small = run(teacher, tmp_path / "b", *more[:-1], "--micro_batch_size=1", "--max_steps=2")
-    np.testing.assert_allclose([event["own_divergence"] for event in small[:2]], own[:2], rtol=1e-5)
+    np.testing.assert_allclose(small[0]["own_divergence"], own[0], rtol=1e-5)
 
 
 def test_half_the_steps_are_its_own(teacher, tmp_path):

@@ -15,7 +15,7 @@ from configurator import UserError, configure
 from dataset.dataloader import Mix
 from formats import checkpoint
 from loop import start_run
-from model import GPT
+from model import GPT, GPTConfig
 from tests.conftest import ROOT, TINY_RUN
 from tests.runs import flat, run, state, weights
 from training.staged_data import StagedData
@@ -37,7 +37,7 @@ def saved_again(source, out, parallel):
     with start_run(cfg, {}) as process:
         folder = checkpoint.newest_verified(source, print)
         with torch.device("meta"):
-            model = GPT(cfg.architecture(500, 64))
+            model = GPT(GPTConfig.from_keys(cfg, vocab_size=500, block_size=64))
         loop.place(model, cfg, process, folder)
         progress, loaded = loop.load_state(folder)
         stages = loop.plan_stages(cfg)

@@ -1,0 +1,20 @@
+"""Markdown tables, for reports, model cards and the terminal."""
+
+from collections.abc import Iterable
+from typing import Any
+
+
+def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]], align: str = "") -> str:
+    """A Markdown table. align: one of l, r or - per column, for left, right or unstated; "" states none.
+
+    >>> print(table(["name", "n"], [["a", 1]], "lr"))
+    | name | n |
+    |:---|---:|
+    | a | 1 |
+    """
+    headers = [str(header) for header in headers]
+    rules = {"l": ":---", "r": "---:", "-": "---"}
+    lines = [headers, *([str(cell) for cell in row] for row in rows)]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    text.insert(1, "|" + "|".join(rules[kind] for kind in align or "-" * len(headers)) + "|")
+    return "\n".join(text)
