@@ -1,0 +1,53 @@
+"""tools.plot: the right numbers in the right panel, and its refusals."""
+
+import json
+import sys
+
+import pytest
+
+from configurator import UserError
+from tools import plot
+
+EVENTS = [
+    {"step": 10, "loss": 4.0, "lr": 0.1, "tokens_per_second": 100.0},
+    {"step": 20, "loss": 3.0, "lr": 0.05, "tokens_per_second": 120.0},
+    {"step": 20, "val_loss": 3.5},
+]
+
+
+@pytest.fixture
+def run(tmp_path):
+    (tmp_path / "run").mkdir()
+    lines = [json.dumps(event) for event in EVENTS] + ['{"step": 30, "lo']  # a line that a kill cut
+    (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
+    return tmp_path / "run"
+
+
+def test_a_curve_is_the_logged_numbers():
+    assert plot.curve(EVENTS, "loss") == ([10, 20], [4.0, 3.0])
+    assert plot.curve(EVENTS, "val_loss") == ([20], [3.5])
+    pytest.importorskip("matplotlib")
+    loss, rate, speed = plot.draw({"a": EVENTS, "b": EVENTS[:1]}).axes
+    assert [line.get_xydata().tolist() for line in loss.lines] == [
+        [[10, 4], [20, 3]], [[20, 3.5]], [[10, 4]], []]
+    assert rate.lines[0].get_xydata().tolist() == [[10, 0.1], [20, 0.05]]
+    assert speed.lines[0].get_xydata().tolist() == [[10, 100], [20, 120]]
+
+
+def test_the_picture_is_written_into_the_run(run, tmp_path, capsys):
+    pytest.importorskip("matplotlib")
+    assert plot.main([str(run)]) == 0
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert capsys.readouterr().out == f"curves    {run / 'curves.png'}\n"
+    plot.main([str(run), str(run), f"--out={tmp_path / 'two.png'}"])
+    assert (tmp_path / "two.png").is_file()
+
+
+def test_mistakes_are_one_line(tmp_path, monkeypatch, run):
+    with pytest.raises(UserError, match="name a run folder"):
+        plot.main([])
+    with pytest.raises(UserError, match="no run here"):
+        plot.main([str(tmp_path / "nothing")])
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match="matplotlib"):
+        plot.main([str(run)])
