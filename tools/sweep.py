@@ -1,39 +1,36 @@
-"""A grid of runs of one script, and a picture of what came out; cut, it goes on where it was.
+"""Train one script at every point of a grid of settings, and draw what came out.
 
     python -m tools.sweep --grid="temperature=1,2,4 alpha=0.5,0.9,1 learning_rate=3e-3,6e-3" \\
         --words="--teacher=out/teacher --cache=none --max_steps=100" --png=docs/results/sweep.png
 
-Every point of the grid is a run in a folder of its own under out_dir, named by its values; finished ones are
-not repeated. The last value of the metric that a run logged counts. The picture has a panel for each value of
-the third key, the second key's values as lines and the first's along the axis.
+Each point of the grid is a run in its own folder under out_dir, named after its values. Finished runs are
+not repeated, so the same command continues a sweep that was stopped. The result of a run is the metric in the
+last event of its metrics.jsonl. The picture has the first key on the x axis, one line per value of the second
+key, and one panel per value of the third.
 """
 
 import itertools
-import json
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
 from configurator import UserError, configure, run_script
 from formats.files import write_json
-
-ROOT = Path(__file__).parent.parent
+from tools.arms import run_once
 
 
 @dataclass(frozen=True, kw_only=True)
 class SweepConfig:
     script: str = "distill.py"  # train.py, distill.py, sft.py or dpo.py
-    grid: str = "temperature=1,2,4 alpha=0.5,0.9"  # one to three keys and their values
-    words: str = ""  # what all runs are given besides
-    metric: str = "val_loss"  # of metrics.jsonl
-    out_dir: str = "out/sweep"  # a folder a run goes here
-    json: str | None = None  # where the figures go
-    png: str | None = None  # also draw them here (needs matplotlib)
+    grid: str = "temperature=1,2,4 alpha=0.5,0.9"  # one to three keys, each with its values
+    words: str = ""  # arguments that every run gets
+    metric: str = "val_loss"  # the key of metrics.jsonl to compare
+    out_dir: str = "out/sweep"  # one folder per run is made here
+    json: str | None = None  # write the results to this file
+    png: str | None = None  # draw the results to this file (needs matplotlib)
 
     @property
     def axes(self) -> dict[str, list[str]]:
-        """{key: its values}. UserError for anything else than one to three."""
+        """{key: its values}. Raises UserError unless there are one to three keys."""
         parts = [part.partition("=") for part in self.grid.split()]
         axes = {key: values.split(",") for key, _, values in parts}
         if not 1 <= len(axes) <= 3 or not all(key and all(values) for key, values in axes.items()):
@@ -41,67 +38,53 @@ class SweepConfig:
         return axes
 
 
-def run(cfg: SweepConfig, point: dict[str, str]) -> float:
-    """The metric of one point of the grid: its run, unless it is finished."""
-    out = Path(cfg.out_dir) / "_".join(f"{key}={value}" for key, value in point.items())
-    if (value := last(out, cfg.metric)) is None:
-        words = [*cfg.words.split(), *(f"--{key}={value}" for key, value in point.items())]
-        words.append(f"--out_dir={out}")
-        found = subprocess.run([sys.executable, str(ROOT / cfg.script), *words, "--eval_interval=0"],
-                               capture_output=True, text=True)
-        if found.returncode:
-            raise UserError(f"{' '.join(words)}: {found.stderr.strip()[-400:]}")
-        value = last(out, cfg.metric)
-    if value is None:
-        raise UserError(f"metric={cfg.metric}: {out / 'metrics.jsonl'} has none")
-    return value
+def run_point(cfg: SweepConfig, point: dict[str, str]) -> float:
+    """Train one point of the grid, unless its run is finished. Returns its metric."""
+    settings = [f"{key}={value}" for key, value in point.items()]
+    argv = [*cfg.words.split(), *(f"--{setting}" for setting in settings), "--eval_interval=0"]
+    return run_once(cfg.script, argv, Path(cfg.out_dir) / "_".join(settings), cfg.metric)[-1][cfg.metric]
 
 
-def last(out: Path, metric: str) -> float | None:
-    """The metric of a finished run's last event, else None."""
-    path = out / "metrics.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
-    return events[-1].get(metric) if events else None
-
-
-def draw(axes: dict[str, list[str]], figures: list[dict], cfg: SweepConfig) -> None:
-    """The picture. UserError where matplotlib is missing."""
+def draw(axes: dict[str, list[str]], results: list[dict], cfg: SweepConfig) -> None:
+    """Save the picture as cfg.png. Raises UserError if matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("png: needs matplotlib (pip install matplotlib)") from None
-    names = [*axes, None, None][:3]
-    panels = axes.get(names[2], [None])
+    x_key, line_key, panel_key = [*axes, None, None][:3]
+    panels = axes.get(panel_key, [None])
+    values = [result["value"] for result in results]
+    margin = 0.05 * (max(values) - min(values)) or 1
     figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
     for number, panel in enumerate(panels, 1):
         plot = figure.add_subplot(1, len(panels), number)
-        for line in axes.get(names[1], [None]):
-            points = [f for f in figures if f.get(names[1]) == line and f.get(names[2]) == panel]
-            plot.plot([f[names[0]] for f in points], [f["value"] for f in points], marker="o",
-                      label=None if line is None else f"{names[1]} {line}")
-        low, high = (pick(f["value"] for f in figures) for pick in (min, max))
-        margin = 0.05 * (high - low) or 1
-        plot.set(xlabel=names[0], ylabel=cfg.metric if number == 1 else "",
-                 ylim=(low - margin, high + margin), title="" if panel is None else f"{names[2]} {panel}")
+        for line in axes.get(line_key, [None]):
+            points = [r for r in results if r.get(line_key) == line and r.get(panel_key) == panel]
+            plot.plot([r[x_key] for r in points], [r["value"] for r in points], marker="o",
+                      label=None if line is None else f"{line_key} {line}")
+        # All panels have the same y axis, so that they can be compared.
+        plot.set(xlabel=x_key, ylabel=cfg.metric if number == 1 else "",
+                 ylim=(min(values) - margin, max(values) + margin),
+                 title="" if panel is None else f"{panel_key} {panel}")
         plot.grid(alpha=0.3)
-        if names[1]:
+        if line_key:
             plot.legend()
     figure.savefig(cfg.png, dpi=150)
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
-    axes, figures = cfg.axes, []
+    axes, results = cfg.axes, []
     for values in itertools.product(*axes.values()):
         point = dict(zip(axes, values, strict=True))
-        figures.append(point | {"value": run(cfg, point)})
+        results.append(point | {"value": run_point(cfg, point)})
         print("  ".join(f"{key} {value}" for key, value in point.items())
-              + f"  {cfg.metric} {figures[-1]['value']:.4f}", flush=True)
+              + f"  {cfg.metric} {results[-1]['value']:.4f}", flush=True)
     if cfg.json:
         write_json(Path(cfg.json), {"script": cfg.script, "words": cfg.words, "metric": cfg.metric,
-                                    "points": figures})
+                                    "points": results})
     if cfg.png:
-        draw(axes, figures, cfg)
+        draw(axes, results, cfg)
     return 0
 
 

@@ -1,0 +1,48 @@
+"""Runs of every arm with every seed: each once, in order; and the mean with its range."""
+
+import json
+
+import pytest
+
+from configurator import UserError
+from tools import arms
+
+
+def test_every_arm_runs_once_per_seed_and_results_keep_their_order():
+    calls = []
+
+    def arm(seed):
+        calls.append(seed)
+        return 10 * seed
+
+    assert arms.run_arms({"a": arm, "b": lambda seed: -seed}, [1, 2, 3]) == {"a": [10, 20, 30],
+                                                                              "b": [-1, -2, -3]}
+    assert calls == [1, 2, 3]
+    assert arms.run_arms({"a": lambda seed: seed}, range(8), jobs=4)["a"] == list(range(8))
+
+
+def test_a_finished_run_is_read_and_an_unfinished_one_is_run(tmp_path, monkeypatch):
+    script = tmp_path / "stage.py"
+    script.write_text(
+        "import sys, pathlib\n"
+        "out = pathlib.Path(sys.argv[-1].removeprefix('--out_dir='))\n"
+        "with open(out / 'metrics.jsonl', 'a') as file:\n"
+        "    file.write('{\"step\": 5, \"val_loss\": 2.0}\\n')\n")  # fmt: skip
+    log = tmp_path / "metrics.jsonl"
+    log.write_text(json.dumps({"step": 5, "val_loss": 1.0}) + "\n")
+    assert arms.run_once(str(script), [], tmp_path)[-1]["val_loss"] == 1.0
+    assert arms.run_once(str(script), [], tmp_path, steps=5)[-1]["val_loss"] == 1.0
+    log.write_text(json.dumps({"step": 2, "loss": 3.0}) + "\n")
+    assert [event["step"] for event in arms.run_once(str(script), [], tmp_path, steps=5)] == [2, 5]
+    with pytest.raises(UserError, match="the last event has no accuracy"):
+        arms.run_once(str(script), [], tmp_path, "accuracy")
+
+
+def test_a_run_that_fails_names_its_exit_code_and_error(tmp_path):
+    with pytest.raises(UserError, match=r"--no_such_key=1.*exit code 2.*no_such_key"):
+        arms.run_once("train.py", ["--no_such_key=1"], tmp_path)
+
+
+def test_mean_and_range():
+    assert arms.mean_and_range([2.0]) == "2.000"
+    assert arms.mean_and_range([1.0, 1.5, 2.0], digits=2) == "1.50 (1.00 - 2.00)"

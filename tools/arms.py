@@ -1,0 +1,70 @@
+"""Run the arms of an experiment: each arm is trained once per seed, and finished runs are kept.
+
+    arms = {"small lr": lambda seed: run_once("train.py", [f"--seed={seed}", "--learning_rate=1e-3"],
+                                              Path(f"out/small_{seed}"))}
+    logs = run_arms(arms, seeds=[1, 2, 3])                   # {"small lr": [log of seed 1, 2, 3]}
+    mean_and_range([log[-1]["val_loss"] for log in logs["small lr"]])     # "1.234 (1.210 - 1.260)"
+
+A log is the list of the events in metrics.jsonl. The same call again repeats no finished run, and continues a
+run that was killed. Used by tools/sweep.py and by the experiments in bench/.
+"""
+
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+from configurator import UserError
+from formats.files import read_jsonl
+
+ROOT = Path(__file__).parent.parent
+Result = TypeVar("Result")
+
+
+def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_loss",
+             steps: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
+    """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
+
+    A run is finished if the last event of its log has the metric, at step `steps` unless that is None; so
+    evaluate at the end only (--eval_interval=0). threads: OpenMP threads of the process. Raises UserError if
+    the process fails or logs no such metric.
+    """
+    path = out_dir / "metrics.jsonl"
+    log = read_jsonl(path)
+    if is_finished(log, metric, steps):
+        return log
+    command = [sys.executable, str(ROOT / script), *argv, f"--out_dir={out_dir}"]
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command[1:])}: exit code {process.returncode}: "
+                        f"{process.stderr.strip()[-600:]}")
+    log = read_jsonl(path)
+    if not is_finished(log, metric, steps):
+        raise UserError(f"{path}: the last event has no {metric}")
+    return log
+
+
+def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bool:
+    return bool(log) and metric in log[-1] and steps in (None, log[-1]["step"])
+
+
+def run_arms(arms: Mapping[str, Callable[[int], Result]], seeds: Iterable[int],
+             jobs: int = 1) -> dict[str, list[Result]]:
+    """Call every arm with every seed, `jobs` at a time. Returns {arm: one result per seed, in order}."""
+    with ThreadPoolExecutor(jobs) as pool:
+        runs = [(name, pool.submit(arm, seed)) for seed in seeds for name, arm in arms.items()]
+        results: dict[str, list[Result]] = {name: [] for name in arms}
+        for name, run in runs:
+            results[name].append(run.result())
+    return results
+
+
+def mean_and_range(values: list[float], digits: int = 3) -> str:
+    """The mean and, for more than one value, the lowest and the highest: "1.234 (1.210 - 1.260)"."""
+    mean = f"{statistics.mean(values):.{digits}f}"
+    return mean if len(values) == 1 else f"{mean} ({min(values):.{digits}f} - {max(values):.{digits}f})"
