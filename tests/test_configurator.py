@@ -1,5 +1,4 @@
-"""configurator.py: three sources in order, each checked; every fault one line that says where and what
-instead."""
+"""configurator.py: three sources in order, all of them checked. A mistake gives one line: place and remedy."""
 
 import subprocess
 import sys
@@ -30,7 +29,7 @@ class Schema(Base):
     mode: Literal["fast", "slow"] = "fast"  # which way
     loud: bool = False  # whether it prints
     parts: dict = field(default_factory=dict)  # a table
-    words: list | str | None = None  # one or several
+    tasks: list | str | None = None  # one or several
 
     def __post_init__(self):
         if self.steps <= 0:
@@ -45,10 +44,10 @@ def config_file(tmp_path, text):
 
 def test_later_sources_win(tmp_path):
     file = config_file(tmp_path, "steps = 2 * 10\nrate = 1\nmode = 'slow'\n_private = 3\nimport math\n")
-    config, given = configure(Schema, [file, "--steps=7", "--name=run one"])
+    config, provenance = configure(Schema, [file, "--steps=7", "--name=run one"])
     assert (config.steps, config.rate, config.mode, config.name) == (7, 1.0, "slow", "run one")
     assert isinstance(config.rate, float)
-    assert given == {
+    assert provenance == {
         "steps": "command line",
         "rate": f"{file}:2",
         "mode": f"{file}:3",
@@ -58,7 +57,7 @@ def test_later_sources_win(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, key, value",
+    "arg, key, value",
     [
         ("--rate=1", "rate", 1.0),
         ("--rate=3e-4", "rate", 3e-4),
@@ -68,19 +67,19 @@ def test_later_sources_win(tmp_path):
         ("--name=None", "name", None),
         ("--name=1", "name", "1"),
         ("--parts={'a': 0.5}", "parts", {"a": 0.5}),
-        ("--words=['a', 'b']", "words", ["a", "b"]),
-        ("--words=a", "words", "a"),
+        ("--tasks=['a', 'b']", "tasks", ["a", "b"]),
+        ("--tasks=a", "tasks", "a"),
         ("--name=a=b", "name", "a=b"),
         ("--mode=slow", "mode", "slow"),
     ],
 )
-def test_words_become_values(word, key, value):
-    result = getattr(configure(Schema, [word])[0], key)
+def test_arguments_become_values(arg, key, value):
+    result = getattr(configure(Schema, [arg])[0], key)
     assert result == value and type(result) is type(value)
 
 
 @pytest.mark.parametrize(
-    "word, parts",
+    "arg, parts",
     [
         ("--stesp=3", ["command line", "'stesp'", "did you mean 'steps'"]),
         ("--steps=three", ["--steps=three", "int"]),
@@ -98,9 +97,9 @@ def test_words_become_values(word, key, value):
         ("--parts=" + "[" * 5000, ["dict"]),
     ],
 )
-def test_wrong_words_are_one_line(word, parts):
+def test_a_wrong_argument_is_one_line(arg, parts):
     with pytest.raises(UserError) as error:
-        configure(Schema, [word])
+        configure(Schema, [arg])
     assert all(part in str(error.value) for part in parts), str(error.value)
     assert "\n" not in str(error.value)
 
@@ -140,9 +139,9 @@ def test_help_lists_every_key_with_default_and_comment():
         "--parts={}",
     ):
         assert expected in text
-    with pytest.raises(SystemExit) as leaving:
+    with pytest.raises(SystemExit) as exit:
         configure(Schema, ["--help"])
-    assert leaving.value.code == 0
+    assert exit.value.code == 0
 
 
 def test_override_checks_like_a_file():
@@ -171,18 +170,24 @@ def test_exit_codes(tmp_path, body, code, stderr):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\nfrom configurator import UserError, run_script\n"
         f"def main(argv):\n    {body}\nrun_script(main)\n"
     )
-    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
-    assert done.returncode == code
-    assert "Traceback" in done.stderr if stderr is None else done.stderr == stderr
+    process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
+    assert process.returncode == code
+    assert "Traceback" in process.stderr if stderr is None else process.stderr == stderr
 
 
 def test_every_key_of_every_script_is_explained():
-    """A field without its trailing comment would be a hole in --help."""
+    """A field without a comment at the end of its line would have no text in --help."""
     from configurator import field_comments
+    from distill import DistillConfig
+    from dpo import DPOConfig
+    from eval import EvalConfig
+    from export import ExportConfig
     from prepare import PrepareConfig
     from sample import SampleConfig
+    from sft import SFTConfig
     from train import TrainConfig
 
-    for schema in (PrepareConfig, TrainConfig, SampleConfig):
+    for schema in (PrepareConfig, TrainConfig, DistillConfig, SFTConfig, DPOConfig, SampleConfig, EvalConfig,
+                   ExportConfig):
         missing = set(schema.__dataclass_fields__) - field_comments(schema).keys()
         assert not missing, f"{schema.__name__}: {missing}"
