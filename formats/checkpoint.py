@@ -1,13 +1,13 @@
-"""Checkpoints that are whole or absent: written beside their name, hashed, forced to disk, then renamed.
+"""Checkpoints are complete or absent: written under a temporary name, hashed, forced to disk, then renamed.
 
     out_dir/step_000500/     config.json, model.safetensors, tokenizer.json, ...   a Hugging Face folder
                              trainer/state.pt                                      what only training needs
-                             manifest.json                                         sha256 of all files, last
+                             manifest.json                                         sha256 of each file; last
     out_dir/checkpoints.json {"last": "step_000500", "best": "step_000400", "stage_1": "step_000200", ...}
 
-A folder whose manifest does not match is as good as absent: safetensors and torch.load read a flipped bit
-without a word. So a run resumes from the newest folder that matches, and no model is read from one that does
-not.
+safetensors and torch.load read a file with a flipped bit without an error. So a folder that does not match
+its manifest counts as absent: a run resumes from the newest folder that matches, and no model is loaded from
+a folder that does not.
 """
 
 import json
@@ -21,77 +21,46 @@ from typing import Any
 from safetensors import SafetensorError
 
 from configurator import UserError
-from formats.files import file_sha256, path_in_errors, sync_folder, write_json
+from formats.files import file_sha256, path_in_errors, read_json, sync_folder, write_json
 
-NAME = re.compile(r"step_(\d{6,})")
-
-
-def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
-    """Make out_dir/step_<step> of what `write(folder)` puts in a folder, and return that path.
-
-    Raises UserError, and leaves nothing behind, where it cannot be written whole.
-    """
-    folder = out_dir / f"step_{step:06d}"
-    beside = out_dir / f".{folder.name}.tmp"
-    try:
-        shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
-        write(beside)
-        write_manifest(beside)
-        shutil.rmtree(folder, ignore_errors=True)  # an unverified one of the same step
-        os.replace(beside, folder)
-        sync_folder(out_dir)
-    except (OSError, RuntimeError, SafetensorError) as error:  # torch says RuntimeError when a disk is full
-        raise UserError(f"{folder}: could not be written ({error}); earlier ones are untouched") from error
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-    return folder
+NAME = re.compile(r"step_(\d{6,})")  # the name of a checkpoint folder
 
 
-def write_manifest(folder: Path, **more: Any) -> None:
-    """Force a folder's files to disk, and write manifest.json: their hashes, and what else is to be known."""
+# ---- Manifests --------------------------------------------------------------------------------------------
+
+def write_manifest(folder: Path, **entries: Any) -> None:
+    """Force a folder's files to disk, then write manifest.json: the hash of each file, and `entries`."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in files:
         with open(path, "rb") as file, path_in_errors(path):
             os.fsync(file.fileno())
     digests = {str(path.relative_to(folder)): file_sha256(path) for path in files}
-    write_json(folder / "manifest.json", {"files": digests} | more)
+    write_json(folder / "manifest.json", {"files": digests} | entries)
     for path in folder.rglob("*"):
         if path.is_dir():
             sync_folder(path)
 
 
-def require_space(out_dir: Path, size: int) -> None:
-    """UserError unless two checkpoints of `size` bytes fit: the newest, and the one that replaces it."""
-    missing = size if step_folders(out_dir) else 2 * size
-    free = shutil.disk_usage(out_dir).free
-    if free < missing:
-        raise UserError(f"out_dir={out_dir}: {missing / 1e9:,.2f} GB must be free, as a checkpoint may take "
-                        f"{size / 1e9:,.2f}; {free / 1e9:,.2f} GB are")
-
-
-def clean_tmp(out_dir: Path) -> None:
-    """Remove what a killed process left half written."""
-    for path in out_dir.glob(".step_*.tmp"):
-        shutil.rmtree(path)
-    for path in out_dir.glob("*.tmp"):
-        path.unlink()
-
-
 def find_corruption(folder: Path, model_only: bool = False) -> str | None:
-    """What is wrong with a checkpoint folder, or None if every file is there and has its sha256.
+    """The first difference between a folder and its manifest, or None if every file has its sha256.
 
-    model_only: leave out trainer/, which is twice the size of the rest, and README.md, which people edit.
+    model_only: skip trainer/, which is twice the size of the rest, and README.md, which people edit.
     """
-    left_out = ("trainer/", "README.md") if model_only else ()
+    skipped = ("trainer/", "README.md") if model_only else ()
     try:
-        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
-        for name, digest in listed.items():
-            if not name.startswith(left_out) and file_sha256(folder / name) != digest:
+        digests = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["files"]
+        for name, digest in digests.items():
+            if not name.startswith(skipped) and file_sha256(folder / name) != digest:
                 return f"{name} does not match its sha256"
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         return f"{type(error).__name__}: {error}"
     return None
+
+
+# ---- The checkpoints of a run -----------------------------------------------------------------------------
+
+def folder_step(folder: Path) -> int:
+    return int(folder.name.removeprefix("step_"))
 
 
 def step_folders(out_dir: Path) -> list[Path]:
@@ -100,43 +69,76 @@ def step_folders(out_dir: Path) -> list[Path]:
     return sorted(folders, key=folder_step)
 
 
-def folder_step(folder: Path) -> int:
-    return int(NAME.fullmatch(folder.name)[1])
-
-
 def newest_verified(out_dir: Path, warn: Callable[[str], None]) -> Path | None:
-    """The latest checkpoint whose files are all intact; says which ones it passed over."""
+    """The newest checkpoint whose files are all intact. Calls `warn` for each damaged one that it skips."""
     for folder in reversed(step_folders(out_dir)):
         problem = find_corruption(folder)
         if problem is None:
             return folder
-        warn(f"{folder}: passed over: {problem}")
+        warn(f"{folder}: skipped: {problem}")
     return None
 
 
-def read_pointers(out_dir: Path) -> dict[str, Any]:
-    """checkpoints.json, or {} where there is none. UserError for one that is damaged."""
-    path = out_dir / "checkpoints.json"
-    if not path.is_file():
-        return {}
+def require_space(out_dir: Path, size: int) -> None:
+    """Raise UserError unless two checkpoints of `size` bytes fit: the newest and its successor."""
+    needed = size if step_folders(out_dir) else 2 * size
+    free = shutil.disk_usage(out_dir).free
+    if free < needed:
+        raise UserError(f"out_dir={out_dir}: a checkpoint takes up to {size / 1e9:,.2f} GB, so "
+                        f"{needed / 1e9:,.2f} GB must be free; {free / 1e9:,.2f} GB are")
+
+
+def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) -> Path:
+    """Let `write(folder)` fill a folder, make it out_dir/step_<step>, and return that path.
+
+    Raises UserError, and leaves no partial folder, if it cannot be written completely.
+    """
+    folder = out_dir / f"step_{step:06d}"
+    temporary = out_dir / f".{folder.name}.tmp"
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); without it the next save makes a new one") from None
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        write(temporary)
+        write_manifest(temporary)
+        shutil.rmtree(folder, ignore_errors=True)  # a damaged checkpoint of the same step
+        os.replace(temporary, folder)
+        sync_folder(out_dir)
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
+        raise UserError(f"{folder}: could not be written ({error}); earlier ones are untouched") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def clean_tmp(out_dir: Path) -> None:
+    """Delete the temporary files and folders of a process that was killed."""
+    for path in out_dir.glob(".step_*.tmp"):
+        shutil.rmtree(path)
+    for path in out_dir.glob("*.tmp"):
+        path.unlink()
+
+
+# ---- Pointers ---------------------------------------------------------------------------------------------
+
+def read_pointers(out_dir: Path) -> dict[str, Any]:
+    """The content of checkpoints.json, or {} if it is missing. Raises UserError if it is damaged."""
+    try:
+        return read_json(out_dir / "checkpoints.json")
+    except UserError as error:
+        raise UserError(f"{error}; delete it, and the next save writes a new one") from None
 
 
 def update_pointers(out_dir: Path, keep: int, **pointers: Any) -> None:
-    """Update checkpoints.json, then delete all checkpoints but the newest `keep` and those it points to."""
+    """Update checkpoints.json, then delete all checkpoints except the newest `keep` and the ones it names."""
     pointers = read_pointers(out_dir) | pointers
     write_json(out_dir / "checkpoints.json", pointers)
-    folders = step_folders(out_dir)
-    for folder in folders[:-keep]:
+    for folder in step_folders(out_dir)[:-keep]:
         if folder.name not in pointers.values():
             shutil.rmtree(folder)
 
 
 def remove_checkpoints(out_dir: Path) -> None:
-    """Delete every checkpoint of a run; the pointers first, so that none of them is ever dangling."""
+    """Delete every checkpoint of a run. The pointers go first, so that they never name a missing folder."""
     (out_dir / "checkpoints.json").unlink(missing_ok=True)
     for folder in step_folders(out_dir):
         shutil.rmtree(folder)

@@ -1,11 +1,12 @@
-"""Writing files so that a reader never sees half of one, and hashing them.
+"""Write files so that a reader never sees half of one; read JSON; lock; hash.
 
-    write_json(path, content)                     # a temporary file, fsync, rename
-    with folder_to_be(Path("data/books")) as new: # build a folder next to its final name, then rename it
+    write_json(path, content)                       # a temporary file, fsync, rename
+    with atomic_folder(Path("data/books")) as new:  # build a folder next to its final name, then rename it
         ...
-    file_sha256(path)
+    config = read_json(path)                        # {} if the file is missing
+    digest = file_sha256(path)
 
-Every error names the path. fcntl is needed, so this runs on Linux and macOS (on Windows: WSL2).
+Every error names the path. This module needs fcntl, so it runs on Linux and macOS (on Windows, use WSL2).
 """
 
 import contextlib
@@ -25,7 +26,7 @@ from configurator import UserError
 
 @contextlib.contextmanager
 def path_in_errors(path: Path) -> Iterator[None]:
-    """Inside, an OSError that names no file, as that of a write to a full disk, is given this one's name."""
+    """Add `path` to an OSError that is raised inside and names no file, such as the one of a full disk."""
     try:
         yield
     except OSError as error:
@@ -33,8 +34,13 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
+def file_sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 class HashedFile:
-    """A new file, and the SHA-256 of what was written to it."""
+    """A new file that computes the SHA-256 of its content while it is written."""
 
     def __init__(self, path: Path):
         self.path, self.digest, self.file = path, hashlib.sha256(), open(path, "wb")
@@ -46,7 +52,7 @@ class HashedFile:
         self.digest.update(data)
 
     def close(self) -> str:
-        """Force it to disk; returns the hash."""
+        """Force the file to disk and return its hash."""
         with path_in_errors(self.path):
             self.file.flush()
             os.fsync(self.file.fileno())
@@ -54,33 +60,10 @@ class HashedFile:
         return self.digest.hexdigest()
 
 
-def write_json(path: Path, content: Any) -> None:
-    """`write_text` of JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """`write_bytes` of UTF-8."""
-    write_bytes(path, text.encode("utf-8"))
-
-
-def write_bytes(path: Path, content: bytes) -> None:
-    """Replace a file in one step: it is old or new, never half."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with path_in_errors(path):
-            with open(beside, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(beside, path)
-            sync_folder(path.parent)
-    finally:
-        beside.unlink(missing_ok=True)
-
+# ---- Files ------------------------------------------------------------------------------------------------
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
+    """Force a folder's list of names to disk, so that a rename survives a power cut."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -88,44 +71,47 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def sibling_path(target: Path, word: str) -> Path:
-    """Where, beside `target`, what is to take its place ("tmp") or had it ("old") is kept for the moment."""
-    target = target.resolve()
-    return target.with_name(f".{target.name}.{word}")
-
-
-@contextlib.contextmanager
-def atomic_folder(target: Path, mark: str = "meta.json", kind: str = "data set") -> Iterator[Path]:
-    """An empty folder beside `target` to build in, which then takes its place. UserError if it may not: what
-    stands there already must have the file `mark`, as folders of this kind do."""
-    if target.exists() and not target.is_dir():
-        raise UserError(f"out={target}: is a file")
-    if target.is_dir() and any(target.iterdir()) and not (target / mark).exists():
-        raise UserError(f"out={target}: holds files, but no {kind}; give a folder that is new or empty")
-    target = target.resolve()
-    beside, before = sibling_path(target, "tmp"), sibling_path(target, "old")
-    beside.mkdir(parents=True, exist_ok=True)
-    lock = lock_path(beside)
-    if lock is None:
-        raise UserError(f"out={target}: another process is writing it")
+def write_bytes(path: Path, content: bytes) -> None:
+    """Replace a file in one step: a reader sees the old content or the new content, never a mixture."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # two processes do not share one
     try:
-        for old in beside.iterdir():  # of one that was killed
-            old.unlink()
-        yield beside
-        if (target / mark).exists():
-            shutil.rmtree(before, ignore_errors=True)
-            os.replace(target, before)
-        os.replace(beside, target)
-        sync_folder(target.parent)
-        shutil.rmtree(before, ignore_errors=True)
+        with path_in_errors(path):
+            with open(temporary, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())  # before the rename: otherwise a power cut may leave an empty file
+            os.replace(temporary, path)
+            sync_folder(path.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
-        os.close(lock)
+        temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_bytes` of a text as UTF-8."""
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """`write_text` of a value as JSON."""
+    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The JSON object in a file, or {} if the file is missing. Raises UserError for anything else."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: damaged ({error})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: damaged (not a JSON object)")
+    return content
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log, one per line. Skips a line that a kill or a power cut left incomplete, and
-    returns [] for a file that is missing."""
+    """The JSON objects of a log, one per line, or [] if the file is missing.
+
+    Skips a line that is no JSON object: a kill or a power cut may leave half a line.
+    """
     events = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError):
@@ -134,11 +120,13 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     return events
 
 
+# ---- Folders ----------------------------------------------------------------------------------------------
+
 def lock_path(path: Path) -> int | None:
     """Lock a file (created if missing) or a folder for this process, without waiting.
 
-    Returns an open descriptor, or None if another process holds the lock. Closing the descriptor releases it;
-    the kernel also releases it when the process ends, in whatever way.
+    Returns an open descriptor, or None if another process holds the lock. Closing the descriptor releases the
+    lock. The kernel also releases it when the process ends, even if it is killed.
     """
     descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT, 0o666)
     try:
@@ -149,6 +137,40 @@ def lock_path(path: Path) -> int | None:
     return descriptor
 
 
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def sibling_path(target: Path, suffix: str) -> Path:
+    """A hidden path next to `target`: the new folder is built at "tmp", the replaced one is kept at "old"."""
+    target = target.resolve()
+    return target.with_name(f".{target.name}.{suffix}")
+
+
+@contextlib.contextmanager
+def atomic_folder(target: Path, marker: str = "meta.json", kind: str = "data set") -> Iterator[Path]:
+    """Yield an empty folder to build in, next to `target`. When the block ends, it replaces `target`.
+
+    An existing folder is replaced only if it contains the file `marker`, as all folders of this kind do: a
+    mistyped path must not delete somebody's files. Raises UserError otherwise, and if another process is
+    writing the same folder. After an exception inside the block `target` is unchanged.
+    """
+    if target.exists() and not target.is_dir():
+        raise UserError(f"out={target}: is a file; give a folder")
+    if target.is_dir() and any(target.iterdir()) and not (target / marker).exists():
+        raise UserError(f"out={target}: holds files, but no {kind}; give a new or empty folder")
+    target = target.resolve()
+    new, old = sibling_path(target, "tmp"), sibling_path(target, "old")
+    new.mkdir(parents=True, exist_ok=True)
+    lock = lock_path(new)
+    if lock is None:
+        raise UserError(f"out={target}: another process is writing it")
+    try:
+        for leftover in new.iterdir():  # from a process that was killed
+            leftover.unlink()
+        yield new
+        if (target / marker).exists():
+            shutil.rmtree(old, ignore_errors=True)
+            os.replace(target, old)  # a folder that is not empty cannot be replaced in one step
+        os.replace(new, target)
+        sync_folder(target.parent)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+        os.close(lock)

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]], align: str = "") -> str:
-    """A Markdown table. align: one of l, r or - per column, for left, right or unstated; "" states none.
+    """A Markdown table. align: one letter per column: l (left), r (right) or - (default); "" is all default.
 
     >>> print(table(["name", "n"], [["a", 1]], "lr"))
     | name | n |
@@ -16,5 +16,5 @@ def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]], align: str = ""
     rules = {"l": ":---", "r": "---:", "-": "---"}
     lines = [headers, *([str(cell) for cell in row] for row in rows)]
     text = ["| " + " | ".join(line) + " |" for line in lines]
-    text.insert(1, "|" + "|".join(rules[kind] for kind in align or "-" * len(headers)) + "|")
+    text.insert(1, "|" + "|".join(rules[letter] for letter in align or "-" * len(headers)) + "|")
     return "\n".join(text)

@@ -1,4 +1,4 @@
-"""configurator.py: three sources in order, all of them checked. A mistake gives one line: place and remedy."""
+"""configurator.py: three sources in order, all of them checked. A mistake is one line: place and remedy."""
 
 import subprocess
 import sys

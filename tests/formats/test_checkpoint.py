@@ -1,4 +1,4 @@
-"""formats/checkpoint.py: whole or absent, verified, and the pointers."""
+"""formats/checkpoint.py: a checkpoint is complete or absent; verification; pointers."""
 
 import json
 
@@ -38,9 +38,10 @@ def test_a_checkpoint_is_a_hugging_face_folder(trained):
     assert pointers["last"] == pointers["best"] == "step_000060"
 
 
-def test_old_checkpoints_go_but_not_the_best(data, tmp_path, monkeypatch):
+def test_old_checkpoints_are_deleted_but_not_the_best(data, tmp_path, monkeypatch):
     values = iter([3.0, 1.0, 2.0, 2.0, 2.0])
-    monkeypatch.setattr(train.TextEvaluation, "__call__", lambda self, model, last: {"val_loss": next(values)})
+    monkeypatch.setattr(train.TextEvaluation, "__call__",
+                        lambda self, model, last: {"val_loss": next(values)})
     monkeypatch.setattr(train, "print_summary", lambda *arguments: None)
     run(data, tmp_path, "--max_steps=5", "--save_interval=1", "--eval_interval=1", "--keep_checkpoints=2")
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == [
@@ -57,20 +58,20 @@ def test_old_checkpoints_go_but_not_the_best(data, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "trainer/state.pt", "config.json", "manifest.json"])
-def test_a_damaged_checkpoint_is_passed_over(data, tmp_path, capsys, name):
-    words = ["--max_steps=6", "--save_interval=2", "--optimizer=adamw"]
-    whole = losses(run(data, tmp_path, *words))
+def test_a_damaged_checkpoint_is_skipped(data, tmp_path, capsys, name):
+    args = ["--max_steps=6", "--save_interval=2", "--optimizer=adamw"]
+    expected = losses(run(data, tmp_path, *args))
     path = tmp_path / "step_000006" / name
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 4
     path.write_bytes(content)
     capsys.readouterr()
-    assert losses(run(data, tmp_path, *words)) == whole
+    assert losses(run(data, tmp_path, *args)) == expected
     printed = capsys.readouterr().out
-    assert "step_000006: passed over" in printed and "resumed   from" in printed and "step_000004" in printed
+    assert "step_000006: skipped" in printed and "resumed   from" in printed and "step_000004" in printed
 
 
-def test_nothing_half_stays_when_a_write_fails(tmp_path):
+def test_a_failed_write_leaves_nothing(tmp_path):
     def write(folder):
         (folder / "a").write_text("a")
         raise OSError(28, "No space left on device", "a")
@@ -81,8 +82,8 @@ def test_nothing_half_stays_when_a_write_fails(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
-def test_the_best_checkpoint_is_that_of_the_lowest_loss_on_the_same_text(data, tmp_path):
-    words = ["--max_steps=6", "--eval_tokens=256", "--save_interval=1", "--eval_interval=1"]
-    found = run(data, tmp_path, *words)
-    best = min((event["val_loss"], event["step"]) for event in found if "val_loss" in event)[1]
+def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
+    args = ["--max_steps=6", "--eval_tokens=256", "--save_interval=1", "--eval_interval=1"]
+    events = run(data, tmp_path, *args)
+    best = min((event["val_loss"], event["step"]) for event in events if "val_loss" in event)[1]
     assert json.loads((tmp_path / "checkpoints.json").read_text())["best"] == f"step_{best:06d}"
