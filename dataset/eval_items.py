@@ -27,14 +27,13 @@ from dataset.shards import DataFolder
 from dataset.sources import (
     KINDS,
     TABLE_KINDS,
-    Blank,
     Row,
-    Skip,
     file_kind,
     find_files,
     hub_rows,
     read_rows,
     row_value,
+    usable_rows,
 )
 from dataset.words import normalised
 from formats.chat_format import ROLES
@@ -103,13 +102,7 @@ def hub_items(name: str) -> Iterator[tuple[str, str]]:
 
 
 def file_items(path: Path) -> Iterator[tuple[str, str]]:
-    for row in read_rows([path], None, 2**20):
-        try:
-            value = row_value(row)
-        except Blank:
-            continue
-        except Skip as reason:
-            raise UserError(f"{KEY}={row.place}: {reason}") from None
+    for row, value in usable_rows(read_rows([path], None, 2**20), row_value, f"{KEY}="):
         if file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":
             yield from split_items(value, row)
         else:

@@ -19,7 +19,7 @@ import lzma
 import os
 import sysconfig
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -356,6 +356,19 @@ def document(row: Row, text_key: str) -> str:
     except UnicodeEncodeError:
         raise Skip("lone surrogate") from None
     return value
+
+
+def usable_rows(rows: Iterable[Row], read: Callable[[Row], Any], prefix: str = "") -> Iterator[tuple[Row, Any]]:
+    """(row, read(row)) of each row, without blank rows. Raises UserError "<prefix>file:line: reason" for the
+    first row that cannot be used: evaluation sets are read in whole or not at all."""
+    for row in rows:
+        try:
+            value = read(row)
+        except Blank:
+            continue
+        except Skip as reason:
+            raise UserError(f"{prefix}{row.place}: {reason}") from None
+        yield row, value
 
 
 def parse_json(line: bytes) -> Any:
