@@ -1,7 +1,7 @@
 """Files of any kind -> rows -> text, in bounded memory, with a reason for every row that cannot be used.
 
     files, ignored = find_files("notes.md,corpus/*.jsonl.zst")   # files, folders, globs, or "pystdlib"
-    for row in read_rows(files, "text", piece=2**20): ...        # unparsed rows: cheap, for the parent process
+    for row in read_rows(files, "text", piece=2**20): ...        # unparsed rows: cheap, for the parent
     text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
     value = row_value(row)                                       # all its keys, for chats and preferences
 
@@ -48,7 +48,7 @@ JSON_BLANK = re.compile(r"[ \t\n\r]*")  # the white space of RFC 8259
 
 
 class Row(NamedTuple):
-    """A row that is not parsed yet. content: bytes of text or of JSON, or a value that is already Python's."""
+    """A row that is not parsed yet. Its content: bytes of text, bytes of JSON, or a Python value."""
 
     place: str  # "file:line", for messages
     kind: str  # "text", "json", "value", or "bad" (content is then the reason)
@@ -107,7 +107,7 @@ def standard_library() -> list[Path]:
 
 
 def files_under(root: Path, leave_out: Callable[[str], bool]) -> list[Path]:
-    """All files below a folder, sorted. Skips the files and folders whose name `leave_out` returns True for."""
+    """All files below a folder, sorted, without the files and folders for whose name leave_out() is True."""
     files = []
     for folder, folders, names in os.walk(root):
         folders[:] = [name for name in folders if not leave_out(name)]  # os.walk then skips the others
@@ -232,7 +232,7 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def json_elements(data: bytes, path: Path) -> Iterator[Row]:
-    """One row per element of a JSON array, each as JSON text. After a syntax error, the rest is one bad row."""
+    """One row per element of a JSON array, as JSON text. After a syntax error, the rest is one bad row."""
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError:
@@ -437,15 +437,17 @@ def document(row: Row, text_key: str) -> str:
     return require_utf8(value)
 
 
-def required_rows(rows: Iterable[Row], read: Callable[[Row], Any], key: str = "") -> Iterator[tuple[Row, Any]]:
-    """(row, read(row)) for each row that is not blank, for sources in which no row may be bad.
+def usable_rows(rows: Iterable[Row], read: Callable[[Row], Any],
+                prefix: str = "") -> Iterator[tuple[Row, Any]]:
+    """(row, read(row)) of each row that is not blank, for sources that are read whole or not at all.
 
-    Raises UserError where read(row) raises Skip; it names the row's place, after `key=` if a key is given.
+    Raises UserError "<prefix>file:line: reason" for the first row that cannot be used.
     """
     for row in rows:
         try:
-            yield row, read(row)
+            value = read(row)
         except Blank:
             continue
         except Skip as reason:
-            raise UserError(f"{key}={row.place}: {reason}" if key else f"{row.place}: {reason}") from None
+            raise UserError(f"{prefix}{row.place}: {reason}") from None
+        yield row, value

@@ -151,8 +151,8 @@ def test_every_packing(tmp_path, suffix):
         ('[{"text": "a"}, {"text": "b"}', ["a"], [("x.json[1]", "not JSON")]),
         ("", [], [("x.json:1", "blank line")]),
         ("{", [], [("x.json:1", "not JSON")]),
-        ('[{"text": "a"}]\n[{"text": "b"}]', ["a"], [("x.json[1]", "text behind the array")]),
-        ("[] x", [], [("x.json[0]", "text behind the array")]),
+        ('[{"text": "a"}]\n[{"text": "b"}]', ["a"], [("x.json[1]", "text after the array")]),
+        ("[] x", [], [("x.json[0]", "text after the array")]),
     ],
 )
 def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
