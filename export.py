@@ -30,9 +30,9 @@ from safetensors import SafetensorError
 from configurator import UserError, configure, run_script
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
-from formats.files import atomic_folder, file_sha256, sibling_path
+from formats.files import atomic_folder, file_sha256, read_json, sibling_path
 from formats.gguf_tokenizer import vocabulary
-from formats.model_card import Card, read_json
+from formats.model_card import Card
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from modeling import ternary
@@ -170,7 +170,7 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source) -> str:
         path = folder / f"{cfg.title}-{kind}.gguf"
         placed = gguf_file.write(path, source.config, state, described, kind)
         tables.append(f"{path.name}\n{gguf_file.mix(placed)}")
-    hf.describe(folder, source.config, source.ids)  # llama.cpp needs the file alone, our loader these
+    hf.write_config(folder, source.config, source.ids)  # llama.cpp needs the file alone, our loader these
     source.tokenizer.save(folder)
     return "\n".join(tables)
 
@@ -197,9 +197,9 @@ WRITERS: dict[str, Callable[[Path, ExportConfig, Source], str]] = {
 
 def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
     """Whether the folder holds an export of these inputs, intact. UserError where it holds something else."""
-    manifest = read_json(folder / "manifest.json") if folder.is_dir() else None
-    if manifest is None:
+    if not (folder / "manifest.json").is_file():
         return False
+    manifest = read_json(folder / "manifest.json")
     if "export" not in manifest:
         raise UserError(f"out={folder}: holds a checkpoint; give an export a folder of its own")
     before = manifest["export"]

@@ -1,14 +1,14 @@
-"""Hugging Face's layout on disk: config.json, tensor names, safetensors, for the architectures we know.
+"""Hugging Face's layout on disk: config.json, tensor names and safetensors, for the architectures we know.
 
     folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
     save_folder(folder, config, state, ids)     # what transformers' from_pretrained reads
 
-In memory all parameters have Llama's names; only GPT-2 needs renaming (and its Conv1D matrices transposing).
-What fits no architecture of transformers is saved under our own model_type, with the reason beside it, and
-loads here only. So does a ternary model packed to 2 bits a weight (export.py), whose matrices are uint8 with
-a scale beside each.
+In memory all parameters have Llama's names. Only GPT-2 needs renaming, and its matrices are transposed. A
+model that no architecture of transformers computes is saved under our own model_type, with a note that says
+why; only this project loads it. The same is true of a ternary model that is packed to 2 bits per weight
+(export.py): its matrices are uint8, and each has a scale in a tensor of its own.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -25,14 +25,16 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
-from formats import checkpoint
-from formats import peft as adapters
-from formats.files import file_sha256
-from formats.peft import CONFIG, is_adapter, weights_sha256
+from formats import checkpoint, peft
+from formats.files import file_sha256, read_json
 from modeling import ternary
 
-# The two tables whose rows are token ids: padded in memory, cut when saved.
+GPTConfig: TypeAlias = Any  # model.GPTConfig, which this folder must not import: model.py imports this folder
+EndIds: TypeAlias = int | list[int] | None  # the EOS ids of a model: none, one or several
+
+# The two tables whose rows are token ids: padded in memory, cut to vocab_size rows when saved.
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+# {GPTConfig's field: the key in config.json}
 LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
               "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_dim": "head_dim",
               "intermediate_size": "intermediate_size", "block_size": "max_position_embeddings",
@@ -41,29 +43,48 @@ LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_hea
 GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
              "intermediate_size": "n_inner", "block_size": "n_positions", "norm_eps": "layer_norm_epsilon",
              "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
-EndIds = int | list[int] | None  # of a text: none, one or several
-# What transformers assumes where a config.json leaves the key out.
-LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6}
-# Sizes without which transformers derives others from the rest; all other sizes have to be there.
+# {model_type: the values that transformers assumes for keys that a config.json leaves out}
+LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
+                  "tie_word_embeddings": False}
+DEFAULTS: dict[str, dict[str, Any]] = {
+    "llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS | {"sliding_window": 4096}, "qwen2": LLAMA_DEFAULTS,
+    "qwen3": LLAMA_DEFAULTS,
+    "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
+             "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
+# Sizes that transformers derives from other sizes if they are left out. All other sizes are required.
 DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"}}
-GPT2_DEFAULTS = {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
-                 "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}
-TIED_BY_DEFAULT = {"llama": False, "mistral": False, "qwen2": False, "qwen3": False, "gpt2": True}
+# {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses q, k and v into c_attn.
+GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
+GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+                    "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+                    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+
+
+# ---- Folders ----------------------------------------------------------------------------------------------
+
+def is_model(folder: Path) -> bool:
+    return (folder / "config.json").is_file() or peft.is_adapter(folder)
+
+
+def best_checkpoint(out_dir: Path) -> Path:
+    """The best checkpoint of a run or, if none was evaluated, the last. Raises UserError if it is missing."""
+    pointers = checkpoint.read_pointers(out_dir)
+    name = pointers.get("best") or pointers.get("last")
+    if not isinstance(name, str) or not is_model(out_dir / name):
+        raise UserError(f"{out_dir / 'checkpoints.json'}: names no existing checkpoint; give a step's folder")
+    return out_dir / name
 
 
 def find_folder(path: str | Path) -> Path:
-    """The folder of a model: that itself, the best (else last) checkpoint of an out_dir, or a download."""
+    """The folder of a model: `path` itself, the best checkpoint of an out_dir, or a download from the hub."""
     path = Path(path)
     if is_model(path):
         return path
     if (path / "checkpoints.json").is_file():
-        pointers = checkpoint.read_pointers(path)
-        name = pointers.get("best") or pointers.get("last")
-        if not isinstance(name, str) or not is_model(path / name):
-            raise UserError(f"{path / 'checkpoints.json'}: points to no checkpoint; give a step's folder")
-        return path / name
-    nested_here = path.parent != Path(".") and path.parent.exists()
-    if path.exists() or nested_here or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
+        return best_checkpoint(path)
+    # A hub id is "name" or "owner/name". If the parent folder exists, the path is a typing mistake instead.
+    parent_exists = path.parent != Path(".") and path.parent.exists()
+    if path.exists() or parent_exists or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
         raise UserError(f"{path}: no model here (config.json is missing)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
@@ -74,83 +95,50 @@ def find_folder(path: str | Path) -> Path:
         raise UserError(f"{path}: no such folder, and the hub does not give it: {reason}") from None
 
 
-def is_model(folder: Path) -> bool:
-    return (folder / "config.json").is_file() or adapters.is_adapter(folder)
-
-
 def base_folder(folder: Path, verify: bool = False) -> Path:
-    """The model that an adapter is for. UserError if it is not there, is an adapter too, or, to `verify`, has
-    other weights by now."""
-    base = adapters.base_of(folder)
+    """The folder of the model that an adapter belongs to.
+
+    Raises UserError if it is missing or an adapter itself. verify: also if its weights have changed.
+    """
+    base = peft.read_base(folder)
     try:
         path = find_folder(base["path"])
     except UserError as error:
         raise UserError(f"{folder}: an adapter of {base['path']}: {error}") from None
-    if adapters.is_adapter(path):
-        raise UserError(f"{folder}: an adapter of {path}, which is an adapter, too")
-    if verify and base.get("sha256") not in (None, adapters.weights_sha256(path)):
-        raise UserError(f"{folder}: an adapter of {path}, whose weights are others by now")
+    if peft.is_adapter(path):
+        raise UserError(f"{folder}: an adapter of {path}, which is an adapter too")
+    if verify and base.get("sha256") not in (None, peft.weights_sha256(path)):
+        raise UserError(f"{folder}: an adapter of {path}, whose weights have changed since")
     return path
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """GPTConfig's fields from config.json. Raises UserError naming the first thing that is not supported.
-
-    Of an adapter: those of its base, with the vocabulary of the tables that it brings.
-    """
-    if adapters.is_adapter(folder):
-        tables = [len(tensor) for name, tensor in adapters.read_adapter(folder)[0].items()
-                  if name in VOCABULARY_TABLES]
-        fields = read_config(base_folder(folder))
-        return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
-    place = folder / "config.json"
-    try:
-        config = json.loads(place.read_text(encoding="utf-8"))
-        kind = config["model_type"]
-        hash(kind)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{place}: not a model's config ({type(error).__name__}: {error})") from None
-    if kind == "nanollama" and isinstance(config.get("gpt_config"), dict):
-        return config["gpt_config"]
-    if kind not in TIED_BY_DEFAULT:
-        known = ", ".join(TIED_BY_DEFAULT)
-        raise UserError(f"{place}: model_type {kind!r} is not supported ({known} are)")
-    defaults = GPT2_DEFAULTS if kind == "gpt2" else LLAMA_DEFAULTS
-    if kind == "mistral":
-        defaults = defaults | {"sliding_window": 4096}
-    config = {"tie_word_embeddings": TIED_BY_DEFAULT[kind]} | defaults | config
-    refuse_unsupported(config, place)
-    try:
-        return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
-    except KeyError as error:
-        raise UserError(f"{place}: needs the key {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{place}: {error}") from None
+def require_intact(folder: Path) -> None:
+    """Raise UserError if the folder has a manifest and a file does not match it."""
+    has_manifest = (folder / "manifest.json").is_file()
+    if has_manifest and (problem := checkpoint.find_corruption(folder, model_only=True)):
+        raise UserError(f"{folder}: damaged: {problem} (if you changed it on purpose, delete manifest.json)")
 
 
-def end_ids(folder: Path) -> list[int]:
-    """The end-of-text ids that generation_config.json, else config.json, names: none, one or several."""
-    for name in ("generation_config.json", "config.json"):
-        if (folder / name).is_file():
-            try:
-                ids = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-                ids = ids if isinstance(ids, list) else [] if ids is None else [ids]
-                if ids and all(type(each) is int for each in ids):
-                    return ids
-            except (ValueError, AttributeError) as error:
-                raise UserError(f"{folder / name}: damaged ({type(error).__name__}: {error})") from None
-            if ids:
-                raise UserError(f"{folder / name}: eos_token_id={ids}: must be a whole number, or several")
-    return []
+def is_packed(folder: Path) -> bool:
+    """True if a folder holds the rounded ternary weights only, without the weights they were rounded from."""
+    return "packing" in read_json(folder / "config.json")
 
 
-def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
-    """UserError for every known setting that our model does not compute; silence would give wrong logits."""
+def teacher_sha256(folder: Path) -> str:
+    """The hash of everything that decides a teacher's outputs: its weights and its configuration."""
+    config = folder / (peft.CONFIG if peft.is_adapter(folder) else "config.json")
+    return hashlib.sha256((peft.weights_sha256(folder) + file_sha256(config)).encode()).hexdigest()
+
+
+# ---- config.json -> GPTConfig's fields --------------------------------------------------------------------
+
+def refuse_unsupported(config: dict[str, Any], path: Path) -> None:
+    """Raise UserError for a known setting that our model does not compute: its logits would be wrong."""
     kind, window = config["model_type"], config.get("sliding_window")
     if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
-        window = None
+        window = None  # these two state a window even where it is not used
     biases = config.get("attention_bias", False), config.get("mlp_bias", False)
-    faults = {
+    unsupported = {
         "quantization_config": config.get("quantization_config") is not None,
         "hidden_act": kind != "gpt2" and config["hidden_act"] != "silu",
         "activation_function": kind == "gpt2" and config["activation_function"] != "gelu_new",
@@ -161,24 +149,26 @@ def refuse_unsupported(config: dict[str, Any], place: Path) -> None:
         "scale_attn_weights": not config.get("scale_attn_weights", True),
         "add_cross_attention": config.get("add_cross_attention", False),
     }
-    for key, fault in faults.items():
-        if fault:
-            raise UserError(f"{place}: {key}={config.get(key)} is not supported")
+    for key, is_set in unsupported.items():
+        if is_set:
+            raise UserError(f"{path}: {key}={config.get(key)} is not supported")
 
 
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Llama, Mistral, Qwen2, Qwen3. Rotary keys are top-level in older files, in rope_parameters in newer."""
-    derived = DERIVED.get(config["model_type"], set()) - config.keys()
+    """GPTConfig's fields for a Llama, Mistral, Qwen2 or Qwen3."""
+    kind = config["model_type"]
+    derived = DERIVED.get(kind, set()) - config.keys()
     fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs not in derived}
+    # Newer files keep all rotary keys in rope_parameters; older files have rope_theta at the top level.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    kind = rope.get("rope_type", rope.get("type", "default"))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
-    scaling = {"rope_type": kind} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
-    if kind == "yarn":  # transformers' default where the file does not say
+    scaling = {"rope_type": rope_type} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
+    if rope_type == "yarn":  # transformers' default
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    bias = "qkv" if config["model_type"] == "qwen2" else "all" if config.get("mlp_bias") else "none"
-    return fields | {"rope_theta": float(theta), "rope_scaling": None if kind == "default" else scaling,
-                     "qk_norm": config["model_type"] == "qwen3", "bias": bias}
+    bias = "all" if config.get("mlp_bias") else "none"
+    return fields | {"rope_theta": float(theta), "rope_scaling": None if rope_type == "default" else scaling,
+                     "qk_norm": kind == "qwen3", "bias": "qkv" if kind == "qwen2" else bias}
 
 
 def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -187,14 +177,56 @@ def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fields | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"}
 
 
-def architecture(config: Any) -> str:
-    """transformers' model_type that computes exactly this GPTConfig, or "nanollama" where there is none."""
+def read_config(folder: Path) -> dict[str, Any]:
+    """GPTConfig's fields from config.json. Raises UserError that names the first unsupported setting.
+
+    For an adapter: the fields of its base, with the vocabulary size of the tables that it contains.
+    """
+    if peft.is_adapter(folder):
+        tables = [len(tensor) for name, tensor in peft.read_adapter(folder)[0].items()
+                  if name in VOCABULARY_TABLES]
+        fields = read_config(base_folder(folder))
+        return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
+    path = folder / "config.json"
+    config = read_json(path)
+    kind = config.get("model_type")
+    if kind == "nanollama" and isinstance(config.get("gpt_config"), dict):
+        return config["gpt_config"]
+    if kind not in list(DEFAULTS):  # a list, because a damaged file may have an unhashable value here
+        raise UserError(f"{path}: model_type {kind!r} is not supported (use {', '.join(DEFAULTS)})")
+    config = DEFAULTS[kind] | config
+    refuse_unsupported(config, path)
+    try:
+        return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
+    except KeyError as error:
+        raise UserError(f"{path}: needs the key {error}") from None
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{path}: {error}") from None
+
+
+def end_ids(folder: Path) -> list[int]:
+    """The EOS ids in generation_config.json or, if it has none, in config.json: none, one or several."""
+    for name in ("generation_config.json", "config.json"):
+        ids = read_json(folder / name).get("eos_token_id")
+        ids = ids if isinstance(ids, list) else [ids]
+        if ids in ([], [None]):
+            continue
+        if not all(type(each) is int for each in ids):
+            raise UserError(f"{folder / name}: eos_token_id={ids}: must be an integer or a list of integers")
+        return ids
+    return []
+
+
+# ---- GPTConfig -> config.json -----------------------------------------------------------------------------
+
+def architecture(config: GPTConfig) -> str:
+    """transformers' model_type that computes exactly this model, or "nanollama" if there is none."""
+    shape = (config.position, config.norm, config.mlp)
     if config.ternary:
         return "nanollama"
-    shape = (config.position, config.norm, config.mlp)
     if shape == ("learned", "layernorm", "gelu") and config.bias == "all" and not config.qk_norm:
-        plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
-        return "gpt2" if plain else "nanollama"
+        is_plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
+        return "gpt2" if is_plain else "nanollama"
     if shape == ("rope", "rmsnorm", "swiglu"):
         kinds = {("none", False): "llama", ("all", False): "llama", ("qkv", False): "qwen2",
                  ("none", True): "qwen3"}
@@ -202,141 +234,42 @@ def architecture(config: Any) -> str:
     return "nanollama"
 
 
-def unusual(config: Any) -> str:
-    """The settings by which a model of ours is none of these architectures, as a message says them."""
+def unusual(config: GPTConfig) -> str:
+    """The settings that keep a "nanollama" model from being one of the other architectures, for a message."""
     usual = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False,
              "ternary": False}
-    if config.position == "learned":  # GPT-2's heads have no choice
+    if config.position == "learned":  # GPT-2 has no choice of heads
         usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
     return ", ".join(f"{key}={getattr(config, key)}" for key, value in usual.items()
                      if getattr(config, key) != value)
 
 
-def write_config(config: Any, ids: dict[str, Any], dtype: torch.dtype = torch.float32) -> dict[str, Any]:
-    """config.json's contents for a GPTConfig. ids: `special_token_ids`."""
+def special_token_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> dict[str, Any]:
+    """The entries of config.json and generation_config.json for the ids that begin and end a text.
+
+    If there are several EOS ids (chat models), the last one separates documents. It is also the BOS id if the
+    model has none.
+    """
+    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
+    return {"bos_token_id": ends[-1] if bos_token_id is None else bos_token_id,
+            "eos_token_id": eos_token_id, "pad_token_id": None}
+
+
+def config_content(config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json. ids: `special_token_ids`."""
     kind = architecture(config)
     common = {"model_type": kind, **ids, "torch_dtype": str(dtype).rpartition(".")[2]}
     if kind == "nanollama":
         return common | {"gpt_config": dataclasses.asdict(config),
                          "note": "transformers has no architecture like this: only nanollama loads it"}
-    names = {"llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM", "qwen3": "Qwen3ForCausalLM",
-             "gpt2": "GPT2LMHeadModel"}
-    common["architectures"] = [names[kind]]
     if kind == "gpt2":
-        return common | {theirs: getattr(config, ours) for ours, theirs in GPT2_KEYS.items()} | {
+        return common | {"architectures": ["GPT2LMHeadModel"]} | {
+            theirs: getattr(config, ours) for ours, theirs in GPT2_KEYS.items()} | {
             "activation_function": "gelu_new", "attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
-    return common | {theirs: getattr(config, ours) for ours, theirs in LLAMA_KEYS.items()} | {
+    return common | {"architectures": [f"{kind.capitalize()}ForCausalLM"]} | {
+        theirs: getattr(config, ours) for ours, theirs in LLAMA_KEYS.items()} | {
         "hidden_act": "silu", "attention_bias": config.bias == "all", "mlp_bias": config.bias == "all",
         "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
-
-
-def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """One stored tensor under our names: none for an old file's buffers, three for GPT-2's fused q, k, v."""
-    name = name.removeprefix("transformer.")
-    if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
-        return
-    match = re.fullmatch(r"h\.(\d+)\.(\w+)(?:\.(\w+))?\.(weight|bias)", name)
-    if match is None:
-        plain = {"wte": "model.embed_tokens", "wpe": "model.embed_positions", "ln_f": "model.norm"}
-        head, _, tail = name.rpartition(".")
-        yield f"{plain.get(head, head)}.{tail}", tensor
-        return
-    layer, module, part, kind = match.groups()
-    if part is None:
-        norm = {"ln_1": "input_layernorm", "ln_2": "post_attention_layernorm"}[module]
-        yield f"model.layers.{layer}.{norm}.{kind}", tensor
-        return
-    if kind == "weight":
-        tensor = tensor.T  # Conv1D stores (in, out)
-    if part == "c_attn":
-        for letter, piece in zip("qkv", tensor.chunk(3), strict=True):
-            yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", piece
-        return
-    ours = {("attn", "c_proj"): "self_attn.o_proj", ("mlp", "c_fc"): "mlp.up_proj",
-            ("mlp", "c_proj"): "mlp.down_proj"}
-    yield f"model.layers.{layer}.{ours[module, part]}.{kind}", tensor
-
-
-def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Our names -> GPT-2's: the inverse of `from_hf`."""
-    plain = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj",
-             "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj", "model.embed_tokens": "wte",
-             "model.embed_positions": "wpe", "model.norm": "ln_f"}
-    result = {}
-    for name, tensor in state.items():
-        head, _, kind = name.rpartition(".")
-        match = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", head)
-        prefix, module = (f"h.{match[1]}.", match[2]) if match else ("", head)
-        if module == "self_attn.q_proj":
-            module = "attn.c_attn"
-            tensor = torch.cat([tensor] + [state[name.replace("q_proj", p)] for p in ("k_proj", "v_proj")])
-        elif module in ("self_attn.k_proj", "self_attn.v_proj"):
-            continue
-        else:
-            module = plain.get(module, module)
-        is_matrix = prefix and tensor.ndim == 2
-        root = "" if module == "lm_head" else "transformer."
-        result[f"{root}{prefix}{module}.{kind}"] = tensor.T.contiguous() if is_matrix else tensor
-    return result
-
-
-def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) of every stored weight, one by one; UserError for a missing or damaged file.
-
-    Of an adapter: its base's weights with the adapter added.
-    """
-    require_intact(folder)
-    if adapters.is_adapter(folder):
-        yield from adapters.merged(folder, read_tensors(base_folder(folder, verify=True)))
-        return
-    index = folder / "model.safetensors.index.json"
-    files = ["model.safetensors"]
-    if index.is_file():
-        try:
-            files = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: not an index ({type(error).__name__}: {error})") from None
-    for file in files:
-        if Path(file).name != file:
-            raise UserError(f"{index}: {file}: a file of another folder is not read")
-        if not (folder / file).is_file():
-            raise UserError(f"{folder / file}: missing (only safetensors are read, never pickle)")
-        try:
-            with safe_open(folder / file, framework="pt") as stored:
-                for name in stored.keys():
-                    if name.endswith(".weight_scale"):
-                        continue
-                    tensor = stored.get_tensor(name)
-                    if tensor.dtype == torch.uint8:
-                        tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
-                    yield from from_hf(name, tensor)
-        except SafetensorError as error:
-            raise UserError(f"{folder / file}: damaged: {error}") from None
-
-
-def require_intact(folder: Path) -> None:
-    """UserError where a file is not the one that the manifest, if there is any, tells of."""
-    if (folder / "manifest.json").is_file() and (problem := checkpoint.find_corruption(folder, model_only=True)):
-        raise UserError(f"{folder}: damaged: {problem} (if it was changed on purpose, delete manifest.json)")
-
-
-def gguf_of(folder: Path) -> Path | None:
-    """The GGUF file of a folder whose weights are one and nothing else. UserError where there are several."""
-    files = sorted(folder.glob("*.gguf"))
-    if not files or any(folder.glob("*.safetensors")):
-        return None
-    if len(files) > 1:
-        raise UserError(f"{folder}: holds several .gguf files; export each to a folder of its own to load it")
-    require_intact(folder)
-    return files[0]
-
-
-def special_token_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> dict[str, Any]:
-    """What config.json and generation_config.json say of the ids that open and end a text. Where several end
-    one, as in chats, the last is that between texts; it opens one where no other does."""
-    ends = eos_token_id if isinstance(eos_token_id, list) else [eos_token_id]
-    return {"bos_token_id": ends[-1] if bos_token_id is None else bos_token_id,
-            "eos_token_id": eos_token_id, "pad_token_id": None}
 
 
 def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
@@ -344,39 +277,140 @@ def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
     (folder / "generation_config.json").write_text(text, encoding="utf-8")
 
 
-def describe(folder: Path, config: Any, ids: dict[str, Any], dtype: torch.dtype = torch.float32,
-             packing: str | None = None) -> dict[str, Any]:
-    """Write config.json, which is returned, and generation_config.json."""
-    described = write_config(config, ids, dtype) | ({"packing": packing} if packing else {})
-    (folder / "config.json").write_text(json.dumps(described, indent=2) + "\n", encoding="utf-8")
+def write_config(folder: Path, config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype = torch.float32,
+                 packing: str | None = None) -> None:
+    """Write config.json and generation_config.json. ids: `special_token_ids`."""
+    content = config_content(config, ids, dtype) | ({"packing": packing} if packing else {})
+    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_generation_config(folder, ids)
-    return described
 
 
-def save_folder(folder: Path, config: Any, state: dict[str, Tensor], ids: dict[str, Any],
+# ---- Tensor names -----------------------------------------------------------------------------------------
+
+def split_name(name: str) -> tuple[str, str, str]:
+    """Split a name of ours into layer, module and kind.
+
+    "model.layers.3.mlp.up_proj.weight" -> ("3", "mlp.up_proj", "weight"); "model.norm.weight" ->
+    ("", "model.norm", "weight").
+    """
+    layer = ""
+    if name.startswith("model.layers."):
+        _, _, layer, name = name.split(".", 3)
+    module, _, kind = name.rpartition(".")
+    return layer, module, kind
+
+
+def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Yield one stored tensor under our names: none for a buffer of an old file, three for GPT-2's c_attn."""
+    name = name.removeprefix("transformer.")
+    if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+        return
+    match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name)
+    if match is None:  # no name of ours either: loading refuses it
+        yield name, tensor
+        return
+    layer, module, kind = match.groups()
+    ours = {theirs: ours for ours, theirs in (GPT2_NAMES if layer is None else GPT2_LAYER_NAMES).items()}
+    if layer is None:
+        yield f"{ours.get(module, module)}.{kind}", tensor
+        return
+    tensor = tensor.T if tensor.ndim == 2 else tensor  # GPT-2's Conv1D stores (in, out)
+    if module == "attn.c_attn":
+        for letter, part in zip("qkv", tensor.chunk(3), strict=True):  # (3 C, ..) -> three (C, ..)
+            yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", part
+        return
+    yield f"model.layers.{layer}.{ours.get(module, module)}.{kind}", tensor
+
+
+def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Rename our tensors to GPT-2's names: the inverse of `from_hf`."""
+    result = {}
+    for name, tensor in state.items():
+        layer, module, kind = split_name(name)
+        if not layer:
+            root = "" if module == "lm_head" else "transformer."
+            result[f"{root}{GPT2_NAMES.get(module, module)}.{kind}"] = tensor
+            continue
+        if module in ("self_attn.k_proj", "self_attn.v_proj"):
+            continue  # fused into c_attn
+        if module == "self_attn.q_proj":
+            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            tensor = torch.cat(parts)  # (3 C, ..)
+        tensor = tensor.T.contiguous() if tensor.ndim == 2 else tensor
+        result[f"transformer.h.{layer}.{GPT2_LAYER_NAMES[module]}.{kind}"] = tensor
+    return result
+
+
+# ---- Weights ----------------------------------------------------------------------------------------------
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a model folder. Raises UserError if one is missing or lies elsewhere."""
+    index = folder / "model.safetensors.index.json"
+    names = ["model.safetensors"]
+    if index.is_file():
+        try:
+            names = sorted(set(read_json(index)["weight_map"].values()))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{index}: damaged ({type(error).__name__}: {error})") from None
+    for name in names:
+        if Path(str(name)).name != name:  # "../x" in a stranger's index
+            raise UserError(f"{index}: {name}: a file of another folder is not read")
+        if not (folder / name).is_file():
+            raise UserError(f"{folder / name}: missing (only safetensors are read, never pickle)")
+    return [folder / name for name in names]
+
+
+def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (our name, tensor) for every weight of one safetensors file; packed matrices are unpacked."""
+    try:
+        with safe_open(file, framework="pt") as stored:
+            for name in stored.keys():
+                if name.endswith(".weight_scale"):
+                    continue  # read together with its matrix
+                tensor = stored.get_tensor(name)
+                if tensor.dtype == torch.uint8:
+                    tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
+                yield from from_hf(name, tensor)
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged: {error}") from None
+
+
+def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
+    """Yield (our name, tensor) for every stored weight, one at a time.
+
+    For an adapter: its base's weights with the adapter added. Raises UserError for a missing or damaged file.
+    """
+    require_intact(folder)
+    if peft.is_adapter(folder):
+        yield from peft.merge_adapter(folder, read_tensors(base_folder(folder, verify=True)))
+        return
+    for file in weight_files(folder):
+        yield from read_file(file)
+
+
+def gguf_of(folder: Path) -> Path | None:
+    """The GGUF file of a folder without safetensors, or None. Raises UserError if there are several."""
+    files = sorted(folder.glob("*.gguf"))
+    if not files or any(folder.glob("*.safetensors")):
+        return None
+    if len(files) > 1:
+        raise UserError(f"{folder}: holds several .gguf files; to load one, export it to a folder of its own")
+    require_intact(folder)
+    return files[0]
+
+
+def save_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor], ids: dict[str, Any],
                 dtype: torch.dtype = torch.float32, packing: str | None = None) -> None:
-    """Write the three files of a model folder. state: by our names; padding rows are cut, all is `dtype`.
-    ids: `special_token_ids`.
+    """Write config.json, generation_config.json and model.safetensors.
 
-    packing: how uint8 tensors of the state, which stay as they are, hold the weights (`is_packed`).
+    state: tensors by our names, saved as `dtype` without padding rows. ids: `special_token_ids`. packing: how
+    the uint8 tensors of the state hold ternary weights (`is_packed`); they are saved unchanged.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    described = describe(folder, config, ids, dtype, packing)
-    state = {name: tensor[:config.vocab_size] if name in VOCABULARY_TABLES else tensor
+    write_config(folder, config, ids, dtype, packing)
+    state = {name: tensor[:config.vocab_size] if name in VOCABULARY_TABLES else tensor  # (P, C) -> (V, C)
              for name, tensor in state.items()}
-    state = to_gpt2(state) if described["model_type"] == "gpt2" else state
+    state = to_gpt2(state) if architecture(config) == "gpt2" else state
     state = {name: tensor.to("cpu", None if tensor.dtype == torch.uint8 else dtype).contiguous()
              for name, tensor in state.items()}
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-def is_packed(folder: Path) -> bool:
-    """Whether a folder holds ternary weights as they are computed with, not those they are rounded from."""
-    config = folder / "config.json"
-    return config.is_file() and "packing" in json.loads(config.read_text(encoding="utf-8"))
-
-
-def teacher_sha256(folder: Path) -> str:
-    """The hash of what a teacher computes: of its weights and its configuration."""
-    config = folder / (CONFIG if is_adapter(folder) else "config.json")
-    return hashlib.sha256((weights_sha256(folder) + file_sha256(config)).encode()).hexdigest()

@@ -1,14 +1,15 @@
-"""LoRA adapters on disk, in PEFT's format: two small matrices for each of some of a model's matrices.
+"""LoRA adapters on disk, in PEFT's format: two small matrices for each adapted matrix of a model.
 
     out/sft/step_000300/  adapter_model.safetensors  adapter_config.json      what peft.PeftModel loads
                           base.json                                           {"path", "sha256"} of its model
 
-    write_adapter(folder, state, spec, base)         # state: our names, `...q_proj.lora_A` and `...lora_B`
-    for name, tensor in merged(folder, tensors): ... # the base's tensors, with the adapter added to them
+    write_adapter(folder, state, spec, base)                # state: our names, `...q_proj.lora_A`, `.lora_B`
+    for name, tensor in merge_adapter(folder, tensors): ... # the base's tensors with the adapter added
 
-An adapter W + scale * B A (arXiv 2106.09685) has A (rank, in) and B (out, rank); scale is alpha / rank, or
-alpha / sqrt(rank) (rsLoRA, arXiv 2312.03732). Where tokens were added, the tables are in the adapter as well,
-whole. A folder like this may stand wherever a model folder may: formats/hf.py reads it merged.
+An adapted matrix is W + scale * B A (arXiv 2106.09685), with A (rank, in) and B (out, rank). scale is
+alpha / rank, or alpha / sqrt(rank) for rsLoRA (arXiv 2312.03732). If tokens were added, the adapter also
+contains the complete embedding tables. An adapter folder can be used wherever a model folder can:
+formats/hf.py merges it while reading.
 """
 
 import hashlib
@@ -27,19 +28,21 @@ from configurator import UserError
 from formats.files import file_sha256
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
-PREFIX = "base_model.model."  # PEFT's, before every name
+PREFIX = "base_model.model."  # PEFT puts it before every name
+# Settings of PEFT that change what an adapter computes. We support none of them.
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
 
 
 @dataclass(frozen=True)
 class AdapterSpec:
-    """What an adapter is, but for its numbers."""
+    """The settings of an adapter: all of it except its weights."""
 
     rank: int
     alpha: float
     dropout: float
-    targets: tuple[str, ...]  # names of the linear modules that have one, as "q_proj"
+    targets: tuple[str, ...]  # names of the adapted linear modules, such as "q_proj"
     rslora: bool
-    tables: tuple[str, ...] = ()  # modules that are trained and saved whole, as "embed_tokens"
+    tables: tuple[str, ...] = ()  # modules that are trained and saved completely, such as "embed_tokens"
 
     @property
     def scale(self) -> float:
@@ -51,13 +54,13 @@ def is_adapter(folder: Path) -> bool:
 
 
 def weights_sha256(folder: Path) -> str:
-    """The hash of a model's weights: of all its safetensors files, or of its GGUF file."""
+    """The hash of a model's weights: of all its safetensors files or, if it has none, of its GGUF files."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
 def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, base: dict[str, str]) -> None:
-    """Write the three files. state: every tensor of the adapter by our name; base: {"path", "sha256"}."""
+    """Write the three files. state: every tensor of the adapter by our name. base: {"path", "sha256"}."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base["path"],
               "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "bias": "none",
@@ -65,50 +68,50 @@ def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, bas
               "modules_to_save": list(spec.tables) or None, "fan_in_fan_out": False}
     for name, content in ((CONFIG, config), (BASE, base)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    save_file({PREFIX + peft_name(name): tensor.to("cpu", torch.float32).contiguous()
-               for name, tensor in state.items()}, folder / WEIGHTS, metadata={"format": "pt"})
-
-
-def peft_name(name: str) -> str:
-    return f"{name}.weight" if name.endswith(("lora_A", "lora_B")) else name
+    stored = {f"{PREFIX}{name}.weight" if name.endswith(("lora_A", "lora_B")) else PREFIX + name:
+              tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
+    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
-    """An adapter's tensors by our names, and what it is. UserError for a file that cannot be read."""
+    """An adapter's tensors by our names, and its settings. Raises UserError for files it cannot read."""
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
-        others = [key for key in ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out",
-                                  "layer_replication") if config.get(key)]
-        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or others:
-            raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are read"
-                            + f", not with {', '.join(others)}" * bool(others))
+        problems = [key for key in UNSUPPORTED if config.get(key)]
+        if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or problems:
+            raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are supported: peft_type=LORA, "
+                            f"bias=none, and no {', '.join(problems or UNSUPPORTED)}")
         spec = AdapterSpec(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
                            tuple(config["target_modules"]), bool(config.get("use_rslora")),
                            tuple(config.get("modules_to_save") or ()))
         stored = load_file(folder / WEIGHTS)
+    except UserError:
+        raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        if isinstance(error, UserError):
-            raise
         raise UserError(f"{folder}: not an adapter ({type(error).__name__}: {error})") from None
     names = {name: name.removeprefix(PREFIX) for name in stored}
     return {ours.removesuffix(".weight") if ".lora_" in ours else ours: stored[name]
             for name, ours in names.items()}, spec
 
 
-def base_of(folder: Path) -> dict[str, str]:
-    """{"path", and perhaps "sha256"} of the model that an adapter is for. UserError where neither file says.
+def read_base(folder: Path) -> dict[str, str]:
+    """{"path", and "sha256" if known} of the model that an adapter belongs to. Raises UserError if unknown.
+
+    base.json is ours. PEFT's own adapter_config.json names a path, but no hash.
     """
     try:
-        name = BASE if (folder / BASE).is_file() else CONFIG
+        name, key = (BASE, "path") if (folder / BASE).is_file() else (CONFIG, "base_model_name_or_path")
         base = json.loads((folder / name).read_text(encoding="utf-8"))
-        path = base["path" if name == BASE else "base_model_name_or_path"]
-        return {"path": str(Path(path))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
+        return {"path": str(Path(base[key]))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its base cannot be told ({type(error).__name__}: {error})") from None
+        raise UserError(f"{folder}: its base model is unknown ({type(error).__name__}: {error})") from None
 
 
-def merged(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
-    """The base's (name, tensor) pairs with the adapter in `folder` added, in float32."""
+def merge_adapter(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the base's (name, tensor) pairs with the adapter in `folder` added, in float32.
+
+    Raises UserError for a tensor of the adapter that fits no tensor of the base.
+    """
     adapter, spec = read_adapter(folder)
     for name, tensor in tensors:
         module = name.removesuffix(".weight")
@@ -118,6 +121,6 @@ def merged(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tupl
                 raise UserError(f"{folder}: {module}.lora_A {tuple(A.shape)} and lora_B {tuple(B.shape)} do "
                                 f"not fit {tuple(tensor.shape)}")
             tensor = tensor.float() + spec.scale * (B.float() @ A.float())  # (out, in)
-        yield name, adapter.pop(name, tensor)
+        yield name, adapter.pop(name, tensor)  # a complete table replaces the base's
     if adapter:
-        raise UserError(f"{folder}: {min(adapter)} has no place in its base")
+        raise UserError(f"{folder}: {min(adapter)} has no place in its base model")

@@ -20,7 +20,7 @@ from configurator import UserError
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
 from formats.chat_format import encode_prompt, with_chat_tokens
-from formats.peft import AdapterSpec, weights_sha256
+from formats.peft import AdapterSpec, is_adapter, weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.ternary import pack_codes, unpack_codes
@@ -152,7 +152,7 @@ def test_an_adapter_is_merged(chat_model, tokenizer, tmp_path):
     adapted.save_pretrained(tmp_path / "adapter", eos_token_id=tokenizer.end_ids)
     tokenizer.save(tmp_path / "adapter")
     out = run(tmp_path / "adapter", tmp_path / "out", "--dtype=float32")
-    assert not hf.adapters.is_adapter(out)
+    assert not is_adapter(out)
     found = logits(GPT.from_pretrained(out))
     assert (found - logits(adapted.eval())).abs().max() <= 1e-5
     assert (found - logits(model)).abs().max() > 0.1
