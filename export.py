@@ -169,7 +169,7 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source) -> str:
     for kind in cfg.kinds:
         path = folder / f"{cfg.title}-{kind}.gguf"
         placed = gguf_file.write(path, source.config, state, described, kind)
-        tables.append(f"{path.name}\n{gguf_file.mix(placed)}")
+        tables.append(f"{path.name}\n{gguf_file.type_table(placed)}")
     hf.write_config(folder, source.config, source.ids)  # llama.cpp needs the file alone, our loader these
     source.tokenizer.save(folder)
     return "\n".join(tables)

@@ -1,28 +1,30 @@
-"""The chat format, in one place: conversation -> token ids and which of them are trained on, and back.
+"""The chat format: conversation -> token ids and a training mask, and generated ids -> message.
 
-    tokenizer = with_chat_tokens(tokenizer)         # six special tokens, and the template for other programs
-    ids, mask = encode_chat(tokenizer, messages)    # one entry a token; mask is 1 where the assistant speaks
-    ids = encode_prompt(tokenizer, messages)        # ... and the words behind which an answer begins
-    message = read_answer(tokenizer, new_ids)       # what a model wrote, as a message
+    tokenizer = with_chat_tokens(tokenizer)         # six special tokens, and a template for other programs
+    ids, mask = encode_chat(tokenizer, messages)    # mask is 1 for the ids that are trained on
+    ids = encode_prompt(tokenizer, messages)        # ... followed by the opening of an assistant's turn
+    message = read_answer(tokenizer, new_ids)       # generated ids as a message
 
-A message is {"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant's may also have
-"thought" (text) and "tool_calls" ([{"name": text, "arguments": {..}}]). It is written as ChatML:
+A message is {"role": "system" | "user" | "assistant" | "tool", "content": text}. An assistant's message may
+also have "thought" (text) and "tool_calls" ([{"name": text, "arguments": {..}}]). Messages are written as
+ChatML:
 
     <|im_start|>user
     12 * 30?<|im_end|>
     <|im_start|>assistant
     <|start_thought|>12 * 3 = 36<|end_thought|>360<|im_end|>
 
-or, with a tool,
+With a tool call:
 
     <|im_start|>assistant
     <|tool_call|>{"name": "calculator", "arguments": {"expression": "12 * 30"}}<|im_end|>
     <|im_start|>tool
     <|tool_response|>360<|im_end|>
 
-Ids are made part by part, so that no text becomes a special token, whatever it says. A Jinja template cannot
-do that: TEMPLATE gives the same ids wherever no text holds the name of a special token. What is trained on is
-all that the assistant says, its <|im_end|> included.
+Each part is encoded on its own, so no text of a message becomes a special token, whatever it contains. A
+Jinja template cannot do that: TEMPLATE gives the same ids only if no message contains the name of a special
+token.
+Training targets are everything in an assistant's turn after its first line, including <|im_end|>.
 """
 
 import json
@@ -38,7 +40,7 @@ CALL, RESPONSE = "<|tool_call|>", "<|tool_response|>"
 CHAT_TOKENS = [START, END, THOUGHT, THOUGHT_END, CALL, RESPONSE]
 ROLES = ("system", "user", "assistant", "tool")
 
-# Of transformers' template language: `generation` marks what the assistant says, for losses on that alone.
+# transformers' template language. `generation` marks the assistant's tokens, for a loss on these alone.
 TEMPLATE = """\
 {%- for message in messages -%}
     {{- '<|im_start|>' + message.role + '\\n' -}}
@@ -65,10 +67,10 @@ TEMPLATE = """\
 
 
 def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
-    """The tokenizer with the six special tokens behind its vocabulary, and with our chat template.
+    """The tokenizer with the six special tokens after its vocabulary, and with our chat template.
 
-    A tokenizer that has some of them (Qwen's has two) keeps their ids. One that ends a text as it ends a turn
-    ends a text by <|endoftext|> from then on, so that the end of a conversation can be told.
+    Tokens that exist keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and
+    a turn, <|endoftext|> ends a text from now on: the end of a turn must not look like the end of a text.
     """
     if tokenizer.eot_id != tokenizer.hf.token_to_id(END):
         return tokenizer.extended(CHAT_TOKENS, {"chat_template": TEMPLATE})
@@ -77,13 +79,13 @@ def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a turn, or None for a tokenizer without chat tokens."""
+    """The id that ends a turn, or None for a tokenizer that lacks a chat token."""
     ids = [tokenizer.hf.token_to_id(name) for name in CHAT_TOKENS]
     return None if None in ids else ids[CHAT_TOKENS.index(END)]
 
 
 def require_chat(tokenizer: Tokenizer, place: str) -> None:
-    """UserError unless the tokenizer has the chat tokens."""
+    """Raise UserError unless the tokenizer has the chat tokens."""
     if end_of_turn(tokenizer) is None:
         raise UserError(f"{place}: its tokenizer has no chat tokens; sft.py makes a chat model of a base")
 
@@ -91,35 +93,37 @@ def require_chat(tokenizer: Tokenizer, place: str) -> None:
 # ---- Messages -> ids --------------------------------------------------------------------------------------
 
 class Part(NamedTuple):
+    """A piece of a conversation that is encoded on its own."""
+
     text: str
-    is_special: bool
+    is_special: bool  # text is the name of a special token
     is_target: bool
-
-
-def parts_of(message: dict[str, Any]) -> Iterator[Part]:
-    """A turn as the pieces that are encoded each for itself."""
-    role, content = message["role"], (message.get("content") or "").strip()
-    yield Part(START, True, False)
-    yield Part(f"{role}\n", False, False)
-    if role == "tool":
-        yield Part(RESPONSE, True, False)
-    speaks = role == "assistant"
-    if speaks and message.get("thought"):
-        yield Part(THOUGHT, True, True)
-        yield Part(message["thought"].strip(), False, True)
-        yield Part(THOUGHT_END, True, True)
-    yield Part(content, False, speaks)
-    for call in (message.get("tool_calls") or []) if speaks else []:
-        yield Part(CALL, True, True)
-        yield Part(call_text(call), False, True)
-    yield Part(END, True, speaks)
-    yield Part("\n", False, False)
 
 
 def call_text(call: dict[str, Any]) -> str:
     """A tool call as JSON: {"name": .., "arguments": ..}, spelled as transformers' templates spell it."""
     call = call.get("function") or call
     return json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
+
+
+def parts_of(message: dict[str, Any]) -> Iterator[Part]:
+    """Yield the parts of one turn."""
+    role, content = message["role"], (message.get("content") or "").strip()
+    is_assistant = role == "assistant"
+    yield Part(START, True, False)
+    yield Part(f"{role}\n", False, False)
+    if role == "tool":
+        yield Part(RESPONSE, True, False)
+    if is_assistant and message.get("thought"):
+        yield Part(THOUGHT, True, True)
+        yield Part(message["thought"].strip(), False, True)
+        yield Part(THOUGHT_END, True, True)
+    yield Part(content, False, is_assistant)
+    for call in (message.get("tool_calls") or []) if is_assistant else []:
+        yield Part(CALL, True, True)
+        yield Part(call_text(call), False, True)
+    yield Part(END, True, is_assistant)
+    yield Part("\n", False, False)
 
 
 def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int], list[int]]:
@@ -133,43 +137,57 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int]
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a conversation, of equal lengths: mask is 1 for the assistant's words and their end.
+    """(ids, mask) of a conversation, of equal length. mask is 1 for training targets, else 0.
 
-    The tokenizer is one of `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate.
+    The tokenizer comes from `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate.
     """
     return encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
-    """The ids of a conversation and of the words that make the assistant speak next."""
+    """The ids of a conversation, followed by the opening of an assistant's turn."""
     opening = (Part(START, True, False), Part("assistant\n", False, False))
     return encode_chat(tokenizer, messages)[0] + encode_parts(tokenizer, opening)[0]
 
 
 def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
-    """The ids of what an assistant says behind `encode_prompt`: those that the mask of its turn has."""
+    """The ids of an assistant's message after `encode_prompt`: the training targets of its turn."""
     return encode_parts(tokenizer, (part for part in parts_of(message) if part.is_target))[0]
 
 
 # ---- Ids -> messages --------------------------------------------------------------------------------------
 
-def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
-    """What an assistant wrote, up to its end of turn, as a message: the inverse of `encode_answer`.
+def read_call(text: str) -> dict[str, Any] | None:
+    """{"name", "arguments"} from the JSON of a tool call, or None if it is malformed."""
+    try:
+        call = json.loads(text)
+        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+            return None
+        call = {"name": call["name"], "arguments": call["arguments"]}
+        call_text(call).encode("utf-8")  # JSON can spell a lone surrogate, which cannot be encoded
+    except (ValueError, KeyError, RecursionError):
+        return None
+    return call
 
-    Has "thought" and "tool_calls" only where there are some. A tool call that is not a JSON object with a
-    name and arguments is no call: its text is in "malformed", a list; so is a thought without an end.
+
+def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
+    """An assistant's ids, up to the end of its turn, as a message: the inverse of `encode_answer`.
+
+    "thought" and "tool_calls" are present only if the answer has them. A tool call that is not a JSON object
+    with a name and arguments, and a thought without an end, are listed as texts in "malformed" instead.
     """
     pieces: dict[str, list[str]] = {"content": [], "thought": [], "calls": [], "malformed": []}
-    place, run = "content", []
+    kind, run = "content", []  # the kind of piece that is being read, and its ids so far
     names = {tokenizer.hf.token_to_id(name): name for name in CHAT_TOKENS}
     for token in [*ids, tokenizer.hf.token_to_id(END)]:
         name = names.get(token)
         if name is None:
             run += [] if token == tokenizer.eot_id else [token]
             continue
-        unfinished = place == "thought" and name != THOUGHT_END
-        pieces["malformed" if unfinished else place].append(tokenizer.decode(run))
-        place, run = {THOUGHT: "thought", CALL: "calls"}.get(name, "content"), []
+        # A chat token ends the piece before it. Only THOUGHT_END may end a thought.
+        unfinished = kind == "thought" and name != THOUGHT_END
+        pieces["malformed" if unfinished else kind].append(tokenizer.decode(run))
+        kind, run = {THOUGHT: "thought", CALL: "calls"}.get(name, "content"), []
         if name == END:
             break
     message: dict[str, Any] = {"role": "assistant", "content": "".join(pieces["content"]).strip()}
@@ -182,16 +200,3 @@ def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
     if pieces["malformed"]:
         message["malformed"] = pieces["malformed"]
     return message
-
-
-def read_call(text: str) -> dict[str, Any] | None:
-    """{"name", "arguments"} of a tool call's JSON, or None where it is no such thing."""
-    try:
-        call = json.loads(text)
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
-        call = {"name": call["name"], "arguments": call["arguments"]}
-        call_text(call).encode("utf-8")  # JSON can spell a lone surrogate, which is no text
-    except (ValueError, KeyError, RecursionError):
-        return None
-    return call

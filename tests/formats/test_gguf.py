@@ -1,4 +1,4 @@
-"""GGUF: what stands in a file, read by the package gguf, by us, and by a real llama.cpp where one is."""
+"""GGUF: the content of a file, read by the package gguf, by us, and by llama.cpp if it is installed."""
 
 import argparse
 import json
@@ -38,7 +38,7 @@ needs_llama_cpp = pytest.mark.skipif(not llama_cpp.has_server(), reason="xllamac
 
 
 def model_of(**changes):
-    """A model whose greedy text varies."""
+    """A random model whose greedy text does not repeat one token."""
     model = busy_model(tiny_config(**changes))
     with torch.no_grad():
         for parameter in model.parameters():
@@ -51,7 +51,7 @@ def state_of(model):
 
 
 def bpe(vocab_size=500, split=None, **settings):
-    """A byte-level BPE of this machine's argparse; split: Llama 3's, say, in place of Qwen2's."""
+    """A byte-level BPE trained on the source of argparse. split: a pattern instead of Qwen2's."""
     text = Path(argparse.__file__).read_text()
     if split is None:
         return Tokenizer.train([text], vocab_size)
@@ -79,36 +79,36 @@ def tokenizer():
 
 
 def write(path, model, tokenizer, kind="f32"):
-    described = vocabulary(tokenizer, model.config.vocab_size, "here")
-    return gguf_file.write(path, model.config, state_of(model), described, kind)
+    metadata = vocabulary(tokenizer, model.config.vocab_size, "here")
+    return gguf_file.write(path, model.config, state_of(model), metadata, kind)
 
 
 def fields(path):
     return {key: field.contents() for key, field in gguf.GGUFReader(path).fields.items()}
 
 
-# ---- What stands in a file --------------------------------------------------------------------------------
+# ---- The content of a file ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("name", SHAPES)
 def test_every_weight_comes_back(name, tokenizer, tmp_path):
     model = model_of(**SHAPES[name])
-    gguf_file.require_supported(model.config)  # does not refuse it
+    gguf_file.require_supported(model.config)  # must not raise
     write(tmp_path / "m.gguf", model, tokenizer)
-    found = dict(gguf_file.read_tensors(tmp_path / "m.gguf", model.config))
+    read = dict(gguf_file.read_tensors(tmp_path / "m.gguf", model.config))
     expected = state_of(model)
-    assert found.keys() == expected.keys()
+    assert read.keys() == expected.keys()
     for key, value in expected.items():
-        assert torch.equal(found[key], value[:500] if key in hf.VOCABULARY_TABLES else value), key
+        assert torch.equal(read[key], value[:500] if key in hf.VOCABULARY_TABLES else value), key
 
 
 def test_rows_of_a_head_by_hand():
-    """Pairs (0, 2), (1, 3) of each head of four become neighbours."""
+    """The pairs (0, 2) and (1, 3) of each head of four rows become neighbours."""
     rows = torch.arange(8.0)
-    assert gguf_file.interleaved(rows, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert gguf_file.halved(gguf_file.interleaved(rows, 4), 4).tolist() == rows.tolist()
+    assert gguf_file.interleave_pairs(rows, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf_file.separate_pairs(gguf_file.interleave_pairs(rows, 4), 4).tolist() == rows.tolist()
 
 
-def test_only_llamas_rows_change_places(tokenizer, tmp_path):
+def test_only_llamas_rows_are_reordered(tokenizer, tmp_path):
     for name, same in (("tied", False), ("qwen2", True), ("qwen3", True)):
         model = model_of(**SHAPES[name])
         write(tmp_path / "m.gguf", model, tokenizer)
@@ -122,7 +122,7 @@ def test_the_header(tmp_path):
     tokenizer = with_chat_tokens(bpe())
     model = model_of(vocab_size=510, rope_scaling=YARN)
     write(tmp_path / "m.gguf", model, tokenizer, "q8_0")
-    found = fields(tmp_path / "m.gguf")
+    header = fields(tmp_path / "m.gguf")
     expected = {
         "general.architecture": "llama", "general.file_type": 7, "general.quantization_version": 2,
         "llama.block_count": 2, "llama.context_length": 64, "llama.embedding_length": 64,
@@ -134,20 +134,20 @@ def test_the_header(tmp_path):
         "tokenizer.ggml.eos_token_id": tokenizer.eot_id, "tokenizer.ggml.bos_token_id": tokenizer.eot_id,
         "tokenizer.ggml.eot_token_id": tokenizer.hf.token_to_id("<|im_end|>"),
         "tokenizer.chat_template": tokenizer.settings["chat_template"]}
-    assert {key: found[key] for key in expected} == expected
-    assert found["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
+    assert {key: header[key] for key in expected} == expected
+    assert header["llama.attention.layer_norm_rms_epsilon"] == pytest.approx(1e-5)
     assert not any(each.name == "output.weight" for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors)
-    tokens, kinds = found["tokenizer.ggml.tokens"], found["tokenizer.ggml.token_type"]
+    tokens, kinds = header["tokenizer.ggml.tokens"], header["tokenizer.ggml.token_type"]
     assert len(tokens) == len(kinds) == 510
     assert tokens[-4:] == ["[PAD506]", "[PAD507]", "[PAD508]", "[PAD509]"] and kinds[-4:] == [5] * 4
     assert {tokens[i] for i, kind in enumerate(kinds) if kind == 3} == {"<|endoftext|>", *CHAT_TOKENS}
-    assert found["tokenizer.ggml.merges"][0].count(" ") == 1
+    assert header["tokenizer.ggml.merges"][0].count(" ") == 1
 
 
 def test_gpt2s_tokenizer(gpt2):
-    described = vocabulary(gpt2, 50257, "here")
-    assert described["tokenizer.ggml.pre"] == "gpt-2" and len(described["tokenizer.ggml.merges"]) == 50000
-    assert described["tokenizer.ggml.tokens"][50256] == "<|endoftext|>"
+    metadata = vocabulary(gpt2, 50257, "here")
+    assert metadata["tokenizer.ggml.pre"] == "gpt-2" and len(metadata["tokenizer.ggml.merges"]) == 50000
+    assert metadata["tokenizer.ggml.tokens"][50256] == "<|endoftext|>"
 
 
 # ---- Types ------------------------------------------------------------------------------------------------
@@ -156,12 +156,12 @@ def test_gpt2s_tokenizer(gpt2):
     (3, {2}), (8, {0, 3, 6, 7}), (12, {0, 3, 6, 9, 10, 11}),
     (32, {0, 1, 2, 3, 6, 9, 12, 15, 18, 21, 24, 27, 28, 29, 30, 31})])  # fmt: skip
 def test_q4_k_m_gives_half_of_the_layers_more_bits(layers, more):
-    """The first eighth, the last eighth, and every third between; the lists are llama.cpp's own, by hand."""
+    """The first eighth, the last eighth and every third between. The lists are llama.cpp's own."""
     config = tiny_config(n_layer=layers)
     for name in ("attn_v", "ffn_down"):
-        found = {i for i in range(layers) if gguf_file.wanted_type(f"blk.{i}.{name}.weight", config, "q4_k_m")
-                 == "Q6_K"}
-        assert found == more
+        larger = {i for i in range(layers)
+                  if gguf_file.wanted_type(f"blk.{i}.{name}.weight", config, "q4_k_m") == "Q6_K"}
+        assert larger == more
     for name in ("attn_q", "attn_k", "attn_output", "ffn_up", "ffn_gate"):
         assert gguf_file.wanted_type(f"blk.0.{name}.weight", config, "q4_k_m") == "Q4_K"
 
@@ -173,28 +173,28 @@ def test_the_tables_types():
     assert gguf_file.wanted_type("output.weight", untied, "q4_k_m") == "Q6_K"
 
 
-@pytest.mark.parametrize("wanted, columns, found", [
+@pytest.mark.parametrize("wanted, columns, expected", [
     ("Q4_K", 512, "Q4_K"), ("Q4_K", 192, "Q5_0"), ("Q4_K", 40, "F16"), ("Q5_K", 192, "Q5_1"),
     ("Q6_K", 192, "Q8_0"), ("Q6_K", 40, "F16"), ("Q8_0", 96, "Q8_0"), ("Q8_0", 40, "F16"), ("F32", 7, "F32"),
 ])  # fmt: skip
-def test_rows_that_do_not_divide(wanted, columns, found):
-    assert gguf_file.fitting_type(wanted, columns) == found
+def test_rows_that_do_not_divide(wanted, columns, expected):
+    assert gguf_file.fitting_type(wanted, columns) == expected
 
 
-def test_the_real_mix_is_told(tokenizer, tmp_path):
-    """Rows of 192 and of 40: no block of 256 divides them, one of 32 the first only."""
+def test_the_table_of_types(tokenizer, tmp_path):
+    """A block of 256 divides neither rows of 192 nor rows of 40; a block of 32 divides rows of 192."""
     model = model_of(n_embd=192, intermediate_size=40, n_layer=1)
-    placed = write(tmp_path / "m.gguf", model, tokenizer, "q4_k_m")
+    infos = write(tmp_path / "m.gguf", model, tokenizer, "q4_k_m")
     stored = {each.name: each for each in gguf.GGUFReader(tmp_path / "m.gguf").tensors}
     assert {name: each.tensor_type.name for name, each in stored.items()} == {
-        each.name: each.type for each in placed}
-    assert all(stored[each.name].n_bytes == each.bytes for each in placed)
-    types = {each.name: each.type for each in placed}
+        each.name: each.type for each in infos}
+    assert all(stored[each.name].n_bytes == each.bytes for each in infos)
+    types = {each.name: each.type for each in infos}
     assert types["token_embd.weight"] == "Q8_0" and types["blk.0.attn_q.weight"] == "Q5_0"
     assert types["blk.0.ffn_down.weight"] == "F16" and types["output_norm.weight"] == "F32"
-    told = gguf_file.mix(placed)
-    assert "ffn_down.weight (1 x): rows of 40 do not divide into blocks of Q6_K, so F16" in told
-    assert f"{sum(each.bytes for each in placed):,}" in told.splitlines()[5]
+    table = gguf_file.type_table(infos)
+    assert "ffn_down.weight (1 x): rows of 40 do not divide into blocks of Q6_K, so F16" in table
+    assert f"{sum(each.bytes for each in infos):,}" in table.splitlines()[5]
     for name, tensor in gguf_file.read_tensors(tmp_path / "m.gguf", model.config):
         expected = model.state_dict()[name][:len(tensor)]
         assert (tensor - expected).norm() < 0.05 * expected.norm(), name
@@ -207,9 +207,9 @@ def test_the_real_mix_is_told(tokenizer, tmp_path):
     (dict(position="learned"), "no architecture with position=learned"),
     (GPT2 | dict(n_kv_head=2), "no architecture with .*n_kv_head=2"),
     (dict(bias="qkv", head_dim=32), r"qwen2 needs n_embd = n_head \* head_dim, .* has 64 and 4 \* 32"),
-    (dict(qk_norm=True, rope_scaling=LLAMA3), "llama.cpp's qwen3 does not know llama3"),
-    (dict(rope_scaling=YARN | {"beta_fast": 16}), "llama.cpp's llama has no beta_fast=16"),
-    (dict(rope_scaling=YARN | {"truncate": False}), "no truncate=False"),
+    (dict(qk_norm=True, rope_scaling=LLAMA3), "qwen3 does not support rope_scaling of type llama3"),
+    (dict(rope_scaling=YARN | {"beta_fast": 16}), "llama does not support rope_scaling with beta_fast=16"),
+    (dict(rope_scaling=YARN | {"truncate": False}), "rope_scaling with truncate=False"),
 ])  # fmt: skip
 def test_what_llama_cpp_does_not_compute(changes, message):
     with pytest.raises(UserError, match=message):
@@ -217,8 +217,8 @@ def test_what_llama_cpp_does_not_compute(changes, message):
 
 
 @pytest.mark.parametrize("change, message", [
-    (lambda d: d["model"].update(byte_fallback=True), "of the kind BPE, byte_fallback is not written"),
-    (lambda d: d.update(normalizer={"type": "Lowercase"}), "of the kind BPE, Lowercase"),
+    (lambda d: d["model"].update(byte_fallback=True), "a tokenizer of type BPE, byte_fallback to GGUF"),
+    (lambda d: d.update(normalizer={"type": "Lowercase"}), "of type BPE, Lowercase"),
     (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "x+"}), "splits text .*: x+"),
     (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "splits text in a way.*Whitespace"),
     (lambda d: d["model"].update(ignore_merges=True), "splits text in a way"),
@@ -235,7 +235,7 @@ def test_more_tokens_than_rows(tokenizer):
         vocabulary(tokenizer, 400, "here")
 
 
-def test_a_file_that_is_none(tmp_path):
+def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"not a model" * 9)
     with pytest.raises(UserError, match="not a GGUF file"):
         list(gguf_file.read_tensors(tmp_path / "m.gguf", tiny_config()))
@@ -246,7 +246,7 @@ def test_a_file_that_is_none(tmp_path):
 @needs_llama_cpp
 @pytest.mark.parametrize("name", SHAPES)
 def test_llama_cpp_computes_our_model(name, tokenizer, tmp_path):
-    """The log-probabilities behind 60 tokens, the greedy ids behind ten. Its GELU is a table of float16."""
+    """Log-probabilities after 60 tokens, and greedy ids after ten. llama.cpp's GELU is a float16 table."""
     model = model_of(**SHAPES[name])
     write(tmp_path / "m.gguf", model, tokenizer)
     ids = torch.randint(499, (60,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -266,7 +266,7 @@ def test_llama_cpp_computes_our_model(name, tokenizer, tmp_path):
 @pytest.mark.parametrize("kind, most", [
     ("f16", 0.02), ("bf16", 0.1), ("q8_0", 0.15), ("q6_k", 0.2), ("q4_k_m", 0.2)])  # fmt: skip
 def test_llama_cpp_computes_every_type(kind, most, tokenizer, tmp_path):
-    """Beside our model with the weights that the file holds: what is left is how it rounds activations."""
+    """Compared with our model on the file's rounded weights: llama.cpp also rounds activations."""
     model = busy_model(tiny_config(n_embd=256, intermediate_size=256, n_layer=3))
     write(tmp_path / "m.gguf", model, tokenizer, kind)
     ids = torch.randint(499, (60,), generator=torch.Generator().manual_seed(1)).tolist()
@@ -281,7 +281,7 @@ def test_llama_cpp_computes_every_type(kind, most, tokenizer, tmp_path):
 
 
 def strings(count, seed=0):
-    """Text of many scripts, code, blanks, digits, spelled special tokens, and any characters at all."""
+    """Random texts: many scripts, code, blanks, digits, names of special tokens, and any characters."""
     draw = random.Random(seed)
     code = Path(argparse.__file__).read_text()
     ranges = [(32, 127), (0xA0, 0x250), (0x370, 0x600), (0x900, 0xA00), (0x4E00, 0x4F00), (0xAC00, 0xAD00),
@@ -316,14 +316,14 @@ def test_llama_cpp_cuts_text_as_we_do(name, tmp_path, request):
     write(tmp_path / "m.gguf", model, tokenizer)
     with llama_cpp.Server(tmp_path / "m.gguf", 64) as server:
         for text in strings(1000):
-            found = server.post("/tokenize", {"content": text, "parse_special": False})["tokens"]
-            assert found == tokenizer.encode(text), repr(text)
+            ids = server.post("/tokenize", {"content": text, "parse_special": False})["tokens"]
+            assert ids == tokenizer.encode(text), repr(text)
 
 
 @needs_llama_cpp
 @pytest.mark.parametrize("kind", ["f32", "f16"])
 def test_llama_cpp_writes_what_we_write(kind, trained, tmp_path):
-    """Greedy text of a trained model, three prompts."""
+    """Greedy text of a trained model after three prompts."""
     folder = hf.find_folder(trained)
     model, tokenizer = GPT.from_pretrained(folder).eval(), Tokenizer.load(folder)
     write(tmp_path / "m.gguf", model, tokenizer, kind)
@@ -350,7 +350,7 @@ def test_llama_cpp_fills_our_chat_template(tmp_path):
 
 @pytest.mark.skipif(not llama_cpp.has_logits(), reason="llama-cpp-python is not installed")
 def test_llama_cpps_own_quantiser_is_not_better(tokenizer, tmp_path):
-    """The same types in the same places, and squared errors that are not larger, in the same weighting."""
+    """The same types for the same tensors, and a squared error that is not larger than llama.cpp's."""
     import ctypes
 
     import llama_cpp as library

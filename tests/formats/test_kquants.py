@@ -1,4 +1,4 @@
-"""K-quants: blocks worked out by hand, what the package gguf reads in them, and how far off they are."""
+"""K-quants: blocks computed by hand, the values that the package gguf reads, and the rounding error."""
 
 import gguf
 import numpy as np
@@ -22,7 +22,7 @@ def normal(*shape, seed=0):
 
 
 def test_a_block_of_q4_k_by_hand():
-    """d = m = 1/64. Group g has step d s[g] and depth m t[g], and its weights take all 16 codes, twice."""
+    """d = m = 1/64. Group g has step d s[g] and depth m t[g]. Its weights take each of the 16 codes twice."""
     s = np.array([63, 32, 16, 8, 4, 2, 1, 48])
     t = np.array([0, 63, 1, 2, 3, 40, 50, 60])
     q = np.tile(np.arange(16), 2)
@@ -37,11 +37,11 @@ def test_a_block_of_q4_k_by_hand():
     assert block[8:12] == [0 | upper[1][0] << 6, 63 | upper[1][1] << 6, 1 | upper[1][2] << 6,
                            2 | upper[1][3] << 6]
     assert block[12:16] == [4 | 3 << 4, 2 | (40 & 15) << 4, 1 | (50 & 15) << 4, 0 | (60 & 15) << 4]
-    assert block[16:] == [0x11 * code for code in range(16)] * 8  # a code of two groups, one above the other
+    assert block[16:] == [0x11 * code for code in range(16)] * 8  # a byte has the codes of two groups
 
 
 def test_a_block_of_q5_k_by_hand():
-    """The same with 32 codes: the fifth bits stand in bytes of their own, a bit for each group."""
+    """The same with 32 codes: the fifth bits have bytes of their own, with one bit per group."""
     s, q = np.array([63, 32, 16, 8, 4, 2, 1, 48]), np.arange(32)
     x = (s[:, None] * q) / 64
     blocks, values = quantize(x.reshape(1, 256).astype(np.float32), "Q5_K")
@@ -52,7 +52,7 @@ def test_a_block_of_q5_k_by_hand():
 
 
 def test_a_block_of_q6_k_by_hand():
-    """d = -1/64, for the largest step, 128/64, takes the -128 that a signed byte has and 128 has not."""
+    """The largest step is 128/64. A signed byte can hold -128 but not 128, so d = -1/64."""
     steps = np.array([128, 64, 32, 16, 8, 4, 2, 1, 100, 50, 25, 12, 6, 3, 127, 7])
     q = np.r_[-32:-24, 24:32]
     x = steps[:, None] * q / 64
@@ -67,7 +67,7 @@ def test_a_block_of_q6_k_by_hand():
 
 
 def test_a_block_of_q8_0_by_hand():
-    """The package's: d = 127/127 = 1 as float16, and the weights as signed bytes."""
+    """The package gguf makes it: d = 127/127 = 1 as float16, then the weights as signed bytes."""
     x = np.r_[-127:-95].astype(np.float32)
     block = gguf.quants.quantize(x, gguf.GGMLQuantizationType.Q8_0)
     assert block[:2].tolist() == [0x00, 0x3C]
@@ -75,7 +75,7 @@ def test_a_block_of_q8_0_by_hand():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_gguf_reads_our_values_to_the_bit(kind):
+def test_gguf_reads_exactly_our_values(kind):
     x = 0.02 * normal(60, 1024)
     x[:10] = [[0.0], [1.0], [-1.0], [1e-6], [-1e-9], [3e4], [-3e4], [1e-30], [0.5], [-0.5]]  # constant rows
     x[10] *= 1e6
@@ -87,14 +87,14 @@ def test_gguf_reads_our_values_to_the_bit(kind):
     with np.errstate(all="raise", under="ignore"):
         blocks, values = quantize(x, kind)
     assert blocks.shape == (60, 4 * BYTES[kind]) and blocks.dtype == np.uint8
-    found = read(blocks, kind)
-    assert np.isfinite(found).all()
-    assert found.astype(np.float32).tobytes() == values.tobytes()
+    theirs = read(blocks, kind)
+    assert np.isfinite(theirs).all()
+    assert theirs.astype(np.float32).tobytes() == values.tobytes()
 
 
 @pytest.mark.parametrize("kind, most", [("Q4_K", 0.0052), ("Q5_K", 0.0013), ("Q6_K", 0.00033)])
-def test_how_far_off_a_bell_curve_is(kind, most):
-    """Every further bit quarters the squared error; all multiples of a weight have the same one."""
+def test_the_error_on_normal_weights(kind, most):
+    """One more bit quarters the squared error. Scaling the weights does not change the relative error."""
     x = normal(200, 256)
     assert most / 2 < error(quantize(x, kind)[1], x) < most
     scaled = error(quantize(1e-2 * x, kind)[1], 1e-2 * x)
@@ -102,7 +102,7 @@ def test_how_far_off_a_bell_curve_is(kind, most):
 
 
 def test_searching_pays():
-    """Beside the range of each group divided into equal steps, as the simplest quantiser has it."""
+    """Compared with the simplest quantiser, which divides the range of each group into equal steps."""
     x = normal(200, 256).reshape(-1, 32)
     low, high = x.min(1, keepdims=True), x.max(1, keepdims=True)
     step = (high - low) / 15
@@ -111,7 +111,7 @@ def test_searching_pays():
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_chunks_do_not_show(kind, monkeypatch):
+def test_chunks_do_not_change_the_result(kind, monkeypatch):
     x = normal(7, 512)
     whole = quantize(x, kind)
     monkeypatch.setattr("formats.kquants.CHUNK", 3)
