@@ -1,33 +1,38 @@
-"""Measure models: tasks in, one table, results.json and results.md out.
+"""Measure models on benchmarks; the result is one table, results.json and results.md.
 
     python eval.py --model=out/sft
     python eval.py --model=out/base --compare=out/sft,out/dpo --tasks=embedded --limit=500
     python eval.py --model=out/base --tasks=mmlu,hellaswag --data=../data --limit=1000
     python eval.py --model=out/base --tasks=all --data=../data,perplexity=book.txt
 
-A task is a file in evals/, whose docstring shows a raw example, the prompt and where the protocol comes from.
-It has two functions: load() gives its questions, score() asks a model. --data says where benchmarks lie: a
-folder, and TASK=FILE for what lies elsewhere; without it they come from the Hugging Face hub. Of --tasks=all,
-what cannot be run is named with the reason. Writes <out_dir>/results.json, where every number has its n,
-standard error, settings, and the hashes of data and weights; the same table as results.md; what was said to
-each question as answers/<task>.jsonl; pictures. All of that anew after each task, so that whatever comes
-between, what is finished is there.
+Each task is a file in evals/tasks/. Its docstring shows a raw example, the prompt and the source of the
+protocol. Its load() reads the questions, its score() puts them to a model.
+
+--data is a folder with the benchmarks' files; TASK=PLACE names another file or folder for one task. Without
+--data the benchmarks come from the Hugging Face hub. A task of --tasks=all that cannot be run is listed with
+the reason.
+
+Writes to out_dir: results.json (each figure with its n and standard error, the settings, the hashes of data
+and weights), results.md (the same table), answers/<task>.jsonl (one line per question and model), pictures.
+All files are written again after each task, so an interrupted run keeps what is finished.
 """
 
 import dataclasses
 import hashlib
 import io
+import itertools
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from configurator import UserError, configure, require_positive, run_script
+from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
 from evals.tasks import (
@@ -48,20 +53,21 @@ from evals.tasks import (
 from formats import hf
 from formats.chat_format import require_chat
 from formats.files import write_bytes, write_json, write_text
+from formats.markdown import table
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """A file of evals/, and with which words its load() and score() are called."""
+    """A benchmark: its module in evals/tasks/, and the keyword arguments of its load() and score()."""
 
     module: ModuleType
-    settings: dict[str, Any] = {}
-    keys: tuple[str, ...] = ()  # of EvalConfig, which are further such words
+    settings: dict[str, Any] = {}  # arguments with fixed values
+    keys: tuple[str, ...] = ()  # keys of EvalConfig that are arguments as well
     draw: Callable[[dict[str, Any]], Any] | None = None  # {model: details} -> a matplotlib Figure
 
 
-TASKS = {  # in the order of "all"
+TASKS = {  # in the order of the table and of --tasks=all
     "perplexity": Task(perplexity, keys=("model", "stride")),
     "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride")),
     "context_length": Task(context_length, keys=("model", "context_length"), draw=context_length.draw),
@@ -96,34 +102,34 @@ GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "ha
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
     model: str = "out/sft"  # model folder, out_dir (its best checkpoint, else the last) or hub id
-    compare: str = ""  # further models, with commas between
-    tasks: str = "problems,calculator"  # which, with commas between; embedded; all
-    data: str = ""  # where benchmarks lie: a folder, or TASK=FILE, with commas between; else the hub
-    limit: int = 500  # questions of a task; KiB of running text
-    shots: int | None = None  # worked examples before each question; None: the task's own number
-    chat: bool = False  # ask in the chat format
-    stride: int | None = None  # perplexity: tokens by which the window moves; None: half the context
-    context_length: int | None = None  # the longest: needle (None: the model's), context_length (None: twice)
-    num_tests: int = 100  # needle: tests, over all lengths and depths
-    batch_size: int = 64  # questions asked together
-    out_dir: str | None = None  # where the results go; None: beside the model
-    device: str | None = None  # cpu, cuda, mps; None: the best there is
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the weights
+    compare: str = ""  # more models to measure, separated by commas
+    tasks: str = "problems,calculator"  # tasks, separated by commas; "embedded" and "all" are groups
+    data: str = ""  # folder with the benchmarks' files, and TASK=PLACE, separated by commas; "" reads the hub
+    limit: int = 500  # largest number of questions per task; KiB of text for perplexity and context_length
+    shots: int | None = None  # worked examples before each question; None takes the number of the task
+    chat: bool = False  # put each question in the model's chat format
+    stride: int | None = None  # perplexity: tokens between two windows; None is half the context
+    context_length: int | None = None  # longest prompt (needle) or row (context_length); None fits the model
+    num_tests: int = 100  # needle: number of tests over all lengths and depths
+    batch_size: int = 64  # prompts that are generated together
+    out_dir: str | None = None  # folder for the results; None is the model's folder
+    device: str | None = None  # cpu, cuda, mps; None picks the best one of this machine
+    dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
 
     def __post_init__(self) -> None:
         require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests")
-        if self.shots is not None and self.shots < 0:
-            raise UserError(f"shots={self.shots}: must not be negative")
-        for key, names in (("tasks", set(self.task_names)), ("data", set(self.places[1]))):
-            if unknown := names - TASKS.keys():
-                known = [*GROUPS, *TASKS] if key == "tasks" else TASKS
-                raise UserError(f"{key}={getattr(self, key)}: {min(unknown)!r} is none of {', '.join(known)}")
+        require_not_negative(self, "shots")
+        for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
+                                  ("data", self.places[1], list(TASKS))):
+            if unknown := set(names) - TASKS.keys():
+                raise UserError(f"{key}={getattr(self, key)}: unknown task {min(unknown)!r} "
+                                f"(known: {', '.join(known)})")
 
     @property
     def task_names(self) -> list[str]:
-        """Each task once, in the order of the words that name it."""
-        words = self.tasks.split(",")
-        return list(dict.fromkeys(name for word in words for name in GROUPS.get(word, [word])))
+        """The tasks, each once, in the order in which --tasks names them."""
+        names = self.tasks.split(",")
+        return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
     @property
     def models(self) -> list[str]:
@@ -131,61 +137,73 @@ class EvalConfig:
 
     @property
     def places(self) -> tuple[str | None, dict[str, str]]:
-        """Where all benchmarks lie, and where those of some tasks do, as far as the user says."""
-        words = [word for word in self.data.split(",") if word]
-        pairs = dict(word.split("=", 1) for word in words if "=" in word)
-        folders = [word for word in words if "=" not in word]
+        """--data as (the folder for all tasks or None, {task: its own file or folder})."""
+        parts = [part for part in self.data.split(",") if part]
+        pairs = dict(part.split("=", 1) for part in parts if "=" in part)
+        folders = [part for part in parts if "=" not in part]
         if len(folders) > 1:
-            raise UserError(f"data={self.data}: give one folder for all tasks, and TASK=FILE for others")
+            raise UserError(f"data={self.data}: give one folder for all tasks, and TASK=PLACE for others")
         return (folders[0] if folders else None), pairs
 
-    def settings(self, name: str) -> dict[str, Any]:
-        """The words for a task's load() and score()."""
+    def arguments(self, name: str) -> dict[str, Any]:
+        """The keyword arguments of a task's load() and score()."""
         return TASKS[name].settings | {key: getattr(self, key) for key in TASKS[name].keys}
 
 
-# ---- Measuring --------------------------------------------------------------------------------------------
+# ---- Questions --------------------------------------------------------------------------------------------
 
 def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
-    """The questions of each task; of tasks that only a group named, and that have none, why not."""
+    """Load the questions of every task before any model is measured: ({task: questions}, {task: reason}).
+
+    A task that has no questions is left out with the reason if a group brought it in. Raises UserError if the
+    user named it, or if no task is left.
+    """
     folder, pairs = cfg.places
-    questions, absent = {}, {}
+    loaded, absent = {}, {}
     for name in cfg.task_names:
+        place = pairs.get(name, folder)
         try:
-            found = TASKS[name].module.load(pairs.get(name, folder), cfg.limit, cfg.shots,
-                                            **cfg.settings(name))
-            if not getattr(found, "asked", found):
-                raise UserError(f"{name}: there is no question in {pairs.get(name, folder)}")
-            questions[name] = found
+            questions = TASKS[name].module.load(place, cfg.limit, cfg.shots, **cfg.arguments(name))
+            # Texts and needles are never empty; questions can be, if all rows became worked examples.
+            if not (questions.asked if isinstance(questions, Questions) else questions):
+                raise UserError(f"{name}: there is no question in {place}")
+            loaded[name] = questions
         except UserError as reason:
             if name in cfg.tasks.split(","):
                 raise
             absent[name] = str(reason)
-    if not questions:
+    if not loaded:
         raise UserError(f"tasks={cfg.tasks}: none can be run; {next(iter(absent.values()))}")
-    return questions, absent
+    return loaded, absent
 
 
 def require_models(cfg: EvalConfig) -> None:
-    """UserError for a name that stands for no model, before the others are measured for hours."""
+    """Raises UserError for a model that cannot be loaded, before the others are measured for hours."""
     for path in cfg.models:
         tokenizer = Tokenizer.load(hf.find_folder(path))
         if cfg.chat:
             require_chat(tokenizer, path)
 
 
-def measure(path: str, questions: dict[str, Any], cfg: EvalConfig, measured: dict[str, Any],
-            finished: Callable[[str, Result], None]) -> None:
-    """Fill in what is known of a model and of each task, and call finished(task, result) behind each."""
+def questions_sha256(questions: Any) -> str:
+    """A hash of all questions with their prompts, to show that two results are about the same questions."""
+    return hashlib.sha256(repr(questions).encode("utf-8", "backslashreplace")).hexdigest()
+
+
+# ---- Measuring --------------------------------------------------------------------------------------------
+
+def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
+            measured: dict[str, Any]) -> Iterator[tuple[str, Result]]:
+    """Measure a model task by task, filling in `measured`; yields (task, result) after each task."""
     lm = LM(path, cfg.device, cfg.dtype, cfg.chat, cfg.batch_size)
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
-    for name, asked in questions.items():
+    for name, loaded in questions.items():
         print(f"{path}: {name}", file=sys.stderr)
         begin, tokens = time.perf_counter(), lm.tokens
         try:
-            result = TASKS[name].module.score(lm, asked, **cfg.settings(name))
-        except UserError as reason:
+            result = TASKS[name].module.score(lm, loaded, **cfg.arguments(name))
+        except UserError as reason:  # this model cannot do the task: its context is too short, say
             if name in cfg.tasks.split(","):
                 raise
             measured["not_run"][name] = str(reason)
@@ -195,48 +213,47 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig, measured: dic
             "figures": {key: figure._asdict() for key, figure in result.figures.items()},
             "details": result.details, "seconds": seconds, "questions": len(result.answers),
             "tokens_written": lm.tokens - tokens}
-        first = next(iter(result.figures))
-        print(f"{path}: {name}  {first} {shown(result.figures[first])}  {seconds:,.1f} s", file=sys.stderr)
-        finished(name, result)
-
-
-def sha256(questions: Any) -> str:
-    """Of what is asked, word for word."""
-    return hashlib.sha256(repr(questions).encode("utf-8", "backslashreplace")).hexdigest()
+        headline = next(iter(result.figures))
+        print(f"{path}: {name}  {headline} {shown(result.figures[headline])}  {seconds:,.1f} s",
+              file=sys.stderr)
+        yield name, result
 
 
 # ---- The table --------------------------------------------------------------------------------------------
 
-def table(models: list[dict[str, Any]], absent: dict[str, str]) -> list[list[str]]:
-    """Cells: a row a figure of a task, a column a model; speeds last. A first row of names."""
-    rows = [["task", "figure", "n", *(each["name"] for each in models)]]
+def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[list[str]]:
+    """The table as rows of cells: a header, one row per figure of each task, then the speeds.
+
+    The columns are task, figure, n and one per model. models: as in results.json.
+    """
+    rows = [["task", "figure", "n", *(model["name"] for model in models)]]
     for task in TASKS:
-        found = [each["tasks"].get(task, {}).get("figures", {}) for each in models]
-        for key in dict.fromkeys(key for figures in found for key in figures):
-            n = next(figures[key]["n"] for figures in found if key in figures)
-            cells = [shown(Figure(**figures[key])) if key in figures else "-" for figures in found]
+        figures = [model["tasks"].get(task, {}).get("figures", {}) for model in models]  # one dict per model
+        for key in dict.fromkeys(itertools.chain(*figures)):
+            n = next(each[key]["n"] for each in figures if key in each)
+            cells = [shown(Figure(**each[key])) if key in each else "-" for each in figures]
             rows.append([task, key, f"{n:,}", *cells])
-        if not any(found) and (task in absent or any(task in each["not_run"] for each in models)):
+        if not any(figures) and (task in absent or any(task in model["not_run"] for model in models)):
             rows.append([task, "not run", "-", *("-" for _ in models)])
     for title, key in (("questions/s", "questions"), ("tokens/s", "tokens_written")):
-        if any(rate(each, key)[0] for each in models):
-            rows.append(["all", title, f"{rate(models[0], key)[0]:,}",
-                         *(f"{rate(each, key)[1]:,.1f}" for each in models)])
+        if any(speed(model, key)[0] for model in models):
+            rows.append(["all", title, f"{speed(models[0], key)[0]:,}",
+                         *(f"{speed(model, key)[1]:,.1f}" for model in models)])
     return rows
 
 
-def rate(model: dict[str, Any], key: str) -> tuple[int, float]:
-    """How many of something there were, and how many a second in the tasks that had some."""
+def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
+    """The sum of a count over a model's tasks, and that sum per second of the tasks where it is not 0."""
     tasks = [task for task in model["tasks"].values() if task[key]]
     total = sum(task[key] for task in tasks)
     return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)
 
 
 def notes(models: list[dict[str, Any]], absent: dict[str, str]) -> list[str]:
-    """Why a task is not in the table."""
+    """One line per task that was not run, with the reason."""
     return [f"not run: {task}: {reason}" for task, reason in absent.items()] + [
-        f"not run: {task}: {each['model']}: {reason}" for each in models
-        for task, reason in each["not_run"].items()]
+        f"not run: {task}: {model['model']}: {reason}" for model in models
+        for task, reason in model["not_run"].items()]
 
 
 def shown(figure: Figure) -> str:
@@ -244,30 +261,28 @@ def shown(figure: Figure) -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Cells as a table for the terminal, numbers to the right."""
+    """Rows of cells as text for the terminal: two columns of names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
                      for row in rows)
 
 
-def markdown(rows: list[list[str]]) -> str:
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([lines[0], "|" + "---|" * len(rows[0]), *lines[1:]]) + "\n"
-
-
 # ---- Files ------------------------------------------------------------------------------------------------
 
-def save(out: Path, results: dict[str, Any]) -> None:
-    """results.json and results.md, of what there is so far."""
-    models, absent = results["models"], results["not_run"]
-    lines = [f"- {line}\n" for line in notes(models, absent)]
+def save_results(out: Path, results: dict[str, Any]) -> None:
+    """Write results.json and results.md with all that is finished."""
+    rows = table_rows(results["models"], results["not_run"])
+    lines = [f"- {note}\n" for note in notes(results["models"], results["not_run"])]
+    text = table(rows[0], rows[1:]) + "\n"
+    if lines:
+        text += "\n" + "".join(lines)  # a list needs a blank line before it
     write_json(out / "results.json", results)
-    write_text(out / "results.md", markdown(table(models, absent)) + "\n" * bool(lines) + "".join(lines))
+    write_text(out / "results.md", text)
 
 
 def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
-    """answers/<task>.jsonl, of all models so far."""
+    """Write answers/<task>.jsonl with the answers of all models so far."""
     if answers:
         (out / "answers").mkdir(exist_ok=True)
         lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
@@ -275,12 +290,13 @@ def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
 
 
 def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
-    """<task>.png, of all models so far, for a task that draws."""
-    details = {each["model"]: each["tasks"][task]["details"] for each in models if task in each["tasks"]}
-    if TASKS[task].draw is None:
+    """Draw <task>.png with all models so far, if the task has a picture and matplotlib is installed."""
+    draw = TASKS[task].draw
+    if draw is None:
         return
     try:
-        picture = TASKS[task].draw(details)
+        picture = draw({model["model"]: model["tasks"][task]["details"]
+                        for model in models if task in model["tasks"]})
     except ImportError:
         print(f"{task}.png: not drawn, it needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return
@@ -288,36 +304,48 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
     write_bytes(out / f"{task}.png", content.getvalue())
 
 
+# ---- main -------------------------------------------------------------------------------------------------
+
+def output_folder(cfg: EvalConfig) -> Path:
+    """--out_dir, else the model's folder, else the current folder for a model from the hub."""
+    default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")
+    out = Path(cfg.out_dir) if cfg.out_dir else default
+    out.mkdir(parents=True, exist_ok=True)
+    return out
+
+
+def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, str]) -> dict[str, Any]:
+    """The content of results.json before the first model."""
+    packages = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors")
+    return {"settings": dataclasses.asdict(cfg), "complete": False, "not_run": absent, "models": [],
+            "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
+            "data_sha256": {name: questions_sha256(loaded) for name, loaded in questions.items()}}
+
+
 def main(argv: list[str]) -> int:
     cfg, _ = configure(EvalConfig, argv, usage=__doc__)
+    # What can be wrong is looked for first: data, models, then the folder for the results.
     questions, absent = load_all(cfg)
     require_models(cfg)
-    beside = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")
-    out = Path(cfg.out_dir) if cfg.out_dir else beside
-    out.mkdir(parents=True, exist_ok=True)
-    packages = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors")
-    results: dict[str, Any] = {
-        "settings": dataclasses.asdict(cfg), "complete": False, "not_run": absent, "models": [],
-        "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
-        "data_sha256": {name: sha256(asked) for name, asked in questions.items()}}
+    out = output_folder(cfg)
+    results = empty_results(cfg, questions, absent)
+    models = results["models"]
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in questions}
-
-    def finished(name: str, result: Result) -> None:
-        answers[name] += [{"model": results["models"][-1]["model"], **answer} for answer in result.answers]
-        save_answers(out, name, answers[name])
-        save_picture(out, name, results["models"])
-        save(out, results)
-
     try:
         for path in cfg.models:
-            results["models"].append({"name": path, "model": path, "tasks": {}, "not_run": {}})
-            measure(path, questions, cfg, results["models"][-1], finished)
-    except BaseException:
-        if any(model["tasks"] for model in results["models"]):
-            print(f"stopped; what was finished stands in {out / 'results.json'}", file=sys.stderr)
+            models.append({"name": path, "model": path, "tasks": {}, "not_run": {}})
+            for name, result in measure(path, questions, cfg, models[-1]):
+                answers[name] += [{"model": models[-1]["model"], **answer} for answer in result.answers]
+                # Write all files after each task: an interrupted run keeps what is finished.
+                save_answers(out, name, answers[name])
+                save_picture(out, name, models)
+                save_results(out, results)
+    except BaseException:  # Ctrl-C as well
+        if any(model["tasks"] for model in models):
+            print(f"stopped; the finished tasks are in {out / 'results.json'}", file=sys.stderr)
         raise
-    save(out, results | {"complete": True})
-    print("\n".join([aligned(table(results["models"], absent)), *notes(results["models"], absent)]))
+    save_results(out, results | {"complete": True})
+    print("\n".join([aligned(table_rows(models, absent)), *notes(models, absent)]))
     return 0
 
 

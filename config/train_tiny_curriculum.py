@@ -3,9 +3,9 @@
 #   python prepare.py --source=novels.jsonl.xz --out=data/books        (novels: some hundred whole books)
 #   python prepare.py --source=docs.jsonl.xz --tokenizer=data/books --out=data/docs   (docs: pages with code)
 #   python train.py config/train_tiny_curriculum.py
-# Is the longer context used? The loss by position, before and after the long stage:
-#   python -m tools.context --dataset=data/books --block_size=512 \
-#       --model=out/tiny_curriculum/step_000600,out/tiny_curriculum/step_000800
+# Does the model use the longer context? Loss by position and by context, before and after the long stage:
+#   python eval.py --tasks=context_length --data=context_length=data/books --context_length=512 \
+#       --model=out/tiny_curriculum/step_000600 --compare=out/tiny_curriculum/step_000800
 # Every evaluation reads the last stage's text in rows of 128, so that figures of all stages compare.
 import os
 

@@ -1,10 +1,11 @@
-"""Where the questions of a benchmark come from: local files, as they are passed around, or the hub.
+"""Read the rows of a benchmark, from local files or from the Hugging Face hub.
 
-    rows = read("../shared/data", "mmlu", hub="cais/mmlu:all:test")
+    rows = read("../data", "mmlu", hub="cais/mmlu:all:test")
+    questions = convert(rows, question_of)
 
-A local file is known by the beginning of its name, in any case: mmlu*.jsonl.gz below the given folder. JSON
-lines, JSON (a list, or an object of lists: its splits), Parquet and tab-separated values are read, also
-packed (.gz .xz .zst).
+The name of a local file begins with the benchmark's name, in any case: mmlu*.jsonl.gz anywhere below the
+folder. Formats: JSON lines, JSON (a list, or an object of lists, which are its splits), Parquet and
+tab-separated values, each also compressed (.gz .xz .zst).
 """
 
 import json
@@ -14,53 +15,55 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from dataset.conversations import is_list_of_dicts
-from dataset.sources import Blank, Skip, file_kind, files_under, find_files, hub_rows, read_rows, row_value
+from dataset.sources import file_kind, files_under, find_files, hub_rows, read_rows, row_value, usable_rows
 
 ROW_KINDS = {".jsonl", ".json", ".parquet", ".tsv"}
 
 
 class Questions(NamedTuple):
-    """What a task's load() hands to its score()."""
+    """What load() of a task with worked examples passes to its score()."""
 
-    asked: list[Any]
+    asked: list[Any]  # the questions
     shots: list[Any]  # the worked examples before each
 
 
-def convert(rows: list[dict[str, Any]], how: Callable[[dict[str, Any]], Any]) -> list[Any]:
-    """Each row as how(row) makes it. UserError, with file and number, for one that it cannot read."""
-    found = []
+def convert(rows: list[dict[str, Any]], convert_row: Callable[[dict[str, Any]], Any]) -> list[Any]:
+    """convert_row(row) for each row. Raises UserError with file and row number if that fails."""
+    results = []
     for number, row in enumerate(rows, 1):
         try:
-            found.append(how(row))
+            results.append(convert_row(row))
         except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{row['file']}: row {number} is not of this benchmark ({reason})") from None
-    return found
+            raise UserError(f"{row['file']}: row {number} does not fit this benchmark ({reason})") from None
+    return results
 
 
 def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
-    """The files of a benchmark: source itself where it is a file, else those below the folder whose names
-    begin with `name`, sorted. UserError where there are none, or one is there packed, too."""
+    """Files of a benchmark: `source` itself if it is a file, else the files named `name`* below it, sorted.
+
+    Raises UserError if there are none, or if a file is there twice, compressed and not.
+    """
     root = Path(source)
     if root.is_file():
         return [root]
-    inside = files_under(root, lambda part: part.startswith(".") or part == "answers")  # eval.py's own
-    files = [path for path in inside
+    candidates = files_under(root, lambda part: part.startswith(".") or part == "answers")  # eval.py's output
+    files = [path for path in candidates
              if path.name.lower().startswith(name.lower()) and file_kind(path) in kinds]
     if not files:
         raise UserError(f"data={source}: no file {name}*; give --data=TASK=PLACE (without --data: the hub)")
     unpacked = {path.with_name(path.name.lower().partition(file_kind(path))[0]): path for path in files}
     if twice := sorted(set(files) - set(unpacked.values())):
-        raise UserError(f"{twice[0]}: there is another file of this name beside it; give --data=TASK=FILE")
+        raise UserError(f"{twice[0]}: the folder has another file of this name; give --data=TASK=FILE")
     return files
 
 
 def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
-    """Every row of a benchmark. UserError where there is none, or one is not text.
+    """All rows of a benchmark. Raises UserError if there are none, or if a row is not valid text.
 
-    source: a file or a folder of the user's; None: the hub's `hub`, which is NAME:CONFIG:SPLIT. Each row has
-    the file's own keys; "split" is added where an object of lists names one, and "file" tells the file's
-    name. A line of a .tsv is {"fields": [..]}.
+    source: a local file or folder; None reads the hub's data set `hub`, which is NAME:CONFIG:SPLIT. Rows keep
+    their own keys. Added are "file", the name of the file, and "split", if a row is in one of several named
+    lists. A line of a .tsv becomes {"fields": [..]}.
     """
     if source is None:
         try:
@@ -80,16 +83,10 @@ def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
 
 
 def file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file. UserError for one that cannot be read, with its place."""
+    """The rows of a file. Raises UserError with the place of a row that cannot be read."""
     files, _ = find_files(str(path), "data", ROW_KINDS)
     rows = list(read_rows(files, None, piece=2**20))
-    for row in rows:
-        try:
-            value = row_value(row)
-        except Blank:
-            continue
-        except Skip as reason:
-            raise UserError(f"{row.place}: {reason}") from None
+    for row, value in usable_rows(rows, row_value):
         if not isinstance(value, dict):
             raise UserError(f"{row.place}: not a JSON object")
         splits = {key: items for key, items in value.items() if is_list_of_dicts(items) and items}

@@ -1,23 +1,40 @@
-"""How likely a model finds given words behind given others, with no token of them computed twice.
+"""The log-probability of continuations after a context; a prefix shared by several texts is computed once.
 
-    request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])      # or encode_turn: in the chat format
-    texts, lost = fitting(request, request.continuations[0], block_size)  # what a model can read of it
-    found = log_probs(model, texts)                                       # [(-0.1, True)]
+    request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])         # or encode_turn: chat format
+    texts, lost = fit_context(request, request.continuations[0], block_size)  # cut to the model's context
+    text_log_probs(model, texts)                                              # [(-0.1, True)]
 
-Texts that begin alike, as the choices of a question and the questions behind the same worked examples do, are
-a tree of tokens. In sorted order, what a text shares with any one before it, it shares with the last one
-before it. So the texts are read in that order, many in one forward pass: each adds the tokens in which it
-leaves the one before, and these see their own text and no other (a mask of the tree; no padding). Between two
-passes the cache keeps the path that the next text goes on from. Only where an asked token stands are logits
-computed.
+Benchmark texts share prefixes: the choices of a question share the question, and all questions share the
+worked examples. The texts are sorted, so that each one shares its longest prefix with the text before it.
+Together they are a tree of tokens. The KV cache has one slot per node of the tree, in the order of reading:
 
-Encoding is that of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness, 0.4.13: `HFLM`).
-Shapes: B = 1, T new tokens, S slots of the cache, N asked tokens, V vocab_size.
+    texts      sorted     new tokens   slots         tree
+    a b c d    a b c d    a b c d      0 1 2 3       a0 -+- b1 - c2 -+- d3
+    a f g      a b c e          e            4           |           +- e4
+    a b c e    a f g        f g          5 6             +- f5 - g6
+
+All new tokens go through the model as one row, without padding. A mask lets each token attend to its own
+text only (rows: new tokens; columns: slots):
+
+    token  position   0 1 2 3 4 5 6
+      a       0       x
+      b       1       x x
+      c       2       x x x
+      d       3       x x x x
+      e       3       x x x . x               does not see d
+      f       1       x . . . . x             sees a only
+      g       2       x . . . . x x
+
+Before the next pass the cache keeps the prefix that the next text shares with the last one (here at most
+a f g, moved to slots 0 1 2), and drops the rest. Logits are computed at the scored tokens only.
+
+Text is encoded as in lm-evaluation-harness 0.4.13, class HFLM (github.com/EleutherAI/lm-evaluation-harness).
+Shapes: B rows (1 for the tree), T new tokens, S slots of the cache, N scored tokens, V vocab_size.
 """
 
 import itertools
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -32,81 +49,92 @@ from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache
 from training.losses import chunk_rows, linear_log_probs
 
-MAX_BATCH_TOKENS = {"cpu": 256, "cuda": 4096}  # new tokens in a forward pass: more see more that is not theirs
-ROW_TOKENS = 4096  # of running text in a forward pass
+# New tokens per forward pass. In a longer pass, each token computes more scores that the mask throws away.
+MAX_PASS_TOKENS = {"cpu": 256, "cuda": 4096}
+ROW_TOKENS = 4096  # tokens of running text per forward pass
 
 
 class Likelihood(NamedTuple):
-    """What a model thinks of a continuation."""
+    """How likely a model finds a continuation."""
 
-    log_prob: float  # of all its tokens, in nats
+    log_prob: float  # sum over its tokens, in nats
     tokens: int
-    greedy: bool  # each of its tokens is the likeliest: greedy decoding would write it
-    bytes: int  # of its text
-    cut: int = 0  # tokens that the context lost at its beginning
+    greedy: bool  # True if each of its tokens is the most likely one, so that greedy decoding would write it
+    bytes: int  # length of its text in UTF-8
+    truncated: int = 0  # tokens dropped from the beginning of the context
 
 
 class Request(NamedTuple):
-    """Ids of a context, and of what may follow it. before, behind: those around the context in a chat."""
+    """Ids of a context and of its continuations. prefix, suffix: ids around the context in a chat."""
 
     context: list[int]
     continuations: list[list[int]]
-    before: list[int] = []
-    behind: list[int] = []
+    prefix: list[int] = []
+    suffix: list[int] = []
 
 
 class Text(NamedTuple):
-    """Ids that fit a model but for the last one, which is not read, and how many at the end are scored."""
+    """Ids whose last `num_targets` are scored. The last id is only a target: the model does not read it."""
 
-    ids: np.ndarray  # int32
-    asked: int
+    ids: np.ndarray  # (2 .. block_size + 1,) int32
+    num_targets: int
 
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
 
 def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
-    """A context and what may follow it, as HFLM encodes them.
+    """Encode a context and its continuations as HFLM does.
 
-    Both are one text, which is cut where the context's own ids end. Spaces at the end of the context belong
-    to the continuation. Behind nothing, the token that opens a text is the context. UserError where a
-    continuation has no token of its own.
+    Context and continuation are encoded as one text, which is split after as many ids as the context alone
+    has. Trailing spaces of the context move to the continuation. An empty context becomes the token that
+    opens a text. Raises UserError if a continuation has no token of its own.
     """
-    bare, texts = context.rstrip(), []
-    before = tokenizer.prefix_ids + tokenizer.encode(bare) if bare else []
+    bare = context.rstrip()
+    context_ids = tokenizer.prefix_ids + tokenizer.encode(bare) if bare else []
+    targets = []
     for continuation in continuations:
         ids = tokenizer.encode(context + continuation)
-        texts.append((tokenizer.prefix_ids + ids)[len(before):] if bare else ids)
-        if not texts[-1]:
-            raise UserError(f"{continuation!r} behind {context[-40:]!r} is no token of its own")
-    return Request(before or [opening_id(tokenizer)], texts)
+        targets.append((tokenizer.prefix_ids + ids)[len(context_ids):] if bare else ids)
+        if not targets[-1]:
+            raise UserError(f"{continuation!r} after {context[-40:]!r} has no token of its own")
+    return Request(context_ids or [opening_id(tokenizer)], targets)
 
 
 def opening_id(tokenizer: Tokenizer) -> int:
-    """What stands before a text: the tokenizer's bos_token, else its end-of-text token."""
+    """The token that opens a text: the tokenizer's BOS token, or its end-of-text token if it has no BOS."""
     return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
+def turn_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after the text of a user's message, up to where the assistant's answer begins."""
+    empty_turn = encode_prompt(tokenizer, [{"role": "user", "content": ""}])
+    end = empty_turn.index(end_of_turn(tokenizer))
+    return empty_turn[:end], empty_turn[end:]
+
+
 def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
-    """The context as a user's message, the continuations as the first words of the assistant's answer. One
-    that says nothing is the end of the turn."""
-    frame, stop = encode_prompt(tokenizer, [{"role": "user", "content": ""}]), end_of_turn(tokenizer)
-    end = frame.index(stop)
-    answers = [tokenizer.encode(continuation.strip()) or [stop] for continuation in continuations]
-    return Request(tokenizer.encode(context.strip()), answers, frame[:end], frame[end:])
+    """Encode the context as a user's message and the continuations as beginnings of the assistant's answer.
 
-
-def fitting(request: Request, continuation: list[int], block_size: int) -> tuple[list[Text], int]:
-    """What a model can read of a context and a continuation, and how many tokens of the context are lost.
-
-    The context loses its beginning. A continuation that the model cannot hold is scored in pieces, each
-    behind as much as fits.
+    An empty continuation becomes the end of the turn.
     """
-    assert continuation, "nothing is asked"
-    context, before, behind = request.context, request.before, request.behind
-    room = max(1, block_size + 1 - len(before) - len(behind) - len(continuation))
+    stop = end_of_turn(tokenizer)
+    answers = [tokenizer.encode(continuation.strip()) or [stop] for continuation in continuations]
+    return Request(tokenizer.encode(context.strip()), answers, *turn_frame(tokenizer))
+
+
+def fit_context(request: Request, continuation: list[int], block_size: int) -> tuple[list[Text], int]:
+    """Cut a context and a continuation to what the model can read; returns (texts, dropped context tokens).
+
+    The context is cut at its beginning. A continuation longer than block_size becomes several texts, each
+    with as many tokens before it as fit.
+    """
+    assert continuation, "a continuation has at least one token"
+    context, frame = request.context, len(request.prefix) + len(request.suffix)
+    # At least one token of context stays. The last token of the continuation is not read: hence the + 1.
+    room = max(1, block_size + 1 - frame - len(continuation))
     kept = context[max(0, len(context) - room):]
-    whole = before + kept + behind + continuation
-    begin, texts = len(whole) - len(continuation), []
+    whole = request.prefix + kept + request.suffix + continuation
+    begin, texts = len(whole) - len(continuation), []  # begin: of the tokens that are not scored yet
     for end in [*range(begin + block_size, len(whole), block_size), len(whole)]:
         texts.append(Text(np.array(whole[max(0, end - block_size - 1):end], np.int32), end - begin))
         begin = end
@@ -116,47 +144,47 @@ def fitting(request: Request, continuation: list[int], block_size: int) -> tuple
 # ---- Ids -> log-probabilities -----------------------------------------------------------------------------
 
 class Tree(KVCache):
-    """Keys, values and last hidden states of a tree of tokens, in one row of slots.
+    """Keys, values and last hidden states of a tree of tokens, in one row of slots (module docstring).
 
-    text, path: the last text that was read, and the slots of its tokens.
+    text: ids of the text that was read last, (L,) int32. path: the slot of each of its tokens, (L,) int64.
     """
 
     def __init__(self, model: GPT, size: int):
         device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
         super().__init__(model.config, 1, size, device, dtype)
-        self.states = torch.zeros(size, model.config.n_embd, device=device, dtype=dtype)
+        self.states = torch.zeros(size, model.config.n_embd, device=device, dtype=dtype)  # (slots, n_embd)
         self.text, self.path = np.zeros(0, np.int32), np.zeros(0, np.int64)
 
     def read(self, model: GPT, texts: list[np.ndarray]) -> list[np.ndarray]:
-        """Compute what is new in each of these texts, in their order; returns their paths."""
-        first = end = self.used
-        paths, new, places = [], [], []
+        """Run the model on the new tokens of these texts, in this order; returns the path of each text.
+
+        The new tokens of a text are those after the prefix that it shares with the text before it. They take
+        the slots from `used` on.
+        """
+        first, paths, counts = self.used, [], []  # counts: new tokens of each text
         for text in texts:
-            shared = shared_prefix_length(self.text, text)
-            new.append(text[shared:])
-            places.append(np.arange(shared, len(text)))
-            self.text, self.path = text, np.append(self.path[:shared], np.arange(end, end + len(new[-1])))
+            shared, begin = shared_prefix_length(self.text, text), first + sum(counts)
+            counts.append(len(text) - shared)
+            self.text, self.path = text, np.append(self.path[:shared], np.arange(begin, begin + counts[-1]))
             paths.append(self.path)
-            end += len(new[-1])
-        mask, row = np.zeros((end - first, end), bool), 0  # (T, S)
-        for path, ids in zip(paths, new, strict=True):
-            rows = slice(row, row + len(ids))
-            mask[rows, path[:len(path) - len(ids)]] = True  # what it shares with those before it
-            mask[rows, first:][:, rows] = np.tri(len(ids), dtype=bool)  # and what it adds
-            row += len(ids)
         device = self.rows.device
-        self.mask = torch.from_numpy(mask).to(device)[None, None]  # (1, 1, T, S)
-        self.positions = torch.from_numpy(np.concatenate(places)).to(device)[None]  # (1, T)
-        ids = torch.from_numpy(np.concatenate(new)).to(device)[None].long()  # (1, T)
-        self.states[first:end] = model(ids, cache=self, head=lambda hidden, weight: hidden[0])
+        new = list(zip(texts, counts, strict=True))
+        ids = np.concatenate([text[len(text) - count:] for text, count in new])
+        positions = np.concatenate([np.arange(len(text) - count, len(text)) for text, count in new])
+        self.mask = torch.from_numpy(tree_mask(paths, counts, first)).to(device)[None, None]  # (1, 1, T, S)
+        self.positions = torch.from_numpy(positions).to(device)[None]  # (1, T)
+        self.states[first:first + len(ids)] = model(
+            torch.from_numpy(ids).to(device)[None].long(), cache=self,  # (1, T)
+            head=lambda hidden, weight: hidden[0])  # (T, n_embd): no logits yet
         return paths
 
     def prepare(self, T: int) -> tuple[Tensor, Tensor]:
+        """The mask and the positions of the pass that `read` has set up (a plain cache: causal, in order)."""
         return self.mask, self.positions
 
     def keep(self, length: int) -> None:
-        """Forget all but the first tokens of the last text, which move to the first slots."""
-        settled = shared_prefix_length(self.path[:length], np.arange(length))
+        """Move the first `length` tokens of the last text to the first slots, and drop all others."""
+        settled = shared_prefix_length(self.path[:length], np.arange(length))  # already in place
         slots = torch.from_numpy(self.path[settled:length]).to(self.rows.device)
         for stored in (*self.k, *self.v):
             stored[:, :, settled:length] = stored[:, :, slots]
@@ -165,80 +193,93 @@ class Tree(KVCache):
         self.set_lengths([length])
 
 
+def tree_mask(paths: list[np.ndarray], counts: list[int], first: int) -> np.ndarray:
+    """Which slots each new token attends to: (T, S) bool.
+
+    paths: the slots of each text; the last counts[i] of paths[i] are new. first: the first new slot.
+    """
+    mask, row = np.zeros((sum(counts), first + sum(counts)), bool), 0
+    for path, count in zip(paths, counts, strict=True):
+        mask[row:row + count, path[:len(path) - count]] = True  # all of the shared prefix
+        mask[row:row + count, first + row:first + row + count] = np.tri(count, dtype=bool)  # causal
+        row += count
+    return mask
+
+
 def shared_prefix_length(one: np.ndarray, two: np.ndarray) -> int:
-    """With how many equal elements both begin."""
+    """The number of equal elements at the beginning of both arrays."""
     length = min(len(one), len(two))
     differs = one[:length] != two[:length]
     return int(differs.argmax()) if differs.any() else length
 
 
-def batches(texts: list[np.ndarray], at_once: int) -> Iterator[list[tuple[int, int]]]:
-    """(number, end) of each text in sorted order, in batches that add at most `at_once` tokens to the tree.
+def batches(texts: list[np.ndarray], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
+    """Yield batches of (index, end) in sorted order; a batch adds at most `max_tokens` tokens to the tree.
 
-    A text that adds more is read in pieces, of which the last one ends where it ends.
+    (index, end) reads texts[index][:end]. A text that adds more tokens is read in several pieces.
     """
     before, batch, size = np.zeros(0, np.int32), [], 0
-    for number in sorted(range(len(texts)), key=lambda number: texts[number].tobytes()):
-        begin = shared_prefix_length(before, texts[number])
-        for end in [*range(begin + at_once, len(texts[number]), at_once), len(texts[number])]:
-            if size + end - begin > at_once:
+    for index in sorted(range(len(texts)), key=lambda index: texts[index].tobytes()):
+        begin = shared_prefix_length(before, texts[index])
+        for end in [*range(begin + max_tokens, len(texts[index]), max_tokens), len(texts[index])]:
+            if size + end - begin > max_tokens:
                 yield batch
                 batch, size = [], 0
-            batch.append((number, end))
+            batch.append((index, end))
             size, begin = size + end - begin, end
-        before = texts[number]
+        before = texts[index]
     if batch:
         yield batch
 
 
 @torch.inference_mode()
-def text_log_probs(model: GPT, texts: list[Text], at_once: int | None = None) -> list[tuple[float, bool]]:
-    """Of each text: the sum of the asked tokens' log-probabilities (float32), and whether each of them is the
-    likeliest at its place.
+def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[tuple[float, bool]]:
+    """For each text: the sum of its targets' log-probabilities in nats, and whether all are the argmax.
 
-    at_once: new tokens in a forward pass; None: what suits the device. Texts have at least two ids and at
-    most block_size + 1.
+    max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device.
     """
     device = model.head_weight.device
-    at_once = at_once or MAX_BATCH_TOKENS.get(device.type, 4096)
+    max_tokens = max_tokens or MAX_PASS_TOKENS.get(device.type, 4096)
     inputs = [text.ids[:-1] for text in texts]
-    tree = Tree(model, model.config.block_size + at_once)
-    found: list[Any] = [None] * len(texts)
+    tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
+    results = [(0.0, False)] * len(texts)
     with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
-        for batch in batches(inputs, at_once):
-            pieces = [inputs[number][:end] for number, end in batch]
+        for batch in batches(inputs, max_tokens):
+            pieces = [inputs[index][:end] for index, end in batch]
             tree.keep(shared_prefix_length(tree.text, pieces[0]))
             paths = tree.read(model, pieces)
-            whole = [(number, path) for (number, end), path in zip(batch, paths, strict=True)
-                     if end == len(inputs[number])]
-            slots = [path[len(path) - texts[number].asked:] for number, path in whole]
-            ids = [texts[number].ids[-texts[number].asked:] for number, _ in whole]
-            values, hits = at_slots(model, tree.states, slots, ids)
-            for (number, _), each, hit in zip(whole, values, hits, strict=True):
-                found[number] = float(each.sum()), bool(hit.all())
-            bar.update(len(whole))
-    return found
+            complete = [(index, path) for (index, end), path in zip(batch, paths, strict=True)
+                        if end == len(inputs[index])]
+            # The state at the slot before a target predicts it. Pieces of the path stay in the cache.
+            slots = [path[len(path) - texts[index].num_targets:] for index, path in complete]
+            targets = [texts[index].ids[-texts[index].num_targets:] for index, _ in complete]
+            values, hits = score_slots(model, tree.states, slots, targets)
+            for (index, _), value, hit in zip(complete, values, hits, strict=True):
+                results[index] = float(value.sum()), bool(hit.all())
+            bar.update(len(complete))
+    return results
 
 
-def at_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
-             ids: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Of each text: log p(id) behind each of its asked slots, float64, and whether it is the likeliest, bool.
+def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
+                targets: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """For each text: log p(target) after each of its slots, float64, and whether the target is the argmax.
 
-    slots, ids: one array a text, of equal lengths.
+    states: (slots, n_embd). slots, targets: one integer array per text, of equal lengths.
     """
     if not slots:
         return [], []
     V, weight = model.config.vocab_size, model.head_weight
-    ends = np.cumsum([len(each) for each in ids])[:-1]
-    unique, place = np.unique(np.concatenate(slots), return_inverse=True)  # of choices, the first is one
-    targets = np.concatenate(ids).astype(np.int64)  # (N,)
-    values, hits = np.zeros(len(targets)), np.zeros(len(targets), bool)
-    rows = chunk_rows(states, V)
-    for begin in range(0, len(unique), rows):
-        here = torch.from_numpy(unique[begin:begin + rows]).to(states.device)
-        logits = (states[here] @ weight.T.to(states.dtype))[:, :V].float()  # (n, V)
-        mine = np.flatnonzero((begin <= place) & (place < begin + rows))
-        row, wanted = (torch.from_numpy(each[mine]).to(states.device) for each in (place - begin, targets))
+    ends = np.cumsum([len(each) for each in targets])[:-1]
+    # Choices with the same context share the slot before their first token: its logits are computed once.
+    unique, place = np.unique(np.concatenate(slots), return_inverse=True)  # (U,), (N,)
+    ids = np.concatenate(targets).astype(np.int64)  # (N,)
+    values, hits = np.zeros(len(ids)), np.zeros(len(ids), bool)
+    chunk = chunk_rows(states, V)
+    for begin in range(0, len(unique), chunk):
+        here = torch.from_numpy(unique[begin:begin + chunk]).to(states.device)
+        logits = (states[here] @ weight.T.to(states.dtype))[:, :V].float()  # (chunk, V)
+        mine = np.flatnonzero((begin <= place) & (place < begin + chunk))  # the targets of this chunk
+        row, wanted = (torch.from_numpy(each[mine]).to(states.device) for each in (place - begin, ids))
         values[mine] = (logits[row, wanted] - logits.logsumexp(dim=-1)[row]).cpu().numpy()
         hits[mine] = (logits.argmax(dim=-1)[row] == wanted).cpu().numpy()
     return np.split(values, ends), np.split(hits, ends)
@@ -247,24 +288,25 @@ def at_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
 # ---- Running text -----------------------------------------------------------------------------------------
 
 @torch.inference_mode()
-def nats(model: GPT, rows: list[np.ndarray], asked: list[int]) -> list[list[float]]:
-    """-log p of the last `asked` ids of each row, which has more than that and at most block_size + 1.
+def token_losses(model: GPT, rows: list[np.ndarray], num_targets: list[int]) -> list[list[float]]:
+    """The loss -log p in nats of the last `num_targets` ids of each row.
 
-    Rows of one length that stand together are computed together. UserError where the model gives no number.
+    A row has more ids than targets, and at most block_size + 1. Neighbouring rows of equal length are
+    computed together. Raises UserError if a loss is not finite.
     """
-    found: list[list[float]] = []
+    losses: list[list[float]] = []
     device, V = model.head_weight.device, model.config.vocab_size
     with tqdm(total=len(rows), unit="row", leave=False, disable=None) as bar:
-        for (length, count), alike in itertools.groupby(zip(rows, asked, strict=True),
+        for (length, count), group in itertools.groupby(zip(rows, num_targets, strict=True),
                                                         key=lambda pair: (len(pair[0]), pair[1])):
-            ids = torch.from_numpy(np.stack([row for row, _ in alike])).long()  # (B, T + 1)
+            ids = torch.from_numpy(np.stack([row for row, _ in group])).long()  # (rows, T + 1)
             for part in ids.split(max(1, ROW_TOKENS // length)):
-                part = part.to(device)
-                wanted = part[:, -count:]  # (B, asked)
-                values = model(part[:, :-1], head=lambda hidden, weight, wanted=wanted: linear_log_probs(
-                    hidden[:, -wanted.shape[1]:].flatten(0, 1), weight, wanted.flatten(), V))
+                part = part.to(device)  # (B, T + 1)
+                targets = part[:, -count:]  # (B, count)
+                values = model(part[:, :-1], head=lambda hidden, weight, targets=targets: linear_log_probs(
+                    hidden[:, -targets.shape[1]:].flatten(0, 1), weight, targets.flatten(), V))  # (B count,)
                 if not values.isfinite().all():
                     raise UserError("a log-probability is not finite: the model's weights are broken")
-                found += (-values).view(wanted.shape).tolist()
+                losses += (-values).view(targets.shape).tolist()
                 bar.update(len(part))
-    return found
+    return losses

@@ -4,10 +4,11 @@
     lm.generate_until(["Q: 2 + 2?\nA:"], stops=["\n"], max_new_tokens=16)     # [" 4"]
     lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1, ..), ..]]
 
-The names are those of the `lm_eval` package. With chat=True a prompt is a user's message, and what is read is
-the assistant's answer to it, or how likely it would begin with a choice.
+The method names are those of the package `lm_eval`. With chat=True, a prompt becomes a user's message, and
+the text or the choice is read as the assistant's answer. Decoding is always greedy.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
@@ -15,75 +16,95 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from configurator import UserError
-from evals.likelihood import Likelihood, encode_plain, encode_turn, fitting, text_log_probs
+from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs, turn_frame
 from formats import hf
 from formats.chat_format import encode_prompt, end_of_turn, read_answer, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
-from generation.generate import Sampling, generate
+from generation.generate import Options, Sampling, generate
 from model import GPT
 from modeling.devices import DTYPES, pick_device
 
-MAX_BATCH_TOKENS = 2**17  # tokens of the prompts of a batch: at 16,384 tokens eight prompts, whatever batch_size says
+MAX_BATCH_TOKENS = 2**17  # prompt tokens per batch: long prompts (16,384 tokens) go eight at a time
 
 
 class LM:
-    """A model folder, loaded to be measured. Everything is greedy.
+    """A model folder, loaded for evaluation.
 
-    tokens: how many it has written. truncated: of each prompt of the last call, whether it lost its
-    beginning. before, after: the ids around those of a prompt, which a chat needs.
+    tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
+    its beginning. prefix, suffix: ids that the chat format puts around a prompt.
     """
 
     def __init__(self, path: str, device: str | None = None,
                  dtype: Literal["float32", "bfloat16"] = "float32", chat: bool = False, batch_size: int = 64):
+        """Load the model. Raises UserError if there is none, or if chat=True and it has no chat tokens."""
         self.folder, self.chat, self.batch_size = hf.find_folder(path), chat, batch_size
         self.tokenizer = Tokenizer.load(self.folder)
-        self.before, self.after = self.tokenizer.prefix_ids, []
+        self.prefix, self.suffix = self.tokenizer.prefix_ids, []
         if chat:
             require_chat(self.tokenizer, path)
-            turn = encode_prompt(self.tokenizer, [{"role": "user", "content": ""}])
-            end = turn.index(end_of_turn(self.tokenizer))
-            self.before, self.after = turn[:end], turn[end:]
+            self.prefix, self.suffix = turn_frame(self.tokenizer)
         self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
         self.tokens, self.truncated = 0, []
+
+    @contextlib.contextmanager
+    def extended_context(self, length: int) -> Iterator[None]:
+        """Inside, the model has a context of at least `length` tokens, by more positions of the rotary table.
+
+        Raises UserError if its positions are learned: there are none beyond the trained ones.
+        """
+        config = self.model.config
+        if length > config.block_size and config.position == "learned":
+            raise UserError(f"context_length={length}: {self.folder} has learned positions, "
+                            f"at most {config.block_size}")
+        self.model.reconfigure(block_size=max(length, config.block_size))
+        try:
+            yield
+        finally:
+            self.model.reconfigure(block_size=config.block_size)
 
     # ---- Text ---------------------------------------------------------------------------------------------
 
     def generate_until(self, prompts: Sequence[str | list[int]], stops: list[str],
                        max_new_tokens: int) -> list[str]:
-        """What is written behind each prompt, up to a stop text, which is not part of it. An assistant is
-        not interrupted by a stop text: its answer is cut there.
+        """The text generated after each prompt, up to but not including the first stop text.
 
-        prompts: texts, or ids of texts. One that leaves no room for max_new_tokens in the context loses its
-        beginning; half of the context is always its own.
+        prompts: texts, or ids of texts. A prompt that leaves no room for max_new_tokens in the context loses
+        its beginning, but keeps at least half of the context. In chats a stop text does not end generation:
+        the whole answer is generated and then cut.
         """
         self.truncated = []
-        asked = [self.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
-        texts = [""] * len(asked)
-        for batch in self.batches([len(ids) for ids in asked]):
-            new = self.write([asked[number] for number in batch], stops, max_new_tokens)
-            for number, ids in zip(batch, new, strict=True):
-                texts[number] = cut(self.read(ids), stops)
+        prompts = [self.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
+        texts = [""] * len(prompts)
+        for batch in self.batches([len(ids) for ids in prompts]):
+            answers = self.generate_ids([prompts[index] for index in batch], stops, max_new_tokens)
+            for index, ids in zip(batch, answers, strict=True):
+                texts[index] = cut_at_stop(self.answer_text(ids), stops)
         return texts
 
     def room(self, max_new_tokens: int) -> int:
-        """The most tokens of a prompt that are read."""
-        block_size = self.model.config.block_size
-        return max(1, max(block_size - max_new_tokens, block_size // 2) - len(self.before) - len(self.after))
+        """The largest number of prompt tokens that fit."""
+        context = self.model.config.block_size
+        return max(1, max(context - max_new_tokens, context // 2) - len(self.prefix) - len(self.suffix))
 
     def prompt_ids(self, prompt: str | list[int], max_new_tokens: int) -> list[int]:
-        """The ids that are read of a prompt, with those around it."""
+        """The ids that the model reads for a prompt: its last `room` ids in the frame of the chat format.
+
+        Appends to `truncated` whether the prompt lost its beginning.
+        """
         if isinstance(prompt, str):
             prompt = self.tokenizer.encode(prompt.strip() if self.chat else prompt)
         kept = prompt[-self.room(max_new_tokens):]
         self.truncated.append(len(kept) < len(prompt))
-        return self.before + kept + self.after or [self.tokenizer.eot_id]
+        return self.prefix + kept + self.suffix or [self.tokenizer.eot_id]
 
     def batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """The numbers of prompts of these lengths, in batches of like lengths, the longest first: what does
-        not fit the memory fails at once."""
-        order = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+        """Yield the indices of prompts in batches of similar length.
+
+        The longest prompts come first, so a run that needs too much memory fails at once.
+        """
+        order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         with tqdm(total=len(order), unit="prompt", leave=False, disable=None) as bar:
             while order:
                 size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // lengths[order[0]]))
@@ -91,29 +112,29 @@ class LM:
                 bar.update(len(order[:size]))
                 order = order[size:]
 
-    def write(self, asked: list[list[int]], stops: list[str], max_new_tokens: int) -> list[list[int]]:
-        """The ids that follow those of each prompt of a batch, up to an end or, in plain text, a stop."""
-        new: list[list[int]] = [[] for _ in asked]
-        # A stop that the last token completes lies within as many tokens as it has bytes; one more, since a
-        # tokenizer may drop a space from the first token that it decodes.
+    def generate_ids(self, prompts: list[list[int]], stops: list[str],
+                     max_new_tokens: int) -> list[list[int]]:
+        """The ids generated after each prompt, up to an end token or, outside chats, a stop text."""
+        answers: list[list[int]] = [[] for _ in prompts]
+        # A stop text that the last token completes spans at most as many tokens as it has bytes. One token
+        # more, because a tokenizer may drop a space from the first token that it decodes.
         window = 1 + max((len(stop.encode()) for stop in stops), default=0)
 
-        def is_done(row: int, written: list[int]) -> bool:
-            if written[-1] in self.end_ids or self.chat or not stops:
-                return written[-1] in self.end_ids
-            tail = self.tokenizer.decode(written[-window:])
+        def is_done(row: int, new: list[int]) -> bool:
+            if new[-1] in self.end_ids or self.chat or not stops:
+                return new[-1] in self.end_ids
+            tail = self.tokenizer.decode(new[-window:])
             return any(stop in tail for stop in stops)
 
-        for tokens in generate(self.model, asked, max_new_tokens, Sampling(temperature=0), is_done,
-                               self.tokenizer.vocab_size):
+        for tokens in generate(self.model, prompts, max_new_tokens, Sampling(temperature=0), is_done,
+                               Options(vocab_size=self.tokenizer.vocab_size)):
             for row, token in enumerate(tokens):
-                new[row] += [] if token is None else [token]
-        self.tokens += sum(map(len, new))
-        return new
+                answers[row] += [] if token is None else [token]  # None: this row was done before
+        self.tokens += sum(map(len, answers))
+        return answers
 
-    def read(self, ids: list[int]) -> str:
-        """The text of what was written, without special tokens; of an assistant what it says, without its
-        thoughts and calls."""
+    def answer_text(self, ids: list[int]) -> str:
+        """Generated ids as text without special tokens; in chats without thoughts and tool calls as well."""
         if self.chat:
             return read_answer(self.tokenizer, ids)["content"]
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids])
@@ -122,43 +143,47 @@ class LM:
 
     def reply(self, conversations: list[list[Message]], max_new_tokens: int,
               most_calls: int = MOST_CALLS) -> list[list[dict[str, Any]]]:
-        """The messages that follow each conversation: the answer, behind at most so many rounds of calls of
-        the calculator and their results (generation/assistant.py). With most_calls=0 it is what the assistant
-        says first, calls and all."""
+        """The messages that follow each conversation: calculator calls, their results and the answer.
+
+        There are at most `most_calls` rounds of calls (generation/assistant.py). With most_calls=0 the first
+        answer is returned as it is, with its calls.
+        """
         assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens)
         replies: list[list[dict[str, Any]]] = [[] for _ in conversations]
         lengths = [len(encode_prompt(self.tokenizer, conversation)) for conversation in conversations]
         for batch in self.batches(lengths):
-            answers = assistant.reply([conversations[number] for number in batch], most_calls=most_calls)
-            for number, messages in zip(batch, answers, strict=True):
-                replies[number] = messages
+            answers = assistant.reply([conversations[index] for index in batch], most_calls=most_calls)
+            for index, messages in zip(batch, answers, strict=True):
+                replies[index] = messages
         self.tokens += assistant.tokens
         self.truncated = [length > self.model.config.block_size for length in lengths]
         return replies
 
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
-        """Of each context, how likely each of the continuations follows it. UserError where the model gives
-        no number."""
-        texts, owners, found = [], [], []  # owners: of each text, the place of its continuation in `found`
+        """How likely each continuation is after its context, for each (context, continuations).
+
+        Raises UserError if a log-probability is not finite.
+        """
+        texts, owners, rows = [], [], []  # owners: the (row, column) in `rows` that each text belongs to
         for context, continuations in requests:
             encode = encode_turn if self.chat else encode_plain
             request = encode(self.tokenizer, context, continuations)
             row = []
             for continuation, ids in zip(continuations, request.continuations, strict=True):
-                parts, lost = fitting(request, ids, self.model.config.block_size)
+                parts, lost = fit_context(request, ids, self.model.config.block_size)
                 texts += parts
-                owners += [(len(found), len(row))] * len(parts)
+                owners += [(len(rows), len(row))] * len(parts)
                 row.append(Likelihood(0.0, len(ids), True, len(continuation.encode()), lost))
-            found.append(row)
+            rows.append(row)
         for (row, column), (log_prob, greedy) in zip(owners, text_log_probs(self.model, texts), strict=True):
             if not math.isfinite(log_prob):
                 raise UserError(f"{self.folder}: a log-probability of {log_prob}: its weights are broken")
-            each = found[row][column]
-            found[row][column] = each._replace(log_prob=each.log_prob + log_prob,
-                                               greedy=each.greedy and greedy)
-        return found
+            total = rows[row][column]
+            rows[row][column] = total._replace(log_prob=total.log_prob + log_prob,
+                                               greedy=total.greedy and greedy)
+        return rows
 
 
-def cut(text: str, stops: list[str]) -> str:
+def cut_at_stop(text: str, stops: list[str]) -> str:
     """Text up to the first of the stop texts in it."""
     return text[:min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]

@@ -1,28 +1,32 @@
-"""Multiple choice: the choice that a model finds likeliest behind the question is its answer.
+"""Multiple choice: the model's answer is the choice that it finds most likely after the question.
 
-    examples, asked = splits(source, "mmlu", {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"})
-    found = ask(lm, questions)                                    # [[Likelihood, ..] a question]
-    right = accuracy(questions, list(map(log_probs, found)))      # [1.0, 0.0, 0.5, ..]: the mean counts
+    examples, rows = splits(source, "mmlu", {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"})
+    questions = few_shot(examples, rows, 5, question_of)          # [Question, ..]
+    result = score_by_log_prob(lm, questions)                     # accuracy and one answer per question
 
-A choice follows the question behind one space, a worked example is a question with its answer, and a blank
-line parts them: the form of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness). Two things
-differ, so that neither order nor chance helps: choices that are equally likely share the point, where the
-first of them would have it there; and the examples are the same before every question, the first ones.
+A choice follows its question after one space. A worked example is a question with its answer, and a blank
+line separates examples: the form of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness).
+There are two differences, so that neither the order of the choices nor chance helps. Choices with equal
+scores share the point, where the harness takes the first of them. And all questions have the same worked
+examples, the first ones of the split.
 """
 
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from configurator import UserError
 from evals.benchmarks import convert, read
 from evals.likelihood import Likelihood
 from evals.lm import LM
-from evals.results import Figure, Result, mean
+from evals.results import Result, mean, truncated
 
-EXAMPLES = ("train", "dev", "val", "validation")  # the first that there is, behind the protocol's own
-ASKED = {  # the first that there is, by the one that the protocol asks; a test split may have no answers
+# Splits to take worked examples from, in this order, after those that the protocol names.
+EXAMPLE_SPLITS = ("train", "dev", "val", "validation")
+# Splits to take questions from, in this order, for each split that a protocol names. None: rows whose split
+# is unknown. "test" comes late in the other lists because a test split may have no answers.
+QUESTION_SPLITS = {
     "test": ("test", None, "validation", "val", "dev", "train"),
     "validation": ("validation", "val", None, "test", "dev", "train"),
     "dev": ("dev", "validation", "val", None, "test", "train")}
@@ -30,55 +34,59 @@ ASKED = {  # the first that there is, by the one that the protocol asks; a test 
 
 @dataclass(frozen=True)
 class Question:
+    """A question and its choices. Raises ValueError if no choice is right."""
+
     prompt: str  # up to where the answer begins
-    choices: tuple[str, ...]  # what may follow, behind a space
-    gold: tuple[int, ...]  # which of them are right
-    shots: str = ""  # what stands before: instructions, worked examples
-    group: str = ""  # a subject, or a kind
+    choices: tuple[str, ...]  # each follows the prompt after a space
+    gold: tuple[int, ...]  # indices of the right choices
+    shots: str = ""  # text before the prompt: instructions, worked examples
+    group: str = ""  # a subject
+
+    def __post_init__(self) -> None:
+        if not self.gold or not all(0 <= gold < len(self.choices) for gold in self.gold):
+            raise ValueError("no right answer")
 
 
 # ---- Questions --------------------------------------------------------------------------------------------
 
 def splits(source: str | None, name: str,
            hub: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """The rows of which a benchmark takes its examples, and those that it asks.
+    """The rows of a benchmark for worked examples, and the rows for questions.
 
-    source: a file or a folder; None: the hub's. hub: {split: its name on the hub}, of which the last is
-    asked. In files, a row's split is its key "split", or stands in the name of the file. Where all rows are
-    of one, the examples are empty.
+    source: a file or a folder; None reads the hub. hub: {split: its name on the hub}; questions come from the
+    last split. In files, the split of a row is its key "split" or a word in the file's name. There are no
+    examples if all rows are in one split.
     """
     if source is None:
         rows = [row | {"split": split} for split, place in hub.items() for row in read(None, name, place)]
     else:
         rows = read(source, name, "")
-    found: dict[str | None, list[dict[str, Any]]] = {}
+    by_split: dict[str | None, list[dict[str, Any]]] = {}
     for row in rows:
-        found.setdefault(split_of(row), []).append(row)
-    asked = next((split for split in ASKED[list(hub)[-1]] if split in found), split_of(rows[0]))
-    examples = next((found[split] for split in (*hub, *EXAMPLES) if split in found and split != asked), [])
-    return examples, found[asked]
+        by_split.setdefault(split_of(row), []).append(row)
+    chosen = next((split for split in QUESTION_SPLITS[list(hub)[-1]] if split in by_split), split_of(rows[0]))
+    examples = next((by_split[split] for split in (*hub, *EXAMPLE_SPLITS)
+                     if split in by_split and split != chosen), [])
+    return examples, by_split[chosen]
 
 
 def split_of(row: dict[str, Any]) -> str | None:
-    """What the row says, or a word of its file's name; None where neither does."""
+    """The split that the row names, or a word of its file's name that is a split, or None."""
     if isinstance(row.get("split"), str):
         return row["split"]
-    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in ASKED["test"]]
+    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in QUESTION_SPLITS["test"]]
     return words[-1] if words else None
 
 
-def questions_of(rows: list[dict[str, Any]], how: Callable[[dict[str, Any]], Question]) -> list[Question]:
-    """Each row as how(row) makes it. UserError, with file and number, for one that it cannot read."""
-    def question_of(row: dict[str, Any]) -> Question:
-        question = how(row)
-        if not question.gold or not all(0 <= gold < len(question.choices) for gold in question.gold):
-            raise ValueError("no right answer")
-        return question
-    return convert(rows, question_of)
+def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: int,
+             question_of: Callable[[dict[str, Any]], Question]) -> list[Question]:
+    """The rows as questions, each after the same first `shots` examples."""
+    text = shots_text(convert(examples[:shots], question_of), shots)
+    return [replace(question, shots=text) for question in convert(rows, question_of)]
 
 
 def shots_text(examples: Sequence[Question], count: int) -> str:
-    """The first `count` of them with their answers, as they stand before a question. UserError for fewer."""
+    """The first `count` examples with their answers, as text. Raises UserError if there are fewer."""
     if count > len(examples):
         place = f" of {examples[0].group}" if examples and examples[0].group else ""
         raise UserError(f"shots={count}: there are {len(examples)} examples{place}")
@@ -88,52 +96,56 @@ def shots_text(examples: Sequence[Question], count: int) -> str:
 # ---- Answers ----------------------------------------------------------------------------------------------
 
 def ask(lm: LM, questions: list[Question]) -> list[list[Likelihood]]:
-    """How likely each choice of each question is."""
+    """The likelihood of each choice of each question."""
     return lm.loglikelihood([(question.shots + question.prompt, [f" {choice}" for choice in question.choices])
                              for question in questions])
 
 
-def choice_log_probs(found: list[Likelihood]) -> list[float]:
-    return [each.log_prob for each in found]
+def log_probs_of(likelihoods: list[list[Likelihood]]) -> list[list[float]]:
+    return [[each.log_prob for each in row] for row in likelihoods]
 
 
-def per_character(found: list[Likelihood], choices: Sequence[str]) -> list[float]:
-    """Log-probabilities a character of the choice: what is called acc_norm compares these."""
-    return [each.log_prob / max(len(choice), 1) for each, choice in zip(found, choices, strict=True)]
+def per_character(likelihoods: list[Likelihood], choices: Sequence[str]) -> list[float]:
+    """The log-probability per character of each choice, which the metric acc_norm compares."""
+    return [each.log_prob / max(len(choice), 1) for each, choice in zip(likelihoods, choices, strict=True)]
 
 
 def credit(scores: Sequence[float], gold: Sequence[int]) -> float:
-    """1 where a right choice scores highest, 0 where none does; of k that are equal each brings 1 / k."""
+    """1 if a right choice has the highest score, else 0. Of k choices with equal scores each counts 1 / k."""
     best = [index for index, score in enumerate(scores) if score == max(scores)]
     return len(set(best) & set(gold)) / len(best)
 
 
-def accuracy(questions: list[Question], scores: list[list[float]]) -> list[float]:
-    """A point, none or a part of one for each question."""
-    return [credit(row, question.gold) for question, row in zip(questions, scores, strict=True)]
+def grade(questions: list[Question], likelihoods: list[list[Likelihood]],
+          scores: dict[str, list[list[float]]]) -> Result:
+    """The accuracy of the choice with the highest score, for each kind of score, and one answer per question.
 
-
-def result(questions: list[Question], found: list[list[Likelihood]], figures: dict[str, Figure],
-           right: list[float], scores: list[list[float]]) -> Result:
-    """Figures with what was said to each question: the choice with the highest of `scores`. Among the
-    details are the first prompt, what guessing would bring, and of how many questions a context lost its
-    beginning; if any did, that is a figure, too."""
-    cut = [any(each.cut for each in row) for row in found]
+    scores: {figure: the scores of each question's choices}; the answers are those of the first figure. The
+    details have the first prompt, the accuracy of guessing ("chance"), and the number of questions whose
+    context lost its beginning. If there are any, their share is a figure as well.
+    """
+    right = {name: [credit(row, question.gold) for row, question in zip(rows, questions, strict=True)]
+             for name, rows in scores.items()}
+    first = next(iter(scores))
     answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
-                "log_probs": choice_log_probs(row), "said": score.index(max(score)), "right": each}
-               for question, row, score, each in zip(questions, found, scores, right, strict=True)]
-    if any(cut):
-        figures = figures | {"truncated": mean(cut)}
+                "log_probs": log_probs, "said": score.index(max(score)), "right": points}
+               for question, log_probs, score, points in zip(questions, log_probs_of(likelihoods),
+                                                             scores[first], right[first], strict=True)]
+    cut = [any(each.truncated for each in row) for row in likelihoods]
     chance = mean([len(question.gold) / len(question.choices) for question in questions]).value
-    return Result(figures, answers, {"chance": chance, "truncated": sum(cut),
-                                     "first_prompt": questions[0].shots + questions[0].prompt})
+    return Result({name: mean(points) for name, points in right.items()} | truncated(cut), answers, {
+        "chance": chance, "truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
+
+
+def score_by_log_prob(lm: LM, questions: list[Question]) -> Result:
+    """Accuracy by log-probability."""
+    likelihoods = ask(lm, questions)
+    return grade(questions, likelihoods, {"accuracy": log_probs_of(likelihoods)})
 
 
 def score_by_character(lm: LM, questions: list[Question]) -> Result:
-    """Accuracy by log-probability a character, and by log-probability."""
-    found = ask(lm, questions)
-    scores = [per_character(row, question.choices) for question, row in zip(questions, found, strict=True)]
-    right = accuracy(questions, scores)
-    figures = {"accuracy_norm": mean(right),
-               "accuracy": mean(accuracy(questions, list(map(choice_log_probs, found))))}
-    return result(questions, found, figures, right, scores)
+    """Accuracy by log-probability per character ("accuracy_norm"), and by log-probability ("accuracy")."""
+    likelihoods = ask(lm, questions)
+    scores = [per_character(row, question.choices)
+              for row, question in zip(likelihoods, questions, strict=True)]
+    return grade(questions, likelihoods, {"accuracy_norm": scores, "accuracy": log_probs_of(likelihoods)})

@@ -1,4 +1,4 @@
-"""Figures of an evaluation: a mean, its standard error, and of how many."""
+"""The figures of an evaluation: a mean or a ratio, its standard error, and the number of observations."""
 
 import math
 from collections.abc import Sequence
@@ -11,35 +11,40 @@ class Figure(NamedTuple):
 
     value: float
     stderr: float  # standard error of the value
-    n: int  # questions (or whatever it was averaged over)
+    n: int  # number of questions, or of whatever the value is an average over
 
 
 @dataclass
 class Result:
-    """What a task found out about a model."""
+    """What a task measured on a model."""
 
-    figures: dict[str, Figure]  # {"accuracy": ..}; the first is the one that counts
-    answers: list[dict[str, Any]] = field(default_factory=list)  # one a question: what was said
+    figures: dict[str, Figure]  # {"accuracy": ..}; the first one is the headline figure
+    answers: list[dict[str, Any]] = field(default_factory=list)  # one per question
     details: dict[str, Any] = field(default_factory=dict)  # further findings: curves, counts
 
 
 def mean(values: Sequence[float]) -> Figure:
-    """Mean of at least one number; its standard error is the sample's deviation / sqrt(n), and 0 of a single
-    number."""
+    """The mean of at least one number. Its standard error is the sample standard deviation / sqrt(n); it is 0
+    for a single number."""
     n, average = len(values), sum(values) / len(values)
     variance = sum((value - average) ** 2 for value in values) / max(n - 1, 1)
     return Figure(average, math.sqrt(variance / n), n)
 
 
+def means(answers: Sequence[dict[str, Any]], keys: Sequence[str]) -> dict[str, Figure]:
+    """The mean of each of these keys over the answers."""
+    return {key: mean([answer[key] for answer in answers]) for key in keys}
+
+
 def truncated(flags: Sequence[bool]) -> dict[str, Figure]:
-    """{"truncated": the share of prompts that lost their beginning}, or {} where none did."""
+    """{"truncated": share of prompts that lost their beginning}, or {} if none did."""
     return {"truncated": mean(flags)} if any(flags) else {}
 
 
 def ratio(sums: Sequence[float], counts: Sequence[float]) -> Figure:
-    """A sum over groups divided by their counts' sum, as nats a token over windows; n is that sum.
+    """sum(sums) / sum(counts) over groups, such as nats per token over windows; n is sum(counts).
 
-    Its standard error is that of a ratio of means over independent groups (Cochran, Sampling Techniques,
+    The standard error is that of a ratio of means over independent groups (Cochran, Sampling Techniques,
     1977).
     """
     groups, n = len(counts), sum(counts)

@@ -1,13 +1,14 @@
-"""The text that a model's perplexity is measured on: files, a prepared folder, or what the model never saw of
-its own data.
+"""The text for perplexity: files, a prepared data folder, or the validation split of the model's own data.
 
     texts = read_texts("book.txt", "out/base", limit=500 * 1024)       # Texts(["..."], place="book.txt")
 
-Documents are text, whatever ids they were stored as, so that models with different tokenizers read the same.
+Documents are strings, even if they come from token ids, so that models with different tokenizers read the
+same text.
 """
 
 import codecs
 import itertools
+import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,46 +16,34 @@ from typing import NamedTuple
 from configurator import UserError
 from dataset.dataloader import parse_mix
 from dataset.shards import DataFolder
-from dataset.sources import (
-    TEXT_KINDS,
-    Blank,
-    Skip,
-    document,
-    file_kind,
-    files_under,
-    find_files,
-    open_packed,
-    read_rows,
-)
+from dataset.sources import TEXT_KINDS, document, file_kind, files_under, find_files, read_rows, usable_rows
 from formats import hf
 from formats.tokenizer import Tokenizer
-from training.run import read_run
 
 
 class Texts(NamedTuple):
     documents: list[str]
-    place: str  # where they come from
+    place: str  # the file or folder they come from
 
 
 def read_texts(source: str | None, model: str, limit: int) -> Texts:
-    """The first `limit` bytes of a source's documents; the last one is cut. UserError where there are none.
+    """The first `limit` bytes of a source's documents; the last document is cut.
 
-    source: a file, a glob, a prepared folder (its validation split), or a folder with text files whose names
-    begin with perplexity. None, or a folder without any: the validation split of the text that the model, or
-    its base, was trained on.
+    source: a file, a glob, a prepared data folder (its validation split), or another folder, of which the
+    text files named perplexity* are read. If source is None or the folder has no such file, the text is the
+    validation split of `own_data(model)`. Raises UserError if there is no text.
     """
     files: list[Path] = []
     prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
     if source and prepared is None:
-        files = find_files(source)[0] if not Path(source).is_dir() else [
-            path for path in files_under(Path(source), lambda part: part.startswith("."))
-            if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
+        files = text_files(Path(source)) if Path(source).is_dir() else find_files(source)[0]
     if not files:
         prepared = prepared or own_data(model)
     documents, left = [], limit
-    for text in of_files(files, limit) if files else of_folder(prepared):
+    for text in file_documents(files, limit) if files else validation_documents(prepared):
         piece = text.encode("utf-8")[:left]
-        documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))  # not half a character
+        # The incremental decoder drops a character that the limit has cut in two.
+        documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))
         left -= len(piece)
         if left <= 0:
             break
@@ -63,57 +52,53 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
     return Texts(documents, str(source if files else prepared))
 
 
-def of_files(files: list[Path], limit: int) -> Iterator[str]:
-    """A document a text file, of which not much more than `limit` bytes are read; else a row's key "text"."""
-    for path in files:
-        if file_kind(path) in TEXT_KINDS:
-            with open(path, "rb") as raw:
-                stream = open_packed(path, raw)
-                mebibytes = iter(lambda stream=stream: stream.read(2**20), b"")
-                data = b"".join(itertools.islice(mebibytes, 1 + limit // 2**20))
-            try:
-                yield codecs.getincrementaldecoder("utf-8-sig")().decode(data)
-            except UnicodeDecodeError as error:
-                raise UserError(f"{path}: not UTF-8 ({error.reason} at byte {error.start})") from None
-        else:
-            for row in read_rows([path], "text", piece=2**20):
-                try:
-                    yield document(row, "text")
-                except Blank:
-                    continue
-                except Skip as reason:
-                    raise UserError(f"{row.place}: {reason}") from None
+def text_files(folder: Path) -> list[Path]:
+    """The text files named perplexity* below a folder."""
+    return [path for path in files_under(folder, lambda part: part.startswith("."))
+            if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
 
 
-def of_folder(folder: Path) -> Iterator[str]:
-    """The documents of a prepared folder's validation split."""
+def file_documents(files: list[Path], limit: int) -> Iterator[str]:
+    """Documents of files: the value of the key "text" in each row, or a whole text file.
+
+    A text file of more than 2 * limit bytes comes in pieces, of which the first has at least `limit` bytes.
+    """
+    rows = read_rows(files, "text", piece=2 * limit)  # pieces are at least half as long as `piece`
+    for _, text in usable_rows(rows, lambda row: document(row, "text")):
+        yield text
+
+
+def validation_documents(folder: Path) -> Iterator[str]:
+    """The documents of a prepared folder's validation split. Raises UserError if it holds chats or pairs."""
     data = DataFolder(folder)
     if data.meta["kind"] != "text":
         raise UserError(f"data={folder}: holds {data.meta['kind']} rows, not text")
     tokenizer = Tokenizer.load(folder)
-    table, ids = tokenizer.token_bytes(), []
-    for shard in data.shards["val"]:
-        for index in shard:
-            if index == tokenizer.eot_id:
-                yield b"".join(ids).decode("utf-8", "replace")
-                ids = []
-            else:
-                ids.append(table[index])
-    if ids:
-        yield b"".join(ids).decode("utf-8", "replace")
+    token_bytes, document_bytes = tokenizer.token_bytes(), []
+    for index in itertools.chain(*data.shards["val"]):  # a document may go on in the next shard
+        if index == tokenizer.eot_id:
+            yield b"".join(document_bytes).decode("utf-8", "replace")
+            document_bytes = []
+        else:
+            document_bytes.append(token_bytes[index])
+    if document_bytes:
+        yield b"".join(document_bytes).decode("utf-8", "replace")
 
 
 def own_data(model: str) -> Path:
-    """The data folder that a model was trained on, or the one of its base where it learned from chats."""
+    """The data folder with text that a model was trained on, or else the one of its base (init_from).
+
+    Raises UserError if run.json names no such folder on this machine.
+    """
     step = model
     while step:
         try:
-            config = read_run(hf.find_folder(step).parent / "run.json")["config"]
+            config = json.loads((hf.find_folder(step).parent / "run.json").read_text("utf-8"))["config"]
             for folder, _ in parse_mix(config["dataset"]):
                 if (folder / "meta.json").is_file() and DataFolder(folder).meta["kind"] == "text":
                     return folder
             step = config.get("init_from")
-        except (UserError, OSError, KeyError):
+        except (ValueError, OSError, KeyError, TypeError):  # no checkpoint, or no run.json that can be read
             break
-    raise UserError(f"no text is given, and that which {model} was trained on is not here: give "
-                    "--data=perplexity=FILE (a text, or a folder of prepare.py), and so of context_length")
+    raise UserError(f"the text that {model} was trained on is not here: give --data=perplexity=FILE, a text "
+                    "file or a data folder, and --data=context_length=FILE likewise")

@@ -131,7 +131,7 @@ def test_stopped_midway_what_is_finished_is_kept(trained, tmp_path, monkeypatch,
     monkeypatch.setattr(problems_task, "score", stop)
     with pytest.raises(KeyboardInterrupt):
         evaluation.main([f"--model={trained}", "--tasks=embedded", "--device=cpu", f"--out_dir={tmp_path}"])
-    assert f"stopped; what was finished stands in {tmp_path / 'results.json'}" in capsys.readouterr().err
+    assert f"stopped; the finished tasks are in {tmp_path / 'results.json'}" in capsys.readouterr().err
     results = json.loads((tmp_path / "results.json").read_text())
     assert [*results["models"][0]["tasks"]] == ["problems", "calculator"] and not results["complete"]
     assert {path.name for path in (tmp_path / "answers").iterdir()} == {"calculator.jsonl", "problems.jsonl"}
@@ -191,7 +191,7 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     found = read(str(tmp_path), "asked", "")
     assert found == [{**row, "file": "ASKED_1.json"} for row in lists], "rows that hold lists are no splits"
     assert convert(found, lambda row: row["q"][0]["role"]) == ["user", "user"]
-    with pytest.raises(UserError, match=r"ASKED_1.json: row 1 is not of this benchmark .IndexError: list"):
+    with pytest.raises(UserError, match=r"ASKED_1.json: row 1 does not fit this benchmark .IndexError: list"):
         convert(found, lambda row: row["q"][1])
     (tmp_path / "bad.jsonl").write_text("[1]\n")
     (tmp_path / "half.jsonl").write_text('{"q": "\\ud83d"}\n')
@@ -200,7 +200,7 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     (tmp_path / "latin.tsv").write_bytes(b"na\xefve\t1\n")
     (tmp_path / "cut.tsv.gz").write_bytes(gzip.compress(b"a\t1\n" * 99)[:-9])
     for name, message in (("other", "no file other"), ("bad", "not a JSON"), ("half", "row 1 has a lone"),
-                          ("twice", "twice.jsonl: there is another file of this name"),
+                          ("twice", "twice.jsonl: the folder has another file of this name"),
                           ("latin", "latin.tsv: damaged"), ("cut", "cut.tsv.gz: damaged")):
         with pytest.raises(UserError, match=message):
             read(str(tmp_path), name, "")
@@ -211,12 +211,12 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--tasks=mmmlu"], "tasks=mmmlu: 'mmmlu' is none of"),
+    (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu' .known: all, embedded, perplexity"),
     (["--limit=0"], "limit=0: must be positive"),
-    (["--shots=-1"], "shots=-1: must not be negative"),
+    (["--shots=-1"], "shots=-1: must be not negative"),
     (["--stride=0"], "stride=0: must be positive"),
-    (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=FILE for others"),
-    (["--data=mmmlu=x"], "data=mmmlu=x: 'mmmlu' is none of perplexity"),
+    (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=PLACE for others"),
+    (["--data=mmmlu=x"], "data=mmmlu=x: unknown task 'mmmlu' .known: perplexity"),
     (["--tasks=mmlu", "--data=/none"], "data=/none: no file mmlu"),
 ])
 def test_mistakes_are_one_line(words, message):

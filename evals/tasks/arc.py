@@ -1,4 +1,4 @@
-"""ARC: science questions of American schools, easy and hard ones (arXiv 1803.05457). 25 worked examples.
+"""ARC: science questions from American schools, easy and hard ones (arXiv 1803.05457). 25 worked examples.
 
     {"id": "Mercury_7175875", "question": {"stem": "An astronomer observes that ..", "choices": [
      {"text": "Planetary density will decrease.", "label": "A"}, ..]}, "answerKey": "C"}
@@ -6,47 +6,45 @@
     Question: An astronomer observes that ..
     Answer:
 
-followed by a space and the text of a choice. What counts is the log-probability a character of it
-(accuracy_norm). Protocol: prompt as in lm-evaluation-harness (tasks arc_easy, arc_challenge), 25 examples as
-on the Open LLM Leaderboard, here the first ones of the train split (of files: of the dev split), or, where
-all rows are of one split, its first rows, which then are not asked. 25 examples take some 1,500 tokens: in a
-shorter context they lose their beginning, and the share of such questions is among the figures. On the hub:
-allenai/ai2_arc, whose rows have question, choices.text, choices.label and answerKey. Rows with query
-("Question: .."), choices and gold are read, too.
+followed by a space and the text of a choice. The answer is the choice with the highest log-probability per
+character (accuracy_norm). The prompt is that of lm-evaluation-harness (tasks arc_easy, arc_challenge). The
+number of examples is that of the Open LLM Leaderboard. They are the first rows of the train split on the hub,
+and of the dev split in files. If all rows are in one split, its first rows are the examples, and are not
+asked. 25 examples take about 1,500 tokens. In a shorter context they lose their beginning, and the figure
+"truncated" is the share of such questions. On the hub: allenai/ai2_arc, with the keys question, choices.text,
+choices.label and answerKey. Rows with the keys query ("Question: .."), choices and gold are read as well.
 """
 
 from typing import Any
 
 from evals.lm import LM
-from evals.multiple_choice import Question, questions_of, score_by_character, shots_text, splits
+from evals.multiple_choice import Question, few_shot, score_by_character, splits
 from evals.results import Result
 
 SHOTS = 25
-NAMES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}  # of a file, and on the hub
+NAMES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}  # task: configuration on the hub
 
 
 def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Question]:
-    """The first questions behind the examples."""
+    """The first `limit` questions that are not examples."""
     shots = SHOTS if shots is None else shots
     hub = {split: f"allenai/ai2_arc:{NAMES[name]}:{split}" for split in ("train", "test")}
-    examples, asked = splits(source, name, hub)
+    examples, rows = splits(source, name, hub)
     if not examples:
-        examples, asked = asked[:shots], asked[shots:]
-    before = shots_text(questions_of(examples[:shots], question_of), shots)
-    return [Question(each.prompt, each.choices, each.gold, before)
-            for each in questions_of(asked[:limit], question_of)]
+        examples, rows = rows[:shots], rows[shots:]
+    return few_shot(examples, rows[:limit], shots, question_of)
 
 
 def question_of(row: dict[str, Any]) -> Question:
     if "query" in row:
         return Question(f"{row['query']}\nAnswer:", tuple(row["choices"]), (row["gold"],))
-    asked = row["question"]
-    if isinstance(asked, dict):
-        texts, labels = ([choice[key] for choice in asked["choices"]] for key in ("text", "label"))
-        asked = asked["stem"]
-    else:
+    stem = row["question"]
+    if isinstance(stem, dict):  # the original files
+        texts, labels = ([choice[key] for choice in stem["choices"]] for key in ("text", "label"))
+        stem = stem["stem"]
+    else:  # the hub
         texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return Question(f"Question: {asked}\nAnswer:", tuple(texts), (list(labels).index(row["answerKey"]),))
+    return Question(f"Question: {stem}\nAnswer:", tuple(texts), (list(labels).index(row["answerKey"]),))
 
 
 def score(lm: LM, questions: list[Question], name: str) -> Result:

@@ -5,22 +5,27 @@
        "type": "dict", "properties": {"base": {"type": "integer", ..}, "unit": {"type": "string", ..}}}}]}
     {"id": "simple_python_0", "ground_truth": [{"triangle_area": {"base": [10], "unit": ["units", ""]}}]}
 
-The system message offers the function as our chats offer the calculator, and describes it as the file does:
+The system message offers the function as our chats offer the calculator, then describes it as the file does:
 
     You can call triangle_area(base, unit).
     {"name": "triangle_area", "description": "..", "parameters": {..}}
 
-What the assistant says first is judged; nothing is run. Of a simple question "accuracy" is one call, of the
-right function, with right arguments. Beside it: calls, all of which are JSON with a name and arguments
-("valid_syntax"); one call, of the right name ("right_function"); one call with right arguments, whatever its
-name ("right_arguments"). Irrelevance asks for what the function cannot do, and "accuracy" is no call, which a
-model that never calls has, too. A malformed call counts as one there, on the leaderboard as none.
+The first message of the assistant is judged; nothing is run. A simple question has four figures:
 
-Right arguments are what the leaderboard's checker accepts (ast_checker.py of the package bfcl_eval, from
-github.com/ShishirPatil/gorilla). Each parameter has a list of possible values, where "" says that it may be
-left out; its type is the described one; an integer may stand for a float, though not inside an array; of
-strings neither case nor blanks nor the signs ,./-_*^ count. Where the possible values have another type than
-the described one, the value is compared as it is. Files: bfcl_v4*; hub (version 3):
+- accuracy: exactly one call, of the right function, with right arguments;
+- valid_syntax: there are calls, and all of them are JSON with a name and arguments;
+- right_function: exactly one call, with the right name;
+- right_arguments: exactly one call with right arguments, whatever its name.
+
+An irrelevance question asks for something the function cannot do. Its accuracy is the share of messages
+without a call, so a model that never calls gets them all right. A malformed call counts as a call here; on
+the leaderboard it counts as none.
+
+Right arguments are those that the leaderboard's checker accepts (ast_checker.py of the package bfcl_eval,
+from github.com/ShishirPatil/gorilla). Each parameter has a list of possible values; "" in the list means that
+the parameter is optional. A value must have the described type. An integer is accepted as a float, but not
+inside an array. Strings are compared without case, spaces and the characters ,./-_*^. If the possible values
+have another type than the description, they are compared as they are. Files: bfcl_v4*; hub (version 3):
 gorilla-llm/Berkeley-Function-Calling-Leaderboard.
 """
 
@@ -32,7 +37,7 @@ from typing import Any, Literal, NamedTuple
 from configurator import UserError
 from evals.benchmarks import Questions, convert, read
 from evals.lm import LM
-from evals.results import Result, mean, truncated
+from evals.results import Result, means, truncated
 from formats.chat_format import require_chat
 from generation.assistant import Message
 
@@ -48,37 +53,41 @@ class ToolQuestion(NamedTuple):
     id: str
     messages: list[Message]
     name: str  # of the function
-    parameters: dict[str, Any]  # their description: {"properties": {name: {"type": ..}}, "required": [..]}
-    possible: dict[str, list]  # the values that each may have; of irrelevance none
+    parameters: dict[str, Any]  # its description: {"properties": {name: {"type": ..}}, "required": [..]}
+    possible: dict[str, list]  # possible values of each parameter; {} for irrelevance questions
 
 
 def load(source: str | None, limit: int, shots: int | None,
          category: Literal["simple_python", "irrelevance"]) -> Questions:
-    """The first `limit` questions. There are no shots."""
+    """The first `limit` questions. There are no worked examples."""
     if source is None:
         rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
     else:
         rows = read(source, f"bfcl_v4_{category}", "")
+    # Answers are rows of their own, in another file, with the id of their question.
     truths = {row.get("id"): row["ground_truth"] for row in rows if "ground_truth" in row}
-    asked = [row for row in rows if "ground_truth" not in row][:limit]
+    questions = [row for row in rows if "ground_truth" not in row][:limit]
     simple = category == "simple_python"
-    return Questions(convert(asked, lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
+    return Questions(convert(questions,
+                             lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
 
 
 def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
+    """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
     [messages], [function] = row["question"], row["function"]
     properties = function["parameters"]["properties"]
     offer = f"You can call {function['name']}({', '.join(properties)}).\n"
-    asked = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
-    asked += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    conversation = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
+    conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
     [(_, possible)] = truth[0].items() if truth else [("", {})]
     for name in possible:
-        kinds_of(properties[name])
-    return ToolQuestion(row["id"], asked, function["name"], function["parameters"], possible)
+        described_types(properties[name])  # KeyError for a type that this file does not know
+    return ToolQuestion(row["id"], conversation, function["name"], function["parameters"], possible)
 
 
 def download(names: list[str]) -> Path:
-    """The folder with files of the hub's; `datasets` cannot load them, since their columns differ."""
+    """Download files from the hub; returns their folder. `datasets` cannot read them: their columns differ.
+    """
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
@@ -88,23 +97,23 @@ def download(names: list[str]) -> Path:
 
 
 def score(lm: LM, questions: Questions, category: str) -> Result:
-    """Of simple questions four figures, of irrelevance one. UserError for a model without chat tokens."""
+    """Four figures for simple questions, one for irrelevance. UserError for a model without chat tokens."""
     require_chat(lm.tokenizer, str(lm.folder))
     replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
-    judge = judged_call if category == "simple_python" else judged_silence
-    answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": first,
-                **judge(question, first)} for question, [first] in zip(questions.asked, replies, strict=True)]
-    figures = {key: mean([answer[key] for answer in answers])
-               for key, value in answers[0].items() if isinstance(value, bool)}
+    judge = judge_call if category == "simple_python" else judge_silence
+    answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
+                **judge(question, message)}
+               for question, [message] in zip(questions.asked, replies, strict=True)]
+    figures = means(answers, [key for key, value in answers[0].items() if isinstance(value, bool)])
     return Result(figures | truncated(lm.truncated), answers, {"first_prompt": questions.asked[0].messages})
 
 
-def judged_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
+def judge_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
     return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
 
 
-def judged_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
-    """The four verdicts, and what is wrong with the arguments, if anything is."""
+def judge_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
+    """The four verdicts, and under "wrong" what is wrong with the arguments, or None."""
     calls = message.get("tool_calls", [])
     valid = bool(calls) and not message.get("malformed")
     right_function, wrong = False, "not one call"
@@ -133,52 +142,50 @@ def wrong_argument(arguments: Any, parameters: dict[str, Any], possible: dict[st
 
 
 def is_possible(value: Any, described: dict[str, Any], possible: list) -> bool:
-    """Whether a value is of the described type and one of those that are possible."""
-    (kind, inner), known = kinds_of(described), type_of_first(possible)
-    own = float if kind is float and type(value) is int else type(value)
-    if own is not kind and own is not known:
+    """Whether a value has the described type and is one of the possible values."""
+    (kind, item_kind), first_kind = described_types(described), first_type(possible)
+    own = float if kind is float and type(value) is int else type(value)  # an integer is accepted as a float
+    if own is not kind and own is not first_kind:
         return False
-    if own is kind and inner and not any(has_items(value, inner, answer) for answer in possible):
+    if own is kind and item_kind and not any(has_items(value, item_kind, answer) for answer in possible):
         return False
-    if known not in (kind, None):
+    if first_kind not in (kind, None):  # the description is wrong: compare values as they are
         return value in possible
     if kind is dict:
-        return any(fits(value, answer) for answer in possible)
-    if inner is dict:
-        return any(len(value) == len(answer) and all(map(fits, value, answer)) for answer in possible)
+        return any(matches(value, answer) for answer in possible)
+    if item_kind is dict:
+        return any(len(value) == len(answer) and all(map(matches, value, answer)) for answer in possible)
     if kind is list:
-        return plain_items(value) in map(plain_items, possible)
-    return plain(value) in map(plain, possible)
+        items = [normalized(item) for item in value]
+        return any(items == [normalized(item) for item in answer] for answer in possible)
+    return normalized(value) in map(normalized, possible)
 
 
-def kinds_of(described: dict[str, Any]) -> tuple[type, type | None]:
-    """The described type, and of an array that of its items."""
+def described_types(described: dict[str, Any]) -> tuple[type, type | None]:
+    """The described type, and the type of the items if it is an array."""
     kind = TYPES[described["type"]]
     return kind, TYPES[described["items"]["type"]] if kind is list else None
 
 
-def type_of_first(values: list) -> type | None:
-    """The type of the first value that is not the "" of what may be left out."""
+def first_type(values: list) -> type | None:
+    """The type of the first value that is not "", the mark of an optional parameter."""
     return next((type(value) for value in values if value != ""), None)
 
 
-def has_items(value: list, inner: type, answer: Any) -> bool:
-    """Whether all items are of the described type, or of that of an answer's first item."""
-    return not isinstance(answer, list) or all(type(item) in (inner, type_of_first(answer)) for item in value)
+def has_items(value: list, kind: type, answer: Any) -> bool:
+    """Whether each item has this type, or the type of the first item of an answer."""
+    return not isinstance(answer, list) or all(type(item) in (kind, first_type(answer)) for item in value)
 
 
-def fits(value: Any, answer: Any) -> bool:
-    """Whether an object has the keys of an answer, {key: possible values}, with such values."""
+def matches(value: Any, answer: Any) -> bool:
+    """Whether an object agrees with an answer {key: possible values}, where "" makes a key optional."""
     if not isinstance(value, dict) or not isinstance(answer, dict):
         return False
-    known = all(key in answer and plain(item) in map(plain, answer[key]) for key, item in value.items())
+    known = all(key in answer and normalized(item) in map(normalized, answer[key])
+                for key, item in value.items())
     return known and all(key in value or "" in values for key, values in answer.items())
 
 
-def plain_items(values: list) -> list:
-    return [plain(value) for value in values]
-
-
-def plain(value: Any) -> Any:
-    """A string without what does not count; everything else as it is."""
+def normalized(value: Any) -> Any:
+    """A string without case, spaces and some punctuation; any other value as it is."""
     return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value

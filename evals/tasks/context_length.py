@@ -1,24 +1,35 @@
-"""Does a model use its context, and how far? Loss against position, perplexity against context length.
+"""Does a model use its context, and how far? Loss by position, perplexity by context length, loss by context.
 
-    "CHAPTER I. .."                                            (documents as long as the curve shall be)
+    "CHAPTER I. .."                                     (documents at least as long as the longest context)
 
-The text of evals/tasks/perplexity.py is cut into rows that lie within one document each, as long as
---context_length says, or twice the model's context (models with learned positions: once). The loss of the
-tokens at a position is what so much context leaves unknown; the perplexity of a context length is that of
-rows of that length. A model that uses its context falls as far as it was trained, and one that was never
-trained on further positions rises behind. context_length.png draws both. --shots and --chat do not apply.
+    python eval.py --model=out/x/step_000600 --compare=out/x/step_000800 --tasks=context_length \\
+        --data=context_length=data/books --context_length=512
+
+The text is the one of evals/tasks/perplexity.py. It is cut into rows of --context_length tokens, each within
+one document, so that all tokens of a row are about the same thing. The default length is twice the model's
+context (for learned positions: the context itself). --shots and --chat have no effect. Three measurements:
+
+- loss_by_position: the mean loss at each position of a row. It falls as long as more context helps. In a
+  model that was never trained on further positions, it rises after the trained ones.
+- perplexity_by_length: the perplexity of rows of that length. context_length.png draws both curves.
+- loss_by_context: the loss of the last eighth of each row's targets, after 16, 32, 64, .. tokens before them
+  and after all of them. The targets are the same each time, so "extra_loss", the mean difference from the
+  loss after all tokens, has a small standard error. The figure extra_loss_after_N is the one for the largest
+  N of at most a quarter of the row: above 0 means that the model uses more context than N tokens.
 """
 
+import itertools
 import math
 from typing import Any
 
 import numpy as np
 
 from configurator import UserError
-from evals.likelihood import nats
+from evals.likelihood import token_losses
 from evals.lm import LM
 from evals.results import Figure, Result, mean
 from evals.texts import Texts, read_texts
+from model import GPT
 
 
 def load(source: str | None, limit: int, shots: int | None, model: str,
@@ -28,68 +39,92 @@ def load(source: str | None, limit: int, shots: int | None, model: str,
 
 
 def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -> Result:
-    """The perplexity of the model's own context, and of the longest one; the curves among the details."""
+    """The perplexity of the trained context and of the longest one; the three measurements as details."""
     config = lm.model.config
-    longest = context_length or config.block_size * (1 if config.position == "learned" else 2)
+    trained = config.block_size
+    longest = context_length or (trained if config.position == "learned" else 2 * trained)
     rows = cut_rows(lm, texts, longest)
-    if longest > config.block_size:
-        lm.model.reconfigure(block_size=longest)
-    try:
-        losses = np.array(nats(lm.model, rows, [longest] * len(rows)))  # (rows, longest)
-    finally:
-        if lm.model.config.block_size != config.block_size:
-            lm.model.reconfigure(block_size=config.block_size)
-    lengths = sorted({2**power for power in range(3, longest.bit_length())} | {config.block_size, longest})
+    with lm.extended_context(longest):
+        losses = np.array(token_losses(lm.model, rows, [longest] * len(rows)))  # (rows, longest)
+        contexts = loss_by_context(lm.model, rows, losses)
+    lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
     perplexities = {length: perplexity(losses[:, :length]) for length in lengths if length <= longest}
-    edges = sorted({0, *(round(2 ** (step / 3)) for step in range(3 * longest.bit_length())), longest})
-    edges = [edge for edge in edges if edge <= longest]
-    places = list(zip(edges, edges[1:], strict=False))
-    figures = {f"perplexity_{length}": perplexities[length]
-               for length in sorted({min(config.block_size, longest), longest})}
+    shown = sorted({min(trained, longest), longest})
+    figures = {f"perplexity_{length}": perplexities[length] for length in shown}
+    if short := [each for each in contexts if each["context"] <= longest // 4]:
+        figures[f"extra_loss_after_{short[-1]['context']}"] = Figure(**short[-1]["extra_loss"])
     return Result(figures, details={
-        "text": texts.place, "rows": len(rows), "trained_context": config.block_size,
-        "loss_by_position": [{"first": first, "last": end - 1, **mean(losses[:, first:end].mean(1))._asdict()}
-                             for first, end in places],
-        "perplexity_by_length": {length: each._asdict() for length, each in perplexities.items()}})
+        "text": texts.place, "rows": len(rows), "trained_context": trained,
+        "loss_by_position": loss_by_position(losses),
+        "perplexity_by_length": {length: each._asdict() for length, each in perplexities.items()},
+        "loss_by_context": contexts})
 
 
 def cut_rows(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
-    """Rows of length + 1 ids within one document. UserError where no document is so long."""
+    """Rows of length + 1 ids, each within one document. Raises UserError if no document is long enough."""
     rows = []
     for document in texts.documents:
         ids = np.array(lm.tokenizer.encode(document), np.int32)
+        # A row starts at the last target of the row before it: every id but the first is a target once.
         rows += [ids[at:at + length + 1] for at in range(0, len(ids) - length, length)]
     if not rows:
-        raise UserError(f"{texts.place}: no document of {length + 1:,} tokens (give --context_length=, or "
-                        "--data=context_length=FILE with longer ones)")
+        raise UserError(f"{texts.place}: no document of {length + 1:,} tokens (give a smaller "
+                        "--context_length, or longer documents with --data=context_length=FILE)")
     return rows
 
 
 def perplexity(losses: np.ndarray) -> Figure:
-    """(rows, T) nats -> e^mean; rows are independent."""
+    """Losses in nats, (rows, T) -> e^mean. The standard error takes the rows as independent."""
     loss = mean(losses.mean(1))
     value = math.exp(loss.value)
     return Figure(value, value * loss.stderr, losses.size)
 
 
+def loss_by_position(losses: np.ndarray) -> list[dict[str, Any]]:
+    """Losses, (rows, T) -> the mean of each range of positions. Each power of two has three ranges."""
+    T = losses.shape[1]
+    edges = sorted({0, T, *(round(2 ** (step / 3)) for step in range(3 * T.bit_length()))})
+    return [{"first": first, "last": end - 1, **mean(losses[:, first:end].mean(1))._asdict()}
+            for first, end in itertools.pairwise(edges) if end <= T]
+
+
+def loss_by_context(model: GPT, rows: list[np.ndarray], losses: np.ndarray) -> list[dict[str, Any]]:
+    """The loss of the last eighth of each row's targets, after the last 16, 32, .. tokens before them.
+
+    rows: T + 1 ids each; losses: (rows, T), in nats. "extra_loss" is the mean over the rows of how much more
+    the targets cost than after all tokens before them.
+    """
+    T = losses.shape[1]
+    count = max(1, T // 8)
+    whole = losses[:, -count:].mean(1)  # (rows,)
+    results = []
+    for context in [*(2**power for power in range(4, T.bit_length()) if 2**power < T - count), T - count]:
+        loss = whole
+        if context < T - count:
+            short = [row[-(context + count + 1):] for row in rows]
+            loss = np.array(token_losses(model, short, [count] * len(rows))).mean(1)  # (rows,)
+        results.append({"context": context, "loss": float(loss.mean()),
+                        "extra_loss": mean(loss - whole)._asdict()})
+    return results
+
+
 def draw(models: dict[str, dict[str, Any]]) -> Any:
-    """The details of some models as a picture of two curves each: a matplotlib Figure."""
+    """Two curves per model, from {model: details}, as a matplotlib Figure."""
     from matplotlib.figure import Figure as Picture
     picture = Picture(figsize=(10, 4.5), layout="constrained")
     left, right = picture.subplots(1, 2)
     for number, (name, details) in enumerate(models.items()):
-        color, places = f"C{number}", details["loss_by_position"]
-        left.plot([(place["first"] + place["last"]) / 2 + 1 for place in places],
-                  [place["value"] for place in places], color=color, marker=".", label=name)
-        lengths = {int(length): each["value"] for length, each in details["perplexity_by_length"].items()}
-        right.plot(list(lengths), list(lengths.values()), color=color, marker="o")
-    left.set(xlabel="position (tokens)", ylabel="loss (nats a token)", title="Loss against position")
+        ranges, lengths = details["loss_by_position"], details["perplexity_by_length"]
+        left.plot([(each["first"] + each["last"]) / 2 + 1 for each in ranges],
+                  [each["value"] for each in ranges], color=f"C{number}", marker=".", label=name)
+        right.plot([int(length) for length in lengths], [each["value"] for each in lengths.values()],
+                   color=f"C{number}", marker="o")
+    left.set(xlabel="position (tokens)", ylabel="loss (nats per token)", title="Loss by position")
     low, high = right.dataLim.intervaly
-    right.set(xlabel="context length (tokens)", ylabel="perplexity",
-              title="Perplexity against context length", yscale="log" if high > 10 * low else "linear")
-    trained = {details["trained_context"] for details in models.values()}
+    right.set(xlabel="context length (tokens)", ylabel="perplexity", title="Perplexity by context length",
+              yscale="log" if high > 10 * low else "linear")
     for axes in (left, right):
-        for context in sorted(trained):
+        for context in sorted({details["trained_context"] for details in models.values()}):
             axes.axvline(context, color="gray", linestyle="--", label=f"trained context: {context:,}")
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")

@@ -1,5 +1,7 @@
-"""Three tasks of GLUE (arXiv 1804.07461): SST-2, is a review good; CoLA, is a sentence English; RTE, does one
-sentence follow from another. Each is asked with no worked examples, and with a few.
+"""Three tasks of GLUE (arXiv 1804.07461), each without worked examples and with a few.
+
+SST-2: is a review positive? CoLA: is a sentence acceptable English? RTE: does one sentence follow from
+another?
 
     {"sentence": "one long string of cliches", "label": 0}                                      sst2
     {"sentence": "The sailors rode the breeze clear of the rocks.", "label": 1}                 cola
@@ -10,35 +12,31 @@ sentence follow from another. Each is asked with no worked examples, and with a 
     Question: Is this sentence positive or negative?
     Answer:
 
-followed by " negative" or " positive"; of CoLA "Does this sentence make sense?" and " no" or " yes"; of RTE
+followed by " negative" or " positive". The prompt of CoLA asks "Does this sentence make sense?", followed by
+" no" or " yes". The prompt of RTE:
 
     No Weapons of Mass Destruction Found in Iraq Yet.
     Question: Weapons of Mass Destruction Found in Iraq. True or False?
     Answer:
 
-and " True" or " False". Measured are accuracy, and of CoLA first Matthews' correlation, which is 0 for
-whoever always says the same. Protocol: prompts as in lm-evaluation-harness (tasks sst2, cola, rte), on the
-validation split. The examples are the first of the train split, of each answer in turn. On the hub:
-nyu-mll/glue. Lines of tab-separated values are read as GLUE's files have them: sentence, label of SST-2;
-source, label, mark, sentence of CoLA; index, two sentences, entailment or not_entailment of RTE.
+followed by " True" or " False". The figure is accuracy. CoLA has Matthews' correlation first, which is 0 for
+a model that always gives the same answer. The prompts are those of lm-evaluation-harness (tasks sst2, cola,
+rte), the questions those of the validation split. The examples are the first ones of the train split, taking
+the two answers in turn. On the hub: nyu-mll/glue. Lines of tab-separated values have the columns of GLUE's
+files: sentence, label (SST-2); source, label, mark, sentence (CoLA); index, two sentences, entailment or
+not_entailment (RTE).
 """
 
+import functools
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
+from evals.benchmarks import convert
 from evals.lm import LM
-from evals.multiple_choice import (
-    Question,
-    accuracy,
-    ask,
-    choice_log_probs,
-    questions_of,
-    result,
-    shots_text,
-    splits,
-)
-from evals.results import Figure, Result, mean
+from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
+from evals.results import Figure, Result
 
 PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
            "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
@@ -50,18 +48,19 @@ LABELS = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}
 
 
 def load(source: str | None, limit: int, shots: int | None, name: str, few: int = 0) -> list[Question]:
-    """The first questions behind `shots` examples, or `few` where that is None."""
+    """The first `limit` questions, each after `shots` examples; None takes `few` examples."""
     shots = few if shots is None else shots
     hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
-    examples, asked = splits(source, name, hub if shots else {"dev": hub["dev"]})
-    before = shots_text(in_turns(questions_of(glue_rows(examples, name), lambda row: question_of(row, name)))
-                        if shots else [], shots)
-    return [Question(each.prompt, each.choices, each.gold, before)
-            for each in questions_of(glue_rows(asked, name)[:limit], lambda row: question_of(row, name))]
+    examples, rows = splits(source, name, hub if shots else {"dev": hub["dev"]})
+    convert_row = functools.partial(question_of, name=name)
+    before = ""
+    if shots:
+        before = shots_text(in_turns(convert(named_columns(examples, name), convert_row)), shots)
+    return [replace(each, shots=before) for each in convert(named_columns(rows, name)[:limit], convert_row)]
 
 
-def glue_rows(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
-    """With the columns of a .tsv by their names, and without a line that only names them."""
+def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
+    """The rows, with the columns of a .tsv under their names, and without a .tsv's line of headers."""
     named = [row | dict(zip(COLUMNS[name], row["fields"], strict=False)) if "fields" in row else row
              for row in rows]
     return [row for row in named if row.get("label") != "label"]
@@ -72,24 +71,26 @@ def question_of(row: dict[str, Any], name: str) -> Question:
 
 
 def in_turns(examples: list[Question]) -> list[Question]:
-    """The examples in their order, but of each answer in turn."""
-    kinds = [[each for each in examples if each.gold == (gold,)] for gold in (0, 1)]
-    return [each for pair in itertools.zip_longest(*kinds) for each in pair if each is not None]
+    """The examples, taking the two answers in turn, each answer's examples in their order."""
+    answers = [[each for each in examples if each.gold == (gold,)] for gold in (0, 1)]
+    return [each for pair in itertools.zip_longest(*answers) for each in pair if each is not None]
 
 
 def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
-    found = ask(lm, questions)
-    scores = list(map(choice_log_probs, found))
-    right = accuracy(questions, scores)
-    figures = {"accuracy": mean(right)}
+    result = score_by_log_prob(lm, questions)
     if name == "cola":
-        said = [score.index(max(score)) for score in scores]
-        figures = {"matthews": matthews([question.gold[0] for question in questions], said)} | figures
-    return result(questions, found, figures, right, scores)
+        said = [answer["said"] for answer in result.answers]
+        figure = matthews([question.gold[0] for question in questions], said)
+        result.figures = {"matthews": figure} | result.figures
+    return result
 
 
 def matthews(gold: list[int], said: list[int]) -> Figure:
-    """Matthews' correlation of two columns of 0 and 1, and its jackknife standard error."""
+    """Matthews' correlation of two columns of 0 and 1, with its jackknife standard error.
+
+    The jackknife leaves out each question once. Questions with the same pair (gold, said) have the same
+    correlation without them, so there are four values at most.
+    """
     n = len(gold)
     counts = {pair: 0 for pair in itertools.product((0, 1), repeat=2)}
     for pair in zip(gold, said, strict=True):
@@ -101,7 +102,7 @@ def matthews(gold: list[int], said: list[int]) -> Figure:
 
 
 def correlation(counts: dict[tuple[int, int], int]) -> float:
-    """Of the counts of (gold, said). 0 where one of them is always the same."""
+    """Matthews' correlation from the counts of (gold, said); 0 if either column is constant."""
     tn, fp, fn, tp = (counts[pair] for pair in ((0, 0), (0, 1), (1, 0), (1, 1)))
     size = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return (tp * tn - fp * fn) / size if size else 0.0

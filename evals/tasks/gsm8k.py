@@ -1,10 +1,10 @@
-"""GSM8K, word problems of grade school (arXiv 2110.14168): 8-shot with chain of thought (arXiv 2201.11903).
+"""GSM8K: word problems from grade school (arXiv 2110.14168), 8-shot with chain of thought (arXiv 2201.11903).
 
     {"question": "Ann buys 3 pens at $4 each. What does she pay?",
      "answer": "3 pens cost 3 * 4 = $<<3*4=12>>12.\\n#### 12"}
 
-The prompt is that of lm-eval's task gsm8k: eight rows of the training split as they are, with their worked
-answers, and the question.
+The prompt is that of lm-eval's task gsm8k: eight rows of the training split with their worked answers, then
+the question.
 
     Question: Ann buys 3 pens at $4 each. What does she pay?
     Answer: 3 pens cost 3 * 4 = $<<3*4=12>>12.
@@ -13,12 +13,12 @@ answers, and the question.
     Question: ...
     Answer:
 
-The eight are the first of the training split, for every question the same: the eight that Wei et al. wrote
-themselves are not in the data. A prompt that is longer than the context loses its beginning.
+The eight rows are the first of the training split, the same before every question; the examples that Wei et
+al. wrote are not in the data. A prompt longer than the context loses its beginning.
 
-"strict" reads the number behind the first ####, "flexible" the last number of all; both are compared as
-numbers. lm-eval's task has the same two filters, and compares texts: it also counts 12.0 and 12.00 as wrong,
-takes the dots of "12..." for a part of the number, and sees no number behind "#### $". Files: gsm8k_train*,
+"strict" reads the number after the first ####, "flexible" the last number of the text. Both are compared as
+numbers. lm-eval's task has the same two filters, but compares strings: it counts 12.0 and 12.00 as wrong,
+takes the dots of "12..." for a part of the number, and finds no number after "#### $". Files: gsm8k_train*,
 gsm8k_test* of github.com/openai/grade-school-math; hub: openai/gsm8k.
 """
 
@@ -30,13 +30,13 @@ from configurator import UserError
 from evals.benchmarks import Questions, convert, read
 from evals.lm import LM
 from evals.multiple_choice import split_of
-from evals.results import Result, mean, truncated
+from evals.results import Result, means, truncated
 
 SHOTS = 8
 MAX_NEW_TOKENS = 256  # lm-eval's default
 STOPS = ["Question:"]
-# A number: 7, 1,080, 7.50, .5, -7, $7, -$7, $-7. Commas stand before three digits each. A minus behind a
-# letter, a digit or a bracket is an operator: the last number of 10-5 is 5.
+# A number: 7, 1,080, 7.50, .5, -7, $7, -$7, $-7. Three digits follow each comma. A minus after a letter, a
+# digit or a bracket is an operator: the last number of 10-5 is 5.
 SIGN = r"(?:(?<![\w)])-\$?|\$-?)?"
 NUMBER = SIGN + r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(?<![0-9])\.[0-9]+)"
 STRICT = rf"####\s*({NUMBER})"
@@ -44,8 +44,8 @@ STRICT = rf"####\s*({NUMBER})"
 
 class Problem(NamedTuple):
     prompt: str
-    answer: str  # with its steps
-    number: Decimal  # the right one
+    answer: str  # the worked answer
+    number: Decimal  # the right result
 
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
@@ -65,7 +65,7 @@ def load(source: str | None, limit: int, shots: int | None) -> Questions:
 def problem_of(row: dict[str, Any]) -> Problem:
     number = strict(row["answer"])
     if number is None:
-        raise ValueError("no number behind ####")
+        raise ValueError("no number after ####")
     return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], number)
 
 
@@ -77,21 +77,20 @@ def score(lm: LM, questions: Questions) -> Result:
     answers = [{"prompt": problem.prompt, "answer": str(problem.number), "said": text,
                 "strict": strict(text) == problem.number, "flexible": flexible(text) == problem.number}
                for problem, text in zip(questions.asked, texts, strict=True)]
-    figures = {key: mean([answer[key] for answer in answers]) for key in ("strict", "flexible")}
-    return Result(figures | truncated(lm.truncated), answers,
+    return Result(means(answers, ("strict", "flexible")) | truncated(lm.truncated), answers,
                   {"shots": len(questions.shots), "first_prompt": prompts[0]})
 
 
 def strict(text: str) -> Decimal | None:
-    """The number behind the first #### that has one."""
-    found = re.search(STRICT, text)
-    return parse_number(found[1]) if found else None
+    """The number after the first #### that has one."""
+    match = re.search(STRICT, text)
+    return parse_number(match[1]) if match else None
 
 
 def flexible(text: str) -> Decimal | None:
     """The last number of a text."""
-    found = re.findall(NUMBER, text)
-    return parse_number(found[-1]) if found else None
+    numbers = re.findall(NUMBER, text)
+    return parse_number(numbers[-1]) if numbers else None
 
 
 def parse_number(number: str) -> Decimal:

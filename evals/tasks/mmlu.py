@@ -17,24 +17,18 @@
     B. ..
     Answer:
 
-The examples are the first of the subject's dev split; the choice is the likeliest of " A" to " D". Protocol:
-the paper's, prompt and groups of subjects as in lm-evaluation-harness (task mmlu). A limit takes the first
-questions of each subject in turn. On the hub: cais/mmlu, config all.
+The examples are the first ones of the subject's dev split. The answer is the most likely of " A" to " D".
+Protocol: the paper's; the prompt and the groups of subjects are those of lm-evaluation-harness (task mmlu).
+A limit takes the first question of each subject, then the second of each, and so on. On the hub: cais/mmlu,
+config all.
 """
 
+from dataclasses import replace
 from typing import Any
 
+from evals.benchmarks import convert
 from evals.lm import LM
-from evals.multiple_choice import (
-    Question,
-    accuracy,
-    ask,
-    choice_log_probs,
-    questions_of,
-    result,
-    shots_text,
-    splits,
-)
+from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Result, mean
 
 HUB = {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"}
@@ -57,14 +51,13 @@ GROUPS = {group: set(subjects.split()) for group, subjects in {
 
 
 def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
-    """Questions behind the examples of their subject."""
+    """The first `limit` questions, taking subjects in turn, each after the examples of its subject."""
     shots = SHOTS if shots is None else shots
-    examples, asked = (by_subject(questions_of(rows, question_of)) for rows in splits(source, "mmlu", HUB))
-    before = {subject: opening(subject) + shots_text(examples.get(subject, []), shots) for subject in asked}
-    turns = sorted((turn, subject, each) for subject, found in asked.items()
-                   for turn, each in enumerate(found[:limit]))[:limit]
-    return [Question(each.prompt, each.choices, each.gold, before[subject], subject)
-            for _, subject, each in turns]
+    examples, questions = (by_subject(convert(rows, question_of)) for rows in splits(source, "mmlu", HUB))
+    before = {name: opening(name) + shots_text(examples.get(name, []), shots) for name in questions}
+    turns = sorted((turn, name, each) for name, group in questions.items()
+                   for turn, each in enumerate(group[:limit]))[:limit]
+    return [replace(each, shots=before[name]) for _, name, each in turns]
 
 
 def question_of(row: dict[str, Any]) -> Question:
@@ -83,23 +76,18 @@ def by_subject(questions: list[Question]) -> dict[str, list[Question]]:
 
 
 def opening(subject: str) -> str:
-    words = subject.replace("_", " ")
-    return f"The following are multiple choice questions (with answers) about {words}.\n\n"
+    topic = subject.replace("_", " ")
+    return f"The following are multiple choice questions (with answers) about {topic}.\n\n"
 
 
 def score(lm: LM, questions: list[Question]) -> Result:
-    """Accuracy over all questions; by subject and by group of subjects among the details."""
-    found = ask(lm, questions)
-    scores = list(map(choice_log_probs, found))
-    right = accuracy(questions, scores)
-    measured = result(questions, found, {"accuracy": mean(right)}, right, scores)
-    for each, question in zip(measured.answers, questions, strict=True):
-        each["subject"] = question.group
-    subjects = {question.group for question in questions}
-    kinds = {"subjects": {subject: {subject} for subject in sorted(subjects)}, "groups": GROUPS}
-    for key, kind in kinds.items():
-        measured.details[key] = {
-            name: mean(those)._asdict() for name, members in kind.items()
-            if (those := [each for each, question in zip(right, questions, strict=True)
-                          if question.group in members])}
-    return measured
+    """Accuracy over all questions; the details have it by subject and by group of subjects."""
+    result = score_by_log_prob(lm, questions)
+    for answer, question in zip(result.answers, questions, strict=True):
+        answer["subject"] = question.group
+    subjects = {name: {name} for name in sorted({question.group for question in questions})}
+    for key, groups in (("subjects", subjects), ("groups", GROUPS)):
+        points = {group: [answer["right"] for answer in result.answers if answer["subject"] in names]
+                  for group, names in groups.items()}
+        result.details[key] = {group: mean(each)._asdict() for group, each in points.items() if each}
+    return result

@@ -3,8 +3,8 @@
     {"question": "Who wrote Emma?", "answer": "Jane Austen", "type": "bridge"}                      HotpotQA
     {"question": "Who wrote Emma?", "answer": {"value": "Jane Austen", "aliases": ["J. Austen"]}}   TriviaQA
 
-The prompt is that of lm-eval's task triviaqa, less a second question mark, with five worked examples before
-it (--shots=0 for none): the last rows of the file, which are not asked themselves.
+The prompt is that of lm-eval's task triviaqa, without its second question mark. Five worked examples come
+first (--shots=0 for none): the last rows of the file, which are not asked.
 
     Question: Who wrote Emma?
     Answer: Jane Austen
@@ -12,11 +12,12 @@ it (--shots=0 for none): the last rows of the file, which are not asked themselv
     Question: ...
     Answer:
 
-The first line that is written counts (lm-eval also stops at a dot or a comma, which cuts "J. Austen"). Exact
-match and F1 are SQuAD's (v1.1, arXiv 1606.05250): lower case, without punctuation and articles; F1 is that of
-the words; of several right answers the nearest counts. As in HotpotQA's own script, "yes" and "no" are right
-or wrong as a whole. Files: hotpotqa*, triviaqa* (rows as above); hub: hotpotqa/hotpot_qa (distractor) and
-mandarjoshi/trivia_qa (rc.nocontext), their validation rows.
+Only the first line of the generated text counts (lm-eval also stops at a dot or a comma, which cuts "J.
+Austen"). Exact match and F1 are SQuAD's (v1.1, arXiv 1606.05250). Texts are compared in lower case, without
+punctuation and articles; F1 is that of their words. If there are several right answers, the best match is
+taken. As in HotpotQA's own script, "yes" and "no" are right or wrong as a whole. Files: hotpotqa*, triviaqa*
+(rows as above). On the hub: the validation splits of hotpotqa/hotpot_qa (distractor) and
+mandarjoshi/trivia_qa (rc.nocontext).
 """
 
 import re
@@ -27,7 +28,7 @@ from typing import Any, Literal, NamedTuple
 from configurator import UserError
 from evals.benchmarks import Questions, convert, read
 from evals.lm import LM
-from evals.results import Result, mean, truncated
+from evals.results import Result, means, truncated
 
 HUB = {"hotpotqa": "hotpotqa/hotpot_qa:distractor:validation",
        "triviaqa": "mandarjoshi/trivia_qa:rc.nocontext:validation"}
@@ -37,51 +38,50 @@ MAX_NEW_TOKENS = 32
 
 class OpenQuestion(NamedTuple):
     prompt: str
-    answers: list[str]  # those that are right, the best known first
+    answers: list[str]  # right answers, the best known first
     kind: str | None  # HotpotQA's "bridge" or "comparison"
 
 
 def load(source: str | None, limit: int, shots: int | None,
          name: Literal["hotpotqa", "triviaqa"]) -> Questions:
-    """The first `limit` rows, and the last `shots`."""
+    """The first `limit` rows as questions, and the last `shots` as worked examples."""
     rows = read(source, name, HUB[name])
     count = SHOTS if shots is None else shots
     if count >= len(rows):
-        raise UserError(f"shots={count}: {name} has {len(rows)} rows, which leaves none to ask")
-    asked, examples = rows[:len(rows) - count][:limit], rows[len(rows) - count:]
-    return Questions(convert(asked, question_of), convert(examples, question_of))
+        raise UserError(f"shots={count}: {name} has {len(rows)} rows, so none is left to ask")
+    first_shot = len(rows) - count
+    return Questions(convert(rows[:first_shot][:limit], question_of), convert(rows[first_shot:], question_of))
 
 
 def question_of(row: dict[str, Any]) -> OpenQuestion:
     answer = row["answer"]
     answers = [answer["value"], *answer["aliases"]] if isinstance(answer, dict) else [answer]
     if not all(isinstance(text, str) for text in answers):
-        raise TypeError("an answer is a text")
+        raise TypeError("an answer must be a text")
     return OpenQuestion("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
 
 
 def score(lm: LM, questions: Questions, name: str) -> Result:
-    """Exact match and F1; where the rows have a type, exact match by type among the details."""
+    """Exact match and F1. If the rows have a type, the details have exact match by type."""
     shots = "".join(f"{question.prompt} {question.answers[0]}\n\n" for question in questions.shots)
     prompts = [shots + question.prompt for question in questions.asked]
     texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS)
     answers, types = [], {}
     for question, text in zip(questions.asked, texts, strict=True):
-        exact, overlap = (max(judge(text, answer) for answer in question.answers)
-                          for judge in (exact_match, f1))
+        exact, overlap = (max(metric(text, answer) for answer in question.answers)
+                          for metric in (exact_match, f1))
         answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
                         "exact_match": exact, "f1": overlap})
         types.setdefault(question.kind, []).append(exact)
     details = {"shots": len(questions.shots), "first_prompt": prompts[0],
-               "types": {kind: sum(of) / len(of) for kind, of in types.items() if kind}}
-    figures = {key: mean([answer[key] for answer in answers]) for key in ("exact_match", "f1")}
-    return Result(figures | truncated(lm.truncated), answers, details)
+               "types": {kind: sum(each) / len(each) for kind, each in types.items() if kind}}
+    return Result(means(answers, ("exact_match", "f1")) | truncated(lm.truncated), answers, details)
 
 
 # ---- SQuAD's comparison -----------------------------------------------------------------------------------
 
 def normalized(text: str) -> str:
-    """Lower case, without punctuation (ASCII's), articles and superfluous space."""
+    """Lower case, without ASCII punctuation, articles and repeated spaces."""
     text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
@@ -91,8 +91,10 @@ def exact_match(said: str, answer: str) -> bool:
 
 
 def f1(said: str, answer: str) -> float:
-    """Harmonic mean of the shares of words that are in the other one, too; of equals 1, even of no words at
-    all ("The The"), as in SQuAD 2.0's script."""
+    """The harmonic mean of precision and recall of words.
+
+    Equal texts have 1, even if no word is left ("The The"), as in SQuAD 2.0's script.
+    """
     said, answer = normalized(said), normalized(answer)
     if said == answer or {said, answer} & {"yes", "no"}:
         return float(said == answer)

@@ -1,11 +1,12 @@
-"""The embedded problems (dataset/problems.py), those of the test split: exact match of the answer.
+"""The embedded problems (dataset/problems.py), from their test split: exact match of the answer.
 
     {"question": "What is 15 * 24?", "answer": "360"}
 
-Asked as a user's message, answered greedily. Right is what says the answer and nothing else (a thought may
-come before it); well formed is a number, numbers or a day, whichever, with every thought closed. A model
-without chat tokens is asked in plain text, "What is 15 * 24?\\n", and the last line of the first paragraph
-that it writes counts. With calculator=True the system message offers the tool, and its calls are answered.
+The question is a user's message, and the answer is generated greedily. It is right if it has the right answer
+and nothing else; a thought may come before it. It is well formed if it is a number, numbers or a day,
+whatever the problem asks for, and all thoughts are closed. A model without chat tokens reads plain text,
+"What is 15 * 24?\\n", and its answer is the last line of the first paragraph that it generates. With
+calculator=True the system message offers the calculator, and calls of it are answered.
 """
 
 import itertools
@@ -22,8 +23,11 @@ MAX_NEW_TOKENS = 120  # the longest worked answer takes about 100
 
 def load(source: str | None, limit: int, shots: int | None, calculator: bool = False,
          family: str | None = None) -> list[Problem]:
-    """The first `limit` test problems, each once, of a family, or of all but the hard ones (with the
-    calculator: of all that are arithmetic). They are made here: there is no source and there are no shots."""
+    """The first `limit` different test problems.
+
+    They are of one family, or of all families but the hard one; with the calculator, of those with
+    arithmetic. The problems are generated, so `source` is not read, and there are no worked examples.
+    """
     easy = tuple(name for name in FAMILIES if name != "hard")
     families = (family,) if family else ARITHMETIC if calculator else easy
     seen: dict[str, Problem] = {}
@@ -34,26 +38,26 @@ def load(source: str | None, limit: int, shots: int | None, calculator: bool = F
     return list(seen.values())
 
 
-def score(lm: LM, found: list[Problem], calculator: bool = False, family: str | None = None) -> Result:
-    """Accuracy and the share of well-formed answers; accuracy by family among the details."""
-    messages = answers(lm, found, calculator)
-    right = [is_right(problem, message) for problem, message in zip(found, messages, strict=True)]
-    formed = [is_well_formed(problem, message) for problem, message in zip(found, messages, strict=True)]
+def score(lm: LM, questions: list[Problem], calculator: bool = False, family: str | None = None) -> Result:
+    """Accuracy and the share of well-formed answers; the details have accuracy by family."""
+    messages = answer_messages(lm, questions, calculator)
+    pairs = list(zip(questions, messages, strict=True))
+    right = [is_right(problem, message) for problem, message in pairs]
+    formed = [is_well_formed(problem, message) for problem, message in pairs]
     families: dict[str, list[bool]] = {}
-    for problem, each in zip(found, right, strict=True):
+    for problem, each in zip(questions, right, strict=True):
         families.setdefault(problem.family, []).append(each)
-    said = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
-             "right": each} for problem, message, each in zip(found, messages, right, strict=True)]
-    return Result({"accuracy": mean(right), "well_formed": mean(formed)}, said,
-                  {"families": {name: sum(of) / len(of) for name, of in sorted(families.items())}})
+    answers = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
+                "right": each} for (problem, message), each in zip(pairs, right, strict=True)]
+    return Result({"accuracy": mean(right), "well_formed": mean(formed)}, answers,
+                  {"families": {name: sum(each) / len(each) for name, each in sorted(families.items())}})
 
 
-def answers(lm: LM, found: list[Problem], calculator: bool) -> list[Message]:
-    """The message that each conversation ends in; of a model that knows no chats, what it writes behind the
-    question: the last line before a blank one."""
+def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[Message]:
+    """The last message of each conversation; for a model without chat tokens, the line that is its answer."""
     if end_of_turn(lm.tokenizer) is not None:
-        return [replies[-1] for replies in
-                lm.reply([prompt_of(problem, calculator) for problem in found], MAX_NEW_TOKENS)]
-    texts = lm.generate_until([f"{problem.question}\n" for problem in found], [], MAX_NEW_TOKENS)
-    lines = [text.split("\n\n")[0].strip().splitlines() or [""] for text in texts]
-    return [{"role": "assistant", "content": last[-1].strip()} for last in lines]
+        conversations = [prompt_of(problem, calculator) for problem in questions]
+        return [replies[-1] for replies in lm.reply(conversations, MAX_NEW_TOKENS)]
+    texts = lm.generate_until([f"{problem.question}\n" for problem in questions], [], MAX_NEW_TOKENS)
+    paragraphs = [text.split("\n\n")[0].strip().splitlines() or [""] for text in texts]
+    return [{"role": "assistant", "content": lines[-1].strip()} for lines in paragraphs]

@@ -10,7 +10,16 @@ import torch
 import model as model_file
 from configurator import UserError
 from evals import likelihood
-from evals.likelihood import Request, Text, encode_plain, encode_turn, fitting, nats, text_log_probs
+from evals.likelihood import (
+    Request,
+    Text,
+    Tree,
+    encode_plain,
+    encode_turn,
+    fit_context,
+    text_log_probs,
+    token_losses,
+)
 from evals.lm import LM
 from formats.chat_format import encode_prompt, end_of_turn, with_chat_tokens
 from formats.tokenizer import Tokenizer
@@ -70,11 +79,28 @@ def test_a_tree_of_texts_gives_what_transformers_gives_each_text(changes, tmp_pa
         texts[number] = Text(np.array([*ids[:-asked], best], np.int32), 1)
     expected = alone(peer, texts)
     assert any(greedy for _, greedy in expected) and not all(greedy for _, greedy in expected)
-    for at_once in (1, 40, 256, 10_000):
-        found = text_log_probs(model, texts, at_once)
+    for max_tokens in (1, 40, 256, 10_000):
+        found = text_log_probs(model, texts, max_tokens)
         assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
         for (ours, _), (theirs, _) in zip(found, expected, strict=True):
             assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_the_picture_of_the_module_docstring():
+    """Three texts as a tree: paths, positions and mask by hand; then the prefix that the next text needs."""
+    model = busy_model(tiny_config())
+    tree = Tree(model, 16)
+    a, b, c, d, e, f, g = range(7)
+    with torch.inference_mode():
+        paths = tree.read(model, [np.array(ids, np.int32) for ids in ([a, b, c, d], [a, b, c, e], [a, f, g])])
+    assert [path.tolist() for path in paths] == [[0, 1, 2, 3], [0, 1, 2, 4], [0, 5, 6]]
+    assert tree.positions.tolist() == [[0, 1, 2, 3, 3, 1, 2]]
+    assert ["".join(".x"[seen] for seen in row) for row in tree.mask[0, 0].int().tolist()] == [
+        "x......", "xx.....", "xxx....", "xxxx...", "xxx.x..", "x....x.", "x....xx"]
+    keys, states = tree.k[0][0, :, [0, 5]].clone(), tree.states[[0, 5]].clone()
+    tree.keep(2)
+    assert tree.used == 2 and tree.path.tolist() == [0, 1] and tree.text.tolist() == [a, f]
+    assert torch.equal(tree.k[0][0, :, :2], keys) and torch.equal(tree.states[:2], states)
 
 
 def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
@@ -82,7 +108,7 @@ def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
     forward = model_file.GPT.forward
     monkeypatch.setattr(model_file.GPT, "forward", lambda self, ids, **more: (
         computed.append(ids.shape[1]), forward(self, ids, **more))[1])
-    text_log_probs(model, texts, at_once=64)
+    text_log_probs(model, texts, max_tokens=64)
     nodes = {tuple(text.ids[:end]) for text in texts for end in range(1, len(text.ids))}
     assert sum(computed) == len(nodes) < sum(len(text.ids) - 1 for text in texts) / 2
     assert len(computed) > 5 and max(computed) <= 64
@@ -96,7 +122,7 @@ def test_running_text_gives_transformers_losses(tmp_path):
     draw = np.random.default_rng(0)
     rows = [draw.integers(500, size=length).astype(np.int32) for length in (65, 65, 65, 20, 2)]
     asked = [64, 64, 10, 10, 1]
-    found = nats(model, rows, asked)
+    found = token_losses(model, rows, asked)
     assert [len(each) for each in found] == asked
     texts = [Text(row, count) for row, count in zip(rows, asked, strict=True)]
     assert [-sum(each) for each in found] == pytest.approx([each for each, _ in alone(peer, texts)], abs=1e-4)
@@ -115,7 +141,7 @@ def test_a_context_and_its_continuations(tokenizer):
     assert encoded("x =  ", "1").continuations == [ids("x =  1")[len(ids("x =")):]]
     for nothing in ("", " \n"):
         assert encoded(nothing, "import") == Request([tokenizer.eot_id], [ids(nothing + "import")])
-    with pytest.raises(UserError, match="'' behind 'x' is no token of its own"):
+    with pytest.raises(UserError, match="'' after 'x' has no token of its own"):
         encoded("x", "")
 
 
@@ -146,25 +172,25 @@ def test_a_turn_is_that_of_the_chat_format(tokenizer):
     chat = with_chat_tokens(tokenizer)
     request = encode_turn(chat, " What is 2 + 2? ", [" 4", " <|im_end|>"])
     asked = [{"role": "user", "content": "What is 2 + 2?"}]
-    assert request.before + request.context + request.behind == encode_prompt(chat, asked)
+    assert request.prefix + request.context + request.suffix == encode_prompt(chat, asked)
     assert request.continuations == [chat.encode("4"), chat.encode("<|im_end|>")]
     assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "it says nothing"
-    texts, lost = fitting(request, request.continuations[0], 20)
-    frame = len(request.before), len(request.behind)
+    texts, lost = fit_context(request, request.continuations[0], 20)
+    frame = len(request.prefix), len(request.suffix)
     ids = texts[0].ids.tolist()
     assert lost == len(request.context) - (21 - sum(frame) - 1) > 0 and len(texts) == 1 and len(ids) == 21
-    assert ids[:frame[0]] == request.before, "the frame of a chat is not what is cut"
+    assert ids[:frame[0]] == request.prefix, "the frame of a chat is not what is cut"
     assert ids[frame[0]:-1 - frame[1]] == request.context[lost:]
 
 
 def test_what_is_too_long_loses_its_beginning():
     request = Request(list(range(10)), [[10, 11, 12]])
     for block_size, begin in ((12, 0), (11, 1), (5, 7), (3, 9)):
-        texts, lost = fitting(request, request.continuations[0], block_size)
-        assert [(text.ids.tolist(), text.asked) for text in texts] == [(list(range(begin, 13)), 3)]
+        texts, lost = fit_context(request, request.continuations[0], block_size)
+        assert [(text.ids.tolist(), text.num_targets) for text in texts] == [(list(range(begin, 13)), 3)]
         assert lost == begin
-    pieces, lost = fitting(Request([1, 2], []), [3, 4, 5, 6, 7, 8, 9], 3)
-    assert [(text.ids.tolist(), text.asked) for text in pieces] == [
+    pieces, lost = fit_context(Request([1, 2], []), [3, 4, 5, 6, 7, 8, 9], 3)
+    assert [(text.ids.tolist(), text.num_targets) for text in pieces] == [
         ([2, 3, 4, 5], 3), ([5, 6, 7, 8], 3), ([6, 7, 8, 9], 1)] and lost == 1
 
 
@@ -177,13 +203,13 @@ def test_a_model_is_asked(trained):
     assert [len(row) for row in found] == [2, 2, 1]
     assert found[0][0].log_prob > found[0][1].log_prob and found[0][1].bytes == 3
     one, both = (len(lm.tokenizer.encode(text)) for text in ("import", "import os"))
-    assert found[0][0].tokens == both - one and found[0][0].cut == 0
+    assert found[0][0].tokens == both - one and found[0][0].truncated == 0
     whole = lm.tokenizer.encode(long.rstrip())
     behind = lm.tokenizer.encode(long + "y")[len(whole):]
-    assert found[1][1].cut == len(whole) + len(behind) - 65 > 0
+    assert found[1][1].truncated == len(whole) + len(behind) - 65 > 0
     # A continuation of more tokens than the context holds: all of them count.
     ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
-    assert found[1][0].tokens == len(ids) > 64 and found[1][0].cut == len(whole) - 1
+    assert found[1][0].tokens == len(ids) > 64 and found[1][0].truncated == len(whole) - 1
     pieces = [Text(np.array(([whole[-1]] + ids)[at:at + 65], np.int32), len(ids[at:at + 64]))
               for at in range(0, len(ids) - len(ids) % 64, 64)]
     rest = len(ids) % 64

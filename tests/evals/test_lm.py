@@ -6,7 +6,7 @@ import pytest
 
 import evals.lm
 import generation.assistant
-from evals.lm import LM, cut
+from evals.lm import LM, cut_at_stop
 from formats.chat_format import encode_answer, encode_prompt
 
 
@@ -46,7 +46,7 @@ def test_a_stop_text_ends_it_wherever_its_tokens_end(base, monkeypatch, text, st
     for ids in spelled:  # as the tokenizer cuts it, and letter by letter
         monkeypatch.setattr(evals.lm, "generate", scripted(ids))
         before = base.tokens
-        assert base.generate_until(["x"], stops, 100) == [written] == [cut(text, stops)]
+        assert base.generate_until(["x"], stops, 100) == [written] == [cut_at_stop(text, stops)]
         asked.append(base.tokens - before)
         least = next((n for n in range(1, len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stops)),
                      len(ids))
@@ -63,11 +63,11 @@ def test_stops_are_those_that_the_whole_text_has_and_cost_nothing(base, monkeypa
         ids[at:at] = tokenizer.encode(draw.choice(stops))
         first = next(n for n in range(1, len(ids) + 1) if any(stop in decode(ids[:n]) for stop in stops))
         monkeypatch.setattr(evals.lm, "generate", scripted(ids))
-        assert base.write([[1]], stops, 100) == [ids[:first]]
+        assert base.generate_ids([[1]], stops, 100) == [ids[:first]]
     decoded = []
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     monkeypatch.setattr(evals.lm, "generate", scripted([tokenizer.encode("a")[0]] * 500))
-    base.write([[1]], ["Question:"], 500)
+    base.generate_ids([[1]], ["Question:"], 500)
     assert len(decoded) == 500 and max(decoded) == 1 + len("Question:"), "ten tokens each, not all of them"
 
 
@@ -107,7 +107,7 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read(base, chat):
     found = chat.prompt_ids(text, 20)
     assert len(found) == chat.model.config.block_size - 20
     size = chat.room(20)
-    assert found == chat.before + chat.tokenizer.encode(text.strip())[-size:] + chat.after
+    assert found == chat.prefix + chat.tokenizer.encode(text.strip())[-size:] + chat.suffix
 
 
 def test_an_assistant_is_heard_out_and_its_thoughts_do_not_count(chat, monkeypatch):

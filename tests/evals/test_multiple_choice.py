@@ -169,7 +169,7 @@ def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("row, message", [
-    ({"query": "Question: x", "choices": ["a"]}, "easy.jsonl: row 1 is not of this benchmark .Key"),
+    ({"query": "Question: x", "choices": ["a"]}, "easy.jsonl: row 1 does not fit this benchmark .Key"),
     ({"query": "Question: x", "choices": ["a"], "gold": 3}, "no right answer"),
     ({"query": "Question: x", "choices": 3, "gold": 0}, "TypeError"),
 ])

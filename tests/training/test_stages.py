@@ -1,8 +1,7 @@
-"""A curriculum in stages: longer rows, a rotary base that rises, other data; and tools/context.py."""
+"""A curriculum in stages: longer rows, a rotary base that rises, other data."""
 
 import json
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -18,10 +17,8 @@ from formats.files import write_json
 from loop import plan_stages
 from model import GPT
 from modeling.rope import rope_frequencies
-from prepare import PrepareConfig, prepare
 from tests.conftest import ROOT, tiny_config
 from tests.runs import assert_close, assert_same_run, events, losses, run, stop_at_step
-from tools import context
 
 # The tiny curriculum's stages, tinier: rows of 16, 32, 64 and 16 again.
 STAGES = """
@@ -210,81 +207,3 @@ def test_only_a_stage_may_say_a_ramp(data, tmp_path):
     (tmp_path / "c.py").write_text("rope_theta = (10_000, 500_000)")
     with pytest.raises(UserError, match="c.py:1: rope_theta = .*: expected float"):
         run(data, tmp_path / "out", str(tmp_path / "c.py"))
-
-
-# ---- tools/context.py -------------------------------------------------------------------------------------
-
-def test_loss_by_position(data, curriculum, tmp_path, capsys):
-    """The table's figures, computed once more in another way."""
-    names = [str(curriculum / "out" / f"step_{step:06d}") for step in (9, 13)]
-    words = [f"--model={','.join(names)}", f"--dataset={data}", "--block_size=64", "--rows=8",
-             f"--json={tmp_path / 'j'}", f"--png={tmp_path / 'p.png'}"]
-    assert context.main(words) == 0
-    printed = capsys.readouterr().out.splitlines()
-    assert printed[1].split() == ["0-31", "32-63"] and [line.split()[0] for line in printed[2:4]] == names
-    content = json.loads((tmp_path / "j").read_text())
-    rows, documents, available = context.rows_within_documents(DataFolder(data), 64, 8)
-    assert printed[0].startswith(f"loss in nats a token; 8 of {available} validation rows of 64 tokens")
-    assert (content["rows"], content["documents"]) == (8, documents)
-    for name, line in zip(names, printed[2:4], strict=True):
-        model = GPT.from_pretrained(name).eval()
-        with torch.no_grad():
-            log_probs = F.log_softmax(model(torch.from_numpy(rows[:, :-1])).double(), dim=-1).numpy()
-        nll = -np.take_along_axis(log_probs, rows[:, 1:, None], axis=2)[..., 0]
-        expected = [nll[:, :32].mean(), nll[:, 32:].mean()]
-        assert list(content["loss"][name].values()) == pytest.approx(expected, rel=1e-6)
-        assert line.split()[1:] == [f"{loss:.4f}" for loss in content["loss"][name].values()]
-        with torch.no_grad():
-            short = F.log_softmax(model(torch.from_numpy(rows[:, -25:-1])).double(), dim=-1).numpy()
-        less = -np.take_along_axis(short, rows[:, -24:, None], axis=2)[:, -8:, 0]
-        more = (less - nll[:, -8:]).mean(axis=1)  # behind 16 tokens, and behind 56
-        found = content["more_behind_less"][name]
-        assert found["16"] == pytest.approx([more.mean(), more.std() / 8**0.5], rel=1e-4)
-        assert found["56"] == [0, 0] and list(found) == ["16", "32", "56"]
-    assert printed[5].split() == ["16", "32", "56"] and len(printed) == 8
-    assert (tmp_path / "p.png").stat().st_size > 5000
-
-
-def test_rows_by_hand(data, tmp_path):
-    """Four documents of 9, 5, 12 and 4 tokens and their ends, as rows of 4 + 1: three lie within one."""
-    shutil.copytree(data, tmp_path / "d")
-    meta = json.loads((data / "meta.json").read_text())
-    ids = np.concatenate([np.append(np.full(length, k), 499) for k, length in enumerate((9, 5, 12, 4))])
-    for path in (tmp_path / "d").glob("val_*.bin"):
-        path.unlink()
-    ids.astype(np.uint16).tofile(tmp_path / "d" / "val_00000.bin")
-    shards = [shard for shard in meta["shards"] if shard["name"].startswith("train")]
-    shards.append({"name": "val_00000.bin", "tokens": len(ids), "sha256": ""})
-    write_json(tmp_path / "d" / "meta.json", meta | {"shards": shards})
-    # Tokens 0-8 are 0, 9 ends; 10-14 are 1, 15 ends; 16-27 are 2, 28 ends; 29-32 are 3, 33 ends.
-    rows, documents, available = context.rows_within_documents(DataFolder(tmp_path / "d"), 4, 99)
-    assert rows[:, 0].tolist() == [0, 0, 2, 2] and (rows == rows[:, :1]).all()  # from 0, 4, 16 and 20
-    assert (documents, available) == (2, 4)
-    rows, documents, _ = context.rows_within_documents(DataFolder(tmp_path / "d"), 4, 2)
-    assert rows[:, 0].tolist() == [0, 2] and documents == 2  # evenly spread
-    with pytest.raises(UserError, match="no validation document holds a row of block_size=12"):
-        context.rows_within_documents(DataFolder(tmp_path / "d"), 12, 99)
-
-
-def test_buckets_by_hand():
-    assert list(context.buckets(512)) == ["0-31", "32-63", "64-127", "128-255", "256-511"]
-    assert list(context.buckets(100)) == ["0-31", "32-63", "64-99"] and list(context.buckets(20)) == ["0-19"]
-    assert context.buckets(100)["64-99"] == slice(64, 100)
-
-
-def test_a_longer_context_than_the_models(data, curriculum, capsys):
-    """Rotary tables grow: what the model makes of positions it never saw is a thing to look at."""
-    context.main([f"--model={curriculum / 'out'}", f"--dataset={data}", "--block_size=100", "--rows=2"])
-    assert capsys.readouterr().out.splitlines()[1].split() == ["0-31", "32-63", "64-99"]
-
-
-def test_what_cannot_be_compared(data, curriculum, tmp_path, text_folder, monkeypatch):
-    words = [f"--model={curriculum / 'out'}", "--block_size=64", "--rows=2"]
-    prepare(PrepareConfig(source=text_folder, out=str(tmp_path / "other"), vocab_size=400, num_proc=1))
-    with pytest.raises(UserError, match="its tokenizer is not that of .*other"):
-        context.main([*words, f"--dataset={tmp_path / 'other'}"])
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # as where the package is not installed
-    with pytest.raises(UserError, match=r"pip install matplotlib"):
-        context.main([*words, f"--dataset={data}", f"--png={tmp_path / 'p.png'}"])
-    with pytest.raises(UserError, match="block_size=64, rows=0: must be positive"):
-        context.main([*words, "--rows=0"])

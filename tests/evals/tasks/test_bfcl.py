@@ -7,7 +7,7 @@ import pytest
 from configurator import UserError
 from evals.lm import LM
 from evals.tasks import bfcl
-from evals.tasks.bfcl import is_possible, judged_call, judged_silence, question_of, wrong_argument
+from evals.tasks.bfcl import is_possible, judge_call, judge_silence, question_of, wrong_argument
 from tests.conftest import shared
 
 
@@ -86,8 +86,8 @@ RIGHT = {"name": "geo.area", "arguments": {"base": 10, "height": 5}}
 ])
 def test_a_message(message, verdicts):
     question = question_of(ROW, ROW["ground_truth"])
-    assert tuple(judged_call(question, message).values())[:4] == verdicts
-    assert judged_silence(question, message) == {"accuracy": message == {"content": "25"}}
+    assert tuple(judge_call(question, message).values())[:4] == verdicts
+    assert judge_silence(question, message) == {"accuracy": message == {"content": "25"}}
 
 
 def first(values):
@@ -145,12 +145,12 @@ def test_the_leaderboard_itself(chat_folder, monkeypatch):
 
 def test_files(tmp_path, monkeypatch):
     (tmp_path / "bfcl_v4_simple_python.jsonl").write_text(json.dumps(QUESTION) + "\n")
-    with pytest.raises(UserError, match="bfcl_v4_simple_python.jsonl: row 1 is not of this benchmark"):
+    with pytest.raises(UserError, match="bfcl_v4_simple_python.jsonl: row 1 does not fit this benchmark"):
         bfcl.load(str(tmp_path), 5, None, "simple_python")  # which has no answer
     strange = QUESTION | {"function": [{"name": "x", "parameters": {"properties": {"base": kind("list")}}}]}
     (tmp_path / "bfcl_v4_simple_python.jsonl").write_text("".join(
         json.dumps(row) + "\n" for row in (strange, {"id": ROW["id"], "ground_truth": ROW["ground_truth"]})))
-    with pytest.raises(UserError, match="row 1 is not of this benchmark .KeyError: 'list'"):
+    with pytest.raises(UserError, match="row 1 does not fit this benchmark .KeyError: 'list'"):
         bfcl.load(str(tmp_path), 5, None, "simple_python")
     asked = []
 

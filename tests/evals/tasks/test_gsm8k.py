@@ -121,11 +121,11 @@ def test_shots_and_files(folder):
     with pytest.raises(UserError, match="for shots=8, a gsm8k_train file"):
         gsm8k.load(str(folder / "gsm8k_test.jsonl"), 2, None)
     (folder / "gsm8k_test.jsonl").write_text('{"question": "What?"}\n')
-    with pytest.raises(UserError, match="gsm8k_test.jsonl: row 1 is not of .* .KeyError: 'answer'"):
+    with pytest.raises(UserError, match="gsm8k_test.jsonl: row 1 does not fit .* .KeyError: 'answer'"):
         gsm8k.load(str(folder), 2, None)
     (folder / "gsm8k_test.jsonl").write_text('{"question": "What?", "answer": "12"}\n')
-    with pytest.raises(UserError, match="ValueError: no number behind ####"):
+    with pytest.raises(UserError, match="ValueError: no number after ####"):
         gsm8k.load(str(folder), 2, None)
     (folder / "gsm8k_test.jsonl").write_text('{"question": 12, "answer": "#### 12"}\n')
-    with pytest.raises(UserError, match="row 1 is not of this benchmark .TypeError"):
+    with pytest.raises(UserError, match="row 1 does not fit this benchmark .TypeError"):
         gsm8k.load(str(folder), 2, None)

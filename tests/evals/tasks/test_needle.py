@@ -112,7 +112,7 @@ def test_learned_positions_cannot_be_extended(trained, tmp_path):
     tokenizer.save(tmp_path)
     lm, few = LM(str(tmp_path), device="cpu"), needle.load(None, 3, None, None, 3)
     assert needle.score(lm, few, None, 3).details["lengths"] == [200]
-    with pytest.raises(UserError, match="context_length=201: the positions of .* are learned, to 200"):
+    with pytest.raises(UserError, match="context_length=201: .* has learned positions, at most 200"):
         needle.score(lm, few, 201, 3)
 
 

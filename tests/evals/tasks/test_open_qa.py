@@ -75,7 +75,7 @@ def test_limits_and_shots(tmp_path):
     for row in ({"question": "What?"}, {"question": "What?", "answer": 5}, {"question": 5, "answer": "x"},
                 {"question": "What?", "answer": {"value": "x"}}):
         (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row) + "\n")
-        with pytest.raises(UserError, match="triviaqa.jsonl: row 1 is not of this benchmark"):
+        with pytest.raises(UserError, match="triviaqa.jsonl: row 1 does not fit this benchmark"):
             open_qa.load(str(tmp_path), 2, 0, "triviaqa")
 
 

@@ -89,5 +89,5 @@ def test_files(tmp_path):
     with pytest.raises(UserError, match="shots=1: there are 1 rows"):
         summarize.load(str(tmp_path), 4, 1)
     (tmp_path / "Summarize_mine.jsonl").write_text('{"document": "long"}\n')
-    with pytest.raises(UserError, match="Summarize_mine.jsonl: row 1 is not .* 'summary'"):
+    with pytest.raises(UserError, match="Summarize_mine.jsonl: row 1 does not fit .* 'summary'"):
         summarize.load(str(tmp_path), 4, None)
