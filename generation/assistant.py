@@ -1,10 +1,14 @@
-"""An assistant: a chat model that answers conversations, calls the calculator, and reads its result.
+"""A chat model that answers conversations, calls the calculator, and reads its result.
 
     assistant = Assistant(model, tokenizer, Sampling(temperature=0), max_new_tokens=200)
-    replies = assistant.reply([[{"role": "user", "content": "12 * 30?"}], ...])      # what to append to each
+    replies = assistant.reply([[{"role": "user", "content": "12 * 30?"}], ...])
+    conversations[0] += replies[0]                # the answer, after any tool calls and their results
 
-All conversations are written on together. A tool is called by its name in TOOLS and by nothing else; what a
-model writes is never run as code.
+All conversations are answered in one batch. A reply takes up to MOST_CALLS rounds of tool calls:
+
+    user "12 * 30?"  ->  assistant calls calculator("12 * 30")  ->  tool "360"  ->  assistant "It is 360."
+
+A tool is looked up by its name in TOOLS. Nothing that a model writes is run as code.
 """
 
 from collections.abc import Callable
@@ -13,17 +17,28 @@ from typing import Any
 from formats.chat_format import encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.calculator import calculate
-from generation.generate import PrefixCache, Sampling, generate
+from generation.generate import Options, PrefixCache, Sampling, append_tokens, generate
 from model import GPT
 
 TOOLS: dict[str, Callable[..., str]] = {"calculator": calculate}
 MOST_CALLS = 4  # rounds of tool calls in one reply
+ROUND_STRIDE = 2**17  # row numbers of a round: above those of the rounds before, for other random numbers
 
 Message = dict[str, Any]
 
 
+def call_tool(call: dict[str, Any]) -> str:
+    """Return the result of a tool call as text for the model, or "error: " and the reason."""
+    tool, arguments = TOOLS.get(call["name"]), call["arguments"]
+    if tool is None:
+        return f"error: no tool {call['name']!r}"
+    if not isinstance(arguments, dict) or set(arguments) != {"expression"}:
+        return "error: give {\"expression\": ..}"
+    return tool(arguments["expression"])
+
+
 class Assistant:
-    """A model, its tokenizer, and how it writes. `tokens` counts what it has written."""
+    """A model, its tokenizer, and how it samples. `tokens` counts the tokens it has generated."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int):
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
@@ -32,49 +47,46 @@ class Assistant:
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
     def reply(self, conversations: list[list[Message]], show: Callable[[int], None] = lambda token: None,
-              past: PrefixCache | None = None, first: int = 0, most_calls: int = MOST_CALLS) -> list[list[Message]]:
-        """The messages that follow each conversation: an answer, behind the calls and results it took.
+              prefix: PrefixCache | None = None, first: int = 0,
+              most_calls: int = MOST_CALLS) -> list[list[Message]]:
+        """Return the messages that follow each conversation: tool calls with their results, then an answer.
 
-        show(id): called with each token of the first conversation as it comes. past: of a single
-        conversation, so that its beginning is not read again at every turn. first: number of the first
-        conversation; each draws by its own number. most_calls: rounds of calls that are answered. "cut" marks
-        a message that would have gone on.
+        show(id): called with each token of the first conversation as it is generated. prefix: for a single
+        conversation, so that its earlier turns are not read again. first: row number of the first
+        conversation; each draws its random numbers by its row number. most_calls: rounds of tool calls that
+        get a result. A message that was not finished has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
-        open_rows = list(range(len(conversations)))
+        open_rows = list(range(len(conversations)))  # the conversations that still need an answer
         for turn in range(most_calls + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
-            new: list[list[int]] = [[] for _ in open_rows]
-            numbers = [first + row + turn * 2**17 for row in open_rows]  # other draws at every turn
-            for tokens in generate(self.model, prompts, self.max_new_tokens, self.sampling,
-                                   lambda row, ids: ids[-1] in self.end_ids, self.tokenizer.vocab_size,
-                                   numbers, past):
-                for row, token in enumerate(tokens):
-                    new[row] += [] if token is None else [token]
-                if open_rows[0] == 0 and tokens[0] is not None:
-                    show(tokens[0])
+            numbers = [first + row + turn * ROUND_STRIDE for row in open_rows]
+            shown = show if open_rows[0] == 0 else None
             still_open = []
-            for row, ids in zip(open_rows, new, strict=True):
-                self.tokens += len(ids)
-                replies[row].append(read_answer(self.tokenizer, ids))
-                calls = replies[row][-1].get("tool_calls", [])
-                if (ids and ids[-1] not in self.end_ids) or (calls and turn == most_calls):
-                    replies[row][-1]["cut"] = True
-                    continue
-                results = [call_tool(call) for call in calls]
-                replies[row] += [{"role": "tool", "content": result} for result in results]
-                still_open += [row] if results else []
+            for row, ids in zip(open_rows, self.write(prompts, numbers, shown, prefix), strict=True):
+                message = read_answer(self.tokenizer, ids)
+                replies[row].append(message)
+                calls = message.get("tool_calls", [])
+                unfinished = ids and ids[-1] not in self.end_ids
+                if unfinished or (calls and turn == most_calls):
+                    message["cut"] = True
+                elif calls:  # append the results, and let the model go on in the next round
+                    replies[row] += [{"role": "tool", "content": call_tool(call)} for call in calls]
+                    still_open.append(row)
             open_rows = still_open
             if not open_rows:
                 break
         return replies
 
-
-def call_tool(call: dict[str, Any]) -> str:
-    """The result of a tool call, or what is wrong with it, as text for the model."""
-    tool, arguments = TOOLS.get(call["name"]), call["arguments"]
-    if tool is None:
-        return f"error: no tool {call['name']!r}"
-    if not isinstance(arguments, dict) or set(arguments) != {"expression"}:
-        return "error: give {\"expression\": ..}"
-    return tool(arguments["expression"])
+    def write(self, prompts: list[list[int]], row_numbers: list[int], show: Callable[[int], None] | None,
+              prefix: PrefixCache | None) -> list[list[int]]:
+        """Generate until every row has ended its turn; return the new ids of each row."""
+        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=row_numbers, prefix=prefix)
+        new: list[list[int]] = [[] for _ in prompts]
+        for tokens in generate(self.model, prompts, self.max_new_tokens, self.sampling,
+                               lambda row, ids: ids[-1] in self.end_ids, options):
+            append_tokens(new, tokens)
+            if show is not None and tokens[0] is not None:
+                show(tokens[0])
+        self.tokens += sum(map(len, new))
+        return new

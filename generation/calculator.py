@@ -1,10 +1,10 @@
-"""The calculator that an assistant may call: arithmetic, read as a syntax tree, never run as code.
+"""The calculator that an assistant may call: arithmetic, evaluated from a syntax tree, never run as code.
 
     calculate("347 * (20 + 6)")      # "9022"
     calculate("1 / 0")               # "error: division by zero"
 
-Numbers, + - * / // % ** and brackets. Everything else, and what would take long, is an error, in words for
-the model to read.
+It knows numbers, + - * / // % ** and brackets. Anything else returns an error in words for the model to read,
+and so does a calculation that would take long.
 """
 
 import ast
@@ -14,12 +14,12 @@ from typing import Any
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
              ast.UAdd: operator.pos, ast.USub: operator.neg}
-LONGEST = 200  # characters of an expression; its tree is no deeper
-LARGEST = 10**30  # of any number on the way, so that no power takes long
+LONGEST = 200  # characters of an expression; this also bounds the depth of its tree
+LARGEST = 10**30  # of any intermediate result, so that no power takes long
 
 
 def calculate(expression: Any) -> str:
-    """The value of an expression as text: whole numbers without a point; or "error: " and a reason."""
+    """Return the value as text (whole numbers without a decimal point), or "error: " and a reason."""
     if not isinstance(expression, str) or len(expression) > LONGEST:
         return f"error: give an expression of at most {LONGEST} characters"
     try:
@@ -32,7 +32,7 @@ def calculate(expression: Any) -> str:
 
 
 def evaluate(node: ast.expr) -> int | float:
-    """The value of a tree; ValueError for what a calculator has no key for, and for numbers too large."""
+    """Return the value of a syntax tree; ValueError for anything but arithmetic, or a number too large."""
     if isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
@@ -44,6 +44,7 @@ def evaluate(node: ast.expr) -> int | float:
         value = OPERATORS[type(node.op)](left, right)
     else:
         raise ValueError("only numbers, + - * / // % ** and brackets")
+    # A negative number to a fractional power is complex; nan and inf fail the comparison.
     if isinstance(value, complex) or not abs(value) <= LARGEST:
         raise ValueError("the number is too large")
     return value

@@ -1,10 +1,10 @@
-"""A conversation in a terminal: the answer as it is written, thoughts and tool calls dimmed.
+"""A conversation in the terminal: answers appear as they are generated; thoughts and tool calls are dim.
 
     converse(assistant, system="", ask=input, write=sys.stdout.write)
 
-/reset forgets the conversation, /save FILE writes it as a line of JSON that prepare.py --kind=chat reads,
-/quit (or the end of input) leaves. Ctrl-C ends an answer, and takes its question back. What was said is not
-read again at every turn: its keys and values stay. When the context is full, the oldest turns are forgotten.
+/reset starts over, /save FILE appends the conversation as one line of JSON, which prepare.py --kind=chat
+reads, and /quit (or the end of input) leaves. Ctrl-C stops an answer and removes its question. The cache
+keeps the keys and values of earlier turns. When the context is full, the oldest turns are dropped.
 """
 
 import json
@@ -12,94 +12,67 @@ from collections.abc import Callable
 from typing import Any
 
 from formats.chat_format import CALL, END, RESPONSE, THOUGHT, THOUGHT_END, encode_prompt
-from generation.assistant import Assistant
+from formats.tokenizer import Tokenizer
+from generation.assistant import Assistant, Message
 from generation.generate import PrefixCache
 
-DIM, PLAIN = "\x1b[2m", "\x1b[0m"
-HELP = "/reset forgets, /save FILE writes, /quit leaves; Ctrl-C ends an answer\n"
+DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # terminal styles
+HELP = "/reset starts over, /save FILE saves, /quit leaves; Ctrl-C stops an answer\n"
 
 
 class Printer:
-    """Writes tokens as they come: a character when all its bytes are there, and special tokens as a style."""
+    """Writes tokens as they come: a character once all its bytes are there, a special token as a style."""
 
-    def __init__(self, assistant: Assistant, write: Callable[[str], Any], styled: bool):
-        self.tokenizer, self.write = assistant.tokenizer, write
+    def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any], styled: bool):
+        self.tokenizer, self.write = tokenizer, write
         dim, plain = (DIM, PLAIN) if styled else ("", "")
         spelled = {THOUGHT: dim, THOUGHT_END: f"{plain}\n", CALL: dim, END: f"{plain}\n", RESPONSE: ""}
-        self.styles = {self.tokenizer.hf.token_to_id(name): style for name, style in spelled.items()}
-        self.run: list[int] = []
-        self.written = 0
+        self.styles = {tokenizer.hf.token_to_id(name): style for name, style in spelled.items()}
+        self.ids: list[int] = []  # the tokens since the last special token
+        self.written = 0  # the number of their characters that are on the screen
 
     def __call__(self, token: int) -> None:
         if token in self.styles or token == self.tokenizer.eot_id:
             self.write(self.styles.get(token, "\n"))
-            self.run, self.written = [], 0
+            self.ids, self.written = [], 0
             return
-        self.run.append(token)
-        text = self.tokenizer.decode(self.run).rstrip("\N{REPLACEMENT CHARACTER}")
+        self.ids.append(token)
+        # A token may end within a character, which decodes to a replacement character so far.
+        text = self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}")
         self.write(text[self.written:])
         self.written = len(text)
 
 
-def converse(assistant: Assistant, system: str, ask: Callable[[str], str], write: Callable[[str], Any],
-             styled: bool = True) -> None:
-    """Ask, answer, and again, until the end of input or /quit."""
-    begin = [{"role": "system", "content": system}] if system else []
-    messages, past = list(begin), PrefixCache()
-    write(HELP)
+def read_line(ask: Callable[[str], str], write: Callable[[str], Any]) -> str | None:
+    """Ask for a line of text, again if it is not UTF-8; None at the end of input or after Ctrl-C."""
     while True:
         try:
             text = ask("> ").strip()
             text.encode("utf-8")
+            return text
         except (EOFError, KeyboardInterrupt):
             write("\n")
-            return
+            return None
         except UnicodeError:
             write("that is not UTF-8\n")
-            continue
-        command, _, argument = text.partition(" ")
-        if command == "/quit":
-            return
-        if command == "/reset":
-            messages = list(begin)
-        elif command == "/save":
-            write(save(messages, argument.strip()))
-        elif command.startswith("/"):
-            write(HELP)
-        elif text:
-            messages.append({"role": "user", "content": text})
-            write(forget(assistant, messages, len(begin)))
-            printer = Printer(assistant, write, styled)
-            try:
-                replies = assistant.reply([messages], printer, past)[0]
-            except KeyboardInterrupt:
-                write(f"{PLAIN if styled else ''}\n")
-                messages.pop()
-                continue
-            for reply in replies:
-                if reply["role"] == "tool":
-                    write(f"{DIM}= {reply['content']}{PLAIN}\n" if styled else f"= {reply['content']}\n")
-            if replies[-1].pop("cut", False):
-                write(f"{PLAIN if styled else ''} [...]\n")
-            messages += replies
 
 
-def forget(assistant: Assistant, messages: list[dict[str, Any]], keep: int) -> str:
-    """Drop the oldest turns, behind the first `keep` messages, until an answer has room; says so."""
-    room = assistant.model.config.block_size - min(assistant.max_new_tokens,
-                                                   assistant.model.config.block_size // 4)
-    dropped = 0
+def drop_turns(assistant: Assistant, messages: list[Message], keep: int) -> str:
+    """Drop the oldest turns, after `keep` messages, until an answer has room; return what to print."""
+    block_size = assistant.model.config.block_size
+    room = block_size - min(assistant.max_new_tokens, block_size // 4)
+    before = len(messages)
     while len(messages) > keep + 1 and len(encode_prompt(assistant.tokenizer, messages)) > room:
+        # A turn is a question and all messages up to the next question.
         del messages[keep]
-        dropped += 1
         while len(messages) > keep + 1 and messages[keep]["role"] != "user":
             del messages[keep]
-            dropped += 1
-    return f"[the context is full: {dropped} messages forgotten]\n" if dropped else ""
+    dropped = before - len(messages)
+    return f"[the context is full: dropped the oldest {dropped} messages]\n" if dropped else ""
 
 
-def save(messages: list[dict[str, Any]], path: str) -> str:
-    """Append the conversation to a .jsonl; returns what to say."""
+def save(messages: list[Message], path: str) -> str:
+    """Append the conversation to a .jsonl file; return what to print."""
     if not path:
         return "/save needs a file: /save chats.jsonl\n"
     try:
@@ -107,4 +80,44 @@ def save(messages: list[dict[str, Any]], path: str) -> str:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
     except OSError as error:
         return f"{error}\n"
-    return f"{len(messages)} messages appended to {path}\n"
+    return f"appended {len(messages)} messages to {path}\n"
+
+
+def answer(assistant: Assistant, messages: list[Message], prefix: PrefixCache, write: Callable[[str], Any],
+           styled: bool) -> None:
+    """Print the answer to the last message, and append it; after Ctrl-C remove the question instead."""
+    dim, plain = (DIM, PLAIN) if styled else ("", "")
+    try:
+        replies = assistant.reply([messages], Printer(assistant.tokenizer, write, styled), prefix)[0]
+    except KeyboardInterrupt:
+        write(f"{plain}\n")
+        messages.pop()
+        return
+    for reply in replies:
+        if reply["role"] == "tool":
+            write(f"{dim}= {reply['content']}{plain}\n")
+    if replies[-1].pop("cut", False):
+        write(f"{plain} [...]\n")
+    messages += replies
+
+
+def converse(assistant: Assistant, system: str, ask: Callable[[str], str], write: Callable[[str], Any],
+             styled: bool = True) -> None:
+    """Read questions and print answers until the end of input or /quit. system: the first message, if any."""
+    opening = [{"role": "system", "content": system}] if system else []
+    messages, prefix = list(opening), PrefixCache()
+    write(HELP)
+    while (text := read_line(ask, write)) is not None:
+        command, _, argument = text.partition(" ")
+        if command == "/quit":
+            return
+        if command == "/reset":
+            messages = list(opening)
+        elif command == "/save":
+            write(save(messages, argument.strip()))
+        elif command.startswith("/"):
+            write(HELP)
+        elif text:
+            messages.append({"role": "user", "content": text})
+            write(drop_turns(assistant, messages, len(opening)))
+            answer(assistant, messages, prefix, write, styled)

@@ -1,30 +1,51 @@
-"""Keys and values of the tokens that a model has read, so that generation computes them once.
+"""The key/value cache: generation computes the keys and values of each token only once.
 
-    cache = KVCache(model.config, batch_size=2, max_length=100)
-    logits = model(prompts, cache=cache)               # (B, T) behind what the cache holds, here nothing
-    cache.hold([12, 9])                                # how many tokens of each row count
+    cache = KVCache(model.config, batch_size=2, max_length=8)
+    logits = model(prompts, cache=cache)               # prompts (B, T), padded at the end of shorter rows
+    cache.set_lengths([5, 3])                          # how many tokens of each row are real
+    logits = model(next_tokens, cache=cache)           # (B, 1)
+    cache.set_lengths([6, 4])
 
-`StepCache` is the same for compiled steps. Shapes: B rows, T tokens of a step, K key/value heads, S
-slots, D head_dim.
+A token's slot is its position, so rows of different length need no padding at their beginning:
+
+    slot           0  1  2  3  4  5  6  7
+    row 0          a  b  c  d  e  .  .  .      lengths = [5, 3], used = 5, even = False
+    row 1          f  g  h  x  x  .  .  .      x: written by padding, hidden from every query by the mask
+    next token     -  -  -  1  -  0  -  -      row 0 writes slot 5, row 1 overwrites the x in slot 3
+
+StepCache gives compiled decoding steps equal shapes. Shapes: B rows, T tokens of a step, K key/value heads, S
+slots that queries see, D head_dim.
 """
 
 import math
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from modeling.attention import Positions
+
+STEP_SLOTS = 128  # StepCache: the visible slots are a multiple of this number
+
+
+class CacheSizes(Protocol):
+    """What a cache needs to know about a model; GPTConfig has it."""
+
+    n_layer: int
+    n_kv_head: int
+    head_dim: int
+    block_size: int
+
 
 class KVCache:
-    """Static keys and values of every layer, for generation.
+    """Keys and values of every layer, (B, K, max_length, D) each, allocated once.
 
-    k, v: (B, K, S, D) of each layer, allocated once. lengths: how many tokens each row holds; used: the
-    largest of them; even: whether it is that of all rows. A token's slot is its position, so rows of unequal
-    length need no padding on the left: what the padding behind a shorter row wrote is overwritten before
-    anything attends to it.
+    lengths: the number of tokens in each row. used: the length of the longest row. even: True if all rows
+    have the same length.
     """
 
-    def __init__(self, config: Any, batch_size: int, max_length: int, device: Any = None, dtype: Any = None):
+    def __init__(self, config: CacheSizes, batch_size: int, max_length: int, device: Any = None,
+                 dtype: torch.dtype | None = None):
         shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
                           for _ in range(2))
@@ -32,12 +53,15 @@ class KVCache:
         self.block_size = config.block_size
         self.set_lengths([0] * batch_size)
 
-    def prepare(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
-        """Make the next T slots of each row those that `update` fills. Returns the mask for `attend`, and the
-        positions: a slice that all rows share, or (B, T)."""
+    def prepare(self, T: int) -> tuple[Tensor | None, Positions]:
+        """Reserve the next T slots of each row, before the layers call `update`.
+
+        Returns the mask for `attend` and the positions. Raises ValueError beyond block_size.
+        """
         if self.used + T > self.block_size:
             raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
-        if self.even and (self.used == 0 or T == 1):  # causal, or a token that sees all there is
+        # Equal rows need no mask if the cache is empty (causal) or if one query sees all that there is.
+        if self.even and (self.used == 0 or T == 1):
             return None, slice(self.used, self.used + T)
         device = self.rows.device
         lengths = torch.tensor(self.lengths, device=device)
@@ -46,41 +70,42 @@ class KVCache:
         return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store (B, K, T, D) in the begun slots; returns what is to be attended to, (B, K, S, D) each."""
+        """Store k and v, (B, K, T, D), in the reserved slots; return what to attend to, (B, K, S, D) each."""
         T, S = k.shape[2], self.used + k.shape[2]
-        held = self.k[layer], self.v[layer]  # (B, K, all slots, D)
-        for slots, new in zip(held, (k, v), strict=True):
+        stored = self.k[layer], self.v[layer]  # (B, K, all slots, D)
+        for slots, new in zip(stored, (k, v), strict=True):
             if self.even:
                 slots.narrow(2, self.used, T).copy_(new)
             else:
                 slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, T, K, D)
-        if self.used == 0:  # nothing older: the new keys are all there is, and plain causal attention will do
+        if self.used == 0:  # the new keys and values are all there is, and causal attention will do
             return k, v
-        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)
+        return stored[0].narrow(2, 0, S).to(k.dtype), stored[1].narrow(2, 0, S).to(v.dtype)
 
     def set_lengths(self, lengths: list[int]) -> None:
-        """Declare, after a forward pass, how many tokens each row holds; what lies beyond is forgotten."""
+        """Set the number of tokens in each row, after a forward pass. Later slots count as empty."""
         self.lengths, self.used, self.even = lengths, max(lengths), len(set(lengths)) == 1
 
 
 class StepCache(KVCache):
-    """A cache with which 128 steps of one token in a row have the same shapes: what they see, through a mask,
-    is all slots up to a multiple of 128.
+    """A cache for compiled steps of one token: their shapes change only once in STEP_SLOTS steps.
 
-    seen: these slots, (S,) int64. place: (B, 1) int64, the slot of each row's next token. torch is told which
-    sizes differ between calls, and compiles once for all of them.
+    Such a step always has a mask, and sees all slots up to a multiple of STEP_SLOTS. seen: the numbers of
+    these slots, (S,) int64. place: the slot of each row's next token, (B, 1) int64. mark_dynamic tells torch
+    which sizes change between calls, so that it compiles once for all of them.
     """
 
-    def __init__(self, config: Any, batch_size: int, max_length: int, device: Any = None, dtype: Any = None):
-        self.all_slots = torch.arange(128 * math.ceil(max_length / 128), device=device)
+    def __init__(self, config: CacheSizes, batch_size: int, max_length: int, device: Any = None,
+                 dtype: torch.dtype | None = None):
+        self.all_slots = torch.arange(STEP_SLOTS * math.ceil(max_length / STEP_SLOTS), device=device)
         self.seen = self.all_slots[:0]
-        # More than are ever seen: of two sizes that are equal, torch would compile that they always are.
+        # 8 slots more than are ever seen: torch would compile two equal sizes as one and the same.
         super().__init__(config, batch_size, len(self.all_slots) + 8, device, dtype)
         for tensor in (*self.k, *self.v):
-            torch._dynamo.mark_static_address(tensor, guard=False)  # a CUDA graph writes into no other input
+            torch._dynamo.mark_static_address(tensor, guard=False)  # else a CUDA graph may not write to it
             torch._dynamo.mark_dynamic(tensor, 2)
 
-    def prepare(self, T: int) -> tuple[Tensor | None, slice | Tensor]:
+    def prepare(self, T: int) -> tuple[Tensor | None, Positions]:
         if T > 1:
             return super().prepare(T)
         return self.seen <= self.place[:, None, :, None], self.place  # (B, 1, 1, S), (B, 1)
@@ -88,14 +113,14 @@ class StepCache(KVCache):
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if k.shape[2] > 1:
             return super().update(layer, k, v)
-        held, S = (self.k[layer], self.v[layer]), len(self.seen)
-        for slots, new in zip(held, (k, v), strict=True):
+        stored, S = (self.k[layer], self.v[layer]), len(self.seen)
+        for slots, new in zip(stored, (k, v), strict=True):
             slots[self.rows, :, self.place] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
-        return held[0].narrow(2, 0, S).to(k.dtype), held[1].narrow(2, 0, S).to(v.dtype)  # (B, K, S, D)
+        return stored[0].narrow(2, 0, S).to(k.dtype), stored[1].narrow(2, 0, S).to(v.dtype)  # (B, K, S, D)
 
     def set_lengths(self, lengths: list[int]) -> None:
         super().set_lengths(lengths)
-        if len(self.seen) != (size := 128 * (self.used // 128 + 1)):
+        if len(self.seen) != (size := STEP_SLOTS * (self.used // STEP_SLOTS + 1)):
             self.seen = self.all_slots[:size]
             torch._dynamo.mark_dynamic(self.seen, 0)
-        self.place = torch.tensor(lengths, device=self.rows.device)[:, None]
+        self.place = torch.tensor(lengths, device=self.rows.device)[:, None]  # (B, 1)

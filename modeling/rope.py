@@ -1,12 +1,18 @@
-"""Rotary position embedding's frequencies, and the two ways of stretching them to longer contexts.
+"""Rotary position embeddings: frequencies, tables, and two ways to stretch them to longer contexts.
 
+    cos, sin = rope_tables(length=128, head_dim=64, theta=1e4, scaling=None)      # what model.py stores
     frequencies, factor = rope_frequencies(head_dim=64, theta=1e4, scaling=None)
 
-RoPE: arXiv 2104.09864. Scaling, in Hugging Face's keys: {"rope_type": "llama3", "factor": ..,
-"low_freq_factor": .., "high_freq_factor": .., "original_max_position_embeddings": ..} as in Llama 3's
-reference code, or {"rope_type": "yarn", "factor": .., "original_max_position_embeddings": ..} with optional
-"beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate": arXiv 2309.00071,
-section 3.2 and equation 22. model.py turns them into tables. Left out: linear, dynamic and longrope scaling.
+RoPE rotates pair i of a head at position t by the angle t * theta^(-2i / D) (arXiv 2104.09864). `scaling` is
+a dictionary with Hugging Face's keys:
+
+    llama3  {"rope_type": "llama3", "factor", "low_freq_factor", "high_freq_factor",
+             "original_max_position_embeddings"}: Llama 3's reference code
+    yarn    {"rope_type": "yarn", "factor", "original_max_position_embeddings"}, optionally "beta_fast",
+            "beta_slow", "attention_factor", "mscale", "mscale_all_dim", "truncate":
+            arXiv 2309.00071, section 3.2 and equation 22
+
+Left out: linear, dynamic and longrope scaling.
 """
 
 import math
@@ -17,51 +23,41 @@ from torch import Tensor
 from configurator import UserError
 
 
-def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, float]:
-    """Angle per position of each pair, (head_dim / 2,) float32, and the factor on cos and sin.
-
-    Always on the CPU, in float32. Raises UserError for an unknown kind of scaling or a missing key.
-    """
-    frequencies = theta ** -(torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)
-    if scaling is None:
-        return frequencies, 1.0
-    try:
-        if scaling["rope_type"] == "llama3":
-            return llama3(frequencies, scaling), 1.0
-        if scaling["rope_type"] == "yarn":
-            return yarn(frequencies, theta, scaling), yarn_factor(scaling)
-    except KeyError as error:
-        raise UserError(f"rope_scaling={scaling}: needs the key {error}") from None
-    raise UserError(f"rope_scaling={scaling}: rope_type must be llama3 or yarn")
-
-
 def llama3(frequencies: Tensor, scaling: dict) -> Tensor:
-    """Keep pairs that turn often in the trained context, slow rare ones by the factor, blend in between."""
+    """Keep high frequencies, divide low ones by the factor, and interpolate in between.
+
+    A frequency is high if its pair makes high_freq_factor or more full turns within the trained context, and
+    low if it makes low_freq_factor or fewer.
+    """
     turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)
     low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(0, 1)
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # (D/2,): 1 keeps the frequency, 0 divides it
     return frequencies * (keep + (1 - keep) / scaling["factor"])
 
 
 def yarn(frequencies: Tensor, theta: float, scaling: dict) -> Tensor:
-    """The same idea, blended linearly over the index of the pair instead of over its turns."""
+    """Like `llama3`, but the interpolation is linear in the index of the pair, not in its turns."""
     pairs, trained = len(frequencies), scaling["original_max_position_embeddings"]
 
-    def pair_that_turns(times: float) -> float:
-        """Index (fractional) of the pair that turns so often in the trained context."""
-        return pairs * math.log(trained / (times * 2 * math.pi)) / math.log(theta)
+    def pair_with_turns(turns: float) -> float:
+        """Return the (fractional) index of the pair that makes this many turns in the trained context."""
+        return pairs * math.log(trained / (turns * 2 * math.pi)) / math.log(theta)
 
-    first = pair_that_turns(scaling.get("beta_fast") or 32)
-    last = pair_that_turns(scaling.get("beta_slow") or 1)
+    first = pair_with_turns(scaling.get("beta_fast") or 32)
+    last = pair_with_turns(scaling.get("beta_slow") or 1)
     if scaling.get("truncate", True):
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
+    # (D/2,): 0 up to the pair `first` keeps the frequency, 1 from the pair `last` divides it by the factor.
     slow = ((torch.arange(pairs, device="cpu") - first) / max(last - first, 1e-3)).clamp(0, 1)
     return frequencies * (1 - slow + slow / scaling["factor"])
 
 
 def yarn_factor(scaling: dict) -> float:
-    """YaRN's attention temperature: as given, or 0.1 ln(factor) + 1, or, with both mscales, a ratio."""
+    """Return YaRN's factor for cos and sin, which scales the attention logits by its square.
+
+    This is "attention_factor" if given, else the ratio of both mscales if given, else 0.1 ln(factor) + 1.
+    """
     def temperature(mscale: float) -> float:
         return 0.1 * mscale * math.log(scaling["factor"]) + 1 if scaling["factor"] > 1 else 1.0
 
@@ -70,3 +66,34 @@ def yarn_factor(scaling: dict) -> float:
     if scaling.get("mscale") and scaling.get("mscale_all_dim"):
         return temperature(scaling["mscale"]) / temperature(scaling["mscale_all_dim"])
     return temperature(1.0)
+
+
+def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, float]:
+    """Return the angle per position of each pair, (head_dim / 2,), and the factor for cos and sin.
+
+    The frequencies are float32 on the CPU, in radians. Raises UserError for an unknown rope_type or a missing
+    key.
+    """
+    frequencies = theta ** -(torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)  # (D/2,)
+    if scaling is None:
+        return frequencies, 1.0
+    try:
+        if scaling["rope_type"] == "llama3":
+            return llama3(frequencies, scaling), 1.0
+        if scaling["rope_type"] == "yarn":
+            return yarn(frequencies, theta, scaling), yarn_factor(scaling)
+    except KeyError as error:
+        raise UserError(f"rope_scaling={scaling}: the key {error} is missing") from None
+    raise UserError(f"rope_scaling={scaling}: rope_type must be llama3 or yarn")
+
+
+def rope_tables(length: int, head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, Tensor]:
+    """Return the tables for model.py's `rotate`, each (length, head_dim): (cos, cos) and (-sin, sin).
+
+    Both are float32 on the CPU. Raises UserError as `rope_frequencies` does.
+    """
+    frequencies, factor = rope_frequencies(head_dim, theta, scaling)
+    times = torch.arange(length, device="cpu").float()
+    angles = times[:, None] * frequencies  # (length, D/2)
+    cos, sin = angles.cos() * factor, angles.sin() * factor
+    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (length, D) each

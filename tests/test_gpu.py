@@ -12,14 +12,14 @@ import sample
 import sft
 import train
 from generation.generate import Sampling, generate
-from model import GPT, document_mask
+from modeling.attention import document_mask, mask_and_positions
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import events, losses
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
-def test_flex_attention_equals_the_dense_mask_forward_and_backward():
+def test_flex_attention_equals_the_dense_mask_forward_and_backward(monkeypatch):
     torch.set_float32_matmul_precision("highest")  # a training run before may have allowed TF32
     model = busy_model(tiny_config(block_size=256)).cuda()
     ids = torch.randint(500, (2, 256), device="cuda")
@@ -30,7 +30,7 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward():
     results = []
     for dense in (False, True):
         model.zero_grad()
-        model.mask_and_positions = masks_of(model, dense)
+        monkeypatch.setattr("model.mask_and_positions", forced(dense))
         logits = model(ids, document_ids=documents)
         logits.square().mean().backward()
         results.append((logits.detach(), [parameter.grad.clone() for parameter in model.parameters()]))
@@ -39,10 +39,10 @@ def test_flex_attention_equals_the_dense_mask_forward_and_backward():
     assert all((a - b).norm() <= 1e-3 * b.norm() for a, b in zip(grads, expected, strict=True))
 
 
-def masks_of(model, dense):
-    def masks(input_ids, document_ids, cache, paths):
-        _, positions = GPT.mask_and_positions(model, input_ids, document_ids, cache)
-        return document_mask(document_ids, dense), positions
+def forced(dense_or_not):
+    """mask_and_positions with this choice of `dense`, whatever the model asks for."""
+    def masks(input_ids, block_size, document_ids, paths, dense):
+        return mask_and_positions(input_ids, block_size, document_ids, paths, dense_or_not)
 
     return masks
 

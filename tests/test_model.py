@@ -11,7 +11,8 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configurator import UserError
 from formats import hf
-from model import GPT, GPTConfig, attend, document_mask
+from model import GPT, GPTConfig
+from modeling.attention import attend, document_mask
 from modeling.kv_cache import KVCache
 from tests.conftest import ROOT, busy_model, tiny_config
 

@@ -11,8 +11,8 @@ from formats.chat_format import encode_answer, encode_prompt, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation import assistant as assistants
 from generation.assistant import MOST_CALLS, Assistant, call_tool
-from generation.generate import PrefixCache, Sampling, generate
-from generation.terminal import converse, forget
+from generation.generate import Options, PrefixCache, Sampling, generate
+from generation.terminal import converse, drop_turns
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 
@@ -29,7 +29,7 @@ class Scripted(Assistant):
         super().__init__(GPT(tiny_config(vocab_size=512)), tokenizer, Sampling(), 50)
         self.turns, self.prompts = list(turns), []
 
-        def written(model, prompts, max_new_tokens, sampling, is_done, vocab_size, numbers, past):
+        def written(model, prompts, max_new_tokens, sampling, is_done, options):
             self.prompts.append([tokenizer.decode(prompt) for prompt in prompts])
             said = [encode_answer(tokenizer, self.turns.pop(0)) for _ in prompts]
             for step in range(max(map(len, said))):
@@ -83,18 +83,18 @@ def test_what_was_said_is_not_read_again(tokenizer, monkeypatch):
     monkeypatch.setattr(
         GPT, "forward", lambda self, ids, **more: sizes.append(ids.shape[1]) or original(self, ids, **more)
     )
-    past, messages, before = PrefixCache(), [USER], 0
+    options, messages, before = Options(prefix=PrefixCache()), [USER], 0
     for _ in range(3):
         prompt = encode_prompt(tokenizer, messages)
         plain = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0))]
         sizes.clear()
-        kept = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0), past=past)]
+        kept = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0), options=options)]
         assert kept == plain
         assert sizes[0] <= len(prompt) - before, "what the last prompt held is not read"
         before = len(prompt)
         messages += [said(tokenizer.decode([i for i in kept if i < 400])), USER]
     long = [*range(300)]  # over the context: its end is read, and the past is that
-    assert [i[0] for i in generate(model, [long], 4, Sampling(temperature=0), past=past)] == [
+    assert [i[0] for i in generate(model, [long], 4, Sampling(temperature=0), options=options)] == [
         i[0] for i in generate(model, [long], 4, Sampling(temperature=0))
     ]
 
@@ -115,7 +115,7 @@ def test_a_conversation_in_the_terminal(tokenizer, monkeypatch, tmp_path):
     text = "".join(out)
     assert "\x1b[2m3 * 12\x1b[0m\nIt is 360.\x1b[0m\n" in text
     assert "= 6\x1b[0m\n" in text and "6 \u00e9" in text
-    assert "/save needs a file" in text and text.count("/reset forgets") == 2
+    assert "/save needs a file" in text and text.count("/reset starts over") == 2
     saved = json.loads((tmp_path / "s.jsonl").read_text())
     assert saved["messages"] == [
         {"role": "system", "content": "Be brief."}, {"role": "user", "content": "12 * 30?"}, thoughtful
@@ -127,11 +127,12 @@ def test_a_full_context_forgets_the_oldest_turns(tokenizer, monkeypatch):
     scripted = Scripted(tokenizer, [], monkeypatch)
     messages = [{"role": "system", "content": "s"}]
     messages += [USER, said("360")] * 12 + [{"role": "user", "content": "last"}]
-    told = forget(scripted, messages, keep=1)
-    assert "messages forgotten" in told and messages[0]["role"] == "system" and messages[1]["role"] == "user"
+    printed = drop_turns(scripted, messages, keep=1)
+    assert "the context is full: dropped the oldest" in printed
+    assert messages[0]["role"] == "system" and messages[1]["role"] == "user"
     assert messages[-1]["content"] == "last"
     assert len(encode_prompt(tokenizer, messages)) <= scripted.model.config.block_size
-    assert forget(scripted, messages, keep=1) == ""
+    assert drop_turns(scripted, messages, keep=1) == ""
 
 
 # ---- The commands -----------------------------------------------------------------------------------------
@@ -156,12 +157,12 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     assert len(found) == 2 and found[0] == found[1]
     assert found[0].keys() == {"messages", "id", "completion", "replies", "finish_reason"}
     assert found[0]["finish_reason"] == "length" and found[0]["replies"][-1]["role"] == "assistant"
-    with pytest.raises(UserError, match="stop: a conversation's answers end by themselves"):
+    with pytest.raises(UserError, match="stop only works with prompts"):
         sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--stop=x"])
     for bad, message in (
         ('{"messages": []}', "p.jsonl:1: 'messages' is no list of messages"),
         ('{"messages": [{"role": "x", "content": "a"}]}', "p.jsonl:1: unknown role"),
-        (json.dumps(rows[0]) + '\n{"prompt": "a"}', "p.jsonl:2: has no messages"),
+        (json.dumps(rows[0]) + '\n{"prompt": "a"}', 'p.jsonl:2: has no "messages"'),
     ):
         (tmp_path / "p.jsonl").write_text(bad + "\n")
         with pytest.raises(UserError, match=message):
@@ -171,8 +172,8 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
 @pytest.mark.parametrize(
     "words, message",
     [
-        (["--chat=True", "--prompt=a"], "chat=True: takes no prompt"),
-        (["--system=a"], "system: is of --chat=True"),
+        (["--chat=True", "--prompt=a"], "--chat=True does not work with prompt"),
+        (["--system=a"], "--system needs --chat=True"),
     ],
 )
 def test_mistakes_are_one_line(chat_folder, words, message):

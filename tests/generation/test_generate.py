@@ -13,19 +13,18 @@ import generation.generate
 import sample
 from configurator import UserError
 from formats.tokenizer import Tokenizer
-from generation.generate import PrefixCache, Sampling, choose, generate, penalize
+from generation.generate import Options, PrefixCache, Sampling, append_tokens, choose, generate, penalize
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
 
 GREEDY = Sampling(temperature=0)
 
 
-def run(model, prompts, count, sampling=GREEDY, **options):
-    """The new ids of each row."""
+def run(model, prompts, count, sampling=GREEDY, is_done=None, **options):
+    """Return the new ids of each row. options: the fields of Options."""
     rows = [[] for _ in prompts]
-    for tokens in generate(model, prompts, count, sampling, **options):
-        for row, token in zip(rows, tokens, strict=True):
-            row += [] if token is None else [token]
+    for tokens in generate(model, prompts, count, sampling, is_done, Options(**options)):
+        append_tokens(rows, tokens)
     return rows
 
 
@@ -82,7 +81,7 @@ def test_rows_do_not_know_of_each_other():
     sampling = Sampling(temperature=1.5, top_k=50, seed=3)
     together = run(model, prompts, 30, sampling)
     assert together == [
-        run(model, [prompt], 30, sampling, numbers=[row])[0] for row, prompt in enumerate(prompts)
+        run(model, [prompt], 30, sampling, row_numbers=[row])[0] for row, prompt in enumerate(prompts)
     ]
     assert together == run(model, prompts, 30, sampling)
     assert together != run(model, prompts, 30, Sampling(temperature=1.5, top_k=50, seed=4))
@@ -127,11 +126,11 @@ def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
     texts, begin = [], counts["unique_graphs"]
     for model.compiled_steps in (False, True):
         ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
-        past = PrefixCache()
-        turns = [run(model, [prompts[0] + list(range(n))], 9, past=past) for n in (1, 20)]
+        prefix = PrefixCache()
+        turns = [run(model, [prompts[0] + list(range(n))], 9, prefix=prefix) for n in (1, 20)]
         texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
     assert texts[0] == texts[1]
-    assert isinstance(past.cache, generation.generate.StepCache)
+    assert isinstance(prefix.cache, generation.generate.StepCache)
     assert counts["unique_graphs"] - begin <= 3  # one for 12 rows, one for any number, one for a single row
 
 
@@ -310,10 +309,10 @@ def test_streaming_never_takes_back_a_character(trained, monkeypatch):
     sampler = sample.Sampler(sample.SampleConfig(model=str(trained), device="cpu", stop="END"))
     tokenizer = sampler.tokenizer
     ids = tokenizer.encode("née 中 EN E EN") + tokenizer.encode("D after")
-    shown = [sampler.shown(ids[:n], finished=False) for n in range(len(ids) + 1)]
+    shown = [sampler.visible_text(ids[:n], finished=False) for n in range(len(ids) + 1)]
     assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
     assert not any("\N{REPLACEMENT CHARACTER}" in text for text in shown)
-    assert sampler.shown(ids, finished=True) == "née 中 EN E "
+    assert sampler.visible_text(ids, finished=True) == "née 中 EN E "
 
 
 def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
@@ -364,7 +363,7 @@ def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
     "words, message",
     [
         (["--model=out/nowhere"], "no model here|the hub does not give it"),
-        (["--prompt=a", "--prompt_file=b"], "give one"),
+        (["--prompt=a", "--prompt_file=b"], "only one"),
         (["--num_samples=0"], "num_samples"),
         ([f"--seed={2**43}"], "seed=8796093022208: must be between 0 and"),
         (["--stop="], "no value"),
