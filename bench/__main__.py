@@ -1,56 +1,61 @@
-"""Measure ourselves beside named peers on this machine, and print one table.
+"""Compare this project with named peers on this machine, and print one table.
 
-    python -m bench train --nanogpt=../nanoGPT     # an optimizer step, beside nanoGPT and transformers
-    python -m bench generate --batch_size=8        # greedy tokens a second
+    python -m bench train --nanogpt=../nanoGPT     # an optimizer step, compared with nanoGPT and transformers
+    python -m bench generate --batch_size=8        # greedy decoding, tokens per second
     python -m bench loss                           # the loss head: time and memory
     python -m bench load                           # fetching a batch, opening 10 GB
     python -m bench prepare --rounds=9 --json=docs/results/bench_prepare.json
-    python -m bench decontaminate --sets=FILES     # what looking for evaluation items costs it
-    python -m bench base --rounds=3                # the default run, seeds 1 to 3, beside gzip and xz
-    python -m bench sft                            # a step of fine-tuning, beside TRL; and dpo
-    python -m bench distill                        # a step of distillation, beside TRL and full logits
-    python -m bench cache                          # a cached teacher's files, beside HDF5 with gzip
-    python -m bench serve --model=out/dpo          # what is exported: speed, memory, size, perplexity
-    python -m bench eval --data=../data            # MMLU, beside lm-evaluation-harness
-    python -m bench train --help                   # the keys of each
+    python -m bench decontaminate --sets=FILES     # the cost of searching for evaluation items
+    python -m bench base --rounds=3                # the default run with seeds 1 to 3, compared with gzip, xz
+    python -m bench sft                            # a step of fine-tuning, compared with TRL; also: dpo
+    python -m bench distill                        # a step of distillation, compared with TRL and full logits
+    python -m bench serve --model=out/dpo          # exported files: speed, memory, size, perplexity
+    python -m bench eval --data=../data            # MMLU, compared with lm-evaluation-harness
+    python -m bench train --help                   # the keys of one subject
 
-Arms that are timed run in turn, once a round; medians and spreads are over rounds. That both sides do the
-same work is checked before anything is timed, and nothing is timed where it fails. transformers and TRL come
-from requirements-dev.txt; nanoGPT is read from the folder that --nanogpt names, and left out without it.
+Arms that are timed take turns, once per round; the table shows medians and ranges over the rounds. First each
+benchmark checks that both sides compute the same; it stops with an error if they do not. transformers and TRL
+come from requirements-dev.txt. nanoGPT is read from the folder --nanogpt, and left out without it.
 """
 
+import functools
 import sys
 from pathlib import Path
 
-from bench import base, cache, decontaminate, distill, eval, generate, load, loss, post, prepare, serve, train
-from bench.measure import PeerConfig, versions
+from bench import base, distill, eval, generate, load, loss, post, prepare, serve, train
+from bench.machine import versions
+from bench.measure import PeerConfig
 from configurator import UserError, configure, run_script
 from formats.files import write_json
 
-SUBJECTS = {"train": train, "generate": generate, "loss": loss, "load": load, "prepare": prepare,
-            "decontaminate": decontaminate, "base": base, "sft": post, "dpo": post, "distill": distill,
-            "cache": cache, "serve": serve, "eval": eval}
+# {name: (config, measure: config -> results, report: results -> text, usage)}; the results are also the JSON.
+SUBJECTS = {name.removeprefix("bench."): (module.Config, module.measure, module.report, module.__doc__)
+            for module in (train, generate, loss, load, prepare, base, distill, serve, eval)
+            for name in [module.__name__]}
+for kind in ("sft", "dpo"):
+    SUBJECTS[kind] = (post.Config, functools.partial(post.measure, kind=kind), post.report, post.__doc__)
+SUBJECTS["decontaminate"] = (prepare.SearchConfig, prepare.measure_search, prepare.report_search,
+                             prepare.__doc__)
 
 
 def main(argv: list[str]) -> int:
-    """Each subject's file has Config, measure(cfg) -> figures and report(figures) -> text."""
     if not argv or argv[0] not in SUBJECTS:
         usage = f"python -m bench {'|'.join(SUBJECTS)}"
         if {"--help", "-h"} & set(argv):
             print(f"{__doc__.strip()}\n\n{usage} --key=value")
             return 0
-        raise UserError(f"say what to measure: {usage}")
-    subject = SUBJECTS[argv[0]]
-    cfg, _ = configure(subject.Config, argv[1:], usage=subject.__doc__)
-    figures = subject.measure(cfg, argv[0]) if subject is post else subject.measure(cfg)
-    print(subject.report(figures))
+        raise UserError(f"name what to measure: {usage}")
+    config, measure, report, usage = SUBJECTS[argv[0]]
+    cfg, _ = configure(config, argv[1:], usage=usage)
+    results = measure(cfg)
+    print(report(results))
     if cfg.json:
         machine = versions(cfg.device, cfg.threads) if isinstance(cfg, PeerConfig) else versions()
         command = f"python -m bench {' '.join(argv)}"
-        write_json(Path(cfg.json), {"command": command, "versions": machine, **figures})
+        write_json(Path(cfg.json), {"command": command, "versions": machine, **results})
     return 0
 
 
 if __name__ == "__main__":
-    sys.argv[0] = "bench"  # what an error message begins with
+    sys.argv[0] = "bench"  # error messages begin with this name
     run_script(main)

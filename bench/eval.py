@@ -1,32 +1,28 @@
-"""Multiple choice: ours beside lm-evaluation-harness, the same model, questions and prompts.
+"""Multiple choice: ours compared with lm-evaluation-harness, on the same model, questions and prompts.
 
-    python -m bench eval --data=../data --limit=1000                  # MMLU, a random model of 11 M
+    python -m bench eval --data=../data --limit=1000                # MMLU, a random model of 11 M parameters
     python -m bench eval --data=../data --limit=300 --model=out/base \\
         --tasks=mmlu,hellaswag,arc_easy,arc_challenge,truthfulqa
 
---data is a folder with the benchmarks' files (evals/ has their names). Each arm is a process of its own, one
-after the other; lm-evaluation-harness first with few questions at each of --batch_sizes, then with all at the
-best. Seconds are CPU time of encoding and computing, without loading packages, model and rows. "agree" are
-the questions with the same likeliest choice; those whose two likeliest choices are closer than 1e-4 nats on
-either side are counted apart. Texts that only one side asks are an error.
+--data is a folder with the files of the benchmarks (evals/tasks/ has their names). The arms take turns, each
+in a process of its own. Before that, lm-evaluation-harness answers a few questions at each of --batch_sizes;
+it then runs with the fastest one. Seconds are CPU time of encoding and computing, without loading packages,
+model and rows. "agree" counts the questions where both sides prefer the same choice. A question is a near tie
+if the best two choices are closer than 1e-4 nats on either side; near ties are counted separately. A text
+that only one side scores is an error.
 """
 
-import json
-import os
+import functools
 import shutil
-import subprocess
-import sys
 import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from bench import harness
-from bench.measure import BenchConfig
-from configurator import UserError
+from bench.measure import BenchConfig, in_turns, run_child, text_table
+from configurator import UserError, require, require_positive
 from eval import TASKS
 from evals.benchmarks import read
 from evals.lm import LM
@@ -34,110 +30,66 @@ from formats import hf
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 
-NEAR_TIE = 1e-4  # nats between the two likeliest choices
+NEAR_TIE = 1e-4  # nats between the two best choices
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BenchConfig):
-    data: str = "../data"  # folder with the benchmarks' files
-    tasks: str = "mmlu"  # which, with commas between
-    limit: int = 1000  # questions of a task
+    data: str = "../data"  # folder with the files of the benchmarks
+    tasks: str = "mmlu"  # task names, separated by commas
+    limit: int = 1000  # number of questions per task
     model: str | None = None  # model folder or out_dir; None: a random one of 11 M parameters
-    block_size: int = 2048  # context of the random one
-    batch_sizes: str = "1,4,16"  # that lm-evaluation-harness may choose from
-    threads: int = 1  # of torch
-    rounds: int = 1  # times each arm takes its turn
+    block_size: int = 2048  # context length of the random model
+    batch_sizes: str = "1,4,16"  # batch sizes that lm-evaluation-harness chooses from
+    threads: int = 1  # CPU threads of torch
+    rounds: int = 1  # turns of each arm
 
     def __post_init__(self) -> None:
-        BenchConfig.__post_init__(self)
-        if self.limit <= 0 or self.block_size <= 0 or self.threads <= 0:
-            raise UserError("limit, block_size and threads must be positive")
-        if not all(word.isdigit() and int(word) for word in self.batch_sizes.split(",")):
-            raise UserError(f"batch_sizes={self.batch_sizes}: write them as 1,4,16")
+        super().__post_init__()
+        require_positive(self, "limit", "block_size", "threads")
+        valid = all(size.isdigit() and int(size) for size in self.batch_sizes.split(","))
+        require(self, "batch_sizes", valid, "positive numbers separated by commas, such as 1,4,16")
 
 
-# ---- What a process does ----------------------------------------------------------------------------------
+# ---- The arms, each in a process of its own ---------------------------------------------------------------
 
-def run_ours(folder: Path, model: str, task: str) -> dict[str, Any]:
-    """Our task on the folder's rows."""
-    lm = LM(model, "cpu")
-    said, seconds, asked = [], {"asking": 0.0}, lm.loglikelihood
+class TimedLM(LM):
+    """Keeps the log-probability of every choice, and the CPU seconds of encoding and computing."""
 
-    def noted(requests: list[tuple[str, list[str]]]) -> list[list[Any]]:
+    def __init__(self, path: str):
+        super().__init__(path, "cpu")
+        self.answers: list[tuple[str, list[str], list[float]]] = []  # context, choices, log-probabilities
+        self.seconds = 0.0
+
+    def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Any]]:
         begin = time.process_time()
-        rows = asked(requests)
-        seconds["asking"] += time.process_time() - begin
-        said.extend([context, choices, [each.log_prob for each in row]]
-                    for (context, choices), row in zip(requests, rows, strict=True))
+        rows = super().loglikelihood(requests)
+        self.seconds += time.process_time() - begin
+        self.answers += [(context, choices, [each.log_prob for each in row])
+                         for (context, choices), row in zip(requests, rows, strict=True)]
         return rows
 
-    lm.loglikelihood, begin = noted, time.process_time()
+
+def run_ours(model: str, folder: str, task: str) -> dict[str, Any]:
+    """Our task on the rows of a folder: answers, seconds, and the results of the task."""
+    lm, begin = TimedLM(model), time.process_time()
     settings, module = TASKS[task].settings, TASKS[task].module
-    result = module.score(lm, module.load(str(folder), 10**9, None, **settings), **settings)
-    figures = {key: figure._asdict() for key, figure in result.figures.items()}
-    return {"said": said, "seconds": seconds | {"whole": time.process_time() - begin}, "figures": figures}
+    result = module.score(lm, module.load(folder, 10**9, None, **settings), **settings)
+    seconds = {"asking": lm.seconds, "whole": time.process_time() - begin}
+    return {"answers": lm.answers, "seconds": seconds,
+            "figures": {key: figure._asdict() for key, figure in result.figures.items()}}
 
 
-def run_theirs(folder: Path, model: str, names: list[str], batch_size: int) -> dict[str, Any]:
-    """lm-evaluation-harness on the same rows."""
-    texts, seconds = harness.answers(model, folder, names, batch_size)
-    return {"said": [[*text, value] for text, value in texts.items()], "seconds": seconds}
-
-
-def work(argv: list[str]) -> int:
-    """One arm in this process. argv: the arm, its words; the last one is the file for what it found."""
-    arm, folder, model, threads, *words, out = argv
-    torch.set_num_threads(int(threads))
-    found = (run_ours(Path(folder), model, *words) if arm == "ours" else
-             run_theirs(Path(folder), model, words[1:], int(words[0])))
-    Path(out).write_text(json.dumps(found))
-    return 0
-
-
-def in_process(cfg: Config, folder: Path, *words: str) -> dict[str, Any]:
-    """What an arm found. UserError, with what it said, for one that fails."""
-    out = folder / "found.json"
-    arm, *others = words
-    code = "import sys; from bench.eval import work; sys.exit(work(sys.argv[1:]))"
-    model, threads = str(folder / "model"), str(cfg.threads)
-    ran = subprocess.run([sys.executable, "-c", code, arm, str(folder), model, threads, *others, str(out)],
-                         env=os.environ | {"OMP_NUM_THREADS": threads}, capture_output=True, text=True)
-    if ran.returncode:
-        raise UserError(f"{arm}: {ran.stderr[-800:]}")
-    return json.loads(out.read_text())
+def run_theirs(model: str, folder: str, tasks: list[str], batch_size: int) -> dict[str, Any]:
+    """lm-evaluation-harness on the same rows: answers and seconds."""
+    answers, seconds = harness.answers(model, Path(folder), tasks, batch_size)
+    return {"answers": [[*text, value] for text, value in answers.items()], "seconds": seconds}
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
 
-def measure(cfg: Config) -> dict[str, Any]:
-    """Both sides on each task: seconds, and whether they say the same."""
-    harness.imported()
-    results, names = {}, cfg.tasks.split(",")
-    with tempfile.TemporaryDirectory() as scratch:
-        few, all_of = Path(scratch) / "few", Path(scratch) / "all"
-        for folder, limit in ((few, min(cfg.limit, 24)), (all_of, cfg.limit)):
-            folder.mkdir()
-            tasks = harness.write_tasks(folder, cfg.data, names, limit)
-            write_model(cfg, folder / "model")
-        parameters = LM(str(all_of / "model"), "cpu").model.num_parameters()
-        for name in names:
-            few_tasks = [task for task in tasks[name] if (few / "harness" / f"{task}.yaml").exists()]
-            tried = {size: in_process(cfg, few, "theirs", size, *few_tasks)["seconds"]["asking"]
-                     for size in cfg.batch_sizes.split(",")}
-            best = min(tried, key=tried.__getitem__)
-            ours, theirs = [], []
-            for _ in range(cfg.rounds):
-                ours.append(in_process(cfg, all_of, "ours", name))
-                theirs.append(in_process(cfg, all_of, "theirs", best, *tasks[name]))
-            results[name] = compare(ours[0]["said"], theirs[0]["said"]) | {
-                "figures": ours[0]["figures"], "batch_size": int(best), "seconds_of_few": tried,
-                "ours_seconds": [each["seconds"] for each in ours],
-                "theirs_seconds": [each["seconds"] for each in theirs]}
-    return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "tasks": results}
-
-
 def write_model(cfg: Config, folder: Path) -> None:
-    """The model that is asked: the user's, copied, or a random Llama whose tokenizer is made for English."""
+    """Copy the user's model, or write a random Llama with a tokenizer trained on English."""
     if cfg.model:
         shutil.copytree(hf.find_folder(cfg.model), folder)
         return
@@ -149,46 +101,73 @@ def write_model(cfg: Config, folder: Path) -> None:
     tokenizer.save(folder)
 
 
+def measure(cfg: Config) -> dict[str, Any]:
+    """Run both sides on each task: seconds, and whether they agree."""
+    harness.import_package()
+    names = cfg.tasks.split(",")
+    with tempfile.TemporaryDirectory() as scratch:
+        few, full, model = (Path(scratch) / name for name in ("few", "full", "model"))
+        few_tasks = harness.write_tasks(few, cfg.data, names, min(cfg.limit, 24))
+        tasks = harness.write_tasks(full, cfg.data, names, cfg.limit)
+        write_model(cfg, model)
+        parameters = LM(str(model), "cpu").model.num_parameters()
+        results = {}
+        for name in names:
+            child = functools.partial(run_child, threads=cfg.threads)
+            tried = {size: child(run_theirs, str(model), str(few), few_tasks[name], int(size))
+                     ["seconds"]["asking"] for size in cfg.batch_sizes.split(",")}
+            best = int(min(tried, key=tried.__getitem__))
+            arms = {"ours": functools.partial(child, run_ours, str(model), str(full), name),
+                    "theirs": functools.partial(child, run_theirs, str(model), str(full), tasks[name], best)}
+            runs = in_turns(arms, cfg.rounds)
+            results[name] = compare(runs["ours"][0]["answers"], runs["theirs"][0]["answers"]) | {
+                "figures": runs["ours"][0]["figures"], "batch_size": best, "seconds_of_few": tried,
+                **{f"{side}_seconds": [run["seconds"] for run in runs[side]] for side in arms}}
+    return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "tasks": results}
+
+
 def compare(ours: list[tuple[str, list[str], list[float]]],
             theirs: list[tuple[str, str, float]]) -> dict[str, Any]:
-    """Whether two sides prefer the same choices. UserError where they were asked different things.
+    """Count the questions where both sides prefer the same choice. UserError if they score other texts.
 
-    ours: (context, choices, their log-probabilities) a question. theirs: (context, choice, log-probability).
+    ours: (context, choices, their log-probabilities) per question. theirs: (context, choice,
+    log-probability).
     """
-    found = {(context, choice): value for context, choice, value in theirs}
-    asked = {(context, choice) for context, choices, _ in ours for choice in choices}
-    if asked != found.keys():
-        context, choice = min(asked ^ found.keys())
-        raise UserError(f"one side alone asks {choice!r} behind {context[-80:]!r}")
+    their_values = {(context, choice): value for context, choice, value in theirs}
+    texts = {(context, choice) for context, choices, _ in ours for choice in choices}
+    if texts != their_values.keys():
+        context, choice = min(texts ^ their_values.keys())
+        raise UserError(f"only one side scores {choice!r} after {context[-80:]!r}")
     counts, largest = {"agree": 0, "differ": 0, "near_ties": 0}, 0.0
     for context, choices, values in ours:
-        sides = [values, [found[context, choice] for choice in choices]]
+        sides = [values, [their_values[context, choice] for choice in choices]]
         largest = max(largest, *(abs(one - two) for one, two in zip(*sides, strict=True)))
         if any(gap(side) < NEAR_TIE for side in sides):
             counts["near_ties"] += 1
         else:
             best = [side.index(max(side)) for side in sides]
             counts["agree" if best[0] == best[1] else "differ"] += 1
-    return {"questions": len(ours), "texts": len(asked), **counts, "largest_difference": largest}
+    return {"questions": len(ours), "texts": len(texts), **counts, "largest_difference": largest}
 
 
 def gap(values: list[float]) -> float:
-    """Between the largest two."""
+    """The difference of the largest two."""
     second, first = sorted(values)[-2:]
     return first - second
 
 
-def report(figures: dict[str, Any]) -> str:
-    """A line a task."""
-    lines = [f"{'task':14} {'questions':>9} {'agree':>6} {'differ':>6} {'near ties':>9} {'largest diff.':>13}"
-             f" {'ours':>9} {'lm_eval':>9} {'batch':>5} {'speed':>7} {'whole':>7}"]
-    for name, found in figures["tasks"].items():
-        ours, theirs = ({key: min(each[key] for each in found[f"{side}_seconds"]) for key in
-                         ("asking", "whole")} for side in ("ours", "theirs"))
-        lines.append(f"{name:14} {found['questions']:9,} {found['agree']:6,} {found['differ']:6,} "
-                     f"{found['near_ties']:9,} {found['largest_difference']:13.1e} {ours['asking']:7,.1f} s "
-                     f"{theirs['asking']:7,.1f} s {found['batch_size']:5} "
-                     f"{theirs['asking'] / ours['asking']:5.1f} x {theirs['whole'] / ours['whole']:5.1f} x")
-    return "\n".join([*lines, f"{figures['model']}, {figures['parameters']:,} parameters; CPU seconds"])
-
-
+def report(results: dict[str, Any]) -> str:
+    """One line per task."""
+    lines = []
+    for name, task in results["tasks"].items():
+        ours, theirs = ({key: min(run[key] for run in task[f"{side}_seconds"]) for key in ("asking", "whole")}
+                        for side in ("ours", "theirs"))
+        speed = {key: theirs[key] / ours[key] for key in ours}
+        lines.append([name, *(f"{task[key]:,}" for key in ("questions", "agree", "differ", "near_ties")),
+                      f"{task['largest_difference']:.1e}", f"{ours['asking']:,.1f} s",
+                      f"{theirs['asking']:,.1f} s", str(task["batch_size"]), f"{speed['asking']:.1f} x",
+                      f"{speed['whole']:.1f} x"])
+    headers = ["task", "questions", "agree", "differ", "near ties", "largest diff.", "ours", "lm_eval",
+               "batch", "speed", "whole"]
+    return (f"{text_table(headers, lines)}\n"
+            f"{results['model']}, {results['parameters']:,} parameters; CPU seconds")

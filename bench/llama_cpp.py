@@ -1,12 +1,12 @@
-"""A real llama.cpp on GGUF files: through xllamacpp (requirements-dev.txt), or llama-cpp-python.
+"""A real llama.cpp on GGUF files, through xllamacpp (requirements-dev.txt) or llama-cpp-python.
 
     with Server("exports/mine/mine-q8_0.gguf", context=128, slots=16) as server:
-        rows = server.write([[1, 2, 3], [4]], max_new_tokens=10)             # greedy ids behind each prompt
+        rows = server.write([[1, 2, 3], [4]], max_new_tokens=10)             # greedy ids after each prompt
         ids = server.post("/tokenize", {"content": "text"})["tokens"]
 
-xllamacpp is llama.cpp's own HTTP server in a thread of this process, on 127.0.0.1. It answers everything but
-the logits of a prompt: perplexity by llama.cpp's arithmetic needs llama-cpp-python, which builds for half an
-hour and so is in no requirements file.
+xllamacpp is llama.cpp's own HTTP server in a thread of this process, on 127.0.0.1. It does not return the
+logits of a prompt, so perplexity by llama.cpp's arithmetic needs llama-cpp-python. That package takes half an
+hour to build, so it is in no requirements file.
 """
 
 import json
@@ -21,9 +21,9 @@ import numpy as np
 
 
 def installed() -> dict[str, str]:
-    """{package: version} of those that are here."""
-    found = {"xllamacpp": has_server(), "llama-cpp-python": has_logits()}
-    return {name: version(name) for name, there in found.items() if there}
+    """{package: version} of the installed ones."""
+    packages = {"xllamacpp": has_server(), "llama-cpp-python": has_logits()}
+    return {name: version(name) for name, there in packages.items() if there}
 
 
 def has_server() -> bool:
@@ -35,11 +35,12 @@ def has_logits() -> bool:
 
 
 class Server:
-    """A model, loaded and answering."""
+    """A loaded model that answers HTTP requests."""
 
     def __init__(self, path: str | Path, context: int, slots: int = 1, threads: int = 1,
                  exact: bool = False):
-        """context: tokens of a text; slots: texts at a time. exact: keys and values in float32, like ours."""
+        """context: tokens per text; slots: number of texts at a time; exact: float32 keys and values, as
+        ours."""
         import xllamacpp
         params = xllamacpp.CommonParams()
         params.model.path = str(path)
@@ -58,45 +59,47 @@ class Server:
         del self.server
 
     def post(self, endpoint: str, body: dict[str, Any]) -> dict[str, Any]:
-        """What the server answers to a JSON request."""
+        """The server's answer to a JSON request."""
         request = urllib.request.Request(self.server.listening_address + endpoint, json.dumps(body).encode(),
                                          {"Content-Type": "application/json"})
         with urllib.request.urlopen(request) as answer:
             return json.load(answer)
 
-    def write(self, prompts: list[list[int]], max_new_tokens: int,
-              to_the_end: bool = True) -> list[list[int]]:
-        """The greedy ids behind each prompt, all prompts at a time. to_the_end: stop at the end of a text;
-        else go on, with the likeliest id that ends none."""
-        def ask(prompt: list[int]) -> list[int]:
+    def write(self, prompts: list[list[int]], max_new_tokens: int, stop: bool = True) -> list[list[int]]:
+        """The greedy ids after each prompt, for all prompts at a time.
+
+        stop: stop at an end-of-text token. If False, such tokens are excluded and generation continues.
+        """
+        def complete(prompt: list[int]) -> list[int]:
             return self.post("/completion", {"prompt": prompt, "n_predict": max_new_tokens, "temperature": 0,
                                              "return_tokens": True, "cache_prompt": False,
-                                             "ignore_eos": not to_the_end})["tokens"]
+                                             "ignore_eos": not stop})["tokens"]
 
         with ThreadPoolExecutor(self.slots) as pool:
-            return list(pool.map(ask, prompts))
+            return list(pool.map(complete, prompts))
 
     def log_probs(self, prompt: list[int], vocab_size: int) -> np.ndarray:
-        """Of every id, (V,), behind a prompt."""
-        letter = self.post("/tokenize", {"content": "a"})["tokens"]  # half a character would not be answered
+        """The log-probability of every id after a prompt, (V,)."""
+        # The bias forces a complete letter: the server returns nothing for a part of a character.
+        letter = self.post("/tokenize", {"content": "a"})["tokens"]
         answer = self.post("/completion", {"prompt": prompt, "n_predict": 1, "n_probs": vocab_size,
                                            "temperature": 0, "logit_bias": [[letter[-1], 1e4]]})
-        found = np.full(vocab_size, np.nan)
-        for each in answer["completion_probabilities"][0]["top_logprobs"]:
-            found[each["id"]] = each["logprob"]
-        return found
+        result = np.full(vocab_size, np.nan)
+        for token in answer["completion_probabilities"][0]["top_logprobs"]:
+            result[token["id"]] = token["logprob"]
+        return result
 
 
 def mean_loss(path: str | Path, inputs: np.ndarray, targets: np.ndarray, threads: int = 1) -> float:
-    """Nats a token, by llama-cpp-python. A row of inputs (n, T) predicts its targets (n, T)."""
+    """Loss in nats per token, by llama-cpp-python. Each row of inputs (n, T) predicts its targets (n, T)."""
     import llama_cpp
     model = llama_cpp.Llama(str(path), n_ctx=inputs.shape[1], n_batch=inputs.shape[1], n_threads=threads,
                             n_threads_batch=threads, logits_all=True, verbose=False)
     total = 0.0
-    for row, wanted in zip(inputs, targets, strict=True):
+    for row, expected in zip(inputs, targets, strict=True):
         model.reset()
         model.eval(row.tolist())
         logits = model.scores[:len(row)].astype(np.float64)  # (T, V)
         logits -= logits.max(-1, keepdims=True)
-        total += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row)), wanted]).sum()
+        total += (np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(row)), expected]).sum()
     return total / targets.size

@@ -1,12 +1,12 @@
-"""The peers: nanoGPT from a folder the user names, transformers from PyPI, and ours at their size.
+"""The peers (nanoGPT from a folder of the user, transformers from PyPI) and our models at the same size.
 
-    nanogpt = load_nanogpt("../nanoGPT")                 # its model.py as a module, None without a folder
-    model = nanogpt_model(nanogpt, shape)                # its GPT, in its own initialisation
-    ours = gpt2_twin(model, shape)                       # our class in GPT-2's settings, with its weights
+    nanogpt = load_nanogpt("../nanoGPT")     # its model.py as a module; None without a folder
+    model = nanogpt_model(nanogpt, shape)    # its GPT with its own initialisation
+    ours = gpt2_twin(model, shape)           # our class in GPT-2's settings, with its weights
 
-None of the peers' code stands here. nanoGPT's GELU is the exact one, GPT-2's, and so ours, its tanh form:
-checks give nanoGPT GPT-2's (`tanh_gelu`), timings leave it its own. Its LayerNorm has no bias, ours has one,
-at 0.
+No code of a peer is copied here. nanoGPT's GELU is the exact one; GPT-2's, and so ours, is the tanh
+approximation. Checks give nanoGPT the tanh form (`tanh_gelu`), timings leave it unchanged. nanoGPT's
+LayerNorm has no bias; ours has one, which is 0.
 """
 
 import contextlib
@@ -28,10 +28,12 @@ from configurator import UserError
 from formats.hf import VOCABULARY_TABLES, from_hf
 from model import GPT, GPTConfig
 
+WITHOUT_NANOGPT = "nanoGPT is left out: --nanogpt=DIR sets its folder"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A model's sizes, as far as both sides know them."""
+    """The sizes of a model that our class and the peers share."""
 
     n_layer: int
     n_head: int
@@ -39,18 +41,18 @@ class Shape:
     block_size: int
     vocab_size: int
     n_kv_head: int | None = None  # None: n_head
-    intermediate_size: int | None = None  # None: that with which our Llama has nanoGPT's number of parameters
+    intermediate_size: int | None = None  # None: our Llama gets the same number of parameters as nanoGPT
     tie_embeddings: bool = True
 
     @property
     def has_twin(self) -> bool:
-        """Whether nanoGPT can have this size: it ties its tables, and its MLP is 4 n_embd wide."""
+        """True if nanoGPT can have this size: it ties its tables, and its MLP is 4 n_embd wide."""
         grouped = self.n_kv_head not in (None, self.n_head)
         return self.tie_embeddings and not grouped and self.intermediate_size is None
 
 
 def nanogpt_parameters(shape: Shape) -> int:
-    """Parameters of nanoGPT's GPT without biases: 12 C^2 and two norms a layer, two tables, a last norm."""
+    """Parameters of nanoGPT's GPT without biases: 12 C^2 + 2 C per layer, two tables, and a last norm."""
     C = shape.n_embd
     return shape.n_layer * (12 * C * C + 2 * C) + (shape.vocab_size + shape.block_size + 1) * C
 
@@ -58,8 +60,9 @@ def nanogpt_parameters(shape: Shape) -> int:
 def llama_config(shape: Shape) -> GPTConfig:
     """Our Llama of this shape.
 
-    Where its MLP's width is not given, it is the one with nanoGPT's number of parameters, rounded to the
-    largest power of two (at most 256) that keeps the numbers within 1 %: matrix kernels like round widths.
+    If the width of its MLP is not set, it is chosen to match nanoGPT's number of parameters. It is rounded to
+    the largest power of two (at most 256) that keeps the numbers within 1 %: matrix kernels like round
+    widths.
     """
     fields = dict(n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
                   block_size=shape.block_size, vocab_size=shape.vocab_size,
@@ -80,7 +83,7 @@ def llama_config(shape: Shape) -> GPTConfig:
 # ---- nanoGPT ----------------------------------------------------------------------------------------------
 
 def load_nanogpt(folder: str | None) -> ModuleType | None:
-    """model.py of that folder. UserError where there is none."""
+    """The module model.py of a folder. UserError if there is no such file."""
     if folder is None:
         return None
     path = Path(folder) / "model.py"
@@ -93,7 +96,7 @@ def load_nanogpt(folder: str | None) -> ModuleType | None:
 
 
 def nanogpt_model(module: ModuleType, shape: Shape, seed: int = 0) -> nn.Module:
-    """Its GPT, without biases as its train.py has it, quietly."""
+    """Its GPT without biases, as in its train.py. Its messages are not printed."""
     torch.manual_seed(seed)
     with contextlib.redirect_stdout(io.StringIO()):
         return module.GPT(module.GPTConfig(
@@ -103,27 +106,30 @@ def nanogpt_model(module: ModuleType, shape: Shape, seed: int = 0) -> nn.Module:
 
 @contextlib.contextmanager
 def tanh_gelu(model: nn.Module) -> Iterator[None]:
-    """Inside, nn.GELU computes GPT-2's form."""
-    found = [(module, module.approximate) for module in model.modules() if isinstance(module, nn.GELU)]
-    for module, _ in found:
+    """Inside, nn.GELU computes GPT-2's tanh approximation."""
+    changed = [(module, module.approximate) for module in model.modules() if isinstance(module, nn.GELU)]
+    for module, _ in changed:
         module.approximate = "tanh"
     yield
-    for module, before in found:
+    for module, before in changed:
         module.approximate = before
 
 
 @torch.no_grad()
 def gpt2_twin(peer: nn.Module | None, shape: Shape) -> GPT:
-    """Our GPT in GPT-2's settings, with the peer's weights where there is a peer. UserError for a misfit."""
+    """Our GPT in GPT-2's settings, with the weights of a nanoGPT model if there is one.
+
+    Raises UserError if a weight of the peer has no place in our model.
+    """
     ours = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
                          block_size=shape.block_size, vocab_size=shape.vocab_size, position="learned",
                          norm="layernorm", mlp="gelu", bias="none", intermediate_size=4 * shape.n_embd))
     mine = dict(ours.named_parameters())
     for name, tensor in peer.named_parameters() if peer else ():
         if name == "lm_head.weight":
-            name = "transformer.wte.weight"  # tied, and named once only
+            name = "transformer.wte.weight"  # tied: torch lists it only once, by this name
         is_linear = tensor.ndim == 2 and ".h." in name
-        for own, value in from_hf(name, tensor.T if is_linear else tensor):  # as if it were Conv1D's
+        for own, value in from_hf(name, tensor.T if is_linear else tensor):  # from_hf expects Conv1D's layout
             if own in VOCABULARY_TABLES:
                 value = F.pad(value, (0, 0, 0, ours.config.padded_vocab_size - len(value)))
             if own not in mine or mine[own].shape != value.shape:
@@ -135,7 +141,7 @@ def gpt2_twin(peer: nn.Module | None, shape: Shape) -> GPT:
 def nanogpt_batch(path: Path, batch_size: int, block_size: int,
                   device: torch.device) -> tuple[Tensor, Tensor]:
     """Inputs and targets, (B, T) each, at random places of a file of uint16, as nanoGPT's train.py reads."""
-    data, T = np.memmap(path, dtype=np.uint16, mode="r"), block_size  # opened for each batch, as it is there
+    data, T = np.memmap(path, dtype=np.uint16, mode="r"), block_size  # nanoGPT, too, opens it for each batch
     starts = torch.randint(len(data) - T, (batch_size,))
     x = torch.stack([torch.from_numpy(data[i:i + T].astype(np.int64)) for i in starts])
     y = torch.stack([torch.from_numpy(data[i + 1:i + 1 + T].astype(np.int64)) for i in starts])
@@ -147,7 +153,7 @@ def nanogpt_batch(path: Path, batch_size: int, block_size: int,
 # ---- transformers -----------------------------------------------------------------------------------------
 
 def transformers_twin(ours: GPT, folder: Path, device: torch.device) -> nn.Module:
-    """What AutoModelForCausalLM makes of the folder that our model saves, in float32."""
+    """The model that AutoModelForCausalLM loads, in float32, from the folder that our model saves."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
@@ -158,18 +164,18 @@ def transformers_twin(ours: GPT, folder: Path, device: torch.device) -> nn.Modul
 # ---- Checks -----------------------------------------------------------------------------------------------
 
 def require_close(what: str, ours: float, theirs: float, limit: float = 1e-5) -> dict[str, float]:
-    """The difference, relative where the figures are above 1, for the JSON. UserError if over `limit`."""
+    """Both values and their difference (relative if above 1), for the JSON. UserError if over `limit`."""
     difference = abs(ours - theirs) / max(1.0, abs(theirs))
     if not difference <= limit or not math.isfinite(theirs):
-        raise UserError(f"{what}: ours gives {ours:.7g}, theirs {theirs:.7g}: nothing to compare")
+        raise UserError(f"{what}: ours is {ours:.7g}, theirs is {theirs:.7g}; nothing was timed")
     return {"ours": ours, "theirs": theirs, "difference": difference}
 
 
 def require_equal_tokens(what: str, ours: list[list[int]], theirs: list[list[int]]) -> dict[str, Any]:
-    """Their number and how many are distinct, for the JSON. UserError naming the first that differ."""
+    """The number of tokens and of distinct ones, for the JSON. UserError names the first that differs."""
     for row, (one, two) in enumerate(zip(ours, theirs, strict=True)):
         if one != two:
             place = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]),
                          min(len(one), len(two)))
-            raise UserError(f"{what}: token {place} of row {row} is not the same: nothing to compare")
+            raise UserError(f"{what}: token {place} of row {row} differs from ours; nothing was timed")
     return {"tokens": sum(map(len, ours)), "distinct": len(set(sum(ours, [])))}

@@ -1,15 +1,14 @@
-"""Kill a training run at random moments, again and again, and compare it with one that was never killed.
+"""Kill a training run at random moments, again and again, and compare it with a run that was never killed.
 
     python -m bench.soak --kills=30                    # half a minute
     python -m bench.soak --kills=1000 --json=docs/results/soak.json
 
-A tiny run on real text saves after every step, so that many kills (SIGKILL: nothing can be cleaned up) hit a
-save. It is started again until it is done, and must then have the losses, weights and optimizer state of the
-run that was never killed, to the last bit. Then the next run begins. Each start is a fork of this process,
-which has imported torch already.
+A tiny run on real text saves after every step, so many kills (SIGKILL: no cleanup is possible) hit a save.
+The run is restarted until it is done. It must then have the same losses, weights and optimizer state, bit for
+bit, as the run that was never killed. Then the next run begins. Each start is a fork of this process, which
+has already imported torch. Exit code 1 if any run differs.
 """
 
-import json
 import os
 import random
 import signal
@@ -26,7 +25,7 @@ from tqdm import tqdm
 import train
 from configurator import UserError, configure, run_script
 from formats.checkpoint import newest_verified, step_folders
-from formats.files import write_json
+from formats.files import read_jsonl, write_json
 from prepare import PrepareConfig, prepare
 
 TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
@@ -36,31 +35,31 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
 
 @dataclass(frozen=True, kw_only=True)
 class SoakConfig:
-    kills: int = 30  # times a run is killed, in all
-    source: str = "pystdlib"  # the text
-    optimizer: str = "muon"  # of the run
-    seed: int = 0  # of the moments
-    json: str | None = None  # also write the counts here
+    kills: int = 30  # total number of kills
+    source: str = "pystdlib"  # the text, in any form that prepare.py reads
+    optimizer: str = "muon"  # optimizer of the run
+    seed: int = 0  # seed of the moments of the kills
+    json: str | None = None  # also write the counts to this file
 
 
-def forked(words: list[str], log: Path) -> int:
-    """Start train.main(words) in a fork of this process; returns its process id."""
+def fork_train(argv: list[str], log: Path) -> int:
+    """Start train.main(argv) in a fork of this process; returns the process id of the fork."""
     child = os.fork()
     if child:
         return child
-    with open(log, "a", encoding="utf-8") as file:  # the child's stdout and stderr
+    with open(log, "a", encoding="utf-8") as file:  # takes stdout and stderr
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     try:
-        train.main(words)
+        train.main(argv)
         os._exit(0)
     except BaseException as error:
         print(f"{type(error).__name__}: {error}", flush=True)
         os._exit(1)
 
 
-def killed_after(seconds: float, child: int) -> bool:
-    """Kill a child after some seconds; False if it was done before. UserError if it failed."""
+def kill_after(seconds: float, child: int) -> bool:
+    """Kill a child after some seconds; False if it was done before. UserError if the child failed."""
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         finished, status = os.waitpid(child, os.WNOHANG)
@@ -74,9 +73,8 @@ def killed_after(seconds: float, child: int) -> bool:
 
 
 def outcome(out_dir: Path) -> tuple[list[tuple[int, float]], dict[str, Any]]:
-    """A finished run's losses by step, and the tensors of its last checkpoint's files."""
-    lines = (out_dir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    losses = [(event["step"], event[key]) for event in map(json.loads, lines)
+    """The losses of a finished run by step, and the weights and optimizer state of its last checkpoint."""
+    losses = [(event["step"], event[key]) for event in read_jsonl(out_dir / "metrics.jsonl")
               for key in ("loss", "val_loss") if key in event]
     folder = newest_verified(out_dir, print)
     state = torch.load(folder / "trainer" / "state.pt", weights_only=True)["optimizer"]
@@ -84,47 +82,47 @@ def outcome(out_dir: Path) -> tuple[list[tuple[int, float]], dict[str, Any]]:
     return losses, tensors | {"model.safetensors": (folder / "model.safetensors").read_bytes()}
 
 
-def same(one: tuple, two: tuple) -> bool:
-    """Whether two outcomes are equal to the last bit."""
+def equal(one: tuple, two: tuple) -> bool:
+    """True if two outcomes are equal bit for bit."""
     return one[0] == two[0] and one[1].keys() == two[1].keys() and all(
-        torch.equal(a, two[1][key]) if isinstance(a, torch.Tensor) else a == two[1][key]
-        for key, a in one[1].items())
+        torch.equal(value, two[1][key]) if isinstance(value, torch.Tensor) else value == two[1][key]
+        for key, value in one[1].items())
 
 
 def soak(cfg: SoakConfig, folder: Path) -> dict[str, int]:
-    """Runs until cfg.kills are reached; what was counted. UserError where a run fails to start again."""
-    words = [*TINY_RUN, f"--dataset={folder / 'data'}", f"--optimizer={cfg.optimizer}"]
+    """Train and kill runs until there were cfg.kills kills. UserError if a run fails to start again."""
+    argv = [*TINY_RUN, f"--dataset={folder / 'data'}", f"--optimizer={cfg.optimizer}"]
     begin = time.monotonic()
-    killed_after(600, forked([*words, f"--out_dir={folder / 'whole'}"], folder / "log"))
+    kill_after(600, fork_train([*argv, f"--out_dir={folder / 'whole'}"], folder / "log"))
     span, expected = time.monotonic() - begin, outcome(folder / "whole")
     moments = random.Random(cfg.seed)
     counts = {"kills": 0, "kills_inside_a_save": 0, "runs": 0, "runs_that_differ": 0}
     with tqdm(total=cfg.kills, unit="kill", disable=not sys.stderr.isatty(), leave=False) as bar:
         while counts["kills"] < cfg.kills:
             out = folder / f"run_{counts['runs']}"
-            child = forked([*words, f"--out_dir={out}"], folder / "log")
-            while killed_after(moments.uniform(0, span / 2), child):
+            run = [*argv, f"--out_dir={out}"]
+            while kill_after(moments.uniform(0, span / 2), fork_train(run, folder / "log")):
                 counts["kills"] += 1
                 counts["kills_inside_a_save"] += any(out.glob(".step_*.tmp"))
                 bar.update()
-                child = forked([*words, f"--out_dir={out}"], folder / "log")
             counts["runs"] += 1
-            counts["runs_that_differ"] += not same(outcome(out), expected)
+            counts["runs_that_differ"] += not equal(outcome(out), expected)
             assert len(step_folders(out)) <= 3, "old checkpoints pile up"
     return counts
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SoakConfig, argv, usage=__doc__)
-    torch.set_num_threads(1)  # a fork does not survive the parent's OpenMP threads
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    torch.set_num_threads(1)  # a fork does not have the OpenMP threads of its parent
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
         try:
             prepare(PrepareConfig(source=cfg.source, out=str(folder / "data"), vocab_size=500, num_proc=1,
                                   max_tokens=300_000))
             counts = soak(cfg, folder)
         except UserError:
-            print((folder / "log").read_text(encoding="utf-8")[-2000:], file=sys.stderr)
+            log = folder / "log"
+            print(log.read_text(encoding="utf-8")[-2000:] if log.exists() else "", file=sys.stderr)
             raise
     print("   ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
     if cfg.json:

@@ -1,7 +1,7 @@
-"""bench: each comparison at toy size, beside a stand-in with nanoGPT's interface; and its refusals.
+"""bench: every comparison at toy size, with a stand-in that has nanoGPT's interface; and its errors.
 
-The figures themselves mean nothing here. What is held: the checks refuse what does not agree, both sides have
-as many parameters, and every number that a comparison promises is in its JSON.
+The measured values mean nothing here. The tests show that the checks refuse sides that do not agree, that
+both sides have the same number of parameters, and that the JSON holds every number that is promised.
 """
 
 import json
@@ -9,14 +9,14 @@ import math
 import os
 import subprocess
 
-import numpy as np
 import pytest
 import torch
 
 import generation.generate
 from bench import distill, generate, llama_cpp, load, loss, peers, serve, train
 from bench.__main__ import main
-from bench.measure import interleaved, matmul_arms, matmul_peak
+from bench.machine import matmul_arms, matmul_peak
+from bench.measure import in_turns, run_child, text_table, time_in_turns
 from bench.peers import Shape, llama_config, nanogpt_parameters
 from configurator import UserError
 from dataset.shards import DataFolder
@@ -25,7 +25,7 @@ from tests.conftest import ROOT
 
 TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
 QUICK = ["--rounds=2", "--seconds=0.001"]
-# The interface and the parameters' names of nanoGPT's model.py, with attention of its own and no options.
+# The interface and the parameter names of nanoGPT's model.py, with its own attention and no options.
 STAND_IN = '''
 import torch, dataclasses
 from torch import nn
@@ -106,18 +106,18 @@ def nanogpt(tmp_path_factory):
     return folder
 
 
-def run(tmp_path, *words):
-    """The JSON of `python -m bench WORDS`."""
-    path = tmp_path / "figures.json"
-    assert main([words[0], *QUICK, *words[1:], f"--json={path}"]) == 0
+def run(tmp_path, *argv):
+    """The JSON of `python -m bench ARGV`, and its arms by name."""
+    path = tmp_path / "results.json"
+    assert main([argv[0], *QUICK, *argv[1:], f"--json={path}"]) == 0
     figures = json.loads(path.read_text())
-    assert figures["command"].startswith(f"python -m bench {words[0]}")
+    assert figures["command"].startswith(f"python -m bench {argv[0]}")
     assert {"torch", "transformers", "numpy", "machine", "threads", "clock"} <= figures["versions"].keys()
     for arm in figures["arms"]:
         assert 0 < arm["min_seconds"] <= arm["median_seconds"] <= arm["max_seconds"] < 60
         assert len(arm["seconds"]) in (1, 2) and arm["first_call_seconds"] > 0
         assert all(0 < ratio < math.inf for ratio in arm["speed_of"].values())
-        assert 0 < arm["share_of_peak"] < 5  # of a toy, a clock tick may be a share
+        assert 0 < arm["share_of_peak"] < 5  # a toy is so small that one clock tick matters
     return figures, {arm["arm"]: arm for arm in figures["arms"]}
 
 
@@ -144,21 +144,22 @@ def test_train_without_nanogpt_says_so(tmp_path, capsys):
     assert "nanoGPT is left out: --nanogpt=DIR" in capsys.readouterr().out
 
 
-def test_train_leaves_nanogpt_out_of_sizes_it_cannot_have(tmp_path, nanogpt, capsys):
-    words = ["--n_kv_head=1", "--arms=our Llama, float32", f"--nanogpt={nanogpt}"]
-    run(tmp_path, "train", *TOY, "--batch_size=2", *words)
+def test_train_leaves_nanogpt_out_for_sizes_it_cannot_have(tmp_path, nanogpt, capsys):
+    argv = ["--n_kv_head=1", "--arms=our Llama, float32", f"--nanogpt={nanogpt}"]
+    run(tmp_path, "train", *TOY, "--batch_size=2", *argv)
     assert "nanoGPT is left out: it has no grouped heads" in capsys.readouterr().out
 
 
-def test_our_step_is_one_of_fits(tmp_path, data):
-    """Three steps have the losses of three steps of train.py, from the same weights and rows."""
+def test_our_step_is_a_step_of_fit(tmp_path, data):
+    """Three steps have the losses of three steps of train.py, with the same weights and rows."""
     import train as stage
     cfg = train.Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=500, batch_size=4)
-    bench = train.StepBench(cfg, torch.device("cpu"), tmp_path)
-    bench.data, config = data, bench.llama.config
-    bench.llama = GPT(config, seed=1337)
-    run_cfg = bench.train_config("muon")
-    step = train.OurStep(bench.llama, run_cfg, train.Run(tmp_path, bench.device), "float32")
+    setup = train.Setup(cfg, torch.device("cpu"), tmp_path)
+    setup.data, config = data, setup.llama.config
+    state = train.TrainState(setup.train_config("muon"), GPT(config, seed=1337),
+                             train.Run(tmp_path, setup.device))
+    train.enter_stage(state)
+    step = train.our_step(state)
     for _ in range(3):
         step()
     stage.main([f"--dataset={data}", f"--out_dir={tmp_path / 'out'}", "--max_steps=3", "--log_interval=3",
@@ -168,14 +169,15 @@ def test_our_step_is_one_of_fits(tmp_path, data):
                 "--weight_decay=0.1", "--beta2=0.99", "--device=cpu", "--eval_tokens=64",
                 "--sample_tokens=0"])
     events = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
-    assert events[0]["loss"] == step.meter.sums["loss"].item() / step.meter.counts["loss"]
-    assert events[0]["grad_norm"] == step.meter.norm.item()
+    metrics = state.metrics
+    assert events[0]["loss"] == metrics.sums["loss"].item() / metrics.counts["loss"]
+    assert events[0]["grad_norm"] == metrics.norm.item()
 
 
 def test_generate(tmp_path, nanogpt, monkeypatch):
     monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
-    words = [word for word in TOY if "block" not in word]
-    figures, arms = run(tmp_path, "generate", *words, "--block_size=64", "--max_new_tokens=24",
+    argv = [arg for arg in TOY if "block" not in arg]
+    figures, arms = run(tmp_path, "generate", *argv, "--block_size=64", "--max_new_tokens=24",
                         "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}", "--compile=True")
     assert list(arms) == ["nanoGPT", "transformers", "our Llama", "our GPT-2", "our Llama, compiled"]
     for check in figures["checks"].values():
@@ -184,14 +186,14 @@ def test_generate(tmp_path, nanogpt, monkeypatch):
 
 
 def test_loss(tmp_path):
-    """Full logits keep several (n, v) tensors, ours a chunk of 512 rows: memory tells them apart."""
+    """Full logits keep several (n, v) tensors, our head only a chunk of 512 rows, so memory differs."""
     figures, arms = run(tmp_path, "loss", "--n=2048", "--d=32", "--v=4000", "--rounds=1")
     assert max(figures["checks"].values()) <= 1e-5
     full, ours = (min(arms[name]["memory_megabytes"]) for name in ("full logits", "our head"))
     assert full > 2 * 4 * 2048 * 4000 / 1e6 and 0 < ours < 0.6 * full
 
 
-def test_loss_in_bfloat16_is_checked_as_bfloat16_allows():
+def test_loss_in_bfloat16_has_the_limit_of_bfloat16():
     differences = loss.check(loss.problem(64, 16, 100, "bfloat16", "cpu"))
     assert max(differences.values()) <= 2e-2
 
@@ -203,15 +205,15 @@ def test_load(tmp_path):
     assert figures["checks"] == {"rows": 2, "tokens": 32}
 
 
-def test_a_sparse_folder_has_the_size_it_says(tmp_path):
+def test_a_sparse_folder_has_the_requested_size(tmp_path):
     shards = DataFolder(load.sparse_folder(tmp_path / "big", 600_000_000)).shards["train"]
     assert [len(shard) for shard in shards] == [2**27, 2**27, 300_000_000 - 2**28]
 
 
-# ---- Refusals ---------------------------------------------------------------------------------------------
+# ---- Errors -----------------------------------------------------------------------------------------------
 
 def test_altered_weights_are_refused(tmp_path, nanogpt, monkeypatch):
-    """One matrix multiplied by -3, on the way to either peer, and nothing is timed."""
+    """If one matrix is multiplied by -3 on the way to a peer, nothing is timed."""
     def altered(make):
         def made(*arguments):
             model = make(*arguments)
@@ -220,24 +222,24 @@ def test_altered_weights_are_refused(tmp_path, nanogpt, monkeypatch):
             return model
         return made
 
-    words = ["train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}"]
+    argv = ["train", *TOY, "--batch_size=2", f"--nanogpt={nanogpt}"]
     for name, what in (("gpt2_twin", "nanoGPT's weights"), ("transformers_twin", "our weights")):
         with monkeypatch.context() as patch:
             patch.setattr(peers, name, altered(getattr(peers, name)))
-            with pytest.raises(UserError, match=f"{what}: ours gives .* nothing to compare"):
-                main(words)
+            with pytest.raises(UserError, match=f"{what}: ours is .* nothing was timed"):
+                main(argv)
             with pytest.raises(UserError, match="greedy tokens: token"):
-                main(["generate", *words[1:-2], "--block_size=64", "--max_new_tokens=40", *QUICK, words[-1]])
+                main(["generate", *argv[1:-2], "--block_size=64", "--max_new_tokens=40", *QUICK, argv[-1]])
 
 
 def test_another_loss_is_refused(monkeypatch):
     monkeypatch.setitem(loss.ARMS, "our head", lambda *inputs: 1.001 * loss.our_head(*inputs))
-    with pytest.raises(UserError, match="loss: ours is off by 1.0e-03"):
+    with pytest.raises(UserError, match="loss: our head differs by 1.0e-03"):
         main(["loss", "--n=8", "--d=4", "--v=10"])
 
 
 def test_another_divergence_is_refused():
-    """A last loss may differ by what rounding grows to, a first one may not."""
+    """The last losses may differ a little, because rounding grows; the first ones may not."""
     results = {name: [{"loss": 0.1, "last_loss": 0.05}] * 2 for name in distill.ARMS}
     distill.check(results | {"ours": [{"loss": 0.100001, "last_loss": 0.05001}]})
     for altered, message in (({"loss": 0.1001, "last_loss": 0.05}, "forward_kl: loss differs"),
@@ -249,22 +251,24 @@ def test_another_divergence_is_refused():
 def test_other_rows_are_refused(monkeypatch):
     rows = load.batches_at
     monkeypatch.setattr(load, "batches_at", lambda data, step: rows(data, step + 1))
-    with pytest.raises(UserError, match="the first batch is not what the file holds"):
+    with pytest.raises(UserError, match="the first batch does not hold the tokens of the file"):
         main(["load", *TOY, "--batch_size=2"])
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("argv, message", [
     (["train", "--nanogpt=nowhere"], "no model.py here"),
-    (["train", "--arms=none"], "no arm has such a name"),
+    (["train", "--arms=none"], "arms=none: matches the name of no arm"),
     (["train", "--rounds=0"], "rounds=0: must be positive"),
-    (["generate", "--prompt_tokens=400"], "do not fit"),
-    (["loss", "--n=0"], "must be positive"),
-    (["speed"], "say what to measure"),
-    ([], "say what to measure"),
+    (["generate", "--prompt_tokens=400"], r"block_size=512: must be at least prompt_tokens \+ max"),
+    (["loss", "--n=0"], "n=0: must be positive"),
+    (["sft", "--steps=6"], "steps=6: must be more than 6"),
+    (["speed"], "name what to measure"),
+    (["cache"], "name what to measure"),
+    ([], "name what to measure"),
 ])
-def test_what_a_user_can_get_wrong(words, message):
+def test_user_errors(argv, message):
     with pytest.raises(UserError, match=message):
-        main([*words, *(TOY if words[:1] == ["train"] else [])])
+        main([*argv, *(TOY if argv[:1] == ["train"] else [])])
 
 
 # ---- The parts --------------------------------------------------------------------------------------------
@@ -274,7 +278,7 @@ def test_what_a_user_can_get_wrong(words, message):
     (Shape(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257), 124_337_664),
 ])
 def test_our_llama_has_nanogpts_number_of_parameters(shape, parameters):
-    """nanoGPT prints 0.80M and 123.55M: it leaves the 8,192 and 786,432 of the positions out."""
+    """nanoGPT prints 0.80M and 123.55M: it does not count the position table's 8,192 and 786,432."""
     with torch.device("meta"):
         ours = GPT(llama_config(shape)).num_parameters()
     assert ours == pytest.approx(nanogpt_parameters(shape), rel=0.01)
@@ -283,17 +287,40 @@ def test_our_llama_has_nanogpts_number_of_parameters(shape, parameters):
 
 
 def test_arms_take_turns():
-    """Three calls to warm up, one arm after the other; then a turn each, round by round."""
+    """Three warm-up calls per arm; then one turn per arm in every round."""
     calls = []
     arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    timings = interleaved(arms, rounds=2, device=torch.device("cpu"), seconds=1e-9)
+    timings = time_in_turns(arms, rounds=2, device=torch.device("cpu"), seconds=1e-9)
     assert calls == list("aaabbb" + "abab")
     assert all(len(timing.seconds) == 2 and timing.repeats == 1 for timing in timings.values())
 
 
-def test_peak_is_that_of_the_best_product():
+def test_results_of_turns_keep_their_order():
+    calls = []
+
+    def arm(name):
+        calls.append(name)
+        return len(calls)
+
+    assert in_turns({"a": lambda: arm("a"), "b": lambda: arm("b")}, 2) == {"a": [1, 3], "b": [2, 4]}
+    assert calls == list("abab")
+
+
+def test_a_child_process_returns_json_or_its_error():
+    assert run_child(json.loads, "[1, 2]") == [1, 2]
+    with pytest.raises(UserError, match="(?s)loads.*Expecting value"):
+        run_child(json.loads, "no JSON")
+
+
+def test_a_text_table_by_hand():
+    assert text_table(["arm", "ms"], [["ours", "1.5"], ["a peer", "10.0"]]).split("\n") == [
+        "arm       ms", "ours     1.5", "a peer  10.0"]
+
+
+def test_peak_is_that_of_the_fastest_product():
     products = {(8, 16, 32), (64, 64, 64)}
-    timings = interleaved(matmul_arms(products, "float32", torch.device("cpu")), 1, torch.device("cpu"), 1e-3)
+    cpu = torch.device("cpu")
+    timings = time_in_turns(matmul_arms(products, "float32", cpu), 1, cpu, 1e-3)
     timings["matmul 8 x 16 x 32, float32"].seconds = [1.0]
     timings["matmul 64 x 64 x 64, float32"].seconds = [0.5, 0.25]
     assert matmul_peak(timings, "float32") == 2 * 64**3 / 0.25
@@ -310,12 +337,12 @@ def test_help_lists_every_key(capsys):
 
 @pytest.mark.slow
 def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
-    """The same commands, on this CPU; with a GPU they differ in sizes only."""
-    found = subprocess.run(
+    """The same commands on this CPU; on a GPU only the sizes differ."""
+    process = subprocess.run(
         ["bench/h200.sh", "toy", str(tmp_path / "j")], cwd=ROOT, capture_output=True, text=True,
         env=os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"},
     )
-    assert found.returncode == 0, found.stderr
+    assert process.returncode == 0, process.stderr
     parts = json.loads((tmp_path / "j").read_text())
     assert parts.keys() == {"command", "train_124m", "train_1.1b", "decode_124m", "loss"}
     arms = [arm["arm"] for arm in parts["train_124m"]["arms"]]
@@ -324,9 +351,9 @@ def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
 
 
 @pytest.mark.slow
-def test_what_looking_for_evaluation_items_costs(tmp_path, text_folder, capsys):
-    words = ["--rounds=1", "--megabytes=0.5", f"--source={text_folder}", "--vocab_size=300"]
-    assert main(["decontaminate", *words, f"--json={tmp_path / 'b.json'}"]) == 0
+def test_the_cost_of_searching_for_evaluation_items(tmp_path, text_folder, capsys):
+    argv = ["--rounds=1", "--megabytes=0.5", f"--source={text_folder}", "--vocab_size=300"]
+    assert main(["decontaminate", *argv, f"--json={tmp_path / 'b.json'}"]) == 0
     printed = capsys.readouterr().out
     assert printed.count("MB/s") == printed.count("documents/s") == 2
     figures = json.loads((tmp_path / "b.json").read_text())
@@ -337,7 +364,7 @@ def test_what_looking_for_evaluation_items_costs(tmp_path, text_folder, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sft", "dpo"])
-def test_fine_tuning_beside_trl(kind, tmp_path, capsys):
+def test_fine_tuning_compared_with_trl(kind, tmp_path, capsys):
     toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
            "--block_size=256"]  # fmt: skip
     assert main([kind, *toy, f"--json={tmp_path / 'b.json'}"]) == 0
@@ -351,12 +378,14 @@ def test_fine_tuning_beside_trl(kind, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_distillation_beside_trl_and_full_logits(tmp_path, capsys):
+def test_distillation_compared_with_trl_and_full_logits(tmp_path, capsys):
     toy = ["--rounds=1", "--steps=8", "--batch_size=2", "--vocab_size=600", "--n_layer=1", "--n_embd=64",
            "--teacher_n_layer=2", "--teacher_n_embd=128"]  # fmt: skip
     assert main(["distill", *toy, f"--json={tmp_path / 'b.json'}"]) == 0
-    lines = {line[:14].strip(): line for line in capsys.readouterr().out.splitlines()}
-    assert "x TRL  x plain" in lines["distill"] and len(lines["ours"]) == len(lines["TRL, jsd"])
+    lines = capsys.readouterr().out.splitlines()
+    headers = {header.strip() for header in lines[0].split("  ")}
+    assert lines[0].startswith("distill") and {"x TRL", "x plain", "of TRL", "of plain"} <= headers
+    assert len(lines) == 6 and len({len(line) for line in lines}) == 1
     figures = json.loads((tmp_path / "b.json").read_text())
     assert list(figures["arms"]) == ["ours", "ours, jsd", "TRL", "TRL, jsd", "plain"] and figures["trl"]
     for runs in figures["arms"].values():
@@ -367,28 +396,11 @@ def test_distillation_beside_trl_and_full_logits(tmp_path, capsys):
     assert first["ours, jsd"] == pytest.approx(first["TRL, jsd"], rel=1e-5)
 
 
-def test_cache_formats_give_back_the_same(tmp_path, data, trained):
-    """And a file that does not is noticed."""
-    pytest.importorskip("h5py", reason="the peer of cached teachers; not a requirement")
-    from bench import cache
-
-    words = ["cache", f"--teacher={trained}", f"--dataset={data}", "--rows=8", "--rounds=1", "--seconds=0.01",
-             "--block_size=32", "--batch_size=4", f"--json={tmp_path / 'cache.json'}"]  # fmt: skip
-    main(words)
-    figures = json.loads((tmp_path / "cache.json").read_text())
-    sizes = figures["bytes_a_token"]
-    assert sizes["ours"] == 64 * 2 + 65 * 2 and sizes["ours, samples"] == 64
-    assert sizes["HDF5, gzip"] < sizes["HDF5"]
-    assert {arm["arm"] for arm in figures["writing"]} == {"ours", *cache.GZIP}
-    with pytest.raises(UserError, match="HDF5: does not give back what was written"):
-        cache.check({"HDF5": {"ids": np.zeros(3)}}, {"ids": np.ones(3)})
-
-
 @pytest.mark.slow
 def test_serving_what_is_exported(tmp_path, trained, data, capsys):
-    words = [f"--model={trained}", f"--text={data}", "--rounds=1", "--batch_sizes=1,3", "--prompt_tokens=20",
-             "--max_new_tokens=20", "--quantize=f32,q8_0,q4_k_m", "--eval_tokens=2000"]  # fmt: skip
-    assert main(["serve", *words, f"--json={tmp_path / 'b.json'}"]) == 0
+    argv = [f"--model={trained}", f"--text={data}", "--rounds=1", "--batch_sizes=1,3", "--prompt_tokens=20",
+            "--max_new_tokens=20", "--quantize=f32,q8_0,q4_k_m", "--eval_tokens=2000"]  # fmt: skip
+    assert main(["serve", *argv, f"--json={tmp_path / 'b.json'}"]) == 0
     figures = json.loads((tmp_path / "b.json").read_text())
     formats = {each["format"]: each for each in figures["formats"]}
     exact = formats["hf float32"]["perplexity"]
@@ -407,23 +419,24 @@ def test_serving_what_is_exported(tmp_path, trained, data, capsys):
     assert "x transformers" in printed and "gguf q4_k_m" in printed
 
 
-def test_an_arm_that_writes_something_else_is_refused():
+def test_an_arm_that_generates_other_tokens_is_refused():
     ours = {"ours": [{"rows": [[1, 2, 0, 5]]}]}
     assert serve.check(ours | {"transformers": [{"rows": [[1, 2, 7, 7]]}]}, {0}) == {"transformers": 2}
-    with pytest.raises(UserError, match="llama.cpp f32: row 0 is not what ours writes: nothing to compare"):
+    with pytest.raises(UserError, match="llama.cpp f32: generates other tokens than ours in row 0"):
         serve.check(ours | {"llama.cpp f32": [{"rows": [[1, 3, 0, 5]]}]}, {0})
     assert serve.check(ours | {"llama.cpp q8_0": [{"rows": [[9]]}]}, {0}) == {}
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("argv, message", [
     (["--batch_sizes=1,x"], "batch_sizes=1,x: must be whole numbers"),
     (["--max_new_tokens=1"], "must be at least 2"),
     (["--prompt_tokens=60"], "do not fit the context of 64"),
-    (["--prompt_tokens=8", "--max_new_tokens=8", "--eval_tokens=64"], "1 windows of 64 tokens, 16 are"),
+    (["--prompt_tokens=8", "--max_new_tokens=8", "--eval_tokens=64"],
+     "has 1 windows of 64 tokens, but batch_sizes=1,16 needs 16"),
 ])
-def test_what_cannot_be_served(words, message, trained, data):
+def test_what_cannot_be_served(argv, message, trained, data):
     with pytest.raises(UserError, match=message):
-        main(["serve", f"--model={trained}", f"--text={data}", *words])
+        main(["serve", f"--model={trained}", f"--text={data}", *argv])
 
 
 def test_ids_of_another_tokenizer_are_refused(trained, tmp_path, data):
@@ -431,8 +444,8 @@ def test_ids_of_another_tokenizer_are_refused(trained, tmp_path, data):
     from formats.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.load(hf.find_folder(trained))
-    assert len(serve.ids_of(str(data), tokenizer)) == sum(map(len, DataFolder(data).shards["val"]))
+    assert len(serve.text_ids(str(data), tokenizer)) == sum(map(len, DataFolder(data).shards["val"]))
     (tmp_path / "text.txt").write_text("def main():\n")
-    assert serve.ids_of(str(tmp_path / "text.txt"), tokenizer).tolist() == tokenizer.encode("def main():\n")
+    assert serve.text_ids(str(tmp_path / "text.txt"), tokenizer).tolist() == tokenizer.encode("def main():\n")
     with pytest.raises(UserError, match="its ids are other tokens than the model's"):
-        serve.ids_of(str(data), Tokenizer.train(["other text"], 300))
+        serve.text_ids(str(data), Tokenizer.train(["other text"], 300))

@@ -1,4 +1,4 @@
-"""lm-evaluation-harness asks our folders as they are, and finds what we find: prompts, sums, choices."""
+"""lm-evaluation-harness reads our folders as they are and agrees with us: prompts, sums, choices."""
 
 import json
 import random
@@ -8,9 +8,8 @@ import pytest
 import eval as evaluation
 from bench import harness
 from bench.__main__ import main
-from bench.eval import compare
+from bench.eval import TimedLM, compare
 from configurator import UserError
-from evals.lm import LM
 from formats import hf
 from formats.tokenizer import Tokenizer
 from tests.conftest import busy_model, tiny_config
@@ -22,7 +21,7 @@ WORDS = """the file is read by a parser which returns bytes, if not "None"; naï
 
 @pytest.fixture(scope="module")
 def benchmarks(tmp_path_factory):
-    """A few dozen questions a task, in the forms of the public files."""
+    """A few dozen questions per task, in the forms of the public files."""
     folder, draw = tmp_path_factory.mktemp("benchmarks"), random.Random(0)
 
     def text(most):
@@ -59,7 +58,7 @@ def benchmarks(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory, trained):
-    """A trained model with a short context, where much is cut; a random GPT-2 with a longer one."""
+    """A trained model with a short context, which cuts many prompts; a random GPT-2 with a longer one."""
     folder = tmp_path_factory.mktemp("gpt2")
     tokenizer = Tokenizer.load(hf.find_folder(trained))
     model = busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=1024, position="learned",
@@ -76,26 +75,17 @@ def test_the_same_prompts_and_choices(benchmarks, models, tmp_path):
     cut = {}
     for model, folder in models.items():
         theirs, _ = harness.answers(folder, tmp_path, sum(tasks.values(), []), batch_size=8)
-        lm, ours = LM(folder, "cpu"), []
-        ask = lm.loglikelihood
-
-        def noted(requests, ours=ours, ask=ask):
-            found = ask(requests)
-            ours += [(context, choices, [each.log_prob for each in row])
-                     for (context, choices), row in zip(requests, found, strict=True)]
-            return found
-
-        lm.loglikelihood = noted
+        lm = TimedLM(folder)
         for name in NAMES:
-            # HellaSwag's rows in the hub's form, the others as they are: one prompt from both.
+            # HellaSwag's rows are in the hub's form, the others as they are; both make the same prompts.
             module, settings = evaluation.TASKS[name].module, evaluation.TASKS[name].settings
             source = tmp_path if name == "hellaswag" else benchmarks
             questions = module.load(str(source), 20, None, **settings)
             details = module.score(lm, questions, **settings).details
             cut[model, name] = details["truncated"]
-            assert questions == module.load(str(tmp_path), 20, None, **settings), "as from the hub's rows"
-        # Raises where one side asks anything that the other does not.
-        found = compare(ours, [(*text, value) for text, value in theirs.items()])
+            assert questions == module.load(str(tmp_path), 20, None, **settings), "the hub's form differs"
+        # Raises if only one side scores a text.
+        found = compare(lm.answers, [(*text, value) for text, value in theirs.items()])
         assert found["differ"] == 0 and found["agree"] > 150 and found["largest_difference"] < 1e-3
     assert cut["trained", "arc_easy"] == 20 and cut["random", "mmlu"] == 0
 
@@ -110,16 +100,16 @@ def test_the_comparison_as_a_command(benchmarks, trained, tmp_path, capsys):
     assert [(each["questions"], each["differ"]) for each in figures.values()] == [(6, 0), (12, 0)]
     assert all(seconds["asking"] > 0 for each in figures.values() for seconds in each["theirs_seconds"])
     assert len(capsys.readouterr().out.splitlines()) == 4
-    with pytest.raises(UserError, match="tasks=gsm8k: must be of mmlu, hellaswag"):
+    with pytest.raises(UserError, match="tasks=gsm8k: must be one of mmlu, hellaswag"):
         main(["eval", f"--data={benchmarks}", "--tasks=gsm8k"])
 
 
-def test_near_ties_are_counted_apart():
+def test_near_ties_are_counted_separately():
     ours = [(context, ["x", "y"], values) for context, values in
             (("a", [-1.0, -2.0]), ("b", [-1.0, -1.00005]), ("c", [-3.0, -2.0]))]
     theirs = [("a", "x", -1.0), ("a", "y", -2.0), ("b", "x", -1.0), ("b", "y", -0.9999), ("c", "x", -3.0),
               ("c", "y", -4.0)]
     assert compare(ours, theirs) == {"questions": 3, "texts": 6, "agree": 1, "differ": 1, "near_ties": 1,
                                      "largest_difference": 2.0}
-    with pytest.raises(UserError, match="one side alone asks 'y' behind 'c'"):
+    with pytest.raises(UserError, match="only one side scores 'y' after 'c'"):
         compare(ours, theirs[:-1])

@@ -1,4 +1,4 @@
-"""bench/learn.py: what needs no minutes of training."""
+"""bench/learn.py: the parts that need no training."""
 
 import pytest
 
@@ -17,17 +17,18 @@ def test_report_by_hand():
     assert lines[2].split()[-5:] == ["1.4000", "(1.3000", "-", "1.5000)", "-0.5000"]
 
 
-def test_both_sides_have_as_many_parameters():
-    """Within 1 %: a Llama of an MLP of 344, and nanoGPT's model, whose positions are learned."""
+def test_both_sides_have_the_same_number_of_parameters():
+    """Within 1 %: a Llama with an MLP of width 344, and nanoGPT's model, which learns its positions."""
     from model import GPT
     from train import TrainConfig
 
-    cfg = configure(TrainConfig, learn.OURS)[0]
+    cfg = configure(TrainConfig, learn.OUR_ARGV)[0]
     ours = GPT(GPTConfig.from_keys(cfg, vocab_size=257, block_size=learn.T)).num_parameters()
     C = learn.WIDTH
     theirs = learn.LAYERS * (12 * C * C + 2 * C) + C + 257 * C + learn.T * C
     assert ours == pytest.approx(theirs, rel=0.01)
-    assert all(configure(TrainConfig, [*learn.OURS, *words]) for _, words in learn.ARMS.values())
+    assert all(configure(TrainConfig, [*learn.OUR_ARGV, *argv])
+               for _, argv in (learn.ARMS | learn.ABLATIONS).values())
 
 
 def test_it_needs_nanogpts_folder(tmp_path):

@@ -1,40 +1,44 @@
-"""Students taught in several ways: which runs there are, and the table of what came out."""
-
-import json
+"""Students trained in several ways: which runs there are, and the table of their results."""
 
 import pytest
 
-from bench.teach import TeachConfig, folder_of, is_finished, measured, steps_of, table
+from bench import teach
+from bench.teach import ARMS, TeachConfig, steps_of, summarize, table
 from configurator import configure
 from distill import DistillConfig
 
 
-def test_runs_are_arms_and_seeds():
-    cfg = TeachConfig(students="half", seeds="1,2", arms="0,1", steps=100, equal_time=1.7)
-    assert cfg.runs == [(name, seed) for seed in (1, 2) for name in ("text alone, equal time", "teacher")]
-    assert [steps_of(cfg, name) for name, _ in cfg.runs[:2]] == [170, 100]
-    assert folder_of(cfg, "cut out, teacher", 3).name == "cut-out_teacher_3"
+def test_runs_are_arms_and_seeds(monkeypatch, tmp_path):
+    runs = []
+
+    def run_once(script, argv, out, steps):
+        runs.append((out.name, steps, argv[2]))
+        return [{"val_bits_per_byte": 1.0, "val_loss": 1.0}]
+
+    monkeypatch.setattr(teach, "run_once", run_once)
+    teach.main([f"--out_dir={tmp_path}", "--students=half", "--seeds=1,2", "--arms=0,1", "--steps=100",
+                "--equal_time=1.7"])
+    assert runs == [(f"{name}_{seed}", steps, f"--seed={seed}") for seed in (1, 2)
+                    for name, steps in (("text-alone_equal-time", 170), ("teacher", 100))]
+    assert steps_of(TeachConfig(), "as large, teacher, 5 x the steps") == 1500
 
 
 @pytest.mark.parametrize("students", ["quarter", "half"])
-def test_every_arm_is_a_run_that_distill_takes(students):
-    for words in TeachConfig(students=students).words.values():
-        assert configure(DistillConfig, words.split())[0]
+def test_distill_accepts_the_arguments_of_every_arm(students):
+    for argv in ARMS[students].values():
+        assert configure(DistillConfig, argv.split())[0]
 
 
-def test_the_share_of_the_gap_by_hand(tmp_path):
-    """From 2 bits to the teacher's 1: a student at 1.25 closes three quarters of it."""
-    cfg = TeachConfig(students="half", seeds="1", arms="0,1", out_dir=str(tmp_path), steps=10, equal_time=2.0)
-    for (name, seed), bits in zip(cfg.runs, (2.0, 1.25), strict=True):
-        out = folder_of(cfg, name, seed)
-        out.mkdir()
-        event = {"step": steps_of(cfg, name), "val_loss": 4 * bits, "val_teacher_loss": 4.0,
-                 "val_bits_per_byte": bits, "val_agreement": 0.5}  # fmt: skip
-        (out / "metrics.jsonl").write_text(json.dumps(event) + "\n")
-        assert is_finished(out, steps_of(cfg, name)) and not is_finished(out, 11)
-    lines = table(measured(cfg)).split("\n")
+def test_the_share_of_the_gap_by_hand():
+    """From 2 bits to the teacher's 1: a student at 1.25 closes three quarters of the gap."""
+    def log(bits, speed):
+        return [{"step": 20, "tokens_per_second": speed},
+                {"step": 20, "val_loss": 4 * bits, "val_teacher_loss": 4.0, "val_bits_per_byte": bits,
+                 "val_agreement": 0.5}]
+
+    lines = table(summarize({"text alone": [log(2.0, 10.0)], "teacher": [log(1.25, 5.0)]})).split("\n")
     assert lines[2:] == [
-        "| text alone, equal time | 2.000 | 0 % | 50.0 % |  |",
+        "| text alone | 2.000 | 0 % | 50.0 % | 10 |",
         "| the teacher itself | 1.000 | 100 % |  |  |",
-        "| teacher | 1.250 | 75 % | 50.0 % |  |",
+        "| teacher | 1.250 | 75 % | 50.0 % | 5 |",
     ]
