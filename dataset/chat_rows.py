@@ -1,83 +1,128 @@
-"""Rows of chat and preference folders, as training reads them, in place of dataset/dataloader.py's rows of
-text.
+"""Rows and batches of chat and preference folders, for SFT, distillation and DPO.
 
-    rows = ChatRows(DataFolder("data/chats"), "train", block_size=256)
+    rows = ChatRows(DataFolder("data/chats"), "train", block_size=256)     # several conversations per row
     batch = chat_batch(rows.read(np.arange(8)))
+    pairs = PairRows(DataFolder("data/pairs"), "train", block_size=256)    # prompt, chosen, rejected
+    batch = pair_batch([pairs.pair(number) for number in range(8)])
 
-Nothing is trained on but the assistant's words (formats/chat_format.py), and no conversation sees another. A
-conversation that is longer than block_size is cut there; one that so loses all answers, and a preference that
-does not fit, are left out, and counted in `left_out`. Shapes: n rows, T block_size.
+Only the assistant's tokens are trained on (formats/chat_format.py), and no conversation sees another. A
+conversation that is longer than block_size is cut. A conversation that loses all its answers to the cut, and
+a preference that does not fit, are left out; `left_out` counts them.
+
+Shapes: n rows, T block_size.
 """
 
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 
 from configurator import UserError
-from dataset.dataloader import IGNORE, text_batch
+from dataset.dataloader import IGNORE, more_rows_hint, text_batch
 from dataset.shards import DataFolder
 from formats.tokenizer import Tokenizer
 
 
+class BatchConfig(Protocol):
+    """The configuration that `batch_of` needs."""
+
+    @property
+    def packing(self) -> bool: ...
+
+    @property
+    def document_mask(self) -> bool: ...
+
+
+# ---- Rows -------------------------------------------------------------------------------------------------
+
 class Documents:
-    """The rows of one split of a masked folder: where each begins, and where its answers are."""
+    """Where the documents of one split begin and end, and where their answers are: (documents,) int64 each.
+
+    shard: number of the document's shard. begin, first_target, end: positions in it, of the first token, of
+    the first token of an answer, and after the last one of an answer. ones: tokens whose mask is 1.
+    """
 
     def __init__(self, data: DataFolder, split: str, last: int):
-        """last: the mask's value whose last token ends a row; what is behind it teaches nothing."""
+        """last: the mask value of the answer that ends a document: 1 in chats, 2 in preferences. The tokens
+        after it are not trained on."""
         self.data, self.shards, self.masks = data, data.shards[split], data.masks[split]
         eot_id = Tokenizer.load(data.folder).eot_id
-        shard, begin, first_target, ones, end = [], [], [], [], []
+        tables = [np.empty((5, 0), np.int64)]
         for number, (ids, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
-            ends = np.flatnonzero(ids == eot_id)  # (rows,)
-            begins = np.concatenate(([0], ends[:-1] + 1))
-            at = np.arange(len(ids))
-            shard.append(np.full(len(ends), number))
-            begin.append(begins)
-            first_target.append(np.minimum.reduceat(np.where(mask > 0, at, len(ids)), begins))
-            ones.append(np.add.reduceat(mask == 1, begins, dtype=np.int64))
-            end.append(np.maximum.reduceat(np.where(mask == last, at, -1), begins) + 1)
-        self.shard, self.begin, self.first_target, self.ones, self.end = (
-            np.concatenate(each) if each else np.empty(0, np.int64)
-            for each in (shard, begin, first_target, ones, end))
+            ends = np.flatnonzero(ids == eot_id)  # (documents of this shard,)
+            begins = np.append(0, ends[:-1] + 1)
+            at = np.arange(len(ids))  # (tokens,) positions; reduceat then takes one document at a time
+            tables.append(np.stack((np.full(len(ends), number), begins,
+                                    np.minimum.reduceat(np.where(mask > 0, at, len(ids)), begins),
+                                    np.add.reduceat(mask == 1, begins, dtype=np.int64),
+                                    np.maximum.reduceat(np.where(mask == last, at, -1), begins) + 1)))
+        self.shard, self.begin, self.first_target, self.ones, self.end = np.concatenate(tables, axis=1)
 
-    def tokens(self, row: int, length: int) -> tuple[np.ndarray, np.ndarray]:
-        """The first so many ids of a row, and their mask: (length,) int64 each."""
-        at = slice(self.begin[row], self.begin[row] + length)
-        ids = self.shards[self.shard[row]][at].astype(np.int64)
-        if ids.max() >= self.data.meta["vocab_size"]:
-            place = f"{self.shards[self.shard[row]].filename}: token {at.start + ids.argmax()}"
-            raise UserError(f"{place} is {ids.max()}, the vocabulary has {self.data.meta['vocab_size']} ids")
-        return ids, self.masks[self.shard[row]][at].astype(np.int64)
+    def tokens(self, document: int, length: int) -> tuple[np.ndarray, np.ndarray]:
+        """The first `length` ids of a document and their mask, (length,) int64 each.
+
+        Raises UserError for an id outside the vocabulary.
+        """
+        shard, begin = self.shard[document], self.begin[document]
+        ids = self.shards[shard][begin:begin + length]
+        self.data.check_ids(ids, self.shards[shard], begin)
+        return ids.astype(np.int64), self.masks[shard][begin:begin + length].astype(np.int64)
+
+
+def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
+    """Which documents share a row, so that the lengths in each row sum to at most `size`.
+
+    Best fit, longest first: each document goes into the fullest row that has room, else into a new row.
+
+        lengths 3 9 6 4 1, size 10        rows [9, 1], [6, 4], [3] = documents [1, 4], [2, 3], [0]
+    """
+    rows: list[list[int]] = []
+    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # with_room[r]: the rows that have room for r
+    for number in np.argsort(-lengths, kind="stable"):
+        length = int(lengths[number])
+        room = next((room for room in range(length, size + 1) if with_room[room]), None)
+        if room is None:
+            rows.append([])
+            row, room = len(rows) - 1, size
+        else:
+            row = with_room[room].pop()
+        rows[row].append(int(number))
+        with_room[room - length].append(row)
+    return rows
 
 
 class ChatRows:
-    """One split of a chat folder as rows of T tokens, each of one conversation or, packed, of several whole
-    ones. Packing fits them once, the long ones first, each into the fullest row that has room."""
+    """One split of a chat folder as rows of T tokens, each of which holds one or more whole conversations.
+
+    Conversations are packed into rows once, by `pack_rows`. Two conversations a and b in a row of T = 8:
+
+        inputs      a0  a1  a2  a3  b0  b1   0   0
+        targets      -  a2   -  a4   -  b2   -   -      "-" is IGNORE; a2, a4 and b2 are the assistant's
+        document     0   0   0   0   1   1   2   2      padding counts as one more conversation
+    """
 
     kind = "chat"
+    packing = True
 
-    def __init__(self, data: DataFolder, split: str, block_size: int, packing: bool = True):
-        """Raises UserError where no conversation can be used."""
+    def __init__(self, data: DataFolder, split: str, block_size: int):
+        """Raises UserError if no conversation can be used."""
         self.data, self.split, self.T = data, split, block_size
-        self.documents = Documents(data, split, last=1)
-        docs = self.documents
-        self.lengths = np.minimum(docs.end - docs.begin - 1, block_size)  # of inputs, which are one less
+        self.documents = docs = Documents(data, split, last=1)
+        self.lengths = np.minimum(docs.end - docs.begin - 1, block_size)  # inputs: the last token is no input
         usable = np.flatnonzero(docs.first_target - docs.begin <= block_size)
         self.left_out = len(self.lengths) - len(usable)
         if not len(usable):
-            hint = " (prepare.py --val_fraction= makes more)" if split == "val" else ""
             raise UserError(f"{data.folder}: none of {len(self.lengths)} {split} conversations has an answer "
-                            f"in its first block_size={block_size} tokens{hint}")
-        self.rows = pack_rows(self.lengths[usable], block_size) if packing else [[i] for i in range(len(usable))]
-        self.rows = [usable[row] for row in self.rows]
+                            f"in its first block_size={block_size} tokens{more_rows_hint(split)}")
+        alone = [[number] for number in range(len(usable))]
+        packed = pack_rows(self.lengths[usable], block_size) if self.packing else alone
+        self.rows = [usable[row] for row in packed]  # the documents of each row
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Rows by number: (n,) -> (n, 3, T) int64: inputs, targets (IGNORE where nothing is trained), and the
-        number of the conversation within the row. What is left of a row counts as one more conversation."""
+        """Rows by number: (n,) -> (n, 3, T) int64: inputs, targets, number of the conversation in the row."""
         out = np.zeros((len(indices), 3, self.T), dtype=np.int64)
         out[:, 1] = IGNORE
         for row, index in zip(out, indices, strict=True):
@@ -94,10 +139,9 @@ class ChatRows:
 
 
 class UnpackedChatRows(ChatRows):
-    """A conversation a row."""
+    """One conversation per row."""
 
-    def __init__(self, data: DataFolder, split: str, block_size: int):
-        super().__init__(data, split, block_size, packing=False)
+    packing = False
 
 
 class PairRows:
@@ -106,95 +150,89 @@ class PairRows:
     kind = "preference"
 
     def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError where no pair fits."""
+        """Raises UserError if no pair fits."""
         self.data, self.split, self.T = data, split, block_size
-        self.documents = Documents(data, split, last=2)
-        docs = self.documents
-        self.prompt, self.chosen = docs.first_target - docs.begin, docs.ones  # (rows,) lengths, in tokens
+        self.documents = docs = Documents(data, split, last=2)
+        self.prompt, self.chosen = docs.first_target - docs.begin, docs.ones  # (pairs,) lengths in tokens
         self.rejected = docs.end - docs.first_target - docs.ones
         longest = self.prompt + np.maximum(self.chosen, self.rejected) - 1  # inputs of the longer side
         self.usable = np.flatnonzero(longest <= block_size)
         self.left_out = len(longest) - len(self.usable)
         if not len(self.usable):
-            hint = " (prepare.py --val_fraction= makes more)" if split == "val" else ""
             raise UserError(f"{data.folder}: none of {len(longest)} {split} preferences fits "
-                            f"block_size={block_size}{hint}")
+                            f"block_size={block_size}{more_rows_hint(split)}")
 
     def __len__(self) -> int:
         return len(self.usable)
 
     def pair(self, number: int) -> tuple[np.ndarray, int, int]:
-        """The ids of a pair's prompt, chosen and rejected answer behind one another, int64, and how many of
-        them are the prompt's, and the chosen answer's."""
+        """(ids, prompt length, chosen length). ids: prompt, chosen and rejected answer in a row, int64."""
         document = self.usable[number]
         prompt, chosen, rejected = (each[document] for each in (self.prompt, self.chosen, self.rejected))
         return self.documents.tokens(document, prompt + chosen + rejected)[0], prompt, chosen
 
 
-def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
-    """Which numbers share a row: best fit, longest first. Each row's lengths sum to `size` at the most."""
-    rows: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(size + 1)]  # the rows that have so much room
-    for number in np.argsort(-lengths, kind="stable"):
-        length = int(lengths[number])
-        room = next((room for room in range(length, size + 1) if with_room[room]), None)
-        if room is None:
-            rows.append([])
-            row, room = len(rows) - 1, size
-        else:
-            row = with_room[room].pop()
-        rows[row].append(int(number))
-        with_room[room - length].append(row)
-    return rows
+# ---- Batches ----------------------------------------------------------------------------------------------
+
+def chat_batch(rows: np.ndarray) -> dict[str, Any]:
+    """Rows (n, 3, T) of ChatRows as a batch, cut after the last target of them all, at T' <= T.
+
+    Returns {"input_ids", "document_ids": (n, T'), "positions", "targets": (targets,), "count": number of
+    targets, "context": T'}, all int64. positions: where the targets are in the flattened (n T'), so that
+    logits are computed only there.
+    """
+    rows = rows[:, :, :until_last_target(rows[:, 1])]  # (n, 3, T')
+    ids, targets, documents = torch.from_numpy(rows.copy()).unbind(1)  # (n, T') each
+    positions = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (targets,)
+    return {"input_ids": ids, "document_ids": documents, "positions": positions,
+            "targets": targets.flatten()[positions], "count": len(positions), "context": ids.shape[1]}
 
 
-def batch_of(rows: np.ndarray, cfg: Any, eot_id: int) -> dict[str, Any]:
-    """A batch of text rows (n, T + 1) or of chat rows (n, 3, T). cfg: has packing and document_mask."""
+def until_last_target(targets: np.ndarray) -> int:
+    """The number of columns of (..., T) targets up to the last target, at least 1."""
+    return int(np.max(np.where(targets != IGNORE, np.arange(1, targets.shape[-1] + 1), 1)))
+
+
+def batch_of(rows: np.ndarray, cfg: BatchConfig, eot_id: int) -> dict[str, Any]:
+    """The batch of text rows (n, T + 1) or of chat rows (n, 3, T)."""
     if rows.ndim == 2:
         return text_batch(rows, eot_id if cfg.document_mask else None)
     batch = chat_batch(rows)
-    if not cfg.packing:  # one conversation a row, padded behind: causal attention needs no mask
+    if not cfg.packing:  # one conversation per row, padded at the end: causal attention needs no mask
         del batch["document_ids"]
     return batch
 
 
-def chat_batch(rows: np.ndarray) -> dict[str, Any]:
-    """(n, 3, T) of ChatRows -> {"input_ids", "document_ids": (n, T'), "positions", "targets": (targets,), all
-    int64, "count": targets}, cut behind the last target of them all.
-
-    positions: where in the flattened (n T') the targets are, so that logits are computed there alone.
-    """
-    ids, targets, documents = torch.from_numpy(rows[:, :, :until_last_target(rows[:, 1])].copy()).unbind(1)
-    positions = (targets.flatten() != IGNORE).nonzero()[:, 0]
-    return {"input_ids": ids, "document_ids": documents, "positions": positions,
-            "targets": targets.flatten()[positions], "count": len(positions)}
-
-
-def until_last_target(targets: np.ndarray) -> int:
-    """How many columns hold all targets of (..., T): at least 1."""
-    return int(np.max(np.where(targets != IGNORE, np.arange(1, targets.shape[-1] + 1), 1)))
-
-
 def pair_batch(pairs: list[tuple[np.ndarray, int, int]]) -> dict[str, Any]:
-    """n pairs of PairRows -> {"input_ids": (1, N), "paths": (2n, S), "positions", "targets": (targets,),
-    "lengths": (n, 2), all int64, "count": n}: one row without padding of prompts, each with both its answers
-    behind it. lengths: the targets of either answer.
+    """n pairs of `PairRows.pair` as one row without padding, each prompt followed by both answers.
 
-    paths: from each prompt's first token through one answer, then through the other, as the model wants them.
+    Returns {"input_ids": (1, N), "paths": (2n, S), "positions", "targets": (targets,), "lengths": (n, 2),
+    "count": n, "context": S}, all int64. A path lists the slots of a prompt and of one answer, chosen before
+    rejected. GPT attends along paths, so the prompt is computed once. One pair of prompt p, chosen c and
+    rejected r:
+
+        slot         0   1   2   3   4
+        input_ids   p0  p1  c0  r0  r1     an answer's last token is no input
+        paths       0 1 2 2                the shorter path repeats its last slot
+                    0 1 3 4
+        positions   1 2   1 3 4            slots whose next token is a target; p1 has two
+        targets    c0 c1  r0 r1 r2
+        lengths       2      3             targets of each answer
     """
     inputs, targets, paths, positions, begin = [], [], [], [], 0
     for ids, prompt, chosen in pairs:
-        middle = prompt + chosen - 1  # an answer's last token is no input, so here the rejected one begins
+        middle = prompt + chosen - 1  # slot of the first rejected token, because c's last token is no input
         inputs.append(np.delete(ids, [middle, -1]))
-        places = np.arange(begin, begin + len(ids) - 2)
-        both = places[:middle], np.concatenate((places[:prompt], places[middle:]))
+        slots = np.arange(begin, begin + len(ids) - 2)
+        both = slots[:middle], np.concatenate((slots[:prompt], slots[middle:]))
         paths += both
-        positions += [path[prompt - 1:] for path in both]  # the prompt's last token has two targets
+        positions += [path[prompt - 1:] for path in both]
         targets.append(ids[prompt:])
-        begin += len(places)
+        begin += len(slots)
     longest = max(map(len, paths))
-    batch = {"input_ids": np.concatenate(inputs)[None],
+    batch = {"input_ids": np.concatenate(inputs)[None],  # (1, N)
              "paths": np.stack([np.pad(path, (0, longest - len(path)), mode="edge") for path in paths]),
              "positions": np.concatenate(positions), "targets": np.concatenate(targets),
              "lengths": np.array([len(each) for each in positions]).reshape(-1, 2)}
-    return {key: torch.from_numpy(array) for key, array in batch.items()} | {"count": len(pairs)}
+    tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
+    return tensors | {"count": len(pairs), "context": longest}

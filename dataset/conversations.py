@@ -1,13 +1,36 @@
-"""Rows of the data sets people have -> messages: which keys hold what, in the forms that are about.
+"""Rows of public data sets -> messages: which row forms are accepted.
 
     messages = conversation({"instruction": "Add.", "input": "2 and 2", "output": "4"})
     prompt, chosen, rejected = preference({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})
 
-Conversations: messages (role, content) | conversations (from, value) | instruction, input + output | prompt,
-instruction or question + response, output, completion or answer; also "system" and "tools", which open the
-conversation. Preferences: one of these without its answer, + chosen and rejected (texts, messages or lists of
-messages); or two whole conversations, also as the text of one ("\\n\\nHuman: .. \\n\\nAssistant: .."), whose
-common beginning is the prompt. Skip says, with a reason to be counted under, what a row lacks.
+Chats (--kind=chat):
+
+    keys of the row                             becomes
+    messages: [{role, content}, ..]             these messages
+    conversations: [{from, value}, ..]          these messages (ShareGPT); ROLE_NAMES lists the role names
+    instruction, input (may be absent), output  user: instruction, blank line, input (Alpaca)
+                                                assistant: output
+    instruction, instances: [{input, output}]   the same, from the first instance (self-instruct)
+    question, answer                            user: question; assistant: answer
+    prompt: [{role, content}, ..], completion   these messages; assistant: completion
+
+    "instruction", "prompt" and "question" are interchangeable, and so are "output", "response", "completion"
+    and "answer". A message may also have thought (text) and tool_calls ([{name, arguments}], or OpenAI's
+    [{function: {name, arguments}}]). ShareGPT's function_call becomes a tool call.
+
+Preferences (--kind=preference):
+
+    keys of the row                             becomes
+    a chat form without its answer,             prompt, chosen answer, rejected answer
+      + chosen, rejected: text, a message,
+      or a list of one message
+    chosen, rejected: [{role, content}, ..]     prompt: the messages at the beginning that both share
+    chosen, rejected: "\\n\\nHuman: ..           the same, from transcripts as text (HH-RLHF)
+      \\n\\nAssistant: .."
+
+In both, "system" and "tools" (texts) become a system message at the beginning. All other keys are ignored,
+and --keys maps other names to these. A row in any other form raises Skip; its message is the reason under
+which the row is counted.
 """
 
 import json
@@ -15,7 +38,7 @@ import os
 import re
 from typing import Any
 
-from dataset.sources import Skip
+from dataset.sources import Skip, require_utf8
 from formats.chat_format import ROLES, call_text, read_call
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
@@ -27,8 +50,23 @@ ANSWERS = ("output", "response", "completion", "answer")
 Message = dict[str, Any]
 
 
+# ---- Values -----------------------------------------------------------------------------------------------
+
+def is_list_of_dicts(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
+
+
+def require_text(value: Any, what: str) -> str:
+    """A text, or a number as text (2.0 is "2"). Raises Skip, which names `what`, for any other value."""
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        return str(int(value)) if value == value // 1 else str(value)
+    if not isinstance(value, str):
+        raise Skip(f"{what} is not a string")
+    return require_utf8(value)
+
+
 def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
-    """The row, with the values of its own keys under ours too. keys: {ours: the row's}. Skip if one lacks."""
+    """The row with its values under our names, too. keys: {our name: the row's}. Skip if a key is missing."""
     if not isinstance(row, dict):
         raise Skip("not a JSON object")
     for theirs in keys.values():
@@ -37,31 +75,134 @@ def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
     return row | {ours: row[theirs] for ours, theirs in keys.items()}
 
 
+def first_instance(row: dict[str, Any]) -> dict[str, Any]:
+    """Where a row keeps its input and output: in the first of its "instances", or in itself."""
+    return row["instances"][0] if is_list_of_dicts(row.get("instances")) else row
+
+
+# ---- Messages ---------------------------------------------------------------------------------------------
+
+def tool_call(call: Any) -> dict[str, Any]:
+    """{"name", "arguments"} of a tool call. OpenAI's arguments, which are JSON in a string, are parsed."""
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
+        raise Skip("a tool call without a name and arguments")
+    arguments = call["arguments"]
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            raise Skip("a tool call's arguments are not JSON") from None
+    call = {"name": call["name"], "arguments": arguments}
+    require_utf8(call_text(call))
+    return call
+
+
+def message_of(value: dict[str, Any]) -> Message:
+    """A message in our form, from either spelling: role and content, or from and value."""
+    name = value.get("role", value.get("from"))
+    role = ROLE_NAMES.get(name, name) if isinstance(name, str) else name
+    if role not in ROLES:
+        raise Skip(f"unknown role {str(name)[:40]!r}")
+    content = require_text(value.get("content", value.get("value")) or "", "a message")
+    if name == "function_call":
+        call = read_call(content)
+        if call is None:
+            raise Skip("a function call that is not JSON with a name and arguments")
+        return {"role": role, "content": "", "tool_calls": [call]}
+    message: Message = {"role": role, "content": content.strip()}
+    if value.get("thought"):
+        message["thought"] = require_text(value["thought"], "a thought").strip()
+    if value.get("tool_calls"):
+        if not is_list_of_dicts(value["tool_calls"]):
+            raise Skip("tool_calls is no list of calls")
+        message["tool_calls"] = [tool_call(call.get("function") or call) for call in value["tool_calls"]]
+    return message
+
+
+def listed(row: dict[str, Any]) -> list[Message] | None:
+    """The messages that a row lists, or None if it has no list of messages."""
+    for key in ("messages", "conversations"):
+        if key in row:
+            if not is_list_of_dicts(row[key]):
+                raise Skip(f"{key!r} is no list of messages")
+            return [message_of(each) for each in row[key]]
+    return None
+
+
+def system_message(row: dict[str, Any]) -> list[Message]:
+    """The system message that the keys "system" and "tools" make, as a list of at most one message."""
+    texts = [require_text(row[key], key) for key in ("system", "tools") if row.get(key)]
+    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+
+
+def opening(row: dict[str, Any]) -> list[Message]:
+    """The row's system message, then its listed messages or its question; [] if it has neither of the two."""
+    system = system_message(row)
+    if (messages := listed(row)) is not None:
+        if system and messages[0]["role"] == "system":
+            raise Skip("two system messages")
+        return system + messages
+    question = next((row[key] for key in QUESTIONS if key in row), None)
+    if question is None:
+        return []
+    if is_list_of_dicts(question):
+        return system + [message_of(each) for each in question]
+    texts = [require_text(question, "the question").strip(),
+             require_text(first_instance(row).get("input") or "", "input").strip()]
+    if not texts[0]:
+        raise Skip("empty question")
+    return [*system, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
+
+
+def require_answers(messages: list[Message]) -> None:
+    """Skip if a message of the assistant has neither text nor a tool call."""
+    if any(message["role"] == "assistant" and not message["content"] and not message.get("tool_calls")
+           for message in messages):
+        raise Skip("empty answer")
+
+
+# ---- Rows -------------------------------------------------------------------------------------------------
+
 def conversation(row: dict[str, Any]) -> list[Message]:
-    """The row's messages, of which one at least is an assistant's and none of those is empty."""
-    found = opening(row)
-    if not found:
+    """The messages of a chat row. At least one is the assistant's, and none of the assistant's is empty."""
+    messages = opening(row)
+    if not messages:
         raise Skip(f"no conversation (keys: {', '.join(map(str, row))[:100]})")
     if listed(row) is None:
-        source = row["instances"][0] if is_list_of_dicts(row.get("instances")) else row
-        answer = next((source[key] for key in ANSWERS if key in source), None)
+        instance = first_instance(row)
+        answer = next((instance[key] for key in ANSWERS if key in instance), None)
         if answer is None:
             raise Skip(f"no answer (none of {', '.join(ANSWERS)})")
-        found.append({"role": "assistant", "content": require_text(answer, "the answer").strip()})
-    if not any(message["role"] == "assistant" for message in found):
+        messages.append({"role": "assistant", "content": require_text(answer, "the answer").strip()})
+    if not any(message["role"] == "assistant" for message in messages):
         raise Skip("no turn of an assistant")
-    require_answers(found)
-    return found
+    require_answers(messages)
+    return messages
+
+
+def answer_messages(value: Any) -> list[Message]:
+    """One side of a preference as messages: one answer, or a whole conversation."""
+    if is_list_of_dicts(value):
+        return [message_of(each) for each in value]
+    if isinstance(value, dict):
+        return [message_of(value)]
+    text = require_text(value, "an answer")
+    turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)  # ["", "Human", " ..", "Assistant", " ..", ...]
+    if turns[0].strip() or len(turns) < 5:  # no transcript, which has at least two turns
+        return [{"role": "assistant", "content": text.strip()}]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[name], "content": said.strip()}
+            for name, said in zip(turns[1::2], turns[2::2], strict=True)]
 
 
 def preference(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
-    """(messages before the answer, the answer preferred, the other one)."""
+    """(messages before the answer, chosen answer, rejected answer) of a preference row."""
     if "chosen" not in row or "rejected" not in row:
         raise Skip("no 'chosen' and 'rejected'")
     prompt, sides = opening(row), [answer_messages(row["chosen"]), answer_messages(row["rejected"])]
-    if len(sides[0]) > 1 or len(sides[1]) > 1:  # whole conversations: what they share is the prompt
+    if max(map(len, sides)) > 1:  # whole conversations: what they share is the prompt
         shared = os.path.commonprefix([[*map(json.dumps, side)] for side in sides])
-        prompt, sides = system_of(row) + sides[0][:len(shared)], [side[len(shared):] for side in sides]
+        prompt, sides = system_message(row) + sides[0][:len(shared)], [side[len(shared):] for side in sides]
         if not any(sides):
             raise Skip("chosen and rejected are equal")
     if any(len(side) != 1 or side[0]["role"] != "assistant" for side in sides):
@@ -73,113 +214,3 @@ def preference(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
     if chosen == rejected:
         raise Skip("chosen and rejected are equal")
     return prompt, chosen, rejected
-
-
-def opening(row: dict[str, Any]) -> list[Message]:
-    """A row's listed messages, or its question as one, behind its system message; [] where there is none."""
-    begin = system_of(row)
-    if (messages := listed(row)) is not None:
-        if begin and messages and messages[0]["role"] == "system":
-            raise Skip("two system messages")
-        return begin + messages
-    question = next((row[key] for key in QUESTIONS if key in row), None)
-    if question is None:
-        return []
-    if is_list_of_dicts(question):
-        return begin + [message_of(each) for each in question]
-    source = row["instances"][0] if is_list_of_dicts(row.get("instances")) else row
-    texts = [require_text(question, "the question").strip(), require_text(source.get("input") or "", "input").strip()]
-    if not texts[0]:
-        raise Skip("empty question")
-    return [*begin, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
-
-
-def system_of(row: dict[str, Any]) -> list[Message]:
-    """The system message that a row's own keys make, or []."""
-    texts = [require_text(row[key], key) for key in ("system", "tools") if row.get(key)]
-    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
-
-
-def listed(row: dict[str, Any]) -> list[Message] | None:
-    """The messages that a row lists, or None if it lists none."""
-    for key in ("messages", "conversations"):
-        if key in row:
-            if not is_list_of_dicts(row[key]):
-                raise Skip(f"{key!r} is no list of messages")
-            return [message_of(each) for each in row[key]]
-    return None
-
-
-def answer_messages(value: Any) -> list[Message]:
-    """One side of a preference as messages: an answer, or the whole conversation."""
-    if is_list_of_dicts(value):
-        return [message_of(each) for each in value]
-    if isinstance(value, dict):
-        return [message_of(value)]
-    text = require_text(value, "an answer")
-    turns = re.split(r"(?:^|\n\n)(Human|Assistant):", text)
-    if turns[0].strip() or len(turns) < 5:  # no transcript with two turns at least
-        return [{"role": "assistant", "content": text.strip()}]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[turns[i]], "content": turns[i + 1].strip()} for i in range(1, len(turns), 2)]
-
-
-def message_of(value: dict[str, Any]) -> Message:
-    """A message in either spelling, role and content or from and value, as chat.py has them."""
-    name = value.get("role", value.get("from"))
-    role = ROLE_NAMES.get(name, name) if isinstance(name, str) else name
-    if role not in ROLES:
-        raise Skip(f"unknown role {str(name)[:40]!r}")
-    content = require_text(value.get("content", value.get("value")) or "", "a message")
-    message: Message = {"role": role, "content": content.strip()}
-    if name == "function_call":
-        call = read_call(content)
-        if call is None:
-            raise Skip("a function call that is not JSON with a name and arguments")
-        return message | {"content": "", "tool_calls": [call]}
-    if value.get("thought"):
-        message["thought"] = require_text(value["thought"], "a thought").strip()
-    if value.get("tool_calls"):
-        if not is_list_of_dicts(value["tool_calls"]):
-            raise Skip("tool_calls is no list of calls")
-        message["tool_calls"] = [called(call.get("function") or call) for call in value["tool_calls"]]
-    return message
-
-
-def called(call: Any) -> dict[str, Any]:
-    """A tool call whose arguments, if they are JSON in a text as OpenAI spells them, are unpacked."""
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-        raise Skip("a tool call without a name and arguments")
-    arguments = call["arguments"]
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            raise Skip("a tool call's arguments are not JSON") from None
-    call = {"name": call["name"], "arguments": arguments}
-    require_text(call_text(call), "a tool call")
-    return call
-
-
-def require_answers(messages: list[Message]) -> None:
-    for message in messages:
-        empty = not message["content"] and not message.get("tool_calls")
-        if empty and message["role"] == "assistant":
-            raise Skip("empty answer")
-
-
-def is_list_of_dicts(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(each, dict) for each in value)
-
-
-def require_text(value: Any, what: str) -> str:
-    """A text, or a number as one (2.0 is "2"). Skip for anything else, and for what UTF-8 cannot hold."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if value == value // 1 else str(value)
-    if not isinstance(value, str):
-        raise Skip(f"{what} is not a string")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise Skip("lone surrogate") from None
-    return value

@@ -1,13 +1,15 @@
-"""From data folders to batches: which row of which folder a step reads, as a pure function of the step.
+"""Data folders -> batches: which row of which folder a step reads, as a pure function of the step.
 
     mix = Mix("code:0.7,books:0.3", block_size=256, seed=1337, kind=Rows)
     rows = mix.samples(first=step * batch_size, count=batch_size)       # (count, T + 1) int64
-    batch = text_batch(rows, mix.eot_id)
+    batch = text_batch(rows, mix.tokenizer.eot_id)
 
-What a row is, its kind says. Rows, of text: T + 1 consecutive tokens, T inputs, and T targets one further on.
-dataset/chat_rows.py has those of chats and preferences. An epoch walks all rows of a folder once, in a
-permutation seeded by (seed, folder, epoch). There is no state to save: sample number k is always the same
-row. `StagedData` says which samples are a step's, on a rank, in the stages of a run.
+`kind` decides what a row is. A row of `Rows` is T + 1 consecutive tokens of text: T inputs, and T targets one
+position later. dataset/chat_rows.py has the rows of chats and preferences. Each epoch of a folder reads all
+its rows once, in a permutation seeded by (seed, folder, epoch). Sample number k is always the same row, so a
+resumed run has no loader state to restore. training/staged_data.py decides which samples a step reads.
+
+Shapes: B rows, T block_size.
 """
 
 import math
@@ -33,7 +35,7 @@ def parse_mix(spec: str) -> list[tuple[Path, float]]:
         name, _, text = entry.rpartition(":")
         try:
             weight = float(text) if name else 1.0
-        except ValueError:
+        except ValueError:  # a path with a colon and no weight
             name, weight = "", 1.0
         if not (weight > 0 and math.isfinite(weight)):
             raise UserError(f"dataset={spec}: the weight of {name} must be positive")
@@ -45,97 +47,113 @@ def parse_mix(spec: str) -> list[tuple[Path, float]]:
 
 
 def dataset_folder(name: str) -> Path:
-    """data/<name> for a bare name, else the path itself."""
+    """data/<name> if it exists or if no folder `name` does, else the path itself."""
     return Path("data") / name if (Path("data") / name).is_dir() or not Path(name).is_dir() else Path(name)
 
 
+# ---- Rows -------------------------------------------------------------------------------------------------
+
 class Rows:
-    """One split of a data folder as rows of T + 1 tokens; a row never spans two shards."""
+    """One split of a text folder as rows of T + 1 tokens. A row never spans two shards."""
 
     kind = "text"
 
     def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError where no shard holds a whole row."""
+        """Raises UserError if no shard holds a whole row."""
         self.data, self.T, self.shards = data, block_size, data.shards[split]
         counts = [(len(shard) - 1) // block_size for shard in self.shards]
-        self.ends = np.cumsum(counts, dtype=np.int64)  # number of rows up to and with each shard
-        if not counts or self.ends[-1] < 1:
+        self.ends = np.cumsum(counts, dtype=np.int64)  # (shards,) rows up to the end of each shard
+        if sum(counts) < 1:
             tokens = sum(map(len, self.shards))
-            hint = " (prepare.py --val_fraction= makes more)" if split == "val" else ""
             raise UserError(f"{data.folder}: {tokens:,} {split} tokens make no row of "
-                            f"block_size={block_size} + 1{hint}")
+                            f"block_size={block_size} + 1{more_rows_hint(split)}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
 
     def read(self, indices: np.ndarray) -> np.ndarray:
-        """Rows by number: (n,) -> (n, T + 1) int64. UserError for an id the tokenizer does not have."""
+        """Rows by number: (n,) -> (n, T + 1) int64. Raises UserError for an id outside the vocabulary."""
         which = np.searchsorted(self.ends, indices, side="right")  # (n,) shard of each row
-        begins = (indices - np.where(which > 0, self.ends[which - 1], 0)) * self.T
-        rows = np.stack([self.shards[shard][begin:begin + self.T + 1]
-                         for shard, begin in zip(which, begins, strict=True)])
-        if rows.max() >= self.data.meta["vocab_size"]:
-            bad = int(np.argmax(rows.max(axis=1)))
-            place = f"{self.shards[which[bad]].filename}: token {begins[bad] + rows[bad].argmax()}"
-            known = self.data.meta["vocab_size"]
-            raise UserError(f"{place} is {rows[bad].max()}, the vocabulary has {known} ids")
-        return rows.astype(np.int64)
+        begins = (indices - np.where(which > 0, self.ends[which - 1], 0)) * self.T  # (n,) position in it
+        rows = []
+        for shard, begin in zip(which, begins, strict=True):
+            # One token more than T: the last position's target. Consecutive rows share that token.
+            rows.append(self.shards[shard][begin:begin + self.T + 1])
+            self.data.check_ids(rows[-1], self.shards[shard], begin)
+        return np.stack(rows).astype(np.int64)
 
+
+def more_rows_hint(split: str) -> str:
+    """The remedy for a split that holds no usable row, as the end of an error message."""
+    return " (prepare.py --val_fraction= makes more)" if split == "val" else ""
+
+
+# ---- Mix --------------------------------------------------------------------------------------------------
 
 class Mix:
     """The training rows of several folders, in fixed proportions at every moment of the run."""
 
-    def __init__(self, spec: str, block_size: int, seed: int, kind: Callable = Rows):
-        """kind: what makes rows of (an opened folder, "train", block_size), and whose `kind` folders must be.
-        """
+    def __init__(self, spec: str, block_size: int, seed: int, kind: type = Rows):
+        """kind: the class of the rows, called as kind(DataFolder, "train", block_size); its attribute `kind`
+        names the kind of folder it reads. Raises UserError if a folder is of another kind, or if the folders'
+        tokenizers differ."""
         entries = parse_mix(spec)
         self.folders = [DataFolder(path) for path, _ in entries]
         self.weights = [weight for _, weight in entries]
-        tokenizers = {file_sha256(folder.folder / "tokenizer.json") for folder in self.folders}
-        for data in self.folders:
+        tokenizers = [file_sha256(data.folder / "tokenizer.json") for data in self.folders]
+        for data, tokenizer in zip(self.folders, tokenizers, strict=True):
             if data.meta["kind"] != kind.kind:
                 raise UserError(f"{data.folder}: holds {data.meta['kind']} rows, not {kind.kind}; prepare.py "
                                 f"--kind={kind.kind} makes those")
-            if data.meta.get("tokenizer_sha256") not in (None, file_sha256(data.folder / "tokenizer.json")):
+            if data.meta.get("tokenizer_sha256") not in (None, tokenizer):
                 raise UserError(f"{data.folder}: its tokenizer.json is not the one it was made with")
-        if len(tokenizers) > 1:
+        if len(set(tokenizers)) > 1:
             raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
         self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed
-        self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest epochs only
+        self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest (folder, epoch)s only
 
     def hashes(self) -> dict[str, str]:
-        """{folder: sha256 of its meta.json}, which holds those of the shards: what must stay during a run."""
-        return {str(folder.folder): file_sha256(folder.folder / "meta.json") for folder in self.folders}
+        """{folder: sha256 of its meta.json}, which lists the shards' hashes: fixed during a run."""
+        return {str(data.folder): file_sha256(data.folder / "meta.json") for data in self.folders}
 
     def epoch_samples(self) -> int:
-        """Samples of the mix after which the folder that is used up first has been read once."""
+        """The number of samples after which the first folder has been read once."""
         ends = [len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)]
         return math.ceil(min(ends))
 
     def interleave(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
         """(folder, number within it) of the samples first ... first + count - 1, (count,) int64 each.
 
-        Folder d takes its j-th turn at time (j + 1/2) / weight[d]; the samples are all turns in order of
-        time. So after any k samples each folder has had k * weight of them, give or take one a folder, and
-        nothing needs remembering.
+        Folder d takes its turn j at time (j + 1/2) / weight[d]. The samples are all turns in order of time;
+        of two turns at the same time, that of the first folder comes first. For "a:0.7,b:0.3":
+
+            turn j         0      1      2      3      4      5      6
+            time of a    0.71   2.14   3.57   5.00   6.43   7.86   9.29        (j + 1/2) / 0.7
+            time of b    1.67   5.00   8.33                                    (j + 1/2) / 0.3
+
+            sample      0   1   2   3   4   5   6   7   8   9
+            folder      a   b   a   a   a   b   a   a   b   a
+            number      0   0   1   2   3   1   4   5   2   6
+
+        After any k samples, each folder has had k * weight of them, give or take one per folder. The order
+        follows from the weights alone, so any range of samples can be computed by itself.
         """
-        reach = len(self.weights) + 1  # turns by which a sample's number and its time can differ
-        numbers, owners, times, before = [], [], [], 0
+        slack = len(self.weights) + 1  # turns by which a sample's number and its time can differ
+        turns, owners, times, skipped = [], [], [], 0
         for folder, weight in enumerate(self.weights):
-            low = max(0, math.ceil((first - reach) * weight - 0.5))
-            turns = np.arange(low, math.ceil((first + count + reach) * weight) + 1)
-            numbers.append(turns)
-            owners.append(np.full(len(turns), folder))
-            times.append((turns + 0.5) / weight)
-            before += low
-        owner, number = np.concatenate(owners), np.concatenate(numbers)
-        order = np.lexsort((owner, np.concatenate(times)))[first - before:first - before + count]
-        return owner[order], number[order]
+            low = max(0, math.ceil((first - slack) * weight - 0.5))  # turns before it come before `first`
+            turns.append(np.arange(low, math.ceil((first + count + slack) * weight) + 1))
+            owners.append(np.full(len(turns[-1]), folder))
+            times.append((turns[-1] + 0.5) / weight)
+            skipped += low
+        owner, turn = np.concatenate(owners), np.concatenate(turns)
+        order = np.lexsort((owner, np.concatenate(times)))[first - skipped:first - skipped + count]
+        return owner[order], turn[order]  # (count,) each
 
     def locate(self, first: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """(folder, row in it) of the run's samples first ... first + count - 1, (count,) int64 each."""
+        """(folder, row in it) of the samples first ... first + count - 1 of the run, (count,) int64 each."""
         owner, number = self.interleave(first, count)
         for folder in np.unique(owner):
             mine = owner == folder
@@ -145,7 +163,7 @@ class Mix:
         return owner, number
 
     def samples(self, first: int, count: int) -> np.ndarray:
-        """The rows of these samples, (count, ...) int64, whatever shape a row has: (T + 1,) of text."""
+        """The rows of these samples, (count, ...) int64. A row of text is (T + 1,), one of chats (3, T)."""
         owner, index = self.locate(first, count)
         parts = {int(folder): self.rows[folder].read(index[owner == folder]) for folder in np.unique(owner)}
         out = np.empty((count, *next(iter(parts.values())).shape[1:]), dtype=np.int64)
@@ -154,32 +172,36 @@ class Mix:
         return out
 
     def permutation(self, folder: int, epoch: int) -> np.ndarray:
-        """The order in which an epoch walks a folder's rows, (rows,) int64."""
+        """The order in which an epoch reads a folder's rows, (rows,) int64."""
         key = (folder, epoch)
         if key not in self.permutations:
-            while len(self.permutations) >= 2 * len(self.rows):
+            while len(self.permutations) >= 2 * len(self.rows):  # a batch may span two epochs of each folder
                 self.permutations.pop(next(iter(self.permutations)))
             generator = np.random.default_rng((self.seed, folder, epoch))
             self.permutations[key] = generator.permutation(len(self.rows[folder]))
         return self.permutations[key]
 
 
-
-
-
+# ---- Batches ----------------------------------------------------------------------------------------------
 
 def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
-    """(B, T + 1) ids -> {"input_ids", "targets": (B, T) int64, "count": targets}.
+    """(B, T + 1) ids -> {"input_ids", "targets": (B, T) int64, "count": number of targets, "context": T}.
 
-    eot_id: also give "document_ids" (B, T), a new one at each end-of-text token. That token so opens the
-    document behind it: it is the target of the one before, and the only context of the first token of the one
-    after.
+    With eot_id, the batch also has "document_ids" (B, T), which go up by one at each end-of-text token. That
+    token opens the next document: it is the target of the document before it, and the only context of the
+    first token after it.
     """
-    batch = {"input_ids": torch.from_numpy(rows[:, :-1].copy()),
-             "targets": torch.from_numpy(rows[:, 1:].copy())}
+    batch = {"input_ids": torch.from_numpy(rows[:, :-1].copy()),  # (B, T)
+             "targets": torch.from_numpy(rows[:, 1:].copy())}  # (B, T)
     if eot_id is not None:
-        batch["document_ids"] = (batch["input_ids"] == eot_id).cumsum(dim=1)
-    return batch | {"count": batch["targets"].numel()}
+        batch["document_ids"] = (batch["input_ids"] == eot_id).cumsum(dim=1)  # (B, T)
+    return batch | {"count": batch["targets"].numel(), "context": rows.shape[1] - 1}
+
+
+def rank_batches(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
+    """This rank's batches of the numbers 0 ... total - 1. Each rank gets equally many; some may be empty."""
+    for begin in range(0, total, batch_size * world_size):
+        yield np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
 
 
 def validation_batches(make_batch: Callable[[np.ndarray], dict[str, Any]], total: int, batch_size: int,
@@ -189,7 +211,7 @@ def validation_batches(make_batch: Callable[[np.ndarray], dict[str, Any]], total
     Every rank gets the same number of batches, because all ranks must take part in each forward pass. A rank
     that runs out of rows gets row 0 with a "count" of 0: run it, and do not add its sums.
     """
-    for numbers in shares(total, batch_size, rank, world_size):
+    for numbers in rank_batches(total, batch_size, rank, world_size):
         batch = make_batch(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
         yield batch if len(numbers) else batch | {"count": 0}
 
@@ -197,12 +219,3 @@ def validation_batches(make_batch: Callable[[np.ndarray], dict[str, Any]], total
 def validation_rows(rows: Any, limit_tokens: int | None) -> int:
     """The number of rows that hold the first `limit_tokens` tokens, at least 1; all rows for None."""
     return len(rows) if limit_tokens is None else min(len(rows), max(1, limit_tokens // rows.T))
-
-
-def shares(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """This rank's batches of the numbers 0 ... total - 1, as many on each rank, so that some may be empty."""
-    for begin in range(0, total, batch_size * world_size):
-        yield np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
-
-
-

@@ -1,9 +1,10 @@
-"""What each process of prepare.py does: rows in, ids out.
+"""Rows -> token ids, in parallel: what each worker process of prepare.py does.
 
-    for rows, batch in tokenize_all(batches, recipe, processes): ...     # in order, a few batches ahead
+    for rows, batch in tokenize_all(batches, recipe, processes): ...     # in order
 
-The parent reads and writes; the processes parse, look for evaluation items, and encode: text as it is, chats
-and preferences as formats/chat_format.py writes them, with a mask beside their ids (dataset/shards.py).
+The parent process reads files and writes shards. The workers parse rows, look for evaluation items, and
+encode: text as it is, chats and preferences in the format of formats/chat_format.py, with a mask next to
+their ids (dataset/shards.py).
 """
 
 import hashlib
@@ -22,162 +23,171 @@ import numpy as np
 
 from dataset.conversations import Message, conversation, preference, rename_keys
 from dataset.decontaminate import OVERLAPS, Index
+from dataset.shards import token_dtype
 from dataset.sources import Row, Skip, document, row_value
 from formats.chat_format import call_text, encode_answer, encode_chat, encode_prompt, parts_of
 from formats.tokenizer import Tokenizer
+
+# A row's content: a text, the messages of a chat, or a preference's (prompt, chosen answer, rejected answer).
+Content = str | list[Message] | tuple[list[Message], Message, Message]
 
 
 class Recipe(NamedTuple):
     """How a row becomes ids."""
 
     kind: Literal["text", "chat", "preference"]
-    text_key: str  # where the text is, in rows of text
-    keys: dict[str, str]  # {our name of a key: the rows'}, in the others
-    index: Index | None  # of evaluation items that no row may overlap
-    tokenizer: Tokenizer | None = None  # None: the rows are only looked into
+    text_key: str  # of rows of text: the key that holds the text
+    keys: dict[str, str]  # of chats and preferences: {our name of a key: its name in the rows}
+    index: Index | None  # evaluation items that no row may overlap
+    tokenizer: Tokenizer | None = None  # None is enough for `parse_rows`
 
 
 class Batch(NamedTuple):
-    """What became of some consecutive rows: one entry a row in everything but `ids` and `mask`."""
+    """What some consecutive rows became."""
 
-    ids: np.ndarray  # (tokens,) the documents one behind the other, each with its end-of-text token
-    mask: np.ndarray  # (tokens,) uint8, of chats and preferences: see dataset/shards.py
+    ids: np.ndarray  # (tokens,) uint16 or uint32, document after document, each with its end-of-text token
+    mask: np.ndarray  # (tokens,) uint8 for chats and preferences (dataset/shards.py); empty for text
     lengths: np.ndarray  # (rows,) int64, tokens; 0 for a row that was skipped
     byte_counts: np.ndarray  # (rows,) int64, bytes of UTF-8
-    hashes: np.ndarray  # (rows,) uint64, the first 8 bytes of the text's SHA-256
-    reasons: list[str | None]  # why a row was skipped
-    overlaps: list[list[dict[str, Any]]]  # with evaluation items: see dataset/decontaminate.py
-
-
-def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
-    """Read, hash and encode some rows."""
-    tokenizer = recipe.tokenizer
-    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
-    lengths, byte_counts, hashes = (np.zeros(len(rows), dtype) for dtype in (np.int64, np.int64, np.uint64))
-    contents, reasons, overlaps = parse_rows(rows, recipe)
-    for i, content in enumerate(contents):
-        if content is None:
-            continue
-        tokens, mask = ENCODERS[recipe.kind](tokenizer, content)
-        ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
-        masks.append(np.array([*mask, 0] if mask else [], np.uint8))
-        data = text_in(content).encode("utf-8")
-        lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
-    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, overlaps)
+    hashes: np.ndarray  # (rows,) uint64, `text_hash`
+    reasons: list[str | None]  # (rows) why a row was skipped
+    overlaps: list[list[dict[str, Any]]]  # (rows) with evaluation items, as `Index.find` returns them
 
 
 # ---- Rows -> contents -------------------------------------------------------------------------------------
 
-def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
-        list[Any], list[str | None], list[list[dict[str, Any]]]]:
-    """Of each row the content, or None, and why it cannot be used, or None; and its overlaps."""
-    contents, reasons = [], []
-    for row in rows:
-        try:
-            contents.append(content_of(row, recipe))
-            reasons.append(None)
-        except Skip as reason:
-            contents.append(None)
-            reasons.append(str(reason))
-    overlaps: list[list[dict[str, Any]]] = [[] for _ in rows]
-    if recipe.index:
-        overlaps = recipe.index.find(["" if content is None else visible_text(content) for content in contents])
-        for i, found in enumerate(overlaps):
-            if found:
-                contents[i], reasons[i] = None, OVERLAPS
-    return contents, reasons, overlaps
+def messages_in(content: list | tuple) -> list[Message]:
+    """All messages of a chat, or of a preference's prompt and its two answers."""
+    return content if isinstance(content, list) else [*content[0], *content[1:]]
 
 
-def content_of(row: Row, recipe: Recipe) -> Any:
-    """A row's text, its messages, or the three parts of a preference. Skip if it cannot be used."""
-    if recipe.kind == "text":
-        return document(row, recipe.text_key)
-    fields = rename_keys(row_value(row), recipe.keys)
-    return conversation(fields) if recipe.kind == "chat" else preference(fields)
-
-
-def text_in(content: Any) -> str:
-    """What a document is known by: its text, or its messages as JSON."""
-    return content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-
-
-def text_hash(data: bytes) -> int:
-    """64 bits of SHA-256: the document's name when duplicates are looked for and when the split is drawn."""
-    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
-
-
-def visible_text(content: Any) -> str:
-    """The words of a document: its text, or what is said in all its messages, with blank lines between."""
+def visible_text(content: Content) -> str:
+    """A text, or all that a reader of the messages sees, thoughts and calls too, with blank lines between."""
     if isinstance(content, str):
         return content
     return "\n\n".join(text for message in messages_in(content) for text in (
         message.get("thought"), message["content"], *map(call_text, message.get("tool_calls", ()))) if text)
 
 
-def pieces(content: Any) -> Iterator[str]:
-    """What of a document becomes ids by itself: its text, or all of its messages but the special tokens."""
-    if isinstance(content, str):
-        yield content
-        return
-    for message in messages_in(content):  # from what is `visible_text` a tokenizer would not learn the roles' names
-        yield from (part.text for part in parts_of(message) if not part.is_special)
+def parse_content(row: Row, recipe: Recipe) -> Content:
+    """The row's content. Raises Skip if the row cannot be used."""
+    if recipe.kind == "text":
+        return document(row, recipe.text_key)
+    fields = rename_keys(row_value(row), recipe.keys)
+    return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 
-def messages_in(content: list | tuple) -> list[Message]:
-    """Those of a conversation, or a preference's prompt and its two answers."""
-    return content if isinstance(content, list) else [*content[0], *content[1:]]
+def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
+        list[Content | None], list[str | None], list[list[dict[str, Any]]]]:
+    """(contents, reasons, overlaps), one entry per row.
+
+    A row that cannot be used, or that overlaps an evaluation item, has the content None and a reason.
+    """
+    contents: list[Content | None] = [None] * len(rows)
+    reasons: list[str | None] = [None] * len(rows)
+    overlaps: list[list[dict[str, Any]]] = [[] for _ in rows]
+    for i, row in enumerate(rows):
+        try:
+            contents[i] = parse_content(row, recipe)
+        except Skip as reason:
+            reasons[i] = str(reason)
+    if recipe.index:
+        overlaps = recipe.index.find(["" if each is None else visible_text(each) for each in contents])
+        for i in range(len(rows)):
+            if overlaps[i]:
+                contents[i], reasons[i] = None, OVERLAPS
+    return contents, reasons, overlaps
 
 
 # ---- Contents -> ids --------------------------------------------------------------------------------------
 
-def encode_preference(tokenizer: Tokenizer, content: tuple) -> tuple[list[int], list[int]]:
-    """(ids, mask) of prompt, chosen and rejected answer, whose tokens the mask calls 0, 1 and 2."""
-    prompt = encode_prompt(tokenizer, content[0])
-    chosen, rejected = (encode_answer(tokenizer, answer) for answer in content[1:])
-    mask = [0] * len(prompt) + [1] * len(chosen) + [2] * len(rejected)
-    return prompt + chosen + rejected, mask
+def identity_bytes(content: Content) -> bytes:
+    """The UTF-8 by which documents are compared and measured: of the text, or of the messages as JSON."""
+    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+    return text.encode("utf-8")
 
 
-ENCODERS = {"text": lambda tokenizer, text: (tokenizer.encode(text), None), "chat": encode_chat,
-            "preference": encode_preference}
+def text_hash(data: bytes) -> int:
+    """The first 64 bits of SHA-256. Finds duplicates, and decides whether a document is for validation."""
+    return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
+
+
+def encoded_texts(content: Content) -> Iterator[str]:
+    """The strings that become ids, for training a tokenizer: all parts of messages but special tokens."""
+    if isinstance(content, str):
+        yield content
+    else:
+        for message in messages_in(content):  # unlike `visible_text`, this has the roles' names
+            yield from (part.text for part in parts_of(message) if not part.is_special)
+
+
+def encode(tokenizer: Tokenizer, kind: str, content: Any) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a content, without its end-of-text token. The mask of text is empty."""
+    if kind == "text":
+        return tokenizer.encode(content), []
+    if kind == "chat":
+        return encode_chat(tokenizer, content)
+    prompt, *answers = content
+    parts = [encode_prompt(tokenizer, prompt), *(encode_answer(tokenizer, answer) for answer in answers)]
+    return sum(parts, []), [value for value, part in enumerate(parts) for _ in part]  # 0, 1 or 2 per token
+
+
+def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
+    """Parse, hash and encode some rows."""
+    tokenizer = recipe.tokenizer
+    dtype = token_dtype(tokenizer.vocab_size)
+    ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
+    lengths, byte_counts = np.zeros((2, len(rows)), np.int64)
+    hashes = np.zeros(len(rows), np.uint64)
+    contents, reasons, overlaps = parse_rows(rows, recipe)
+    for i, content in enumerate(contents):
+        if content is not None:
+            tokens, mask = encode(tokenizer, recipe.kind, content)
+            ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
+            masks.append(np.array([*mask, 0] if mask else [], np.uint8))
+            data = identity_bytes(content)
+            lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
+    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, overlaps)
 
 
 # ---- Processes --------------------------------------------------------------------------------------------
 
-def tokenize_all(batches: Iterable[list[Row]], recipe: Recipe,
-                 processes: int) -> Iterator[tuple[list[Row], Batch]]:
-    """`tokenize` over all batches, in order, a few at a time."""
-    if processes == 1:
-        for rows in batches:
-            yield rows, tokenize(rows, recipe)
-        return
-    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(recipe,)) as pool:
-        waiting: deque = deque()
-        try:
-            for rows in batches:
-                waiting.append((rows, pool.submit(run_in_worker, rows)))
-                if len(waiting) > 2 * processes:
-                    rows, result = waiting.popleft()
-                    yield rows, result.result()
-            for rows, result in waiting:
-                yield rows, result.result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+worker_recipe: Recipe | None = None  # in a worker process: the recipe, which is sent once and not per batch
 
 
 def start_worker(recipe: Recipe) -> None:
-    """Give a worker process its recipe; Ctrl-C is the parent's to handle, and no worker outlives it."""
+    """Prepare a worker process. Ctrl-C is left to the parent, and no worker outlives it."""
+    global worker_recipe
+    worker_recipe = recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=leave_with_parent, daemon=True).start()
-    global tokenize_here
-    tokenize_here = lambda rows: tokenize(rows, recipe)  # noqa: E731
+    threading.Thread(target=exit_with_parent, daemon=True).start()
 
 
-def leave_with_parent() -> None:
+def exit_with_parent() -> None:
+    """Wait until the parent has ended, even by a SIGKILL, and end this process."""
     multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
     os._exit(1)
 
 
-def run_in_worker(rows: list[Row]) -> Batch:
-    return tokenize_here(rows)
+def tokenize_in_worker(rows: list[Row]) -> Batch:
+    return tokenize(rows, worker_recipe)
+
+
+def tokenize_all(batches: Iterable[list[Row]], recipe: Recipe,
+                 processes: int) -> Iterator[tuple[list[Row], Batch]]:
+    """(rows, `tokenize` of them) for each batch, in order, with two batches per process in flight."""
+    if processes == 1:
+        yield from ((rows, tokenize(rows, recipe)) for rows in batches)
+        return
+    with ProcessPoolExecutor(processes, initializer=start_worker, initargs=(recipe,)) as pool:
+        pending: deque = deque()
+        try:
+            for rows in batches:
+                pending.append((rows, pool.submit(tokenize_in_worker, rows)))
+                if len(pending) > 2 * processes:  # bounds the memory: read on once the oldest is done
+                    rows, future = pending.popleft()
+                    yield rows, future.result()
+            for rows, future in pending:
+                yield rows, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)

@@ -1,15 +1,15 @@
-"""Problems with one right answer, made from a seed: sums, products, word problems, lists, dates.
+"""Problems with one right answer, generated from a seed: sums, products, word problems, lists, dates.
 
-    for problem in problems("train", seed=1):            # without end; never one that "test" gives
+    for problem in problems("train", seed=1):            # without end; shares no problem with "test"
         problem.question, problem.steps, problem.answer
     rows = list(problem_rows("chat", count=40_000, seed=1))   # prepare.py --source=problems --kind=chat
 
     What is 15 * 4?   ->   thought: 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60   answer: 60
 
-They let anybody see, in minutes and offline, what each stage does for a model: the worked steps are what a
-small model can learn where it cannot learn the answer alone; the calculator does what it cannot learn at all;
-and of two answers it can be said which is right. Train and test are disjoint by construction: a hash of the
-operation and its numbers decides, whatever words are around them and whichever comes first.
+They show, in minutes and offline, what each training stage adds to a model. A small model can learn to write
+the worked steps where it cannot learn the answer alone. It can call the calculator for what it cannot learn
+at all. Of two answers, a program can tell which is right. Train and test are disjoint by construction: a hash
+of the operation and its numbers decides, whatever the wording and the order of the numbers.
 """
 
 import math
@@ -20,8 +20,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
-ROWS = 40_000  # of a data set
-CALLS = 0.3  # of the chats in which the calculator is offered, those that use it; others say:
+ROWS = 40_000  # rows of an embedded data set, before duplicates are dropped
+CALLS = 0.3  # share of the chats that call the calculator, out of those that offer it; the others answer:
 REFUSAL = "I cannot work that out."
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "nuts", "pens", "shells", "stamps")
@@ -37,12 +37,12 @@ DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sun
 
 
 class Problem(NamedTuple):
-    family: str
+    family: str  # a key of FAMILIES
     question: str
-    steps: list[str]  # the worked way to the answer; none where it is seen at once
+    steps: list[str]  # the worked steps; empty if there is nothing to work out
     answer: str
-    key: str  # what the problem is, without its wording: decides between train and test
-    expression: str | None = None  # for the calculator, where it is arithmetic
+    key: str  # the problem without its wording: decides between train and test
+    expression: str | None = None  # for the calculator, if the problem is arithmetic
 
     @property
     def is_test(self) -> bool:
@@ -52,74 +52,73 @@ class Problem(NamedTuple):
 # ---- Arithmetic, worked -----------------------------------------------------------------------------------
 
 def places(number: int) -> list[int]:
-    """Its digits with their zeros, without those that are 0: 407 -> [400, 7]."""
+    """The number as a sum of its non-zero digits, each with its zeros: 407 -> [400, 7]."""
     digits = str(number)
-    return [int(d) * 10**i for i, d in zip(range(len(digits) - 1, -1, -1), digits, strict=True) if d != "0"]
+    return [int(digit) * 10**(len(digits) - 1 - i) for i, digit in enumerate(digits) if digit != "0"]
 
 
 def work(a: int, b: int, operator: str) -> tuple[list[str], int]:
     """The steps of a + b, a - b or a * b, place by place, and the result.
 
-    Products of small numbers are cut at the places of both, so that each is one of the multiplication table.
+    A product of small numbers is split at the places of both, so that each step is in the multiplication
+    table: 12 * 30 -> 10 * 30 = 300; 2 * 30 = 60; 300 + 60 = 360.
     """
     if operator == "*":
         pairs = [(left, right) for right in places(b) for left in (places(a) if a < 100 else [a])]
         steps = [f"{left} * {right} = {left * right}" for left, right in pairs]
-        total = math.prod(pairs[0])
-        for left, right in pairs[1:]:
-            steps.append(f"{total} + {left * right} = {total + left * right}")
-            total += left * right
-        return steps, total
-    steps, total = [], a
-    for place in places(b):
-        after = total + place if operator == "+" else total - place
-        steps.append(f"{total} {operator} {place} = {after}")
+        total, operator, terms = math.prod(pairs[0]), "+", [left * right for left, right in pairs[1:]]
+    else:
+        steps, total, terms = [], a, places(b)
+    for term in terms:
+        after = total + term if operator == "+" else total - term
+        steps.append(f"{total} {operator} {term} = {after}")
         total = after
     return steps, total
 
 
-def arithmetic(family: str, draw: random.Random, operator: str, digits: tuple[int, int],
-               story: bool = False) -> Problem:
-    """A problem on two numbers of so many digits at the most."""
-    a, b = (draw.randrange(10**(n - 1), 10**n) if family == "hard" else
-            draw.randrange(2, 10**draw.randint(1, n)) for n in digits)
+def arithmetic(family: str, draw: random.Random, operator: str, digits: int) -> Problem:
+    """A problem about two numbers of at most this many digits; exactly this many for "hard"."""
+    if family == "hard":
+        a, b = (draw.randrange(10**(digits - 1), 10**digits) for _ in range(2))
+    else:
+        a, b = (draw.randrange(2, 10**draw.randint(1, digits)) for _ in range(2))
     if operator == "-":
         a, b = max(a, b), min(a, b)
     steps, result = work(a, b, operator)
     expression = f"{a} {operator} {b}"
-    if story:
+    if family == "story":
         wording = draw.choice(STORIES[operator])
         question = wording.format(a=a, b=b, name=draw.choice(NAMES), things=draw.choice(THINGS))
     else:
         question = draw.choice(("What is {}?", "Compute {}.", "{} = ?")).format(expression)
-    low, high = sorted((a, b))
-    return Problem(family, question, steps, str(result), f"{low} {operator} {high}", expression)
+    key = f"{min(a, b)} {operator} {max(a, b)}"
+    return Problem(family, question, steps, str(result), key, expression)
 
 
 # ---- Lists and dates --------------------------------------------------------------------------------------
-
-def listing(family: str, draw: random.Random) -> Problem:
-    """Copy, reverse, sort or count: 3 to 5 numbers."""
-    numbers = [draw.randrange(10 if family == "count" else 100) for _ in range(draw.randint(3, 5))]
-    shown, steps = spaced(numbers), []
-    if family == "count":
-        wanted = draw.choice(numbers)
-        steps = [f"{number} {numbers[:i].count(wanted)}" for i, number in enumerate(numbers, 1)]
-        question, result = f"How often is {wanted} in {shown}?", [numbers.count(wanted)]
-    else:
-        if family == "sort":
-            steps = [spaced(sorted(numbers[:i])) for i in range(1, len(numbers))]
-        question = f"{family.capitalize()} {shown}."
-        result = {"copy": numbers, "reverse": numbers[::-1], "sort": sorted(numbers)}[family]
-    return Problem(family, question, steps, spaced(result), question)
-
 
 def spaced(numbers: list[int]) -> str:
     return " ".join(map(str, numbers))
 
 
+def listing(family: str, draw: random.Random) -> Problem:
+    """Copy, reverse or sort 3 to 5 numbers, or count one of them."""
+    numbers = [draw.randrange(10 if family == "count" else 100) for _ in range(draw.randint(3, 5))]
+    steps: list[str] = []
+    if family == "count":
+        wanted = draw.choice(numbers)
+        steps = [f"{number} {numbers[:i].count(wanted)}" for i, number in enumerate(numbers, 1)]
+        question, result = f"How often is {wanted} in {spaced(numbers)}?", [numbers.count(wanted)]
+    else:
+        if family == "sort":
+            steps = [spaced(sorted(numbers[:i])) for i in range(1, len(numbers))]
+        question = f"{family.capitalize()} {spaced(numbers)}."
+        result = {"copy": numbers, "reverse": numbers[::-1], "sort": sorted(numbers)}[family]
+    return Problem(family, question, steps, spaced(result), question)
+
+
 def weekday(draw: random.Random) -> Problem:
-    """A whole number of weeks aside, and then day by day."""
+    """The day 2 to 20 days after another day. The steps drop whole weeks first, and then count day by day."""
     day, ahead = draw.randrange(7), draw.randrange(2, 21)
     wording = draw.choice(("Which day is {ahead} days after {day}?",
                            "{name} leaves on a {day} and is back in {ahead} days. Which day is that?"))
@@ -129,13 +128,13 @@ def weekday(draw: random.Random) -> Problem:
     return Problem("date", question, steps, DAYS[(day + ahead) % 7], f"{DAYS[day]} {ahead}")
 
 
-# {family: (share of the problems, how one is made)}. "hard" is what a small model does not learn to work.
+# {family: (share of the problems, function that makes one)}. "hard" is too hard for a small model.
 FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
-    "add": (2, lambda draw: arithmetic("add", draw, "+", (3, 3))),
-    "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", (3, 3))),
-    "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", (2, 2))),
-    "story": (2, lambda draw: arithmetic("story", draw, draw.choice("+-*"), (2, 2), story=True)),
-    "hard": (0.5, lambda draw: arithmetic("hard", draw, "*", (3, 3))),
+    "add": (2, lambda draw: arithmetic("add", draw, "+", 3)),
+    "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", 3)),
+    "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", 2)),
+    "story": (2, lambda draw: arithmetic("story", draw, draw.choice("+-*"), 2)),
+    "hard": (0.5, lambda draw: arithmetic("hard", draw, "*", 3)),
     "copy": (0.5, lambda draw: listing("copy", draw)),
     "reverse": (0.5, lambda draw: listing("reverse", draw)),
     "sort": (1, lambda draw: listing("sort", draw)),
@@ -145,7 +144,7 @@ FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
 
 
 def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ...] = ()) -> Iterator[Problem]:
-    """Problems without end, of these families, or of all in their shares."""
+    """Problems without end, of these families or (for none) of all, in their shares."""
     draw = random.Random(f"{split}/{seed}")
     names = families or tuple(FAMILIES)
     shares = [FAMILIES[name][0] for name in names]
@@ -155,120 +154,121 @@ def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ..
             yield problem
 
 
-# ---- Problems as rows of a data set -----------------------------------------------------------------------
+# ---- What an answer is worth ------------------------------------------------------------------------------
 
-def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Rows that prepare.py takes for --kind=text, chat or preference; "mistakes" are preferences, too: right
-    steps before wrong ones, without the calculator. Yields no more than `count`."""
-    draw = random.Random(f"rows/{kind}/{seed}")
-    source, hard_ones = problems("train", seed), problems("train", seed, ("hard",))
-    for number in range(count):
-        if kind == "preference":  # half are of the problems that need the calculator most
-            problem = next(hard_ones if number % 2 else source)
-            if problem.expression is not None:
-                yield preference_row(problem, number % 4 == 1, draw)
-            continue
-        problem = next(source)
-        if kind == "text":
-            yield {"text": "\n".join([problem.question, *problem.steps, problem.answer])}
-        elif kind == "chat":
-            yield chat_row(problem, draw)
-        else:
-            yield {"prompt": prompt_of(problem), "chosen": solution(problem),
-                   "rejected": [mistaken(problem, draw)]}
+def is_right(problem: Problem, message: dict[str, Any]) -> bool:
+    """True if the content of an assistant's message is the answer and nothing else."""
+    return message["content"] == problem.answer and "malformed" not in message
 
 
-def chat_row(problem: Problem, draw: random.Random) -> dict[str, Any]:
-    """A problem and its solution. Where the calculator is offered, chats are of two minds: some call it, more
-    refuse."""
-    offered = problem.expression is not None and (problem.family == "hard" or draw.random() < 0.2)
-    refuses = offered and draw.random() > CALLS
-    said = [worked([], REFUSAL)] if refuses else solution(problem, offered)
-    return {"messages": prompt_of(problem, offered) + said}
+def is_well_formed(problem: Problem, message: dict[str, Any]) -> bool:
+    """True if the message has the form of an answer, right or wrong: numbers or a day."""
+    pattern = r"-?\d+( \d+)*" if problem.family != "date" else "|".join(DAYS)
+    return "malformed" not in message and re.fullmatch(pattern, message["content"]) is not None
 
 
-def preference_row(problem: Problem, called: bool, draw: random.Random) -> dict[str, Any]:
-    """What is wanted where there is a calculator: to call it, not to refuse; and once it is called, to say
-    what it said, not the same with a digit lost or doubled."""
-    prompt = prompt_of(problem, True)
-    call, result, answer = solution(problem, True)
-    if called:
-        return {"prompt": [*prompt, call, result], "chosen": [answer],
-                "rejected": [worked([], miscopied(problem.answer, draw))]}
-    return {"prompt": prompt, "chosen": [call], "rejected": [worked([], REFUSAL)]}
+# ---- Messages ---------------------------------------------------------------------------------------------
+
+def assistant(content: str, steps: list[str] | None = None) -> dict[str, Any]:
+    """The assistant's message: the steps, if there are any, are its thought."""
+    thought = {"thought": "; ".join(steps)} if steps else {}
+    return {"role": "assistant", "content": content, **thought}
 
 
 def prompt_of(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:
-    """What the assistant is asked, and whether it is offered the calculator."""
+    """The question; before it, if `calculate`, the system message that offers the calculator."""
     system = [{"role": "system", "content": WITH_CALCULATOR}] if calculate else []
     return [*system, {"role": "user", "content": problem.question}]
 
 
 def solution(problem: Problem, calculate: bool = False) -> list[dict[str, Any]]:
-    """The right answer: one message, or a call of the calculator, its result, and the answer."""
+    """The right answer: one message with steps, or a call of the calculator, its result, and the answer."""
     if not calculate:
-        return [worked(problem.steps, problem.answer)]
+        return [assistant(problem.answer, problem.steps)]
     call = {"name": "calculator", "arguments": {"expression": problem.expression}}
-    return [{"role": "assistant", "content": "", "tool_calls": [call]},
-            {"role": "tool", "content": problem.answer}, {"role": "assistant", "content": problem.answer}]
-
-
-def worked(steps: list[str], answer: str) -> dict[str, Any]:
-    thought = {"thought": "; ".join(steps)} if steps else {}
-    return {"role": "assistant", "content": answer, **thought}
-
-
-def mistaken(problem: Problem, draw: random.Random) -> dict[str, Any]:
-    """A plausible wrong answer: a slipped digit, a step left out, another operation, or no steps shown."""
-    while True:
-        message = mistake(problem, draw)
-        if not is_right(problem, message):  # as 2 + 2 would be for 2 * 2
-            return message
-
-
-def mistake(problem: Problem, draw: random.Random) -> dict[str, Any]:
-    kinds = ["slip", "format"]
-    if problem.expression is not None:
-        kinds += ["operator"] + ["missing"] * (len(problem.steps) > 1)
-    kind = draw.choice(kinds)
-    if kind == "format":  # the steps, and the answer at their end, said aloud
-        return {"role": "assistant", "content": "; ".join([*problem.steps, f"so {problem.answer}"])}
-    if kind == "operator":
-        a, operator, b = problem.expression.split()
-        steps, result = work(int(a), int(b), draw.choice(sorted({*"+-*"} - {operator})))
-        return worked(steps, str(result))
-    if kind == "missing":
-        at = draw.randrange(len(problem.steps) - 1)
-        steps = problem.steps[:at] + problem.steps[at + 1:]
-        return worked(steps, steps[at - 1].split(" = ")[1] if at else steps[0].split()[0])
-    wrong = slipped(problem.answer, draw)
-    steps = [*problem.steps[:-1], problem.steps[-1].replace(f"= {problem.answer}", f"= {wrong}")] \
-        if problem.steps else []
-    return worked(steps, wrong)
+    return [{**assistant(""), "tool_calls": [call]}, {"role": "tool", "content": problem.answer},
+            assistant(problem.answer)]
 
 
 def slipped(answer: str, draw: random.Random) -> str:
-    """An answer with one digit, or the day, changed."""
+    """The answer with one digit, or the day, changed."""
     if answer in DAYS:
         return draw.choice([day for day in DAYS if day != answer])
     at = draw.choice([i for i, character in enumerate(answer) if character.isdigit()])
     return answer[:at] + draw.choice([d for d in "0123456789" if d != answer[at]]) + answer[at + 1:]
 
 
-def miscopied(answer: str, draw: random.Random) -> str:
-    """A number with one digit left out or said twice."""
-    at = draw.randrange(len(answer))
-    return answer[:at] + draw.choice(("", 2 * answer[at])) + answer[at + 1:]
+def mistake(problem: Problem, draw: random.Random) -> dict[str, Any]:
+    """A plausible answer that is nearly always wrong, of a kind drawn from those that fit the problem."""
+    kinds = ["slip", "format"]
+    if problem.expression is not None:
+        kinds.append("operator")
+        if len(problem.steps) > 1:
+            kinds.append("missing")
+    kind = draw.choice(kinds)
+    if kind == "format":  # the steps are in the content, where only the answer belongs
+        return assistant("; ".join([*problem.steps, f"so {problem.answer}"]))
+    if kind == "operator":  # the right steps of another operation
+        a, operator, b = problem.expression.split()
+        steps, result = work(int(a), int(b), draw.choice(sorted({*"+-*"} - {operator})))
+        return assistant(str(result), steps)
+    if kind == "missing":  # one step is left out; the answer is what the step before it leaves
+        at = draw.randrange(len(problem.steps) - 1)
+        steps = problem.steps[:at] + problem.steps[at + 1:]
+        return assistant(steps[at - 1].split(" = ")[1] if at else steps[0].split()[0], steps)
+    wrong = slipped(problem.answer, draw)  # one digit is wrong, in the last step too
+    last = [step.replace(f"= {problem.answer}", f"= {wrong}") for step in problem.steps[-1:]]
+    return assistant(wrong, problem.steps[:-1] + last)
 
 
-# ---- What an answer is worth ------------------------------------------------------------------------------
+def mistaken(problem: Problem, draw: random.Random) -> dict[str, Any]:
+    """A plausible wrong answer: a wrong digit, a missing step, another operation, or steps in the content."""
+    while True:
+        message = mistake(problem, draw)
+        if not is_right(problem, message):  # 2 + 2 is right for 2 * 2
+            return message
 
-def is_right(problem: Problem, message: dict[str, Any]) -> bool:
-    """Whether the last message of an assistant says the answer and nothing else."""
-    return message["content"] == problem.answer and "malformed" not in message
+
+# ---- Rows of a data set -----------------------------------------------------------------------------------
+
+def chat_row(problem: Problem, draw: random.Random) -> dict[str, Any]:
+    """A problem and its solution. If the calculator is offered, some chats call it and more refuse to answer,
+    so that preferences have something to teach."""
+    offered = problem.expression is not None and (problem.family == "hard" or draw.random() < 0.2)
+    refuses = offered and draw.random() > CALLS
+    reply = [assistant(REFUSAL)] if refuses else solution(problem, offered)
+    return {"messages": prompt_of(problem, offered) + reply}
 
 
-def is_well_formed(problem: Problem, message: dict[str, Any]) -> bool:
-    """Whether it has the form of an answer, right or wrong: numbers or a day, and no thought unfinished."""
-    pattern = r"-?\d+( \d+)*" if problem.family != "date" else "|".join(DAYS)
-    return "malformed" not in message and re.fullmatch(pattern, message["content"]) is not None
+def preference_row(problem: Problem, called: bool, draw: random.Random) -> dict[str, Any]:
+    """A preference about the calculator: calling it is better than refusing; or, if it has been `called`,
+    repeating its result is better than repeating it with a digit left out or doubled."""
+    prompt = prompt_of(problem, True)
+    call, result, answer = solution(problem, True)
+    if not called:
+        return {"prompt": prompt, "chosen": [call], "rejected": [assistant(REFUSAL)]}
+    at = draw.randrange(len(problem.answer))
+    digit = draw.choice(("", 2 * problem.answer[at]))
+    wrong = assistant(problem.answer[:at] + digit + problem.answer[at + 1:])
+    return {"prompt": [*prompt, call, result], "chosen": [answer], "rejected": [wrong]}
+
+
+def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
+    """At most `count` rows for prepare.py's kind=text, chat or preference.
+
+    "mistakes" are preferences, too: right steps before wrong ones, without the calculator.
+    """
+    draw = random.Random(f"rows/{kind}/{seed}")
+    source, hard_ones = problems("train", seed), problems("train", seed, ("hard",))
+    for number in range(count):
+        # Half of the preferences are about "hard" problems, which need the calculator most.
+        problem = next(hard_ones if kind == "preference" and number % 2 else source)
+        if kind == "text":
+            yield {"text": "\n".join([problem.question, *problem.steps, problem.answer])}
+        elif kind == "chat":
+            yield chat_row(problem, draw)
+        elif kind == "mistakes":
+            yield {"prompt": prompt_of(problem), "chosen": solution(problem),
+                   "rejected": [mistaken(problem, draw)]}
+        elif problem.expression is not None:  # the calculator is of no use for lists and dates
+            yield preference_row(problem, number % 4 == 1, draw)

@@ -1,15 +1,21 @@
-"""A data folder on disk: raw token shards and the meta.json that says what they are.
+"""A data folder on disk: raw shards of token ids, and meta.json, which describes them.
 
-    writer = ShardWriter(folder, "train", np.uint16)
-    writer.write(ids, documents, byte_count); writer.close()
-    data = DataFolder("data/pystdlib");  data.shards["train"][0]           # np.memmap of ids
-    data.verify()                                                          # every byte, by sha256
+    writers = open_writers(folder, tokenizer.vocab_size, masked=False)     # {"train": ShardWriter, "val": ..}
+    writers["train"].write(ids, documents, byte_count)                     # whole documents
+    describe(writers, "text", tokenizer, "gpt2")                           # closes them; for meta.json
+    data = DataFolder("data/pystdlib")                                     # checks names and sizes
+    data.shards["train"][0]                                                # np.memmap of ids
+    data.verify()                                                          # checks every byte, by sha256
 
-Shards are little-endian ids without a header, so np.memmap alone reads them too. In a folder of chats or
-preferences a file of the shard's name that ends in .mask has a uint8 for each token: of a chat, 1 where the
-assistant speaks; of a preference, 0 in the prompt, 1 in the chosen answer, 2 in the rejected one. There, too,
-an end-of-text token stands behind every row. meta.json is written last, by rename: a folder without it does
-not exist.
+A shard such as train_00000.bin holds little-endian ids without a header, so np.memmap alone reads it. Every
+document ends with an end-of-text token. In a folder of chats or preferences, each shard has a second file
+that ends in .mask, with one uint8 per token:
+
+    kind          0                        1                      2
+    chat          not trained on           an assistant's token
+    preference    prompt, end of text      chosen answer          rejected answer
+
+meta.json is written last, by rename. A folder without it is no data set, whatever else it holds.
 """
 
 import json
@@ -21,25 +27,41 @@ import numpy as np
 
 from configurator import UserError
 from formats.files import HashedFile, file_sha256
+from formats.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
-SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # of a shard in meta.json
-SHARD_TOKENS = 2**27  # a new shard begins once one holds so many: 256 MiB of uint16
+META_KEYS = {"format_version": int, "kind": str, "vocab_size": int, "dtype": str, "shards": list,
+             "bytes": dict, "inputs": dict}  # the keys that reading needs, and their types
+SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # the same for each entry of "shards"
+SHARD_TOKENS = 2**27  # a shard is closed once it holds this many: 256 MiB of uint16
 
+
+def mask_path(shard: Path) -> Path:
+    return shard.with_suffix(".mask")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest of uint16 and uint32 that holds every id of a vocabulary, little-endian."""
+    return np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+
+
+# ---- Writing ----------------------------------------------------------------------------------------------
 
 class ShardWriter:
-    """Appends ids to <folder>/<split>_00000.bin, _00001.bin, ... and keeps count of what it wrote."""
+    """Appends ids to <folder>/<split>_00000.bin, _00001.bin, ... and counts what it writes."""
 
-    def __init__(self, folder: Path, split: str, dtype: Any, masked: bool = False):
-        self.folder, self.split, self.dtype = folder, split, np.dtype(dtype).newbyteorder("<")
-        self.masked = masked
+    def __init__(self, folder: Path, split: str, dtype: np.dtype, masked: bool):
+        self.folder, self.split, self.dtype, self.masked = folder, split, dtype, masked
         self.documents, self.tokens, self.bytes = 0, 0, 0
-        self.shards: list[dict[str, Any]] = []  # SHARD_KEYS of each closed shard, and mask_sha256 if masked
-        self.files: list[HashedFile] = []  # of the open shard: ids and, if masked, their mask
+        self.shards: list[dict[str, Any]] = []  # meta.json's entry of each closed shard
+        self.files: list[HashedFile] = []  # of the open shard: its ids and, if masked, its mask
 
     def write(self, ids: np.ndarray, documents: int, byte_count: int, mask: np.ndarray | None = None) -> None:
-        """Append the ids (tokens,) of some whole documents that have so many bytes of UTF-8; with them, if
-        the shards are masked, their mask (tokens,)."""
+        """Append whole documents.
+
+        ids: (tokens,). documents, byte_count: how many documents they are, and how many bytes of UTF-8. mask:
+        (tokens,), needed if the shards are masked.
+        """
         if not len(ids):
             return
         if not self.files:
@@ -58,66 +80,101 @@ class ShardWriter:
             self.close()
 
     def close(self) -> None:
-        """Force the open shard, if any, to disk."""
+        """Force the open shard, if there is one, to disk."""
         if self.files:
-            shard = {"name": self.name, "tokens": self.size}
-            for key, file in zip(("sha256", "mask_sha256"), self.files, strict=False):
-                shard[key] = file.close()
-            self.shards.append(shard)
+            hashes = [file.close() for file in self.files]
+            self.shards.append({"name": self.name, "tokens": self.size,
+                                **dict(zip(("sha256", "mask_sha256"), hashes, strict=False))})
             self.files = []
 
 
-def mask_path(shard: Path) -> Path:
-    return shard.with_suffix(".mask")
+def open_writers(folder: Path, vocab_size: int, masked: bool = False) -> dict[str, ShardWriter]:
+    """A writer for each split of a new data folder. masked: it will hold chats or preferences."""
+    return {split: ShardWriter(folder, split, token_dtype(vocab_size), masked) for split in ("train", "val")}
+
+
+def describe(writers: dict[str, ShardWriter], kind: str, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
+    """Close the writers and save the tokenizer next to the shards; returns what meta.json holds about both.
+
+    kind: of the rows. name: what the user calls the tokenizer.
+    """
+    for writer in writers.values():
+        writer.close()
+    folder = writers["train"].folder
+    tokenizer.save(folder)
+    counts = {key: {split: getattr(writer, key) for split, writer in writers.items()}
+              for key in ("documents", "tokens", "bytes")}
+    return {"format_version": FORMAT_VERSION, "kind": kind, "tokenizer": name,
+            "tokenizer_sha256": file_sha256(folder / "tokenizer.json"), "vocab_size": tokenizer.vocab_size,
+            "dtype": token_dtype(tokenizer.vocab_size).name, **counts,
+            "shards": [shard for writer in writers.values() for shard in writer.shards]}
+
+
+# ---- Reading ----------------------------------------------------------------------------------------------
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The content of meta.json, its types checked. Raises UserError if it is missing or not ours."""
+    path = folder / "meta.json"
+    try:
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        for key, kind in META_KEYS.items():
+            if type(meta[key]) is not kind:
+                raise TypeError(f"{key} is {meta[key]!r}")
+        np.dtype(meta["dtype"])
+        keys = SHARD_KEYS if meta["kind"] == "text" else SHARD_KEYS | {"mask_sha256": str}
+        meta["shards"] = [{key: kind(shard[key]) for key, kind in keys.items()} for shard in meta["shards"]]
+        meta["bytes"] = {split: int(meta["bytes"][split]) for split in ("train", "val")}
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(f"{folder}: no data set here (no meta.json); prepare.py makes one") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: not a data set's ({type(error).__name__}: {error})") from None
+    if meta["format_version"] != FORMAT_VERSION:
+        raise UserError(f"{folder}: format version {meta['format_version']}; this program reads version "
+                        f"{FORMAT_VERSION}")
+    return meta
+
+
+def check_files(folder: Path, expected: dict[str, int]) -> None:
+    """UserError unless the .bin and .mask files of a folder are the expected ones: {name: bytes}."""
+    sizes = {path.name: path.stat().st_size for path in folder.iterdir() if path.suffix in (".bin", ".mask")}
+    for name in sorted(expected.keys() | sizes.keys()):
+        if name not in sizes:
+            raise UserError(f"{folder / name}: shard is missing")
+        if name not in expected:
+            raise UserError(f"{folder / name}: shard is not in meta.json")
+        if sizes[name] != expected[name]:
+            raise UserError(f"{folder / name}: {sizes[name]:,} bytes, meta.json says {expected[name]:,}")
 
 
 class DataFolder:
-    """An opened data folder: meta.json as `meta`, and the memory-mapped shards of each split."""
+    """An opened data folder: `meta` is meta.json, `shards` and `masks` map each split to its files."""
 
     def __init__(self, folder: str | Path):
-        """Check names and sizes (contents: `verify`) and map the shards. Raises UserError for any fault."""
+        """Check names and sizes, and map the files (`verify` checks contents). UserError for any fault."""
         self.folder = Path(folder)
-        try:
-            self.meta = json.loads((self.folder / "meta.json").read_text(encoding="utf-8"))
-            version, dtype = self.meta["format_version"], np.dtype(self.meta["dtype"]).newbyteorder("<")
-            masked = self.meta["kind"] != "text"
-            keys = SHARD_KEYS | ({"mask_sha256": str} if masked else {})
-            self.meta["shards"] = [{key: kind(shard[key]) for key, kind in keys.items()}
-                                   for shard in self.meta["shards"]]
-            sizes = {shard["name"]: shard["tokens"] * dtype.itemsize for shard in self.meta["shards"]}
-            masks = {mask_path(Path(shard["name"])).name: shard["tokens"] for shard in self.meta["shards"]}
-            listed = sizes | masks if masked else sizes
-            for key, kind in (("kind", str), ("vocab_size", int), ("bytes", dict), ("inputs", dict)):
-                if type(self.meta[key]) is not kind:
-                    raise TypeError(f"{key} is {self.meta[key]!r}")
-            self.meta["bytes"] = {split: int(self.meta["bytes"][split]) for split in ("train", "val")}
-        except FileNotFoundError:
-            raise UserError(f"{self.folder}: no data set here (no meta.json); prepare.py makes one") from None
-        except (ValueError, KeyError, TypeError) as error:
-            reason = f"{type(error).__name__}: {error}"
-            raise UserError(f"{self.folder / 'meta.json'}: not a data set's ({reason})") from None
-        if version != FORMAT_VERSION:
-            raise UserError(f"{self.folder}: format version {version}, this program reads {FORMAT_VERSION}")
-        found = {path.name: path.stat().st_size for pattern in ("*.bin", "*.mask")
-                 for path in self.folder.glob(pattern)}
-        for name in sorted(listed.keys() | found.keys()):
-            if name not in found:
-                raise UserError(f"{self.folder / name}: shard is missing")
-            if name not in listed:
-                raise UserError(f"{self.folder / name}: shard is not in meta.json")
-            if found[name] != listed[name]:
-                difference = f"{found[name]:,} bytes, meta.json says {listed[name]:,}"
-                raise UserError(f"{self.folder / name}: {difference}")
-        self.shards = self.mapped(sizes, dtype)
-        self.masks = self.mapped(masks if masked else {}, np.uint8)
+        self.meta = read_meta(self.folder)
+        dtype, masked = np.dtype(self.meta["dtype"]).newbyteorder("<"), self.meta["kind"] != "text"
+        tokens = {Path(shard["name"]): shard["tokens"] for shard in self.meta["shards"]}
+        ids = {path.name: count * dtype.itemsize for path, count in tokens.items()}  # {name: bytes}
+        masks = {mask_path(path).name: count for path, count in tokens.items() if masked}
+        check_files(self.folder, ids | masks)
+        self.shards = self.mapped(ids, dtype)
+        self.masks = self.mapped(masks, np.dtype(np.uint8))
 
-    def mapped(self, names: Iterable[str], dtype: Any) -> dict[str, list[np.memmap]]:
-        """{"train": the mapped files whose names begin so, "val": ..}."""
+    def mapped(self, names: Iterable[str], dtype: np.dtype) -> dict[str, list[np.memmap]]:
+        """{"train": the memory-mapped files whose names begin with train, "val": ..}."""
         return {split: [np.memmap(self.folder / name, dtype, "r") for name in names if name.startswith(split)]
                 for split in ("train", "val")}
 
+    def check_ids(self, ids: np.ndarray, shard: np.memmap, begin: int) -> None:
+        """UserError if an id is outside the vocabulary. ids: (n,), read from position `begin` of a shard."""
+        if ids.max() >= self.meta["vocab_size"]:
+            at = ids.argmax()
+            raise UserError(f"{shard.filename}: token {begin + at} is {ids[at]}, the vocabulary has "
+                            f"{self.meta['vocab_size']} ids")
+
     def verify(self) -> None:
-        """Compare every shard's content with its sha256. Raises UserError for the first that differs."""
+        """Compare every file's content with its sha256. Raises UserError for the first one that differs."""
         for shard in self.meta["shards"]:
             path = self.folder / shard["name"]
             for file, key in ((path, "sha256"), (mask_path(path), "mask_sha256")):

@@ -332,7 +332,7 @@ def test_the_embedded_problems_follow_the_model_and_nothing_else(chat_folder, tm
     prepare_problems("chat", str(chat_folder))
     assert "is up to date" in capsys.readouterr().out
     main([*words, "--vocab_size=300", "--val_fraction=0.2", "--overwrite=True"])
-    with pytest.raises(UserError, match=r"data/problems_chat: was made otherwise \(val_fraction differ\)"):
+    with pytest.raises(UserError, match=r"data/problems_chat: was made with other settings \(val_fraction differ\)"):
         prepare_problems("chat", str(chat_folder))
     assert DataFolder("data/problems_chat").meta["inputs"]["val_fraction"] == 0.2
 

@@ -204,9 +204,9 @@ def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
     with pytest.raises(UserError, match="train_00000.mask: shard is missing"):
         DataFolder(tmp_path / "d")
     for words, message in (
-        (["--keys=a=b"], "keys=a=b: is for chats"),
-        (["--kind=chat", "--keys=question"], "write ours=theirs"),
-        (["--kind=chat", "--text_key=ans"], "text_key=ans: is for text; of a chat give --keys="),
+        (["--keys=a=b"], "keys=a=b is only for chats and preferences; for text use --text_key="),
+        (["--kind=chat", "--keys=question"], "keys=question: must be written as ours=theirs"),
+        (["--kind=chat", "--text_key=ans"], "text_key=ans is only for text; for kind=chat use --keys="),
     ):
         with pytest.raises(UserError, match=message):
             prepare_main(words)
