@@ -1,17 +1,19 @@
-"""Stage 2, distillation: a small model learns what a larger one knows.
+"""Stage 2, distillation: a small model, the student, learns the predictions of a larger one, the teacher.
 
     python distill.py                       # out/base teaches a model a quarter of its size -> out/distilled
-    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2     # begin as a part of the teacher
-    python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
-    python distill.py --cache=sample                     # the teacher is read from disk
+    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2     # start from half of the teacher
     python distill.py config/distill_two_stage.py
+    python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
+    python distill.py --cache=sample                     # read the teacher's predictions from disk
 
-Reads data/<dataset>/ of text or chats, made with the teacher's tokenizer, and writes out_dir as train.py
-does. The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher
-(distillation/divergences.py), and, where asked for, what layers inside lose against layers of the teacher
-(distillation/layer_losses.py, between the pairs of distillation/layer_maps.py). With on_policy a share of
-the batches is continued by the student itself (distillation/on_policy.py), and the teacher says what it
-thinks of that. The teacher is never changed."""
+Reads data/<dataset>/, text or chats, made with the teacher's tokenizer. Writes out_dir as train.py does.
+
+The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher, with both models
+at temperature T (arXiv 1503.02531; distillation/divergences.py). Optional: losses between layers
+(distillation/layer_losses.py), a student pruned from the teacher (distillation/pruning.py), and text that the
+student writes itself (distillation/on_policy.py). The teacher is never changed. Left out: teachers whose
+token ids differ from the student's.
+"""
 
 import dataclasses
 import math
@@ -23,23 +25,24 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, require, run_script
+from configurator import UserError, configure, require, require_not_negative, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
-from dataset.dataloader import Mix, Rows, parse_mix
+from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation.divergences import (
     DenseTeacher,
     Kind,
     Objective,
     SparseTeacher,
+    Teacher,
     linear_distillation,
     select_targets,
 )
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import Strategy, layer_map, map_text
-from distillation.on_policy import beginnings, continued
+from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, kept_layers, prune, pruned_config
-from distillation.student import ActivationHooks, Student, feature_loss
+from distillation.student import ActivationHooks, LayerLosses, Student, feature_loss
 from distillation.teacher import load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, identity_of
 from formats import hf
@@ -50,70 +53,72 @@ from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_r
 from model import GPT, GPTConfig
 from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
-from training.staged_data import StagedData, in_epochs
+from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
 
-CHOICES = ("dropout", "ternary")  # of a student that is cut out: the tensors are the same either way
+CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: the tensors are the same either way
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RunConfig, GPTConfig):
-    """A run's keys, the student's architecture (where it is not cut out of the teacher), and the teaching."""
+    """A run's keys, the student's architecture (unless it comes from a model folder), and the teaching."""
 
-    vocab_size: int | None = None  # token ids the student has; None: as many as the data's tokenizer
+    vocab_size: int | None = None  # token ids of the student; None is the size of the data's tokenizer
     n_layer: int = 2  # blocks
     n_head: int = 2  # query heads
     n_embd: int = 128  # width of the residual stream
-    intermediate_size: int | None = 256  # width of the MLP; None: 8/3 (gelu: 4) n_embd, rounded up to 256s
+    intermediate_size: int | None = 256  # width of the MLP; None is 8/3 n_embd (gelu: 4), rounded up to 256s
     out_dir: str = "out/distilled"  # checkpoints and logs go here; the same command again continues the run
     teacher: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
-    teacher_dtype: Literal["float32", "bfloat16"] | None = None  # of its weights; None: as the run computes
-    student_layers: str | None = None  # cut the student out of the teacher: every:2, first:3, last:3 or 0,2,5
-    alpha: float = 0.9  # share of the divergence; the rest is cross-entropy with the text
-    temperature: float = 1.0  # of both sides in the divergence
-    divergence: Kind = "forward_kl"  # or reverse_kl, jsd, tv; mse of the logits
-    jsd_beta: float = 0.5  # jsd: the teacher's share of the mixture
-    cache: Literal["none", "topk", "sample"] = "none"  # read the teacher from what tools.cache_teacher wrote
-    layer_map: Strategy = "uniform_plus_last"  # or last, last_k_uniform, all, uniform_consecutive
+    teacher_dtype: Literal["float32", "bfloat16"] | None = None  # of its weights; None is the run's dtype
+    student_layers: str | None = None  # prune the student from the teacher: every:2, first:3, last:3 or 0,2,5
+    alpha: float = 0.9  # weight of the divergence; the cross-entropy with the text has the weight 1 - alpha
+    temperature: float = 1.0  # of student and teacher in the divergence
+    divergence: Kind = "forward_kl"  # how student and teacher are compared; mse compares the logits
+    jsd_beta: float = 0.5  # weight of the teacher in the mixture of divergence=jsd
+    cache: Literal["none", "topk", "sample"] = "none"  # read predictions that tools.cache_teacher wrote
+    layer_map: Strategy = "uniform_plus_last"  # which student layer learns from which teacher layers
     hidden_weight: float = 0.0  # weight of a loss between the outputs of mapped blocks
-    hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"  # which
+    hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"  # the loss of hidden_weight
     attention_weight: float = 0.0  # weight of a loss between the attention of mapped blocks
-    attention_loss: Literal["relations", "mse"] = "relations"  # relations of q, k and v (MiniLMv2), or direct
-    lr_multipliers: dict = field(  # {regex of names: factor}, first match, 0 freezes; the table learns fast
+    attention_loss: Literal["relations", "mse"] = "relations"  # relations: within q, k, v (MiniLMv2)
+    lr_multipliers: dict = field(  # {regex of parameter names: factor}, first match wins, 0 freezes
         default_factory=lambda: {"embed_tokens": 5.0})
-    on_policy: float = 0.0  # share of the steps whose text the student continues itself (GKD's lambda)
-    packing: bool = True  # of chats: several conversations a row, each for itself
-    document_mask: bool = False  # of text: attend within documents only
+    on_policy: float = 0.0  # share of the steps whose text the student writes itself (lambda in GKD)
+    packing: bool = True  # chats: several conversations per row, each attending to itself only
+    document_mask: bool = False  # text: attend within documents only
 
     stage_fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
     resume_free = frozenset({"teacher_dtype"})
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
-        if not (self.student_layers or self.init_from):  # else the sizes come from a folder
+        if not (self.student_layers or self.init_from):  # otherwise the sizes come from a model folder
             GPTConfig.from_keys(self, vocab_size=self.vocab_size or 64)
         require(self, "alpha", 0 <= self.alpha <= 1, "from 0 to 1")
         require(self, "temperature", 0 < self.temperature < math.inf, "positive")
         require(self, "jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1")
-        require(self, "hidden_weight", self.hidden_weight >= 0, "at least 0")
-        require(self, "attention_weight", self.attention_weight >= 0, "at least 0")
         require(self, "on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")
-        if self.cache != "none":
-            plain = {"divergence": "forward_kl", "on_policy": 0, "hidden_weight": 0, "attention_weight": 0}
-            for key, value in plain.items():
-                if getattr(self, key) != value:
-                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, not cache="
-                                    f"{self.cache}")
+        require_not_negative(self, "hidden_weight", "attention_weight")
+        if self.cache != "none":  # a cache has the teacher's probabilities of the data, and nothing else
+            for key in ("divergence", "on_policy", "hidden_weight", "attention_weight"):
+                if getattr(self, key) != getattr(DistillConfig, key):
+                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, so it only works "
+                                    "with cache=none")
         if self.on_policy and self.document_mask:
-            raise UserError(f"on_policy={self.on_policy}: the student writes without document_mask")
+            raise UserError(f"on_policy={self.on_policy}: does not work with document_mask=True")
         if self.student_layers and self.init_from:
-            raise UserError(f"student_layers={self.student_layers}: cuts the student out of the teacher; "
-                            f"init_from={self.init_from} gives another. Leave one of them away")
+            raise UserError(f"student_layers={self.student_layers}: starts from the teacher, and init_from="
+                            f"{self.init_from} from another model; remove one of them")
 
-    # The text has no weight of its own. AdamW and Muon do not mind a gradient's size, so only the ratio of
-    # weights counts: hidden_weight=100 with alpha=0 all but leaves the text out.
     @property
     def objective(self) -> Objective:
         return Objective(self.alpha, self.temperature, self.divergence, self.jsd_beta)
+
+    @property
+    def layer_losses(self) -> LayerLosses:
+        """The cross-entropy has no weight of its own, and needs none: AdamW and Muon ignore the size of a
+        gradient, so only ratios count. With hidden_weight=100 and alpha=0, the text hardly matters."""
+        return LayerLosses(self.hidden_weight, self.hidden_loss, self.attention_weight, self.attention_loss)
 
     @property
     def uses_layer_losses(self) -> bool:
@@ -122,155 +127,181 @@ class DistillConfig(RunConfig, GPTConfig):
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-def batches_at(data: StagedData, caches: dict[int, TeacherCache], step: int) -> list[dict[str, Any]]:
-    """This rank's micro-batches of a step; with a cache, also what the teacher said of their rows."""
+RowKind = type[Rows] | type[ChatRows]
+Caches = dict[tuple[str, int], list[TeacherCache]]  # by StagedData.key; one cache per folder of the mix
+
+
+def row_kind(cfg: DistillConfig) -> RowKind:
+    """The class of the training rows: text or chats, as in the first data set. Raises UserError if on_policy
+    does not work with them."""
+    kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
+    if kind == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
+        if cfg.packing:
+            raise UserError("on_policy: needs one conversation per row; add --packing=False")
+        if cfg.parallel == "fsdp":  # all ranks would have to generate the same number of tokens
+            raise UserError("on_policy: does not work with chats and parallel=fsdp; use parallel=ddp or none")
+    if kind == "text":
+        return Rows
+    return ChatRows if cfg.packing else UnpackedChatRows
+
+
+def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> TeacherCache:
+    """The cache of these rows. Raises UserError, with the command that makes the cache, if there is none."""
+    hint = (f"python -m tools.cache_teacher --teacher={cfg.teacher} --dataset={rows.data.folder} "
+            f"--block_size={rows.T} --method={cfg.cache} --temperature={cfg.temperature}")
+    for key in ("packing", "document_mask"):
+        if getattr(cfg, key) != getattr(DistillConfig, key):
+            hint += f" --{key}={getattr(cfg, key)}"
+    identity = identity_of(rows, teacher_hash, cfg.document_mask)
+    return TeacherCache(rows, identity, cfg.cache, cfg.temperature, hint)
+
+
+def open_caches(cfg: DistillConfig, data: StagedData, teacher_hash: str) -> Caches:
+    """The caches of all training rows, {} with cache=none. Raises UserError if one is missing or differs."""
+    if cfg.cache == "none":
+        return {}
+    for stage in stage_configs(cfg):
+        if (stage.temperature, stage.document_mask) != (cfg.temperature, cfg.document_mask):
+            raise UserError("stages: temperature and document_mask cannot change with a cache; set them for "
+                            "the whole run")
+    caches = {key: [open_cache(cfg, rows, teacher_hash) for rows in mix.rows]
+              for key, mix in data.mixes.items()}
+    if len({cache.records.spec for mix_caches in caches.values() for cache in mix_caches}) > 1:
+        raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
+    return caches
+
+
+def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.ndarray,
+                       batch: dict[str, Any]) -> dict[str, Tensor]:
+    """The teacher's predictions for the targets of a batch, whose rows are row[i] of folder[i].
+
+    Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,).
+    """
+    T = batch["input_ids"].shape[1]  # chat batches are cut after their last target
+    records = np.stack([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B, T, width)
+    records = records.reshape(-1, records.shape[-1])  # (B T, width)
+    if "positions" in batch:
+        records = records[batch["positions"].numpy()]  # (N, width)
+    return caches[0].records.decode(records)
+
+
+def batches_at(data: StagedData, caches: Caches, step: int) -> list[dict[str, Any]]:
+    """This rank's micro-batches of a step, with cached predictions, or with prompts if it is on-policy."""
     cfg, mix, first, count = data.shard_for_step(step)
-    owner, index = mix.locate(first, count)
-    # Whether a step is the student's own follows from (seed, step), so all ranks agree.
-    draw = np.random.default_rng((cfg.seed, step, 1)).random()
+    folder, row = mix.locate(first, count)
+    # Drawn from (seed, step) alone, so all ranks agree on whether the student writes the text of this step.
+    is_on_policy = np.random.default_rng((cfg.seed, step, 1)).random() < cfg.on_policy
     batches = []
     for start in range(0, count, cfg.micro_batch_size):
-        part = slice(start, start + cfg.micro_batch_size)
         rows = mix.samples(first + start, cfg.micro_batch_size)
         batch = batch_of(rows, cfg, mix.tokenizer.eot_id)
         if caches:
-            batch |= cached_teacher(caches, mix, owner[part], index[part], batch)
-        if draw < cfg.on_policy:
-            prompts, lengths = beginnings(rows)
-            numbers = list(range(first + start, first + start + len(rows)))
+            part = slice(start, start + cfg.micro_batch_size)
+            batch |= cached_predictions(caches[data.key(cfg)], folder[part], row[part], batch)
+        if is_on_policy:
+            prompts, lengths = prompt_lengths(rows)
+            numbers = list(range(first + start, first + start + len(rows)))  # in the run: they seed the text
             batch |= {"prompts": prompts, "lengths": lengths, "numbers": numbers, "count": sum(lengths)}
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
     return batches
 
 
-def cached_teacher(caches: dict[int, TeacherCache], mix: Mix, owner: np.ndarray, index: np.ndarray,
-                   batch: dict[str, Any]) -> dict[str, Tensor]:
-    """{"teacher_ids", "teacher_probs": (N, k), "teacher_tail": (N,)} at the positions of the batch's targets;
-    samples have no tail."""
-    T = batch["input_ids"].shape[1]
-    found = [caches[id(mix.rows[o])].read(i)[:T] for o, i in zip(owner, index, strict=True)]  # (T, width)
-    values = np.stack(found)  # (n, T, width)
-    values = values.reshape(-1, values.shape[-1])
-    if "positions" in batch:
-        values = values[batch["positions"].numpy()]
-    return caches[id(mix.rows[owner[0]])].decoded(values)
-
-
 # ---- Loss -------------------------------------------------------------------------------------------------
 
 class Distillation:
-    """The loss of a batch: the student's forward pass inside the teacher's, where both output matrices are
-    gathered, however they are sharded."""
+    """The loss of a batch. The student's forward pass runs inside the teacher's:
+
+        teacher.forward(ids)               teacher blocks -> hidden states; its output matrix is gathered
+        |  teacher_head(hidden, weight)      switches gradients back on
+        |  |  student.forward(ids)         student blocks -> hidden states; its output matrix is gathered
+        |  |  |  student_head(hidden, weight)
+        |  |  |  |  linear_distillation    per chunk: logits of both -> divergence, cross-entropy, gradients
+        |  |  |  |  feature_loss           layer losses, from what the hooks recorded in both passes
+        |  |  |  return loss, metrics
+
+    Two reasons: no (B, T, V) logits are stored, because both heads see hidden states and one chunk of logits
+    at a time; and FSDP gathers an output matrix only while its model's forward runs, so that inside both
+    passes, and only there, both matrices are whole.
+    """
 
     def __init__(self, student: Student, teacher: nn.Module | None, configs: list[DistillConfig],
                  vocab_size: int, end_ids: set[int]):
-        """configs: of the stages. teacher: None where batches bring what it said. end_ids: what ends a row
-        that the student writes."""
+        """configs: one per stage. teacher: None if batches carry cached predictions. end_ids: the tokens that
+        end what the student writes."""
         self.student, self.teacher, self.vocab_size = student, teacher, vocab_size
         self.configs, self.end_ids = configs, end_ids
-        self.taps = None
-        if student.pairs and teacher is not None:
-            self.taps = (ActivationHooks(student, [s for s, _ in student.pairs]),
-                         ActivationHooks(teacher, [t for _, t in student.pairs]))
+        self.hooks: tuple[ActivationHooks, ...] = ()
+        if student.pairs and isinstance(teacher, GPT):
+            self.hooks = (ActivationHooks(student, [s for s, _ in student.pairs]),
+                          ActivationHooks(teacher, [t for _, t in student.pairs]))
 
     def __call__(self, forward: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss summed over the targets, metrics). forward: the student, or DDP's wrapper of it."""
         cfg = self.configs[batch["stage"]]
         if "prompts" in batch:
-            batch = continued(self.student, batch, self.configs[0].seed, self.vocab_size, self.end_ids)
+            batch = rollout_batch(self.student, batch, self.configs[0].seed, self.vocab_size, self.end_ids)
         if "teacher_ids" in batch:
-            source = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            return self.student_loss(forward, batch, source)
-
-        def head(hidden: Tensor, weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
-            with torch.enable_grad():
-                return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
-
-        if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:  # nobody is asked
+            cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
+            return self.student_loss(forward, batch, cached)
+        if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:  # the text alone
             return self.student_loss(forward, batch, None)
         with torch.no_grad():
-            return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
+            return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
+                                head=lambda hidden, weight: self.teacher_head(forward, batch, hidden, weight))
+
+    def teacher_head(self, forward: nn.Module, batch: dict[str, Any], hidden: Tensor,
+                     weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
+        with torch.enable_grad():
+            return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
 
     def student_loss(self, forward: nn.Module, batch: dict[str, Any],
-               teacher: DenseTeacher | SparseTeacher | None) -> tuple[Tensor, dict[str, Tensor]]:
-        """The student's forward pass, against what the teacher says."""
-        cfg, own = self.configs[batch["stage"]], "prompts" in batch
-        # The student's own words teach it nothing; what the teacher says of them does.
-        objective = cfg.objective._replace(alpha=1.0) if own else cfg.objective
-
-        def head(hidden: Tensor, weight: Tensor) -> tuple[Tensor, ...]:
-            found = linear_distillation(select_targets(hidden, batch), weight, batch["targets"].flatten(),
-                                        teacher, self.vocab_size, objective)
-            inside = hidden.new_zeros((2,))
-            if self.student.pairs:
-                inside = feature_loss(self.student, *self.taps, batch, cfg)  # (2,) hidden, attention
-            return (*found, inside)
-
-        loss, ce, kd, inside = forward(batch["input_ids"], document_ids=batch.get("document_ids"), head=head)
-        loss = loss + cfg.hidden_weight * inside[0] + cfg.attention_weight * inside[1]
-        if not cfg.hidden_weight:  # DDP waits for the gradient of every parameter
+                     teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
+        """The student's forward pass, and its loss against the teacher's predictions."""
+        cfg, is_on_policy = self.configs[batch["stage"]], "prompts" in batch
+        loss, ce, kd, features = forward(
+            batch["input_ids"], document_ids=batch.get("document_ids"),
+            head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
+        loss = loss + cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
+        if not cfg.hidden_weight:  # DDP waits for a gradient of every parameter
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
-        # Of its own words the cross-entropy estimates the student's entropy: not what a text costs.
-        metrics = {"entropy": ce, "own_divergence": kd} if own else {"loss": ce, "divergence": kd}
+        # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
+        metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
         if self.student.pairs:
-            metrics |= {"hidden": inside[0].detach(), "attention": inside[1].detach()}
+            metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         return loss, metrics
 
+    def student_head(self, batch: dict[str, Any], teacher: Teacher | None, hidden: Tensor,
+                     weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """(loss, cross-entropy, T^2 * divergence, (2,) layer losses). hidden: (B, T, C) of the student."""
+        cfg, targets = self.configs[batch["stage"]], batch["targets"].flatten()
+        objective = cfg.objective
+        if "prompts" in batch:  # the student's own tokens are not right answers, so no cross-entropy
+            objective = objective._replace(alpha=1.0)
+        losses = linear_distillation(select_targets(hidden, batch), weight, targets, teacher, self.vocab_size,
+                                     objective)
+        features = hidden.new_zeros((2,))
+        if self.hooks:
+            features = feature_loss(self.student, *self.hooks, batch, cfg.layer_losses)
+        return (*losses, features)
 
-# ---- Go ---------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
-    cfg, provenance = configure(DistillConfig, argv, usage=__doc__)
-    cfg, layers = with_architecture(cfg, provenance)
-    with start_run(cfg, provenance) as run:
-        if any(stage.dataset == "pystdlib" for stage in stage_configs(cfg)):
-            run.run_on_rank0(lambda: prepare(PrepareConfig()))  # the embedded default, or nothing to do
-        kind = row_kind(cfg)
-        user_cfg, cfg = cfg, in_epochs(cfg, kind)
-        data = StagedData(cfg, kind, run.rank, run.world_size)
-        tokenizer = run.tokenizer = data.tokenizer
-        check_folders(cfg, tokenizer)
-        teacher_hash = run.run_on_rank0(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
-        caches, teacher = {}, None
-        if cfg.cache != "none":
-            caches = {id(rows): open_cache(cfg, rows, teacher_hash)
-                      for mix in data.mixes.values() for rows in mix.rows}
-            if len({cache.records.spec for cache in caches.values()}) > 1:
-                raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
-        else:
-            dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
-            longest = max(stage.block_size for stage in stage_configs(cfg))
-            teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
-            shard_teacher(teacher, cfg.parallel, run)
-        student = make_student(cfg, layers, teacher, data, run)
-        if isinstance(teacher, GPT) and compiles(cfg, student, run):  # one of transformers stays as it is
-            for block in teacher.model["layers"]:
-                block.compile()
-        evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
-        run.write_run_json(user_cfg, data=data.hashes(), teacher=teacher_hash,
-                     caches=sorted(cache.folder.name for cache in caches.values()))
-        # Where the student's own answers end; a row of text goes on behind an end.
-        ends = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
-        loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, ends)
-        results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
-        print_summary(cfg, student, teacher, results, run, kind.kind)
-    return 0
-
+# ---- Models -----------------------------------------------------------------------------------------------
 
 def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[DistillConfig, list[int]]:
-    """`cfg` with the student's architecture, and the layers that are cut out of the teacher, if any.
+    """`cfg` with the architecture of its model folder, and the teacher layers that a pruned student keeps.
 
-    UserError for keys of the architecture that come with init_from or with the teacher.
+    Raises UserError if the user set a key of the architecture that the folder determines.
     """
     if not cfg.init_from and not cfg.student_layers:
         return cfg, []
+    source, free = f"init_from={cfg.init_from}", {"block_size"}
+    if cfg.student_layers:
+        source, free = f"student_layers={cfg.student_layers}", {"block_size", *WIDTHS, *CHOICES}
     architecture = {each.name for each in dataclasses.fields(GPTConfig)}
-    free = {"block_size", *((*WIDTHS, *CHOICES) if cfg.student_layers else ())}
-    source = f"student_layers={cfg.student_layers}" if cfg.student_layers else f"init_from={cfg.init_from}"
     if both := sorted(architecture & provenance.keys() - free):
         raise UserError(f"{provenance[both[0]]}: {both[0]} comes with {source} and cannot be given")
-    fields = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))
-    layers = []
+    fields, layers = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher)), []
     if cfg.student_layers:
         layers = kept_layers(cfg.student_layers, fields["n_layer"])
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
@@ -280,52 +311,31 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
 
 
 def check_folders(cfg: DistillConfig, tokenizer: Tokenizer) -> None:
-    """UserError where out_dir holds a model that is read, or a model's ids are not those of the data."""
+    """Raises UserError if out_dir holds a model that is read, or if a model's ids are not the data's."""
     for key in ("teacher", "init_from"):
         source = getattr(cfg, key)
         if source and hf.find_folder(source).resolve().is_relative_to(Path(cfg.out_dir).resolve()):
-            raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; give another")
-    if cfg.vocab_size and cfg.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"vocab_size={cfg.vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids")
-    if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
-        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset}")
+            raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; give another out_dir")
+    check_vocabulary(cfg, cfg.vocab_size, tokenizer)
 
 
-def row_kind(cfg: DistillConfig) -> Any:
-    """What the rows of the first data set are: text, or chats."""
-    kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
-    if kind == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
-        if cfg.packing:
-            raise UserError("on_policy: the student answers one conversation a row; add --packing=False")
-        if cfg.parallel == "fsdp":  # whose ranks would have to write equally long answers
-            raise UserError("on_policy: of chats, needs parallel=ddp or none")
-    return Rows if kind == "text" else ChatRows if cfg.packing else UnpackedChatRows
+def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Module:
+    """The frozen teacher, in shards with parallel=fsdp."""
+    dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
+    longest = max(stage.block_size for stage in stage_configs(cfg))
+    teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
+    shard_teacher(teacher, cfg.parallel, run)
+    return teacher
 
 
-def open_cache(cfg: DistillConfig, rows: Any, teacher_hash: str) -> TeacherCache:
-    """What tools/cache_teacher.py wrote of these rows. UserError, with its command line, if it did not."""
-    for stage in stage_configs(cfg):
-        if (stage.temperature, stage.document_mask) != (cfg.temperature, cfg.document_mask):
-            raise UserError("stages: temperature and document_mask cannot change under a cache; give them to "
-                            "the whole run")
-    words = {"teacher": cfg.teacher, "dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache,
-             "temperature": cfg.temperature}
-    words |= {key: value for key, value in (("packing", cfg.packing), ("document_mask", cfg.document_mask))
-              if value != getattr(DistillConfig, key)}
-    hint = "python -m tools.cache_teacher " + " ".join(f"--{key}={value}" for key, value in words.items())
-    return TeacherCache(rows, identity_of(rows, teacher_hash, cfg.document_mask), cfg.cache, cfg.temperature,
-                        hint)
-
-
-def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | None, data: StagedData,
-                 run: Run) -> Student:
-    """On the meta device, for random weights or those of init_from; cut out of the teacher, with weights."""
-    stages = stage_configs(cfg)
+def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: Run) -> Student:
+    """The student: with its weights if it is pruned from the teacher's `layers`, else on the meta device."""
+    stages, pairs, width = stage_configs(cfg), [], None
     longest = max(stage.block_size for stage in stages)
-    if cfg.init_from or layers:  # a context that is there stays
+    if cfg.init_from or layers:  # a model that exists keeps its context
         longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
-    config = GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or data.tokenizer.vocab_size, block_size=longest)
-    pairs, width = [], None
+    config = GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or data.tokenizer.vocab_size,
+                                 block_size=longest)
     if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))
         pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
@@ -333,31 +343,67 @@ def make_student(cfg: DistillConfig, layers: list[int], teacher: nn.Module | Non
         run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
     with torch.device("meta"):
         student = Student(config, pairs, width, cfg.seed)
+    text = f"student   {student.num_parameters():,} parameters"
     if layers:
-        source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # whole, on each rank, for a moment
+        source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # for a moment, each rank holds all of it
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
         student.materialize("cpu", cfg.seed)
         student.load_state_dict(prune(source.eval(), config, layers, ids).state_dict(), strict=False)
-    run.print(f"student   {student.num_parameters():,} parameters"
-              + (f", cut out of {cfg.teacher}: layers {', '.join(map(str, layers))}" if layers else ""))
+        text += f", pruned from {cfg.teacher}: layers {', '.join(map(str, layers))}"
+    run.print(text)
     return student
 
 
-def print_summary(cfg: DistillConfig, student: Student, teacher: nn.Module | None, results: dict[str, float],
-                  run: Run, kind: str) -> None:
-    """How good the student is beside its teacher, and what to do next."""
+# ---- main -------------------------------------------------------------------------------------------------
+
+def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run,
+                  kind: str) -> None:
+    """How good the student is, compared with its teacher, and what to do next."""
     if run.rank > 0 or not results:
         return
     run.print(f"\nvalidation  student  loss {results['val_loss']:.4f}, perplexity "
               f"{results['val_perplexity']:.2f}  ({student.num_parameters():,} parameters)")
-    if teacher is not None:
+    if "val_teacher_loss" in results:
         loss = results["val_teacher_loss"]
         run.print(f"            teacher  loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}\n"
-                  f"            KL {results['val_kl']:.4f} nats, the same likeliest token at "
-                  f"{100 * results['val_agreement']:.1f} % of places")
-    words = "--chat=True" if kind == "chat" else '--prompt="import os"'
-    run.print(f"next        python sample.py --model={run.out_dir} {words}\n"
+                  f"            KL {results['val_kl']:.4f} nats per token; same most likely token at "
+                  f"{100 * results['val_agreement']:.1f} % of positions")
+    prompt = "--chat=True" if kind == "chat" else '--prompt="import os"'
+    run.print(f"next        python sample.py --model={run.out_dir} {prompt}\n"
               f"            python -m tools.compare --teacher={cfg.teacher} --student={run.out_dir}")
+
+
+def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
+    """Prepare data, teacher and student, and train. layers: what with_architecture returned."""
+    prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
+    kind = row_kind(cfg)
+    user_cfg, cfg = cfg, in_epochs(cfg, kind)
+    data = StagedData(cfg, kind, run.rank, run.world_size)
+    tokenizer = run.tokenizer = data.tokenizer
+    check_folders(cfg, tokenizer)
+    teacher_hash = run.run_on_rank0(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
+    caches = open_caches(cfg, data, teacher_hash)
+    teacher = None if caches else make_teacher(cfg, tokenizer, run)
+    student = make_student(cfg, layers, data, run)
+    if isinstance(teacher, GPT) and compiles(cfg, student, run):
+        for block in teacher.model["layers"]:
+            block.compile()
+    evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+    names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
+    run.write_run_json(user_cfg, data=data.hashes(), teacher=teacher_hash, caches=names)
+    # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.
+    end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
+    loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, end_ids)
+    results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
+    print_summary(cfg, student, results, run, kind.kind)
+
+
+def main(argv: list[str]) -> int:
+    cfg, provenance = configure(DistillConfig, argv, usage=__doc__)
+    cfg, layers = with_architecture(cfg, provenance)
+    with start_run(cfg, provenance) as run:
+        distill(cfg, layers, run)
+    return 0
 
 
 if __name__ == "__main__":

@@ -1,1 +1,1 @@
-"""What distill.py uses: teachers, their caches, students, divergences, layer losses, pruning."""
+"""The parts of distill.py: teacher, cache, student, divergences, layer losses, pruning, rollouts."""

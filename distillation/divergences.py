@@ -1,17 +1,24 @@
-"""What a student loses against its teacher: a loss head that, as training/losses.py's, never holds (B, T, V).
+"""Distillation losses: from the last hidden states of student and teacher to a summed loss, chunk by chunk.
 
     loss, ce, kd = linear_distillation(hidden, weight, targets, teacher, vocab_size, objective)
-    loss, gradient = divergence(log_p, log_q, "forward_kl")            # of one chunk
+    value, gradient = divergence(log_p, log_q, "forward_kl")            # for one chunk of positions
 
-With z the student's logits and p = softmax(z / T), any loss L(p) has the gradient (s - p sum(s)) / T by z,
-where s = p dL/dp. So a divergence is its value and its gradient, a line or two each. The teacher's q, of
-the same temperature T, is computed chunk by chunk from its hidden states, or comes from a cache
-(distillation/teacher_cache.py). The whole is (1 - alpha) cross-entropy + alpha T^2 divergence (arXiv
-1503.02531: T^2 keeps the size of the gradient), summed over the targets. All in float32. Shapes: N
-positions, n of a chunk, C the student's width, V vocab_size, P rows of an output matrix, k entries of a
-cached row."""
+The loss is (1 - alpha) cross-entropy + alpha T^2 divergence, summed over the targets (Hinton et al., arXiv
+1503.02531; the factor T^2 keeps the size of the gradient as the temperature T grows). As in
+training/losses.py, no (B, T, V) tensor is made: each chunk of positions computes its logits, its loss and
+its gradients at once. The teacher's probabilities come from its hidden states, also chunk by chunk, or from
+a cache (distillation/teacher_cache.py). Everything is computed in float32.
+
+Each divergence is written as its value and its gradient. Let z be the student's logits, p = softmax(z / T),
+and q the teacher's probabilities. A loss L(p) has the gradient s - p sum(s) with respect to z / T, where
+s = p dL/dp. For example KL(q || p) has dL/dp = -q / p, so s = -q, and the gradient is p - q.
+
+Shapes: N positions, n positions of a chunk, C width of the student, V vocab_size, P rows of an output matrix
+(V and padding), k entries of a cached position.
+"""
 
 import math
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -22,100 +29,118 @@ from modeling.devices import autocast_dtype
 from training.losses import chunk_rows
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
-MIN_LOG_PROB = -100.0  # nats: no token is less likely to a teacher, so that none costs infinitely much
+MIN_LOG_PROB = -100.0  # nats: floor of the teacher's log-probabilities, which keeps every loss finite
 
 
 class Objective(NamedTuple):
-    """(1 - alpha) * cross-entropy + alpha * T^2 * divergence."""
+    """The loss (1 - alpha) * cross-entropy + alpha * T^2 * divergence."""
 
     alpha: float = 0.5
     temperature: float = 1.0
     kind: Kind = "forward_kl"
-    beta: float = 0.5  # of jsd: the teacher's share of the mixture
+    beta: float = 0.5  # weight of the teacher in the mixture of jsd
 
 
 class DenseTeacher(NamedTuple):
-    """A teacher at N positions: logits are hidden @ weight.T, or, without a weight, `hidden` itself."""
+    """A teacher at N positions. Its logits are hidden @ weight.T, or `hidden` itself if weight is None."""
 
-    hidden: Tensor  # (N, teacher's C)
-    weight: Tensor | None  # (teacher's P, C)
+    hidden: Tensor  # (N, width of the teacher)
+    weight: Tensor | None  # (P of the teacher, its width)
 
     def logits(self, chunk: slice, vocab_size: int) -> Tensor:
-        """(n, V) float32; columns from V on, its padding, are cut."""
+        """The logits of a chunk, (n, V) float32, without the columns of the teacher's padding."""
         hidden = self.hidden[chunk]
         if self.weight is not None:
-            hidden = hidden @ self.weight[:vocab_size].to(hidden.dtype).T
+            hidden = hidden @ self.weight[:vocab_size].to(hidden.dtype).T  # (n, V)
         return hidden[:, :vocab_size].float()
 
 
 class SparseTeacher(NamedTuple):
-    """A teacher at N positions, at temperature T: some tokens and their probabilities.
+    """A cached teacher at N positions, at temperature T: a few tokens and their probabilities.
 
-    tail: what the tokens leave to all others, (N,): then they are the k likeliest, each once. None: they are
-    samples, whose shares estimate the probabilities without bias (arXiv 2503.16870).
+    If tail is a tensor, the tokens are the k most likely ones, and tail is the probability of all other
+    tokens together. If tail is None, the tokens are samples from the teacher; the share of a token among the
+    samples is an unbiased estimate of its probability (arXiv 2503.16870).
     """
 
     ids: Tensor  # (N, k) int64
     probs: Tensor  # (N, k) float32
-    tail: Tensor | None = None
+    tail: Tensor | None = None  # (N,) float32
+
+    def take(self, chunk: slice) -> "SparseTeacher":
+        tail = None if self.tail is None else self.tail[chunk]
+        return SparseTeacher(self.ids[chunk], self.probs[chunk], tail)
+
+
+Teacher = DenseTeacher | SparseTeacher
+
+
+def dot(a: Tensor, b: Tensor) -> Tensor:
+    """The inner product of each row of two (n, V) tensors: (n,)."""
+    if a.is_cuda:  # a matrix product may run in TF32, whose 10 bits are too few for small differences
+        return (a * b).sum(-1)
+    return (a[:, None] @ b[:, :, None])[:, 0, 0]  # on a CPU this makes no third (n, V) tensor
 
 
 def divergence(log_p: Tensor, log_q: Tensor, kind: Kind, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """((n,) loss in nats, (n, V) its gradient by z / T) of the student's log p and the teacher's log q.
+    """How far the student's p is from the teacher's q: (n,) in nats, and the gradient by z / T, (n, V).
 
-    forward_kl: KL(q || p), which covers all that the teacher does. reverse_kl: KL(p || q), which stays where
-    the teacher is. jsd: beta KL(q || m) + (1 - beta) KL(p || m), m = beta q + (1 - beta) p (GKD, arXiv
-    2306.13649, equation 1), at most ln 2 for beta 1/2. tv: half the sum of |p - q| (arXiv 2307.15190).
-    log_p, log_q: (n, V). log_q may hold -inf, and is changed.
+    forward_kl  KL(q || p), the mean of log q - log p over the teacher's tokens. It is large wherever the
+                teacher is likely and the student is not, so the student learns to cover all of q.
+    reverse_kl  KL(p || q), the mean of log p - log q over the student's tokens. It is large wherever the
+                student is likely and the teacher is not, so the student keeps to the largest modes of q.
+    jsd         beta KL(q || m) + (1 - beta) KL(p || m), where m = beta q + (1 - beta) p (GKD, arXiv
+                2306.13649, equation 1). It is at most ln 2 for beta = 1/2.
+    tv          total variation: half the sum of |p - q| (arXiv 2307.15190).
+
+    log_p, log_q: (n, V) float32. log_q may hold -inf, and is overwritten.
     """
     log_q.clamp_(min=MIN_LOG_PROB)
     p, q = log_p.exp(), log_q.exp()
     if kind == "forward_kl":
-        return dot(q, log_q.sub_(log_p)), p.sub_(q)
+        return dot(q, log_q.sub_(log_p)), p.sub_(q)  # gradient p - q
     if kind == "reverse_kl":
-        ratio = log_p - log_q  # (n, V), as all below
+        ratio = log_p - log_q  # (n, V)
         loss = dot(p, ratio)
-        return loss, p.mul_(ratio.sub_(loss[:, None]))
+        return loss, p.mul_(ratio.sub_(loss[:, None]))  # gradient p (log p/q - loss)
     if kind == "jsd":
-        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))
-        teacher, ratio = dot(q, log_q.sub_(log_m)), log_p - log_m
-        student = dot(p, ratio)
-        return beta * teacher + (1 - beta) * student, p.mul_(ratio.sub_(student[:, None])).mul_(1 - beta)
+        log_m = torch.logaddexp(log_q + math.log(beta), log_p + math.log(1 - beta))  # (n, V)
+        teacher_kl, ratio = dot(q, log_q.sub_(log_m)), log_p - log_m
+        student_kl = dot(p, ratio)
+        # gradient (1 - beta) p (log p/m - KL(p || m))
+        return (beta * teacher_kl + (1 - beta) * student_kl,
+                p.mul_(ratio.sub_(student_kl[:, None])).mul_(1 - beta))
     difference = p - q
     sign = difference.sign()
+    # gradient p (sign - mean of sign over p) / 2
     return 0.5 * dot(difference, sign), p.mul_(sign - dot(p, sign)[:, None]).mul_(0.5)
 
 
-def dot(a: Tensor, b: Tensor) -> Tensor:
-    """The inner product of each row: twice (n, V) -> (n,); on a CPU without a third (n, V)."""
-    if a.is_cuda:  # where a matrix product may be in TF32, whose 10 bits are too few for small differences
-        return (a * b).sum(-1)
-    return (a[:, None] @ b[:, :, None])[:, 0, 0]
-
-
 def sparse_kl(log_p: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
-    """`divergence`'s forward_kl for a cached teacher's n positions.
+    """KL(q || p) for n positions of a cached teacher: (n,) in nats, and the gradient by z / T, (n, V).
 
-    Of the k likeliest tokens: KL over k + 1 outcomes, the last of which is "another". Renormalised, without
-    that outcome, the student would learn to be too sure. Of samples: their cross-entropy, which is KL but for
-    the teacher's entropy, which no student changes.
+    The k most likely tokens: KL over k + 1 outcomes, the last of which is "any other token". Without that
+    outcome, with the k probabilities scaled to sum 1, the student would learn to be overconfident.
+    Samples: the cross-entropy of the samples. It is KL plus the teacher's entropy, which no student changes.
     """
     ids, probs, tail = teacher
-    at, p = log_p.gather(1, ids), log_p.exp()  # (n, k), (n, V)
+    log_p_kept, p = log_p.gather(1, ids), log_p.exp()  # (n, k), (n, V)
     if tail is None:
-        return -dot(probs, at), p.scatter_add_(1, ids, -probs)
-    known = at.exp()  # (n, k)
-    left = p.scatter_(1, ids, 0.0).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)  # (n,) of all others
-    loss = (torch.special.xlogy(probs, probs) - probs * at).sum(-1) + torch.special.xlogy(tail, tail / left)
-    return loss, p.mul_((1 - tail / left)[:, None]).scatter_(1, ids, known - probs)
+        return -dot(probs, log_p_kept), p.scatter_add_(1, ids, -probs)  # gradient p - q
+    p_kept = log_p_kept.exp()  # (n, k)
+    p_other = p.scatter_(1, ids, 0.0).sum(-1).clamp(min=torch.finfo(torch.float32).tiny)  # (n,)
+    loss = ((torch.special.xlogy(probs, probs) - probs * log_p_kept).sum(-1)
+            + torch.special.xlogy(tail, tail / p_other))
+    # The gradient is p - q for a kept token, and p (1 - tail / p_other) for each of the others.
+    return loss, p.mul_((1 - tail / p_other)[:, None]).scatter_(1, ids, p_kept - probs)
 
 
-def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slice,
-              objective: Objective, log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """((n,) T^2 * divergence, (n, V) its gradient by the student's logits (n, V), which are float32).
+def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objective,
+              log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """T^2 * divergence from the teacher, (n,), and its gradient by the student's logits, (n, V).
 
-    mse: mean over V of the squared difference of the logits themselves, without a temperature. log_p: the
-    log-softmax of the logits, where it is known.
+    logits: (n, V) float32. log_p: their log-softmax, if the caller has it. With kind "mse" the loss is the
+    squared difference of the logits, averaged over V, without a temperature.
     """
     T = objective.temperature
     if objective.kind == "mse":
@@ -124,68 +149,73 @@ def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slic
     if log_p is None or T != 1:
         log_p = (logits / T).log_softmax(-1)
     if isinstance(teacher, SparseTeacher):
-        part = SparseTeacher(*(None if each is None else each[chunk] for each in teacher))
-        loss, gradient = sparse_kl(log_p, part)
+        loss, gradient = sparse_kl(log_p, teacher.take(chunk))
     else:
         log_q = (teacher.logits(chunk, logits.shape[1]) / T).log_softmax(-1)
         loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
-    return T**2 * loss, gradient.mul_(T)
+    return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
 
 
 def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
-    """(B, T, C) -> (N, C): the batch's "positions", where it has them, else all."""
-    hidden = hidden.flatten(0, 1)
+    """Flatten (B, T, C) to (N, C): the batch's "positions" if it has any, else all positions."""
+    hidden = hidden.flatten(0, 1)  # (B T, C)
     return hidden[batch["positions"]] if "positions" in batch else hidden
 
 
-def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor,
-                        teacher: DenseTeacher | SparseTeacher, vocab_size: int,
-                        objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """(loss that carries the gradient; cross-entropy; T^2 * divergence), each summed over the targets.
+@dataclass(frozen=True)
+class HeadInputs:
+    """The arguments of `linear_distillation` that get no gradient."""
 
-    hidden: (N, C) in the compute dtype, the student's. weight: (P, C), its output matrix; rows from V on are
-    padding. targets: (N,) int64, IGNORE where nothing is trained: position i's is token i + 1, so hard and
-    soft targets are of the same positions. What is ignored is computed all the same, because to look for it
-    would make a GPU wait: callers leave most of it out. Returns float32 scalars, 0 where no target is.
-    """
-    dtype = autocast_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return LinearDistillation.apply(hidden, weight, targets, teacher, vocab_size, objective, dtype,
-                                        torch.is_grad_enabled())
+    targets: Tensor  # (N,) int64
+    teacher: Teacher | None
+    vocab_size: int
+    objective: Objective
+    dtype: torch.dtype  # of the matrix products
+    with_grad: bool  # False in an evaluation
+
+    def chunk_loss(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor | float]:
+        """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
+
+        logits: the student's, (n, V) float32; the gradient is with respect to them.
+        """
+        alpha, is_target = self.objective.alpha, self.targets[chunk] != IGNORE  # (n,)
+        target = torch.where(is_target, self.targets[chunk], 0)[:, None]  # (n, 1)
+        log_p = logits.log_softmax(-1)
+        ce = -torch.where(is_target, log_p.gather(1, target)[:, 0], 0).sum()
+        kd, gradient = torch.zeros_like(ce), 0.0
+        if alpha > 0:
+            loss, gradient = soft_loss(logits, self.teacher, chunk, self.objective, log_p)
+            kd = torch.where(is_target, loss, 0).sum()
+            gradient.mul_(alpha)
+        if alpha < 1:  # the cross-entropy's gradient is p - 1 at the target, and p elsewhere
+            gradient = log_p.exp_().mul_(1 - alpha).add_(gradient)
+            gradient.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
+        return ce, kd, gradient
 
 
 class LinearDistillation(torch.autograd.Function):
     """The autograd side of `linear_distillation`: the forward pass already computes the gradients."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor,
-                teacher: DenseTeacher | SparseTeacher, vocab_size: int, objective: Objective,
-                dtype: torch.dtype, with_grad: bool) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor,
+                inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
+        vocab_size, dtype, alpha = inputs.vocab_size, inputs.dtype, inputs.objective.alpha
         matrix = weight[:vocab_size].to(dtype)  # (V, C)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        with_weight = with_grad and ctx.needs_input_grad[1]  # not where the table is frozen
+        grad_hidden = torch.empty_like(hidden) if inputs.with_grad else None
+        with_weight = inputs.with_grad and ctx.needs_input_grad[1]  # False if the table is frozen
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
         ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
-        alpha, rows = objective.alpha, chunk_rows(hidden, vocab_size)
+        rows = chunk_rows(hidden, vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            wanted = targets[chunk] != IGNORE  # (n,)
-            h = torch.where(wanted[:, None], hidden[chunk].to(dtype), 0)  # (n, C): adds nothing to the weight
-            target = torch.where(wanted, targets[chunk], 0)[:, None]  # (n, 1)
-            logits = (h @ matrix.T).float()  # (n, V)
-            log_p = logits.log_softmax(-1)
-            ce -= torch.where(wanted, log_p.gather(1, target)[:, 0], 0).sum()
-            d_logits = 0.0
-            if alpha > 0:
-                loss, d_logits = soft_loss(logits, teacher, chunk, objective, log_p)
-                kd += torch.where(wanted, loss, 0).sum()
-                d_logits.mul_(alpha)
-            if alpha < 1:
-                d_logits = log_p.exp_().mul_(1 - alpha).add_(d_logits)
-                d_logits.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
-            if with_grad:
-                d_logits = d_logits.to(dtype)
-                grad_hidden[chunk] = torch.where(wanted[:, None], d_logits @ matrix, 0)  # (n, C)
+            is_target = inputs.targets[chunk, None] != IGNORE  # (n, 1)
+            h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
+            chunk_ce, chunk_kd, d_logits = inputs.chunk_loss((h @ matrix.T).float(), chunk)
+            ce += chunk_ce
+            kd += chunk_kd
+            if inputs.with_grad:
+                d_logits = d_logits.to(dtype)  # (n, V)
+                grad_hidden[chunk] = torch.where(is_target, d_logits @ matrix, 0)  # (n, C)
             if with_weight:
                 grad_weight[:vocab_size] += d_logits.T @ h
         ctx.save_for_backward(grad_hidden, grad_weight)
@@ -195,25 +225,45 @@ class LinearDistillation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
         grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else grad_weight * grad_loss
-        return grad_hidden * grad_loss, grad_weight, None, None, None, None, None, None
+        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None
+
+
+def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: Teacher | None,
+                        vocab_size: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """(loss, cross-entropy, T^2 * divergence), each summed over the targets; only the loss has a gradient.
+
+    hidden: the student's, (N, C) in the compute dtype. weight: its output matrix, (P, C); the rows from V on
+    are padding. targets: (N,) int64, IGNORE at positions that are not trained. The target of position i is
+    token i + 1, and the teacher's distribution at position i is also for token i + 1. teacher: None only if
+    objective.alpha is 0. Returns float32 scalars, which are 0 if there is no target.
+
+    Ignored positions are computed too, because skipping them would make a GPU wait for the mask; callers drop
+    most of them beforehand (select_targets).
+    """
+    inputs = HeadInputs(targets, teacher, vocab_size, objective, autocast_dtype(hidden),
+                            torch.is_grad_enabled())
+    with torch.autocast(hidden.device.type, enabled=False):
+        return LinearDistillation.apply(hidden, weight, inputs)
 
 
 @torch.no_grad()
-def compared(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: DenseTeacher,
-             vocab_size: int) -> Tensor:
-    """Over the targets, (5,): how many; the student's nats; the teacher's; KL(teacher || student) in nats;
-    how often both hold the same token likeliest. Shapes as for `linear_distillation`."""
+def comparison_sums(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: DenseTeacher,
+                    vocab_size: int) -> Tensor:
+    """Compare student and teacher, summed over the targets: (5,) float64. Arguments as linear_distillation's.
+
+    The entries: number of targets; the student's loss, the teacher's loss and KL(teacher || student), all in
+    nats; and how often both models have the same most likely token.
+    """
     sums, rows = hidden.new_zeros(5, dtype=torch.float64), chunk_rows(hidden, vocab_size)
     for start in range(0, len(hidden), rows):
         chunk = slice(start, start + rows)
-        wanted = targets[chunk] != IGNORE  # (n,)
-        target = torch.where(wanted, targets[chunk], 0)[:, None]  # (n, 1)
+        is_target = targets[chunk] != IGNORE  # (n,)
+        target = torch.where(is_target, targets[chunk], 0)[:, None]  # (n, 1)
         log_p = (hidden[chunk] @ weight[:vocab_size].to(hidden.dtype).T).float().log_softmax(-1)  # (n, V)
-        log_q = teacher.logits(chunk, vocab_size).log_softmax(-1)
+        log_q = teacher.logits(chunk, vocab_size).log_softmax(-1)  # (n, V)
         agree = log_p.argmax(-1) == log_q.argmax(-1)
         nats = [-log.gather(1, target)[:, 0] for log in (log_p, log_q)]
-        kl, _ = divergence(log_p, log_q, "forward_kl")  # changes log_q
-        figures = torch.stack([wanted.float(), *nats, kl, agree.float()])  # (5, n)
-        sums += torch.where(wanted, figures, 0).sum(-1, dtype=torch.float64)
+        kl, _ = divergence(log_p, log_q, "forward_kl")  # overwrites log_q, so it comes last
+        values = torch.stack([is_target.float(), *nats, kl, agree.float()])  # (5, n)
+        sums += torch.where(is_target, values, 0).sum(-1, dtype=torch.float64)
     return sums

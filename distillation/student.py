@@ -1,19 +1,23 @@
-"""A GPT that is taught from inside as well: its layers meet a teacher's.
+"""The student: a GPT that can also learn from the teacher's layers, by the losses of layer_losses.py.
 
     student = Student(config, pairs=[(0, 1), (1, 3)], teacher_width=256)
-    taps = Taps(student, [0, 1]), Taps(teacher, [1, 3])       # what the blocks of a forward pass gave
-    hidden, attention = inside_loss(student, *taps, batch, cfg)
+    hooks = ActivationHooks(student, [0, 1]), ActivationHooks(teacher, [1, 3])
+    ... a forward pass of each model, which fills the hooks ...
+    losses = feature_loss(student, *hooks, batch, LayerLosses(hidden_weight=0.5))       # (2,)
 
-Where a loss compares outputs of unequal width, a learned matrix takes the student's to the teacher's. Those
-matrices are trained and resumed with the student, and stand in projections.safetensors beside its weights,
-where no other program looks.
+Student adds projections to a GPT. Where the student is narrower than the teacher, a trained matrix per layer
+maps the student's hidden states to the teacher's width before they are compared. The matrices are trained and
+resumed with the student. A checkpoint keeps them in projections.safetensors, which other programs ignore.
+
+ActivationHooks records the hidden states and the q, k, v of chosen blocks. feature_loss averages the layer
+losses over the mapped pairs of layers.
 """
 
 import math
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,14 +37,25 @@ from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
 PROJECTIONS = "projections.safetensors"
+HIDDEN_LOSSES = {"mse": hidden_mse, "cosine": hidden_cosine, "sinkhorn": sinkhorn_loss,
+                 "info_nce": partial(info_nce, temperature=0.1)}
+
+
+class LayerLosses(NamedTuple):
+    """Which losses between mapped layers are computed, and their weights in the student's loss."""
+
+    hidden_weight: float = 0.0
+    hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"
+    attention_weight: float = 0.0
+    attention_loss: Literal["relations", "mse"] = "relations"
 
 
 class Student(GPT):
-    """A GPT, and a projection for each of its layers that learns from one of another width."""
+    """A GPT with a projection for each mapped layer whose width differs from the teacher's."""
 
     def __init__(self, config: GPTConfig, pairs: list[tuple[int, int]] = (), teacher_width: int | None = None,
                  seed: int = 0):
-        """pairs: (layer, teacher's layer). teacher_width: where outputs of blocks are compared."""
+        """pairs: (student layer, teacher layer). teacher_width: None if no hidden states are compared."""
         super().__init__(config)
         self.pairs, self.seed = pairs, seed
         self.projections = nn.ModuleDict()
@@ -51,14 +66,15 @@ class Student(GPT):
             self.init_weights(seed)
 
     def projected(self, layer: int, hidden: Tensor) -> Tensor:
-        """A layer's output (B, T, C), as wide as the teacher's."""
+        """The output of a layer, (B, T, C), mapped to the teacher's width."""
         return self.projections[str(layer)](hidden) if str(layer) in self.projections else hidden
 
     def num_parameters(self) -> int:
+        """The parameters of the GPT, without the projections."""
         return super().num_parameters() - sum(p.numel() for p in self.projections.parameters())
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
-        """The folder's weights; projections that it does not have in this width start anew."""
+        """The weights in a folder. A projection that is missing there, or has another shape, is redrawn."""
         yield from hf.read_tensors(folder)
         stored = load_file(folder / PROJECTIONS) if (folder / PROJECTIONS).is_file() else {}
         for name, parameter in self.named_parameters():
@@ -70,6 +86,7 @@ class Student(GPT):
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:
+        """Save the GPT as `GPT.save_pretrained` does, and the projections in a file of their own."""
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         own = {name: tensor.cpu() for name, tensor in state.items() if name.startswith("projections.")}
@@ -79,29 +96,46 @@ class Student(GPT):
 
 
 class ActivationHooks:
-    """What some blocks of a GPT gave in its latest forward pass."""
+    """Records what chosen blocks of a GPT computed in its latest forward pass.
+
+    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v), (B, heads, T, D) each,
+    after the rotary embedding.
+    """
 
     def __init__(self, model: GPT, layers: list[int]):
-        """hidden[layer]: (B, T, C), a block's output. heads[layer]: its q, k, v, (B, heads, T, D) each."""
         self.hidden: dict[int, Tensor] = {}
         self.heads: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
         for layer in set(layers):
             block = model.model["layers"][layer]
-            block.register_forward_hook(self.note(layer))
-            block.self_attn.attn_hook = lambda q, k, v, layer=layer: self.heads.__setitem__(layer, (q, k, v))
+            block.register_forward_hook(partial(self.record_hidden, layer))
+            block.self_attn.register_qkv_hook(partial(self.record_heads, layer))
 
-    def note(self, layer: int) -> Any:
-        def hook(module: nn.Module, inputs: tuple, output: Tensor) -> None:
-            self.hidden[layer] = output
-        return hook
+    def record_hidden(self, layer: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
+        self.hidden[layer] = output
+
+    def record_heads(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
+        self.heads[layer] = (q, k, v)
 
 
-def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHooks, batch: dict[str, Any], cfg: Any) -> Tensor:
-    """(2,): the losses of hidden states and of attention, each the mean over the mapped pairs, summed over
-    the positions of the targets; 0 for one whose weight is 0.
+def attention_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], weights: Tensor,
+                   document_ids: Tensor | None, kind: str) -> Tensor:
+    """The loss between two layers' (q, k, v), (B, heads, T, D) each; relations average over q, k and v."""
+    if kind == "mse":
+        return attention_mse(*ours[:2], *theirs[:2], weights=weights, document_ids=document_ids)
+    total = weights.new_zeros(())
+    for student, teacher in zip(ours, theirs, strict=True):
+        heads = math.gcd(student.shape[1], teacher.shape[1])
+        flat = [x.transpose(1, 2).flatten(2) for x in (student, teacher)]  # (B, T, heads * D) each
+        total = total + relation_loss(*flat, heads, weights=weights, document_ids=document_ids)
+    return total / 3
 
-    cfg: has hidden_loss, hidden_weight, attention_loss, attention_weight. Call it inside the student's
-    forward pass, where its projections are gathered.
+
+def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHooks, batch: dict[str, Any],
+                 losses: LayerLosses) -> Tensor:
+    """(2,): the loss of the hidden states and the loss of the attention, neither multiplied by its weight.
+
+    Each is a mean over the mapped pairs, summed over the positions of the targets, and 0 if its weight is 0.
+    Call this inside the student's forward pass, where FSDP has gathered the projections.
     """
     B, T = batch["input_ids"].shape
     if "positions" in batch:
@@ -109,28 +143,14 @@ def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHook
         weights = weights.index_fill(0, batch["positions"], 1.0).view(B, T)
     else:
         weights = (batch["targets"] != IGNORE).float()  # (B, T)
-    documents = batch.get("document_ids")
     hidden = attention = weights.new_zeros(())
     for layer, teacher_layer in student.pairs:
-        if cfg.hidden_weight:
-            loss = {"mse": hidden_mse, "cosine": hidden_cosine, "sinkhorn": sinkhorn_loss,
-                    "info_nce": partial(info_nce, temperature=0.1)}[cfg.hidden_loss]
-            hidden = hidden + loss(student.projected(layer, ours.hidden[layer]), theirs.hidden[teacher_layer],
-                                   weights)
-        if cfg.attention_weight:
-            attention = attention + attention_loss(ours.heads[layer], theirs.heads[teacher_layer], weights,
-                                                   documents, cfg.attention_loss)
+        if losses.hidden_weight:
+            projected = student.projected(layer, ours.hidden[layer])  # (B, T, width of the teacher)
+            loss = HIDDEN_LOSSES[losses.hidden_loss](projected, theirs.hidden[teacher_layer], weights)
+            hidden = hidden + loss
+        if losses.attention_weight:
+            loss = attention_loss(ours.heads[layer], theirs.heads[teacher_layer], weights,
+                                  batch.get("document_ids"), losses.attention_loss)
+            attention = attention + loss
     return torch.stack((hidden, attention)) / len(student.pairs)
-
-
-def attention_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], weights: Tensor,
-                   documents: Tensor | None, kind: str) -> Tensor:
-    """Between two layers' q, k and v, (B, heads, T, D) each. relations: the mean over the three."""
-    if kind == "mse":
-        return attention_mse(*ours[:2], *theirs[:2], weights=weights, document_ids=documents)
-    total = weights.new_zeros(())
-    for mine, other in zip(ours, theirs, strict=True):
-        heads = math.gcd(mine.shape[1], other.shape[1])
-        flat = [each.transpose(1, 2).flatten(2) for each in (mine, other)]  # (B, T, heads * D)
-        total = total + relation_loss(*flat, heads, weights=weights, document_ids=documents)
-    return total / 3

@@ -1,11 +1,11 @@
-"""The teacher of a distillation: any model folder, frozen, with the student's vocabulary.
+"""The teacher of a distillation: any causal language model, frozen, whose token ids are those of the data.
 
     teacher = load_teacher("out/base", tokenizer, device, dtype, block_size=128)
-    result = teacher(ids, document_ids=None, head=lambda hidden, weight: ...)     # as a GPT is called
+    result = teacher(ids, document_ids=None, head=lambda hidden, weight: ...)     # called like a GPT
 
-Architectures that model.py does not have come in through transformers, whose logits stand for the hidden
-states there (weight is None). Ids have to mean the same bytes on both sides; rows that a teacher has beyond
-the tokenizer's ids are padding, and cut where the losses are computed.
+An architecture that model.py does not have is loaded by transformers. Its head is called with the logits and
+None, in place of hidden states and an output matrix. A teacher may have more rows in its output matrix than
+the tokenizer has ids; the loss ignores those rows.
 """
 
 import json
@@ -23,24 +23,83 @@ from formats import hf
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
 from model import GPT
+from training.run import Run
 
 
-def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dtype,
+class ForeignTeacher(nn.Module):
+    """A causal language model of transformers, called like a GPT. It cannot mask documents."""
+
+    def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype):
+        """Raises UserError if transformers is not installed or cannot load the folder."""
+        super().__init__()
+        try:
+            from transformers import AutoModelForCausalLM
+        except ImportError:
+            raise UserError(f"teacher={folder}: model.py does not have this architecture; to load it, run "
+                            "pip install transformers") from None
+        try:
+            self.inner = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=dtype).to(device)
+        except (ValueError, OSError) as error:  # the folder needs code of its own, or has no safetensors
+            raise UserError(f"teacher={folder}: transformers cannot load it: {str(error).splitlines()[0]}"
+                            ) from None
+        self.config = self.inner.config
+
+    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None,
+                head: Callable[[Tensor, None], Any] | None = None) -> Any:
+        """input_ids (B, T) -> head(logits (B, T, V), None). Raises UserError if document_ids are given."""
+        if document_ids is not None:
+            raise UserError("teacher: a teacher loaded by transformers cannot mask documents; add "
+                            "--packing=False (chats) or --document_mask=False (text)")
+        logits = self.inner(input_ids=input_ids, use_cache=False).logits  # (B, T, V)
+        return logits if head is None else head(logits, None)
+
+
+def is_ours(folder: Path) -> bool:
+    """True if model.py has the architecture. Raises UserError if config.json is damaged."""
+    if is_adapter(folder):
+        return True
+    try:
+        model_type = json.loads((folder / "config.json").read_text())["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'config.json'}: not a model's config ({type(error).__name__}: {error})"
+                        ) from None
+    return model_type in (*hf.DEFAULTS, "nanollama")
+
+
+def pieces(tokenizer: Tokenizer) -> dict[int, str]:
+    """{id: the token's text in the vocabulary}. Equal texts mean equal bytes."""
+    return {i: piece for piece, i in tokenizer.hf.get_vocab().items()}
+
+
+def check_teacher_ids(folder: Path, tokenizer: Tokenizer) -> None:
+    """Raises UserError, with up to three examples, if an id means another token to the teacher than in the
+    data."""
+    theirs, ours = pieces(Tokenizer.load(folder)), pieces(tokenizer)
+    different = [i for i in sorted(ours) if ours[i] != theirs.get(i)]  # more ids on their side do no harm
+    if different and set(different) <= tokenizer.special_ids and not theirs.keys() & set(different):
+        raise UserError(f"teacher={folder}: does not know the chat tokens; fine-tune it with sft.py first")
+    if different:
+        shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours[i]!r} in the data"
+                          for i in different[:3])
+        raise UserError(f"teacher={folder}: {len(different):,} token ids mean something else: {shown} "
+                        f"(prepare.py --tokenizer={folder} makes data with its ids)")
+
+
+def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, dtype: torch.dtype,
                  block_size: int) -> nn.Module:
-    """The model of a folder, an out_dir or a hub id, in eval mode, without gradients, its weights in `dtype`.
+    """Load a model folder, an out_dir or a hub id, in eval mode and without gradients; weights in `dtype`.
 
-    block_size: of the longest rows that it will read. Raises UserError where those are longer than its
-    context, or its vocabulary is not the tokenizer's.
+    block_size: length of the longest rows that the teacher will read. Raises UserError if they are longer
+    than its context, or if its vocabulary is not the tokenizer's.
     """
     folder = hf.find_folder(source)
-    check_vocabulary(folder, tokenizer)
-    if is_ours(folder):
-        teacher = GPT.from_pretrained(folder, device, dtype)
-    else:
-        teacher = ForeignTeacher(folder, device, dtype)
+    check_teacher_ids(folder, tokenizer)
+    load = GPT.from_pretrained if is_ours(folder) else ForeignTeacher
+    teacher: nn.Module = load(folder, device, dtype)
     config = teacher.config
     if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"teacher={source}: has {config.vocab_size:,} token ids, its tokenizer "
+        raise UserError(f"teacher={source}: the model has {config.vocab_size:,} token ids, its tokenizer "
                         f"{tokenizer.vocab_size:,}")
     context = getattr(config, "block_size", None) or getattr(config, "max_position_embeddings", None)
     if context is not None and context < block_size:
@@ -48,72 +107,12 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: Any, dtype: torch.dt
     return teacher.eval().requires_grad_(False)
 
 
-
-
-def is_ours(folder: Path) -> bool:
-    """Whether model.py has the architecture. UserError for a config.json that is none."""
-    if is_adapter(folder):
-        return True
-    try:
-        return json.loads((folder / "config.json").read_text())["model_type"] in (*hf.TIED_BY_DEFAULT,
-                                                                                  "nanollama")
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a model's config ({type(error).__name__}: {error})"
-                        ) from None
-
-
-def check_vocabulary(folder: Path, tokenizer: Tokenizer) -> None:
-    """UserError with the first ids that mean something else to the teacher than to the data."""
-    theirs, ours = spelled(Tokenizer.load(folder)), spelled(tokenizer)
-    different = [i for i in sorted(ours) if ours[i] != theirs.get(i)]  # what it has beyond them is cut
-    if different and set(different) <= tokenizer.special_ids and not theirs.keys() & set(different):
-        raise UserError(f"teacher={folder}: does not know the chat tokens; fine-tune it with sft.py first")
-    if different:
-        shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours[i]!r} in the data"
-                          for i in different[:3])
-        raise UserError(f"teacher={folder}: {len(different):,} token ids mean something else: {shown} "
-                        f"(prepare.py --tokenizer={folder} makes data for it)")
-
-
-def spelled(tokenizer: Tokenizer) -> dict[int, str]:
-    """{id: its piece}, which stands for its bytes one to one."""
-    return {i: piece for piece, i in tokenizer.hf.get_vocab().items()}
-
-
-class ForeignTeacher(nn.Module):
-    """A causal language model of transformers, called as a GPT is. It sees no document borders."""
-
-    def __init__(self, folder: Path, device: Any, dtype: torch.dtype):
-        super().__init__()
-        try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise UserError(f"teacher={folder}: an architecture that model.py does not have needs "
-                            "transformers (pip install transformers)") from None
-        try:
-            self.inner = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype=dtype).to(device)
-        except (ValueError, OSError) as error:  # it needs code of its own, or has no safetensors
-            raise UserError(f"teacher={folder}: transformers does not load it: {str(error).splitlines()[0]}"
-                            ) from None
-        self.config = self.inner.config
-
-    def forward(self, input_ids: Tensor, document_ids: Tensor | None = None,
-                head: Callable[[Tensor, None], Any] | None = None) -> Any:
-        """input_ids (B, T) -> head(logits (B, T, V), None). UserError where documents are to be masked."""
-        if document_ids is not None:
-            raise UserError("teacher: an architecture of transformers cannot mask documents from each other; "
-                            "use packing=False (of chats) or document_mask=False (of text)")
-        logits = self.inner(input_ids=input_ids, use_cache=False).logits
-        return logits if head is None else head(logits, None)
-
-
-def shard_teacher(teacher: nn.Module, parallel: str, run: Any) -> None:
+def shard_teacher(teacher: nn.Module, parallel: str, run: Run) -> None:
     """With parallel=fsdp, give each rank a shard of each block, as loop.py does with the student."""
     if parallel != "fsdp" or run.world_size == 1:
         return
     if not isinstance(teacher, GPT):
-        raise UserError("parallel=fsdp: shards only teachers of an architecture that model.py has")
+        raise UserError("parallel=fsdp: a teacher loaded by transformers cannot be sharded; use parallel=ddp")
     mesh = init_device_mesh(run.device.type, (run.world_size,))
     for module in (*teacher.model["layers"], teacher):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)

@@ -1,17 +1,22 @@
-"""What a teacher says of each training token, on disk beside the data: read instead of asked.
+"""A teacher's predictions for every training token, stored next to the data set.
 
     data/pystdlib/teacher_1f0c9a7be2d4/   meta.json   train_00000.cache ...
 
-    writer = CacheWriter(rows, spec, identity); writer.fill(ask)        # tools/cache_teacher.py
-    cache = TeacherCache(rows, identity, "sample", temperature=1.0, hint="how to make it")
-    found = cache.decoded(np.stack([cache.read(row) for row in indices]))
+    CacheWriter(rows, spec, identity).fill(run_teacher, batch_size)              # tools/cache_teacher.py
+    cache = TeacherCache(rows, identity, "sample", temperature=1.0, hint="the command that makes it")
+    batch |= cache.records.decode(np.stack([cache.read(row) for row in numbers]).reshape(-1, width))
 
-A record belongs to an input position of a row and has a fixed width, so a row is found by its number: a
-memory-mapped array (rows, T, bytes). topk: the k likeliest ids, their log-probabilities, and that of all
-others together; renormalising k probabilities without the others would teach too much certainty. sample: ids
-drawn from the teacher, 2 bytes each; their shares estimate its probabilities without bias (Random Sampling
-KD, arXiv 2503.16870). A cache is for one teacher, one data set, one row length and one temperature, and is
-named by the hash of them: another is not found.
+A record holds the prediction at one input position of one row. All records have the same width in bytes, so
+a shard is a memory-mapped array (rows, T, width), and a row is found by its number. The two methods:
+
+topk    the ids of the k most likely tokens, their log-probabilities, and the log-probability of all other
+        tokens together, which sparse_kl in distillation/divergences.py needs.
+sample  the ids of k tokens drawn from the teacher, 2 bytes each (4 for more than 65,536 ids). The share of a
+        token among the samples is an unbiased estimate of its probability (Random Sampling KD, arXiv
+        2503.16870).
+
+A cache belongs to one teacher, data set, row length and temperature. The name of its folder is the hash of
+these, so a cache is never used for anything else.
 """
 
 import hashlib
@@ -33,68 +38,23 @@ from formats.files import HashedFile, file_sha256, lock_path, sync_folder, write
 from training.losses import chunk_rows
 
 VERSION = 1
-STEPS_A_NAT = 16  # of a log-probability in 8 bits: from 0 to -15.9 nats
+SHARD_BYTES = 2**28  # about 256 MiB
 
 
 @dataclass(frozen=True)
 class CacheSpec:
-    """How a position's record is made."""
+    """The format of a record."""
 
     method: Literal["topk", "sample"]
     temperature: float
-    k: int = 64  # tokens kept, or drawn
-    values: Literal["float32", "float16", "uint8"] = "float16"  # of log-probabilities; samples have none
+    k: int = 64  # tokens kept (topk) or drawn (sample)
+    values: Literal["float32", "float16"] = "float16"  # dtype of the log-probabilities of topk
 
 
 def identity_of(rows: Any, teacher_hash: str, document_mask: bool) -> dict[str, Any]:
-    """What a cache follows from, besides its spec: the teacher's weights, the data, and how rows are cut."""
+    """What a cache depends on besides its spec: the teacher, the data, and how the data is cut into rows."""
     return {"version": VERSION, "teacher": teacher_hash, "data": file_sha256(rows.data.folder / "meta.json"),
             "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
-
-
-def cache_folder(rows: Any, identity: dict[str, Any]) -> Path:
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return rows.data.folder / f"teacher_{digest[:12]}"
-
-
-class Records:
-    """The layout of a record: ids, and what belongs to them, as bytes."""
-
-    def __init__(self, spec: CacheSpec, vocab_size: int):
-        self.spec, self.k = spec, min(spec.k, vocab_size) if spec.method == "topk" else spec.k
-        self.ids = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.values = np.dtype(spec.values).newbyteorder("<")
-        self.width = self.k * self.ids.itemsize
-        if spec.method == "topk":
-            self.width += (self.k + 1) * self.values.itemsize
-
-    def encode(self, log_probs: Tensor, generator: torch.Generator | None) -> np.ndarray:
-        """The teacher's log-probabilities (n, V) float32 at the cache's temperature -> (n, width) uint8."""
-        if self.spec.method == "sample":
-            drawn = torch.multinomial(log_probs.exp(), self.k, replacement=True, generator=generator)
-            return as_bytes(drawn.cpu().numpy().astype(self.ids))
-        top, ids = log_probs.topk(self.k, dim=-1)  # (n, k) both
-        rest = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf for k = V
-        logs = torch.cat((top, rest), dim=1).cpu().numpy()
-        if self.spec.values == "uint8":
-            logs = np.clip(np.round(-STEPS_A_NAT * logs), 0, 255)
-        return np.concatenate((as_bytes(ids.cpu().numpy().astype(self.ids)),
-                               as_bytes(logs.astype(self.values))), axis=1)
-
-    def decode(self, records: np.ndarray) -> dict[str, Tensor]:
-        """(n, width) -> {"teacher_ids": (n, k) int64, "teacher_probs": (n, k) float32}, and of topk
-        "teacher_tail": (n,) float32."""
-        split = self.k * self.ids.itemsize
-        ids = np.ascontiguousarray(records[:, :split]).view(self.ids).astype(np.int64)
-        if self.spec.method == "sample":
-            return {"teacher_ids": torch.from_numpy(ids),
-                    "teacher_probs": torch.full(ids.shape, 1 / self.k)}
-        logs = np.ascontiguousarray(records[:, split:]).view(self.values).astype(np.float32)
-        probs = torch.from_numpy(logs / -STEPS_A_NAT if self.spec.values == "uint8" else logs).exp()
-        if self.spec.values == "uint8":
-            probs = probs / probs.sum(-1, keepdim=True)  # steps of 1/16 nat do not sum to 1; all k + 1 do now
-        return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": probs[:, :-1].contiguous(),
-                "teacher_tail": probs[:, -1].contiguous()}
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
@@ -102,65 +62,159 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(values).view(np.uint8)
 
 
-class CacheWriter:
-    """Makes the cache of one split's rows, shard by shard; begun anew, it goes on behind the last one."""
+class Records:
+    """Converts between predictions and records. A record is the k ids, then, for topk, k + 1 values."""
 
-    def __init__(self, rows: Any, spec: CacheSpec, identity: dict[str, Any], rows_a_shard: int | None = None):
-        """rows_a_shard: None: some 256 MiB. Raises UserError where the disk has not the room."""
+    def __init__(self, spec: CacheSpec, vocab_size: int):
+        self.spec, self.k = spec, min(spec.k, vocab_size) if spec.method == "topk" else spec.k
+        self.ids = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
+        self.values = np.dtype(spec.values).newbyteorder("<")
+        self.split = self.k * self.ids.itemsize  # bytes of the ids
+        self.width = self.split
+        if spec.method == "topk":
+            self.width += (self.k + 1) * self.values.itemsize
+
+    def encode(self, log_probs: Tensor, generator: torch.Generator | None) -> np.ndarray:
+        """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> (n, width) uint8."""
+        if self.spec.method == "sample":
+            ids = torch.multinomial(log_probs.exp(), self.k, replacement=True, generator=generator)  # (n, k)
+            return as_bytes(ids.cpu().numpy().astype(self.ids))
+        top, ids = log_probs.topk(self.k, dim=-1)  # (n, k) each
+        tail = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf if k = V
+        values = torch.cat((top, tail), dim=1).cpu().numpy().astype(self.values)  # (n, k + 1)
+        return np.concatenate((as_bytes(ids.cpu().numpy().astype(self.ids)), as_bytes(values)), axis=1)
+
+    def decode(self, records: np.ndarray) -> dict[str, Tensor]:
+        """Records (n, width) -> {"teacher_ids": (n, k) int64, "teacher_probs": (n, k) float32} and, for topk,
+        "teacher_tail": (n,) float32, the probability of all other tokens."""
+        ids = np.ascontiguousarray(records[:, :self.split]).view(self.ids).astype(np.int64)  # (n, k)
+        if self.spec.method == "sample":
+            return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": torch.full(ids.shape, 1 / self.k)}
+        values = np.ascontiguousarray(records[:, self.split:]).view(self.values).astype(np.float32)
+        probs = torch.from_numpy(values).exp()  # (n, k + 1)
+        return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": probs[:, :-1].contiguous(),
+                "teacher_tail": probs[:, -1].contiguous()}
+
+
+# ---- meta.json --------------------------------------------------------------------------------------------
+
+def spec_of(meta: dict[str, Any]) -> CacheSpec:
+    return CacheSpec(**{key: meta["identity"][key] for key in CacheSpec.__dataclass_fields__})
+
+
+def rows_done(meta: dict[str, Any]) -> int:
+    return sum(shard["rows"] for shard in meta["shards"])
+
+
+def shard_sizes(folder: Path, meta: dict[str, Any]) -> dict[Path, int]:
+    """{path of a shard: its size in bytes}."""
+    row_bytes = meta["identity"]["block_size"] * meta["bytes_a_token"]
+    return {folder / shard["name"]: shard["rows"] * row_bytes for shard in meta["shards"]}
+
+
+def read_meta(folder: Path) -> dict[str, Any]:
+    """The meta.json of a cache. Raises UserError if it is damaged."""
+    try:
+        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+        shard_sizes(folder, meta)
+        Records(spec_of(meta), 2)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder / 'meta.json'}: damaged ({type(error).__name__}: {error}); delete {folder} "
+                        "and cache again") from None
+    return meta
+
+
+def require_shards(folder: Path, meta: dict[str, Any]) -> None:
+    """Raises UserError if a shard is missing or has the wrong size."""
+    for path, size in shard_sizes(folder, meta).items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise UserError(f"{path}: missing, or not {size:,} bytes long; delete {folder} and cache again")
+
+
+def verify(folder: Path) -> None:
+    """Raises UserError if the content of a shard does not match its sha256."""
+    meta = read_meta(folder)
+    require_shards(folder, meta)
+    for shard in meta["shards"]:
+        if file_sha256(folder / shard["name"]) != shard["sha256"]:
+            raise UserError(f"{folder / shard['name']}: content does not match its sha256; delete {folder} "
+                            "and cache again")
+
+
+# ---- Writing ----------------------------------------------------------------------------------------------
+
+class CacheWriter:
+    """Makes the cache of a data folder's training rows, shard by shard.
+
+    meta.json is replaced after each shard. So a writer that is killed loses one shard at most, and a new one
+    with the same arguments continues after the last complete shard.
+    """
+
+    def __init__(self, rows: Any, spec: CacheSpec, identity: dict[str, Any],
+                 rows_per_shard: int | None = None):
+        """Locks the cache's folder until `fill` returns. Raises UserError if another process has locked it,
+        or if the disk has too little space."""
         self.rows, self.spec = rows, spec
-        self.identity = identity | asdict(spec)
-        self.folder = cache_folder(rows, self.identity)
+        identity = identity | asdict(spec)
+        digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        self.folder = rows.data.folder / f"teacher_{digest[:12]}"
         self.records = Records(spec, rows.data.meta["vocab_size"])
-        self.row_bytes = rows.T * self.records.width
-        self.rows_a_shard = rows_a_shard or max(1, 2**28 // self.row_bytes)
+        row_bytes = rows.T * self.records.width
+        self.rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // row_bytes)
         self.folder.mkdir(exist_ok=True)
-        self.meta = {"identity": self.identity, "rows": len(rows), "bytes_a_token": self.records.width,
+        self.meta = {"identity": identity, "rows": len(rows), "bytes_a_token": self.records.width,
                      "shards": []}
         if (self.folder / "meta.json").is_file():
             self.meta["shards"] = read_meta(self.folder)["shards"]
             require_shards(self.folder, self.meta)
-        self.done = sum(shard["rows"] for shard in self.meta["shards"])
         self.lock = lock_path(self.folder)
         if self.lock is None:
-            raise UserError(f"{self.folder}: another process is caching there")
-        need, free = (len(rows) - self.done) * self.row_bytes, shutil.disk_usage(self.folder).free
+            raise UserError(f"{self.folder}: another process is writing this cache")
+        need, free = (len(rows) - self.done) * row_bytes, shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(f"{self.folder}: needs {need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")
 
-    def fill(self, ask: Callable[[np.ndarray], DenseTeacher], batch_size: int,
+    @property
+    def done(self) -> int:
+        """Rows in complete shards."""
+        return rows_done(self.meta)
+
+    def fill(self, run_teacher: Callable[[np.ndarray], DenseTeacher], batch_size: int,
              progress: Callable[[int], None] = lambda rows: None) -> None:
-        """ask(row numbers (n,)) -> the teacher at the n T positions of those rows. progress: told of rows
-        done."""
+        """Write all shards that are missing, and release the lock.
+
+        run_teacher: row numbers (n,) -> the teacher at the n T positions of these rows. progress is called
+        after each batch with its number of rows.
+        """
         try:
-            self.write(ask, batch_size, progress)
+            while self.done < len(self.rows):
+                self.write_shard(run_teacher, batch_size, progress)
         finally:
             os.close(self.lock)
 
-    def write(self, ask: Callable[[np.ndarray], DenseTeacher], batch_size: int,
-              progress: Callable[[int], None]) -> None:
-        """`fill`, in the folder that this process holds."""
-        while self.done < len(self.rows):
-            last = min(len(self.rows), self.done + self.rows_a_shard)
-            name = f"train_{len(self.meta['shards']):05d}.cache"
-            beside = self.folder / f"{name}.tmp"
-            file = HashedFile(beside)
-            for begin in range(self.done, last, batch_size):
-                numbers = np.arange(begin, min(begin + batch_size, last))
-                teacher = ask(numbers)
-                for place, number in enumerate(numbers):
-                    for part in self.encoded(teacher, place, int(number)):
-                        file.write(part)
-                progress(len(numbers))
-            digest = file.close()
-            beside.replace(self.folder / name)
-            sync_folder(self.folder)
-            self.meta["shards"].append({"name": name, "rows": last - self.done, "sha256": digest})
-            write_json(self.folder / "meta.json", self.meta)
-            self.done = last
+    def write_shard(self, run_teacher: Callable[[np.ndarray], DenseTeacher], batch_size: int,
+                    progress: Callable[[int], None]) -> None:
+        """Write the next shard under a temporary name, rename it, and enter it in meta.json."""
+        first, last = self.done, min(len(self.rows), self.done + self.rows_per_shard)
+        name = f"train_{len(self.meta['shards']):05d}.cache"
+        temporary = self.folder / f"{name}.tmp"
+        file = HashedFile(temporary)
+        for begin in range(first, last, batch_size):
+            numbers = np.arange(begin, min(begin + batch_size, last))
+            teacher = run_teacher(numbers)
+            for place, number in enumerate(numbers):
+                for records in self.encode_row(teacher, place, int(number)):
+                    file.write(records)
+            progress(len(numbers))
+        digest = file.close()
+        temporary.replace(self.folder / name)
+        sync_folder(self.folder)
+        self.meta["shards"].append({"name": name, "rows": last - first, "sha256": digest})
+        write_json(self.folder / "meta.json", self.meta)
 
-
-    def encoded(self, teacher: DenseTeacher, place: int, number: int) -> Iterator[np.ndarray]:
-        """The records of row `number`, which is the place-th that the teacher has read, chunk by chunk."""
+    def encode_row(self, teacher: DenseTeacher, place: int, number: int) -> Iterator[np.ndarray]:
+        """The records of row `number`, chunk by chunk; the row is at index `place` of the teacher's batch."""
+        # The samples depend on the row alone, so a cache has the same bytes for any batch and shard size.
         generator = torch.Generator(teacher.hidden.device).manual_seed(number)
         V, end = self.rows.data.meta["vocab_size"], (place + 1) * self.rows.T
         step = chunk_rows(teacher.hidden, V)
@@ -170,89 +224,59 @@ class CacheWriter:
             yield self.records.encode(log_probs, generator)
 
 
-def read_meta(folder: Path) -> dict[str, Any]:
-    """A cache's meta.json. UserError for one that is damaged."""
-    try:
-        meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        shard_sizes(folder, meta)
-        Records(spec_of(meta), 2)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'meta.json'}: damaged ({type(error).__name__}: {error}); delete {folder} "
-                        "and cache anew") from None
-    return meta
+# ---- Reading ----------------------------------------------------------------------------------------------
 
+def find_cache(rows: Any, wanted: dict[str, Any], hint: str) -> tuple[Path, dict[str, Any]]:
+    """The folder and the meta.json of the complete cache that has the `wanted` identity.
 
-def shard_sizes(folder: Path, meta: dict[str, Any]) -> dict[Path, int]:
-    """{shard: its bytes}."""
-    row_bytes = meta["identity"]["block_size"] * meta["bytes_a_token"]
-    return {folder / shard["name"]: shard["rows"] * row_bytes for shard in meta["shards"]}
-
-
-def require_shards(folder: Path, meta: dict[str, Any]) -> None:
-    """UserError for a shard that is missing, or has another size."""
-    for path, size in shard_sizes(folder, meta).items():
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path}: missing, or not of {size:,} bytes; delete {folder} and cache anew")
-
-
-def spec_of(meta: dict[str, Any]) -> CacheSpec:
-    return CacheSpec(**{key: meta["identity"][key] for key in CacheSpec.__dataclass_fields__})
+    Raises UserError if there is none, or more than one. The message lists up to three caches that differ.
+    """
+    matches, others = [], []
+    for folder in sorted(path.parent for path in rows.data.folder.glob("teacher_*/meta.json")):
+        try:
+            meta = read_meta(folder)
+        except UserError as error:  # it matters only if no other cache matches
+            others.append(str(error))
+            continue
+        differs = [key for key, value in wanted.items() if meta["identity"].get(key) != value]
+        if differs:
+            others.append(f"{folder.name} has another {', '.join(differs)}")
+        else:
+            matches.append((folder, meta))
+    key = f"cache={wanted['method']}"
+    complete = [match for match in matches if rows_done(match[1]) == len(rows)]
+    if len(complete) > 1:
+        names = ", ".join(str(folder) for folder, _ in complete)
+        raise UserError(f"{key}: {names} all match; delete all but one")
+    if not matches:
+        notes = "; ".join([f"none in {rows.data.folder}", *others[:3]])
+        raise UserError(f"{key}: {notes}. Make it: {hint}")
+    folder, meta = (complete or matches)[0]
+    require_shards(folder, meta)
+    if not complete:
+        spec = spec_of(meta)
+        raise UserError(f"{folder}: has {rows_done(meta):,} of {len(rows):,} rows; to continue, run: {hint} "
+                        f"--k={spec.k} --values={spec.values}")
+    return folder, meta
 
 
 class TeacherCache:
-    """A finished cache of one data folder's training rows."""
+    """A complete cache of one data folder's training rows."""
 
     def __init__(self, rows: Any, identity: dict[str, Any], method: str, temperature: float, hint: str):
-        """identity: `identity_of` the rows. hint: the command that would make it. UserError if there is none.
+        """identity: `identity_of` the rows. hint: the command that makes the cache, for the error message.
+
+        Raises UserError if no cache matches.
         """
         wanted = identity | {"method": method, "temperature": temperature}
-        found, others, damaged = [], [], ""
-        for folder in sorted(rows.data.folder.glob("teacher_*")):
-            if not (folder / "meta.json").is_file():
-                continue
-            try:
-                meta = read_meta(folder)
-            except UserError as error:  # which matters only where it may be the one that is looked for
-                damaged += f"; {error}"
-                continue
-            differs = [key for key, value in wanted.items() if meta["identity"].get(key) != value]
-            (others if differs else found).append((folder, meta, differs))
-        whole = [each for each in found if sum(shard["rows"] for shard in each[1]["shards"]) == len(rows)]
-        if len(whole) > 1:
-            raise UserError(f"cache={method}: {', '.join(str(folder) for folder, *_ in whole)} all fit; "
-                            "delete those that are not meant")
-        if not found:
-            near = "".join(f"; {folder.name} is of another {', '.join(differs)}"
-                           for folder, _, differs in others[:3])
-            raise UserError(f"cache={method}: none in {rows.data.folder} for this teacher, data, block_size "
-                            f"and temperature{near}{damaged}. Make it: {hint}")
-        self.folder, meta, _ = (whole or found)[0]
-        require_shards(self.folder, meta)
-        spec = spec_of(meta)
-        if not whole:
-            done = sum(shard["rows"] for shard in meta["shards"])
-            raise UserError(f"{self.folder}: has {done:,} of {len(rows):,} rows; the same command goes on: "
-                            f"{hint} --k={spec.k} --values={spec.values}")
-        self.records = Records(spec, rows.data.meta["vocab_size"])
-        width = self.records.width
-        self.shards = [np.memmap(self.folder / shard["name"], np.uint8, "r").reshape(-1, rows.T, width)
+        self.folder, meta = find_cache(rows, wanted, hint)
+        self.records = Records(spec_of(meta), rows.data.meta["vocab_size"])
+        shape = (-1, rows.T, self.records.width)
+        self.shards = [np.memmap(self.folder / shard["name"], np.uint8, "r").reshape(shape)
                        for shard in meta["shards"]]
-        self.ends = np.cumsum([len(shard) for shard in self.shards])
+        self.ends = np.cumsum([len(shard) for shard in self.shards])  # rows up to the end of each shard
 
     def read(self, row: int) -> np.ndarray:
-        """A row's records, (T, width) uint8."""
+        """The records of a row, (T, width) uint8."""
         shard = int(np.searchsorted(self.ends, row, side="right"))
         return self.shards[shard][row - (self.ends[shard - 1] if shard else 0)]
-
-    def decoded(self, records: np.ndarray) -> dict[str, Tensor]:
-        return self.records.decode(records)
-
-
-def verify(folder: Path) -> None:
-    """Compare every shard of a cache with its sha256. UserError for the first that differs."""
-    meta = read_meta(folder)
-    require_shards(folder, meta)
-    for shard in meta["shards"]:
-        if file_sha256(folder / shard["name"]) != shard["sha256"]:
-            raise UserError(f"{folder / shard['name']}: content does not match its sha256; delete {folder} "
-                            "and cache anew")

@@ -166,9 +166,9 @@ def own_data(little, tmp_path):
 
 
 def test_the_whole_teacher_from_a_cache_is_the_teacher(trained, own_data, tmp_path):
-    """k = V: in float32 the same run; in 16 and 8 bits nearly."""
+    """With k = V: the same run in float32, and nearly the same in float16."""
     expected = run(trained, own_data, tmp_path / "online", "--temperature=2")
-    for values, tolerance in (("float32", 1e-5), ("float16", 3e-3), ("uint8", 3e-2)):
+    for values, tolerance in (("float32", 1e-5), ("float16", 3e-3)):
         cache(trained, own_data, "--method=topk", "--k=500", f"--values={values}", "--temperature=2")
         found = run(trained, own_data, tmp_path / values, "--temperature=2", "--cache=topk")
         for key in ("loss", "divergence"):
@@ -205,22 +205,22 @@ def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
         return DenseTeacher(teacher(ids).flatten(0, 1), None)
 
     with pytest.raises(KeyboardInterrupt):
-        teacher_cache.CacheWriter(rows, spec, identity, rows_a_shard=30).fill(ask, 10)
-    with pytest.raises(UserError, match="has 30 of .* rows; the same command goes on: again"):
+        teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30).fill(ask, 10)
+    with pytest.raises(UserError, match="has 30 of .* rows; to continue, run: again"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
-    writer = teacher_cache.CacheWriter(rows, spec, identity, rows_a_shard=30)
+    writer = teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30)
     assert writer.done == 30
     writer.fill(ask, 10)
     found = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
     teacher_cache.verify(found.folder)
-    got = found.decoded(found.read(31))
+    got = found.records.decode(found.read(31))
     assert got["teacher_ids"].shape == (64, 8) and got["teacher_probs"].unique().item() == 1 / 8
     path = found.folder / "train_00001.cache"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(UserError, match="does not match its sha256"):
         teacher_cache.verify(found.folder)
     path.write_bytes(path.read_bytes()[:-1])
-    with pytest.raises(UserError, match="missing, or not of .* bytes"):
+    with pytest.raises(UserError, match="missing, or not .* bytes long"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
 
 
@@ -228,16 +228,16 @@ def test_a_cache_of_something_else_is_refused(trained, own_data, tmp_path):
     cache(trained, own_data, "--method=sample")
     for more, reason in ((["--temperature=2"], "temperature"), (["--block_size=60"], "block_size"),
                          (["--document_mask=True"], "document_mask")):  # fmt: skip
-        pattern = f"is of another {reason}. Make it: python -m tools.cache_teacher --teacher="
+        pattern = f"has another {reason}. Make it: python -m tools.cache_teacher --teacher="
         with pytest.raises(UserError, match=pattern):
             run(trained, own_data, tmp_path / "a", "--cache=sample", *more)
     config = tmp_path / "stages.py"
     config.write_text("stages = [dict(steps=2), dict(steps=2, temperature=4.0)]\n")
     told = [word for word in words(trained, own_data, tmp_path / "a") if "max_steps" not in word]
-    with pytest.raises(UserError, match="temperature and document_mask cannot change under a cache"):
+    with pytest.raises(UserError, match="temperature and document_mask cannot change with a cache"):
         distill.main([str(config), *told, "--cache=sample"])
     cache(trained, own_data, "--method=sample", "--k=8")
-    with pytest.raises(UserError, match="teacher_.*teacher_.* all fit; delete those that are not meant"):
+    with pytest.raises(UserError, match="teacher_.*teacher_.* all match; delete all but one"):
         run(trained, own_data, tmp_path / "a", "--cache=sample")
 
 
@@ -430,9 +430,9 @@ def test_projections_of_another_teacher_start_anew(tmp_path):
     [
         (["--alpha=1.5"], "alpha=1.5: must be from 0 to 1"),
         (["--temperature=0"], "temperature=0.0: must be positive"),
-        (["--cache=topk", "--divergence=jsd"], "divergence=jsd: needs the teacher itself, not cache=topk"),
+        (["--cache=topk", "--divergence=jsd"], "divergence=jsd: needs the teacher itself, so it only works"),
         (["--cache=sample", "--on_policy=0.5"], "on_policy=0.5: needs the teacher itself"),
-        (["--on_policy=1", "--document_mask=True"], "on_policy=1.0: the student writes without"),
+        (["--on_policy=1", "--document_mask=True"], "on_policy=1.0: does not work with document_mask=True"),
         (["--vocab_size=300"], "vocab_size=300: the data's tokenizer has 500 ids"),
         (["--student_layers=first:1"], "comes with student_layers=first:1 and cannot be given"),
         (["--student_layers=last:1", "--n_head=3"], "comes with student_layers|n_head=3"),

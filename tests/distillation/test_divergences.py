@@ -11,7 +11,7 @@ from distillation.divergences import (
     DenseTeacher,
     Objective,
     SparseTeacher,
-    compared,
+    comparison_sums,
     divergence,
     linear_distillation,
     soft_loss,
@@ -175,10 +175,10 @@ def test_compared_by_hand():
     """Two positions: the teacher says 1/2, 1/4, 1/4; the student 1/3 each, then the teacher's own."""
     teacher = torch.tensor([[0.5, 0.25, 0.25]] * 2).log()
     student = torch.stack((torch.zeros(3), teacher[1]))
-    found = compared(student, torch.eye(3), torch.tensor([0, 1]), DenseTeacher(teacher, None), 3).tolist()
+    sums = comparison_sums(student, torch.eye(3), torch.tensor([0, 1]), DenseTeacher(teacher, None), 3)
     kl = 0.5 * math.log(1.5) + 0.5 * math.log(0.75)
     expected = [2, math.log(3) + math.log(4), math.log(2) + math.log(4), kl, 2]
-    assert found == pytest.approx(expected, rel=1e-5)
+    assert sums.tolist() == pytest.approx(expected, rel=1e-5)
 
 
 # ---- A cached teacher -------------------------------------------------------------------------------------

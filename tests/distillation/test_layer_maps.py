@@ -46,13 +46,13 @@ def test_all_is_the_identity_or_refuses():
         if student == teacher:
             assert layer_map("all", student, teacher) == [(i, i) for i in range(student)]
         else:
-            with pytest.raises(UserError, match=f"{student} layers, the teacher {teacher} "):
+            with pytest.raises(UserError, match=f"{student} layers, the teacher {teacher};"):
                 layer_map("all", student, teacher)
 
 
 @pytest.mark.parametrize("strategy", ["last_k_uniform", "all", "uniform_consecutive", "uniform_plus_last"])
 def test_a_deeper_student_is_refused_with_both_depths(strategy):
-    with pytest.raises(UserError, match="6 layers, the teacher 4 "):
+    with pytest.raises(UserError, match="6 layers, the teacher 4;"):
         layer_map(strategy, 6, 4)
 
 

@@ -12,15 +12,15 @@ from configurator import UserError
 from dataset.chat_rows import UnpackedChatRows
 from dataset.dataloader import IGNORE
 from dataset.shards import DataFolder
-from distillation.on_policy import beginnings, continued
+from distillation.on_policy import prompt_lengths, rollout_batch
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events
 from tests.test_distill import TINY
 
 
 def test_text_begins_with_a_quarter():
-    assert beginnings(np.zeros((2, 65))) == ([16, 16], [49, 49])
-    assert beginnings(np.zeros((1, 3))) == ([1], [2])
+    assert prompt_lengths(np.zeros((2, 65))) == ([16, 16], [49, 49])
+    assert prompt_lengths(np.zeros((1, 3))) == ([1], [2])
 
 
 def test_a_chat_begins_with_all_before_its_last_answer():
@@ -29,14 +29,14 @@ def test_a_chat_begins_with_all_before_its_last_answer():
     rows[:, 1] = IGNORE
     rows[0, 1, [2, 3, 5, 6, 7]] = 9
     rows[1, 1, [0, 1]] = 9
-    assert beginnings(rows) == ([6, 1], [3, 2])  # the target at position 5 is token 6
+    assert prompt_lengths(rows) == ([6, 1], [3, 2])  # the target at position 5 is token 6
 
 
 def test_the_prompt_of_a_real_chat_ends_where_the_assistant_begins(chats):
     data = DataFolder(chats)
     rows = UnpackedChatRows(data, "train", 64)
     read = rows.read(np.arange(len(rows)))
-    for row, prompt, length in zip(read, *beginnings(read), strict=True):
+    for row, prompt, length in zip(read, *prompt_lengths(read), strict=True):
         tokens = [*row[0], 0]
         assert row[1][prompt - 2] == IGNORE or prompt == 1
         answer = row[1][prompt - 1:prompt - 1 + length]
@@ -53,7 +53,7 @@ def batch_for(model, lengths, numbers):
 def test_the_students_words_and_those_alone_are_targets():
     model = busy_model(tiny_config())
     batch = batch_for(model, [6, 11, 3], [0, 1, 2])
-    made = continued(model, batch, 1, 500, set())
+    made = rollout_batch(model, batch, 1, 500, set())
     assert made["input_ids"].shape == (3, 19) and len(made["targets"]) == 20
     flat = torch.cat((made["input_ids"], torch.zeros(3, 1, dtype=torch.int64)), 1)  # (3, T + 1)
     expected, places = [], []
@@ -71,15 +71,15 @@ def test_a_row_ends_with_an_end():
     """At its first id of `end_ids`; and what a row is follows from its number alone."""
     model = busy_model(tiny_config())
     batch = batch_for(model, [11, 11, 11], [4, 5, 6])
-    whole = continued(model, batch, 1, 500, set())["targets"].view(3, 11)
+    whole = rollout_batch(model, batch, 1, 500, set())["targets"].view(3, 11)
     end = int(whole[1, 4])
-    ended = continued(model, batch, 1, 500, {end})["targets"].tolist()
+    ended = rollout_batch(model, batch, 1, 500, {end})["targets"].tolist()
     expected = []
     for row in whole.tolist():
         expected += row[:row.index(end) + 1] if end in row else row
     assert ended == expected and len(ended) < 33
     one = {key: value[1:2] for key, value in batch.items() if key != "count"}
-    assert torch.equal(continued(model, one, 1, 500, set())["targets"], whole[1])
+    assert torch.equal(rollout_batch(model, one, 1, 500, set())["targets"], whole[1])
 
 
 @pytest.fixture(scope="module")
@@ -98,8 +98,8 @@ def run(teacher, out, *more):
 
 
 def test_chats_of_its_own(teacher, tmp_path):
-    """Only the teacher is learned from, and the log says so. The micro-batch size changes nothing in the first
-    step; later its rounding may change a sampled token."""
+    """The loss is the divergence alone, and the log names it so. The micro-batch size changes nothing in the
+    first step; later its rounding may change a sampled token."""
     more = ["--packing=False", "--on_policy=1", "--optimizer=adamw", "--max_steps=8"]
     found = run(teacher, tmp_path / "a", *more)
     own = [event["own_divergence"] for event in found if "own_divergence" in event]
@@ -122,5 +122,5 @@ def test_half_the_steps_are_its_own(teacher, tmp_path):
 
 
 def test_packed_chats_are_refused(teacher, tmp_path):
-    with pytest.raises(UserError, match="one conversation a row; add --packing=False"):
+    with pytest.raises(UserError, match="one conversation per row; add --packing=False"):
         run(teacher, tmp_path / "a", "--on_policy=1")

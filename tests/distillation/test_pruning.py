@@ -26,7 +26,7 @@ def test_which_layers(choice, layers):
 
 @pytest.mark.parametrize("choice", ["", "5", "2,1", "1,1", "last:6", "last:0", "every:0", "every:x", "a"])
 def test_layers_that_are_not_there(choice):
-    with pytest.raises(UserError, match="write every:2, first:3, last:3 or rising numbers"):
+    with pytest.raises(UserError, match="write every:2, first:3, last:3 or increasing numbers"):
         kept_layers(choice, 5)
 
 
@@ -128,7 +128,7 @@ def test_activity_is_what_passes_through():
     [
         ({"n_embd": 128}, "n_embd=128: wider than the teacher, which has 64"),
         ({"n_head": 3}, "n_head=3"),
-        ({"n_head": 2, "n_kv_head": 2}, "has to keep its 2 query heads"),
+        ({"n_head": 2, "n_kv_head": 2}, "must keep its 2 query heads"),
     ],
 )
 def test_widths_that_do_not_fit(widths, message):
