@@ -1,20 +1,21 @@
-"""Ship a model: a Hugging Face folder, GGUF files for llama.cpp, or packed ternary weights; with a card.
+"""Export a model: a Hugging Face folder, GGUF files for llama.cpp, or packed ternary weights.
 
     python export.py --model=out/dpo                                          # bfloat16, exports/dpo-hf
     python export.py --model=out/dpo --format=gguf --quantize=q8_0,q4_k_m --out=exports/mine
-    python export.py --model=out/ternary --format=ternary                     # 2 bits a weight
+    python export.py --model=out/ternary --format=ternary                     # 2 bits per weight
 
-Reads any model folder that the other scripts read; an adapter is merged into its base. What it writes they
-read as well, GGUF where a folder holds one type: so eval.py measures what is shipped. Writes a folder that
-is whole or absent: the files, README.md (the card: data, settings, scores, hashes) and manifest.json (sha256
-of each file). The same export again finds it done; from other inputs it is refused unless --overwrite=True.
+Reads every model folder that the other scripts read; an adapter is merged into its base. The other scripts
+can read the export too (a GGUF export only if it contains one type), so eval.py can measure exactly what is
+published. Writes a folder that is complete or absent: the model's files, README.md (the model card: data,
+settings, scores, hashes) and manifest.json (the sha256 of each file). The same command again does nothing if
+the export is intact. If the inputs have changed, it is refused unless --overwrite=True.
 
     hf        config.json, model.safetensors, tokenizer.json, ..       what transformers loads
-    gguf      <name>-<type>.gguf, one for each type of --quantize      f32, f16, bf16, q8_0, q6_k, q4_k_m
-    ternary   the hf layout, the ternary matrices as 2 bits a weight and a scale
+    gguf      <name>-<type>.gguf, one per type in --quantize           f32, f16, bf16, q8_0, q6_k, q4_k_m
+    ternary   the hf layout; each ternary matrix as 2 bits per weight and one scale
 
-What a format cannot hold is refused by name before anything is written. Left out: uploading, files in several
-parts, importance matrices.
+A model that a format cannot hold is refused before anything is written, with the setting that is the reason.
+Left out: uploading, models split into several files, importance matrices.
 """
 
 import hashlib
@@ -41,24 +42,24 @@ from modeling.devices import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    model: str = "out/dpo"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    model: str = "out/dpo"  # model folder, out_dir (its best checkpoint, else its last) or hub id
     format: Literal["hf", "gguf", "ternary"] = "hf"  # what to write
-    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # hf: of the weights
-    quantize: str = "q8_0"  # gguf: types with commas between: f32, f16, bf16, q8_0, q6_k, q4_k_m
-    out: str | None = None  # folder to write; None: exports/<name>-<format>
-    name: str | None = None  # in the card and of gguf files; None: that of the model's folder
-    license: str | None = None  # for the card, as the hub spells it: mit, apache-2.0, ..; None: unsaid
-    results: str | None = None  # for the card, a results.json of eval.py; None: that beside the model, if any
-    overwrite: bool = False  # replace an export made from other inputs
+    dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the weights; for format=hf
+    quantize: str = "q8_0"  # comma-separated types for format=gguf: f32, f16, bf16, q8_0, q6_k, q4_k_m
+    out: str | None = None  # folder to write; None is exports/<name>-<format>
+    name: str | None = None  # name in the card and of GGUF files; None is the name of the model's folder
+    license: str | None = None  # the card's license by the hub's name (mit, apache-2.0, ..); None states none
+    results: str | None = None  # results.json of eval.py for the card; None looks for one next to the model
+    overwrite: bool = False  # replace an export that was made from other inputs
 
     def __post_init__(self) -> None:
         if unknown := [kind for kind in self.kinds if kind not in gguf_file.KINDS]:
             known = ", ".join(gguf_file.KINDS)
-            raise UserError(f"quantize={self.quantize}: {unknown[0]!r} is none of {known}")
+            raise UserError(f"quantize={self.quantize}: {unknown[0]!r} is not a type (choose from {known})")
         if len(set(self.kinds)) < len(self.kinds):
             raise UserError(f"quantize={self.quantize}: names a type twice")
         if self.name is not None and Path(self.name).name != self.name:
-            raise UserError(f"name={self.name}: must be the name of a file, without a folder")
+            raise UserError(f"name={self.name}: must be a plain name, without a folder")
 
     @property
     def kinds(self) -> list[str]:
@@ -66,17 +67,18 @@ class ExportConfig:
 
     @property
     def needs_float16(self) -> bool:
-        """Whether something is stored as float16: weights, or the scales of quantised ones."""
+        """True if something is stored as float16: the weights, or the scales of quantized weights."""
         if self.format == "gguf":
             return not set(self.kinds) <= {"f32", "bf16"}
         return self.format == "hf" and self.dtype == "float16"
 
     @property
     def title(self) -> str:
-        """The model's name: that given, else that of its folder, of a folder inside a run the run's."""
+        """The name of the model: --name, or the name of its folder, or of the run that the folder is in."""
+        # resolve() turns "." into a name; a hub id has nothing to resolve.
         path = Path(self.model).resolve() if Path(self.model).exists() else Path(self.model)
-        is_inside = checkpoint.NAME.fullmatch(path.name) or path.name == "merged"
-        return self.name or (path.parent.name if is_inside else path.name)
+        is_inside_run = checkpoint.NAME.fullmatch(path.name) or path.name == "merged"
+        return self.name or (path.parent.name if is_inside_run else path.name)
 
     @property
     def folder(self) -> Path:
@@ -84,36 +86,38 @@ class ExportConfig:
 
 
 class Source:
-    """The model that is exported: its folder, configuration and tokenizer, and, when asked for, weights."""
+    """The model to export: its folder, configuration, tokenizer and, on request, its weights."""
 
     def __init__(self, cfg: ExportConfig):
-        """UserError, by name, for what the format cannot hold."""
+        """Raises UserError for a model that the format cannot hold, before anything large is read."""
         self.cfg, self.folder = cfg, hf.find_folder(cfg.model)
         self.config, self.tokenizer = GPTConfig.read(self.folder), Tokenizer.load(self.folder)
-        ends = hf.end_ids(self.folder)
-        ends = (ends if len(ends) > 1 else ends[0]) if ends else self.tokenizer.end_ids
-        self.ids = hf.special_token_ids(ends, self.tokenizer.bos_id)
+        # The model's own EOS ids win over the tokenizer's. One id is written as a number, several as a list.
+        ids = hf.end_ids(self.folder)
+        end_ids = ids[0] if len(ids) == 1 else ids or self.tokenizer.end_ids
+        self.ids = hf.special_token_ids(end_ids, self.tokenizer.bos_id)
         self.vocabulary: dict[str, Any] = {}
         if cfg.format == "hf" and hf.architecture(self.config) == "nanollama":
-            raise UserError(f"format=hf: transformers has no architecture with {hf.unusual(self.config)}"
-                            + "; --format=ternary packs it" * self.config.ternary)
+            hint = "; use --format=ternary" if self.config.ternary else ""
+            raise UserError(f"format=hf: transformers has no model with {hf.unusual(self.config)}{hint}")
         if cfg.format == "gguf":
             gguf_file.require_supported(self.config)
             self.vocabulary = vocabulary(self.tokenizer, self.config.vocab_size, cfg.model)
         if cfg.format == "ternary" and not self.config.ternary:
-            raise UserError(f"format=ternary: {cfg.model} has no ternary weights (--ternary=True gives)")
+            raise UserError(f"format=ternary: {cfg.model} has no ternary weights (train.py --ternary=True)")
 
     def weights(self) -> GPT:
-        """The model in float32. UserError for a weight that is no number, or too large to be stored so."""
+        """The model in float32. Raises UserError for a weight that is not finite or too large to store."""
         model = GPT.from_pretrained(self.folder).eval()
+        # bfloat16 has float32's range, so its limit only catches infinities.
         limit = torch.finfo(torch.float16 if self.cfg.needs_float16 else torch.bfloat16).max
         for name, parameter in model.named_parameters():
-            if not parameter.detach().abs().max() <= limit:  # so written that NaN is caught
-                raise UserError(f"{self.folder}: {name}: a weight is beyond {limit:.5g} or no number")
+            if not parameter.detach().abs().max() <= limit:  # not "> limit", which is False for NaN
+                raise UserError(f"{self.folder}: {name}: a weight is larger than {limit:.5g} or not a number")
         return model
 
 
-# ---- The card ---------------------------------------------------------------------------------------------
+# ---- Model card -------------------------------------------------------------------------------------------
 
 HOW_TO_USE = {"hf": """\
 ```python
@@ -126,29 +130,30 @@ print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])
 {llama} -m {name}-{kind}.gguf
 llama-server --jinja -m {name}-{kind}.gguf
 ```""", "ternary": """\
-The blocks' weights are -1, 0 or 1 times a scale, packed to 2 bits each. transformers has no such model;
-nanollama has:
+The weights of the blocks are -1, 0 or 1 times a scale, packed to 2 bits each. transformers has no such model;
+use nanollama:
 
 ```sh
-python sample.py {our_words} --model={name}  # this folder, or its name on the hub
+python sample.py {our_args} --model={name}  # this folder, or its name on the hub
 ```"""}
-IF_IT_CHATS = {"prompt": '[{"role": "user", "content": "12 * 30?"}]', "our_words": "--chat=True",
-               "llama": "llama-cli --jinja --special"}  # special: thoughts and tool calls are seen
-IF_NOT = {"prompt": '"import os"', "our_words": '--prompt="import os"',
-          "llama": 'llama-completion -no-cnv -p "import os" -n 64'}
+CHAT_USE = {"prompt": '[{"role": "user", "content": "12 * 30?"}]', "our_args": "--chat=True",
+            "llama": "llama-cli --jinja --special"}  # --special prints the marks of thoughts and tool calls
+TEXT_USE = {"prompt": '"import os"', "our_args": '--prompt="import os"',
+            "llama": 'llama-completion -no-cnv -p "import os" -n 64'}
 
 
 def card_text(cfg: ExportConfig, source: Source) -> str:
-    with torch.device("meta"):
+    with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
     library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[cfg.format]
     card = Card(cfg.title, cfg.model, source.folder, source.config, source.tokenizer, cfg.license, library,
                 cfg.results)
-    words = IF_IT_CHATS if "chat_template" in source.tokenizer.settings else IF_NOT
-    return card.text(parameters, HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **words))
+    use = CHAT_USE if "chat_template" in source.tokenizer.settings else TEXT_USE
+    return card.text(parameters, HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **use))
 
 
 # ---- Formats ----------------------------------------------------------------------------------------------
+# Each writer fills a folder and returns a report to print.
 
 def state_of(model: GPT) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
@@ -163,78 +168,86 @@ def write_hf(folder: Path, cfg: ExportConfig, source: Source) -> str:
 
 def write_gguf(folder: Path, cfg: ExportConfig, source: Source) -> str:
     state = state_of(source.weights())
-    described = {"general.name": cfg.title, "general.type": "model"} | source.vocabulary
-    described |= {"general.license": cfg.license} if cfg.license else {}
+    metadata = {"general.name": cfg.title, "general.type": "model"} | source.vocabulary
+    metadata |= {"general.license": cfg.license} if cfg.license else {}
     tables = []
     for kind in cfg.kinds:
         path = folder / f"{cfg.title}-{kind}.gguf"
-        placed = gguf_file.write(path, source.config, state, described, kind)
-        tables.append(f"{path.name}\n{gguf_file.type_table(placed)}")
-    hf.write_config(folder, source.config, source.ids)  # llama.cpp needs the file alone, our loader these
+        infos = gguf_file.write(path, source.config, state, metadata, kind)
+        tables.append(f"{path.name}\n{gguf_file.type_table(infos)}")
+    # llama.cpp needs only the GGUF file; our own loader also needs config.json and the tokenizer.
+    hf.write_config(folder, source.config, source.ids)
     source.tokenizer.save(folder)
     return "\n".join(tables)
 
 
 def write_ternary(folder: Path, cfg: ExportConfig, source: Source) -> str:
     model = source.weights()
-    state, plain, packed = state_of(model), 0, 0
+    state, float16_bytes, packed_bytes = state_of(model), 0, 0
     for name, module in model.named_modules():
         if isinstance(module, ternary.TernaryLinear):
             codes, scale = (tensor.detach() for tensor in module.codes_and_scale())
             state |= {f"{name}.weight": ternary.pack_codes(codes), f"{name}.weight_scale": scale}
-            plain += 2 * codes.numel()
-            packed += state[f"{name}.weight"].numel() + 4  # and a float32
+            float16_bytes += 2 * codes.numel()
+            packed_bytes += state[f"{name}.weight"].numel() + 4  # the scale is one float32
     hf.save_folder(folder, source.config, state, source.ids, packing=ternary.PACKING)
     source.tokenizer.save(folder)
-    return f"ternary matrices: {packed:,} bytes, {packed / plain:.4f} of float16's"
+    return f"ternary matrices: {packed_bytes:,} bytes, {packed_bytes / float16_bytes:.4f} of float16's"
 
 
 WRITERS: dict[str, Callable[[Path, ExportConfig, Source], str]] = {
     "hf": write_hf, "gguf": write_gguf, "ternary": write_ternary}
 
 
-# ---- The folder -------------------------------------------------------------------------------------------
+# ---- Output folder ----------------------------------------------------------------------------------------
+
+def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
+    """Everything that decides the content of an export. It is stored in manifest.json and compared there."""
+    # The section "Origin" names the commit and the versions of packages. They are no reason to export again.
+    content = card.rpartition("## Origin")[0]
+    inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "quantize", "license")}
+    # manifest.json and README.md say what the model is; they are not the model.
+    files = [path for path in sorted(source.folder.iterdir())
+             if path.is_file() and path.name not in ("manifest.json", "README.md")]
+    return inputs | {"name": cfg.title, "card": hashlib.sha256(content.encode()).hexdigest(),
+                     "model": {path.name: file_sha256(path) for path in files}}
+
 
 def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
-    """Whether the folder holds an export of these inputs, intact. UserError where it holds something else."""
+    """True if the folder has an intact export of these inputs. Raises UserError if it has something else."""
     if not (folder / "manifest.json").is_file():
         return False
     manifest = read_json(folder / "manifest.json")
-    if "export" not in manifest:
-        raise UserError(f"out={folder}: holds a checkpoint; give an export a folder of its own")
-    before = manifest["export"]
-    differing = [key for key, value in inputs.items() if before.get(key) != value]
-    if not differing and checkpoint.find_corruption(folder, model_only=True) is None:
-        return True
+    if "export" not in manifest:  # checkpoints have a manifest too: never replace one
+        raise UserError(f"out={folder}: holds a checkpoint; give the export a folder of its own")
+    differing = [key for key, value in inputs.items() if manifest["export"].get(key) != value]
     if differing and not overwrite:
         raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); --overwrite=True "
-                        "replaces it, --out= makes another")
-    return False
+                        "replaces it, --out= writes another folder")
+    # A damaged export of the same inputs is made again without a question.
+    return not differing and checkpoint.find_corruption(folder, model_only=True) is None
 
 
 def main(argv: list[str]) -> int:
-    cfg, given = configure(ExportConfig, argv, usage=__doc__)
+    cfg, provenance = configure(ExportConfig, argv, usage=__doc__)
     for key, format in (("dtype", "hf"), ("quantize", "gguf")):
-        if key in given and cfg.format != format:
-            raise UserError(f"{given[key]}: {key} is of --format={format}")
+        if key in provenance and cfg.format != format:
+            raise UserError(f"{provenance[key]}: {key} only works with --format={format}")
     source = Source(cfg)
-    card = card_text(cfg, source)
-    told = card.rpartition("## Origin")[0]  # the commit and the packages there are no reason to export anew
-    inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "quantize", "license")}
-    inputs |= {"name": cfg.title, "card": hashlib.sha256(told.encode()).hexdigest(),
-               "model": {path.name: file_sha256(path) for path in sorted(source.folder.iterdir())
-                         if path.is_file() and path.name not in ("manifest.json", "README.md")}}
     if source.folder.resolve() == cfg.folder.resolve():
-        raise UserError(f"out={cfg.folder}: is the model itself; give another")
+        raise UserError(f"out={cfg.folder}: is the model itself; give another folder")
+    card = card_text(cfg, source)
+    inputs = inputs_of(cfg, source, card)
     if is_done(cfg.folder, inputs, cfg.overwrite):
-        shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)  # of one that was killed at the very end
-        print(f"{cfg.folder} is there already, made from the same")
+        # A process that is killed after its last rename leaves the replaced export behind.
+        shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)
+        print(f"{cfg.folder} exists already, made from the same inputs")
         return 0
     try:
-        with atomic_folder(cfg.folder, "manifest.json", "export") as beside:
-            report = WRITERS[cfg.format](beside, cfg, source)
-            (beside / "README.md").write_text(card, encoding="utf-8")
-            checkpoint.write_manifest(beside, export=inputs)
+        with atomic_folder(cfg.folder, marker="manifest.json", kind="export") as folder:
+            report = WRITERS[cfg.format](folder, cfg, source)
+            (folder / "README.md").write_text(card, encoding="utf-8")
+            checkpoint.write_manifest(folder, export=inputs)  # last: it marks a complete folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"out={cfg.folder}: could not be written ({error})") from error
     print(report)

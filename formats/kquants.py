@@ -116,9 +116,9 @@ def pack_q45(d: ndarray, m: ndarray, s: ndarray, t: ndarray, q: ndarray, bits: i
 
     The 12 bytes of s and t, which have 6 bits each:
 
-        bytes 0 to 3     s of groups 0 to 3 in bits 0 to 5, upper two bits of s of groups 4 to 7 in bits 6 and 7
+        bytes 0 to 3     s of groups 0 to 3 in bits 0 to 5; bits 4, 5 of s of groups 4 to 7 in bits 6, 7
         bytes 4 to 7     the same for t
-        bytes 8 to 11    lower four bits of s of groups 4 to 7 in bits 0 to 3, of t in bits 4 to 7
+        bytes 8 to 11    bits 0 to 3 of s of groups 4 to 7 in bits 0 to 3, the same of t in bits 4 to 7
     """
     s, t = s[:, :, 0].astype(np.uint8), t[:, :, 0].astype(np.uint8)  # (n, 8)
     scales = [s[:, :4] | (s[:, 4:] >> 4) << 6, t[:, :4] | (t[:, 4:] >> 4) << 6, s[:, 4:] & 15 | t[:, 4:] << 4]

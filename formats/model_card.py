@@ -1,261 +1,273 @@
-"""The model card: a README.md as the Hugging Face hub reads it, of what the files beside a model say.
+"""The model card: the README.md of an export, as the Hugging Face hub reads it.
 
-    described = Card(name="dpo", model="out/dpo", folder=Path("out/dpo/step_000060"), license="mit")
-    text = described.text(parameters, use="...")
+    card = Card(name="dpo", model="out/dpo", folder=Path("out/dpo/step_000060"), config=config,
+                tokenizer=tokenizer, license="mit")
+    text = card.text(parameters, use="...")
 
-Data, tokens, settings and losses are from run.json and metrics.jsonl of the run and of those that it began
-from; rows of data from data/<name>/meta.json, what of them benchmarks hold from contaminated.json beside it;
-scores from a results.json of eval.py, those of the same weights only. What is not there is said to be
-missing, or left out: a card never guesses. Absolute paths of this machine are cut to their last part.
+What the card reports, and where it comes from:
+
+    data, tokens, settings, losses    run.json and metrics.jsonl of the run, and of the runs it started from
+    documents and tokens of the data  data/<name>/meta.json
+    overlap with benchmarks           data/<name>/contaminated.json
+    scores                            results.json of eval.py, only for the same weights
+
+A card never guesses: it says so if something is missing. Absolute paths are cut to their last part, so that
+nothing about this machine is published.
 """
 
 import json
-import math
 import platform
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from configurator import UserError
-from formats import checkpoint, hf
-from formats.files import file_sha256, read_jsonl
-from formats.hf import teacher_sha256
+from formats import checkpoint, hf, markdown
+from formats.files import file_sha256, read_json, read_jsonl
+from formats.hf import GPTConfig, teacher_sha256
 from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 
-# A stage is known by a key that only its script has.
+# {a key that only this stage's script has: the name of the stage}
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "packing": "fine-tuning",
           "reference": "preferences"}
+# The settings of a run in the table of main settings.
 SHOWN = ("optimizer", "learning_rate", "min_lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2",
          "grad_clip", "global_batch_size", "block_size", "dtype", "seed", "lora_rank", "teacher", "alpha",
-         "temperature", "divergence", "loss", "beta", "nll_weight")  # the keys of a run that are told
+         "temperature", "divergence", "loss", "beta", "nll_weight")
 ROOT = Path(__file__).parent.parent
 
 
-@dataclass(frozen=True)
-class RunSummary:
-    """A run that went into the model: its out_dir, its configuration, its log's words of a checkpoint."""
-
-    name: str
-    out_dir: Path
-    config: dict[str, Any]
-    data: dict[str, str]  # {folder: hash}
-    step: int | str  # of the checkpoint
-    trained: dict[str, Any]  # the last event with "tokens" up to there
-    validated: dict[str, Any]  # the last with "val_loss"
-
-    @property
-    def kind(self) -> str:
-        return next((kind for key, kind in STAGES.items() if key in self.config), "training")
-
-    def logged(self, event: dict[str, Any], key: str) -> Any:
-        """What an event says, with its step where that is not the checkpoint's."""
-        value, step = event.get(key, "?"), event.get("step", self.step)
-        return value if step == self.step else f"{shown(value)} (step {shown(step)})"
-
-
-def read_json(path: Path) -> Any:
-    """A JSON file's content, or None where there is none. UserError for a damaged one."""
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return None
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
-
-
-def lineage(model: str | None) -> list[RunSummary]:
-    """The runs behind a model, the first one first: its own, and those behind init_from, as far as their
-    folders are here and hold the weights that were begun from."""
-    stages: list[RunSummary] = []
-    digest = None  # of the model, where the run behind it has noted one
-    while model and Path(model).is_dir():
-        try:
-            path = hf.find_folder(model)
-        except UserError:  # its checkpoints are gone
-            break
-        if digest and digest not in (weights_sha256(path), teacher_sha256(path)):
-            break
-        found = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
-        if found is None or any(found == stage.out_dir for stage in stages):
-            break
-        step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else math.inf
-        run = read_json(found / "run.json")
-        try:
-            config, identity = dict(run["config"]), dict(run["identity"])
-            data = dict(identity.get("data", {}))
-        except (TypeError, KeyError, ValueError, AttributeError):
-            raise UserError(f"{found / 'run.json'}: not a run's") from None
-        events = [event for event in read_jsonl(found / "metrics.jsonl") if event.get("step", 0) <= step]
-        trained, validated = (next((event for event in reversed(events) if key in event), {})
-                              for key in ("tokens", "val_loss"))
-        step = step if step < math.inf else trained.get("step", "?")
-        stages.append(RunSummary(found.name, found, config, data, step, trained, validated))
-        model, digest = config.get("init_from"), identity.get("base")
-        if config.get("student_layers"):
-            model, digest = config.get("teacher"), identity.get("teacher")
-    return stages[::-1]
-
-
-def scores(places: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """({"task", "figure", "value", "stderr", "n"} ..) of the first of these results.json that is there, those
-    of the weights with this hash; and the settings they were measured with."""
-    place = next((path for path in places if path.is_file()), None)
-    results = read_json(place) if place else {}
-    if not isinstance(results, dict):
-        raise UserError(f"{place}: not a results.json of eval.py")
-    rows = []
-    for measured in results.get("models", []):
-        if measured.get("weights_sha256") == digest:
-            for task, result in measured.get("tasks", {}).items():
-                rows += [{"task": task, "figure": figure, **values}
-                         for figure, values in result.get("figures", {}).items()]
-    return rows, results.get("settings", {})
-
-
-def commit() -> str:
-    """The commit of this code, "modified" where files differ from it, or that there is none."""
-    try:
-        found, changed = (subprocess.run(["git", "-C", str(ROOT), *words], capture_output=True, text=True,
-                                         timeout=20, check=True).stdout.strip()
-                          for words in (["rev-parse", "HEAD"], ["status", "--porcelain", "-uno"]))
-    except (OSError, subprocess.SubprocessError):
-        return "not in a git checkout"
-    return found + (", modified" if changed else "")
-
+# ---- Cells ------------------------------------------------------------------------------------------------
 
 def public(value: Any) -> Any:
-    """A setting without where it lies on this machine: absolute paths, also in lists, by their last part."""
+    """A setting without absolute paths: each is cut to its last part, also in lists and tables."""
     if isinstance(value, dict):
         return {key: public(each) for key, each in value.items()}
     if isinstance(value, list):
         return [public(each) for each in value]
-    if isinstance(value, str):
+    if isinstance(value, str):  # dataset=/data/a:0.5,/data/b:0.5 contains two paths
         return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
     return value
 
 
 def shown(value: Any) -> str:
-    """A setting as a cell of a table."""
+    """A value as a cell of a Markdown table."""
     value = public(value)
-    text = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else \
-        f"{value:.6g}" if isinstance(value, float) else str(value)
+    text = format(value, {int: ",", float: ".6g"}.get(type(value), ""))
     return text.replace("|", "\\|").replace("\n", " ")
 
 
-def table(header: list[str], rows: list[list[Any]]) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(shown, row)) + " |" for row in lines)
+def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    return markdown.table(map(shown, headers), [map(shown, row) for row in rows])
+
+
+# ---- Runs -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A run that the model was trained in, up to the checkpoint that was used."""
+
+    out_dir: Path
+    config: dict[str, Any]  # of run.json
+    identity: dict[str, Any]  # of run.json: hashes of the data, and of the base model or teacher
+    step: int | str  # of the checkpoint; "?" if unknown
+    trained: dict[str, Any]  # the last event of metrics.jsonl with "tokens"
+    validated: dict[str, Any]  # the last event with "val_loss"
+
+    @property
+    def name(self) -> str:
+        return self.out_dir.name
+
+    @property
+    def kind(self) -> str:
+        return next((kind for key, kind in STAGES.items() if key in self.config), "training")
+
+    @property
+    def parent(self) -> tuple[str | None, str | None]:
+        """The model that this run started from, and the hash of its weights; None if unknown or random."""
+        # A student with student_layers is cut from its teacher.
+        if self.config.get("student_layers"):
+            return self.config.get("teacher"), self.identity.get("teacher")
+        return self.config.get("init_from"), self.identity.get("base")
+
+    def logged(self, event: dict[str, Any], key: str) -> Any:
+        """A value of an event, followed by its step if that is not the checkpoint's step."""
+        value, step = event.get(key, "?"), event.get("step", self.step)
+        return value if step == self.step else f"{shown(value)} (step {shown(step)})"
+
+
+def read_run(out_dir: Path, step: int | None) -> RunSummary:
+    """Summarize a run up to `step`; None is its end. Raises UserError for a damaged run.json."""
+    run = read_json(out_dir / "run.json")
+    if not all(isinstance(run.get(key), dict) for key in ("config", "identity")):
+        raise UserError(f"{out_dir / 'run.json'}: damaged (no config or no identity)")
+    events = [event for event in read_jsonl(out_dir / "metrics.jsonl")
+              if step is None or event.get("step", 0) <= step]
+    trained, validated = (next((event for event in reversed(events) if key in event), {})
+                          for key in ("tokens", "val_loss"))
+    step = trained.get("step", "?") if step is None else step
+    return RunSummary(out_dir, run["config"], run["identity"], step, trained, validated)
+
+
+def lineage(model: str | None) -> list[RunSummary]:
+    """The runs that led to a model, first to last: its own, the one it started from, and so on.
+
+    The list stops where a folder is missing, or contains other weights than the next run started from.
+    """
+    runs: list[RunSummary] = []
+    digest = None  # of the model's weights, if the run that started from it recorded one
+    while model and Path(model).is_dir():
+        try:
+            path = hf.find_folder(model)
+        except UserError:  # its checkpoints were deleted
+            break
+        if digest and digest not in (weights_sha256(path), teacher_sha256(path)):
+            break
+        out_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
+        if out_dir is None or any(out_dir == run.out_dir for run in runs):  # the second is a circle
+            break
+        step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else None
+        runs.insert(0, read_run(out_dir, step))
+        model, digest = runs[0].parent
+    return runs
+
+
+# ---- Sections ---------------------------------------------------------------------------------------------
+
+def training(runs: list[RunSummary]) -> str:
+    """The result of each run, its main settings, and all its settings in a block that unfolds."""
+    if not runs:
+        return "## Training\n\nUnknown: there is no run of nanollama next to this model."
+    first = runs[0].config.get("init_from")
+    start = f"\n\nThe first of these runs started from {shown(first)}." if first else ""
+    rows = [[f"{run.kind} ({run.name})", run.config.get("dataset"), run.step,
+             run.logged(run.trained, "tokens"), run.logged(run.validated, "val_loss")] for run in runs]
+    keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
+    settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
+    everything = json.dumps({run.name: public(run.config) for run in runs}, indent=1)
+    return "\n\n".join([
+        "## Training" + start, table(["run", "data", "steps", "tokens", "validation loss"], rows),
+        table(["setting", *(run.name for run in runs)], settings),
+        f"<details><summary>all settings</summary>\n\n```json\n{everything}\n```\n</details>"])
+
+
+def overlap_rows(folder: Path, is_same: bool) -> list[list[Any]]:
+    """[data set, benchmark, counts of documents] for each benchmark that the data set overlaps with."""
+    report = folder / "contaminated.json"
+    if not is_same or not report.is_file():
+        return [[folder.name, "not checked" if is_same else "unknown", "", "", ""]]
+    return [[folder.name, benchmark, *(counts.get(key, "") for key in ("documents", "ngram", "minhash"))]
+            for benchmark, counts in read_json(report).get("benchmarks", {}).items()]
+
+
+def data(runs: list[RunSummary]) -> str:
+    """The source of each data set, and the benchmarks that were found in it."""
+    rows, overlaps, digests = [], [], {}
+    for run in runs:
+        digests |= run.identity.get("data", {})  # {folder: sha256 of its meta.json}
+    for folder, digest in ((Path(path), digest) for path, digest in digests.items()):
+        meta_path = folder / "meta.json"
+        # prepare.py may have written another data set of that name since.
+        is_same = meta_path.is_file() and file_sha256(meta_path) == digest
+        meta = read_json(meta_path) if is_same else {}
+        counts = [sum((meta.get(key) or {}).values()) or "?" for key in ("documents", "tokens")]
+        source = meta.get("source", "no longer available")
+        rows.append([folder.name, source, *counts, f"`{str(digest)[:16]}`"])
+        overlaps += overlap_rows(folder, is_same)
+    if not rows:
+        return ""
+    return "\n\n".join(["## Data", table(["set", "source", "documents", "tokens", "start of sha256"], rows),
+                        "Documents that overlap with a benchmark. `prepare.py --decontaminate` removed them:",
+                        table(["set", "benchmark", "documents", "by 13-grams", "by MinHash"], overlaps)])
+
+
+def evaluation(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
+    if not rows:
+        return "## Evaluation\n\nNot measured: there is no results.json of `eval.py` for these weights."
+    used = ", ".join(f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
+                     if settings.get(key) not in (None, ""))
+    keys = ("task", "figure", "value", "stderr", "n")
+    return ("## Evaluation\n\n" + table(["task", "figure", "value", "standard error", "n"],
+                                        [[row.get(key, "") for key in keys] for row in rows])
+            + (f"\n\nMeasured by `eval.py` with {used}." if used else ""))
+
+
+def scores(paths: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The scores of the weights with this hash, and the settings of the evaluation.
+
+    Reads the first of `paths`, results.json files of eval.py, that exists. A score is a dict with the keys
+    task, figure, value, stderr and n.
+    """
+    path = next((path for path in paths if path.is_file()), None)
+    results = read_json(path) if path else {}
+    rows = [{"task": task, "figure": figure, **values}
+            for measured in results.get("models", []) if measured.get("weights_sha256") == digest
+            for task, result in measured.get("tasks", {}).items()
+            for figure, values in result.get("figures", {}).items()]
+    return rows, results.get("settings", {})
+
+
+def commit() -> str:
+    """The commit of this code, with ", modified" if files differ from it."""
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--abbrev=40", "--exclude=*",  # a hash, no tag
+               "--dirty=, modified"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "not in a git checkout"
 
 
 @dataclass(frozen=True)
 class Card:
-    """What is known of a model; `text` writes it down."""
+    """What is known about a model. `text` writes it down."""
 
     name: str
     model: str  # as the user gave it
     folder: Path  # where it was found
-    config: Any  # GPTConfig
-    tokenizer: Any
+    config: GPTConfig
+    tokenizer: Tokenizer
     license: str | None = None
-    library: str = "transformers"  # that loads these files, as the hub names it
-    results: str | None = None  # eval.py's results.json; None: that beside the model, if there is one
-
-    @cached_property
-    def digest(self) -> str:
-        return weights_sha256(self.folder)
-
-    def text(self, parameters: int, use: str) -> str:
-        """The whole card. use: Markdown, how these files are used."""
-        stages = lineage(self.model) or lineage(str(self.folder))
-        beside = (path / "results.json" for path in (Path(self.model), self.folder, self.folder.parent))
-        rows, settings = scores([Path(self.results)] if self.results else beside, self.digest)
-        if self.results and not rows:
-            raise UserError(f"results={self.results}: has no scores of the weights of {self.model}")
-        sections = [self.front_matter(rows), f"# {self.name}", self.summary(parameters), f"## Use\n\n{use}",
-                    training(stages), data(stages), evaluation(rows, settings), self.origin()]
-        return "\n\n".join(filter(None, sections)) + "\n"
+    library: str = "transformers"  # what loads these files, by the hub's name
+    results: str | None = None  # results.json of eval.py; None looks for one next to the model
 
     def front_matter(self, rows: list[dict[str, Any]]) -> str:
-        """The YAML that the hub reads, with every score as a model index."""
+        """The YAML header that the hub reads. It lists every score."""
         from huggingface_hub import EvalResult, ModelCardData
         results = [EvalResult(task_type="text-generation", dataset_type=row["task"], dataset_name=row["task"],
                               metric_type=row["figure"], metric_name=row["figure"], metric_value=row["value"])
                    for row in rows]
         tags = ["nanollama", hf.architecture(self.config)]
         tags += ["conversational"] if "chat_template" in self.tokenizer.settings else []
-        described = ModelCardData(license=self.license, library_name=self.library, tags=tags,
-                                  pipeline_tag="text-generation", model_name=self.name,
-                                  eval_results=results or None, ignore_metadata_errors=False)
-        return f"---\n{described.to_yaml().strip()}\n---"
+        content = ModelCardData(license=self.license, library_name=self.library, tags=tags,
+                                pipeline_tag="text-generation", model_name=self.name,
+                                eval_results=results or None, ignore_metadata_errors=False)
+        return f"---\n{content.to_yaml().strip()}\n---"
 
     def summary(self, parameters: int) -> str:
         c = self.config
-        kind = "ternary model" if c.ternary else f"{hf.architecture(c)} model"
-        return (f"A {kind} of {parameters:,} parameters: {c.n_layer} layers, {c.n_embd} wide, {c.n_head} "
-                f"heads of queries and {c.n_kv_head} of keys, an MLP of {c.intermediate_size:,}, "
-                f"{c.vocab_size:,} token ids, a context of {c.block_size:,} tokens.")
+        kind = "ternary" if c.ternary else hf.architecture(c)
+        return (f"A {kind} model with {parameters:,} parameters: {c.n_layer} layers, width {c.n_embd}, "
+                f"{c.n_head} query heads, {c.n_kv_head} key/value heads, MLP width {c.intermediate_size:,}, "
+                f"{c.vocab_size:,} token ids, and a context of {c.block_size:,} tokens.")
 
-    def origin(self) -> str:
-        packages = ("torch", "safetensors", "tokenizers")
-        versions = ", ".join([f"Python {platform.python_version()}",
-                              *(f"{package} {version(package)}" for package in packages)])
-        return ("## Origin\n\n" + table(["", ""], [
-            ["exported from", shown(str(self.folder))], ["sha256 of its weights", f"`{self.digest}`"],
-            ["nanollama, commit", commit()], ["versions", versions]])
-            + "\n\nThe sha256 of every file here is in manifest.json.")
+    def origin(self, digest: str) -> str:
+        versions = [f"Python {platform.python_version()}",
+                    *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
+        rows = [["exported from", str(self.folder)], ["sha256 of its weights", f"`{digest}`"],
+                ["nanollama, commit", commit()], ["versions", ", ".join(versions)]]
+        return f"## Origin\n\n{table(['', ''], rows)}\n\nThe sha256 of every file here is in manifest.json."
 
-
-def training(stages: list[RunSummary]) -> str:
-    """What each run saw and reached, its main settings, and all of them to unfold."""
-    if not stages:
-        return "## Training\n\nNot known: no run of nanollama stands beside this model."
-    first = stages[0].config.get("init_from")
-    begun = f"\n\nThe first of these runs began from {shown(first)}." if first else ""
-    rows = [[f"{stage.kind} ({stage.name})", stage.config.get("dataset"), stage.step,
-             stage.logged(stage.trained, "tokens"), stage.logged(stage.validated, "val_loss")]
-            for stage in stages]
-    keys = [key for key in SHOWN if any(stage.config.get(key) not in (None, 0) for stage in stages)]
-    settings = [[key, *(stage.config.get(key, "") for stage in stages)] for key in keys]
-    everything = json.dumps({stage.name: public(stage.config) for stage in stages}, indent=1)
-    return "\n\n".join([
-        "## Training" + begun,
-        table(["run", "data", "steps", "tokens", "validation loss"], rows),
-        table(["setting", *(stage.name for stage in stages)], settings),
-        f"<details><summary>all settings</summary>\n\n```json\n{everything}\n```\n</details>"])
-
-
-def data(stages: list[RunSummary]) -> str:
-    """Where the text came from, and which benchmarks were found in it."""
-    rows, found = [], []
-    for path, digest in {path: digest for stage in stages for path, digest in stage.data.items()}.items():
-        file, name = Path(path) / "meta.json", Path(path).name
-        same = file.is_file() and file_sha256(file) == digest  # not another data set of that name by now
-        meta = read_json(file) if same else {}
-        counts = [sum((meta.get(key) or {}).values()) or "?" for key in ("documents", "tokens")]
-        rows.append([name, meta.get("source", "not at hand any more"), *counts, f"`{str(digest)[:16]}`"])
-        contaminated = read_json(file.with_name("contaminated.json")) if same else None
-        benchmarks = (contaminated or {}).get("benchmarks", {})
-        found += [[name, each, *(counts.get(key, "") for key in ("documents", "ngram", "minhash"))]
-                  for each, counts in benchmarks.items()]
-        if contaminated is None:
-            found.append([name, "not looked for" if same else "not known", "", "", ""])
-    if not rows:
-        return ""
-    return "\n\n".join(["## Data", table(["set", "source", "documents", "tokens", "sha256, beginning"], rows),
-                        "Rows that benchmarks hold too, found and removed by `prepare.py --decontaminate`:",
-                        table(["set", "benchmark", "documents", "by 13-grams", "by MinHash"], found)])
-
-
-def evaluation(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    if not rows:
-        return "## Evaluation\n\nNot measured: `eval.py` has written no results.json for these weights."
-    told = ", ".join(f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
-                     if settings.get(key) not in (None, ""))
-    cells = [[row["task"], row["figure"], *(row.get(key, "") for key in ("value", "stderr", "n"))]
-             for row in rows]
-    return ("## Evaluation\n\n" + table(["task", "figure", "value", "standard error", "n"], cells)
-            + (f"\n\nMeasured by `eval.py` with {told}." if told else ""))
+    def text(self, parameters: int, use: str) -> str:
+        """The complete card. use: Markdown that explains how to use the files."""
+        runs, digest = lineage(self.model) or lineage(str(self.folder)), weights_sha256(self.folder)
+        nearby = [path / "results.json" for path in (Path(self.model), self.folder, self.folder.parent)]
+        rows, settings = scores([Path(self.results)] if self.results else nearby, digest)
+        if self.results and not rows:
+            raise UserError(f"results={self.results}: has no scores of the weights of {self.model}")
+        sections = [self.front_matter(rows), f"# {self.name}", self.summary(parameters), f"## Use\n\n{use}",
+                    training(runs), data(runs), evaluation(rows, settings), self.origin(digest)]
+        return "\n\n".join(filter(None, sections)) + "\n"

@@ -1,4 +1,4 @@
-"""export.py: what transformers and our scripts make of the folders; refusals; kills and full disks."""
+"""export.py: the folders in transformers and in our scripts; refusals; kills and full disks."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def tokenizer():
 
 @pytest.fixture
 def chat_model(tmp_path, tokenizer):
-    """A model that chats, with random weights, and its folder."""
+    """A chat model with random weights, and its folder."""
     return saved(tmp_path / "chatty", tokenizer)
 
 
@@ -51,8 +51,8 @@ def saved(folder, tokenizer, **changes):
     return model, folder
 
 
-def run(model, out, *words):
-    assert export.main([f"--model={model}", f"--out={out}", *words]) == 0
+def run(model, out, *args):
+    assert export.main([f"--model={model}", f"--out={out}", *args]) == 0
     manifest = json.loads((out / "manifest.json").read_text())
     assert set(manifest["files"]) == {path.name for path in out.iterdir()} - {"manifest.json"}
     assert checkpoint.find_corruption(out) is None
@@ -61,8 +61,8 @@ def run(model, out, *words):
 
 def logits(model, ids=IDS):
     with torch.no_grad():
-        found = model(ids)
-    return getattr(found, "logits", found)
+        output = model(ids)
+    return getattr(output, "logits", output)  # transformers returns an object
 
 
 # ---- A Hugging Face folder --------------------------------------------------------------------------------
@@ -97,8 +97,8 @@ def test_the_pipeline_and_the_chat_template(chat_model, tokenizer, tmp_path):
     assert generate.model.generation_config.eos_token_id == tokenizer.end_ids
 
 
-def test_what_opens_a_text_is_the_tokenizers(tokenizer, tmp_path):
-    """As Llama's <s>, and said so in both files that transformers reads; where there is none, the end."""
+def test_the_bos_token_is_the_tokenizers(tokenizer, tmp_path):
+    """Such as Llama's <s>, in both files that transformers reads. Without one, it is the EOS token."""
     from transformers import AutoModelForCausalLM
 
     for name, expected in (("<s>", tokenizer.vocab_size), (None, tokenizer.eot_id)):
@@ -127,7 +127,7 @@ def test_half_the_bytes(dtype, chat_model, tmp_path):
 
 
 def test_our_scripts_take_it(trained, data, chats, tmp_path, capsys):
-    """As --model and as --init_from, before and after what follows."""
+    """As --model of sample.py and as --init_from of sft.py; the result can be exported again."""
     out = run(trained, tmp_path / "mine")
     sample.main([f"--model={out}", "--prompt=def", "--max_new_tokens=5", "--device=cpu"])
     assert capsys.readouterr().out
@@ -153,17 +153,17 @@ def test_an_adapter_is_merged(chat_model, tokenizer, tmp_path):
     tokenizer.save(tmp_path / "adapter")
     out = run(tmp_path / "adapter", tmp_path / "out", "--dtype=float32")
     assert not is_adapter(out)
-    found = logits(GPT.from_pretrained(out))
-    assert (found - logits(adapted.eval())).abs().max() <= 1e-5
-    assert (found - logits(model)).abs().max() > 0.1
+    merged = logits(GPT.from_pretrained(out))
+    assert (merged - logits(adapted.eval())).abs().max() <= 1e-5
+    assert (merged - logits(model)).abs().max() > 0.1
 
 
 # ---- GGUF -------------------------------------------------------------------------------------------------
 
 def test_every_type_in_one_folder(tokenizer, tmp_path, capsys):
     _, folder = saved(tmp_path / "m", tokenizer, n_embd=256, intermediate_size=256, n_layer=3)
-    words = ["--format=gguf", f"--quantize={EVERY}", "--name=mine", "--license=mit"]
-    out = run(folder, tmp_path / "out", *words)
+    args = ["--format=gguf", f"--quantize={EVERY}", "--name=mine", "--license=mit"]
+    out = run(folder, tmp_path / "out", *args)
     sizes = [(out / f"mine-{kind}.gguf").stat().st_size for kind in ("f32", "f16", "q8_0", "q6_k", "q4_k_m")]
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.25 * sizes[0]
     printed = capsys.readouterr().out
@@ -176,13 +176,13 @@ def test_every_type_in_one_folder(tokenizer, tmp_path, capsys):
         GPT.from_pretrained(out)
 
 
-@pytest.mark.parametrize("kind, apart", [("f32", 0.0), ("f16", 0.01), ("q8_0", 0.2)])
-def test_a_folder_of_one_type_is_a_model(chat_model, tmp_path, kind, apart):
-    """So that what is shipped is measured: with the rounding of its type, and no other difference."""
+@pytest.mark.parametrize("kind, tolerance", [("f32", 0.0), ("f16", 0.01), ("q8_0", 0.2)])
+def test_a_folder_of_one_type_is_a_model(chat_model, tmp_path, kind, tolerance):
+    """So an export can be measured: its logits differ by the rounding of its type only."""
     model, folder = chat_model
     out = run(folder, tmp_path / "out", "--format=gguf", f"--quantize={kind}")
-    found = (logits(GPT.from_pretrained(out)) - logits(model)).abs().max()
-    assert found <= apart and (kind == "f32" or found > 0)
+    difference = (logits(GPT.from_pretrained(out)) - logits(model)).abs().max()
+    assert difference <= tolerance and (kind == "f32" or difference > 0)
     assert hf.end_ids(out) == hf.end_ids(folder) and Tokenizer.load(out).vocab_size
     assert weights_sha256(out) != weights_sha256(folder)
     path = next(out.glob("*.gguf"))
@@ -194,7 +194,7 @@ def test_a_folder_of_one_type_is_a_model(chat_model, tmp_path, kind, apart):
 # ---- Ternary ----------------------------------------------------------------------------------------------
 
 def test_four_codes_to_a_byte_by_hand():
-    """-1, 0, 1, 1 -> 0, 1, 2, 2 -> 0b10_10_01_00; a row of five has three fields of 3 in its second byte."""
+    """-1, 0, 1, 1 -> 0, 1, 2, 2 -> 0b10_10_01_00. A row of five codes has three 3s in its second byte."""
     codes = torch.tensor([[-1.0, 0.0, 1.0, 1.0, -1.0], [0.0, 0.0, 0.0, 0.0, 1.0]])
     packed = pack_codes(codes)
     assert packed.tolist() == [[0b10_10_01_00, 0b11_11_11_00], [0b01_01_01_01, 0b11_11_11_10]]
@@ -202,7 +202,7 @@ def test_four_codes_to_a_byte_by_hand():
 
 
 def test_a_ternary_model_packed_and_read_back(tokenizer, tmp_path, capsys):
-    """To the bit, at an eighth of float16's size; and the same again from the packed folder."""
+    """The same logits, exactly, at an eighth of float16's size. A packed folder can be exported again."""
     model, folder = saved(tmp_path / "m", tokenizer, ternary=True, intermediate_size=130)
     out = run(folder, tmp_path / "out", "--format=ternary")
     assert float(capsys.readouterr().out.split(" of float16's")[0].split()[-1]) <= 0.14
@@ -220,7 +220,7 @@ def test_a_ternary_model_packed_and_read_back(tokenizer, tmp_path, capsys):
 
 
 def test_packed_weights_are_not_trained_or_saved(tokenizer, data, tmp_path):
-    """What they were rounded from is gone: both would go on from other weights without a word."""
+    """The weights before rounding are gone, so both would silently continue from other weights."""
     _, folder = saved(tmp_path / "m", tokenizer, ternary=True)
     packed = GPT.from_pretrained(run(folder, tmp_path / "out", "--format=ternary"))
     with pytest.raises(UserError, match="packed ternary weights cannot be trained"):
@@ -245,31 +245,31 @@ def test_training_from_packed_weights_is_one_line(trained, data, tmp_path):
 def test_the_same_again_does_nothing(chat_model, tmp_path, capsys, monkeypatch):
     out = run(chat_model[1], tmp_path / "out")
     before = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
-    (out / "README.md").write_text("my own words")  # a card is there to be edited
+    (out / "README.md").write_text("my own words")  # people edit the card
     monkeypatch.setattr(formats.model_card, "commit", lambda: "the next one")
     assert export.main([f"--model={chat_model[1]}", f"--out={out}"]) == 0
-    assert "is there already" in capsys.readouterr().out
+    assert "exists already" in capsys.readouterr().out
     after = {path.name: path.stat().st_mtime_ns for path in out.iterdir()}
     assert {name for name in after if after[name] != before[name]} == {"README.md"}
     assert GPT.from_pretrained(out)
 
 
-def test_another_export_is_not_replaced_unasked(chat_model, tmp_path):
+def test_another_export_is_not_replaced_by_default(chat_model, tmp_path):
     out = run(chat_model[1], tmp_path / "out")
-    words = [f"--model={chat_model[1]}", f"--out={out}", "--dtype=float32"]
+    args = [f"--model={chat_model[1]}", f"--out={out}", "--dtype=float32"]
     with pytest.raises(UserError, match=r"from other inputs \(dtype differ\); --overwrite=True replaces"):
-        export.main(words)
-    assert export.main([*words, "--overwrite=True"]) == 0
+        export.main(args)
+    assert export.main([*args, "--overwrite=True"]) == 0
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "float32"
     assert sorted(path.name for path in tmp_path.iterdir()) == ["chatty", "out"]
 
 
-def test_a_damaged_export_is_made_anew(chat_model, tmp_path):
+def test_a_damaged_export_is_made_again(chat_model, tmp_path):
     out = run(chat_model[1], tmp_path / "out")
-    whole = (out / "model.safetensors").read_bytes()
-    (out / "model.safetensors").write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    content = (out / "model.safetensors").read_bytes()
+    (out / "model.safetensors").write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     run(chat_model[1], out)
-    assert (out / "model.safetensors").read_bytes() == whole
+    assert (out / "model.safetensors").read_bytes() == content
 
 
 def test_nothing_of_this_machine_is_written(chat_model, tmp_path):
@@ -287,7 +287,8 @@ def test_other_peoples_folders_are_left_alone(chat_model, trained, tmp_path):
         for more in ([], ["--overwrite=True"]):
             with pytest.raises(UserError, match=message):
                 export.main([f"--model={chat_model[1]}", f"--out={tmp_path / name}", *more])
-    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious" and checkpoint.find_corruption(step) is None
+    assert (tmp_path / "mine" / "thesis.txt").read_text() == "precious"
+    assert checkpoint.find_corruption(step) is None
 
 
 def test_a_model_is_not_replaced_by_itself(chat_model, tmp_path):
@@ -297,7 +298,7 @@ def test_a_model_is_not_replaced_by_itself(chat_model, tmp_path):
 
 
 def test_names(trained, tmp_path, monkeypatch):
-    """exports/<name>-<format>; a step's folder has its run's name."""
+    """The default folder is exports/<name>-<format>; a step's folder has the name of its run."""
     monkeypatch.chdir(tmp_path)
     run(hf.find_folder(trained), tmp_path / "exports" / "trained-gguf", "--format=gguf")
     assert export.main([f"--model={trained}/{hf.find_folder(trained).name}", "--format=gguf"]) == 0
@@ -307,25 +308,25 @@ def test_names(trained, tmp_path, monkeypatch):
 
 # ---- Refusals ---------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("words, message", [
-    (["--quantize=q8_0"], "command line: quantize is of --format=gguf"),
-    (["--format=gguf", "--dtype=float32"], "command line: dtype is of --format=hf"),
-    (["--format=gguf", "--quantize=q5_k_m"], "'q5_k_m' is none of f32, f16, bf16, q8_0, q6_k, q4_k_m"),
-    (["--format=gguf", "--quantize=q8_0,"], "'' is none of"),
+@pytest.mark.parametrize("args, message", [
+    (["--quantize=q8_0"], "command line: quantize only works with --format=gguf"),
+    (["--format=gguf", "--dtype=float32"], "command line: dtype only works with --format=hf"),
+    (["--format=gguf", "--quantize=q5_k_m"], "'q5_k_m' is not a type .* f32, f16, bf16, q8_0, q6_k, q4_k_m"),
+    (["--format=gguf", "--quantize=q8_0,"], "'' is not a type"),
     (["--format=gguf", "--quantize=f16,f16"], "names a type twice"),
     (["--format=ternary"], "has no ternary weights"),
     (["--format=onnx"], "expected hf|gguf|ternary"),
-    (["--name=../x"], "must be the name of a file"),
+    (["--name=../x"], "must be a plain name"),
     (["--dtype=int8"], "expected bfloat16|float16|float32"),
 ])  # fmt: skip
-def test_what_a_user_can_get_wrong(words, message, chat_model, tmp_path):
+def test_mistakes_of_a_user(args, message, chat_model, tmp_path):
     with pytest.raises(UserError, match=message.replace("|", r"\|")):
-        export.main([f"--model={chat_model[1]}", f"--out={tmp_path / 'out'}", *words])
+        export.main([f"--model={chat_model[1]}", f"--out={tmp_path / 'out'}", *args])
     assert [path.name for path in tmp_path.iterdir()] == ["chatty"]
 
 
 @pytest.mark.parametrize("changes, format, message", [
-    (dict(ternary=True), "hf", "transformers has no .* with ternary=True; --format=ternary packs it"),
+    (dict(ternary=True), "hf", "transformers has no .* with ternary=True; use --format=ternary"),
     (dict(position="learned", n_kv_head=4), "hf", "transformers has no .* with position=learned$"),
     (dict(ternary=True), "gguf", "llama.cpp has no architecture with ternary=True"),
 ])  # fmt: skip
@@ -336,28 +337,28 @@ def test_models_that_a_format_cannot_hold(changes, format, message, tokenizer, t
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
-@pytest.mark.parametrize("value, words, fits", [
+@pytest.mark.parametrize("value, args, fits", [
     (float("nan"), ["--dtype=float32"], False), (float("inf"), [], False), (1e5, ["--dtype=float16"], False),
     (1e5, ["--dtype=bfloat16"], True), (1e5, ["--format=gguf"], False),
     (1e5, ["--format=gguf", "--quantize=f32,bf16"], True)])  # fmt: skip
-def test_weights_that_do_not_fit_a_type(value, words, fits, tokenizer, tmp_path):
+def test_weights_that_do_not_fit_a_type(value, args, fits, tokenizer, tmp_path):
     model, folder = saved(tmp_path / "m", tokenizer)
     with torch.no_grad():
         model.get_parameter("model.layers.1.mlp.up_proj.weight")[3, 4] = value
     model.save_pretrained(folder, eos_token_id=tokenizer.end_ids)
     if fits:
-        run(folder, tmp_path / "out", *words)
+        run(folder, tmp_path / "out", *args)
         return
-    with pytest.raises(UserError, match="layers.1.mlp.up_proj.weight: a weight is beyond .* or no number"):
-        export.main([f"--model={folder}", f"--out={tmp_path / 'out'}", *words])
+    with pytest.raises(UserError, match="1.mlp.up_proj.weight: a weight is larger than .* or not a number"):
+        export.main([f"--model={folder}", f"--out={tmp_path / 'out'}", *args])
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
 
 
 def test_one_line_and_exit_code_2(tmp_path):
-    found = subprocess.run([sys.executable, "export.py", f"--model={tmp_path / 'none'}"], cwd=ROOT,
-                           capture_output=True, text=True)  # fmt: skip
-    assert found.returncode == 2 and not found.stdout
-    assert found.stderr.startswith("export.py: ") and found.stderr.count("\n") == 1
+    process = subprocess.run([sys.executable, "export.py", f"--model={tmp_path / 'none'}"], cwd=ROOT,
+                             capture_output=True, text=True)
+    assert process.returncode == 2 and not process.stdout
+    assert process.stderr.startswith("export.py: ") and process.stderr.count("\n") == 1
 
 
 # ---- Kills and full disks ---------------------------------------------------------------------------------
@@ -366,7 +367,7 @@ FORMATS = {"hf": [], "gguf": ["--format=gguf", "--quantize=q8_0,q4_k_m"], "terna
 
 
 def in_a_fork(work):
-    """The exit code of work() in a fork of this process, and what a UserError said there."""
+    """Run work() in a fork of this process. Returns its exit code and the message of its UserError."""
     read, write = os.pipe()
     child = os.fork()
     if child == 0:
@@ -388,13 +389,15 @@ def in_a_fork(work):
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
-    """SIGKILL before each fsync, rename and file that an export makes: the folder is absent or whole, the one
-    of before or the new one; and the same command makes it whole, and leaves nothing beside it."""
+    """SIGKILL before each fsync, rename and file: the folder is absent, the old export or the new one.
+
+    The same command then completes the export, and leaves no temporary folder.
+    """
     _, folder = saved(tmp_path / "m", tokenizer, ternary=format == "ternary", n_layer=1)
     before = run(folder, tmp_path / "before", *FORMATS[format])
-    words = [*FORMATS[format], "--name=other"]
-    whole = run(folder, tmp_path / "whole", *words)
-    expected = {path.name: path.read_bytes() for path in whole.iterdir()}
+    args = [*FORMATS[format], "--name=other"]
+    complete = run(folder, tmp_path / "complete", *args)
+    expected = {path.name: path.read_bytes() for path in complete.iterdir()}
 
     def killed(moment, out):
         def work():
@@ -412,7 +415,7 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
             for module, name in ((os, "fsync"), (os, "replace"), (hf, "save_file"), (gguf_file, "encode"),
                                  (shutil, "rmtree")):
                 setattr(module, name, killing(getattr(module, name)))
-            export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *words])
+            export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *args])
         return in_a_fork(work)[0]
 
     for moment in range(1000):
@@ -423,7 +426,7 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
         visible = [path.name for path in tmp_path.iterdir() if path.name.startswith("out")]
         if out.name in visible and out.exists():
             assert checkpoint.find_corruption(out) is None  # the old one or the new one
-        assert export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *words]) == 0
+        assert export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *args]) == 0
         assert {path.name: path.read_bytes() for path in out.iterdir()} == expected
         left = sorted(path.name for path in tmp_path.iterdir() if out.name in path.name)
         assert left == [out.name]
@@ -437,18 +440,18 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("limit", [0, 100, 5_000, 40_000])
 def test_a_full_disk(format, limit, tokenizer, tmp_path):
-    """The kernel refuses to let files grow: one line that names the folder, and nothing of it is there."""
+    """The kernel limits the size of files: the message names the folder, and nothing is left of it."""
     _, folder = saved(tmp_path / "m", tokenizer, ternary=format == "ternary")
     old = run(folder, tmp_path / "old", *FORMATS[format])
     kept = {path.name: path.read_bytes() for path in old.iterdir()}
 
-    def work(*words):
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() says EFBIG
+    def work(*args):
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # so that write() fails with EFBIG
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-        export.main([f"--model={folder}", *FORMATS[format], *words])
+        export.main([f"--model={folder}", *FORMATS[format], *args])
 
-    for words in ([f"--out={tmp_path / 'new'}"], [f"--out={old}", "--overwrite=True", "--name=other"]):
-        code, message = in_a_fork(lambda words=words: work(*words))
-        assert code == 2 and words[0][2:] in message and "could not be written" in message, message
+    for args in ([f"--out={tmp_path / 'new'}"], [f"--out={old}", "--overwrite=True", "--name=other"]):
+        code, message = in_a_fork(lambda args=args: work(*args))
+        assert code == 2 and args[0][2:] in message and "could not be written" in message, message
     assert {path.name: path.read_bytes() for path in old.iterdir()} == kept
     assert sorted(path.name for path in tmp_path.iterdir()) == ["m", "old"]

@@ -245,7 +245,8 @@ def test_what_else_a_conversation_may_have():
     ):
         found = conversation({"messages": [QA[0], said, {"role": "function", "content": "4"}, QA[1]]})
         assert found[1]["tool_calls"] == [call] and found[2] == {"role": "tool", "content": "4"}
-    assert conversation(rename_keys({"text": "2 + 2?", "ans": 4.0}, {"question": "text", "answer": "ans"})) == QA
+    renamed = rename_keys({"text": "2 + 2?", "ans": 4.0}, {"question": "text", "answer": "ans"})
+    assert conversation(renamed) == QA
 
 
 @pytest.mark.parametrize(

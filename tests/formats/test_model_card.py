@@ -1,4 +1,4 @@
-"""The model card: its front matter as the hub reads it, and every number traced to the file it comes from."""
+"""The model card: its front matter as the hub reads it, and every number compared with its file."""
 
 import hashlib
 import json
@@ -20,7 +20,7 @@ from tests.test_export import run
 
 @pytest.fixture(scope="module")
 def pipeline(trained, chats, tmp_path_factory):
-    """An out_dir of sft.py behind `trained`, with two checkpoints."""
+    """An out_dir of sft.py, started from `trained`, with two checkpoints."""
     out = tmp_path_factory.mktemp("card") / "chatty"
     sft.main([f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={out}", "--block_size=64",
               "--global_batch_size=4", "--micro_batch_size=4", "--max_steps=4", "--save_interval=2",
@@ -41,7 +41,7 @@ def card_of(model, **changes):
 
 
 def results(folder):
-    """A results.json as eval.py writes it, of the model in `folder` and of another."""
+    """The content of a results.json of eval.py, with the model in `folder` and another model."""
     figures = {"accuracy": {"value": 0.8275, "stderr": 0.0217, "n": 300}}
     tasks = {"problems": {"figures": figures}, "mmlu": {"figures": {"acc": {"value": 0.26, "n": 9}}}}
     return {"settings": {"limit": 300, "shots": None, "dtype": "float32"}, "models": [
@@ -62,7 +62,7 @@ def test_without_a_license_none_is_named(copied):
     assert "license" not in card_of(copied).split("---")[1]
 
 
-def test_every_number_is_that_of_its_file(copied, trained, chats, data):
+def test_every_number_is_in_its_file(copied, trained, chats, data):
     (copied / "results.json").write_text(json.dumps(results(hf.find_folder(copied))))
     text = card_of(copied)
     events = {}
@@ -81,11 +81,11 @@ def test_every_number_is_that_of_its_file(copied, trained, chats, data):
     assert "| problems | accuracy | 0.8275 | 0.0217 | 300 |" in text and "| hard |" not in text
     assert "Measured by `eval.py` with limit=300, dtype=float32." in text
     assert weights_sha256(hf.find_folder(copied)) in text and commit() in text
-    assert "A llama model of 1,234,567 parameters: 2 layers, 64 wide, 4 heads of queries and 2 of" in text
+    assert "A llama model with 1,234,567 parameters: 2 layers, width 64, 4 query heads, 2 key/value" in text
 
 
 def test_scores_from_elsewhere(copied, tmp_path):
-    """As eval.py --compare leaves them: beside another model."""
+    """eval.py with several models writes one file, which is not next to this model."""
     (tmp_path / "r.json").write_text(json.dumps(results(hf.find_folder(copied))))
     assert "| problems | accuracy | 0.8275 |" in card_of(copied, results=str(tmp_path / "r.json"))
     for name, content in (("none.json", None), ("other.json", '{"models": []}')):
@@ -100,8 +100,8 @@ def test_an_earlier_checkpoint_has_its_own_numbers(copied):
     assert "| fine-tuning (chatty) | " in text and " | 2 | " in text.split("fine-tuning (chatty)")[1][:60]
 
 
-def test_what_was_logged_before_the_checkpoint_has_its_step(copied):
-    """With log_interval=10 a checkpoint may be some steps further than the log."""
+def test_a_value_logged_before_the_checkpoint_has_its_step(copied):
+    """With log_interval=10 a checkpoint may be a few steps later than the last event of the log."""
     path = copied / "metrics.jsonl"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     lines = [line for line in lines if line["step"] < 4 or "val_loss" in line]
@@ -110,8 +110,8 @@ def test_what_was_logged_before_the_checkpoint_has_its_step(copied):
     assert f" | 4 | {tokens:,} (step 3) | {lines[-1]['val_loss']:.6g} |" in card_of(copied / "step_000004")
 
 
-def test_nothing_of_this_machine_is_told(copied, trained, chats):
-    """Paths in the runs of this test are absolute; a card has their last parts."""
+def test_no_path_of_this_machine_is_in_the_card(copied, trained, chats):
+    """The runs of this test have absolute paths; the card has the last part of each."""
     text = card_of(copied)
     run_config = json.loads((copied / "run.json").read_text())["config"]
     assert run_config["init_from"] == str(trained) and str(trained) not in text
@@ -128,44 +128,44 @@ def test_contamination(copied, chats):
     finally:
         file.unlink()
     assert f"| {chats.name} | gsm8k | 7 | 5 | 3 |" in text and f"| {chats.name} | mmlu |  |  |  |" in text
-    assert "not looked for" in text  # in the data of pre-training
-    assert f"| {chats.name} | not looked for" in card_of(copied)
+    assert "not checked" in text  # the data of pre-training
+    assert f"| {chats.name} | not checked" in card_of(copied)
 
 
-@pytest.mark.parametrize("change", ["gone", "made anew"])
-def test_data_that_is_not_what_was_trained_on_tells_nothing(change, pipeline, chats):
-    """Neither where it is from, nor whether benchmarks were looked for in it."""
+@pytest.mark.parametrize("change", ["deleted", "rebuilt"])
+def test_a_rebuilt_data_set_is_not_described(change, pipeline, chats):
+    """Neither its source nor its overlap with benchmarks is that of the data that was trained on."""
     file = chats / "meta.json"
     before, digest = file.read_text(), hashlib.sha256(file.read_bytes()).hexdigest()
-    file.write_text(before.replace('"problems"', '"elsewhere"')) if change == "made anew" else file.unlink()
+    file.write_text(before.replace('"problems"', '"elsewhere"')) if change == "rebuilt" else file.unlink()
     try:
         text = card_of(pipeline)
     finally:
         file.write_text(before)
-    assert f"| {chats.name} | not at hand any more | ? | ? | `{digest[:16]}` |" in text
-    assert f"| {chats.name} | not known |  |  |  |" in text and "elsewhere" not in text
+    assert f"| {chats.name} | no longer available | ? | ? | `{digest[:16]}` |" in text
+    assert f"| {chats.name} | unknown |  |  |  |" in text and "elsewhere" not in text
 
 
-def test_what_is_not_known_is_said(copied, tmp_path):
+def test_missing_information_is_stated(copied, tmp_path):
     alone = shutil.copytree(hf.find_folder(copied), tmp_path / "alone" / "model")
     text = card_of(alone)
-    assert "no run of nanollama stands beside this model" in text and "Not measured" in text
+    assert "there is no run of nanollama next to this model" in text and "Not measured" in text
     assert "## Data" not in text
 
 
-def test_the_chain_ends_where_a_folder_is_gone(copied):
+def test_the_lineage_ends_where_a_folder_is_missing(copied):
     run_json = json.loads((copied / "run.json").read_text())
     run_json["config"]["init_from"] = "nowhere/base"
     (copied / "run.json").write_text(json.dumps(run_json))
-    assert [stage.name for stage in lineage(str(copied))] == ["chatty"]
-    assert "The first of these runs began from nowhere/base." in card_of(copied)
+    assert [run.name for run in lineage(str(copied))] == ["chatty"]
+    assert "The first of these runs started from nowhere/base." in card_of(copied)
     run_json["config"]["init_from"] = str(copied)  # a circle
     (copied / "run.json").write_text(json.dumps(run_json))
-    assert [stage.name for stage in lineage(str(copied))] == ["chatty"]
+    assert [run.name for run in lineage(str(copied))] == ["chatty"]
 
 
 @pytest.mark.parametrize("change", ["none", "deleted", "trained on"])
-def test_the_chain_ends_where_the_weights_are_others(change, copied, trained, tmp_path):
+def test_the_lineage_ends_where_the_weights_have_changed(change, copied, trained, tmp_path):
     base = shutil.copytree(trained, tmp_path / "base")
     run_json = json.loads((copied / "run.json").read_text())
     run_json["config"]["init_from"] = str(base)
@@ -175,17 +175,17 @@ def test_the_chain_ends_where_the_weights_are_others(change, copied, trained, tm
     if change == "trained on":
         GPT(GPTConfig.read(hf.find_folder(base)), seed=1).save_pretrained(hf.find_folder(base))
     names = ["base", "chatty"] if change == "none" else ["chatty"]
-    assert [stage.name for stage in lineage(str(copied))] == names
+    assert [run.name for run in lineage(str(copied))] == names
 
 
-def test_a_student_cut_out_of_its_teacher_follows_it(copied, trained):
+def test_a_student_cut_from_its_teacher_follows_it(copied, trained):
     run_json = json.loads((copied / "run.json").read_text())
     run_json["config"] |= {"init_from": None, "teacher": str(trained), "student_layers": "last:1"}
     for digest, names in ((teacher_sha256(hf.find_folder(trained)), ["trained", "chatty"]),
                           ("of another", ["chatty"])):
         run_json["identity"] = {"data": {}, "teacher": digest}
         (copied / "run.json").write_text(json.dumps(run_json))
-        assert [stage.name for stage in lineage(str(copied))] == names
+        assert [run.name for run in lineage(str(copied))] == names
 
 
 @pytest.mark.parametrize("name, content", [
@@ -197,7 +197,7 @@ def test_damaged_files_are_one_line(name, content, copied):
         card_of(copied)
 
 
-def test_a_cut_log_is_read(copied):
+def test_a_truncated_log_is_read(copied):
     with open(copied / "metrics.jsonl", "a") as file:
         file.write('{"step": 9, "val_lo')
     assert "| fine-tuning (chatty) | " in card_of(copied)
@@ -205,7 +205,8 @@ def test_a_cut_log_is_read(copied):
 
 def test_it_is_what_export_writes(copied, tmp_path):
     (copied / "results.json").write_text(json.dumps(results(hf.find_folder(copied))))
-    for format, said in (("hf", 'pipeline("text-generation", model="chatty")'), ("gguf", "chatty-q8_0.gguf")):
+    uses = {"hf": 'pipeline("text-generation", model="chatty")', "gguf": "chatty-q8_0.gguf"}
+    for format, expected in uses.items():
         text = (run(copied, tmp_path / format, f"--format={format}") / "README.md").read_text()
-        assert said in text and "| problems | accuracy | 0.8275 |" in text
+        assert expected in text and "| problems | accuracy | 0.8275 |" in text
         assert ModelCard(text).data.library_name == {"hf": "transformers", "gguf": "gguf"}[format]
