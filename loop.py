@@ -1,17 +1,24 @@
-"""The training loop: one `fit` for every stage, on one process or many, that stops and resumes at any step.
+"""The training loop: one `fit` for every kind of training, on one process or many.
 
-    with start_run(cfg, given) as run:
+    with start_run(cfg, provenance) as run:
         fit(cfg, model, batches_at, loss_fn, evaluate, run)
 
-A stage brings its data: `batches_at(step)`, a pure function of the step that returns this rank's micro-
-batches; its mathematics: `loss_fn(model, batch)`, a *sum* over the units that the batch counts, with metrics
-that are sums too; and `evaluate(model, last)`. The loop adds sums and counts over micro-batches and ranks and
-divides once, so that gradients depend neither on the micro-batch size nor on the number of processes. It
-knows no stage by name.
+A script brings three functions. `batches_at(step)` returns this rank's micro-batches and depends on the step
+alone. `loss_fn(model, batch)` returns a *sum* over the units that the batch counts, and metrics that are sums
+too. `evaluate(model, last)` returns validation metrics. The loop adds sums and counts over micro-batches and
+ranks, and divides once. So the gradient does not depend on the micro-batch size or on the number of ranks:
 
-Writes out_dir/step_*/ (formats/checkpoint.py) and metrics.jsonl (training/run.py; the keys:
-training/stages.py). Many processes come from torchrun: parallel=ddp gives each a copy of the model,
-parallel=fsdp (FSDP2, arXiv 2304.11277) a shard of it. Left out: tensor and pipeline parallelism."""
+    2 ranks x 2 micro-batches with 3, 5 and 2, 6 target tokens:     loss = (sum of all 16 losses) / 16
+    (the mean of four means would give the tokens of small micro-batches a larger weight)
+
+One step is: data, forward and backward passes, clipping, update; and when they are due: log, save, evaluate.
+A run can be stopped or killed at any step. The same command continues it from its newest checkpoint, and it
+computes the same numbers as a run that was never stopped.
+
+Writes out_dir/step_*/ (formats/checkpoint.py) and out_dir/metrics.jsonl (training/run.py). torchrun starts
+several processes. With parallel=ddp each has a copy of the model, with parallel=fsdp (FSDP2, arXiv
+2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
+"""
 
 import dataclasses
 import math
@@ -22,7 +29,7 @@ import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -35,8 +42,10 @@ from configurator import UserError
 from formats import checkpoint
 from formats.files import write_json
 from formats.hf import find_folder
+from model import GPT
 from modeling.devices import DTYPES, gather_full, to_device
-from training.metrics import Meter, NotFinite, Progress, log_line, step_text
+from training.config import RunConfig
+from training.metrics import Metrics, NotFinite, Progress, log_line, step_text
 from training.optim import (
     learning_rate_at,
     load_optimizer_state,
@@ -45,144 +54,79 @@ from training.optim import (
     multipliers_text,
     optimizer_state,
     set_learning_rate,
+    skip_if,
 )
 from training.run import Run, start_run
-from training.stages import RunConfig, Stage, plan_stages, stage_at, stage_configs
+from training.stages import Stage, plan_stages, stage_at, stage_configs
 
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
-CHECKPOINT_BYTES = 12  # a parameter, at most: the weight and AdamW's two moments in float32
+# A batch has "input_ids", "count" (the units that its loss sums over) and "context" (tokens of its longest
+# sequence). Its other keys are a matter between batches_at and loss_fn.
+Batch = dict[str, Any]
+BatchesAt = Callable[[int], list[Batch]]
+LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
+Evaluate = Callable[[GPT, bool], dict[str, float]]
+
+CHECKPOINT_BYTES = 12  # per parameter, at most: the weight and AdamW's two moments, 4 bytes each
 
 
-def fit(cfg: RunConfig, model: nn.Module, batches_at: Callable[[int], list[dict]],
-        loss_fn: Callable[[nn.Module, dict], tuple[Tensor, dict[str, Tensor]]],
-        evaluate: Callable[[nn.Module, bool], dict[str, float]], run: Run) -> dict[str, float]:
-    """Train `model` from its newest checkpoint, or the start, to the last step; returns the last evaluation.
+class TrainState:
+    """What changes while a run trains. A checkpoint saves the part that cannot be computed again."""
 
-    batches_at(step): this rank's micro-batches, dicts of CPU tensors and "count", the units their loss sums
-    over. loss_fn(model, batch): (summed loss that carries the gradient, {name: summed metric}).
-    evaluate(model, last): metrics over all ranks, which all take part; "val_loss" chooses the best
-    checkpoint. A model on the meta device gets its memory and weights here. Returns {} if the run was
-    finished before. Saves and leaves by SystemExit on SIGINT (130) and SIGTERM (0). Raises UserError if the
-    gradient is not finite, cfg.max_rollbacks times excepted.
+    def __init__(self, cfg: RunConfig, model: GPT, run: Run):
+        self.cfg, self.model, self.run = cfg, model, run
+        self.stages = plan_stages(cfg)
+        self.total = self.stages[-1].last  # steps of the whole run
+        # Saved: how far the run is, the optimizers' state (not the optimizers) and the loss scale.
+        self.progress = Progress()
+        self.saved_optimizer: dict[str, dict[str, Any]] = {}  # the checkpoint's, until enter_stage loads it
+        self.saved_step = -1  # step of the newest checkpoint; -1 before the first one
+        # Made again by enter_stage at the beginning of every stage.
+        self.stage: Stage | None = None
+        self.forward: nn.Module = model  # what loss_fn calls: the model, or DDP's wrapper around it
+        self.optimizers: list[torch.optim.Optimizer] = []
+        self.learning_rate = 0.0  # of the current step, for the log
+        # Matrix products run in `dtype`, the weights stay in float32. FSDP casts the weights itself.
+        dtype = training_dtype(cfg, run)
+        autocasts = dtype != torch.float32 and not isinstance(model, FSDPModule)
+        self.autocast = torch.autocast(run.device.type, dtype, enabled=autocasts)
+        # float16 has a small range: the loss is scaled up, so that small gradients do not become 0.
+        self.scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
+        self.metrics = Metrics(model, run, self.scaler)
+
+
+@dataclasses.dataclass
+class StepData:
+    """The data of one step, and whether to stop before it."""
+
+    batches: list[Batch]  # this rank's micro-batches
+    count: float  # units over all ranks
+    tokens: float  # input tokens over all ranks
+    stop_signal: int  # SIGINT or SIGTERM if one has reached any rank, else 0
+
+
+# ---- One step ---------------------------------------------------------------------------------------------
+
+def pinned(batch: Batch, device: torch.device) -> Batch:
+    """The batch in page-locked memory, from which copies to a GPU do not block. On a CPU: the same batch."""
+    if device.type != "cuda":
+        return batch
+    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def prefetch(pool: ThreadPoolExecutor, batches_at: BatchesAt, step: int, total: int) -> Future:
+    """Let a thread make the batches of `step`. After the last step: an empty Future that nobody waits for."""
+    return pool.submit(batches_at, step) if step < total else Future()
+
+
+def next_batches(upcoming: Future, run: Run) -> StepData:
+    """Wait for the batches, and exchange counts and signals with the other ranks.
+
+    Ranks must agree before each step, because a rank that leaves alone would let the others wait for ever. So
+    here every rank learns of a signal to any rank. If the data of any rank failed, all raise that exception.
     """
-    folder = newest_checkpoint(run)
-    size = CHECKPOINT_BYTES * model.num_saved()
-    run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
-    place(model, cfg, run, folder)
-    while True:
-        try:
-            return train_on(folder, cfg, model, batches_at, loss_fn, evaluate, run)
-        except NotFinite as fault:
-            folder = roll_back(fault.step, cfg, model, batches_at, run)
-
-
-def train_on(folder: Path | None, cfg: RunConfig, model: nn.Module, batches_at: Callable, loss_fn: Callable,
-             evaluate: Callable, run: Run) -> dict[str, float]:
-    """`fit`, for a model that has the weights of the checkpoint `folder`. Raises NotFinite."""
-    stages = plan_stages(cfg)
-    total = stages[-1].last
-    progress, saved = load_state(folder)
-    progress.rollbacks = run.rollbacks = max(progress.rollbacks, run.rollbacks)
-    saved_step = progress.step if folder else -1
-    set_context(model, stages, max(progress.step - 1, 0))
-    run.run_on_rank0(lambda: run.truncate_log(progress.step))
-    if folder:
-        run.print(f"resumed   from {folder}")
-    dtype = training_dtype(cfg, run)
-    autocasts = dtype != torch.float32 and not isinstance(model, FSDPModule)
-    amp = torch.autocast(run.device.type, dtype, enabled=autocasts)
-    scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
-    if saved.get("scaler"):
-        scaler.load_state_dict(saved["scaler"])
-    stage, optimizers, results = None, [], {}
-    meter = Meter(model, run, scaler)
-
-    def measure() -> dict[str, float]:
-        """Evaluate, log, and point to this checkpoint if it is the best."""
-        with meter.paused(), amp, torch.no_grad():
-            found = evaluate(model.eval(), progress.step == total)
-        if isinstance(model, FSDPModule):
-            model.reshard()  # without a backward pass behind it, FSDP2 would leave the root gathered
-        model.train()
-        note_best(found, progress, run, cfg.keep_checkpoints)
-        run.log({"step": progress.step, **found})  # last: what is in the log is done
-        figures = "  ".join(f"{name} {value:.4f}" for name, value in found.items())
-        run.print(f"{step_text(progress.step, total)}  {figures}")
-        return found
-
-    evaluated = run.run_on_rank0(lambda: run.last_event("val_loss").get("step") == progress.step)
-    if folder and is_due(progress.step, cfg.eval_interval, stages) and not evaluated:
-        results = measure()  # the run was stopped between saving and evaluating
-    if progress.step >= total and not results:
-        run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps goes on)")
-    hidden = run.rank > 0 or not sys.stderr.isatty()
-    with (run.signals(), ThreadPoolExecutor(1) as pool,
-          tqdm(total=total, initial=progress.step, unit="step", disable=hidden, leave=False) as bar):
-        upcoming = pool.submit(batches_at, progress.step) if progress.step < total else None
-        model.train()
-        while progress.step < total:
-            if stage is not stage_at(stages, progress.step):
-                stage = stage_at(stages, progress.step)
-                state = saved.pop("optimizer", None) or optimizer_state(model, optimizers)
-                forward, optimizers = enter_stage(stages, stage, model, run)
-                if not stage.begin == stage.first == progress.step:  # a new schedule starts with new state
-                    load_optimizer_state(model, optimizers, state)
-                del state
-            batches, count, tokens, stop_signal = next_batches(upcoming, run)
-            if progress.step + 1 < total:
-                upcoming = pool.submit(batches_at, progress.step + 1)
-            if stop_signal:
-                if saved_step != progress.step:
-                    meter.require_finite(progress.step)
-                    save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints)
-                run.print(f"stopped   at step {progress.step:,}, saved; the same command goes on")
-                raise SystemExit(130 if stop_signal == signal.SIGINT else 0)
-            set_context(model, stages, progress.step)
-            # Dropout, too, is a function of (seed, step, rank), so that nothing random has to be saved.
-            torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
-            rate = learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
-            rate *= 0.5 ** progress.rollbacks
-            set_learning_rate(optimizers, rate)
-            sums = backward(forward, batches, loss_fn, amp, scaler, run.world_size / max(count, 1), run)
-            norm = update(model, optimizers, scaler, stage.cfg.grad_clip)
-            meter.add(progress.step, sums, count, tokens, norm)
-            progress.step += 1
-            progress.tokens += int(tokens)
-            bar.update()
-            if is_due(progress.step, cfg.log_interval, stages):
-                event = meter.read(progress, rate, batches[0].get("paths", batches[0]["input_ids"]).shape[1])
-                run.log(event)
-                run.print(log_line(event, total))
-            if is_due(progress.step, cfg.save_interval, stages):
-                with meter.paused():
-                    meter.require_finite(progress.step)
-                    save(model, optimizers, scaler, progress, run, cfg.keep_checkpoints,
-                         *names_of_end(stages, progress.step))
-                    saved_step = progress.step
-            if is_due(progress.step, cfg.eval_interval, stages):
-                results = measure()  # after saving: an evaluation that fails must not cost the run
-    return results
-
-
-def is_due(step: int, interval: int, stages: list[Stage]) -> bool:
-    """Whether what comes every `interval` steps (0: never), and at the end of a stage, comes after `step`."""
-    return any(step == stage.last for stage in stages) or (interval > 0 and step % interval == 0)
-
-
-def names_of_end(stages: list[Stage], step: int) -> list[str]:
-    """["stage_2"] where the second of several stages ends after `step` steps: its checkpoint then stays."""
-    return [f"stage_{number}" for number, stage in enumerate(stages, 1)
-            if stage.last == step and len(stages) > 1]
-
-
-def next_batches(upcoming: Future, run: Run) -> tuple[list[dict], float, float, int]:
-    """This rank's micro-batches, and over all ranks: units, input tokens, the signal that came to one (or 0).
-
-    Here all ranks learn, before the step, what any of them met: a signal, or a fault of its data, which then
-    all raise.
-    """
-    fault = upcoming.exception()  # waits for it
+    fault = upcoming.exception()  # waits for the thread
     batches = [] if fault else [pinned(batch, run.device) for batch in upcoming.result()]
     count, tokens, interrupted, terminated, faults = run.sum([
         sum(batch["count"] for batch in batches),
@@ -193,131 +137,130 @@ def next_batches(upcoming: Future, run: Run) -> tuple[list[dict], float, float, 
     if faults:
         everyones = run.gather(fault)
         raise fault or next(filter(None, everyones))
-    return batches, count, tokens, signal.SIGINT if interrupted else signal.SIGTERM if terminated else 0
-
-
-def roll_back(step: int, cfg: RunConfig, model: nn.Module, batches_at: Callable, run: Run) -> Path:
-    """Write down the batch of a step that was not finite, and load the newest checkpoint; returns its folder.
-
-    From there the run goes on at half the learning rate. UserError where there is no checkpoint, or
-    cfg.max_rollbacks are used up.
-    """
-    batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
-                           for key, value in batch.items()} for batch in batches_at(step)])
-    dump = run.out_dir / f"not_finite_{step:06d}.json"
-    run.run_on_rank0(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
-    folder = newest_checkpoint(run)
-    if folder is None or run.rollbacks >= cfg.max_rollbacks:
-        raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
-                        "last checkpoint is intact. --max_rollbacks=3 goes on from it at half the learning "
-                        "rate; a lower --learning_rate or --dtype=float32, in another out_dir, may help, too")
-    run.rollbacks += 1
-    at = checkpoint.folder_step(folder)
-    run.run_on_rank0(lambda: run.truncate_log(at))
-    run.log({"step": at, "rollbacks": run.rollbacks, "not_finite_step": step})
-    run.print(f"rollback  {run.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
-              f"{dump}); on from {folder} at {0.5 ** run.rollbacks:g} of the learning rate")
-    model.load(folder)
-    return folder
-
-
-# ---- One step ---------------------------------------------------------------------------------------------
-
-def backward(forward: nn.Module, batches: list[dict], loss_fn: Callable, amp: Any, scaler: Any, scale: float,
-             run: Run) -> dict[str, Tensor]:
-    """Accumulate the gradient of scale * (sum of the losses); returns the summed metrics.
-
-    scale is world_size / count, because DDP and FSDP average over the ranks what has to be a sum.
-    """
-    sums: dict[str, Tensor] = {}
-    for number, batch in enumerate(batches):
-        synchronize_gradients(forward, number == len(batches) - 1)  # DDP looks at it in the forward pass
-        batch = to_device(batch, run.device)
-        with amp:
-            loss, metrics = loss_fn(forward, batch)
-        scaler.scale(loss * scale).backward()
-        for name, value in metrics.items():
-            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
-    return sums
+    stop_signal = 0
+    if interrupted or terminated:
+        stop_signal = signal.SIGINT if interrupted else signal.SIGTERM
+    return StepData(batches, count, tokens, stop_signal)
 
 
 def synchronize_gradients(forward: nn.Module, now: bool) -> None:
-    """Let the next backward pass exchange gradients between ranks, or leave that to a later micro-batch."""
+    """Whether the next backward pass sums the gradients over the ranks, or leaves that to a later one."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = now
     elif isinstance(forward, FSDPModule):
         forward.set_requires_gradient_sync(now)
 
 
-def update(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any, clip: float) -> Tensor:
-    """Clip by the global norm and step; returns the norm before clipping, a device scalar.
+def backward(state: TrainState, batches: list[Batch], loss_fn: LossFn, scale: float) -> dict[str, Tensor]:
+    """Accumulate the gradient of scale * (sum of the losses). Returns the summed metrics, on the device."""
+    sums: dict[str, Tensor] = {}
+    for number, batch in enumerate(batches):
+        # One exchange per step, with the last micro-batch. DDP reads the flag in the forward pass already.
+        synchronize_gradients(state.forward, number == len(batches) - 1)
+        batch = to_device(batch, state.run.device)
+        with state.autocast:
+            loss, metrics = loss_fn(state.forward, batch)
+        state.scaler.scale(loss * scale).backward()
+        for name, value in metrics.items():
+            sums[name] = sums[name] + value.detach() if name in sums else value.detach()
+    return sums
 
-    A gradient that is not finite anywhere changes nothing: all optimizers get the flag as `found_inf`, on the
-    device, as torch's GradScaler would hand each the one of its own parameters; so nobody waits for it here.
+
+def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.amp.GradScaler,
+           clip: float) -> Tensor:
+    """Clip by the global norm (0: do not clip) and step. Returns the norm before clipping, a device scalar.
+
+    If the gradient is not finite anywhere, no parameter changes. GradScaler would decide that per optimizer;
+    here one bad entry stops them all.
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
     for optimizer in optimizers:
-        optimizer.grad_scale, optimizer.found_inf = None, (~norm.isfinite()).float()
         optimizer.step()
         optimizer.zero_grad()
     scaler.update()
     return norm
 
 
-def pinned(batch: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch in page-locked memory, from which copies to a GPU do not block; elsewhere as it is."""
-    if device.type != "cuda":
-        return batch
-    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
+def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
+    """One optimizer step: forward and backward passes, clipping, update, metrics."""
+    cfg, run, progress = state.cfg, state.run, state.progress
+    stage = stage_at(state.stages, progress.step)
+    set_context(state.model, state.stages, progress.step)
+    # Dropout, too, is a function of (seed, step, rank), so no random state has to be saved.
+    torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
+    # The schedule counts from its own beginning, which is the run's unless a stage restarts it.
+    rate = learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
+    state.learning_rate = rate * 0.5 ** progress.rollbacks
+    set_learning_rate(state.optimizers, state.learning_rate)
+    # DDP and FSDP average gradients over the ranks. We want sum / count, so multiply by the number of ranks.
+    sums = backward(state, data.batches, loss_fn, run.world_size / max(data.count, 1))
+    norm = update(state.model, state.optimizers, state.scaler, stage.cfg.grad_clip)
+    state.metrics.add(progress.step, sums, data.count, data.tokens, norm)
+    progress.step += 1
+    progress.tokens += int(data.tokens)
 
 
 # ---- The model on its devices -----------------------------------------------------------------------------
 
-def place(model: nn.Module, cfg: RunConfig, run: Run, folder: Path | None) -> None:
-    """Shard the model if asked, give a meta one its memory, and its weights, compile its blocks if asked.
-
-    The weights are those of the checkpoint `folder`, else of cfg.init_from, else random; a model that already
-    has weights keeps them unless there is a checkpoint.
-    """
-    blocks, on_meta = model.model["layers"], next(model.parameters()).is_meta
-    if cfg.parallel == "fsdp" and run.world_size > 1:
-        mesh = init_device_mesh(run.device.type, (run.world_size,))
-        # Inputs are not cast, so that rotary tables stay float32.
-        policy = MixedPrecisionPolicy(param_dtype=training_dtype(cfg, run), cast_forward_inputs=False,
-                                      reduce_dtype=DTYPES[cfg.reduce_dtype])
-        for module in (*blocks, model):
-            fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
-    if on_meta and folder is None and cfg.init_from is None:
-        model.materialize(run.device, cfg.seed)
-    else:
-        model.to_empty(device=run.device) if on_meta else model.to(run.device)
-        if folder or on_meta:
-            model.load(folder or find_folder(cfg.init_from))
-    model.checkpoint_activations = cfg.activation_checkpointing
-    if compiles(cfg, model, run):
-        for block in blocks:
-            block.compile()  # in place: no wrapper, so no prefix in the parameters' names
-
-
-def compiles(cfg: RunConfig, model: nn.Module, run: Run) -> bool:
-    """Whether the run compiles the model's blocks: as cfg.compile says, else on a GPU where it pays.
-
-    It costs about a minute, which is little in a run of more than 1e16 FLOPs, half a minute of a fast GPU.
-    """
-    T = model.config.block_size
-    work = plan_stages(cfg)[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
-    return cfg.compile if cfg.compile is not None else run.device.type == "cuda" and work > 1e16
-
-
 def training_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
+    """The dtype of matrix products: cfg.dtype, else bfloat16 on a GPU and float32 elsewhere."""
     return DTYPES[cfg.dtype or ("bfloat16" if run.device.type == "cuda" else "float32")]
 
 
-def set_context(model: nn.Module, stages: list[Stage], step: int) -> None:
-    """Give the model the rotary positions of step `step`, where the stages change them."""
+def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
+    """Whether to compile the model's blocks: cfg.compile, or by default on a GPU if it pays.
+
+    Compiling takes about a minute. It pays in a run of more than 1e16 FLOPs, half a minute of a fast GPU.
+    """
+    if cfg.compile is not None:
+        return cfg.compile
+    T = model.config.block_size
+    work = plan_stages(cfg)[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
+    return run.device.type == "cuda" and work > 1e16
+
+
+def shard(model: GPT, cfg: RunConfig, run: Run) -> None:
+    """Give each rank its shard of every parameter (FSDP2). A block is gathered while it computes."""
+    mesh = init_device_mesh(run.device.type, (run.world_size,))
+    # cast_forward_inputs=False keeps the rotary tables in float32.
+    policy = MixedPrecisionPolicy(param_dtype=training_dtype(cfg, run), cast_forward_inputs=False,
+                                  reduce_dtype=DTYPES[cfg.reduce_dtype])
+    for module in (*model.model["layers"].children(), model):
+        fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
+
+
+def place(model: GPT, cfg: RunConfig, run: Run, folder: Path | None) -> None:
+    """Put the model on its device: shard it, give it memory and weights, compile its blocks.
+
+    The weights come from the checkpoint `folder`. Without one, a model on the meta device gets those of
+    cfg.init_from, or random weights; a model that already has weights keeps them.
+    """
+    on_meta = next(model.parameters()).is_meta
+    if cfg.parallel == "fsdp" and run.world_size > 1:
+        shard(model, cfg, run)  # on the meta device, so that no rank ever holds the full model
+    source = folder
+    if source is None and on_meta and cfg.init_from:
+        source = find_folder(cfg.init_from)
+    if on_meta and source is None:
+        model.materialize(run.device, cfg.seed)
+    elif on_meta:
+        model.to_empty(device=run.device)
+    else:
+        model.to(run.device)
+    if source:
+        model.load(source)
+    model.checkpoint_activations = cfg.activation_checkpointing
+    if compiles(cfg, model, run):
+        for block in model.model["layers"].children():
+            block.compile()  # in place: no wrapper, so no prefix in the parameters' names
+
+
+def set_context(model: GPT, stages: list[Stage], step: int) -> None:
+    """Give the model the rotary positions of step `step`, if the stages change them."""
     changed, stage = set().union(*(each.changes for each in stages)), stage_at(stages, step)
     if "rope_scaling" in changed:
         model.reconfigure(rope_scaling=stage.cfg.rope_scaling)
@@ -325,9 +268,20 @@ def set_context(model: nn.Module, stages: list[Stage], step: int) -> None:
         model.reconfigure(rope_theta=stage.rope_theta_at(step))
 
 
-def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
-                run: Run) -> tuple[nn.Module, list[torch.optim.Optimizer]]:
-    """Train the parameters that the stage trains; returns what to call, and its optimizers."""
+# ---- Stages -----------------------------------------------------------------------------------------------
+
+def is_due(step: int, interval: int, stages: list[Stage]) -> bool:
+    """Whether something comes after `step` steps: every `interval` steps (0: never) and after every stage."""
+    return any(step == stage.last for stage in stages) or (interval > 0 and step % interval == 0)
+
+
+def enter_stage(state: TrainState) -> None:
+    """Make the optimizers of the stage that begins or continues at this step.
+
+    They take over the optimizer state of the stage before, unless a new schedule starts here.
+    """
+    model, run, stages, step = state.model, state.run, state.stages, state.progress.step
+    stage = stage_at(stages, step)
     number = stages.index(stage) + 1
     if len(stages) > 1:
         changes = "  ".join(f"{key}={value}" for key, value in stage.changes.items())
@@ -336,62 +290,222 @@ def enter_stage(stages: list[Stage], stage: Stage, model: nn.Module,
         table = multipliers(model, stage.cfg.lr_multipliers)
         run.print(multipliers_text(table))
         run.run_on_rank0(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
-    optimizers = make_optimizers(model, stage.cfg)
-    if run.world_size == 1 or isinstance(model, FSDPModule):
-        return model, optimizers
-    # A new wrapper for each stage, because DDP looks only once at which parameters are trained.
-    ids = [run.device] if run.device.type == "cuda" else None
-    return DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False), optimizers
+    # After a resume the state comes from the checkpoint, else from the optimizers of the stage before.
+    before = state.saved_optimizer or optimizer_state(model, state.optimizers)
+    state.saved_optimizer = {}
+    state.stage, state.optimizers = stage, make_optimizers(model, stage.cfg)
+    if not stage.begin == stage.first == step:
+        load_optimizer_state(model, state.optimizers, before)
+    # DDP looks only once at which parameters are trained, so every stage needs a new wrapper.
+    if run.world_size > 1 and not isinstance(model, FSDPModule):
+        ids = [run.device] if run.device.type == "cuda" else None
+        state.forward = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
 
-def save(model: nn.Module, optimizers: list[torch.optim.Optimizer], scaler: Any, progress: Progress, run: Run,
-         keep: int, *names: str) -> None:
-    """Write the checkpoint of progress.step; checkpoints.json calls it "last", and by these names as well.
+def newest_checkpoint(run: Run) -> Path | None:
+    """The newest checkpoint whose files are all intact. All ranks call it."""
+    return run.run_on_rank0(lambda: checkpoint.newest_verified(run.out_dir, run.print))
 
-    All ranks gather, rank 0 writes.
+
+def save(state: TrainState) -> None:
+    """Write the checkpoint of this step. All ranks gather their shards, rank 0 writes.
+
+    checkpoints.json calls it "last". If it ends the second of several stages, it is called "stage_2" as well
+    and is never deleted.
     """
-    writes = run.rank == 0
-    gathered = ((name, gather_full(parameter.detach())) for name, parameter in model.named_parameters())
-    parameters = {name: tensor.cpu() if writes else None for name, tensor in gathered}
-    state = {"progress": dataclasses.asdict(progress), "scaler": scaler.state_dict(),
-             "optimizer": optimizer_state(model, optimizers, keep=writes)}
+    model, run, step = state.model, state.run, state.progress.step
+    names = [f"stage_{number}" for number, stage in enumerate(state.stages, 1)
+             if stage.last == step and len(state.stages) > 1]
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, parameters, run.tokenizer.end_ids if run.tokenizer else None)
         if run.tokenizer:
             run.tokenizer.save(folder)
         (folder / "trainer").mkdir()
-        torch.save(state, folder / "trainer" / "state.pt")
+        torch.save(trainer_state, folder / "trainer" / "state.pt")
 
     def write_and_point() -> None:
-        folder = checkpoint.write_checkpoint(run.out_dir, progress.step, write)
-        checkpoint.update_pointers(run.out_dir, keep, **dict.fromkeys(("last", *names), folder.name))
+        folder = checkpoint.write_checkpoint(run.out_dir, step, write)
+        checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints,
+                                   **dict.fromkeys(("last", *names), folder.name))
 
-    run.run_on_rank0(write_and_point)
+    with state.metrics.paused():
+        state.metrics.require_finite(step)  # never save weights that a bad step has reached
+        writes = run.rank == 0
+        # A generator: one gathered tensor at a time is in the GPU's memory.
+        gathered = ((name, gather_full(parameter.detach())) for name, parameter in model.named_parameters())
+        parameters: dict[str, Any] = {name: tensor.cpu() if writes else None for name, tensor in gathered}
+        trainer_state = {"progress": dataclasses.asdict(state.progress), "scaler": state.scaler.state_dict(),
+                         "optimizer": optimizer_state(model, state.optimizers, keep=writes)}
+        run.run_on_rank0(write_and_point)
+    state.saved_step = step
 
 
-def newest_checkpoint(run: Run) -> Path | None:
-    """The newest one whose files are all intact. All ranks call it."""
-    return run.run_on_rank0(lambda: checkpoint.newest_verified(run.out_dir, run.print))
-
-
-def load_state(folder: Path | None) -> tuple[Progress, dict[str, Any]]:
-    """What `save` put beside the weights: how far the run is, and the optimizers' state by parameter name."""
-    if folder is None:
-        return Progress(), {}
+def load_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
+    """What `save` wrote next to the weights: the progress, and {"optimizer": by parameter name, "scaler"}."""
     path = folder / "trainer" / "state.pt"
     try:
-        saved = torch.load(path, map_location="cpu", weights_only=True)
+        saved = torch.load(path, map_location="cpu", weights_only=True)  # executes no code from the file
     except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than numbers, and is not loaded: {error}") from None
+        raise UserError(f"{path}: holds more than numbers, so it is not loaded: {error}") from None
     return Progress(**saved.pop("progress")), saved
 
 
-def note_best(results: dict[str, float], progress: Progress, run: Run, keep: int) -> None:
-    """Point "best" to this step's checkpoint, where there is one, if its val_loss is the lowest yet."""
-    name, loss = f"step_{progress.step:06d}", results.get("val_loss", math.inf)
+def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None) -> TrainState:
+    """The state of the checkpoint `folder`, or of step 0 for None. The model already has the weights."""
+    state = TrainState(cfg, model, run)
+    if folder:
+        state.progress, saved = load_state(folder)
+        state.saved_step, state.saved_optimizer = state.progress.step, saved.get("optimizer", {})
+        if saved.get("scaler"):  # only dtype=float16 has one
+            state.scaler.load_state_dict(saved["scaler"])
+    state.progress.rollbacks = run.rollbacks = max(state.progress.rollbacks, run.rollbacks)
+    set_context(model, state.stages, max(state.progress.step - 1, 0))
+    # The log may be ahead of the checkpoint: those steps are computed and logged again.
+    run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
+    if folder:
+        run.print(f"resumed   from {folder}")
+    return state
+
+
+def save_and_exit(state: TrainState, stop_signal: int) -> NoReturn:
+    """Stop after a signal: exit code 130 for SIGINT (Ctrl-C), 0 for SIGTERM (a cluster's end of time)."""
+    if state.saved_step != state.progress.step:
+        save(state)
+    state.run.print(f"stopped   at step {state.progress.step:,}, saved; the same command continues the run")
+    raise SystemExit(130 if stop_signal == signal.SIGINT else 0)
+
+
+def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
+    """Write down the batch of a step that was not finite, and load the newest checkpoint. Returns its folder.
+
+    From there the run continues at half the learning rate. Raises UserError if there is no checkpoint or
+    cfg.max_rollbacks are used up.
+    """
+    cfg, run = state.cfg, state.run
+    batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
+                           for key, value in batch.items()} for batch in batches_at(step)])
+    dump = run.out_dir / f"not_finite_{step:06d}.json"
+    run.run_on_rank0(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
+    folder = newest_checkpoint(run)
+    if folder is None or run.rollbacks >= cfg.max_rollbacks:
+        raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
+                        "last checkpoint is intact. --max_rollbacks=3 continues from it at half the learning "
+                        "rate. A lower --learning_rate or --dtype=float32, in another out_dir, may help too")
+    run.rollbacks += 1
+    saved_step = checkpoint.folder_step(folder)
+    run.run_on_rank0(lambda: run.truncate_log(saved_step))
+    run.log({"step": saved_step, "rollbacks": run.rollbacks, "not_finite_step": step})
+    run.print(f"rollback  {run.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
+              f"{dump}); continues from {folder} at {0.5 ** run.rollbacks:g} of the learning rate")
+    state.model.load(folder)
+    return folder
+
+
+# ---- Logging and evaluation -------------------------------------------------------------------------------
+
+def log_interval(state: TrainState, context: int) -> None:
+    """Log and print the metrics since the last log line. context: tokens per sequence, for the MFU."""
+    event = state.metrics.read(state.progress, state.learning_rate, context)
+    state.run.log(event)
+    state.run.print(log_line(event, state.total))
+
+
+def note_best(state: TrainState, results: dict[str, float]) -> None:
+    """Point "best" to this step's checkpoint, if there is one and its val_loss is the lowest so far."""
+    run, name, loss = state.run, f"step_{state.progress.step:06d}", results.get("val_loss", math.inf)
     best = checkpoint.read_pointers(run.out_dir).get("best_val_loss", math.inf)
     if run.rank == 0 and loss < best and (run.out_dir / name).is_dir():
-        checkpoint.update_pointers(run.out_dir, keep, best=name, best_val_loss=loss)
+        checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints, best=name, best_val_loss=loss)
+
+
+def measure(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
+    """Evaluate, point to this checkpoint if it is the best, log and print. Returns the results."""
+    model, run, step = state.model, state.run, state.progress.step
+    with state.metrics.paused(), state.autocast, torch.no_grad():
+        results = evaluate(model.eval(), step == state.total)
+    if isinstance(model, FSDPModule):
+        model.reshard()  # FSDP2 does that in the backward pass, which an evaluation does not have
+    model.train()
+    note_best(state, results)
+    run.log({"step": step, **results})  # last: what is in the log is done (see owes_evaluation)
+    text = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+    run.print(f"{step_text(step, state.total)}  {text}")
+    return results
+
+
+def owes_evaluation(state: TrainState) -> bool:
+    """Whether the run was stopped after it saved this step and before it evaluated it."""
+    run, step = state.run, state.progress.step
+    if state.saved_step < 0 or not is_due(step, state.cfg.eval_interval, state.stages):
+        return False
+    return run.run_on_rank0(lambda: run.last_event("val_loss").get("step") != step)
+
+
+# ---- The loop ---------------------------------------------------------------------------------------------
+
+def progress_bar(state: TrainState) -> tqdm:
+    """A bar over the run's steps, shown by rank 0 on a terminal."""
+    hidden = state.run.rank > 0 or not sys.stderr.isatty()
+    return tqdm(total=state.total, initial=state.progress.step, unit="step", disable=hidden, leave=False)
+
+
+def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: Evaluate) -> dict[str, float]:
+    """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
+    cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
+    results: dict[str, float] = {}
+    if owes_evaluation(state):
+        results = measure(state, evaluate)
+    if progress.step >= state.total and not results:
+        run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps continues it)")
+    with run.signals(), ThreadPoolExecutor(1) as pool, progress_bar(state) as bar:
+        upcoming = prefetch(pool, batches_at, progress.step, state.total)
+        state.model.train()
+        while progress.step < state.total:
+            # Stage: each one has its own optimizers, since it may train other parameters at other rates.
+            if state.stage is not stage_at(stages, progress.step):
+                enter_stage(state)
+            # Data: take this step's batches, and let the thread make the next ones while the device computes.
+            data = next_batches(upcoming, run)
+            upcoming = prefetch(pool, batches_at, progress.step + 1, state.total)
+            # Signals: after Ctrl-C, or when a cluster's time is up, all ranks leave before the same step.
+            if data.stop_signal:
+                save_and_exit(state, data.stop_signal)
+            # Learn: forward and backward passes over the micro-batches, then one optimizer step.
+            train_step(state, data, loss_fn)
+            bar.update()
+            # Report: reading the metrics is the only time that the CPU waits for the device.
+            if is_due(progress.step, cfg.log_interval, stages):
+                log_interval(state, data.batches[0]["context"])
+            # Save before evaluating: an evaluation that fails must not cost the steps that led to it.
+            if is_due(progress.step, cfg.save_interval, stages):
+                save(state)
+            if is_due(progress.step, cfg.eval_interval, stages):
+                results = measure(state, evaluate)
+    return results
+
+
+def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, evaluate: Evaluate,
+        run: Run) -> dict[str, float]:
+    """Train `model` from its newest checkpoint, or from the start, to the last step.
+
+    batches_at(step): this rank's micro-batches, dicts of CPU tensors with the keys of `Batch`.
+    loss_fn(model, batch): (summed loss, which carries the gradient; {name: summed metric}).
+    evaluate(model, last): metrics over all ranks, which all take part; "val_loss" decides which is the best.
+
+    A model on the meta device gets its memory and weights here. Returns the last evaluation, or {} if the run
+    was already finished. SIGINT and SIGTERM save and raise SystemExit (130 and 0). Raises UserError if the
+    loss is not finite, after cfg.max_rollbacks attempts to continue from a checkpoint.
+    """
+    folder = newest_checkpoint(run)
+    size = CHECKPOINT_BYTES * model.num_saved()
+    run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))  # before hours of training
+    place(model, cfg, run, folder)
+    while True:
+        state = resume(cfg, model, run, folder)
+        try:
+            return train(state, batches_at, loss_fn, evaluate)
+        except NotFinite as fault:
+            folder = roll_back(state, fault.step, batches_at)

@@ -1,4 +1,4 @@
-"""Stage 4: the losses against TRL and by hand, the reference however it is computed, and the whole run."""
+"""dpo.py: its losses against TRL and by hand, every way to compute the reference, and the whole run."""
 
 import itertools
 import math
@@ -32,7 +32,7 @@ def run(base, pairs, out, *words):
 
 @pytest.fixture(scope="module")
 def chat_model(trained, chats, tmp_path_factory):
-    """An out_dir of a short fine-tuning: pairs start from it."""
+    """The out_dir of a short fine-tuning, from which the preference runs start."""
     import sft
 
     out = tmp_path_factory.mktemp("sft") / "sft"
@@ -41,8 +41,8 @@ def chat_model(trained, chats, tmp_path_factory):
 
 
 def sides(rows, indices):
-    """The pairs as two rows each, the chosen ones first: ids, whether they are the answer's, whether they are
-    more than padding, (2n, T) int64 each."""
+    """The pairs as two padded rows each, the chosen first: (ids, 1 in the answer, 1 in front of padding),
+    (2n, T) int64 each."""
     docs, found = rows.documents, []
     for side, document in itertools.product((1, 2), rows.usable[indices]):
         ids, mask = docs.tokens(document, docs.end[document] - docs.begin[document])
@@ -55,7 +55,7 @@ def sides(rows, indices):
 
 
 def test_by_hand():
-    """beta 0.1, margin 2 nats: -log sigmoid(0.2); twice as likely to be the wrong way round at 0.25."""
+    """beta 0.1, margin 2 nats: -log sigmoid(0.2); label_smoothing 0.25 mixes in -log sigmoid(-0.2)."""
     ratios, lengths = torch.tensor([[1.5], [-0.5]]), torch.tensor([[3], [5]])
     right, wrong = math.log1p(math.exp(-0.2)), math.log1p(math.exp(0.2))
     assert preference_loss(ratios, lengths, 0.1).item() == pytest.approx(right, rel=1e-6)
@@ -77,7 +77,7 @@ def test_no_ratio_is_ln_2_and_a_swap_flips_the_sign():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_probs_are_log_softmax(dtype):
-    """Values and gradients, for weights that differ from token to token, over several chunks."""
+    """Values and gradients, with a different upstream gradient per token, over several chunks."""
     generator = torch.Generator().manual_seed(0)
     hidden = torch.randn(1100, 16, generator=generator).to(dtype).requires_grad_()
     weight = torch.randn(128, 16, generator=generator).requires_grad_()
@@ -97,7 +97,7 @@ def test_log_probs_are_log_softmax(dtype):
 
 @pytest.mark.parametrize("kind", ["dpo", "ipo"])
 def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
-    """The same weights, ids and reference log-probabilities; TRL's trainer computes its own."""
+    """TRL's trainer, given the same weights, ids and reference log-probabilities."""
     trl, datasets, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "transformers"))
     folder = hf.find_folder(chat_model)
     row = {"prompt": "a b c", "chosen": " d", "rejected": " e"}
@@ -139,8 +139,8 @@ def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
     dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4),
     dict(qk_norm=True, head_dim=32, bias="qkv"),
 ])  # fmt: skip
-def test_a_shared_prompt_gives_what_two_rows_give(pairs, changes):
-    """Log-probability of every token of an answer, and the gradients of all, with numbers of each its own."""
+def test_a_shared_prompt_equals_two_rows(pairs, changes):
+    """The log-probability of every answer token, and all gradients, with random weights per answer."""
     rows = PairRows(DataFolder(pairs), "train", 64)
     batch = pair_batch([rows.pair(number) for number in range(24)])
     ids, answer, _ = sides(rows, np.arange(24))
@@ -159,12 +159,12 @@ def test_a_shared_prompt_gives_what_two_rows_give(pairs, changes):
     counts = torch.randn(2, 24, generator=torch.Generator().manual_seed(0))
     parameters = dict(model.named_parameters())
     grads = (torch.autograd.grad((sums * counts).sum(), parameters.values()) for sums in (found, expected))
-    for name, one, two in zip(parameters, *grads, strict=True):  # of a bias that keys share it is 0
+    for name, one, two in zip(parameters, *grads, strict=True):  # a bias of the keys has a gradient of 0
         torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * max(two.abs().max(), 0.1), msg=name)
 
 
-def test_the_chosen_answers_nats_count_beside_it(chat_model, pairs):
-    """A token of each answer alike, and each pair alike."""
+def test_the_chosen_answers_nll_is_added(chat_model, pairs):
+    """Per token within an answer, and with the same weight for every pair."""
     model, rows = GPT.from_pretrained(chat_model), PairRows(DataFolder(pairs), "train", 64)
     batch = pair_batch([rows.pair(number) for number in range(6)])
     log_probs = dpo.answer_log_probs(model, batch, 506)
@@ -194,7 +194,7 @@ def test_it_learns_to_prefer(chat_model, pairs, tmp_path):
 
 
 def test_every_reference_is_the_same(chat_model, pairs, tmp_path):
-    """Looked up, on the device, on the CPU, and by the adapter switched off."""
+    """Precomputed, on the device, on the CPU, and with the adapter switched off."""
     lora = ["--lora_rank=4", "--max_steps=6"]
     expected = losses(run(chat_model, pairs, tmp_path / "precomputed", *lora))
     for reference in ("device", "cpu", "adapter_off"):
@@ -203,24 +203,24 @@ def test_every_reference_is_the_same(chat_model, pairs, tmp_path):
     assert expected[-1] < expected[0]
 
 
-def test_the_table_is_kept_by_what_it_follows_from(chat_model, pairs, tmp_path, monkeypatch):
+def test_the_table_is_named_by_what_it_depends_on(chat_model, pairs, tmp_path, monkeypatch):
     pairs = shutil.copytree(pairs, tmp_path / "pairs", ignore=shutil.ignore_patterns("reference_*"))
     run(chat_model, pairs, tmp_path / "a", "--max_steps=2")
     known = sorted(path.name for path in pairs.glob("reference_*.npy"))
-    asked = []
+    computed = []
     original = dpo.Reference.compute
     monkeypatch.setattr(
-        dpo.Reference, "compute", lambda self, batch: asked.append(batch["count"]) or original(self, batch)
+        dpo.Reference, "compute", lambda self, batch: computed.append(batch["count"]) or original(self, batch)
     )
     run(chat_model, pairs, tmp_path / "b", "--max_steps=2", "--beta=0.5")
-    assert not asked and known == sorted(path.name for path in pairs.glob("reference_*.npy"))
+    assert not computed and known == sorted(path.name for path in pairs.glob("reference_*.npy"))
     run(chat_model, pairs, tmp_path / "c", "--max_steps=10")
-    assert sum(asked) == 8 * 8, "only what was missing is computed"
+    assert sum(computed) == 8 * 8, "only what was missing is computed"
     run(chat_model, pairs, tmp_path / "d", "--max_steps=2", "--block_size=60")
     assert len(list(pairs.glob("reference_*.npy"))) > len(known), "another block_size is another table"
     for path in pairs.glob("reference_*.npy"):
         path.write_bytes(path.read_bytes()[:90])
-    with pytest.raises(UserError, match="damaged .*; delete it, and it is computed anew"):
+    with pytest.raises(UserError, match="damaged .*; delete it, and it is computed again"):
         run(chat_model, pairs, tmp_path / "e", "--max_steps=2")
 
 
@@ -235,11 +235,11 @@ def test_stopped_and_resumed_is_the_same_run(chat_model, pairs, tmp_path, monkey
 def test_killed_and_started_again_is_the_same_run(chat_model, pairs, tmp_path):
     words = ["--save_interval=3"]
     run(chat_model, pairs, tmp_path / "whole", *words)
-    told = [*TINY, f"--init_from={chat_model}", f"--dataset={pairs}", f"--out_dir={tmp_path / 'killed'}"]
-    told += words
-    kill_in_step(5, dpo.main, told)
-    kill_in_step(5, dpo.main, told)  # from step 3: in the eighth
-    dpo.main(told)
+    argv = [*TINY, f"--init_from={chat_model}", f"--dataset={pairs}", f"--out_dir={tmp_path / 'killed'}"]
+    argv += words
+    kill_in_step(5, dpo.main, argv)
+    kill_in_step(5, dpo.main, argv)  # from step 3: in the eighth
+    dpo.main(argv)
     assert_equal(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -268,7 +268,7 @@ def test_dropout_is_off(pairs, tmp_path, chat_model):
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-5)
 
 
-def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypatch):
+def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     path, table = tmp_path / "reference_x.npy", np.ones((3, 2), np.float32)
     dpo.save_array(path, table)
     np.testing.assert_array_equal(dpo.read_table(path, 3), table)
@@ -287,12 +287,12 @@ def test_a_table_that_cannot_be_written_leaves_the_one_before(tmp_path, monkeypa
     "words, message",
     [
         (["--beta=0"], "beta=0.0"),
-        (["--nll_weight=-1"], "nll_weight=-1.0: must be at least 0"),
+        (["--nll_weight=-1"], "nll_weight=-1.0: must be not negative"),
         (["--label_smoothing=0.5"], "label_smoothing=0.5"),
-        (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: is of loss=dpo"),
-        (["--reference=adapter_off"], "there is no adapter without lora_rank"),
-        (["--lora_rank=2", "--quantize_base=nf4"], "with quantize_base give adapter_off"),
-        (["--lora_rank=2", "--lora_dropout=0.1"], "policy and reference have to compute the same"),
+        (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: only works with loss=dpo"),
+        (["--reference=adapter_off"], "reference=adapter_off: needs an adapter; set lora_rank"),
+        (["--lora_rank=2", "--quantize_base=nf4"], "with quantize_base set reference=adapter_off"),
+        (["--lora_rank=2", "--lora_dropout=0.1"], "policy and reference must compute the same"),
         (["--block_size=8"], "train preferences fits block_size=8"),
     ],
 )
@@ -311,5 +311,5 @@ def test_a_stage_cannot_change_the_loss(chat_model, pairs, tmp_path):
 
 
 def test_an_adapter_with_tables_cannot_be_switched_off(trained, pairs, tmp_path):
-    with pytest.raises(UserError, match="begin with sft.py"):
+    with pytest.raises(UserError, match="start from a model of sft.py"):
         run(trained, pairs, tmp_path / "a", "--lora_rank=2", "--reference=adapter_off")

@@ -1,4 +1,5 @@
-"""loop.py through train.py: the same run however it is shared out, stopped, or cut into stages."""
+"""loop.py through train.py: the same numbers whether a run is split over ranks, stopped, or cut into stages.
+"""
 
 import json
 import os
@@ -22,7 +23,7 @@ from modeling.devices import gather_full
 from tests.conftest import TINY_RUN, tiny_config
 from tests.runs import ADAMW, assert_close, assert_same_run, events, losses, run, state, stop_at_step, weights
 
-# ---- The same run, shared out differently -----------------------------------------------------------------
+# ---- The same run, split differently ----------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -54,7 +55,7 @@ def test_two_ranks_change_nothing(data, reference, tmp_path, two_ranks, parallel
 
 
 def test_options_of_fsdp(data, reference, tmp_path, two_ranks):
-    """Weights that stay gathered change nothing; gradients that travel in bfloat16 change little."""
+    """Weights that stay gathered change nothing; gradients that are summed in bfloat16 change little."""
     words = [*ADAMW, "--document_mask=True", "--micro_batch_size=2", "--parallel=fsdp"]
     for option, tolerance in (("--reshard_after_forward=False", 1e-6), ("--reduce_dtype=bfloat16", 1e-2)):
         out = tmp_path / option[2:9]
@@ -64,8 +65,8 @@ def test_options_of_fsdp(data, reference, tmp_path, two_ranks):
 
 
 @pytest.mark.parametrize("first, second", [("single", "fsdp"), ("fsdp", "single"), ("ddp", "fsdp")])
-def test_a_run_goes_on_with_another_number_of_ranks(data, reference, tmp_path, two_ranks, first, second):
-    """Ten steps one way, ten the other: no sample is lost or read twice, and nothing is reset."""
+def test_a_run_resumes_with_another_number_of_ranks(data, reference, tmp_path, two_ranks, first, second):
+    """Ten steps one way, ten the other way: no sample is lost or read twice, and nothing is reset."""
     words = [*ADAMW, "--document_mask=True", "--micro_batch_size=2", "--save_interval=10"]
     for number, kind in enumerate((first, second)):
         arguments = (
@@ -80,8 +81,8 @@ def test_a_run_goes_on_with_another_number_of_ranks(data, reference, tmp_path, t
 
 
 def ragged_run(data, out, parallel, micro):
-    """Three steps whose rows have 0 ... 64 targets, one micro-batch without any; returns (losses, first
-    gradients)."""
+    """Three steps whose rows have 0 to 64 targets, one micro-batch with none. Returns (losses, gradients of
+    step 1)."""
     words = [
         *TINY_RUN,
         f"--dataset={data}",
@@ -105,7 +106,7 @@ def ragged_run(data, out, parallel, micro):
         for begin in range(0, share, micro):
             batch = text_batch(rows[begin : begin + micro])
             for row in range(micro):
-                number = process.rank * share + begin + row  # of the global batch: rows 0 and 1 keep nothing
+                number = process.rank * share + begin + row  # in the global batch; 0 and 1 keep none
                 batch["targets"][row, [0, 0, 1, 5, 20, 40, 63, 64][number] :] = IGNORE
             batches.append(batch | {"count": int((batch["targets"] != IGNORE).sum())})
         return batches
@@ -125,7 +126,7 @@ def ragged_run(data, out, parallel, micro):
 
 
 def test_uneven_targets_weigh_the_same_everywhere(data, tmp_path, two_ranks):
-    """The gradient is that of one big batch: sums over counts, never means of means."""
+    """The gradient equals that of one big batch: sum over count, never a mean of means."""
     expected, gradients = ragged_run(data, tmp_path / "a", "ddp", 8)
     ways = {
         "micro 4": ragged_run(data, tmp_path / "b", "ddp", 4),
@@ -181,7 +182,7 @@ def test_resumed_inside_stages_and_across_their_borders(data, staged, tmp_path, 
     assert_same_run(staged / "out", out)
 
 
-def test_stages_do_what_they_say(staged, data):
+def test_stages_change_what_they_list(staged, data):
     found = [event for event in events(staged / "out") if "loss" in event]
     assert [event["tokens"] for event in found][7::8] == [
         8 * 16 * 32,
@@ -193,7 +194,7 @@ def test_stages_do_what_they_say(staged, data):
     assert json.loads((staged / "out" / "step_000012" / "config.json").read_text())["rope_theta"] == 50000.0
     rates = [event["lr"] for event in found]
     assert max(rates[:16]) == pytest.approx(3e-3) and max(rates[16:]) == pytest.approx(1e-3)
-    assert rates[15] < rates[10] and rates[16] > rates[15]  # the schedule began anew
+    assert rates[15] < rates[10] and rates[16] > rates[15]  # a new schedule began
 
     def saved(step):
         return torch.load(staged / "out" / f"step_{step:06d}" / "trainer" / "state.pt", weights_only=True)[
@@ -222,8 +223,8 @@ def test_stages_do_what_they_say(staged, data):
 
 
 def test_stages_on_two_ranks(data, staged, tmp_path, two_ranks):
-    """Freezing and unfreezing under a wrapper, evaluations at the borders; Muon's own noise (its last digits
-    are amplified) is the tolerance."""
+    """Freezing and unfreezing under a wrapper, and evaluations at the ends of stages. The tolerance is Muon's
+    own noise, which amplifies the last digits."""
     text = STAGED.replace("dropout = 0.1", "dropout = 0.0")
     (tmp_path / "c.py").write_text(text + "eval_interval = 8\nsave_interval = 8\n")
     words = [word for word in TINY_RUN if not word.startswith(("--eval_i", "--save"))]
@@ -241,7 +242,7 @@ def test_stages_on_two_ranks(data, staged, tmp_path, two_ranks):
 
 @pytest.mark.parametrize("position", ["rope", "learned"])
 def test_early_stages_may_have_shorter_rows(data, tmp_path, position):
-    """The model has the longest context from the start, and every evaluation that of the last stage."""
+    """The model has the longest context from the start, and every evaluation reads the last stage's rows."""
     (tmp_path / "c.py").write_text(
         "stages = [dict(steps=2, block_size=16, z_loss=1e-2), dict(steps=2)]\neval_interval = 1"
     )
@@ -252,7 +253,7 @@ def test_early_stages_may_have_shorter_rows(data, tmp_path, position):
     assert GPT.from_pretrained(tmp_path / "out").config.block_size == 64
 
 
-def test_an_evaluation_made_up_for_has_the_stages_context(data, staged, tmp_path):
+def test_a_late_evaluation_has_the_stages_context(data, staged, tmp_path):
     """Stopped between saving and evaluating, in a stage whose rotary base is not the run's."""
     words = [str(staged / "c.py"), "--save_interval=4", "--keep_checkpoints=9"]
     (tmp_path / "a").mkdir()
@@ -291,7 +292,7 @@ def test_signals_save_and_leave(data, tmp_path, monkeypatch, received, code):
 
 
 def test_a_checkpoint_that_was_just_written_is_not_written_again(data, tmp_path, monkeypatch):
-    """The signal comes while step 3 is saved."""
+    """The signal arrives while step 3 is saved."""
     original, written = checkpoint.write_checkpoint, []
 
     def write(out_dir, step, work):
@@ -305,8 +306,8 @@ def test_a_checkpoint_that_was_just_written_is_not_written_again(data, tmp_path,
     assert written == [3]
 
 
-def test_float16_loses_a_step_that_overflows_and_goes_on(data, tmp_path, monkeypatch):
-    """The scaler doubles its scale every second step, so that some steps overflow; losses stay finite."""
+def test_float16_skips_a_step_that_overflows_and_continues(data, tmp_path, monkeypatch):
+    """The scaler doubles its scale every second step, so some steps overflow; losses stay finite."""
     scaler = torch.amp.GradScaler
     monkeypatch.setattr(
         torch.amp, "GradScaler", lambda *a, **k: scaler(*a, **k, init_scale=2.0**20, growth_interval=2)
@@ -346,7 +347,7 @@ def test_a_second_interrupt_does_not_wait_for_the_step(data, tmp_path, monkeypat
     assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2  # the lock and the signals are free again
 
 
-def test_a_run_stopped_before_its_evaluation_makes_it_up(data, tmp_path, monkeypatch):
+def test_a_run_stopped_before_its_evaluation_evaluates_on_resume(data, tmp_path, monkeypatch):
     def fails(self, model, last):
         raise RuntimeError("out of memory, say")
 
@@ -403,7 +404,7 @@ def test_a_run_starts_from_another_model(data, trained, tmp_path):
     ]
     train.main(words)
     first = losses(events(tmp_path))[0]
-    assert first < losses(events(trained))[0] - 1  # it had learned something
+    assert first < losses(events(trained))[0] - 1  # the model was trained already
     with pytest.raises(UserError, match="n_layer comes with init_from"):
         train.main([*words, "--n_layer=2"])
     words[words.index(f"--out_dir={tmp_path}")] = f"--out_dir={tmp_path / 'short'}"
@@ -412,14 +413,13 @@ def test_a_run_starts_from_another_model(data, trained, tmp_path):
     assert GPT.from_pretrained(tmp_path / "short").config.block_size == 64
 
 
-
 def first_gradients(data, out, words):
-    """Of the first step, whole and before clipping, by name; and the losses of the run."""
-    found, original = {}, loop.update
+    """(the full gradients of the first step before clipping, by name; the losses of the run)."""
+    gradients, original = {}, loop.update
 
     def update(model, *others):
-        if not found:
-            found.update({name: gather_full(p.grad).clone() for name, p in model.named_parameters()})
+        if not gradients:
+            gradients.update({name: gather_full(p.grad).clone() for name, p in model.named_parameters()})
         return original(model, *others)
 
     loop.update = update
@@ -427,11 +427,11 @@ def first_gradients(data, out, words):
         run(data, out, *words)
     finally:
         loop.update = original
-    return found, losses(events(out))
+    return gradients, losses(events(out))
 
 
 def test_muon_on_two_ranks(data, tmp_path, two_ranks):
-    """Gradients of step 1 within 1e-6 of one process's, losses over 20 steps within 1e-4."""
+    """Gradients of step 1 within 1e-6 of a single process, losses over 20 steps within 1e-4."""
     words = ["--optimizer=muon", "--max_steps=20", "--micro_batch_size=2"]
     gradients, expected = first_gradients(data, tmp_path / "one", words)
     for parallel in ("ddp", "fsdp"):

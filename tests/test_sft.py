@@ -1,4 +1,4 @@
-"""Stage 3 as a whole: it learns, stops and resumes to the bit, and does not care how it is split up."""
+"""sft.py as a whole: it learns, resumes bit-identically, and does not depend on micro-batches or ranks."""
 
 import json
 
@@ -29,7 +29,7 @@ def run(base, chats, out, *words):
 
 
 def stored(out):
-    """What the newest checkpoint holds, file by file, but for paths."""
+    """Every tensor of the newest checkpoint, by name."""
     from safetensors.torch import load_file
 
     folder = checkpoint.step_folders(out)[-1]
@@ -72,7 +72,7 @@ def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
     assert theirs.generation_config.eos_token_id == tokenizer.end_ids
 
 
-def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
+def test_an_adapter_learns_and_its_base_does_not_change(trained, chats, tmp_path):
     before = weights_sha256(hf.find_folder(trained))
     found = run(trained, chats, tmp_path / "a", *LORA, "--merge=True")
     assert found[-1]["val_loss"] < 0.9 * found[0]["loss"]
@@ -83,7 +83,7 @@ def test_an_adapter_learns_and_its_base_stays(trained, chats, tmp_path):
     for (name, one), (_, two) in zip(merged.named_parameters(), whole.named_parameters(), strict=True):
         assert torch.equal(one, two), name
     state = torch.load(folder / "trainer" / "state.pt", weights_only=True)["optimizer"]
-    assert all(".lora_" in name or "embed_tokens" in name for name in state), "the frozen have no state"
+    assert all(".lora_" in name or "embed_tokens" in name for name in state), "frozen weights have no state"
 
 
 def test_four_bits_learn_too(trained, chats, tmp_path):
@@ -105,10 +105,10 @@ def test_stopped_and_resumed_is_the_same_run(trained, chats, tmp_path, words, mo
 def test_killed_and_started_again_is_the_same_run(trained, chats, tmp_path, words):
     words = [*words, "--save_interval=3"]
     run(trained, chats, tmp_path / "whole", *words)
-    told = [*TINY, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'killed'}", *words]
-    kill_in_step(5, sft.main, told)
-    kill_in_step(6, sft.main, told)  # from step 3: in the ninth
-    sft.main(told)
+    argv = [*TINY, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'killed'}", *words]
+    kill_in_step(5, sft.main, argv)
+    kill_in_step(6, sft.main, argv)  # from step 3: in the ninth
+    sft.main(argv)
     assert_equal(tmp_path / "whole", tmp_path / "killed")
 
 
@@ -130,7 +130,7 @@ def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, chats, tmp_pat
 
 
 def test_packing_or_not_the_loss_of_a_pass_is_the_same(trained, chats):
-    """The same conversations, each a target's share: packed rows only waste less."""
+    """The same conversations with the same loss per target; packed rows only waste less."""
     words = [*TINY, f"--init_from={trained}", f"--dataset={chats}"]
     cfg = configure(sft.SFTConfig, words)[0]
     model = GPT.from_pretrained(trained).eval()
@@ -171,11 +171,11 @@ def test_stages_and_weights(trained, chats, tmp_path):
     [
         (["--n_layer=3"], "unknown key 'n_layer'"),
         (["--block_size=4096"], "has a context of 64 tokens"),
-        (["--lora_rank=-1"], "lora_rank=-1: must be at least 0"),
+        (["--lora_rank=-1"], "lora_rank=-1: must be not negative"),
         (["--lora_rank=2", "--lora_targets=xyz"], "lora_targets=xyz: matches none"),
-        (["--merge=True"], "merge=True: there is no adapter without lora_rank"),
-        (["--quantize_base=nf4"], "quantize_base=nf4: there is no adapter without lora_rank"),
-        (["--quantize_base=nf4", "--lora_rank=2", "--parallel=fsdp"], "4-bit matrices are not sharded"),
+        (["--merge=True"], "merge=True: only works with an adapter; set lora_rank"),
+        (["--quantize_base=nf4"], "quantize_base=nf4: only works with an adapter; set lora_rank"),
+        (["--quantize_base=nf4", "--lora_rank=2", "--parallel=fsdp"], "4-bit matrices cannot be sharded"),
         (["--init_from=nowhere/at/all"], "no model here"),
     ],
 )
@@ -197,19 +197,19 @@ def test_data_of_another_kind_or_tokenizer_is_refused(trained, data, chats, tmp_
         run(other, chats, tmp_path / "a")
 
 
-def test_an_adapter_is_no_base_of_another(trained, chats, tmp_path):
+def test_an_adapter_cannot_be_the_base_of_another(trained, chats, tmp_path):
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
-    with pytest.raises(UserError, match="is an adapter itself; --merge=True makes a model of it"):
+    with pytest.raises(UserError, match="is an adapter itself; run its command again with --merge=True"):
         run(tmp_path / "a", chats, tmp_path / "b", "--lora_rank=2")
 
 
 def test_only_the_adapter_is_trained_whatever_the_multipliers(trained, chats, tmp_path):
-    """In stages, too; a pattern of the user's can change the adapter's rates and nothing else."""
+    """In stages, too. A user's pattern can change the adapter's rates and nothing else."""
     config = tmp_path / "stages.py"
     words = [word for word in TINY if "max_steps" not in word] + ["--lora_rank=2"]
     words += [f"--init_from={trained}", f"--dataset={chats}"]
     config.write_text("stages = [dict(steps=1), dict(steps=1, lr_multipliers={'norm': 1.0})]\n")
-    with pytest.raises(UserError, match="'norm' decides over no parameter"):
+    with pytest.raises(UserError, match="'norm' matches no parameter"):
         sft.main([str(config), *words, f"--out_dir={tmp_path / 'b'}"])
     config.write_text("stages = [dict(steps=2), dict(steps=2, lr_multipliers={'lora_B': 4.0})]\n")
     sft.main([str(config), *words, f"--out_dir={tmp_path / 'a'}"])
@@ -218,14 +218,14 @@ def test_only_the_adapter_is_trained_whatever_the_multipliers(trained, chats, tm
     assert set(rates.values()) == {1.0, 4.0} and all(".lora_" in n or "embed_tokens" in n for n in rates)
 
 
-def test_a_finished_adapter_is_merged_later(trained, chats, tmp_path):
+def test_a_finished_adapter_can_be_merged_later(trained, chats, tmp_path):
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
     assert not (tmp_path / "a" / "merged").exists()
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1", "--merge=True")
     assert GPT.from_pretrained(tmp_path / "a" / "merged").config.vocab_size == 506
 
 
-def test_overwriting_does_not_delete_the_start(trained, chats):
+def test_overwriting_does_not_delete_the_model_to_start_from(trained, chats):
     with pytest.raises(UserError, match="holds the model to start from"):
         run(trained, chats, trained, "--overwrite=True")
     assert hf.find_folder(trained).is_dir()
@@ -237,5 +237,5 @@ def test_gpt2_has_no_adapters(chats, tmp_path):
 
     GPT(tiny_config(**gpt2, vocab_size=506)).save_pretrained(tmp_path / "g")
     Tokenizer.load(chats).save(tmp_path / "g")
-    with pytest.raises(UserError, match="PEFT's files have no place for adapters of this architecture"):
+    with pytest.raises(UserError, match="PEFT cannot represent an adapter for this architecture"):
         run(tmp_path / "g", chats, tmp_path / "b", "--lora_rank=2")

@@ -1,4 +1,4 @@
-"""train.py as its users start it: the default run, and every config file."""
+"""train.py as users start it: the default run, and every config file."""
 
 import json
 from pathlib import Path
@@ -30,16 +30,16 @@ def test_config_files_describe_runs(path):
     if path.stem in SIZES:
         assert model.num_parameters() == SIZES[path.stem]
     comment = path.read_text().split("\n")[0]
-    assert comment.startswith("# ") and len(comment) > 40  # what it is
+    assert comment.startswith("# ") and len(comment) > 40  # says what the run is
 
 
 def test_the_default_run_makes_its_own_data(tmp_path, monkeypatch, capsys):
-    """Fewer steps and else no arguments: the data is made, the summary compares with compressors."""
+    """No arguments but a smaller size: the data is made, and the summary compares with compressors."""
     monkeypatch.chdir(tmp_path)
     shape = [word for word in TINY_RUN if not word.startswith(("--log", "--eval_tokens"))]
     assert train.main([*shape, "--max_steps=3", "--sample_tokens=16", "--eval_interval=2"]) == 0
     printed = capsys.readouterr().out
-    for expected in ("in = ", "model ", "MFLOP a token", "sample ", "bits/byte", "gzip -9 ", "xz -9e "):
+    for expected in ("in = ", "model ", "MFLOP per token", "sample ", "bits/byte", "gzip -9 ", "xz -9e "):
         assert expected in printed
     assert "python sample.py --model=out/base" in printed
     meta = json.loads(Path("data/pystdlib/meta.json").read_text())

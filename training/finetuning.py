@@ -1,85 +1,88 @@
-"""What fine-tuning and preference optimisation share: they start from a model, and may train only an adapter.
+"""What sft.py and dpo.py share: they start from a model, and may train only an adapter.
 
-    cfg, given = configure(SFTConfig, argv)              # a PostTrainingConfig
-    model = chat_model(cfg, tokenizer, run)              # on the meta device, with the tokens of a chat
+    cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
+    model, base_hash = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
     fit(cfg.frozen_but_adapters(model), model, ...)
+
+The adapter itself is in training/lora.py.
 """
 
 import dataclasses
 import importlib.util
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from configurator import UserError, require
-from formats import hf
-from formats import peft as adapters
+from configurator import UserError, require, require_not_negative, require_positive
+from formats import hf, peft
 from formats.chat_format import with_chat_tokens
+from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from training.config import RunConfig
 from training.lora import AdaptedGPT, targets_of
 from training.run import Run
-from training.stages import RunConfig, stage_configs
+from training.stages import stage_configs
 
 
 @dataclass(frozen=True, kw_only=True)
 class PostTrainingConfig(RunConfig):
-    """A run's keys, and an adapter's."""
+    """The keys of a run and of an adapter."""
 
     init_from: str = "out/base"  # model folder, out_dir or hub id to start from
-    block_size: int = 128  # tokens of a row; the model's context stays what it is
-    lora_rank: int = 0  # train an adapter of this rank, and nothing else; 0: train all weights
-    lora_alpha: float = 16.0  # the adapter counts alpha / rank
-    lora_dropout: float = 0.0  # on what enters it
-    lora_targets: str = "_proj$"  # regular expression of the linear modules that get one
-    rslora: bool = False  # the adapter counts alpha / sqrt(rank)
-    quantize_base: Literal["nf4"] | None = None  # keep what has an adapter in 4 bits (QLoRA)
-    merge: bool = False  # of an adapter: in the end also write the whole model to out_dir/merged
+    block_size: int = 128  # tokens per training row; the model's own context does not change
+    lora_rank: int = 0  # rank of a LoRA adapter, which is then all that is trained; 0 trains all weights
+    lora_alpha: float = 16.0  # the adapter's output is scaled by lora_alpha / lora_rank
+    lora_dropout: float = 0.0  # dropout on the adapter's input
+    lora_targets: str = "_proj$"  # regular expression; linear modules with a matching name get an adapter
+    rslora: bool = False  # scale by lora_alpha / sqrt(lora_rank) instead (rsLoRA)
+    quantize_base: Literal["nf4"] | None = None  # keep the adapted matrices in 4 bits (QLoRA)
+    merge: bool = False  # at the end also write the base with the adapter merged in, to out_dir/merged
 
-    stage_fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora", "quantize_base",
-                       "merge"})
+    stage_fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora",
+                             "quantize_base", "merge"})
     resume_free = frozenset({"merge"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require(self, "block_size", self.block_size > 0, "positive")
-        require(self, "lora_rank", self.lora_rank >= 0, "at least 0")
-        require(self, "lora_alpha", self.lora_alpha > 0, "positive")
+        require_not_negative(self, "lora_rank")
+        require_positive(self, "lora_alpha")
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
         for key in ("merge", "quantize_base"):
             if getattr(self, key) and not self.lora_rank:
-                raise UserError(f"{key}={getattr(self, key)}: there is no adapter without lora_rank")
+                raise UserError(f"{key}={getattr(self, key)}: only works with an adapter; set lora_rank")
         if self.quantize_base:
             if self.parallel == "fsdp":
-                raise UserError("quantize_base: its 4-bit matrices are not sharded; use parallel=ddp")
+                raise UserError("quantize_base: 4-bit matrices cannot be sharded; use parallel=ddp")
             if importlib.util.find_spec("bitsandbytes") is None:
                 raise UserError("quantize_base=nf4: needs the package bitsandbytes "
                                 "(pip install bitsandbytes)")
 
     def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
-        """This configuration for `fit`: with an adapter, in every stage, all else keeps its weights."""
-        if not self.lora_rank:
+        """The configuration for `fit`: with an adapter, every other parameter is frozen in every stage."""
+        if not isinstance(model, AdaptedGPT):
             return self
         trained = "|".join(["lora_", *(rf"{table}\.weight" for table in model.spec.tables)])
-        frozen = {rf"^(?!.*({trained}))": 0.0}  # first, so that no pattern of the user's comes before it
+        # The first pattern that matches a name wins, so this one comes before the user's patterns.
+        frozen = {rf"^(?!.*({trained}))": 0.0}
         stages = [entry | {"lr_multipliers": frozen | entry["lr_multipliers"]}
                   if "lr_multipliers" in entry else entry for entry in self.stages]
         return dataclasses.replace(self, lr_multipliers=frozen | self.lr_multipliers, stages=stages)
 
 
-def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> GPT:
-    """The model of cfg.init_from for the data's tokenizer, on the meta device: a GPT, or an AdaptedGPT.
+def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> tuple[GPT, str]:
+    """The model of cfg.init_from on the meta device, and the hash of the weights it starts from.
 
-    changes: fields of its GPTConfig that are to be others. Its attribute `base_hash` names the weights it
-    starts from. Raises UserError where the data was made with another tokenizer, or rows are longer than the
-    model's context.
+    tokenizer: the data's; the model grows by its chat tokens. changes: fields of the GPTConfig to replace.
+    The model is an AdaptedGPT if cfg.lora_rank is set. Raises UserError if the data was made with another
+    tokenizer, or if rows are longer than the model's context.
     """
     folder = hf.find_folder(cfg.init_from)
     if cfg.overwrite and folder.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
-        raise UserError(f"overwrite=True: out_dir={cfg.out_dir} holds the model to start from; give another")
+        raise UserError(f"overwrite=True: out_dir={cfg.out_dir} holds the model to start from; "
+                        "give another --out_dir")
     before = Tokenizer.load(folder)
     if tokenizer.definition not in (before.definition, with_chat_tokens(before).definition):
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
@@ -90,44 +93,41 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **change
             raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
                             f"{fields['block_size']} tokens")
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
-    config = GPTConfig(**fields)
-    base_hash = run.run_on_rank0(lambda: adapters.weights_sha256(folder))
+    base_hash = run.run_on_rank0(lambda: peft.weights_sha256(folder))
+    text = ""
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(GPTConfig(**fields))
         if cfg.lora_rank:
-            model = adapted(cfg, model, folder, base_hash)
-    model.base_hash = base_hash
-    run.print(f"model     {model.num_parameters():,} parameters, from {folder}" + (
-        f"; trained are {sum(p.numel() for n, p in model.named_parameters() if model.is_adapter(n)):,}"
-        if cfg.lora_rank else ""))
-    return model
+            model = with_adapter(cfg, model, folder, base_hash)
+            text = f"; {model.num_saved():,} of them are trained"
+    run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
+    return model, base_hash
 
 
-def adapted(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -> AdaptedGPT:
-    """The model with a new adapter. UserError where its architecture has no adapters that PEFT could read."""
+def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -> AdaptedGPT:
+    """The model with a new adapter. Raises UserError if PEFT cannot represent one for this architecture."""
     if hf.architecture(plain.config) in ("gpt2", "nanollama"):
-        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT's files have no place for adapters of this "
-                        "architecture (it knows no ternary weights, and GPT-2's q, k and v are one matrix "
-                        "there); leave it away to train all")
-    if adapters.is_adapter(folder):
-        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; --merge=True makes a model of it")
+        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
+                        "(ternary weights, or GPT-2 with q, k and v in one matrix); without lora_rank all "
+                        "weights are trained")
+    if peft.is_adapter(folder):
+        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
+                        "--merge=True and start from out_dir/merged")
+    # New tokens have rows in the tables that the base does not have, so the tables are trained and saved too.
     grown = plain.config.vocab_size > hf.read_config(folder)["vocab_size"]
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
-    spec = adapters.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-                                targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
+    spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+                            targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
     base = {"path": str(folder.resolve()), "sha256": base_hash}
     return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 
-def write_merged(run: Run) -> None:
-    """The best checkpoint's adapter and its base as one model folder, out_dir/merged. Rank 0 writes."""
+def write_merged(run: Run, tokenizer: Tokenizer) -> None:
+    """Write the best checkpoint's adapter, merged into its base, as a model folder out_dir/merged."""
     def write() -> None:
-        folder, beside = run.out_dir / "merged", run.out_dir / ".merged.tmp"
-        shutil.rmtree(beside, ignore_errors=True)
-        GPT.from_pretrained(run.out_dir).save_pretrained(beside, eos_token_id=run.tokenizer.end_ids)
-        run.tokenizer.save(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        beside.replace(folder)
+        with atomic_folder(run.out_dir / "merged", marker="config.json", kind="model") as folder:
+            GPT.from_pretrained(run.out_dir).save_pretrained(folder, eos_token_id=tokenizer.end_ids)
+            tokenizer.save(folder)
 
     run.run_on_rank0(write)
     run.print(f"merged    {run.out_dir / 'merged'}")

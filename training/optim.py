@@ -1,9 +1,9 @@
 """Optimizers: AdamW for tables and vectors, Muon for the hidden matrices; and the learning-rate schedule.
 
     optimizers = make_optimizers(model, cfg)             # every group carries its lr_multiplier
-    set_learning_rate(optimizers, learning_rate_at(cfg, step))
+    set_learning_rate(optimizers, learning_rate_at(cfg, step, total))
 
-Both take one learning rate: Muon's update is scaled to AdamW's typical size (0.2 RMS per entry; arXiv
+Both take one learning rate: Muon's update is scaled to AdamW's typical size, an RMS of 0.2 per entry (arXiv
 2502.16982).
 """
 
@@ -17,54 +17,59 @@ from torch import Tensor, nn
 
 from configurator import UserError
 from modeling.devices import gather_full, shard_like
+from training.config import RunConfig
 
-BATCH_ELEMENTS = 2**26  # matrices orthogonalised in one batch: 256 MiB of float32
+BATCH_ELEMENTS = 2**26  # entries orthogonalised in one batch of matrices: 256 MiB of float32
 
 
 class Muon(torch.optim.Optimizer):
     """Momentum, then the nearest orthogonal matrix as the update (kellerjordan.github.io/posts/muon, 2024).
 
-    torch.optim.Muon orthogonalises in bfloat16 everywhere, which a CPU without bfloat16 units emulates 50
-    times slower than float32; and one matrix at a time. This one runs in float32 on the CPU and in bfloat16
-    on a GPU, all matrices of a shape in one batch. Sharded matrices (FSDP2) are gathered, orthogonalised
-    whole, and cut again.
+    torch.optim.Muon orthogonalises one matrix at a time, always in bfloat16. A CPU without bfloat16 units
+    emulates that 50 times slower than float32. This one runs in float32 on the CPU and in bfloat16 on a GPU,
+    and batches all matrices of one shape. Sharded matrices (FSDP2) are gathered, orthogonalised whole, and
+    sharded again.
 
-    `found_inf`: a device scalar set from outside (as torch's GradScaler does); where it is 1 the step changes
-    nothing.
+    `found_inf` is a device scalar set by `skip_if`, as torch's GradScaler sets it. Where it is 1, the step
+    changes nothing.
     """
 
-    _step_supports_amp_scaling = True
+    _step_supports_amp_scaling = True  # tells GradScaler that step() reads found_inf itself
 
     def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
                  steps: int = 5):
         super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: Any = None) -> Any:
+        """Update every parameter that has a gradient, in batches of matrices of one shape. No closure."""
         for group in self.param_groups:
             by_shape: dict[tuple, list[nn.Parameter]] = {}
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape.setdefault(tuple(parameter.shape), []).append(parameter)
             for shape, parameters in by_shape.items():
-                at_once = max(1, BATCH_ELEMENTS // math.prod(shape))
-                for start in range(0, len(parameters), at_once):
-                    self.update(parameters[start:start + at_once], group)
+                batch_size = max(1, BATCH_ELEMENTS // math.prod(shape))
+                for start in range(0, len(parameters), batch_size):
+                    self.update(parameters[start:start + batch_size], group)
 
     def update(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """One step for matrices of one shape."""
-        skip = getattr(self, "found_inf", None)
-        go = 1.0 if skip is None else 1.0 - skip  # 0 where the step must change nothing
+        """One step for matrices of one shape (rows, columns)."""
+        found_inf = getattr(self, "found_inf", None)
+        go = 1.0 if found_inf is None else 1.0 - found_inf  # 0 where the step must change nothing
         directions = []
         for parameter in parameters:
             if "momentum_buffer" not in self.state[parameter]:
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-            momentum = self.state[parameter]["momentum_buffer"]
-            grad = parameter.grad if skip is None else torch.where(skip > 0, 0.0, parameter.grad)
+            momentum, grad = self.state[parameter]["momentum_buffer"], parameter.grad
+            assert grad is not None
+            if found_inf is not None:
+                grad = torch.where(found_inf > 0, 0.0, grad)  # 0 * nan would be nan
             momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))
             directions.append(gather_full(grad.lerp(momentum, group["momentum"])))  # Nesterov
+        orthogonal = orthogonalize(torch.stack(directions), group["steps"])  # (n, rows, columns)
+        # An orthogonal matrix has an RMS of 1 / sqrt(longer side); scale it to 0.2.
         rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
-        orthogonal = orthogonalize(torch.stack(directions), group["steps"])
         for parameter, direction in zip(parameters, orthogonal, strict=True):
             parameter.mul_(1 - go * (group["lr"] * group["weight_decay"]))
             parameter.sub_(shard_like(parameter, direction * (go * rate)))
@@ -73,11 +78,11 @@ class Muon(torch.optim.Optimizer):
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Push all singular values of (n, rows, columns) to about 1 by Newton-Schulz iteration; float32.
 
-    The quintic a X + b X X^T X + c (X X^T)^2 X with Jordan's coefficients: steep at 0, so five steps do, at
-    the price of ending anywhere in about 0.7 to 1.2. Works on the smaller of the two Gram matrices.
+    One iteration is the quintic a X + b X X^T X + c (X X^T)^2 X with Jordan's coefficients. They are steep at
+    0, so five iterations suffice, but the singular values end anywhere from about 0.7 to 1.2.
     """
     a, b, c = 3.4445, -4.7750, 2.0315
-    tall = matrices.shape[-2] > matrices.shape[-1]
+    tall = matrices.shape[-2] > matrices.shape[-1]  # transpose, so that the Gram matrix is the smaller one
     x = (matrices.mT if tall else matrices).to(torch.bfloat16 if matrices.is_cuda else torch.float32)
     x = x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
@@ -87,45 +92,47 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
-    """{parameter name: learning-rate factor}, that of the first pattern found in the name, else 1.
+    """{parameter name: learning-rate factor}: the factor of the first pattern found in the name, else 1.
 
-    Raises UserError for a pattern that is no regular expression or matches no parameter, and for a factor
-    that is no number or negative.
+    Raises UserError for a pattern that is not a regular expression or decides for no parameter, and for a
+    factor that is not a number of at least 0.
     """
     for pattern, factor in patterns.items():
         if not isinstance(pattern, str) or not isinstance(factor, int | float) or not 0 <= factor < math.inf:
             raise UserError(f"lr_multipliers: {pattern!r}: {factor!r}: must be a regular expression and "
                             "a factor of at least 0")
-    table, matched = {}, set()
+        try:
+            re.compile(pattern)
+        except re.error as error:
+            raise UserError(f"lr_multipliers: {pattern!r} is not a regular expression: {error}") from None
+    table: dict[str, float] = {}
+    used: set[str | None] = set()
     for name, _ in model.named_parameters():
-        table[name] = 1.0
-        for pattern, factor in patterns.items():
-            try:
-                found = re.search(pattern, name)
-            except re.error as error:
-                raise UserError(f"lr_multipliers: {pattern!r} is no regular expression: {error}") from None
-            if found:
-                matched.add(pattern)
-                table[name] = float(factor)
-                break
-    if unused := [pattern for pattern in patterns if pattern not in matched]:
-        raise UserError(f"lr_multipliers: {unused[0]!r} decides over no parameter")
+        first = next((pattern for pattern in patterns if re.search(pattern, name)), None)
+        table[name] = 1.0 if first is None else float(patterns[first])
+        used.add(first)
+    if unused := [pattern for pattern in patterns if pattern not in used]:
+        raise UserError(f"lr_multipliers: pattern {unused[0]!r} matches no parameter (or an earlier pattern "
+                        "took them all)")
     return table
 
 
 def multipliers_text(table: dict[str, float]) -> str:
-    """A line for each factor and kind of parameter, layers together, and one for all that keep the rate."""
+    """One line per factor and kind of parameter, with layers counted together; one line for the others."""
     kinds = Counter((factor, re.sub(r"\.\d+\.", ".*.", name)) for name, factor in table.items())
-    lines = [f"lr x {factor:<5g}{name}" + f"  ({count} layers)" * (count > 1)
-             for (factor, name), count in kinds.items() if factor != 1]
+    lines = []
+    for (factor, name), count in kinds.items():
+        if factor != 1:
+            layers = f"  ({count} layers)" if count > 1 else ""
+            lines.append(f"lr x {factor:<5g}{name}{layers}")
     others = sum(factor == 1 for factor in table.values())
     return "\n".join([*lines, f"lr x 1    the other {others} parameters"])
 
 
-def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
-    """AdamW, and before it Muon for the blocks' matrices if cfg.optimizer is "muon".
+def make_optimizers(model: nn.Module, cfg: RunConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, and Muon before it for the blocks' matrices if cfg.optimizer is "muon".
 
-    Decays matrices only. Parameters whose multiplier is 0 stop requiring gradients and belong to no
+    Only matrices decay. A parameter with multiplier 0 is frozen: it requires no gradient and belongs to no
     optimizer. Each group carries "lr_multiplier"; its "lr" is set before every step.
     """
     table = multipliers(model, cfg.lr_multipliers)
@@ -136,48 +143,62 @@ def make_optimizers(model: nn.Module, cfg: Any) -> list[torch.optim.Optimizer]:
         for_muon = cfg.optimizer == "muon" and is_matrix and ".layers." in name
         if table[name] > 0:
             groups.setdefault((for_muon, is_matrix, table[name]), []).append(parameter)
-    described: dict[bool, list[dict[str, Any]]] = {True: [], False: []}
+    muon_groups: list[dict[str, Any]] = []
+    adamw_groups: list[dict[str, Any]] = []
     for (for_muon, is_matrix, factor), parameters in groups.items():
-        described[for_muon].append({"params": parameters, "lr_multiplier": factor,
-                                    "weight_decay": cfg.weight_decay if is_matrix else 0.0})
+        (muon_groups if for_muon else adamw_groups).append({
+            "params": parameters, "lr_multiplier": factor,
+            "weight_decay": cfg.weight_decay if is_matrix else 0.0})
     optimizers: list[torch.optim.Optimizer] = []
-    if described[True]:
-        optimizers.append(Muon(described[True], lr=cfg.learning_rate, momentum=cfg.beta1))
-    if described[False]:
-        optimizers.append(torch.optim.AdamW(described[False], lr=cfg.learning_rate,
-                                            betas=(cfg.beta1, cfg.beta2), fused=True))
+    if muon_groups:
+        optimizers.append(Muon(muon_groups, lr=cfg.learning_rate, momentum=cfg.beta1))
+    if adamw_groups:
+        optimizers.append(torch.optim.AdamW(adamw_groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+                                            fused=True))
     return optimizers
 
 
 def set_learning_rate(optimizers: list[torch.optim.Optimizer], rate: float) -> None:
+    """Set every group's "lr" to rate times its lr_multiplier."""
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate * group["lr_multiplier"]
 
 
-def learning_rate_at(cfg: Any, step: int, total: int) -> float:
-    """The rate of step 0 ... total - 1: linear warmup to learning_rate, then cfg.schedule to min_lr.
+def skip_if(optimizers: list[torch.optim.Optimizer], bad: Tensor) -> None:
+    """Let the next step of every optimizer change nothing if the device scalar `bad` is true.
 
-    warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395): constant, then
-    linear down over decay_steps. linear and cosine fall from the end of the warmup.
+    torch's optimizers read these attributes inside their kernels, so the CPU does not wait for the flag.
+    """
+    for optimizer in optimizers:
+        optimizer.grad_scale, optimizer.found_inf = None, bad.float()  # type: ignore[attr-defined]
+
+
+def learning_rate_at(cfg: RunConfig, step: int, total: int) -> float:
+    """The learning rate of step 0 to total - 1: linear warmup to learning_rate, then cfg.schedule to min_lr.
+
+    warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395) stays constant, then
+    falls linearly over decay_steps. linear and cosine fall from the end of the warmup.
     """
     warmup = cfg.warmup_steps if cfg.warmup_steps is not None else total // 50
     if step < warmup:
         return cfg.learning_rate * (step + 1) / warmup
-    decay = {"constant": 0, "wsd": cfg.decay_steps if cfg.decay_steps is not None else int(0.3 * total)}.get(
-        cfg.schedule, total - warmup)
-    done = (step - (total - decay)) / decay if step >= total - decay else 0.0  # share of the decay, 0 ... 1
+    if cfg.schedule == "wsd":
+        decay = cfg.decay_steps if cfg.decay_steps is not None else int(0.3 * total)
+    else:
+        decay = 0 if cfg.schedule == "constant" else total - warmup
+    done = (step - (total - decay)) / decay if step >= total - decay else 0.0  # share of the decay, 0 to 1
     shape = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * shape
 
 
 def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
                     keep: bool = True) -> dict[str, dict[str, Any]]:
-    """{parameter name: {"exp_avg": whole tensor on the CPU, ...}}.
+    """{parameter name: {"exp_avg": full tensor on the CPU, ...}}.
 
-    All ranks call it, since shards are gathered; one that need not `keep` the result gets None for tensors.
+    All ranks call it, because shards are gathered. A rank with keep=False gets None in place of each tensor.
     """
-    names = {parameter: name for name, parameter in model.named_parameters()}
+    names: dict[Tensor, str] = {parameter: name for name, parameter in model.named_parameters()}
     result: dict[str, dict[str, Any]] = {}
     for optimizer in optimizers:
         for parameter, state in optimizer.state.items():
@@ -188,12 +209,12 @@ def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
 
 def load_optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],
                          saved: dict[str, dict[str, Tensor]]) -> None:
-    """Give every parameter that is trained now its saved state; one without begins anew."""
+    """Give every parameter that is trained now its saved state; one without saved state starts new."""
     names = {parameter: name for name, parameter in model.named_parameters()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 for key, value in saved.get(names[parameter], {}).items():
                     value = value.to(parameter.device)
-                    is_sharded = value.shape == parameter.shape  # as all but the step count are
+                    is_sharded = value.shape == parameter.shape  # everything but the step count
                     optimizer.state[parameter][key] = shard_like(parameter, value) if is_sharded else value

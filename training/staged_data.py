@@ -1,29 +1,37 @@
 """Which samples each training step reads, across the stages of a run.
 
     data = StagedData(cfg, Rows, rank=0, world_size=2)
-    stage_cfg, mix, first, count = data.share(step)      # this rank's samples of the step
+    stage_cfg, mix, first, count = data.shard_for_step(step)     # this rank's samples of the step
     rows = mix.samples(first, count)
 
-The answer depends only on (seed, step, rank, world size), so a resumed run needs no loader state. Stages that
-read the same data set with the same row length share one position in it: the later stage goes on where the
-earlier one stopped.
+The answer depends only on (seed, step, rank, world size), so a resumed run needs no loader state. The ranks'
+samples together are the same for any number of ranks:
+
+    step 5, global_batch_size 8, 2 ranks:     rank 0 reads samples 40-43, rank 1 reads samples 44-47
+
+Stages that read the same data set with the same row length share one position in it: the later stage
+continues where the earlier one stopped.
 """
 
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, Generic
 
 import numpy as np
 
 from configurator import UserError
 from dataset.dataloader import Mix, Rows
-from training.stages import plan_stages, stage_at, with_steps
+from formats import hf
+from formats.tokenizer import Tokenizer
+from training.config import RunConfig
+from training.run import Run
+from training.stages import Config, plan_stages, stage_at, stage_configs, with_steps
 
 
-class StagedData:
-    """Which samples a step reads, stage by stage: the same ones for any number of ranks."""
+class StagedData(Generic[Config]):
+    """Maps a step to its samples, stage by stage."""
 
-    def __init__(self, cfg: Any, kind: Callable = Rows, rank: int = 0, world_size: int = 1):
-        """cfg: a run's. Raises UserError where its stages' data sets differ in their tokenizers."""
+    def __init__(self, cfg: Config, kind: type = Rows, rank: int = 0, world_size: int = 1):
+        """kind: the class of the rows, as in Mix. Raises UserError if the stages' tokenizers differ."""
         self.stages, self.rank, self.world_size = plan_stages(cfg), rank, world_size
         self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed, kind)
                       for stage in self.stages}
@@ -33,14 +41,15 @@ class StagedData:
             raise UserError("stages: their data sets were made with different tokenizers")
 
     @staticmethod
-    def key(cfg: Any) -> tuple[str, int]:
-        """Stages that agree in this read the same rows, the later one from where the earlier one stopped."""
+    def key(cfg: Config) -> tuple[str, int]:
+        """Stages with the same key read the same rows; the later one continues after the earlier one."""
         return cfg.dataset, cfg.block_size
 
-    def shard_for_step(self, step: int) -> tuple[Any, Mix, int, int]:
-        """This rank's part of a step: the stage's configuration, its mix, the first sample, how many."""
+    def shard_for_step(self, step: int) -> tuple[Config, Mix, int, int]:
+        """This rank's part of a step: the stage's configuration, its mix, the first sample, their number."""
         stage = stage_at(self.stages, step)
         cfg = stage.cfg
+        # Samples of the same rows that earlier stages have read.
         earlier = sum((s.last - s.first) * s.cfg.global_batch_size for s in self.stages
                       if s.first < stage.first and self.key(s.cfg) == self.key(cfg))
         count = cfg.global_batch_size // self.world_size
@@ -48,7 +57,7 @@ class StagedData:
         return cfg, self.mixes[self.key(cfg)], first, count
 
     def used(self) -> Iterator[tuple[Any, np.ndarray]]:
-        """(rows, which of them the run reads) of every folder of every mix."""
+        """(rows, row numbers that the run reads) for every folder of every mix."""
         for key, mix in self.mixes.items():
             count = sum((stage.last - stage.first) * stage.cfg.global_batch_size
                         for stage in self.stages if self.key(stage.cfg) == key)
@@ -61,7 +70,29 @@ class StagedData:
         return {folder: digest for mix in self.mixes.values() for folder, digest in mix.hashes().items()}
 
 
-def in_epochs(cfg: Any, kind: Callable = Rows) -> Any:
-    """`cfg` with its stages' epochs turned into steps."""
+def in_epochs(cfg: Config, kind: type = Rows) -> Config:
+    """`cfg` with the epochs of its stages turned into steps."""
     return with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind).epoch_samples()
                       / stage.global_batch_size)
+
+
+def prepare_default(cfg: RunConfig, run: Run, name: str, make: Callable[[], object]) -> None:
+    """Let rank 0 make the embedded data set `name`, if a stage of the run reads it. All ranks call it."""
+    def work() -> None:
+        make()  # does nothing if the data is there; the result stays on rank 0
+
+    if any(stage.dataset == name for stage in stage_configs(cfg)):
+        run.run_on_rank0(work)
+
+
+def check_vocabulary(cfg: RunConfig, vocab_size: int | None, tokenizer: Tokenizer) -> None:
+    """Raises UserError unless the model has every token id of the data's tokenizer, with the same meaning.
+
+    vocab_size: the number of ids that the user asked for; None takes the tokenizer's.
+    """
+    if vocab_size and vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids; "
+                        "give at least that many")
+    if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
+        raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset} "
+                        f"(prepare.py --tokenizer={cfg.init_from})")

@@ -24,7 +24,8 @@ from tests.runs import ADAMW, assert_same_run, run
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory, data):
-    """An out_dir with checkpoints of the steps 2 and 4, and one of the same run at step 6."""
+    """(folder, the run's arguments). The folder has out/, a run at step 4 with checkpoints of steps 2 and 4,
+    and whole/, the same run at step 6."""
     folder = tmp_path_factory.mktemp("saved")
     words = [*ADAMW, "--schedule=constant", "--warmup_steps=0", "--save_interval=2"]
     run(data, folder / "out", *words, "--max_steps=4")
@@ -34,7 +35,7 @@ def saved(tmp_path_factory, data):
 
 
 class Disk:
-    """Counts what reaches the disk, and lets the k-th of it fail as a full disk does."""
+    """Counts the operations that write, and lets the k-th one fail as on a full disk."""
 
     def __init__(self, monkeypatch, k=None):
         self.count, self.k = 0, k
@@ -51,10 +52,10 @@ class Disk:
         def call(*arguments, **options):
             self.count += 1
             if self.count == self.k:
-                if half:  # torch and safetensors write in C++ and Rust, and say so in words of their own
+                if half:  # torch and safetensors write in C++ and Rust, with errors of their own
                     Path(next(a for a in arguments if isinstance(a, Path | str))).write_bytes(b"half")
                     raise RuntimeError("[enforce fail at inline_container.cc] file write failed")
-                named = [] if isinstance(arguments[0], int) else [str(arguments[0])]  # fsync knows no name
+                named = [] if isinstance(arguments[0], int) else [str(arguments[0])]  # fsync has no file name
                 raise OSError(errno.ENOSPC, "No space left on device", *named)
             return function(*arguments, **options)
 
@@ -79,7 +80,7 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
                 run(data, out, *words)
             except (UserError, OSError) as error:
                 message, failed = str(error), failed + 1
-                assert str(out) in message, (k, message)  # the path, and the cause
+                assert str(out) in message, (k, message)  # names the path and the cause
                 assert "No space left" in message or "file write failed" in message, (k, message)
         intact = [step for step in (2, 4) if checkpoint.find_corruption(out / f"step_{step:06d}") is None]
         newest = checkpoint.newest_verified(out, print)
@@ -88,12 +89,12 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
         assert_same_run(out, folder / "whole")
         assert not list(out.glob("*.tmp")) + list(out.glob(".step*"))
         shutil.rmtree(out)
-    assert lost == 0 and failed == disk.count - 2  # two folders exist already and need not be made
+    assert lost == 0 and failed == disk.count - 2  # two of the folders exist already
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3_000, 100_000, 400_000, 800_000])
 def test_the_kernel_refuses_to_write_more(data, saved, tmp_path, limit):
-    """A real limit on the size of files, which the C++ and Rust writers meet, too."""
+    """A real limit on the size of files, which applies to the C++ and Rust writers, too."""
     folder, words = saved
     out = tmp_path / "out"
     shutil.copytree(folder / "out", out)
@@ -133,8 +134,9 @@ def test_a_disk_without_room_for_two_checkpoints_is_refused_at_the_start(data, s
             assert (out / "metrics.jsonl").exists() == bool(have)
 
 
-def test_five_hundred_flips_and_cuts_are_all_seen(saved):
-    """A bit or the end of a file is gone: no run resumes from that folder, no other model is read from it."""
+def test_five_hundred_flips_and_cuts_are_all_noticed(saved):
+    """A bit is flipped or the end of a file is lost: no run resumes from that folder, and no changed model is
+    read from it."""
     out = saved[0] / "whole"
     folder = out / "step_000006"
     expected = GPT.from_pretrained(folder).state_dict()
@@ -154,7 +156,7 @@ def test_five_hundred_flips_and_cuts_are_all_seen(saved):
         loaded += checkpoint.newest_verified(out, lambda text: None) == folder
         if path.parent == folder:
             try:
-                # It may load after a flip in what the manifest says of trainer/, which no model needs.
+                # It may load after a flip in the manifest's entries of trainer/, which no model needs.
                 found = GPT.from_pretrained(folder).state_dict()
                 loaded += any(not torch.equal(value, expected[name]) for name, value in found.items())
             except UserError:

@@ -19,7 +19,7 @@ from tests.conftest import ROOT
 
 @pytest.mark.slow
 def test_thirty_kills_change_no_bit(tmp_path, text_folder):
-    """Some of them inside a save; `python -m bench.soak --kills=1000` is the same for a release."""
+    """Some of them during a save. `python -m bench.soak --kills=1000` is the same test before a release."""
     words = ["--kills=30", f"--source={text_folder}", f"--json={tmp_path / 'j'}"]
     found = subprocess.run([sys.executable, "-m", "bench.soak", *words], cwd=ROOT, capture_output=True,
                            text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
@@ -29,10 +29,10 @@ def test_thirty_kills_change_no_bit(tmp_path, text_folder):
 
 
 class Power:
-    """A disk whose power may fail: names reach it at once (rename first), contents only by fsync.
+    """A disk whose power may fail. Renames reach it at once, contents only by fsync.
 
-    `states` collects what a cut after each operation would leave: {name: content}, where a file that was not
-    forced to disk is there, and empty.
+    `states` collects what a power cut after each operation would leave, {name: content}. A file without an
+    fsync exists but is empty.
     """
 
     def __init__(self, root, monkeypatch):
@@ -57,7 +57,8 @@ class Power:
 
 
 def test_a_power_cut_leaves_a_checkpoint_that_verifies(tmp_path, monkeypatch):
-    """Every moment of three saves: the newest that verifies is whole, and never older than the one before."""
+    """At every moment of three saves the newest checkpoint that verifies is complete, and no finished save is
+    lost."""
     disk = tmp_path / "disk"
     disk.mkdir()
     power, finished = Power(disk, monkeypatch), []

@@ -1,4 +1,4 @@
-"""Fault 11: a loss or a gradient that is not finite."""
+"""Fault 11: a loss or a gradient is not finite."""
 
 import json
 import os
@@ -17,47 +17,44 @@ WORDS = ["--max_steps=16", "--save_interval=4", "--log_interval=4", "--schedule=
 
 
 def train_with_a_bad_step(data, out, *words, bad=6, rank=0, times=1, stop_at=None):
-    """Train with a loss that is nan in step `bad` (from 0) of one rank, the first `times` it comes by.
+    """Train with a loss that is nan in step `bad` (from 0) of one rank, the first `times` it is computed.
 
-    SIGTERM comes in step `stop_at`. Returns the message the run ended with, or its losses.
+    SIGTERM arrives in step `stop_at`. Returns the message of the run's UserError, or its losses.
     """
-    original, seen, left = loop.backward, [], [times]
+    original, left = loop.backward, [times]
 
-    def backward(forward, batches, loss_fn, *rest):
-        step = progress[-1].step
-        seen.append(step)
+    def backward(state, batches, loss_fn, scale):
+        step = state.progress.step
         if step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        is_bad = step == bad and left[0] > 0 and rest[-1].rank == rank
+        is_bad = step == bad and left[0] > 0 and state.run.rank == rank
         left[0] -= is_bad
 
         def broken(model, batch):
             loss, metrics = loss_fn(model, batch)
             return loss * float("nan"), metrics
 
-        return original(forward, batches, broken if is_bad else loss_fn, *rest)
+        return original(state, batches, broken if is_bad else loss_fn, scale)
 
-    progress, load_state = [], loop.load_state
     loop.backward = backward
-    loop.load_state = lambda folder: (progress.append((loaded := load_state(folder))[0]), loaded)[1]
     try:
         run(data, out, *WORDS, *words)
         return losses(events(out))
     except UserError as error:
         return str(error)
     finally:
-        loop.backward, loop.load_state = original, load_state
+        loop.backward = original
 
 
 def rates(out):
     return [event["lr"] for event in events(out) if "lr" in event]
 
 
-def test_it_stops_the_run_and_spares_the_checkpoint(data, tmp_path):
+def test_it_stops_the_run_and_keeps_the_checkpoint(data, tmp_path):
     message = train_with_a_bad_step(data, tmp_path)
     assert "not finite in step 6" in message and "--max_rollbacks=3" in message
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == ["step_000004"]
-    assert [event["step"] for event in events(tmp_path)] == [4]  # seen where it is read: at the log line of 8
+    assert [event["step"] for event in events(tmp_path)] == [4]  # noticed at the log line of step 8
     dump = json.loads((tmp_path / "not_finite_000006.json").read_text())
     rows = torch.tensor([row for batch in dump["batches_of_ranks"][0] for row in batch["input_ids"]])
     assert dump["step"] == 6 and rows.shape == (8, 64)
@@ -66,7 +63,7 @@ def test_it_stops_the_run_and_spares_the_checkpoint(data, tmp_path):
     assert torch.equal(rows, torch.from_numpy(expected))
 
 
-def test_a_rollback_goes_on_at_half_the_rate(data, tmp_path):
+def test_a_rollback_continues_at_half_the_rate(data, tmp_path):
     found = train_with_a_bad_step(data, tmp_path, "--max_rollbacks=1")
     assert len(found) == 4 and found[-1] < found[0]
     assert rates(tmp_path) == pytest.approx([3e-3, 1.5e-3, 1.5e-3, 1.5e-3])
@@ -80,11 +77,11 @@ def test_a_rollback_goes_on_at_half_the_rate(data, tmp_path):
 def test_rollbacks_are_bounded_and_each_halves_the_rate(data, tmp_path):
     message = train_with_a_bad_step(data, tmp_path, "--max_rollbacks=2", times=3)
     assert "not finite in step 6" in message
-    found = train_with_a_bad_step(data, tmp_path, "--max_rollbacks=2", times=2)  # a new start has them again
+    found = train_with_a_bad_step(data, tmp_path, "--max_rollbacks=2", times=2)  # may roll back again
     assert len(found) == 4 and rates(tmp_path) == pytest.approx([3e-3, 0.75e-3, 0.75e-3, 0.75e-3])
 
 
-def test_a_run_stopped_after_a_rollback_goes_on_bit_for_bit(data, tmp_path):
+def test_a_run_stopped_after_a_rollback_resumes_bit_identically(data, tmp_path):
     train_with_a_bad_step(data, tmp_path / "whole", "--max_rollbacks=1", "--log_interval=1")
     with pytest.raises(SystemExit):
         train_with_a_bad_step(data, tmp_path / "cut", "--max_rollbacks=1", "--log_interval=1", stop_at=9)
@@ -93,7 +90,7 @@ def test_a_run_stopped_after_a_rollback_goes_on_bit_for_bit(data, tmp_path):
     assert_same_run(tmp_path / "cut", tmp_path / "whole")
 
 
-def test_without_a_checkpoint_there_is_nothing_to_go_back_to(data, tmp_path):
+def test_without_a_checkpoint_there_is_nothing_to_return_to(data, tmp_path):
     assert "not finite in step 2" in train_with_a_bad_step(data, tmp_path, "--max_rollbacks=3", bad=2)
     assert checkpoint.step_folders(tmp_path) == []
 

@@ -1,4 +1,4 @@
-"""Fault 26: nothing from a stranger is executed or let out of its folder, and no secret is written."""
+"""Fault 26: nothing from a stranger is executed or reads outside its folder, and no secret is written."""
 
 import json
 import os
@@ -18,7 +18,7 @@ from tests.runs import run
 
 
 class Bomb:
-    """Unpickled, it makes a file."""
+    """An object that makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -38,7 +38,7 @@ def test_pickles_are_never_loaded(trained, tmp_path):
 
 
 def test_a_checkpoint_that_holds_code_is_refused(data, tmp_path):
-    """Even with a manifest that fits."""
+    """Even if the manifest matches."""
     out = tmp_path / "out"
     run(data, out, "--max_steps=2")
     folder = checkpoint.step_folders(out)[-1]
@@ -60,7 +60,7 @@ def test_an_index_cannot_reach_another_folder(tmp_path):
         GPT.from_pretrained(folder)
 
 
-def test_a_secret_of_the_environment_stands_in_no_output(data, tmp_path, monkeypatch, capfd):
+def test_no_output_holds_a_secret_of_the_environment(data, tmp_path, monkeypatch, capfd):
     canary = "canary-5d41402abc4b2a76"
     for name in ("WANDB_API_KEY", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, canary)

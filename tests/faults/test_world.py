@@ -1,4 +1,4 @@
-"""Faults 8 to 10: another number of processes, wrappers, and a fault that only one of them meets."""
+"""Faults 8 to 10: a change of the number of processes, wrappers, and a fault on only one rank."""
 
 import os
 import subprocess
@@ -29,7 +29,7 @@ def single(request, tmp_path_factory, data):
 
 
 def saved_again(source, out, parallel):
-    """Load a run's newest checkpoint as a resuming run does, on this many ranks, and save it under `out`."""
+    """Load a run's newest checkpoint as a resuming run does, on all ranks, and save it under `out`."""
     is_muon = any("momentum_buffer" in entry for entry in state(source)["optimizer"].values())
     optimizer = "muon" if is_muon else "adamw"
     words = ["--micro_batch_size=2", f"--parallel={parallel}", f"--optimizer={optimizer}"]
@@ -39,16 +39,13 @@ def saved_again(source, out, parallel):
         with torch.device("meta"):
             model = GPT(GPTConfig.from_keys(cfg, vocab_size=500, block_size=64))
         loop.place(model, cfg, process, folder)
-        progress, loaded = loop.load_state(folder)
-        stages = loop.plan_stages(cfg)
-        _, optimizers = loop.enter_stage(stages, stages[0], model, process)
-        loop.load_optimizer_state(model, optimizers, loaded["optimizer"])
-        scaler = torch.amp.GradScaler("cpu", enabled=False)
-        loop.save(model, optimizers, scaler, progress, process, 2)
+        resumed = loop.resume(cfg, model, process, folder)
+        loop.enter_stage(resumed)
+        loop.save(resumed)
 
 
 def test_weights_and_optimizer_survive_every_change_of_ranks(single, tmp_path, two_ranks):
-    """1 -> FSDP x 2 -> DDP x 2 -> FSDP x 2 -> 1, each loading what was saved before: not a bit changes."""
+    """1 -> FSDP x 2 -> DDP x 2 -> FSDP x 2 -> 1, each loading what the last one saved: bit-identical."""
     source = single
     for number, parallel in enumerate(["fsdp", "ddp", "fsdp", "single"]):
         out = tmp_path / f"{number}_{parallel}"
@@ -64,7 +61,7 @@ def test_weights_and_optimizer_survive_every_change_of_ranks(single, tmp_path, t
 
 
 def test_no_sample_is_lost_or_read_twice(data):
-    """The ranks' shares together are the step's samples, in order, for 1, 2 and 4 ranks."""
+    """The shards of all ranks together are the step's samples, in order, for 1, 2 and 4 ranks."""
     cfg = configure(train.TrainConfig, [*TINY_RUN, f"--dataset={data}", "--micro_batch_size=1",
                                         "--max_steps=9999"])[0]
 
@@ -87,7 +84,7 @@ def test_no_sample_is_lost_or_read_twice(data):
 
 
 @pytest.mark.parametrize("words", [["--parallel=ddp"], ["--parallel=fsdp"], ["--compile=True"]])
-def test_no_wrapper_is_in_a_files_names(data, single, tmp_path, two_ranks, words, monkeypatch):
+def test_no_wrappers_name_is_in_a_file(data, single, tmp_path, two_ranks, words, monkeypatch):
     words = ["--max_steps=1", "--micro_batch_size=2", *words]
     if "--compile=True" in words:
         monkeypatch.setattr(torch.nn.Module, "compile", compile_eagerly)
@@ -102,11 +99,11 @@ def test_no_wrapper_is_in_a_files_names(data, single, tmp_path, two_ranks, words
 
 
 def compile_eagerly(module):
-    """torch.compile as it wraps, without the minute a compiler takes."""
+    """torch.compile's wrapper, without the minute that its compiler takes."""
     module._compiled_call_impl = torch.compile(module._call_impl, backend="eager")
 
 
-def test_a_fault_of_one_ranks_data_is_told_by_all(data, tmp_path, two_ranks):
+def test_a_fault_in_one_ranks_data_is_raised_by_all(data, tmp_path, two_ranks):
     messages = two_ranks(bad_row_on_the_second_rank, data, tmp_path)
     assert messages[0] == messages[1] and "token 7 is 60000" in messages[0]
 
@@ -128,14 +125,14 @@ def bad_row_on_the_second_rank(data, out):
         train.batches_at = original
 
 
-def test_torchrun_tells_a_users_fault_once(tmp_path):
-    """From the command line: one line, not one a process, and no traceback of ours."""
-    found = subprocess.run(
+def test_torchrun_prints_a_users_mistake_once(tmp_path):
+    """From the command line: one line, not one per process, and no traceback of ours."""
+    result = subprocess.run(
         [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", "train.py",
          "--learning_rat=1", f"--out_dir={tmp_path}"],
         cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
-    told = [line for line in found.stderr.splitlines() if "learning_rate" in line]
-    assert told == ["train.py: command line: unknown key 'learning_rat', did you mean 'learning_rate'? "
+    lines = [line for line in result.stderr.splitlines() if "learning_rate" in line]
+    assert lines == ["train.py: command line: unknown key 'learning_rat', did you mean 'learning_rate'? "
                     "(--help lists them all)"]
-    assert 'File "' not in found.stderr.split("torch/distributed")[0]
+    assert 'File "' not in result.stderr.split("torch/distributed")[0]

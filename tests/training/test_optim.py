@@ -9,12 +9,12 @@ from configurator import UserError
 from model import GPT
 from tests.conftest import tiny_config
 from training import optim
+from training.config import RunConfig
 from training.optim import Muon, learning_rate_at, make_optimizers, multipliers, orthogonalize
-from training.stages import RunConfig
 
 
 def test_muon_equals_torch_in_its_precision(monkeypatch):
-    """torch.optim.Muon orthogonalises in bfloat16; so does ours when told to."""
+    """torch.optim.Muon orthogonalises in bfloat16; here ours does, too."""
 
     def in_bfloat16(matrices, steps=5):
         return torch.stack(
@@ -121,12 +121,12 @@ def test_groups():
 @pytest.mark.parametrize(
     "patterns, message",
     [
-        ({"nothing": 0.5}, "decides over no parameter"),
-        ({"(": 1.0}, "no regular expression"),
+        ({"nothing": 0.5}, "pattern 'nothing' matches no parameter"),
+        ({"(": 1.0}, "is not a regular expression"),
         ({"mlp": -1.0}, "a factor of at least 0"),
         ({"mlp": "a"}, "a factor of at least 0"),
         ({1: 2.0}, "must be a regular expression"),
-        ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' decides"),
+        ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' matches no parameter .or an earlier pattern took them all"),
     ],
 )
 def test_multipliers_refused(patterns, message):

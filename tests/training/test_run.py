@@ -1,4 +1,4 @@
-"""training/run.py: stages, the folder of a run, its log, what it refuses."""
+"""training/run.py: stages, a run's folder, its log, and what it refuses."""
 
 import json
 import shutil
@@ -79,7 +79,7 @@ def test_the_log_has_every_field(trained):
     assert found[-1]["val_perplexity"] == pytest.approx(np.exp(found[-1]["val_loss"]))
 
 
-def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
+def test_a_finished_run_prints_so_and_can_grow(data, tmp_path, capsys):
     words = ["--schedule=constant", "--warmup_steps=0"]
     run(data, tmp_path, *words, "--max_steps=4")
     before = events(tmp_path)
@@ -95,15 +95,17 @@ def test_a_finished_run_says_so_and_grows(data, tmp_path, capsys):
 @pytest.mark.parametrize("flags, emulated", [
     ("fma avx2 avx512f", True), ("avx512f avx512_bf16 amx_int8", False), ("asimd bf16", False), ("", True)
 ])
-def test_a_cpu_without_bfloat16_units_is_told(tmp_path, monkeypatch, capsys, flags, emulated):
+def test_a_cpu_without_bfloat16_units_is_named(tmp_path, monkeypatch, capsys, flags, emulated):
     cpuinfo = tmp_path / "cpuinfo"
     cpuinfo.write_text(f"model name : a CPU\nflags : {flags}\n")
-    monkeypatch.setattr(modeling.devices, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path))
+    monkeypatch.setattr(
+        modeling.devices, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path)
+    )
     for dtype in ("bfloat16", "float32"):
         with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype), {}):
             assert ("no bfloat16 units" in capsys.readouterr().out) == (emulated and dtype == "bfloat16")
     cpuinfo.unlink()
-    assert not training.run.emulates_bfloat16(torch.device("cpu"))  # not known
+    assert not training.run.emulates_bfloat16(torch.device("cpu"))  # unknown, so no warning
 
 
 def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_path):
@@ -127,7 +129,7 @@ def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_pat
 
 
 def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path):
-    with pytest.raises(UserError, match="decides over no parameter"):
+    with pytest.raises(UserError, match="'nothing' matches no parameter"):
         run(data, tmp_path, "--max_steps=2", "--lr_multipliers={'nothing': 0.1}")
     assert len(losses(run(data, tmp_path, "--max_steps=2"))) == 2
 
@@ -142,13 +144,13 @@ def test_damaged_files_of_a_run_are_one_line(data, tmp_path, content):
             with pytest.raises(UserError, match=f"{name}: damaged"):
                 run(data, tmp_path, "--max_steps=3")
         (tmp_path / name).write_text(before)
-    (tmp_path / "metrics.jsonl").write_text(content + '\n{"step": "x"}\n{"a":}\n')  # a log is not needed
-    assert [event["step"] for event in run(data, tmp_path, "--max_steps=2")] == [2]  # it evaluates anew
+    (tmp_path / "metrics.jsonl").write_text(content + '\n{"step": "x"}\n{"a":}\n')  # not needed
+    assert [event["step"] for event in run(data, tmp_path, "--max_steps=2")] == [2]  # it evaluates again
     assert [event["step"] for event in run(data, tmp_path, "--max_steps=3")] == [2, 3, 3]
 
 
 def test_overwriting_comes_last(data, tmp_path):
-    """A mistake beside --overwrite=True costs nothing; nor may a run lie in a data set's folder."""
+    """A mistake in a command with --overwrite=True deletes nothing; and a run cannot be in a data folder."""
     run(data, tmp_path / "out", "--max_steps=2")
     kept = json.loads((tmp_path / "out" / "run.json").read_text())
     for words in ([f"--dataset={tmp_path / 'typo'}"], ["--vocab_size=10"], ["--block_size=100000"]):
@@ -168,7 +170,7 @@ def test_two_runs_in_one_folder(data, tmp_path):
     start_run(cfg, {}).__exit__()
 
 
-def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
+def test_the_last_line_of_a_killed_log_may_be_incomplete(data, tmp_path):
     stop_at_step(data, tmp_path, 3, "--max_steps=9")
     with open(tmp_path / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "loss": 1.0}\n{"step": 6, "lo')
@@ -196,7 +198,7 @@ def test_the_last_line_of_a_killed_log_may_be_half(data, tmp_path):
         (["--block_size=10000000"], "make no row"),
     ],
 )
-def test_wrong_words_are_one_line(data, tmp_path, words, message):
+def test_mistakes_are_one_line(data, tmp_path, words, message):
     with pytest.raises(UserError, match=message):
         run(data, tmp_path, "--max_steps=1", *words)
 

@@ -181,12 +181,12 @@ def test_transformers_reads_a_checkpoint_inside_the_ramp(curriculum):
 def test_tables_are_rewritten_in_place():
     """What was compiled against them, or wrapped around them, stays right."""
     model = GPT(tiny_config())
-    before = model.rope_cos
+    before = model.rope.cos
     model.reconfigure(rope_theta=123.0)
-    assert model.rope_cos is before
+    assert model.rope.cos is before
     angles = torch.arange(64)[:, None] * rope_frequencies(16, 123.0, None)[0]
-    assert torch.equal(model.rope_cos, torch.cat((angles.cos(), angles.cos()), dim=-1))
-    assert torch.equal(model.rope_sin, torch.cat((-angles.sin(), angles.sin()), dim=-1))
+    assert torch.equal(model.rope.cos, torch.cat((angles.cos(), angles.cos()), dim=-1))
+    assert torch.equal(model.rope.sin, torch.cat((-angles.sin(), angles.sin()), dim=-1))
 
 
 @pytest.mark.parametrize("theta", ["(1, 2, 3)", "(1,)", "(0, 5)", "(10, -5)", "('a', 2)", "[]", "(True, 2)",
