@@ -185,11 +185,6 @@ def require_models(cfg: EvalConfig) -> None:
             require_chat(tokenizer, path)
 
 
-def questions_sha256(questions: Any) -> str:
-    """A hash of all questions with their prompts, to show that two results are about the same questions."""
-    return hashlib.sha256(repr(questions).encode("utf-8", "backslashreplace")).hexdigest()
-
-
 # ---- Measuring --------------------------------------------------------------------------------------------
 
 def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
@@ -221,6 +216,17 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
 
 # ---- The table --------------------------------------------------------------------------------------------
 
+def shown(figure: Figure) -> str:
+    return f"{figure.value:.4f} +- {figure.stderr:.4f}"
+
+
+def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
+    """The sum of a count over a model's tasks, and that sum per second of the tasks where it is not 0."""
+    tasks = [task for task in model["tasks"].values() if task[key]]
+    total = sum(task[key] for task in tasks)
+    return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)
+
+
 def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[list[str]]:
     """The table as rows of cells: a header, one row per figure of each task, then the speeds.
 
@@ -242,22 +248,11 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[lis
     return rows
 
 
-def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
-    """The sum of a count over a model's tasks, and that sum per second of the tasks where it is not 0."""
-    tasks = [task for task in model["tasks"].values() if task[key]]
-    total = sum(task[key] for task in tasks)
-    return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)
-
-
 def notes(models: list[dict[str, Any]], absent: dict[str, str]) -> list[str]:
     """One line per task that was not run, with the reason."""
     return [f"not run: {task}: {reason}" for task, reason in absent.items()] + [
         f"not run: {task}: {model['model']}: {reason}" for model in models
         for task, reason in model["not_run"].items()]
-
-
-def shown(figure: Figure) -> str:
-    return f"{figure.value:.4f} +- {figure.stderr:.4f}"
 
 
 def aligned(rows: list[list[str]]) -> str:
@@ -306,28 +301,26 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
 
 # ---- main -------------------------------------------------------------------------------------------------
 
-def output_folder(cfg: EvalConfig) -> Path:
-    """--out_dir, else the model's folder, else the current folder for a model from the hub."""
-    default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")
-    out = Path(cfg.out_dir) if cfg.out_dir else default
-    out.mkdir(parents=True, exist_ok=True)
-    return out
-
-
 def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, str]) -> dict[str, Any]:
     """The content of results.json before the first model."""
     packages = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors")
+    # Hashes of all questions with their prompts show whether two results are about the same questions. They
+    # also cover the names of the classes that hold the questions, so those have to stay.
+    hashes = {name: hashlib.sha256(repr(loaded).encode("utf-8", "backslashreplace")).hexdigest()
+              for name, loaded in questions.items()}
     return {"settings": dataclasses.asdict(cfg), "complete": False, "not_run": absent, "models": [],
             "versions": {"python": sys.version.split()[0], **{name: version(name) for name in packages}},
-            "data_sha256": {name: questions_sha256(loaded) for name, loaded in questions.items()}}
+            "data_sha256": hashes}
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(EvalConfig, argv, usage=__doc__)
-    # What can be wrong is looked for first: data, models, then the folder for the results.
+    # Everything that can be wrong is checked before the first model is measured.
     questions, absent = load_all(cfg)
     require_models(cfg)
-    out = output_folder(cfg)
+    default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")  # a hub id has no folder here
+    out = Path(cfg.out_dir) if cfg.out_dir else default
+    out.mkdir(parents=True, exist_ok=True)
     results = empty_results(cfg, questions, absent)
     models = results["models"]
     answers: dict[str, list[dict[str, Any]]] = {name: [] for name in questions}

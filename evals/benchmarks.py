@@ -58,6 +58,24 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
     return files
 
 
+def file_rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a file. Raises UserError with the place of a row that cannot be read."""
+    files, _ = find_files(str(path), "data", ROW_KINDS)
+    rows = list(read_rows(files, None, piece=2**20))
+    for row, value in usable_rows(rows, row_value):
+        if not isinstance(value, dict):
+            raise UserError(f"{row.place}: not a JSON object")
+        splits = {key: items for key, items in value.items() if is_list_of_dicts(items) and items}
+        if file_kind(path) == ".tsv":
+            if any(value.values()):
+                yield {"fields": list(value.values()), "file": path.name}
+        elif file_kind(path) == ".json" and splits and len(rows) == 1:
+            yield from ({**item, "split": split, "file": path.name}
+                        for split, items in splits.items() for item in items)
+        else:
+            yield {**value, "file": path.name}
+
+
 def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
     """All rows of a benchmark. Raises UserError if there are none, or if a row is not valid text.
 
@@ -80,21 +98,3 @@ def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
         except UnicodeEncodeError:
             raise UserError(f"{row['file']}: row {number} has a lone surrogate") from None
     return rows
-
-
-def file_rows(path: Path) -> Iterator[dict[str, Any]]:
-    """The rows of a file. Raises UserError with the place of a row that cannot be read."""
-    files, _ = find_files(str(path), "data", ROW_KINDS)
-    rows = list(read_rows(files, None, piece=2**20))
-    for row, value in usable_rows(rows, row_value):
-        if not isinstance(value, dict):
-            raise UserError(f"{row.place}: not a JSON object")
-        splits = {key: items for key, items in value.items() if is_list_of_dicts(items) and items}
-        if file_kind(path) == ".tsv":
-            if any(value.values()):
-                yield {"fields": list(value.values()), "file": path.name}
-        elif file_kind(path) == ".json" and splits and len(rows) == 1:
-            yield from ({**item, "split": split, "file": path.name}
-                        for split, items in splits.items() for item in items)
-        else:
-            yield {**value, "file": path.name}

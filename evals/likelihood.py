@@ -2,7 +2,7 @@
 
     request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])         # or encode_turn: chat format
     texts, lost = fit_context(request, request.continuations[0], block_size)  # cut to the model's context
-    text_log_probs(model, texts)                                              # [(-0.1, True)]
+    text_log_probs(model, texts)                                              # [-0.1]
 
 Benchmark texts share prefixes: the choices of a question share the question, and all questions share the
 worked examples. The texts are sorted, so that each one shares its longest prefix with the text before it.
@@ -34,6 +34,7 @@ Shapes: B rows (1 for the tree), T new tokens, S slots of the cache, N scored to
 
 import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -54,13 +55,11 @@ MAX_PASS_TOKENS = {"cpu": 256, "cuda": 4096}
 ROW_TOKENS = 4096  # tokens of running text per forward pass
 
 
-class Likelihood(NamedTuple):
+@dataclass
+class Likelihood:
     """How likely a model finds a continuation."""
 
     log_prob: float  # sum over its tokens, in nats
-    tokens: int
-    greedy: bool  # True if each of its tokens is the most likely one, so that greedy decoding would write it
-    bytes: int  # length of its text in UTF-8
     truncated: int = 0  # tokens dropped from the beginning of the context
 
 
@@ -82,6 +81,11 @@ class Text(NamedTuple):
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
 
+def opening_id(tokenizer: Tokenizer) -> int:
+    """The token that opens a text: the tokenizer's BOS token, or its end-of-text token if it has no BOS."""
+    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
+
+
 def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
     """Encode a context and its continuations as HFLM does.
 
@@ -98,11 +102,6 @@ def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -
         if not targets[-1]:
             raise UserError(f"{continuation!r} after {context[-40:]!r} has no token of its own")
     return Request(context_ids or [opening_id(tokenizer)], targets)
-
-
-def opening_id(tokenizer: Tokenizer) -> int:
-    """The token that opens a text: the tokenizer's BOS token, or its end-of-text token if it has no BOS."""
-    return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
 def turn_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
@@ -142,6 +141,26 @@ def fit_context(request: Request, continuation: list[int], block_size: int) -> t
 
 
 # ---- Ids -> log-probabilities -----------------------------------------------------------------------------
+
+def shared_prefix_length(one: np.ndarray, two: np.ndarray) -> int:
+    """The number of equal elements at the beginning of both arrays."""
+    length = min(len(one), len(two))
+    differs = one[:length] != two[:length]
+    return int(differs.argmax()) if differs.any() else length
+
+
+def tree_mask(paths: list[np.ndarray], counts: list[int], first: int) -> np.ndarray:
+    """Which slots each new token attends to: (T, S) bool.
+
+    paths: the slots of each text; the last counts[i] of paths[i] are new. first: the first new slot.
+    """
+    mask, row = np.zeros((sum(counts), first + sum(counts)), bool), 0
+    for path, count in zip(paths, counts, strict=True):
+        mask[row:row + count, path[:len(path) - count]] = True  # all of the shared prefix
+        mask[row:row + count, first + row:first + row + count] = np.tri(count, dtype=bool)  # causal
+        row += count
+    return mask
+
 
 class Tree(KVCache):
     """Keys, values and last hidden states of a tree of tokens, in one row of slots (module docstring).
@@ -193,26 +212,6 @@ class Tree(KVCache):
         self.set_lengths([length])
 
 
-def tree_mask(paths: list[np.ndarray], counts: list[int], first: int) -> np.ndarray:
-    """Which slots each new token attends to: (T, S) bool.
-
-    paths: the slots of each text; the last counts[i] of paths[i] are new. first: the first new slot.
-    """
-    mask, row = np.zeros((sum(counts), first + sum(counts)), bool), 0
-    for path, count in zip(paths, counts, strict=True):
-        mask[row:row + count, path[:len(path) - count]] = True  # all of the shared prefix
-        mask[row:row + count, first + row:first + row + count] = np.tri(count, dtype=bool)  # causal
-        row += count
-    return mask
-
-
-def shared_prefix_length(one: np.ndarray, two: np.ndarray) -> int:
-    """The number of equal elements at the beginning of both arrays."""
-    length = min(len(one), len(two))
-    differs = one[:length] != two[:length]
-    return int(differs.argmax()) if differs.any() else length
-
-
 def batches(texts: list[np.ndarray], max_tokens: int) -> Iterator[list[tuple[int, int]]]:
     """Yield batches of (index, end) in sorted order; a batch adds at most `max_tokens` tokens to the tree.
 
@@ -232,48 +231,20 @@ def batches(texts: list[np.ndarray], max_tokens: int) -> Iterator[list[tuple[int
         yield batch
 
 
-@torch.inference_mode()
-def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[tuple[float, bool]]:
-    """For each text: the sum of its targets' log-probabilities in nats, and whether all are the argmax.
-
-    max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device.
-    """
-    device = model.head_weight.device
-    max_tokens = max_tokens or MAX_PASS_TOKENS.get(device.type, 4096)
-    inputs = [text.ids[:-1] for text in texts]
-    tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
-    results = [(0.0, False)] * len(texts)
-    with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
-        for batch in batches(inputs, max_tokens):
-            pieces = [inputs[index][:end] for index, end in batch]
-            tree.keep(shared_prefix_length(tree.text, pieces[0]))
-            paths = tree.read(model, pieces)
-            complete = [(index, path) for (index, end), path in zip(batch, paths, strict=True)
-                        if end == len(inputs[index])]
-            # The state at the slot before a target predicts it. Pieces of the path stay in the cache.
-            slots = [path[len(path) - texts[index].num_targets:] for index, path in complete]
-            targets = [texts[index].ids[-texts[index].num_targets:] for index, _ in complete]
-            values, hits = score_slots(model, tree.states, slots, targets)
-            for (index, _), value, hit in zip(complete, values, hits, strict=True):
-                results[index] = float(value.sum()), bool(hit.all())
-            bar.update(len(complete))
-    return results
-
-
 def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
-                targets: list[np.ndarray]) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """For each text: log p(target) after each of its slots, float64, and whether the target is the argmax.
+                targets: list[np.ndarray]) -> list[np.ndarray]:
+    """log p(target) after each slot of each text, in nats, float64.
 
     states: (slots, n_embd). slots, targets: one integer array per text, of equal lengths.
     """
     if not slots:
-        return [], []
+        return []
     V, weight = model.config.vocab_size, model.head_weight
     ends = np.cumsum([len(each) for each in targets])[:-1]
     # Choices with the same context share the slot before their first token: its logits are computed once.
     unique, place = np.unique(np.concatenate(slots), return_inverse=True)  # (U,), (N,)
     ids = np.concatenate(targets).astype(np.int64)  # (N,)
-    values, hits = np.zeros(len(ids)), np.zeros(len(ids), bool)
+    values = np.zeros(len(ids))
     chunk = chunk_rows(states, V)
     for begin in range(0, len(unique), chunk):
         here = torch.from_numpy(unique[begin:begin + chunk]).to(states.device)
@@ -281,8 +252,35 @@ def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
         mine = np.flatnonzero((begin <= place) & (place < begin + chunk))  # the targets of this chunk
         row, wanted = (torch.from_numpy(each[mine]).to(states.device) for each in (place - begin, ids))
         values[mine] = (logits[row, wanted] - logits.logsumexp(dim=-1)[row]).cpu().numpy()
-        hits[mine] = (logits.argmax(dim=-1)[row] == wanted).cpu().numpy()
-    return np.split(values, ends), np.split(hits, ends)
+    return np.split(values, ends)
+
+
+@torch.inference_mode()
+def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[float]:
+    """The sum of the log-probabilities of each text's targets, in nats.
+
+    max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device.
+    """
+    device = model.head_weight.device
+    max_tokens = max_tokens or MAX_PASS_TOKENS.get(device.type, 4096)
+    inputs = [text.ids[:-1] for text in texts]
+    tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
+    sums = [0.0] * len(texts)
+    with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
+        for batch in batches(inputs, max_tokens):
+            pieces = [inputs[index][:end] for index, end in batch]
+            tree.keep(shared_prefix_length(tree.text, pieces[0]))
+            paths = tree.read(model, pieces)
+            complete = [(index, path) for (index, end), path in zip(batch, paths, strict=True)
+                        if end == len(inputs[index])]
+            # A text is scored once it is read to its end. Its last `num_targets` slots predict the targets.
+            slots = [path[len(path) - texts[index].num_targets:] for index, path in complete]
+            targets = [texts[index].ids[-texts[index].num_targets:] for index, _ in complete]
+            values = score_slots(model, tree.states, slots, targets)
+            for (index, _), log_probs in zip(complete, values, strict=True):
+                sums[index] = float(log_probs.sum())
+            bar.update(len(complete))
+    return sums
 
 
 # ---- Running text -----------------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
     lm = LM("out/sft", chat=True)
     lm.generate_until(["Q: 2 + 2?\nA:"], stops=["\n"], max_new_tokens=16)     # [" 4"]
-    lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1, ..), ..]]
+    lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1), ..]]
 
 The method names are those of the package `lm_eval`. With chat=True, a prompt becomes a user's message, and
 the text or the choice is read as the assistant's answer. Decoding is always greedy.
@@ -10,7 +10,7 @@ the text or the choice is read as the assistant's answer. Decoding is always gre
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -26,6 +26,11 @@ from model import GPT
 from modeling.devices import DTYPES, pick_device
 
 MAX_BATCH_TOKENS = 2**17  # prompt tokens per batch: long prompts (16,384 tokens) go eight at a time
+
+
+def cut_at_stop(text: str, stops: list[str]) -> str:
+    """Text up to the first of the stop texts in it."""
+    return text[:min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
 
 
 class LM:
@@ -66,23 +71,6 @@ class LM:
 
     # ---- Text ---------------------------------------------------------------------------------------------
 
-    def generate_until(self, prompts: Sequence[str | list[int]], stops: list[str],
-                       max_new_tokens: int) -> list[str]:
-        """The text generated after each prompt, up to but not including the first stop text.
-
-        prompts: texts, or ids of texts. A prompt that leaves no room for max_new_tokens in the context loses
-        its beginning, but keeps at least half of the context. In chats a stop text does not end generation:
-        the whole answer is generated and then cut.
-        """
-        self.truncated = []
-        prompts = [self.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
-        texts = [""] * len(prompts)
-        for batch in self.batches([len(ids) for ids in prompts]):
-            answers = self.generate_ids([prompts[index] for index in batch], stops, max_new_tokens)
-            for index, ids in zip(batch, answers, strict=True):
-                texts[index] = cut_at_stop(self.answer_text(ids), stops)
-        return texts
-
     def room(self, max_new_tokens: int) -> int:
         """The largest number of prompt tokens that fit."""
         context = self.model.config.block_size
@@ -99,18 +87,22 @@ class LM:
         self.truncated.append(len(kept) < len(prompt))
         return self.prefix + kept + self.suffix or [self.tokenizer.eot_id]
 
-    def batches(self, lengths: list[int]) -> Iterator[list[int]]:
-        """Yield the indices of prompts in batches of similar length.
+    def in_batches(self, lengths: list[int], answer: Callable[[list[int]], list[Any]]) -> list[Any]:
+        """Call answer(indices) for batches of prompts of similar length; returns one answer per prompt.
 
-        The longest prompts come first, so a run that needs too much memory fails at once.
+        lengths: tokens of each prompt. The longest prompts come first, so a run that needs too much memory
+        fails at once.
         """
+        answers: list[Any] = [None] * len(lengths)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
         with tqdm(total=len(order), unit="prompt", leave=False, disable=None) as bar:
             while order:
                 size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // lengths[order[0]]))
-                yield order[:size]
-                bar.update(len(order[:size]))
-                order = order[size:]
+                batch, order = order[:size], order[size:]
+                for index, each in zip(batch, answer(batch), strict=True):
+                    answers[index] = each
+                bar.update(len(batch))
+        return answers
 
     def generate_ids(self, prompts: list[list[int]], stops: list[str],
                      max_new_tokens: int) -> list[list[int]]:
@@ -139,6 +131,20 @@ class LM:
             return read_answer(self.tokenizer, ids)["content"]
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids])
 
+    def generate_until(self, prompts: Sequence[str | list[int]], stops: list[str],
+                       max_new_tokens: int) -> list[str]:
+        """The text generated after each prompt, up to but not including the first stop text.
+
+        prompts: texts, or ids of texts. A prompt that leaves no room for max_new_tokens in the context loses
+        its beginning, but keeps at least half of the context. In chats a stop text does not end generation:
+        the whole answer is generated and then cut.
+        """
+        self.truncated = []
+        prompts = [self.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
+        answers = self.in_batches([len(ids) for ids in prompts], lambda batch: self.generate_ids(
+            [prompts[index] for index in batch], stops, max_new_tokens))
+        return [cut_at_stop(self.answer_text(ids), stops) for ids in answers]
+
     # ---- Conversations ------------------------------------------------------------------------------------
 
     def reply(self, conversations: list[list[Message]], max_new_tokens: int,
@@ -149,12 +155,9 @@ class LM:
         answer is returned as it is, with its calls.
         """
         assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens)
-        replies: list[list[dict[str, Any]]] = [[] for _ in conversations]
         lengths = [len(encode_prompt(self.tokenizer, conversation)) for conversation in conversations]
-        for batch in self.batches(lengths):
-            answers = assistant.reply([conversations[index] for index in batch], most_calls=most_calls)
-            for index, messages in zip(batch, answers, strict=True):
-                replies[index] = messages
+        replies = self.in_batches(lengths, lambda batch: assistant.reply(
+            [conversations[index] for index in batch], most_calls=most_calls))
         self.tokens += assistant.tokens
         self.truncated = [length > self.model.config.block_size for length in lengths]
         return replies
@@ -164,26 +167,18 @@ class LM:
 
         Raises UserError if a log-probability is not finite.
         """
-        texts, owners, rows = [], [], []  # owners: the (row, column) in `rows` that each text belongs to
+        texts, owners, rows = [], [], []  # owners: the likelihood that each text adds to
+        encode = encode_turn if self.chat else encode_plain
         for context, continuations in requests:
-            encode = encode_turn if self.chat else encode_plain
-            request = encode(self.tokenizer, context, continuations)
-            row = []
-            for continuation, ids in zip(continuations, request.continuations, strict=True):
+            request, row = encode(self.tokenizer, context, continuations), []
+            for ids in request.continuations:
                 parts, lost = fit_context(request, ids, self.model.config.block_size)
+                row.append(Likelihood(0.0, lost))
                 texts += parts
-                owners += [(len(rows), len(row))] * len(parts)
-                row.append(Likelihood(0.0, len(ids), True, len(continuation.encode()), lost))
+                owners += row[-1:] * len(parts)
             rows.append(row)
-        for (row, column), (log_prob, greedy) in zip(owners, text_log_probs(self.model, texts), strict=True):
+        for owner, log_prob in zip(owners, text_log_probs(self.model, texts), strict=True):
             if not math.isfinite(log_prob):
                 raise UserError(f"{self.folder}: a log-probability of {log_prob}: its weights are broken")
-            total = rows[row][column]
-            rows[row][column] = total._replace(log_prob=total.log_prob + log_prob,
-                                               greedy=total.greedy and greedy)
+            owner.log_prob += log_prob
         return rows
-
-
-def cut_at_stop(text: str, stops: list[str]) -> str:
-    """Text up to the first of the stop texts in it."""
-    return text[:min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]

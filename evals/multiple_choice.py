@@ -49,6 +49,14 @@ class Question:
 
 # ---- Questions --------------------------------------------------------------------------------------------
 
+def split_of(row: dict[str, Any]) -> str | None:
+    """The split that the row names, or a word of its file's name that is a split, or None."""
+    if isinstance(row.get("split"), str):
+        return row["split"]
+    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in QUESTION_SPLITS["test"]]
+    return words[-1] if words else None
+
+
 def splits(source: str | None, name: str,
            hub: dict[str, str]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """The rows of a benchmark for worked examples, and the rows for questions.
@@ -70,12 +78,12 @@ def splits(source: str | None, name: str,
     return examples, by_split[chosen]
 
 
-def split_of(row: dict[str, Any]) -> str | None:
-    """The split that the row names, or a word of its file's name that is a split, or None."""
-    if isinstance(row.get("split"), str):
-        return row["split"]
-    words = [word for word in re.split(r"[^a-z]+", row["file"].lower()) if word in QUESTION_SPLITS["test"]]
-    return words[-1] if words else None
+def shots_text(examples: Sequence[Question], count: int) -> str:
+    """The first `count` examples with their answers, as text. Raises UserError if there are fewer."""
+    if count > len(examples):
+        place = f" of {examples[0].group}" if examples and examples[0].group else ""
+        raise UserError(f"shots={count}: there are {len(examples)} examples{place}")
+    return "".join(f"{each.prompt} {each.choices[each.gold[0]]}\n\n" for each in examples[:count])
 
 
 def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: int,
@@ -83,14 +91,6 @@ def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: 
     """The rows as questions, each after the same first `shots` examples."""
     text = shots_text(convert(examples[:shots], question_of), shots)
     return [replace(question, shots=text) for question in convert(rows, question_of)]
-
-
-def shots_text(examples: Sequence[Question], count: int) -> str:
-    """The first `count` examples with their answers, as text. Raises UserError if there are fewer."""
-    if count > len(examples):
-        place = f" of {examples[0].group}" if examples and examples[0].group else ""
-        raise UserError(f"shots={count}: there are {len(examples)} examples{place}")
-    return "".join(f"{each.prompt} {each.choices[each.gold[0]]}\n\n" for each in examples[:count])
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------

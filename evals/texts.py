@@ -26,38 +26,6 @@ class Texts(NamedTuple):
     place: str  # the file or folder they come from
 
 
-def read_texts(source: str | None, model: str, limit: int) -> Texts:
-    """The first `limit` bytes of a source's documents; the last document is cut.
-
-    source: a file, a glob, a prepared data folder (its validation split), or another folder, of which the
-    text files named perplexity* are read. If source is None or the folder has no such file, the text is the
-    validation split of `own_data(model)`. Raises UserError if there is no text.
-    """
-    files: list[Path] = []
-    prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
-    if source and prepared is None:
-        files = text_files(Path(source)) if Path(source).is_dir() else find_files(source)[0]
-    if not files:
-        prepared = prepared or own_data(model)
-    documents, left = [], limit
-    for text in file_documents(files, limit) if files else validation_documents(prepared):
-        piece = text.encode("utf-8")[:left]
-        # The incremental decoder drops a character that the limit has cut in two.
-        documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))
-        left -= len(piece)
-        if left <= 0:
-            break
-    if not any(documents):
-        raise UserError(f"data={source or prepared}: no text in it")
-    return Texts(documents, str(source if files else prepared))
-
-
-def text_files(folder: Path) -> list[Path]:
-    """The text files named perplexity* below a folder."""
-    return [path for path in files_under(folder, lambda part: part.startswith("."))
-            if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
-
-
 def file_documents(files: list[Path], limit: int) -> Iterator[str]:
     """Documents of files: the value of the key "text" in each row, or a whole text file.
 
@@ -102,3 +70,31 @@ def own_data(model: str) -> Path:
             break
     raise UserError(f"the text that {model} was trained on is not here: give --data=perplexity=FILE, a text "
                     "file or a data folder, and --data=context_length=FILE likewise")
+
+
+def read_texts(source: str | None, model: str, limit: int) -> Texts:
+    """The first `limit` bytes of a source's documents; the last document is cut.
+
+    source: a file, a glob, a prepared data folder (its validation split), or another folder, of which the
+    text files named perplexity* are read. If source is None or the folder has no such file, the text is the
+    validation split of `own_data(model)`. Raises UserError if there is no text.
+    """
+    files: list[Path] = []
+    prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
+    if source and prepared is None:
+        files = find_files(source)[0] if not Path(source).is_dir() else [
+            path for path in files_under(Path(source), lambda part: part.startswith("."))
+            if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
+    if not files:
+        prepared = prepared or own_data(model)
+    documents, left = [], limit
+    for text in file_documents(files, limit) if files else validation_documents(prepared):
+        piece = text.encode("utf-8")[:left]
+        # The incremental decoder drops a character that the limit has cut in two.
+        documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))
+        left -= len(piece)
+        if left <= 0:
+            break
+    if not any(documents):
+        raise UserError(f"data={source or prepared}: no text in it")
+    return Texts(documents, str(source if files else prepared))

@@ -25,16 +25,6 @@ SHOTS = 25
 NAMES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}  # task: configuration on the hub
 
 
-def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Question]:
-    """The first `limit` questions that are not examples."""
-    shots = SHOTS if shots is None else shots
-    hub = {split: f"allenai/ai2_arc:{NAMES[name]}:{split}" for split in ("train", "test")}
-    examples, rows = splits(source, name, hub)
-    if not examples:
-        examples, rows = rows[:shots], rows[shots:]
-    return few_shot(examples, rows[:limit], shots, question_of)
-
-
 def question_of(row: dict[str, Any]) -> Question:
     if "query" in row:
         return Question(f"{row['query']}\nAnswer:", tuple(row["choices"]), (row["gold"],))
@@ -45,6 +35,16 @@ def question_of(row: dict[str, Any]) -> Question:
     else:  # the hub
         texts, labels = row["choices"]["text"], row["choices"]["label"]
     return Question(f"Question: {stem}\nAnswer:", tuple(texts), (list(labels).index(row["answerKey"]),))
+
+
+def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Question]:
+    """The first `limit` questions that are not examples."""
+    shots = SHOTS if shots is None else shots
+    hub = {split: f"allenai/ai2_arc:{NAMES[name]}:{split}" for split in ("train", "test")}
+    examples, rows = splits(source, name, hub)
+    if not examples:
+        examples, rows = rows[:shots], rows[shots:]
+    return few_shot(examples, rows[:limit], shots, question_of)
 
 
 def score(lm: LM, questions: list[Question], name: str) -> Result:

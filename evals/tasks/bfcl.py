@@ -49,96 +49,36 @@ TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array"
          "dict": dict, "any": str}
 
 
-class ToolQuestion(NamedTuple):
-    id: str
-    messages: list[Message]
-    name: str  # of the function
-    parameters: dict[str, Any]  # its description: {"properties": {name: {"type": ..}}, "required": [..]}
-    possible: dict[str, list]  # possible values of each parameter; {} for irrelevance questions
-
-
-def load(source: str | None, limit: int, shots: int | None,
-         category: Literal["simple_python", "irrelevance"]) -> Questions:
-    """The first `limit` questions. There are no worked examples."""
-    if source is None:
-        rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
-    else:
-        rows = read(source, f"bfcl_v4_{category}", "")
-    # Answers are rows of their own, in another file, with the id of their question.
-    truths = {row.get("id"): row["ground_truth"] for row in rows if "ground_truth" in row}
-    questions = [row for row in rows if "ground_truth" not in row][:limit]
-    simple = category == "simple_python"
-    return Questions(convert(questions,
-                             lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
-
-
-def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
-    """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
-    [messages], [function] = row["question"], row["function"]
-    properties = function["parameters"]["properties"]
-    offer = f"You can call {function['name']}({', '.join(properties)}).\n"
-    conversation = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
-    conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-    [(_, possible)] = truth[0].items() if truth else [("", {})]
-    for name in possible:
-        described_types(properties[name])  # KeyError for a type that this file does not know
-    return ToolQuestion(row["id"], conversation, function["name"], function["parameters"], possible)
-
-
-def download(names: list[str]) -> Path:
-    """Download files from the hub; returns their folder. `datasets` cannot read them: their columns differ.
-    """
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-    try:
-        return Path([hf_hub_download(HUB, name, repo_type="dataset") for name in names][0]).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"hf:{HUB}: {str(error).splitlines()[0]}") from None
-
-
-def score(lm: LM, questions: Questions, category: str) -> Result:
-    """Four figures for simple questions, one for irrelevance. UserError for a model without chat tokens."""
-    require_chat(lm.tokenizer, str(lm.folder))
-    replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
-    judge = judge_call if category == "simple_python" else judge_silence
-    answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
-                **judge(question, message)}
-               for question, [message] in zip(questions.asked, replies, strict=True)]
-    figures = means(answers, [key for key, value in answers[0].items() if isinstance(value, bool)])
-    return Result(figures | truncated(lm.truncated), answers, {"first_prompt": questions.asked[0].messages})
-
-
-def judge_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
-    return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
-
-
-def judge_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
-    """The four verdicts, and under "wrong" what is wrong with the arguments, or None."""
-    calls = message.get("tool_calls", [])
-    valid = bool(calls) and not message.get("malformed")
-    right_function, wrong = False, "not one call"
-    if valid and len(calls) == 1:
-        right_function = calls[0]["name"] == question.name
-        wrong = wrong_argument(calls[0]["arguments"], question.parameters, question.possible)
-    return {"accuracy": right_function and not wrong, "valid_syntax": valid,
-            "right_function": right_function, "right_arguments": not wrong, "wrong": wrong}
-
-
 # ---- The leaderboard's comparison of arguments ------------------------------------------------------------
 
-def wrong_argument(arguments: Any, parameters: dict[str, Any], possible: dict[str, list]) -> str | None:
-    """What is wrong with the arguments of a call, or None."""
-    if not isinstance(arguments, dict):
-        return "not an object"
-    optional = {name for name, values in possible.items() if "" in values}
-    if missing := ({*parameters["required"]} | possible.keys() - optional) - arguments.keys():
-        return f"no {min(missing)}"
-    for name, value in arguments.items():
-        if name not in parameters["properties"] or name not in possible:
-            return f"{name} is unknown"
-        if not is_possible(value, parameters["properties"][name], possible[name]):
-            return f"{name} = {value!r}"
-    return None
+def normalized(value: Any) -> Any:
+    """A string without case, spaces and some punctuation; any other value as it is."""
+    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value
+
+
+def first_type(values: list) -> type | None:
+    """The type of the first value that is not "", the mark of an optional parameter."""
+    return next((type(value) for value in values if value != ""), None)
+
+
+def described_types(described: dict[str, Any]) -> tuple[type, type | None]:
+    """The described type, and the type of the items if it is an array."""
+    kind = TYPES[described["type"]]
+    return kind, TYPES[described["items"]["type"]] if kind is list else None
+
+
+def has_items(value: list, kind: type, answer: Any) -> bool:
+    """Whether each item has this type, or the type of the first item of an answer."""
+    return not isinstance(answer, list) or all(type(item) in (kind, first_type(answer)) for item in value)
+
+
+def matches(value: Any, answer: Any) -> bool:
+    """Whether an object agrees with an answer {key: possible values}, where "" makes a key optional."""
+    if not isinstance(value, dict) or not isinstance(answer, dict):
+        return False
+    known = all(key in answer and normalized(item) in map(normalized, answer[key])
+                for key, item in value.items())
+    return known and all(key in value or "" in values for key, values in answer.items())
 
 
 def is_possible(value: Any, described: dict[str, Any], possible: list) -> bool:
@@ -161,31 +101,93 @@ def is_possible(value: Any, described: dict[str, Any], possible: list) -> bool:
     return normalized(value) in map(normalized, possible)
 
 
-def described_types(described: dict[str, Any]) -> tuple[type, type | None]:
-    """The described type, and the type of the items if it is an array."""
-    kind = TYPES[described["type"]]
-    return kind, TYPES[described["items"]["type"]] if kind is list else None
+def wrong_argument(arguments: Any, parameters: dict[str, Any], possible: dict[str, list]) -> str | None:
+    """What is wrong with the arguments of a call, or None."""
+    if not isinstance(arguments, dict):
+        return "not an object"
+    optional = {name for name, values in possible.items() if "" in values}
+    if missing := ({*parameters["required"]} | possible.keys() - optional) - arguments.keys():
+        return f"no {min(missing)}"
+    for name, value in arguments.items():
+        if name not in parameters["properties"] or name not in possible:
+            return f"{name} is unknown"
+        if not is_possible(value, parameters["properties"][name], possible[name]):
+            return f"{name} = {value!r}"
+    return None
 
 
-def first_type(values: list) -> type | None:
-    """The type of the first value that is not "", the mark of an optional parameter."""
-    return next((type(value) for value in values if value != ""), None)
+# ---- The task -------------------------------------------------------------------------------------------
+
+class ToolQuestion(NamedTuple):
+    id: str
+    messages: list[Message]
+    name: str  # of the function
+    parameters: dict[str, Any]  # its description: {"properties": {name: {"type": ..}}, "required": [..]}
+    possible: dict[str, list]  # possible values of each parameter; {} for irrelevance questions
 
 
-def has_items(value: list, kind: type, answer: Any) -> bool:
-    """Whether each item has this type, or the type of the first item of an answer."""
-    return not isinstance(answer, list) or all(type(item) in (kind, first_type(answer)) for item in value)
+def download(names: list[str]) -> Path:
+    """Download files from the hub; returns their folder. `datasets` cannot read them: their columns differ.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+    try:
+        return Path([hf_hub_download(HUB, name, repo_type="dataset") for name in names][0]).parent
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        raise UserError(f"hf:{HUB}: {str(error).splitlines()[0]}") from None
 
 
-def matches(value: Any, answer: Any) -> bool:
-    """Whether an object agrees with an answer {key: possible values}, where "" makes a key optional."""
-    if not isinstance(value, dict) or not isinstance(answer, dict):
-        return False
-    known = all(key in answer and normalized(item) in map(normalized, answer[key])
-                for key, item in value.items())
-    return known and all(key in value or "" in values for key, values in answer.items())
+def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
+    """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
+    [messages], [function] = row["question"], row["function"]
+    properties = function["parameters"]["properties"]
+    offer = f"You can call {function['name']}({', '.join(properties)}).\n"
+    conversation = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
+    conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
+    [(_, possible)] = truth[0].items() if truth else [("", {})]
+    for name in possible:
+        described_types(properties[name])  # KeyError for a type that this file does not know
+    return ToolQuestion(row["id"], conversation, function["name"], function["parameters"], possible)
 
 
-def normalized(value: Any) -> Any:
-    """A string without case, spaces and some punctuation; any other value as it is."""
-    return re.sub(r"[ ,./\-_*^]", "", value).lower().replace("'", '"') if isinstance(value, str) else value
+def load(source: str | None, limit: int, shots: int | None,
+         category: Literal["simple_python", "irrelevance"]) -> Questions:
+    """The first `limit` questions. There are no worked examples."""
+    if source is None:
+        rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
+    else:
+        rows = read(source, f"bfcl_v4_{category}", "")
+    # Answers are rows of their own, in another file, with the id of their question.
+    truths = {row.get("id"): row["ground_truth"] for row in rows if "ground_truth" in row}
+    questions = [row for row in rows if "ground_truth" not in row][:limit]
+    simple = category == "simple_python"
+    return Questions(convert(questions,
+                             lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
+
+
+def judge_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
+    return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
+
+
+def judge_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
+    """The four verdicts, and under "wrong" what is wrong with the arguments, or None."""
+    calls = message.get("tool_calls", [])
+    valid = bool(calls) and not message.get("malformed")
+    right_function, wrong = False, "not one call"
+    if valid and len(calls) == 1:
+        right_function = calls[0]["name"] == question.name
+        wrong = wrong_argument(calls[0]["arguments"], question.parameters, question.possible)
+    return {"accuracy": right_function and not wrong, "valid_syntax": valid,
+            "right_function": right_function, "right_arguments": not wrong, "wrong": wrong}
+
+
+def score(lm: LM, questions: Questions, category: str) -> Result:
+    """Four figures for simple questions, one for irrelevance. UserError for a model without chat tokens."""
+    require_chat(lm.tokenizer, str(lm.folder))
+    replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
+    judge = judge_call if category == "simple_python" else judge_silence
+    answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
+                **judge(question, message)}
+               for question, [message] in zip(questions.asked, replies, strict=True)]
+    figures = means(answers, [key for key, value in answers[0].items() if isinstance(value, bool)])
+    return Result(figures | truncated(lm.truncated), answers, {"first_prompt": questions.asked[0].messages})

@@ -38,28 +38,6 @@ def load(source: str | None, limit: int, shots: int | None, model: str,
     return read_texts(source, model, 1024 * limit)
 
 
-def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -> Result:
-    """The perplexity of the trained context and of the longest one; the three measurements as details."""
-    config = lm.model.config
-    trained = config.block_size
-    longest = context_length or (trained if config.position == "learned" else 2 * trained)
-    rows = cut_rows(lm, texts, longest)
-    with lm.extended_context(longest):
-        losses = np.array(token_losses(lm.model, rows, [longest] * len(rows)))  # (rows, longest)
-        contexts = loss_by_context(lm.model, rows, losses)
-    lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
-    perplexities = {length: perplexity(losses[:, :length]) for length in lengths if length <= longest}
-    shown = sorted({min(trained, longest), longest})
-    figures = {f"perplexity_{length}": perplexities[length] for length in shown}
-    if short := [each for each in contexts if each["context"] <= longest // 4]:
-        figures[f"extra_loss_after_{short[-1]['context']}"] = Figure(**short[-1]["extra_loss"])
-    return Result(figures, details={
-        "text": texts.place, "rows": len(rows), "trained_context": trained,
-        "loss_by_position": loss_by_position(losses),
-        "perplexity_by_length": {length: each._asdict() for length, each in perplexities.items()},
-        "loss_by_context": contexts})
-
-
 def cut_rows(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
     """Rows of length + 1 ids, each within one document. Raises UserError if no document is long enough."""
     rows = []
@@ -106,6 +84,28 @@ def loss_by_context(model: GPT, rows: list[np.ndarray], losses: np.ndarray) -> l
         results.append({"context": context, "loss": float(loss.mean()),
                         "extra_loss": mean(loss - whole)._asdict()})
     return results
+
+
+def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -> Result:
+    """The perplexity of the trained context and of the longest one; the three measurements as details."""
+    config = lm.model.config
+    trained = config.block_size
+    longest = context_length or (trained if config.position == "learned" else 2 * trained)
+    rows = cut_rows(lm, texts, longest)
+    with lm.extended_context(longest):
+        losses = np.array(token_losses(lm.model, rows, [longest] * len(rows)))  # (rows, longest)
+        contexts = loss_by_context(lm.model, rows, losses)
+    lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
+    perplexities = {length: perplexity(losses[:, :length]) for length in lengths if length <= longest}
+    shown = sorted({min(trained, longest), longest})
+    figures = {f"perplexity_{length}": perplexities[length] for length in shown}
+    if short := [each for each in contexts if each["context"] <= longest // 4]:
+        figures[f"extra_loss_after_{short[-1]['context']}"] = Figure(**short[-1]["extra_loss"])
+    return Result(figures, details={
+        "text": texts.place, "rows": len(rows), "trained_context": trained,
+        "loss_by_position": loss_by_position(losses),
+        "perplexity_by_length": {length: each._asdict() for length, each in perplexities.items()},
+        "loss_by_context": contexts})
 
 
 def draw(models: dict[str, dict[str, Any]]) -> Any:

@@ -47,18 +47,6 @@ COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "s
 LABELS = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}
 
 
-def load(source: str | None, limit: int, shots: int | None, name: str, few: int = 0) -> list[Question]:
-    """The first `limit` questions, each after `shots` examples; None takes `few` examples."""
-    shots = few if shots is None else shots
-    hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
-    examples, rows = splits(source, name, hub if shots else {"dev": hub["dev"]})
-    convert_row = functools.partial(question_of, name=name)
-    before = ""
-    if shots:
-        before = shots_text(in_turns(convert(named_columns(examples, name), convert_row)), shots)
-    return [replace(each, shots=before) for each in convert(named_columns(rows, name)[:limit], convert_row)]
-
-
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The rows, with the columns of a .tsv under their names, and without a .tsv's line of headers."""
     named = [row | dict(zip(COLUMNS[name], row["fields"], strict=False)) if "fields" in row else row
@@ -76,13 +64,23 @@ def in_turns(examples: list[Question]) -> list[Question]:
     return [each for pair in itertools.zip_longest(*answers) for each in pair if each is not None]
 
 
-def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
-    result = score_by_log_prob(lm, questions)
-    if name == "cola":
-        said = [answer["said"] for answer in result.answers]
-        figure = matthews([question.gold[0] for question in questions], said)
-        result.figures = {"matthews": figure} | result.figures
-    return result
+def load(source: str | None, limit: int, shots: int | None, name: str, few: int = 0) -> list[Question]:
+    """The first `limit` questions, each after `shots` examples; None takes `few` examples."""
+    shots = few if shots is None else shots
+    hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
+    examples, rows = splits(source, name, hub if shots else {"dev": hub["dev"]})
+    convert_row = functools.partial(question_of, name=name)
+    before = ""
+    if shots:
+        before = shots_text(in_turns(convert(named_columns(examples, name), convert_row)), shots)
+    return [replace(each, shots=before) for each in convert(named_columns(rows, name)[:limit], convert_row)]
+
+
+def correlation(counts: dict[tuple[int, int], int]) -> float:
+    """Matthews' correlation from the counts of (gold, said); 0 if either column is constant."""
+    tn, fp, fn, tp = (counts[pair] for pair in ((0, 0), (0, 1), (1, 0), (1, 1)))
+    size = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
+    return (tp * tn - fp * fn) / size if size else 0.0
 
 
 def matthews(gold: list[int], said: list[int]) -> Figure:
@@ -101,8 +99,10 @@ def matthews(gold: list[int], said: list[int]) -> Figure:
     return Figure(correlation(counts), math.sqrt(spread * (n - 1) / n), n)
 
 
-def correlation(counts: dict[tuple[int, int], int]) -> float:
-    """Matthews' correlation from the counts of (gold, said); 0 if either column is constant."""
-    tn, fp, fn, tp = (counts[pair] for pair in ((0, 0), (0, 1), (1, 0), (1, 1)))
-    size = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
-    return (tp * tn - fp * fn) / size if size else 0.0
+def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
+    result = score_by_log_prob(lm, questions)
+    if name == "cola":
+        said = [answer["said"] for answer in result.answers]
+        figure = matthews([question.gold[0] for question in questions], said)
+        result.figures = {"matthews": figure} | result.figures
+    return result

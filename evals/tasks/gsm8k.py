@@ -48,37 +48,8 @@ class Problem(NamedTuple):
     number: Decimal  # the right result
 
 
-def load(source: str | None, limit: int, shots: int | None) -> Questions:
-    """The first `limit` rows of the test split, and the first `shots` of the training split."""
-    if source is None:
-        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}") for split in ("train", "test"))
-    else:
-        rows = read(source, "gsm8k", "")
-        train = [row for row in rows if split_of(row) == "train"]
-        test = [row for row in rows if split_of(row) != "train"]
-    count = SHOTS if shots is None else shots
-    if len(train) < count or not test:
-        raise UserError(f"data={source}: gsm8k needs a test file and, for shots={count}, a gsm8k_train file")
-    return Questions(convert(test[:limit], problem_of), convert(train[:count], problem_of))
-
-
-def problem_of(row: dict[str, Any]) -> Problem:
-    number = strict(row["answer"])
-    if number is None:
-        raise ValueError("no number after ####")
-    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], number)
-
-
-def score(lm: LM, questions: Questions) -> Result:
-    """The shares of right answers, strict and flexible."""
-    shots = "".join(f"{problem.prompt} {problem.answer}\n\n" for problem in questions.shots)
-    prompts = [shots + problem.prompt for problem in questions.asked]
-    texts = lm.generate_until(prompts, STOPS, MAX_NEW_TOKENS)
-    answers = [{"prompt": problem.prompt, "answer": str(problem.number), "said": text,
-                "strict": strict(text) == problem.number, "flexible": flexible(text) == problem.number}
-               for problem, text in zip(questions.asked, texts, strict=True)]
-    return Result(means(answers, ("strict", "flexible")) | truncated(lm.truncated), answers,
-                  {"shots": len(questions.shots), "first_prompt": prompts[0]})
+def parse_number(number: str) -> Decimal:
+    return Decimal(re.sub("[$,]", "", number))
 
 
 def strict(text: str) -> Decimal | None:
@@ -93,5 +64,34 @@ def flexible(text: str) -> Decimal | None:
     return parse_number(numbers[-1]) if numbers else None
 
 
-def parse_number(number: str) -> Decimal:
-    return Decimal(re.sub("[$,]", "", number))
+def problem_of(row: dict[str, Any]) -> Problem:
+    number = strict(row["answer"])
+    if number is None:
+        raise ValueError("no number after ####")
+    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], number)
+
+
+def load(source: str | None, limit: int, shots: int | None) -> Questions:
+    """The first `limit` rows of the test split, and the first `shots` of the training split."""
+    if source is None:
+        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}") for split in ("train", "test"))
+    else:
+        rows = read(source, "gsm8k", "")
+        train = [row for row in rows if split_of(row) == "train"]
+        test = [row for row in rows if split_of(row) != "train"]
+    count = SHOTS if shots is None else shots
+    if len(train) < count or not test:
+        raise UserError(f"data={source}: gsm8k needs a test file and, for shots={count}, a gsm8k_train file")
+    return Questions(convert(test[:limit], problem_of), convert(train[:count], problem_of))
+
+
+def score(lm: LM, questions: Questions) -> Result:
+    """The shares of right answers, strict and flexible."""
+    shots = "".join(f"{problem.prompt} {problem.answer}\n\n" for problem in questions.shots)
+    prompts = [shots + problem.prompt for problem in questions.asked]
+    texts = lm.generate_until(prompts, STOPS, MAX_NEW_TOKENS)
+    answers = [{"prompt": problem.prompt, "answer": str(problem.number), "said": text,
+                "strict": strict(text) == problem.number, "flexible": flexible(text) == problem.number}
+               for problem, text in zip(questions.asked, texts, strict=True)]
+    return Result(means(answers, ("strict", "flexible")) | truncated(lm.truncated), answers,
+                  {"shots": len(questions.shots), "first_prompt": prompts[0]})

@@ -28,11 +28,10 @@ from evals.results import Result
 HUB = {"train": "Rowan/hellaswag::train", "validation": "Rowan/hellaswag::validation"}
 
 
-def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
-    """The first `limit` questions, each after `shots` examples (None: no examples)."""
-    hub = HUB if shots else {"validation": HUB["validation"]}
-    examples, rows = splits(source, "hellaswag", hub)
-    return few_shot(examples, rows[:limit], shots or 0, question_of)
+def clean(text: str) -> str:
+    """The text without the markup in brackets that WikiHow's headings leave."""
+    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
+    return text.replace("  ", " ")
 
 
 def question_of(row: dict[str, Any]) -> Question:
@@ -44,10 +43,11 @@ def question_of(row: dict[str, Any]) -> Question:
                     (letters.index(row["answer"]),))
 
 
-def clean(text: str) -> str:
-    """The text without the markup in brackets that WikiHow's headings leave."""
-    text = re.sub(r"\[.*?\]", "", text.strip().replace(" [title]", ". "))
-    return text.replace("  ", " ")
+def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
+    """The first `limit` questions, each after `shots` examples (None: no examples)."""
+    hub = HUB if shots else {"validation": HUB["validation"]}
+    examples, rows = splits(source, "hellaswag", hub)
+    return few_shot(examples, rows[:limit], shots or 0, question_of)
 
 
 def score(lm: LM, questions: list[Question]) -> Result:

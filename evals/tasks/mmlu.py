@@ -50,16 +50,6 @@ GROUPS = {group: set(subjects.split()) for group, subjects in {
         virology"""}.items()}
 
 
-def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
-    """The first `limit` questions, taking subjects in turn, each after the examples of its subject."""
-    shots = SHOTS if shots is None else shots
-    examples, questions = (by_subject(convert(rows, question_of)) for rows in splits(source, "mmlu", HUB))
-    before = {name: opening(name) + shots_text(examples.get(name, []), shots) for name in questions}
-    turns = sorted((turn, name, each) for name, group in questions.items()
-                   for turn, each in enumerate(group[:limit]))[:limit]
-    return [replace(each, shots=before[name]) for _, name, each in turns]
-
-
 def question_of(row: dict[str, Any]) -> Question:
     letters = LETTERS[:len(row["choices"])]
     lines = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
@@ -69,15 +59,23 @@ def question_of(row: dict[str, Any]) -> Question:
 
 
 def by_subject(questions: list[Question]) -> dict[str, list[Question]]:
-    subjects: dict[str, list[Question]] = {}
-    for question in questions:
-        subjects.setdefault(question.group, []).append(question)
-    return subjects
+    return {subject: [each for each in questions if each.group == subject]
+            for subject in dict.fromkeys(each.group for each in questions)}
 
 
 def opening(subject: str) -> str:
     topic = subject.replace("_", " ")
     return f"The following are multiple choice questions (with answers) about {topic}.\n\n"
+
+
+def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
+    """The first `limit` questions, taking subjects in turn, each after the examples of its subject."""
+    shots = SHOTS if shots is None else shots
+    examples, questions = (by_subject(convert(rows, question_of)) for rows in splits(source, "mmlu", HUB))
+    before = {name: opening(name) + shots_text(examples.get(name, []), shots) for name in questions}
+    turns = sorted((turn, name, each) for name, group in questions.items()
+                   for turn, each in enumerate(group[:limit]))[:limit]
+    return [replace(each, shots=before[name]) for _, name, each in turns]
 
 
 def score(lm: LM, questions: list[Question]) -> Result:

@@ -58,17 +58,6 @@ class Tests(NamedTuple):
     text: str
 
 
-def load(source: str | None, limit: int, shots: int | None, context_length: int | None,
-         num_tests: int) -> Tests:
-    """The text and the tests, the same for every model. There are no worked examples."""
-    count = min(limit, num_tests)
-    side = max(1, min(10, math.isqrt(count // 4)))  # at least four tests per cell
-    draw = random.Random("needle")
-    tests = [Test(i // side % side, i % side, str(draw.randrange(10**6, 10**7)), draw.random())
-             for i in range(count)]
-    return Tests(side, tests, haystack(source))
-
-
 def haystack(source: str | None) -> str:
     """The beginning of the user's file, or of the standard library's source if `source` is no file."""
     own = source is not None and not Path(source).is_dir()
@@ -87,24 +76,15 @@ def haystack(source: str | None) -> str:
     return "\n".join(texts)[:TEXT]
 
 
-def score(lm: LM, questions: Tests, context_length: int | None, num_tests: int) -> Result:
-    """The share of needles that are found; the details have it by depth and length."""
-    trained = lm.model.config.block_size
-    longest = context_length or trained
-    with lm.extended_context(longest):
-        lengths, prompts = prompts_of(lm, questions, longest)
-        texts = lm.generate_until(prompts, ["\n"], ANSWER)
-    depths = spaced(0, 100, questions.side)
-    answers, cells = [], [[[] for _ in lengths] for _ in depths]
-    for test, text in zip(questions.tests, texts, strict=True):
-        number = re.search("[0-9]+", text)
-        right = number is not None and number[0] == test.number
-        cells[test.row][test.column].append(right)
-        answers.append({"depth": depths[test.row], "length": lengths[test.column], "number": test.number,
-                        "said": text, "right": right})
-    details = {"lengths": lengths, "depths": depths, "trained_context": trained,
-               "found": [[sum(cell) / len(cell) for cell in row] for row in cells]}
-    return Result({"accuracy": mean([answer["right"] for answer in answers])}, answers, details)
+def load(source: str | None, limit: int, shots: int | None, context_length: int | None,
+         num_tests: int) -> Tests:
+    """The text and the tests, the same for every model. There are no worked examples."""
+    count = min(limit, num_tests)
+    side = max(1, min(10, math.isqrt(count // 4)))  # at least four tests per cell
+    draw = random.Random("needle")
+    tests = [Test(i // side % side, i % side, str(draw.randrange(10**6, 10**7)), draw.random())
+             for i in range(count)]
+    return Tests(side, tests, haystack(source))
 
 
 def spaced(low: int, high: int, count: int) -> list[int]:
@@ -136,6 +116,25 @@ def prompts_of(lm: LM, questions: Tests, longest: int) -> tuple[list[int], list[
         at = min(line_starts, key=lambda start: abs(start - target))
         prompts.append(hay[:at] + needle + hay[at:] + question)
     return lengths, prompts
+
+
+def score(lm: LM, questions: Tests, context_length: int | None, num_tests: int) -> Result:
+    """The share of needles that are found; the details have it by depth and length."""
+    trained = lm.model.config.block_size
+    longest = context_length or trained
+    with lm.extended_context(longest):
+        lengths, prompts = prompts_of(lm, questions, longest)
+        texts = lm.generate_until(prompts, ["\n"], ANSWER)
+    depths = spaced(0, 100, questions.side)
+    answers, cells = [], [[[] for _ in lengths] for _ in depths]
+    for test, text in zip(questions.tests, texts, strict=True):
+        right = re.findall("[0-9]+", text)[:1] == [test.number]  # the first number
+        cells[test.row][test.column].append(right)
+        answers.append({"depth": depths[test.row], "length": lengths[test.column], "number": test.number,
+                        "said": text, "right": right})
+    details = {"lengths": lengths, "depths": depths, "trained_context": trained,
+               "found": [[sum(cell) / len(cell) for cell in row] for row in cells]}
+    return Result({"accuracy": mean([answer["right"] for answer in answers])}, answers, details)
 
 
 def draw(models: dict[str, dict[str, Any]]) -> Any:

@@ -36,48 +36,6 @@ SHOTS = 5
 MAX_NEW_TOKENS = 32
 
 
-class OpenQuestion(NamedTuple):
-    prompt: str
-    answers: list[str]  # right answers, the best known first
-    kind: str | None  # HotpotQA's "bridge" or "comparison"
-
-
-def load(source: str | None, limit: int, shots: int | None,
-         name: Literal["hotpotqa", "triviaqa"]) -> Questions:
-    """The first `limit` rows as questions, and the last `shots` as worked examples."""
-    rows = read(source, name, HUB[name])
-    count = SHOTS if shots is None else shots
-    if count >= len(rows):
-        raise UserError(f"shots={count}: {name} has {len(rows)} rows, so none is left to ask")
-    first_shot = len(rows) - count
-    return Questions(convert(rows[:first_shot][:limit], question_of), convert(rows[first_shot:], question_of))
-
-
-def question_of(row: dict[str, Any]) -> OpenQuestion:
-    answer = row["answer"]
-    answers = [answer["value"], *answer["aliases"]] if isinstance(answer, dict) else [answer]
-    if not all(isinstance(text, str) for text in answers):
-        raise TypeError("an answer must be a text")
-    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
-
-
-def score(lm: LM, questions: Questions, name: str) -> Result:
-    """Exact match and F1. If the rows have a type, the details have exact match by type."""
-    shots = "".join(f"{question.prompt} {question.answers[0]}\n\n" for question in questions.shots)
-    prompts = [shots + question.prompt for question in questions.asked]
-    texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS)
-    answers, types = [], {}
-    for question, text in zip(questions.asked, texts, strict=True):
-        exact, overlap = (max(metric(text, answer) for answer in question.answers)
-                          for metric in (exact_match, f1))
-        answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
-                        "exact_match": exact, "f1": overlap})
-        types.setdefault(question.kind, []).append(exact)
-    details = {"shots": len(questions.shots), "first_prompt": prompts[0],
-               "types": {kind: sum(each) / len(each) for kind, each in types.items() if kind}}
-    return Result(means(answers, ("exact_match", "f1")) | truncated(lm.truncated), answers, details)
-
-
 # ---- SQuAD's comparison -----------------------------------------------------------------------------------
 
 def normalized(text: str) -> str:
@@ -100,3 +58,47 @@ def f1(said: str, answer: str) -> float:
         return float(said == answer)
     common = (Counter(said.split()) & Counter(answer.split())).total()
     return 2 * common / (len(said.split()) + len(answer.split())) if common else 0.0
+
+
+# ---- The task -------------------------------------------------------------------------------------------
+
+class OpenQuestion(NamedTuple):
+    prompt: str
+    answers: list[str]  # right answers, the best known first
+    kind: str | None  # HotpotQA's "bridge" or "comparison"
+
+
+def question_of(row: dict[str, Any]) -> OpenQuestion:
+    answer = row["answer"]
+    answers = [answer["value"], *answer["aliases"]] if isinstance(answer, dict) else [answer]
+    if not all(isinstance(text, str) for text in answers):
+        raise TypeError("an answer must be a text")
+    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
+
+
+def load(source: str | None, limit: int, shots: int | None,
+         name: Literal["hotpotqa", "triviaqa"]) -> Questions:
+    """The first `limit` rows as questions, and the last `shots` as worked examples."""
+    rows = read(source, name, HUB[name])
+    count = SHOTS if shots is None else shots
+    if count >= len(rows):
+        raise UserError(f"shots={count}: {name} has {len(rows)} rows, so none is left to ask")
+    first_shot = len(rows) - count
+    return Questions(convert(rows[:first_shot][:limit], question_of), convert(rows[first_shot:], question_of))
+
+
+def score(lm: LM, questions: Questions, name: str) -> Result:
+    """Exact match and F1. If the rows have a type, the details have exact match by type."""
+    shots = "".join(f"{question.prompt} {question.answers[0]}\n\n" for question in questions.shots)
+    prompts = [shots + question.prompt for question in questions.asked]
+    texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS)
+    answers, types = [], {}
+    for question, text in zip(questions.asked, texts, strict=True):
+        exact, overlap = (max(metric(text, answer) for answer in question.answers)
+                          for metric in (exact_match, f1))
+        answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
+                        "exact_match": exact, "f1": overlap})
+        types.setdefault(question.kind, []).append(exact)
+    details = {"shots": len(questions.shots), "first_prompt": prompts[0],
+               "types": {kind: sum(each) / len(each) for kind, each in types.items() if kind}}
+    return Result(means(answers, ("exact_match", "f1")) | truncated(lm.truncated), answers, details)

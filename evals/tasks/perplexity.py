@@ -43,25 +43,6 @@ def load(source: str | None, limit: int, shots: int | None, model: str, stride: 
     return Texts([text.decode("utf-8", "ignore")], source or WIKITEXT)  # the limit may cut a character in two
 
 
-def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
-    ids, context = join_documents(lm, texts), lm.model.config.block_size
-    stride = context // 2 if stride is None else stride
-    if not 0 < stride <= context:
-        raise UserError(f"stride={stride}: must be positive, and at most the context of {context}")
-    spans = windows(len(ids), context, stride)
-    losses = token_losses(lm.model, [ids[begin:end] for begin, end, _ in spans], [new for *_, new in spans])
-    sums, counts = [sum(each) for each in losses], [new for *_, new in spans]  # nats and tokens per window
-    token_bytes = np.array([len(token) for token in lm.tokenizer.token_bytes()])  # bytes of each id, (V,)
-    sizes = [int(token_bytes[ids[end - new:end]].sum()) for _, end, new in spans]  # bytes per window
-    per_token, per_byte = ratio(sums, counts), ratio(sums, sizes)  # nats
-    perplexity = math.exp(per_token.value)
-    bits = Figure(per_byte.value / math.log(2), per_byte.stderr / math.log(2), per_byte.n)
-    return Result({"perplexity": Figure(perplexity, perplexity * per_token.stderr, per_token.n),
-                   "bits_per_byte": bits},
-                  details={"text": texts.place, "documents": len(texts.documents), "context": context,
-                           "stride": stride, "windows": len(spans), "loss": per_token._asdict()})
-
-
 def join_documents(lm: LM, texts: Texts) -> np.ndarray:
     """The ids of all documents in one row, (T,) int32. Raises UserError for fewer than two ids."""
     ids = list(lm.tokenizer.prefix_ids)
@@ -87,3 +68,22 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
         if end == length:
             break
     return spans
+
+
+def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
+    ids, context = join_documents(lm, texts), lm.model.config.block_size
+    stride = context // 2 if stride is None else stride
+    if not 0 < stride <= context:
+        raise UserError(f"stride={stride}: must be positive, and at most the context of {context}")
+    spans = windows(len(ids), context, stride)
+    losses = token_losses(lm.model, [ids[begin:end] for begin, end, _ in spans], [new for *_, new in spans])
+    sums, counts = [sum(each) for each in losses], [new for *_, new in spans]  # nats and tokens per window
+    token_bytes = np.array([len(token) for token in lm.tokenizer.token_bytes()])  # bytes of each id, (V,)
+    sizes = [int(token_bytes[ids[end - new:end]].sum()) for _, end, new in spans]  # bytes per window
+    per_token, per_byte = ratio(sums, counts), ratio(sums, sizes)  # nats
+    perplexity = math.exp(per_token.value)
+    bits = Figure(per_byte.value / math.log(2), per_byte.stderr / math.log(2), per_byte.n)
+    return Result({"perplexity": Figure(perplexity, perplexity * per_token.stderr, per_token.n),
+                   "bits_per_byte": bits},
+                  details={"text": texts.place, "documents": len(texts.documents), "context": context,
+                           "stride": stride, "windows": len(spans), "loss": per_token._asdict()})

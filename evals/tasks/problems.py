@@ -38,21 +38,6 @@ def load(source: str | None, limit: int, shots: int | None, calculator: bool = F
     return list(seen.values())
 
 
-def score(lm: LM, questions: list[Problem], calculator: bool = False, family: str | None = None) -> Result:
-    """Accuracy and the share of well-formed answers; the details have accuracy by family."""
-    messages = answer_messages(lm, questions, calculator)
-    pairs = list(zip(questions, messages, strict=True))
-    right = [is_right(problem, message) for problem, message in pairs]
-    formed = [is_well_formed(problem, message) for problem, message in pairs]
-    families: dict[str, list[bool]] = {}
-    for problem, each in zip(questions, right, strict=True):
-        families.setdefault(problem.family, []).append(each)
-    answers = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
-                "right": each} for (problem, message), each in zip(pairs, right, strict=True)]
-    return Result({"accuracy": mean(right), "well_formed": mean(formed)}, answers,
-                  {"families": {name: sum(each) / len(each) for name, each in sorted(families.items())}})
-
-
 def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[Message]:
     """The last message of each conversation; for a model without chat tokens, the line that is its answer."""
     if end_of_turn(lm.tokenizer) is not None:
@@ -61,3 +46,17 @@ def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[
     texts = lm.generate_until([f"{problem.question}\n" for problem in questions], [], MAX_NEW_TOKENS)
     paragraphs = [text.split("\n\n")[0].strip().splitlines() or [""] for text in texts]
     return [{"role": "assistant", "content": lines[-1].strip()} for lines in paragraphs]
+
+
+def score(lm: LM, questions: list[Problem], calculator: bool = False, family: str | None = None) -> Result:
+    """Accuracy and the share of well-formed answers; the details have accuracy by family."""
+    messages = answer_messages(lm, questions, calculator)
+    pairs = list(zip(questions, messages, strict=True))
+    right = [is_right(problem, message) for problem, message in pairs]
+    formed = [is_well_formed(problem, message) for problem, message in pairs]
+    families = {name: [each for problem, each in zip(questions, right, strict=True) if problem.family == name]
+                for name in sorted({problem.family for problem in questions})}
+    answers = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
+                "right": each} for (problem, message), each in zip(pairs, right, strict=True)]
+    return Result({"accuracy": mean(right), "well_formed": mean(formed)}, answers,
+                  {"families": {name: sum(each) / len(each) for name, each in families.items()}})

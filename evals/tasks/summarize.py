@@ -30,51 +30,7 @@ MAX_NEW_TOKENS = 128
 ASK, ASK_CHAT = "\n\nTL;DR:", "\n\nSummarize this text in a few sentences."
 
 
-def load(source: str | None, limit: int, shots: int | None) -> Questions:
-    """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
-    rows = read(source, "summarize", HUB)
-    first_shot = len(rows) - (shots or 0)
-    if first_shot <= 0:
-        raise UserError(f"shots={shots}: there are {len(rows)} rows, so none is left to ask")
-    return Questions(convert(rows[:min(first_shot, limit)], texts_of), convert(rows[first_shot:], texts_of))
-
-
-def texts_of(row: dict[str, Any]) -> tuple[str, str]:
-    keys = ("article", "highlights") if "article" in row else ("document", "summary")
-    document, summary = (row[key].strip() for key in keys)
-    return document, summary
-
-
-def score(lm: LM, questions: Questions) -> Result:
-    """The four kinds of ROUGE, each the mean over the summaries."""
-    request = ASK_CHAT if lm.chat else ASK
-    shots = lm.tokenizer.encode("".join(f"{document}{request} {summary}\n\n\n"
-                                        for document, summary in questions.shots))
-    documents = [lm.tokenizer.encode(document) for document, _ in questions.asked]
-    end, room = lm.tokenizer.encode(request), lm.room(MAX_NEW_TOKENS)
-    # Tokens of a document that are read: what the examples leave, but at least half of the room. If the
-    # prompt is then too long, the examples lose their beginning.
-    kept = max(room - len(shots) - len(end), room // 2)
-    prompts = [shots + ids[:kept] + end for ids in documents]
-    texts = lm.generate_until(prompts, ["\n\n"], MAX_NEW_TOKENS)
-    answers = [{"document": document[:200], "summary": summary, "said": text.strip(), **rouge(text, summary)}
-               for (document, summary), text in zip(questions.asked, texts, strict=True)]
-    return Result(means(answers, ROUGE) | truncated(lm.truncated), answers,
-                  {"shots": len(questions.shots), "first_prompt": lm.tokenizer.decode(prompts[0]),
-                   "documents_cut": sum(len(ids) > kept for ids in documents)})
-
-
 # ---- ROUGE ------------------------------------------------------------------------------------------------
-
-def rouge(summary: str, reference: str) -> dict[str, float]:
-    """{"rouge1": F-measure, ..} of a summary against a reference."""
-    a, b = words(reference), words(summary)
-    pairs = [Counter(zip(text, text[1:], strict=False)) for text in (a, b)]
-    return {"rouge1": f_measure((Counter(a) & Counter(b)).total(), len(a), len(b)),
-            "rouge2": f_measure((pairs[0] & pairs[1]).total(), len(a) - 1, len(b) - 1),
-            "rougeL": f_measure(len(common_subsequence(a, b)), len(a), len(b)),
-            "rougeLsum": f_measure(summary_level_hits(reference, summary), len(a), len(b))}
-
 
 def words(text: str) -> list[str]:
     return re.findall("[a-z0-9]+", text.lower())
@@ -114,3 +70,49 @@ def summary_level_hits(reference: str, summary: str) -> int:
             hits += left[line[index]] > 0
             left[line[index]] -= 1
     return hits
+
+
+def rouge(summary: str, reference: str) -> dict[str, float]:
+    """{"rouge1": F-measure, ..} of a summary against a reference."""
+    a, b = words(reference), words(summary)
+    pairs = [Counter(zip(text, text[1:], strict=False)) for text in (a, b)]
+    return {"rouge1": f_measure((Counter(a) & Counter(b)).total(), len(a), len(b)),
+            "rouge2": f_measure((pairs[0] & pairs[1]).total(), len(a) - 1, len(b) - 1),
+            "rougeL": f_measure(len(common_subsequence(a, b)), len(a), len(b)),
+            "rougeLsum": f_measure(summary_level_hits(reference, summary), len(a), len(b))}
+
+
+# ---- The task -------------------------------------------------------------------------------------------
+
+def texts_of(row: dict[str, Any]) -> tuple[str, str]:
+    keys = ("article", "highlights") if "article" in row else ("document", "summary")
+    document, summary = (row[key].strip() for key in keys)
+    return document, summary
+
+
+def load(source: str | None, limit: int, shots: int | None) -> Questions:
+    """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
+    rows = read(source, "summarize", HUB)
+    first_shot = len(rows) - (shots or 0)
+    if first_shot <= 0:
+        raise UserError(f"shots={shots}: there are {len(rows)} rows, so none is left to ask")
+    return Questions(convert(rows[:min(first_shot, limit)], texts_of), convert(rows[first_shot:], texts_of))
+
+
+def score(lm: LM, questions: Questions) -> Result:
+    """The four kinds of ROUGE, each the mean over the summaries."""
+    request = ASK_CHAT if lm.chat else ASK
+    shots = lm.tokenizer.encode("".join(f"{document}{request} {summary}\n\n\n"
+                                        for document, summary in questions.shots))
+    documents = [lm.tokenizer.encode(document) for document, _ in questions.asked]
+    end, room = lm.tokenizer.encode(request), lm.room(MAX_NEW_TOKENS)
+    # Tokens of a document that are read: what the examples leave, but at least half of the room. If the
+    # prompt is then too long, the examples lose their beginning.
+    kept = max(room - len(shots) - len(end), room // 2)
+    prompts = [shots + ids[:kept] + end for ids in documents]
+    texts = lm.generate_until(prompts, ["\n\n"], MAX_NEW_TOKENS)
+    answers = [{"document": document[:200], "summary": summary, "said": text.strip(), **rouge(text, summary)}
+               for (document, summary), text in zip(questions.asked, texts, strict=True)]
+    return Result(means(answers, ROUGE) | truncated(lm.truncated), answers,
+                  {"shots": len(questions.shots), "first_prompt": lm.tokenizer.decode(prompts[0]),
+                   "documents_cut": sum(len(ids) > kept for ids in documents)})

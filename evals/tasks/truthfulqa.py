@@ -47,18 +47,25 @@ class Questions(NamedTuple):
     many: list[Question]  # several are true
 
 
-def load(source: str | None, limit: int, shots: int | None) -> Questions:
-    rows = splits(source, "truthfulqa", HUB)[1][:limit]
-    return Questions(convert(rows, lambda row: question_of(row, "mc1_targets")),
-                     convert(rows, lambda row: question_of(row, "mc2_targets")))
-
-
 def question_of(row: dict[str, Any], key: str) -> Question:
     targets = row[key]
     if not {"choices", "labels"} <= targets.keys():
         targets = {"choices": list(targets), "labels": list(targets.values())}
     gold = tuple(index for index, label in enumerate(targets["labels"]) if label == 1)
     return Question(f"Q: {row['question']}\nA:", tuple(targets["choices"]), gold, SHOTS)
+
+
+def load(source: str | None, limit: int, shots: int | None) -> Questions:
+    rows = splits(source, "truthfulqa", HUB)[1][:limit]
+    return Questions(convert(rows, lambda row: question_of(row, "mc1_targets")),
+                     convert(rows, lambda row: question_of(row, "mc2_targets")))
+
+
+def true_share(log_probs: list[float], gold: tuple[int, ...]) -> float:
+    """The share of the true answers in the sum of the probabilities of all answers."""
+    largest = max(log_probs)  # is subtracted, so that the largest exponential is 1
+    likely = [math.exp(each - largest) for each in log_probs]
+    return sum(likely[index] for index in gold) / sum(likely)
 
 
 def score(lm: LM, questions: Questions) -> Result:
@@ -71,10 +78,3 @@ def score(lm: LM, questions: Questions) -> Result:
         answer["mc2"] = share
     result.figures = {"mc1": result.figures["mc1"], "mc2": mean(shares)} | result.figures
     return result
-
-
-def true_share(log_probs: list[float], gold: tuple[int, ...]) -> float:
-    """The share of the true answers in the sum of the probabilities of all answers."""
-    largest = max(log_probs)  # is subtracted, so that the largest exponential is 1
-    likely = [math.exp(each - largest) for each in log_probs]
-    return sum(likely[index] for index in gold) / sum(likely)

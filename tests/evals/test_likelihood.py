@@ -52,16 +52,14 @@ def tree_of_texts(seed=0):
 
 
 def alone(peer, texts):
-    """(sum of log-probabilities, whether all are the likeliest) of each text in a forward pass of its own."""
-    found = []
+    """The sum of the targets' log-probabilities of each text, in a forward pass of its own."""
+    sums = []
     for ids, asked in texts:
         ids = torch.from_numpy(ids).long()
         with torch.inference_mode():
             rows = peer(ids[None, :-1]).logits[0, -asked:].double().log_softmax(-1)  # (asked, V)
-        wanted = ids[-asked:]
-        found.append((rows[torch.arange(asked), wanted].sum().item(),
-                      bool((rows.argmax(-1) == wanted).all())))
-    return found
+        sums.append(rows[torch.arange(asked), ids[-asked:]].sum().item())
+    return sums
 
 
 @pytest.mark.parametrize("changes", [{}, GPT2, dict(qk_norm=True)], ids=["llama", "gpt2", "qwen3"])
@@ -71,19 +69,9 @@ def test_a_tree_of_texts_gives_what_transformers_gives_each_text(changes, tmp_pa
     model.save_pretrained(tmp_path)
     peer = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
     texts = tree_of_texts()
-    # The likeliest token behind some of the contexts, so that there is something greedy to be found.
-    for number in range(0, len(texts), 5):
-        ids, asked = texts[number]
-        with torch.inference_mode():
-            best = peer(torch.from_numpy(ids[:-asked]).long()[None]).logits[0, -1].argmax().item()
-        texts[number] = Text(np.array([*ids[:-asked], best], np.int32), 1)
     expected = alone(peer, texts)
-    assert any(greedy for _, greedy in expected) and not all(greedy for _, greedy in expected)
     for max_tokens in (1, 40, 256, 10_000):
-        found = text_log_probs(model, texts, max_tokens)
-        assert [greedy for _, greedy in found] == [greedy for _, greedy in expected]
-        for (ours, _), (theirs, _) in zip(found, expected, strict=True):
-            assert ours == pytest.approx(theirs, abs=1e-5)
+        assert text_log_probs(model, texts, max_tokens) == pytest.approx(expected, abs=1e-5)
 
 
 def test_the_picture_of_the_module_docstring():
@@ -125,7 +113,7 @@ def test_running_text_gives_transformers_losses(tmp_path):
     found = token_losses(model, rows, asked)
     assert [len(each) for each in found] == asked
     texts = [Text(row, count) for row, count in zip(rows, asked, strict=True)]
-    assert [-sum(each) for each in found] == pytest.approx([each for each, _ in alone(peer, texts)], abs=1e-4)
+    assert [-sum(each) for each in found] == pytest.approx(alone(peer, texts), abs=1e-4)
 
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
@@ -201,20 +189,19 @@ def test_a_model_is_asked(trained):
     long = "import os\n" * 60
     found = lm.loglikelihood([("import", [" os", " é"]), (long, [" x" * 100, "y"]), ("", ["import"])])
     assert [len(row) for row in found] == [2, 2, 1]
-    assert found[0][0].log_prob > found[0][1].log_prob and found[0][1].bytes == 3
-    one, both = (len(lm.tokenizer.encode(text)) for text in ("import", "import os"))
-    assert found[0][0].tokens == both - one and found[0][0].truncated == 0
+    assert found[0][0].log_prob > found[0][1].log_prob
+    assert found[0][0].truncated == 0
     whole = lm.tokenizer.encode(long.rstrip())
     behind = lm.tokenizer.encode(long + "y")[len(whole):]
     assert found[1][1].truncated == len(whole) + len(behind) - 65 > 0
     # A continuation of more tokens than the context holds: all of them count.
     ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
-    assert found[1][0].tokens == len(ids) > 64 and found[1][0].truncated == len(whole) - 1
+    assert len(ids) > 64 and found[1][0].truncated == len(whole) - 1
     pieces = [Text(np.array(([whole[-1]] + ids)[at:at + 65], np.int32), len(ids[at:at + 64]))
               for at in range(0, len(ids) - len(ids) % 64, 64)]
     rest = len(ids) % 64
     pieces += [Text(np.array(ids[-65:], np.int32), rest)] if rest else []
-    expected = sum(each for each, _ in text_log_probs(lm.model, pieces))
+    expected = sum(text_log_probs(lm.model, pieces))
     assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
 
 

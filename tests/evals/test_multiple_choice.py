@@ -29,7 +29,7 @@ class Scorer:
         self.rule = rule
 
     def loglikelihood(self, requests):
-        return [[Likelihood(self.rule(context, each), 1, False, len(each.encode())) for each in continuations]
+        return [[Likelihood(self.rule(context, each)) for each in continuations]
                 for context, continuations in requests]
 
 
@@ -216,7 +216,7 @@ def test_equals_share_the_point():
     assert credit([-1.0, -2.0, -3.0], (0,)) == 1 and credit([-1.0, -2.0, -3.0], (1, 2)) == 0
     assert credit([-1.0, -1.0, -1.0, -1.0], (0,)) == 0.25 and credit([-1.0, -1.0, -3.0], (2,)) == 0
     assert credit([-1.0, -1.0, -3.0], (0, 1)) == 1
-    row = [Likelihood(-6.0, 1, False, 9), Likelihood(-8.0, 1, False, 9)]
+    row = [Likelihood(-6.0), Likelihood(-8.0)]
     assert per_character(row, ["abc", "abcdefgh"]) == [-2, -1], "by the characters of the choice alone"
     assert shots_text([], 0) == ""
 

@@ -98,7 +98,7 @@ def test_oracle_fool_and_chance(base, chat, tests, monkeypatch):
 
 def test_beyond_the_context_positions_are_extended_and_put_back(base, tests):
     assert needle.score(base, needle.load(None, 8, None, None, 8), 500, 8).details["lengths"][-1] == 500
-    assert base.model.config.block_size == 300 and len(base.model.rope_cos) == 300
+    assert base.model.config.block_size == 300 and len(base.model.rope.cos) == 300
     with pytest.raises(UserError, match="context_length=40: needle, question and answer alone are"):
         needle.score(base, tests, 40, 100)
     assert base.model.config.block_size == 300
