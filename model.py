@@ -20,7 +20,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -30,13 +30,17 @@ from torch.utils.checkpoint import checkpoint
 from configurator import UserError, coerce_field, require, require_positive
 from formats import hf
 from formats.weights import load_into, save_model, stored_tensors
-from modeling.attention import Mask, Positions, attend, mask_and_positions
+from modeling.attention import Mask, attend, mask_and_positions
 from modeling.devices import named_generator, shard_like
 from modeling.kv_cache import KVCache
-from modeling.rope import rope_frequencies, rope_tables
+from modeling.rope import Rope, RotaryTables, rope_frequencies
 from modeling.ternary import TernaryLinear
 
-Rope = tuple[Tensor, Tensor]  # tables of cos and sin for a batch: (T, D) each, or (B, 1, T, D)
+# The type of a size that GPTConfig derives if it is None. Type checkers need not expect None.
+if TYPE_CHECKING:
+    Derived = Any
+else:
+    Derived = int | None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,10 +50,10 @@ class GPTConfig:
     vocab_size: int = 4096  # number of token ids
     n_layer: int = 3  # number of blocks
     n_head: int = 4  # number of query heads
-    n_kv_head: int | None = None  # number of key/value heads (grouped-query attention); None is n_head
+    n_kv_head: Derived = None  # number of key/value heads (grouped-query attention); None is n_head
     n_embd: int = 256  # width of the residual stream
-    head_dim: int | None = None  # width of one head; None is n_embd / n_head
-    intermediate_size: int | None = None  # width of the MLP; None is 8/3 n_embd (gelu: 4), up to 256s
+    head_dim: Derived = None  # width of one head; None is n_embd / n_head
+    intermediate_size: Derived = None  # MLP width; None is 8/3 n_embd (gelu: 4), up to a multiple of 256
     block_size: int = 128  # longest context, in tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # {"rope_type": "llama3"|"yarn", "factor": .., ..}, Hugging Face's keys
@@ -80,8 +84,7 @@ class GPTConfig:
         for key, value in derived.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)  # a frozen dataclass refuses a plain assignment
-        fits = self.n_head % self.n_kv_head == 0
-        require(self, "n_head", fits, f"divisible by n_kv_head={self.n_kv_head}")
+        require(self, "n_head", self.n_head % self.n_kv_head == 0, f"divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rope":
             require(self, "head_dim", self.head_dim % 2 == 0, "even, because rotary positions rotate pairs")
             rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # raises for a bad scaling
@@ -156,7 +159,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None) -> Tensor:
         """x (B, T, C) -> (B, T, C)."""
         B, T, _ = x.shape
-        # Queries, keys and values of all heads; the kernel wants the heads before the time.
+        # Queries, keys and values of all heads. The kernel wants the head dimension before time.
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
@@ -214,6 +217,8 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """Token ids in, logits (or whatever a head computes from the hidden states) out."""
 
+    model: Any  # an nn.ModuleDict: embed_tokens, layers, norm, and embed_positions if they are learned
+
     def __init__(self, config: GPTConfig, seed: int = 0):
         """Random weights from `seed`; under `with torch.device("meta")` none, until `materialize`."""
         super().__init__()
@@ -228,6 +233,7 @@ class GPT(nn.Module):
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        self.rope = RotaryTables() if config.position == "rope" else None
         self.dropout = nn.Dropout(config.dropout)
         if not self.head_weight.is_meta:
             self.init_weights(seed)
@@ -252,15 +258,15 @@ class GPT(nn.Module):
         Raises ValueError for more tokens, or a longer path, than block_size.
         """
         # Who may attend to whom, and where each token is. A plain batch: causal, positions 0 to T - 1.
-        if cache is not None:
-            mask, positions = cache.prepare(input_ids.shape[1])
-        else:
+        if cache is None:
             mask, positions = mask_and_positions(input_ids, self.config.block_size, document_ids, paths,
                                                  dense=self.training and self.config.dropout > 0)
+        else:
+            mask, positions = cache.prepare(input_ids.shape[1])
         x = self.model["embed_tokens"](input_ids)  # (B, T, C)
         if self.config.position == "learned":
             x = x + self.model["embed_positions"].weight[positions]  # (T, C) or (B, T, C)
-        rope = self.rope_at(positions)
+        rope = self.rope(positions) if self.rope is not None else None
         x = self.dropout(x)
         # The residual stream x passes through the blocks; each adds to it.
         for block in self.model["layers"]:
@@ -273,13 +279,6 @@ class GPT(nn.Module):
         if head is not None:
             return head(x, self.head_weight)
         return F.linear(x, self.head_weight)[..., :self.config.vocab_size]  # (B, T, V)
-
-    def rope_at(self, positions: Positions) -> Rope | None:
-        """Return the rows of the rotary tables at these positions; None for learned positions."""
-        if self.config.position == "learned":
-            return None
-        cos, sin = self.rope_cos[positions], self.rope_sin[positions]  # (T, D) or (B, T, D)
-        return (cos, sin) if isinstance(positions, slice) else (cos[:, None], sin[:, None])  # (B, 1, T, D)
 
     # ---- Weights ------------------------------------------------------------------------------------------
 
@@ -309,18 +308,10 @@ class GPT(nn.Module):
         self.init_weights(seed)
 
     def rebuild_rope(self) -> None:
-        """Compute the tables for `rotate`: float32 buffers (block_size, D), whatever the weights' dtype."""
+        """Compute the rotary tables of this context, where the weights are."""
         c = self.config
-        if c.position == "learned":
-            return
-        tables = rope_tables(c.block_size, c.head_dim, c.rope_theta, c.rope_scaling)
-        for name, table in zip(("rope_cos", "rope_sin"), tables, strict=True):
-            table = table.to(self.head_weight.device)
-            before = getattr(self, name, None)
-            if before is not None and before.shape == table.shape and before.device == table.device:
-                before.copy_(table)  # in place, because a rope_theta ramp changes the tables at every step
-            else:
-                self.register_buffer(name, table, persistent=False)
+        if self.rope is not None:
+            self.rope.rebuild(c.block_size, c.head_dim, c.rope_theta, c.rope_scaling, self.head_weight.device)
 
     def reconfigure(self, **changes: Any) -> None:
         """Change the context of a trained model: block_size, rope_theta or rope_scaling.
@@ -330,9 +321,8 @@ class GPT(nn.Module):
         changes = {key: value for key, value in changes.items() if value != getattr(self.config, key)}
         if not changes:
             return
-        learned = self.config.position == "learned"
-        if learned or not changes.keys() <= {"block_size", "rope_theta", "rope_scaling"}:
-            reason = " with learned positions" if learned else ""
+        if self.rope is None or not changes.keys() <= {"block_size", "rope_theta", "rope_scaling"}:
+            reason = " with learned positions" if self.rope is None else ""
             raise UserError(f"{', '.join(changes)}: cannot change in a trained model{reason}")
         self.config = replace(self.config, **changes)
         self.rebuild_rope()

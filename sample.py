@@ -52,7 +52,7 @@ class SampleConfig(Sampling):
     stop: list | str | None = None  # text that ends a sample, or a list of texts: '["\\n\\n", "def "]'
     batch_size: int = 16  # number of samples generated together
     device: str | None = None  # cpu, cuda or mps; None is the best available
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None: bfloat16 on cuda
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None is bfloat16 on cuda
     compile: bool = False  # compile the step of one token; pays in long runs of one or a few rows
 
     def __post_init__(self) -> None:
@@ -93,14 +93,15 @@ class Row(NamedTuple):
 def read_prompts(path: str) -> list[Row]:
     """Read a JSON lines file. Raises UserError that names the line of a row without a prompt or messages."""
     rows = []
+    # As bytes: lines end at \n only, and an error of the encoding is reported with its line.
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
                 continue
             try:
                 keys = parse_json(line.removeprefix(b"\xef\xbb\xbf"))  # the byte order mark of some editors
-            except Skip as reason:
-                raise UserError(f"{path}:{number}: {reason}") from None
+            except Skip as problem:
+                raise UserError(f"{path}:{number}: {problem}") from None
             if not isinstance(keys, dict) or not (isinstance(keys.get("prompt"), str) or "messages" in keys):
                 raise UserError(f'{path}:{number}: needs the key "prompt" with a text, or "messages"')
             rows.append(Row(f"{path}:{number}", keys))
@@ -127,13 +128,14 @@ class Sampler:
     def __init__(self, cfg: SampleConfig):
         self.cfg = cfg
         device = pick_device(cfg.device)
-        folder = hf.find_folder(cfg.model)
+        folder = hf.find_folder(cfg.model)  # an out_dir's best checkpoint, or a download
         self.tokenizer = Tokenizer.load(folder)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
         self.model = GPT.from_pretrained(folder, device, DTYPES[dtype]).eval()
         self.model.compiled_steps = cfg.compile
+        # A chat model may name several end tokens: one ends a turn, another a text.
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
-        self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)
+        self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)  # answers messages
 
     def encode(self, row: Row) -> list[int]:
         """Return the ids of a prompt, at least one; print a note if the model cannot read all of them."""
@@ -161,11 +163,13 @@ class Sampler:
         beginning of a stop text.
         """
         text = self.tokenizer.decode([i for i in new if i not in self.end_ids])
+        # The earliest stop text ends the sample.
         ends = [text.find(stop) for stop in self.cfg.stops if stop in text]
         if ends:
             return text[:min(ends)]
         if finished:
             return text
+        # Hide the longest end of the text that is the beginning of a stop text.
         begun = [n for stop in self.cfg.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
         return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
 
@@ -184,6 +188,7 @@ class Sampler:
                 text = self.visible_text(new[0], finished=False)
                 print(text[len(printed):], end="", flush=True)
                 printed = max(printed, text, key=len)  # the next token may begin a stop text, which is hidden
+        # What was hidden because it might have changed is shown now.
         texts = [self.visible_text(row, finished=True) for row in new]
         if stream:
             print(texts[0][len(printed):], flush=True)
@@ -215,17 +220,20 @@ def answer_conversations(cfg: SampleConfig, sampler: Sampler, rows: list[Row]) -
     require_chat(sampler.tokenizer, cfg.model)
     if cfg.stops:
         raise UserError("stop only works with prompts; an answer to messages ends by itself")
+    # Check all rows before the first answer, so that a bad row costs no time.
     conversations = []
     for place, keys in rows:
         try:
-            conversations.append(listed(keys))
-        except Skip as reason:
-            raise UserError(f"{place}: {reason}") from None
-        if conversations[-1] is None:
+            messages = listed(keys)
+        except Skip as problem:
+            raise UserError(f"{place}: {problem}") from None
+        if messages is None:
             raise UserError(f'{place}: has no "messages", but other rows of the file have them')
+        conversations.append(messages)
     for first, numbers in batches(cfg, rows):
         answers = sampler.assistant.reply([conversations[number] for number in numbers], first=first)
         for number, replies in zip(numbers, answers, strict=True):
+            # "cut" marks an answer that max_new_tokens ended; it is no part of the message.
             reason = "length" if replies[-1].pop("cut", False) else "stop"
             print_json(rows[number], completion=replies[-1]["content"], replies=replies, finish_reason=reason)
     return sampler.assistant.tokens
@@ -248,11 +256,13 @@ def main(argv: list[str]) -> int:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
     rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [Row("prompt", {"prompt": cfg.prompt})]
     sampler = Sampler(cfg)
+    # A conversation, until the user leaves.
     if cfg.chat:
         require_chat(sampler.tokenizer, cfg.model)
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())
         return 0
+    # Answers or continuations. One row with messages makes the file a file of conversations.
     begin = time.perf_counter()
     work = answer_conversations if any("messages" in row.keys for row in rows) else complete_prompts
     tokens = work(cfg, sampler, rows)

@@ -46,7 +46,7 @@ class Assistant:
         ends = tokenizer.end_ids
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
-    def reply(self, conversations: list[list[Message]], show: Callable[[int], None] = lambda token: None,
+    def reply(self, conversations: list[list[Message]], show: Callable[[int], None] | None = None,
               prefix: PrefixCache | None = None, first: int = 0,
               most_calls: int = MOST_CALLS) -> list[list[Message]]:
         """Return the messages that follow each conversation: tool calls with their results, then an answer.
@@ -61,9 +61,9 @@ class Assistant:
         for turn in range(most_calls + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
             numbers = [first + row + turn * ROUND_STRIDE for row in open_rows]
-            shown = show if open_rows[0] == 0 else None
+            written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix)
             still_open = []
-            for row, ids in zip(open_rows, self.write(prompts, numbers, shown, prefix), strict=True):
+            for row, ids in zip(open_rows, written, strict=True):
                 message = read_answer(self.tokenizer, ids)
                 replies[row].append(message)
                 calls = message.get("tool_calls", [])

@@ -35,11 +35,11 @@ SEED_STRIDE = 2**20  # a row's generator is seeded with seed * SEED_STRIDE + row
 class Sampling:
     """How the next token is chosen. The filters apply in this order, as in transformers."""
 
-    temperature: float = 0.8  # divides the logits; 0 takes the most likely token (of equals the lowest id)
+    temperature: float = 0.8  # divides the logits; 0 takes the most likely token (ties: the lowest id)
     top_k: int | None = None  # keep only the k most likely tokens; None or 0 keeps all
     top_p: float = 1.0  # keep the most likely tokens until they reach this probability, at least one
     min_p: float = 0.0  # drop tokens less likely than min_p times the most likely token
-    repetition_penalty: float = 1.0  # tokens already in the row: divides their positive logits
+    repetition_penalty: float = 1.0  # above 1 makes tokens that are in the row less likely (CTRL)
     seed: int = 1337  # random numbers depend on this seed and on the number of the row
 
     def __post_init__(self) -> None:
@@ -53,7 +53,10 @@ class Sampling:
 
 @dataclass
 class PrefixCache:
-    """The ids that a call has read, and their keys and values, for a later call that continues the text."""
+    """The ids that a call has read, with their keys and values, for a later call that continues the text.
+
+    A conversation passes the same PrefixCache at every turn, so that only the new turn is read.
+    """
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
@@ -65,7 +68,7 @@ class Options:
 
     vocab_size: int | None = None  # ids from here on, unknown to the tokenizer, are never chosen
     row_numbers: Sequence[int] | None = None  # one per prompt, for the random numbers; None is 0, 1, 2, ...
-    prefix: PrefixCache | None = None  # for a single prompt: what an earlier call read; updated
+    prefix: PrefixCache | None = None  # of a single prompt: reuse what an earlier call read, and update it
 
 
 # ---- From logits to a token -------------------------------------------------------------------------------
@@ -126,7 +129,7 @@ def compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
 
 
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
-    """Feed new tokens of each row after those in the cache; return the logits after each last one, (B, V)."""
+    """Feed each row's new tokens after those in the cache; return the logits after its last token, (B, V)."""
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.rows.device)  # (B, T)
     if longest == 1 and isinstance(cache, StepCache):
@@ -176,7 +179,8 @@ def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor
 def shift_context(context: list[list[int]], block_size: int) -> bool:
     """Cut each row that has outgrown the context to its last block_size // 2 tokens; True if any was cut.
 
-    The positions of the kept tokens change, so the caller has to read them again into a new cache.
+    With block_size=4, [1, 2, 3, 4, 5] becomes [4, 5]. The positions of the kept tokens change, so the caller
+    has to read them again into a new cache.
     """
     full = [row for row in context if len(row) > block_size]
     for row in full:
@@ -218,12 +222,11 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
         logits = penalize(logits[:, :options.vocab_size].float(), context, sampling.repetition_penalty)
         chosen = choose(logits, uniform[:, step], sampling).tolist()
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
+        append_tokens(new, tokens)
+        append_tokens(context, tokens)
         for row, token in enumerate(tokens):
-            if token is not None:
-                new[row].append(token)
-                context[row].append(token)
-                if is_done is not None and is_done(row, new[row]):  # the row stays, with a context of one
-                    live[row], context[row] = False, [token]
+            if token is not None and is_done is not None and is_done(row, new[row]):
+                live[row], context[row] = False, [token]  # the row stays in the batch, with one token
         unread = [row[-1:] for row in context]
         if shift_context(context, block_size):
             cache = None
@@ -241,8 +244,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
     """Yield one token per row and step, None for rows that have ended, for at most max_new_tokens steps.
 
     prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read.
-    is_done(row, new ids): called after each token of a row; True ends the row with that token.
-    None ends no row before max_new_tokens.
+    is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
+        every row reach max_new_tokens.
     Raises ValueError for an empty prompt.
     """
     yield from generate_steps(model, prompts, max_new_tokens, sampling, is_done, options)

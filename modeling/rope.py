@@ -1,7 +1,8 @@
 """Rotary position embeddings: frequencies, tables, and two ways to stretch them to longer contexts.
 
-    cos, sin = rope_tables(length=128, head_dim=64, theta=1e4, scaling=None)      # what model.py stores
-    frequencies, factor = rope_frequencies(head_dim=64, theta=1e4, scaling=None)
+    tables = RotaryTables()                                # a part of the model
+    tables.rebuild(length=128, head_dim=64, theta=1e4, scaling=None, device="cpu")
+    cos, sin = tables(slice(0, 10))                        # for `rotate` in model.py
 
 RoPE rotates pair i of a head at position t by the angle t * theta^(-2i / D) (arXiv 2104.09864). `scaling` is
 a dictionary with Hugging Face's keys:
@@ -18,9 +19,12 @@ Left out: linear, dynamic and longrope scaling.
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from configurator import UserError
+from modeling.attention import Positions
+
+Rope = tuple[Tensor, Tensor]  # rows of the two tables: (T, D) each, or (B, 1, T, D)
 
 
 def llama3(frequencies: Tensor, scaling: dict) -> Tensor:
@@ -87,13 +91,31 @@ def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple
     raise UserError(f"rope_scaling={scaling}: rope_type must be llama3 or yarn")
 
 
-def rope_tables(length: int, head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, Tensor]:
-    """Return the tables for model.py's `rotate`, each (length, head_dim): (cos, cos) and (-sin, sin).
+class RotaryTables(nn.Module):
+    """The tables for `rotate` at all positions of a context, (length, D) each: (cos, cos) and (-sin, sin).
 
-    Both are float32 on the CPU. Raises UserError as `rope_frequencies` does.
+    They are float32, and not saved in checkpoints.
     """
-    frequencies, factor = rope_frequencies(head_dim, theta, scaling)
-    times = torch.arange(length, device="cpu").float()
-    angles = times[:, None] * frequencies  # (length, D/2)
-    cos, sin = angles.cos() * factor, angles.sin() * factor
-    return torch.cat((cos, cos), dim=-1), torch.cat((-sin, sin), dim=-1)  # (length, D) each
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("cos", None, persistent=False)
+        self.register_buffer("sin", None, persistent=False)
+
+    def rebuild(self, length: int, head_dim: int, theta: float, scaling: dict | None,
+                device: torch.device | str) -> None:
+        """Compute the tables on the CPU and put them on `device`. Raises UserError as `rope_frequencies`."""
+        frequencies, factor = rope_frequencies(head_dim, theta, scaling)
+        angles = torch.arange(length, device="cpu").float()[:, None] * frequencies  # (length, D/2)
+        cos, sin = angles.cos() * factor, angles.sin() * factor
+        cos, sin = (torch.cat(halves, dim=-1).to(device) for halves in ((cos, cos), (-sin, sin)))
+        if self.cos is not None and self.cos.shape == cos.shape and self.cos.device == cos.device:
+            self.cos.copy_(cos)  # in place, because a rope_theta ramp changes the tables at every step
+            self.sin.copy_(sin)
+        else:
+            self.cos, self.sin = cos, sin
+
+    def forward(self, positions: Positions) -> Rope:
+        """Return the rows at these positions; (B, T) positions get a dimension for the heads."""
+        cos, sin = self.cos[positions], self.sin[positions]  # (T, D) or (B, T, D)
+        return (cos, sin) if isinstance(positions, slice) else (cos[:, None], sin[:, None])  # (B, 1, T, D)

@@ -1,4 +1,4 @@
-"""What only a GPU shows; skipped, with the reason, where there is none.
+"""Tests that need a GPU; they are skipped if there is none.
 
 python -m pytest tests/test_gpu.py
 """
@@ -64,7 +64,7 @@ SHORT = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_step
 
 @pytest.mark.parametrize("kind", ["online", "inside", "on_policy", "lora", "preferences"])
 def test_later_stages_follow_the_cpu(kind, trained, data, chats, pairs, tmp_path):
-    """Packed chats, answers that share their prompt, a teacher and its layers: float32, on both devices."""
+    """Packed chats, answers that share their prompt, a teacher and its layers, in float32 on both devices."""
     taught = [f"--teacher={trained}", f"--dataset={data}", "--student_layers=last:1"]
     script, words = {
         "online": (distill, taught),
@@ -83,8 +83,8 @@ def test_later_stages_follow_the_cpu(kind, trained, data, chats, pairs, tmp_path
     assert max(abs(a / b - 1) for a, b in zip(*runs, strict=True)) < 0.02
 
 
-def test_a_compiled_step_writes_the_same_on_the_gpu():
-    """A CUDA graph, in float32: the context ends on the way, and another cache takes its place."""
+def test_a_compiled_step_has_the_same_tokens_on_the_gpu():
+    """A CUDA graph, in float32. The context becomes full, so that a second cache is made."""
     torch.set_float32_matmul_precision("highest")
     model, prompts = busy_model(tiny_config()).cuda(), [[1, 2, 3], [4], list(range(60))]
     texts = []

@@ -1,4 +1,4 @@
-"""model.py and formats/hf.py: the same logits as transformers, both ways, and the model's own equalities."""
+"""model.py, formats/weights.py and formats/hf.py: the same logits as transformers, in both directions."""
 
 import json
 import subprocess
@@ -6,14 +6,10 @@ import sys
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask
 
 from configurator import UserError
 from formats import hf
 from model import GPT, GPTConfig
-from modeling.attention import attend, document_mask
-from modeling.kv_cache import KVCache
 from tests.conftest import ROOT, busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
@@ -72,7 +68,7 @@ def test_logits_equal_transformers(name, tmp_path):
         reference = theirs(ids).logits
         assert (model(ids) - reference).abs().max() <= 1e-5
         assert (back(ids) - reference).abs().max() <= 1e-5
-    assert reference.std() > 0.1  # and they say something
+    assert reference.std() > 0.1  # the logits are not all equal
     assert {**vars(back.config), "dropout": 0.0} == {**vars(config), "dropout": 0.0}
 
 
@@ -135,7 +131,7 @@ def test_values_of_a_wrong_type_are_one_line(tmp_path, value):
             "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "model_type"]
     for key in keys:
         if (key, value) in (("rms_norm_eps", 3.5), ("tie_word_embeddings", True)):
-            continue  # these are values it may have
+            continue  # a valid value of this key
         (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
         with pytest.raises(UserError):
             GPT.from_pretrained(tmp_path)
@@ -144,8 +140,8 @@ def test_values_of_a_wrong_type_are_one_line(tmp_path, value):
         GPT.from_pretrained(tmp_path)
 
 
-def test_a_size_that_is_not_there_is_asked_for(tmp_path):
-    """transformers would assume its own default, which need not be ours; what it derives, we derive."""
+def test_a_missing_size_is_an_error(tmp_path):
+    """transformers has defaults of its own for these sizes. A size that it derives, we derive too."""
     busy_model(tiny_config(n_kv_head=4)).save_pretrained(tmp_path)
     path = tmp_path / "config.json"
     config = json.loads(path.read_text())
@@ -203,123 +199,6 @@ def test_weights_depend_on_the_seed_alone():
     assert std == pytest.approx(0.02 / 2, rel=0.05)  # two layers: divided by sqrt(4)
 
 
-@pytest.mark.parametrize("changes", [{}, GPT2, dict(qk_norm=True, n_kv_head=1)])
-def test_packed_documents_give_the_logits_they_give_alone(changes):
-    config = tiny_config(**changes)
-    model = busy_model(config)
-    ids = ids_for(config, B=1)
-    lengths = [5, 1, 30, 28]
-    document_ids = torch.repeat_interleave(torch.arange(4), torch.tensor(lengths))[None]
-    with torch.no_grad():
-        packed = model(ids, document_ids=document_ids)
-        alone = torch.cat([model(part) for part in ids.split(lengths, dim=1)], dim=1)
-    assert (packed - alone).abs().max() <= 1e-5
-
-
-def test_a_document_does_not_change_by_a_bit_when_its_neighbour_does():
-    config = tiny_config()
-    model = busy_model(config)
-    one, two = ids_for(config, B=1), ids_for(config, B=1, seed=1)
-    document_ids = (torch.arange(64) >= 24).long()[None]
-    mixed = torch.cat((two[:, :24], one[:, 24:]), dim=1)
-    with torch.no_grad():
-        first, second = model(one, document_ids=document_ids), model(mixed, document_ids=document_ids)
-    assert torch.equal(first[:, 24:], second[:, 24:])
-    assert not torch.equal(first[:, :24], second[:, :24])
-
-
-@pytest.mark.parametrize("changes", [dict(n_head=6, n_kv_head=2, n_embd=96), GPT2, dict(qk_norm=True)])
-def test_paths_give_the_logits_that_they_give_alone(changes):
-    """A tree, of one beginning two branches, of one of them two more; and a sequence of its own. Their tokens
-    stand anywhere in two rows."""
-    config = tiny_config(**changes)
-    model, ids = busy_model(config), ids_for(config, B=2, T=45)
-    order = torch.randperm(90, generator=torch.Generator().manual_seed(0))
-    root, left, right, leaf, other, alone = order.split([12, 9, 20, 15, 20, 14])
-    paths = [torch.cat(path) for path in ((root, left, leaf), (root, left, other), (root, right), (alone,))]
-    longest = max(map(len, paths))
-    padded = torch.stack([torch.cat((path, path[-1:].expand(longest - len(path)))) for path in paths])
-    with torch.no_grad():
-        together = model(ids, paths=padded).flatten(0, 1)
-        for path in paths:
-            assert (together[path] - model(ids.flatten()[path][None])[0]).abs().max() <= 1e-5
-        ids.view(-1)[leaf] = ids_for(config, B=1, T=15, seed=1)[0]
-        changed = (model(ids, paths=padded).flatten(0, 1) != together).any(dim=-1)
-    assert set(changed.nonzero()[:, 0].tolist()) == set(leaf.tolist()), "its neighbours do not, by a bit"
-    with pytest.raises(ValueError, match="65 tokens do not fit block_size=64"):
-        model(ids, paths=torch.zeros(1, 65, dtype=torch.int64))
-
-
-def test_flex_attention_sees_what_the_dense_mask_sees():
-    """The GPU's path through FlexAttention, here without gradients, which it does not have on the CPU."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, heads, 128, 16, generator=generator) for heads in (4, 2, 2))
-    documents = torch.randint(2, (2, 128), generator=generator).cumsum(dim=1)
-
-    def visible(b, h, i, j):
-        return (j <= i) & (documents[b, i] == documents[b, j])
-
-    mask = create_block_mask(visible, 2, None, 128, 128, device="cpu")
-    assert isinstance(mask, BlockMask)
-    with torch.no_grad():
-        assert torch.allclose(attend(q, k, v, mask), attend(q, k, v, document_mask(documents)), atol=1e-6)
-
-
-def test_bfloat16_attention_on_a_cpu_computes_in_float32():
-    """As inside autocast: the result is float32's of the rounded inputs, rounded once; its gradient too."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(2, 4, 16, 8, generator=generator).bfloat16().requires_grad_() for _ in range(3))
-    exact = [tensor.detach().float().requires_grad_() for tensor in (q, k, v)]
-    with torch.autocast("cpu", torch.bfloat16):
-        y = attend(q, k, v, None)
-    expected = attend(*exact, None)
-    assert y.dtype == torch.bfloat16 and torch.equal(y, expected.bfloat16())
-    y.sum().backward()
-    expected.sum().backward()
-    for tensor, reference in zip((q, k, v), exact, strict=True):
-        assert torch.equal(tensor.grad, reference.grad.bfloat16())
-
-
-@pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("groups", [1, 2, 8])
-def test_a_single_query_by_the_definition(monkeypatch, masked, groups):
-    """In float64; and where the kernel's result lies in memory as that of a GPU's memory-efficient one."""
-    generator = torch.Generator().manual_seed(0)
-    q = torch.randn(3, 8, 1, 16, generator=generator, dtype=torch.float64)
-    k, v = torch.randn(2, 3, groups, 5, 16, generator=generator, dtype=torch.float64)
-    mask = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 0, 0, 0, 0]]).bool()[:, None, None]
-    scores = q @ k.repeat_interleave(8 // groups, dim=1).mT / 4
-    scores = scores.masked_fill(~mask, -torch.inf) if masked else scores
-    expected = scores.softmax(-1) @ v.repeat_interleave(8 // groups, dim=1)
-    kernel = F.scaled_dot_product_attention
-    assert (attend(q, k, v, mask if masked else None) - expected).abs().max() < 1e-12
-    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda *arguments, **options: kernel(
-        *arguments, **options).transpose(1, 2).contiguous().transpose(1, 2))
-    assert (attend(q, k, v, mask if masked else None) - expected).abs().max() < 1e-12
-
-
-@pytest.mark.parametrize("lengths", [[20, 7, 13], [20, 20, 20]])
-@pytest.mark.parametrize("changes", [{}, GPT2, dict(rope_scaling=YARN)])
-def test_cached_logits_equal_uncached(changes, lengths):
-    """Rows of unequal and of equal length, fed in three portions."""
-    config = tiny_config(**changes)
-    model, ids = busy_model(config), ids_for(config, B=3, T=40)
-    lengths = torch.tensor(lengths)
-    cache = KVCache(config, 3, 40)
-    with torch.no_grad():
-        whole = model(ids)
-        prefill = model(ids[:, :20], cache=cache)
-        cache.set_lengths(lengths.tolist())
-        rows = torch.arange(3)[:, None]
-        several = model(ids[rows, lengths[:, None] + torch.arange(5)], cache=cache)
-        cache.set_lengths((lengths + 5).tolist())
-        single = model(ids[rows, lengths[:, None] + 5], cache=cache)
-    for row, length in enumerate(lengths):
-        assert (prefill[row, :length] - whole[row, :length]).abs().max() <= 1e-5
-        assert (several[row] - whole[row, length : length + 5]).abs().max() <= 1e-5
-        assert (single[row, 0] - whole[row, length + 5]).abs().max() <= 1e-5
-
-
 def test_activation_checkpointing_changes_no_gradient():
     config = tiny_config(dropout=0.1)
     model, ids = busy_model(config).train(), ids_for(config)
@@ -344,7 +223,7 @@ def test_context_may_change_in_a_trained_model(tmp_path):
     model = busy_model(config)
     model.reconfigure(rope_theta=5e5, block_size=128)
     fresh = GPT(tiny_config(rope_theta=5e5, block_size=128))
-    assert torch.equal(model.rope_cos, fresh.rope_cos) and model.rope_cos.shape == (128, 16)
+    assert torch.equal(model.rope.cos, fresh.rope.cos) and model.rope.cos.shape == (128, 16)
     model.save_pretrained(tmp_path)
     assert hf.read_config(tmp_path)["rope_theta"] == 5e5 and hf.read_config(tmp_path)["block_size"] == 128
     with pytest.raises(UserError, match="n_layer: cannot change"):
@@ -354,11 +233,11 @@ def test_context_may_change_in_a_trained_model(tmp_path):
 
 
 def test_rotary_tables_are_float32_whatever_the_weights_are(tmp_path):
-    """As they would be behind a change of the context, so that figures do not depend on what ran before."""
+    """So a model in bfloat16 has the same tables before and after a change of its context."""
     busy_model(tiny_config()).save_pretrained(tmp_path)
     half = GPT.from_pretrained(tmp_path, dtype=torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
-    assert half.rope_cos.dtype == half.rope_sin.dtype == torch.float32
+    assert half.rope.cos.dtype == half.rope.sin.dtype == torch.float32
     ids = ids_for(half.config)
     before = half(ids)
     half.reconfigure(block_size=128)
@@ -392,7 +271,7 @@ def test_counts_worked_by_hand():
     model = GPT(tiny_config())
     layer = 64 * 64 + 2 * 64 * 32 + 64 * 64 + 3 * 64 * 128 + 2 * 64
     assert model.num_parameters() == 500 * 64 + 2 * layer + 64
-    matrices = 2 * (layer - 2 * 64) + 512 * 64  # the padded output matrix is multiplied whole
+    matrices = 2 * (layer - 2 * 64) + 512 * 64  # padding rows of the output matrix are multiplied, too
     assert model.flops_per_token(64) == 6 * matrices + 6 * 2 * 4 * 16 * 64
 
 
@@ -435,7 +314,7 @@ def peak():
     return int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024
 config = GPTConfig(vocab_size=32000, n_layer=12, n_head=12, n_embd=768, block_size=128)
 with torch.device("meta"):
-    small = GPT(GPTConfig())  # whatever is imported on the way
+    small = GPT(GPTConfig())  # imports what a model needs
 small.materialize("cpu", seed=1)
 before = peak()
 with torch.device("meta"):
@@ -448,7 +327,7 @@ print(peak() - before, model.num_parameters() * 4 / 2**20)
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux tells a process its peak memory")
 def test_a_model_on_the_meta_device_is_filled_without_a_second_copy():
-    """Peak memory in MiB, of a process of its own: nothing before, then the weights and one matrix more."""
+    """Peak memory of a new process, in MiB: almost nothing on meta, then the weights and one more matrix."""
     done = subprocess.run(
         [sys.executable, "-c", MEMORY], capture_output=True, text=True, cwd=ROOT, check=True
     )

@@ -1,4 +1,4 @@
-"""Answering: the calculator is called and read, conversations are remembered, the terminal."""
+"""The assistant: calculator calls and their results, the prefix cache of a conversation, the terminal."""
 
 import json
 
@@ -12,7 +12,7 @@ from formats.tokenizer import Tokenizer
 from generation import assistant as assistants
 from generation.assistant import MOST_CALLS, Assistant, call_tool
 from generation.generate import Options, PrefixCache, Sampling, generate
-from generation.terminal import converse, drop_turns
+from generation.terminal import converse, drop_turns, read_line
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 
@@ -23,7 +23,7 @@ def tokenizer():
 
 
 class Scripted(Assistant):
-    """An assistant whose model says what it is told to, turn by turn; the rest is real."""
+    """An assistant whose model writes the given turns; everything else is real."""
 
     def __init__(self, tokenizer, turns, monkeypatch):
         super().__init__(GPT(tiny_config(vocab_size=512)), tokenizer, Sampling(), 50)
@@ -55,28 +55,28 @@ def test_the_calculator_is_called_and_its_result_read(tokenizer, monkeypatch):
     first, second = scripted.reply([[USER], [{"role": "user", "content": "hi"}]])
     assert first == [called("12 * 30"), {"role": "tool", "content": "360"}, said("360")]
     assert second == [said("hello")]
-    assert len(scripted.prompts[1]) == 1, "only the one that called goes on"
+    assert len(scripted.prompts[1]) == 1, "only the conversation with a call continues"
     assert scripted.prompts[1][0].endswith(
         "<|im_start|>tool\n<|tool_response|>360<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
-def test_calls_without_end_are_ended(tokenizer, monkeypatch):
+def test_the_number_of_calls_is_limited(tokenizer, monkeypatch):
     scripted = Scripted(tokenizer, [called("1 + 1")] * 9, monkeypatch)
     (reply,) = scripted.reply([[USER]])
     assert len(scripted.prompts) == MOST_CALLS + 1
-    assert reply[-1]["role"] == "assistant" and reply[-1]["cut"], "a result that nobody reads is no answer"
+    assert reply[-1]["role"] == "assistant" and reply[-1]["cut"], "a reply does not end with a result"
 
 
-def test_a_wrong_call_is_told_to_the_model():
+def test_a_wrong_call_returns_an_error_to_the_model():
     assert call_tool({"name": "calculator", "arguments": {"expression": "2 * 3"}}) == "6"
     assert call_tool({"name": "shell", "arguments": {}}) == "error: no tool 'shell'"
     for arguments in ({}, {"x": 1}, [], "2 * 3"):
         assert call_tool({"name": "calculator", "arguments": arguments}).startswith("error: give")
 
 
-def test_what_was_said_is_not_read_again(tokenizer, monkeypatch):
-    """The same words with and without the past, and fewer tokens through the model."""
+def test_earlier_turns_are_not_read_again(tokenizer, monkeypatch):
+    """The same tokens with and without the prefix cache, and fewer tokens through the model."""
     model = busy_model(tiny_config(vocab_size=512, block_size=256))
     sizes = []
     original = GPT.forward
@@ -90,10 +90,10 @@ def test_what_was_said_is_not_read_again(tokenizer, monkeypatch):
         sizes.clear()
         kept = [ids[0] for ids in generate(model, [prompt], 12, Sampling(temperature=0), options=options)]
         assert kept == plain
-        assert sizes[0] <= len(prompt) - before, "what the last prompt held is not read"
+        assert sizes[0] <= len(prompt) - before, "the last prompt is not read again"
         before = len(prompt)
         messages += [said(tokenizer.decode([i for i in kept if i < 400])), USER]
-    long = [*range(300)]  # over the context: its end is read, and the past is that
+    long = [*range(300)]  # longer than the context: its end is read and cached
     assert [i[0] for i in generate(model, [long], 4, Sampling(temperature=0), options=options)] == [
         i[0] for i in generate(model, [long], 4, Sampling(temperature=0))
     ]
@@ -123,7 +123,7 @@ def test_a_conversation_in_the_terminal(tokenizer, monkeypatch, tmp_path):
     assert "12 * 30" not in scripted.prompts[1][0] and "Be brief." in scripted.prompts[1][0]
 
 
-def test_a_full_context_forgets_the_oldest_turns(tokenizer, monkeypatch):
+def test_a_full_context_drops_the_oldest_turns(tokenizer, monkeypatch):
     scripted = Scripted(tokenizer, [], monkeypatch)
     messages = [{"role": "system", "content": "s"}]
     messages += [USER, said("360")] * 12 + [{"role": "user", "content": "last"}]
@@ -133,6 +133,12 @@ def test_a_full_context_forgets_the_oldest_turns(tokenizer, monkeypatch):
     assert messages[-1]["content"] == "last"
     assert len(encode_prompt(tokenizer, messages)) <= scripted.model.config.block_size
     assert drop_turns(scripted, messages, keep=1) == ""
+
+
+def test_a_line_that_is_not_utf8_is_asked_for_again():
+    lines, out = iter(["\udcff", " hi "]), []
+    assert read_line(lambda prompt: next(lines), out.append) == "hi"
+    assert out == ["that is not UTF-8\n"]
 
 
 # ---- The commands -----------------------------------------------------------------------------------------
@@ -174,6 +180,7 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     [
         (["--chat=True", "--prompt=a"], "--chat=True does not work with prompt"),
         (["--system=a"], "--system needs --chat=True"),
+        (["--chat=True", "--system=\udcff"], "--system is not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line(chat_folder, words, message):
@@ -198,6 +205,6 @@ def test_pairs_of_a_models_own_answers(tokenizer, monkeypatch):
     assert isinstance(first, Problem)
     turns = [said("no"), said(first.answer), said(second.answer), said(second.answer)]
     rows, right = make_pairs(cfg, Scripted(tokenizer, turns, monkeypatch))
-    assert right == 0.75 and len(rows) == 1, "what is always right gives no pair"
+    assert right == 0.75 and len(rows) == 1, "a problem that is always answered right yields no pair"
     assert rows[0]["chosen"] == [said(first.answer)] and rows[0]["rejected"] == [said("no")]
     assert rows[0]["prompt"][0]["content"] == first.question

@@ -1,4 +1,4 @@
-"""generate.py and sample.py: cached = uncached, batched = alone, every edge with a stated result."""
+"""generate.py and sample.py: cached = uncached, batched = alone, and every edge case."""
 
 import io
 import json
@@ -13,7 +13,16 @@ import generation.generate
 import sample
 from configurator import UserError
 from formats.tokenizer import Tokenizer
-from generation.generate import Options, PrefixCache, Sampling, append_tokens, choose, generate, penalize
+from generation.generate import (
+    Options,
+    PrefixCache,
+    Sampling,
+    append_tokens,
+    choose,
+    generate,
+    penalize,
+    shift_context,
+)
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
 
@@ -29,7 +38,7 @@ def run(model, prompts, count, sampling=GREEDY, is_done=None, **options):
 
 
 def uncached(model, prompt, count):
-    """Greedy decoding by the definition: the whole window through the model for every token."""
+    """Greedy decoding by its definition: the model reads the whole context for every token."""
     window, new = prompt[-model.config.block_size :], []
     for _ in range(count):
         with torch.no_grad():
@@ -50,7 +59,7 @@ def prompts_of(count, longest=60, seed=0):
     "changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)]
 )
 def test_greedy_tokens_of_200_prompts(changes):
-    """Cached = uncached and batched ragged = alone, past the end of the context (64) as well."""
+    """Cached = uncached, and a ragged batch = each row alone, also past the end of the context (64)."""
     model, prompts = busy_model(tiny_config(**changes)), prompts_of(100)
     together = [row for first in range(0, 100, 25) for row in run(model, prompts[first : first + 25], 20)]
     for prompt, row in zip(prompts, together, strict=True):
@@ -62,6 +71,12 @@ def test_a_full_context_goes_on_with_its_last_half():
     model = busy_model(tiny_config())
     prompts = [prompts_of(1, seed=1)[0], list(range(64)), list(range(200))]
     assert run(model, prompts, 100) == [uncached(model, prompt, 100) for prompt in prompts]
+
+
+def test_a_shift_worked_by_hand():
+    context = [[1, 2, 3, 4, 5], [1, 2, 3, 4]]
+    assert shift_context(context, block_size=4) and context == [[4, 5], [1, 2, 3, 4]]
+    assert not shift_context(context, block_size=4)
 
 
 def test_greedy_tokens_equal_transformers(trained):
@@ -76,7 +91,7 @@ def test_greedy_tokens_equal_transformers(trained):
         assert run(ours, [prompt], 30) == [reference[0, len(prompt) :].tolist()]
 
 
-def test_rows_do_not_know_of_each_other():
+def test_rows_do_not_depend_on_each_other():
     model, prompts = busy_model(tiny_config()), prompts_of(6)
     sampling = Sampling(temperature=1.5, top_k=50, seed=3)
     together = run(model, prompts, 30, sampling)
@@ -90,15 +105,15 @@ def test_rows_do_not_know_of_each_other():
 
 
 @pytest.mark.parametrize("tails", [[[], [5], [6, 7, 8]], [[], [], []], [[1, 2], [3, 4], [5, 6]]])
-def test_what_rows_begin_with_is_read_once(monkeypatch, tails):
+def test_a_shared_prefix_is_read_once(monkeypatch, tails):
     model = busy_model(tiny_config(block_size=128))
     prompts = [list(range(100, 170)) + tail for tail in tails]
     alone = [run(model, [prompt], 70)[0] for prompt in prompts]
     read, forward_last = [], generation.generate.forward_last
     monkeypatch.setattr(generation.generate, "forward_last", lambda model, rows, cache: read.append(
         sum(map(len, rows))) or forward_last(model, rows, cache))
-    assert run(model, prompts, 70) == alone, "the cache's last half included"
-    shared = 70 if all(tails) else 69  # the last token of a row is its own
+    assert run(model, prompts, 70) == alone, "also after a shift of the context"
+    shared = 70 if all(tails) else 69  # each row keeps its last token
     assert read[:2] == [shared, sum(map(len, prompts)) - 3 * shared] and read[2] == 3
     monkeypatch.setattr(generation.generate, "MIN_SHARED_PREFIX", 71)
     read.clear()
@@ -116,9 +131,9 @@ def test_a_row_that_ends_leaves_the_others_alone():
 @pytest.mark.parametrize("changes, dtype", [
     ({}, torch.float32), (dict(position="learned", norm="layernorm", mlp="gelu", bias="all"), torch.float32),
     ({}, torch.bfloat16), (dict(ternary=True), torch.float32)])
-def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
-    """Traced, not compiled: ragged rows, past the context's end, behind a shared beginning; in few graphs."""
-    torch._dynamo.reset()  # it counts the graphs of all tests as one function's
+def test_steps_of_one_shape_have_the_same_tokens(monkeypatch, changes, dtype):
+    """Traced, not compiled: ragged rows, past the context, after a shared prefix, in few graphs."""
+    torch._dynamo.reset()  # else the counter includes the graphs of earlier tests
     traced = torch.compile(generation.generate.last_logits, backend="eager")
     monkeypatch.setattr(generation.generate, "compiled_step", lambda device: traced)
     model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(10), [3], list(range(64))]
@@ -134,14 +149,14 @@ def test_steps_of_one_shape_write_the_same(monkeypatch, changes, dtype):
     assert counts["unique_graphs"] - begin <= 3  # one for 12 rows, one for any number, one for a single row
 
 
-def test_a_compiled_step_writes_the_same():
+def test_a_compiled_step_has_the_same_tokens():
     torch._dynamo.reset()
     model, prompts = busy_model(tiny_config(block_size=512)), [[1, 2, 3], [4], [5] * 40]
     counts, lengths = torch._dynamo.utils.counters["stats"], (8, 60, 120, 250)  # caches of 128, 256, 384
     expected, begin = [run(model, prompts, length) for length in lengths], counts["unique_graphs"]
     model.compiled_steps = True
     assert [run(model, prompts, length) for length in lengths] == expected
-    assert counts["unique_graphs"] == begin + 1  # for all lengths, and all sizes of the cache
+    assert counts["unique_graphs"] == begin + 1  # one graph for all lengths and cache sizes
 
 
 def test_ids_beyond_the_tokenizer_are_never_chosen():
@@ -305,7 +320,7 @@ def test_stop_texts_end_a_sample_and_are_not_shown(capsys, trained, tmp_path):
 
 
 def test_streaming_never_takes_back_a_character(trained, monkeypatch):
-    """Bytes of a character one by one, and a stop text that begins and does not go on."""
+    """A character comes byte by byte; a stop text begins and then does not go on."""
     sampler = sample.Sampler(sample.SampleConfig(model=str(trained), device="cpu", stop="END"))
     tokenizer = sampler.tokenizer
     ids = tokenizer.encode("née 中 EN E EN") + tokenizer.encode("D after")
@@ -315,7 +330,7 @@ def test_streaming_never_takes_back_a_character(trained, monkeypatch):
     assert sampler.visible_text(ids, finished=True) == "née 中 EN E "
 
 
-def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
+def test_prompts_are_text_and_long_ones_are_cut_with_a_note(capsys, trained):
     marker = call(capsys, trained, "--prompt=<|endoftext|>", "--max_new_tokens=5", "--temperature=0").out
     nothing = call(capsys, trained, "--prompt=", "--max_new_tokens=5", "--temperature=0").out
     assert marker != nothing
@@ -324,7 +339,7 @@ def test_prompts_are_text_and_long_ones_are_cut_aloud(capsys, trained):
     assert call(capsys, trained, "--max_new_tokens=0").out == "\n"
 
 
-def test_other_keys_of_a_prompt_come_back(capsys, trained, tmp_path):
+def test_other_keys_of_a_prompt_are_copied(capsys, trained, tmp_path):
     (tmp_path / "p.jsonl").write_text('\n{"prompt": "a", "k": "\\u00e9"}\n')
     printed = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=2").out
     assert json.loads(printed)["k"] == "\u00e9"
@@ -372,7 +387,7 @@ def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
         (["--device=cuda:9"], "not on this machine"),
     ],
 )
-def test_wrong_words(trained, words, message, monkeypatch):
+def test_wrong_arguments(trained, words, message, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
         sample.main([f"--model={trained}", *words])
@@ -389,12 +404,12 @@ def test_the_prompt_is_shown_on_a_terminal_only(trained, monkeypatch, capsys):
     assert "import" in capsys.readouterr().err and not screen.getvalue().startswith("import")
 
 
-def test_a_row_that_ends_with_a_full_context_leaves_the_others_theirs():
+def test_a_row_that_ends_with_a_full_context_does_not_shift_the_others():
     model = busy_model(tiny_config(block_size=16))
     prompts, sampling = [list(range(10)), [3, 4]], Sampling(temperature=0)
 
     def done(row, ids):
-        return row == 0 and len(ids) == 7  # its context has 16 tokens when the seventh comes
+        return row == 0 and len(ids) == 7  # the seventh token would overflow its context
 
     both = [[], []]
     for tokens in generate(model, prompts, 20, sampling, done):

@@ -1,4 +1,4 @@
-"""Ternary layers: rounding by hand and beside transformers' BitNet, gradients, folders, and a whole run."""
+"""Ternary layers: worked examples, transformers' BitNet, gradients, folders, and a whole run."""
 
 import json
 import shutil
@@ -13,7 +13,14 @@ from configurator import UserError
 from formats import hf
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from modeling.ternary import TernaryLinear, quantize_activations, quantize_weights, straight_through
+from modeling.ternary import (
+    TernaryLinear,
+    pack_codes,
+    quantize_activations,
+    quantize_weights,
+    straight_through,
+    unpack_codes,
+)
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import losses, run
 
@@ -31,7 +38,7 @@ def tokens(*shape, seed=1):
 
 
 def in_float64(linear, x):
-    """The layer in numpy's float64: (..., in) -> its output, what it multiplies, and the norm's divisor."""
+    """The layer in numpy's float64: (..., in) -> output, rounded inputs, rounded matrix, norm's divisor."""
     x, w = x.double().numpy(), linear.weight.detach().double().numpy()
     divisor = np.sqrt((x**2).mean(-1, keepdims=True) + EPS)
     step = np.abs(x / divisor).max(-1, keepdims=True) / 127
@@ -43,21 +50,28 @@ def in_float64(linear, x):
 
 
 def test_a_matrix_by_hand():
-    """Mean magnitude (0.3 + 1.2 + 0 + 0.6 + 0.2 + 0.1) / 6 = 0.4, so that 0.2 / 0.4 is the border of zero."""
+    """Mean magnitude (0.3 + 1.2 + 0 + 0.6 + 0.2 + 0.1) / 6 = 0.4, so weights below 0.2 become 0."""
     codes, scale = quantize_weights(torch.tensor([[0.3, -1.2, 0.0], [-0.6, 0.1999, -0.1001]]))
     assert codes.tolist() == [[1, -1, 0], [-1, 0, 0]]
     assert scale.item() == pytest.approx(0.4)
 
 
 def test_tokens_by_hand():
-    """The largest entry is level 127; each token has a step of its own."""
+    """The largest entry becomes level 127; each token has its own step."""
     levels, step = quantize_activations(torch.tensor([[1.27, -0.5, 0.0149], [0.0, -254.0, 3.2]]))
     assert levels.tolist() == [[127, -50, 1], [0, -127, 2]]
     assert step.flatten().tolist() == pytest.approx([0.01, 2.0])
 
 
+def test_packing_by_hand():
+    """The example in the docstring of pack_codes."""
+    codes = torch.tensor([[1.0, -1.0, 0.0, 0.0, 1.0]])
+    assert pack_codes(codes).tolist() == [[0b01010010, 0b11111110]]
+    assert torch.equal(unpack_codes(pack_codes(codes)), codes)
+
+
 def test_a_layer_by_hand():
-    """Over its root mean square, 2.5, the input is (1.2, 1.6, 0, 0): levels 95 and 127 of step 1.6 / 127."""
+    """Divided by its root mean square 2.5, x is (1.2, 1.6, 0, 0): levels 95 and 127, step 1.6 / 127."""
     linear = TernaryLinear(4, 2, bias=True, eps=0.0)
     with torch.no_grad():
         linear.weight.copy_(torch.tensor([[0.5, -0.5, 0.5, 0.5], [-0.5, 0.5, -0.5, -0.5]]))
@@ -90,7 +104,7 @@ def test_transformers_bitnet_layer_gives_the_same():
 
 
 def test_gradients_are_straight_through():
-    """They are those of a product with the rounded factors; the norm's is its own, in float64 here."""
+    """The gradients of a product of the rounded factors, then through the norm; checked in float64."""
     linear, x = layer(), tokens(6, 48).requires_grad_()
     upstream = tokens(6, 32, seed=2)
     linear(x).backward(upstream)
@@ -135,7 +149,7 @@ def test_zeros_are_finite():
 
 @torch.no_grad()
 def test_in_bfloat16():
-    """Under autocast, and with weights of that type: nn.Linear's dtypes, the values of float32 nearly."""
+    """Under autocast, and with bfloat16 weights: the dtypes of nn.Linear, nearly the values of float32."""
     linear, x = layer(), tokens(6, 48)
     expected = linear(x)
     with torch.autocast("cpu", torch.bfloat16):
@@ -170,7 +184,7 @@ def test_a_folder_loads_with_equal_logits(tmp_path):
     assert back.config == model.config and torch.equal(back(IDS), model(IDS))
     plain = GPT(tiny_config()).eval()
     plain.load(tmp_path)
-    assert (plain(IDS) - model(IDS)).abs().max() > 0.01, "and not with a plain model's"
+    assert (plain(IDS) - model(IDS)).abs().max() > 0.01, "a plain model has other logits"
 
 
 @torch.no_grad()
@@ -185,8 +199,8 @@ def test_a_folder_without_the_key_is_not_ternary(tmp_path):
     assert hf.architecture(GPTConfig()) == "llama"
 
 
-def test_a_run_without_the_key_goes_on(trained, data, tmp_path):
-    """It began before there was the key, so it counts as not ternary; to change that is refused."""
+def test_a_run_without_the_key_continues(trained, data, tmp_path):
+    """A run from before the key existed counts as not ternary, and that cannot be changed."""
     out = tmp_path / "out"
     shutil.copytree(trained, out)
     path = out / "run.json"
