@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# Is it right on one large GPU, and how fast? In under nine minutes, into docs/results/h200.json.
+# Check and measure training and generation on one large GPU, in under nine minutes. Writes docs/results/h200.json.
 #   bench/h200.sh                        on an H200 (or any GPU with 80 GB)
-#   nanogpt=../nanoGPT bench/h200.sh     with nanoGPT beside, from that folder
+#   nanogpt=../nanoGPT bench/h200.sh     also measures nanoGPT, from that folder
 #   bench/h200.sh toy FILE.json          the same commands on a CPU, in a minute
-# It measures the step of a 124 M and of a 1.1 B model, compiled, in bfloat16, as a share of the best matrix
-# product, beside nanoGPT's; greedy decoding at batch 1 and 32, eager and as a CUDA graph, as a share of what
-# reading the weights allows; the time and memory of the loss head. Every part is checked against its peers
-# before it is timed.
+# Measures, compiled and in bfloat16: the training step of a 124 M and of a 1.1 B model, as a share of the fastest
+# matrix product and compared with nanoGPT; greedy decoding at batch sizes 1 and 32, eager and as a CUDA graph, as
+# a share of the rate at which the weights can be read; time and memory of the loss head. Each benchmark checks
+# its results against the peers before it times anything.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -18,11 +18,12 @@ peer=()
 if [ -n "${nanogpt:-}" ]; then peer=(--nanogpt="$nanogpt"); fi
 
 failed=0
-bench() {  # bench SECONDS NAME SUBJECT --key=value ...: a measurement; its figures become NAME in the result
+# bench SECONDS NAME SUBJECT --key=value ...: run a benchmark with a time limit; its results become NAME in the JSON.
+bench() {
     local seconds=$1 name=$2
     shift 2
     echo "== $name: python -m bench $*" >&2
-    timeout "$seconds" python -m bench "$@" --json="$parts/$name.json" || failed=1  # the others go on
+    timeout "$seconds" python -m bench "$@" --json="$parts/$name.json" || failed=1  # continue with the others
 }
 
 if [ "$size" = toy ]; then

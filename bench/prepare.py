@@ -28,7 +28,7 @@ import numpy as np
 
 from bench.measure import BenchConfig, in_turns, text_table, value_range, write_jsonl
 from configurator import UserError
-from dataset.decontaminate import THRESHOLD, Index, signed
+from dataset.decontaminate import THRESHOLD, Index, passage_signatures
 from dataset.eval_items import find_benchmarks
 from dataset.sources import Skip, document, find_files, read_rows
 from dataset.words import chained, words_of
@@ -141,7 +141,8 @@ def near_duplicates(index: Index, documents: list[str]) -> int:
     """The number of documents that resemble an item as a whole."""
     words = words_of(documents)
     lengths = np.diff(words.bounds)
-    signature = signed(words, chained(words.hashes)[0], words.bounds[:-1][lengths > 0], lengths[lengths > 0])
+    begins, pairs = words.bounds[:-1], chained(words.hashes)[0]
+    signature = passage_signatures(words, pairs, begins[lengths > 0], lengths[lengths > 0])
     return len(np.unique(index.near.find(signature, THRESHOLD)[0]))
 
 
