@@ -1,9 +1,9 @@
-# GPT-2 at half its depth, as DistilGPT-2 is, on text tokenized as GPT-2's.
+# GPT-2 small with every second layer, like DistilGPT-2, on text with GPT-2's tokenizer.
 #   python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --max_tokens=3e8 \
 #       --out=data/fineweb
 #   torchrun --standalone --nproc_per_node=8 distill.py config/distill_gpt2_half.py
 out_dir = "out/distill_gpt2_half"
-teacher = "gpt2"  # of the hub; a folder does as well
+teacher = "gpt2"  # hub id; a folder works as well
 student_layers = "every:2"
 dataset = "fineweb"
 block_size = 1024

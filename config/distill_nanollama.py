@@ -1,4 +1,4 @@
-# A model of 0.3 B parameters learns from the 1.1 B one of config/train_nanollama_1b.py, on eight GPUs.
+# A student of 0.3 B parameters for the 1.1 B model of config/train_nanollama_1b.py, on eight GPUs.
 #   torchrun --standalone --nproc_per_node=8 distill.py config/distill_nanollama.py
 out_dir = "out/distill_nanollama"
 teacher = "out/nanollama_1b"

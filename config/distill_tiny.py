@@ -1,4 +1,4 @@
-# A model a quarter the size of the default one, cut out of it and taught by it, in a minute or two.
+# A quarter of the default model, pruned from it and distilled from it, in a minute or two.
 #   python train.py && python distill.py config/distill_tiny.py
 out_dir = "out/distill_tiny"
 teacher = "out/base"

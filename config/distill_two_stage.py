@@ -1,4 +1,5 @@
-# First the layers are drawn to the teacher's, beside the text, under its frozen table; then it teaches words.
+# Stage 1 trains the layers to match the teacher's layers, with the teacher's embedding table frozen and
+# cross-entropy on the text. Stage 2 is ordinary distillation of the predictions.
 #   python train.py && python distill.py config/distill_two_stage.py
 out_dir = "out/distill_two_stage"
 teacher = "out/base"

@@ -1,4 +1,4 @@
-# Preferences for the model of config/sft_lora.py; the reference is the same model with the adapter off.
+# Preference optimisation after config/sft_lora.py. The reference is the same model with its adapter off.
 #   python prepare.py --kind=preference --source=pairs.jsonl --tokenizer=out/sft_lora/merged --out=data/pairs
 #   python dpo.py config/dpo_lora.py --dataset=pairs --merge=True
 out_dir = "out/dpo_lora"

@@ -1,4 +1,4 @@
-# An adapter for an open model, from chats of your own: one GPU of 24 GB, or patience.
+# A LoRA adapter for an open model, from your own chats. Needs one GPU with 24 GB, or patience on a CPU.
 #   python prepare.py --kind=chat --source=chats.jsonl --tokenizer=Qwen/Qwen3-0.6B --out=data/chats
 #   python sft.py config/sft_lora.py --dataset=chats --merge=True
 out_dir = "out/sft_lora"

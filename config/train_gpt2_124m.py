@@ -1,8 +1,8 @@
-# A Llama of GPT-2's size (12 layers, 768 wide) on 10 B tokens of web text. For a node of 8 GPUs:
+# A Llama of GPT-2 small's size (12 layers, 768 wide) on 10 B tokens of web text, on a node with 8 GPUs.
 #   python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 \
 #       --out=data/fineweb_edu --val_fraction=0.001
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_124m.py
-# On one GPU the same command without torchrun computes the same steps (less memory: micro_batch_size).
+# On one GPU, leave torchrun out: the steps are the same. A smaller micro_batch_size saves memory.
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_124m"
 
@@ -13,14 +13,14 @@ n_embd = 768
 intermediate_size = 2048
 block_size = 1024
 
-global_batch_size = 512  # x 1024 = 0.5 M tokens, GPT-3's for this size
+global_batch_size = 512  # x 1,024 = 0.5 M tokens per step, as GPT-3 has at this size
 micro_batch_size = 32
 max_steps = 19_000  # x 0.5 M = 10 B tokens
 optimizer = "adamw"
 lr_multipliers = {}
 beta2 = 0.95
 weight_decay = 0.1
-learning_rate = 6e-4  # GPT-3's for this size
+learning_rate = 6e-4  # as GPT-3 has at this size
 min_lr = 6e-5
 schedule = "wsd"
 warmup_steps = 700

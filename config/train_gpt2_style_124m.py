@@ -1,5 +1,5 @@
-# GPT-2 small itself: learned positions, LayerNorm, GELU, biases; its folder is a GPT2LMHeadModel. Data as in
-# train_gpt2_124m.py.
+# GPT-2 small's own architecture: learned positions, LayerNorm, GELU, biases. The data is that of
+# train_gpt2_124m.py. transformers loads the checkpoints as GPT2LMHeadModel.
 #   torchrun --standalone --nproc_per_node=8 train.py config/train_gpt2_style_124m.py
 dataset = "fineweb_edu"
 out_dir = "out/gpt2_style_124m"
@@ -14,7 +14,7 @@ n_head = 12
 n_embd = 768
 block_size = 1024
 
-global_batch_size = 512  # x 1024 = 0.5 M tokens
+global_batch_size = 512  # x 1,024 = 0.5 M tokens per step
 micro_batch_size = 32
 max_steps = 19_000  # x 0.5 M = 10 B tokens
 optimizer = "adamw"
