@@ -1,16 +1,19 @@
-"""Write down what a teacher says of every training token of a data set, for distill.py --cache=.
+"""Store a teacher's predictions for every training token of a data set, for distill.py --cache=.
 
     python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
     python -m tools.cache_teacher --teacher=Qwen/Qwen3-1.7B --dataset=books --block_size=1024 --method=topk
     python distill.py --cache=sample
 
-One pass of the teacher over the data, once, for any number of students. Writes data/<name>/teacher_<hash>/
-(distillation/teacher_cache.py); killed, the same command goes on and loses one shard at the most; finished,
-it verifies what is there."""
+The teacher reads the data once, for any number of students. Writes data/<name>/teacher_<hash>/
+(distillation/teacher_cache.py). If it is killed, the same command continues and loses one shard at most. If
+the cache is complete, the same command verifies it.
+"""
 
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
@@ -33,70 +36,82 @@ from modeling.devices import DTYPES, pick_device
 @dataclass(frozen=True, kw_only=True)
 class CacheConfig:
     teacher: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
-    dataset: str = "pystdlib"  # folders under data/ (or paths), with commas between
-    block_size: int = 128  # tokens of a row, as distill.py will read them
-    method: Literal["topk", "sample"] = "sample"  # the likeliest tokens and the rest's mass, or samples
-    k: int | None = None  # tokens kept, or drawn; None: 64 kept, 32 drawn
-    values: Literal["float32", "float16", "uint8"] = "float16"  # topk: of the log-probabilities
-    temperature: float = 1.0  # that of the distillation
-    packing: bool = True  # of chats, as distill.py will
-    document_mask: bool = False  # of text, as distill.py will
-    batch_size: int = 16  # rows the teacher reads together
-    device: str | None = None  # cpu, cuda, mps; None: the best there is
-    dtype: Literal["float32", "bfloat16"] | None = None  # of the teacher's weights; None: bfloat16 on cuda
+    dataset: str = "pystdlib"  # folders under data/ (or paths), separated by commas
+    block_size: int = 128  # tokens per row, as in distill.py
+    method: Literal["topk", "sample"] = "sample"  # store the most likely tokens, or samples from the teacher
+    k: int | None = None  # tokens stored per position; None is 64 for topk, 32 for sample
+    values: Literal["float32", "float16"] = "float16"  # dtype of the log-probabilities of topk
+    temperature: float = 1.0  # of the teacher, as in distill.py
+    packing: bool = True  # chats: several conversations per row, as in distill.py
+    document_mask: bool = False  # text: attend within documents only, as in distill.py
+    batch_size: int = 16  # rows that the teacher reads together
+    device: str | None = None  # cpu, cuda, mps; None is the best one available
+    dtype: Literal["float32", "bfloat16"] | None = None  # of the teacher's weights; None is bfloat16 on cuda
 
     def __post_init__(self) -> None:
         require_positive(self, "block_size", "k", "temperature", "batch_size")
 
     @property
     def spec(self) -> CacheSpec:
-        k = self.k or {"topk": 64, "sample": 32}[self.method]
-        values = self.values if self.method == "topk" else "float16"  # samples have none
-        return CacheSpec(self.method, self.temperature, k, values)
+        if self.method == "sample":
+            return CacheSpec(self.method, self.temperature, self.k or 32)
+        return CacheSpec(self.method, self.temperature, self.k or 64, self.values)
 
 
-def write_cache(cfg: CacheConfig, folder: DataFolder) -> None:
-    """The cache of one data folder, made or verified."""
-    kind = {"text": Rows, "chat": ChatRows if cfg.packing else UnpackedChatRows}.get(folder.meta["kind"])
-    if kind is None:
-        raise UserError(f"{folder.folder}: holds {folder.meta['kind']} rows; a teacher reads text or chats")
-    rows, tokenizer = kind(folder, "train", cfg.block_size), Tokenizer.load(folder.folder)
-    hash_ = teacher_sha256(hf.find_folder(cfg.teacher))
-    identity = identity_of(rows, hash_, cfg.document_mask)
+def open_rows(cfg: CacheConfig, folder: DataFolder) -> Rows | ChatRows:
+    """The training rows of a data folder. Raises UserError unless they are text or chats."""
+    if folder.meta["kind"] == "text":
+        return Rows(folder, "train", cfg.block_size)
+    if folder.meta["kind"] == "chat":
+        return (ChatRows if cfg.packing else UnpackedChatRows)(folder, "train", cfg.block_size)
+    raise UserError(f"{folder.folder}: holds {folder.meta['kind']} rows; a cache needs text or chats")
+
+
+def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> Callable[[np.ndarray], DenseTeacher]:
+    """Load the teacher. Returns a function that lets it read rows, by their numbers."""
+    tokenizer = Tokenizer.load(rows.data.folder)
+    device = pick_device(cfg.device)
+    dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
+    teacher = load_teacher(cfg.teacher, tokenizer, device, DTYPES[dtype], cfg.block_size)
+    eot_id = tokenizer.eot_id if cfg.document_mask else None
+
+    @torch.inference_mode()
+    def run_teacher(numbers: np.ndarray) -> DenseTeacher:
+        values = rows.read(numbers)
+        if values.ndim == 3:  # chats, (n, 3, T): inputs, targets, conversations
+            ids, documents = torch.from_numpy(values[:, 0]), torch.from_numpy(values[:, 2])
+            documents = documents if cfg.packing else None
+        else:  # text, (n, T + 1)
+            batch = text_batch(values, eot_id)
+            ids, documents = batch["input_ids"], batch.get("document_ids")
+        documents = None if documents is None else documents.to(device)
+        return teacher(ids.to(device), document_ids=documents,
+                       head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
+
+    return run_teacher
+
+
+def write_cache(cfg: CacheConfig, path: Path) -> None:
+    """Write the cache of one data folder, or verify it if it is complete."""
+    rows = open_rows(cfg, DataFolder(path))
+    identity = identity_of(rows, teacher_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask)
     writer = CacheWriter(rows, cfg.spec, identity)
-    begun, start = writer.done, time.perf_counter()
-    if begun < len(rows):
-        device = pick_device(cfg.device)
-        dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        teacher = load_teacher(cfg.teacher, tokenizer, device, DTYPES[dtype], cfg.block_size)
-        eot_id = tokenizer.eot_id if cfg.document_mask else None
-
-        @torch.inference_mode()
-        def ask(numbers: np.ndarray) -> DenseTeacher:
-            read = rows.read(numbers)
-            if read.ndim == 3:  # (n, 3, T): inputs, targets, conversations
-                ids, documents = torch.from_numpy(read[:, 0]), torch.from_numpy(read[:, 2])
-                documents = documents if cfg.packing else None
-            else:
-                batch = text_batch(read, eot_id)
-                ids, documents = batch["input_ids"], batch.get("document_ids")
-            documents = None if documents is None else documents.to(device)
-            return teacher(ids.to(device), document_ids=documents,
-                           head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
-
-        with tqdm(total=len(rows), initial=begun, unit="row", disable=not sys.stderr.isatty()) as bar:
-            writer.fill(ask, cfg.batch_size, bar.update)
-    else:
+    done, start = writer.done, time.perf_counter()
+    text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"
+    if done == len(rows):
         verify(writer.folder)
-    tokens, seconds = (len(rows) - begun) * rows.T, time.perf_counter() - start
-    print(f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"
-          + (f", {tokens / seconds:,.0f} tokens/s" if tokens else "; verified"))
+        print(f"{text}; verified")
+        return
+    with tqdm(total=len(rows), initial=done, unit="row", disable=not sys.stderr.isatty()) as bar:
+        writer.fill(teacher_of_rows(cfg, rows), cfg.batch_size, bar.update)
+    tokens, seconds = (len(rows) - done) * rows.T, time.perf_counter() - start
+    print(f"{text}, {tokens / seconds:,.0f} tokens/s")
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(CacheConfig, argv, usage=__doc__)
     for path, _ in parse_mix(cfg.dataset):
-        write_cache(cfg, DataFolder(path))
+        write_cache(cfg, path)
     return 0
 
 

@@ -39,13 +39,13 @@ def test_figures_are_those_of_the_run(trained, data, taught, capsys):
     out, logged = taught
     text = page(trained, out, data)
     found = cells(text)
-    assert found["validation loss, nats a token"] == [
+    assert found["validation loss, nats per token"] == [
         f"{logged['val_teacher_loss']:.4f}", f"{logged['val_loss']:.4f}"]  # fmt: skip
     assert found["perplexity"][1] == f"{logged['val_perplexity']:,.2f}"
     bits = logged["val_bits_per_byte"], logged["val_teacher_loss"] / logged["val_loss"]
     assert found["bits per byte"] == [f"{bits[0] * bits[1]:.4f}", f"{bits[0]:.4f}"]
     assert f"KL(teacher || student) is {logged['val_kl']:.4f} nats" in text
-    assert f"likeliest at {100 * logged['val_agreement']:.1f} % of the places" in text
+    assert f"likely token at {100 * logged['val_agreement']:.1f} % of the positions" in text
     models = [GPT.from_pretrained(folder) for folder in (trained, out)]
     assert found["parameters"] == [f"{model.num_parameters():,}" for model in models]
     for shown, model in zip(found["weights on disk, MB"], models, strict=True):
@@ -65,8 +65,8 @@ def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
     text = page(tmp_path / "a", tmp_path / "a", chats, "--packing=False")
     assert "bits per byte" not in text
     assert float(re.search(r"\) is (\S+) nats", text)[1]) == pytest.approx(0, abs=1e-4)
-    teacher, student = cells(text)["validation loss, nats a token"]
-    assert teacher == student and "the same token likeliest at 100.0 %" in text
+    teacher, student = cells(text)["validation loss, nats per token"]
+    assert teacher == student and "the same most likely token at 100.0 %" in text
 
 
 def test_what_they_write(trained, data, taught, tmp_path):
@@ -94,7 +94,7 @@ def test_what_they_write(trained, data, taught, tmp_path):
 def test_no_text_leaves_its_fence(text, fence):
     marks = "`" * fence
     assert compare.fenced(text) == f"{marks}text\n{text}\n{marks}"
-    markdown = pytest.importorskip("markdown_it").MarkdownIt().parse(compare.beside("greedy", [text, "b"]))
+    markdown = pytest.importorskip("markdown_it").MarkdownIt().parse(compare.table_row("greedy", [text, "b"]))
     blocks = [token.content for token in markdown if token.type == "fence"]
     assert blocks == [f"{text}\n", "b\n"]
 
@@ -129,13 +129,13 @@ def test_mistakes_are_one_line(trained, data, taught, tmp_path):
     for more, message in (
         (["--eval_tokens=0"], "eval_tokens=0: must be positive"),
         (["--temperature=-1"], "temperature=-1.0: must be between"),
-        (["--block_size=65"], "block_size=65: one of the models reads no more than 64"),
+        (["--block_size=65"], "block_size=65: one of the models has a context of 64"),
         ([f"--prompts={tmp_path / 'blank.txt'}"], "blank.txt: no prompts in it"),
         ([f"--prompts={tmp_path / 'latin.txt'}"], "latin.txt: not UTF-8"),
         ([f"--teacher={tmp_path / 'small'}"], "small: its token ids are not those of dataset="),
         ([f"--teacher={tmp_path / 'other'}"], "other: its token ids are not those of dataset="),
         (["--dataset=nowhere"], "no data set here"),
-        (["--student=some/one"], "student=some/one: is no folder here; say where the page goes with --out="),
+        (["--student=some/one"], "student=some/one: not a folder here; give the place of the page"),
     ):
         with pytest.raises(UserError, match=message) as error:
             page(trained, out, data, *more)

@@ -17,13 +17,13 @@ from generation.generate import Sampling, generate
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 from tests.test_distill import run
-from tools import synthesize as free_data
+from tools import synthesize
 
 FEW = ["--tokens=3000", "--val_fraction=0.2", "--device=cpu", "--batch_size=16"]
 
 
 def make(teacher, out, *more):
-    free_data.main([f"--teacher={teacher}", f"--out={out}", *FEW, *more])
+    synthesize.main([f"--teacher={teacher}", f"--out={out}", *FEW, *more])
     return DataFolder(out)
 
 
@@ -190,16 +190,16 @@ def test_special_tokens_end_a_document(trained, tmp_path):
 @pytest.mark.parametrize(
     "more, message",
     [
-        (["--tokens=0"], "tokens=0: must be at least 1"),
-        (["--first_temperature=-1"], "first_temperature=-1.0: must be at least 0"),
+        (["--tokens=0"], "tokens=0: must be positive"),
+        (["--first_temperature=-1"], "first_temperature=-1.0: must be not negative"),
         (["--val_fraction=1"], "val_fraction=1.0: must be at least 0 and below 1"),
-        (["--kind=unlike", "--temperature=1"], "temperature=1.0: kind=unlike needs one above 1"),
+        (["--kind=unlike", "--temperature=1"], "temperature=1.0: kind=unlike needs a temperature above 1"),
         (["--kind=unlike", "--first_tokens=1"], "command line: first_tokens has no meaning for kind=unlike"),
         (["--kind=uniform", "--temperature=2"], "temperature has no meaning for kind=uniform"),
         (["--seeds={tmp}/blank.txt"], "blank.txt: no text in it"),
         (["--seeds={tmp}/latin.txt"], "latin.txt:2: not UTF-8"),
         (["--seeds={tmp}/bad.jsonl"], "bad.jsonl:1: no key 'text'"),
-        (["--seeds={tmp}/long.txt", "--seed_tokens=64"], "seed_tokens=64: fill the teacher's context"),
+        (["--seeds={tmp}/long.txt", "--seed_tokens=64"], "seed_tokens=64: the seeds fill the teacher's"),
         (["--temperature=0", "--first_tokens=0"], "1,000 documents brought nothing new"),
         (["--tokens=60", "--val_fraction=0.001"], "none of . documents fell to val"),
         (["--teacher={tmp}/nowhere"], "no model here"),
