@@ -34,7 +34,7 @@ from torch import Tensor, nn
 
 from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
 from dataset.chat_rows import PairRows, pair_batch
-from dataset.dataloader import Mix, rank_batches, validation_batches, validation_rows
+from dataset.dataloader import Mix, rank_batches, validation_rows
 from formats import hf
 from formats.files import file_sha256, write_bytes
 from loop import Run, fit, start_run, training_dtype
@@ -45,6 +45,7 @@ from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.lora import AdaptedGPT
 from training.losses import linear_log_probs, preference_loss
 from training.staged_data import StagedData, in_epochs, prepare_default
+from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +63,8 @@ class DPOConfig(PostTrainingConfig):
     loss: Literal["dpo", "ipo"] = "dpo"  # ipo pulls the margin to a fixed target; dpo lets it grow
     beta: float = 0.1  # strength of the pull towards the reference
     nll_weight: float = 10.0  # weight of the chosen answer's per-token NLL, added to the loss; 0 is plain DPO
-    label_smoothing: float = 0.0  # loss=dpo: assumed share of pairs whose answers are swapped
-    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # where it is computed
+    label_smoothing: float = 0.0  # assumed share of pairs with swapped answers; only with loss=dpo
+    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # how it is computed
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}
@@ -110,8 +111,11 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
     KL(reference || policy) if the reference wrote the answers; for other answers it can be negative.
     """
     log_probs, lengths = answer_log_probs(model, batch, vocab_size), batch["lengths"].T  # (2, n) each
+    # How much more likely the policy finds each answer than the reference does, in nats. They start equal, so
+    # the ratios start at 0 and the DPO loss at ln 2.
     ratios = log_probs - reference  # (2, n)
     losses = preference_loss(ratios, lengths, cfg.beta, cfg.label_smoothing, cfg.loss)  # (n,)
+    # Per token, as in fine-tuning, so that long answers do not count more.
     nll = -log_probs[0] / lengths[0]  # (n,)
     losses = losses + cfg.nll_weight * nll
     # The reward that a policy implies: equation 5 of the paper, up to a term that all answers share.
@@ -168,6 +172,7 @@ class Reference:
     def load(self) -> GPT:
         """The frozen reference, with the policy's vocabulary, on the device that computes it."""
         if self.model is None:
+            # On the CPU it costs no GPU memory, and time instead.
             device = "cpu" if self.cfg.reference == "cpu" else self.run.device
             with torch.device("meta"):
                 model = GPT(self.policy.config)
@@ -185,6 +190,7 @@ class Reference:
                 return answer_log_probs(self.policy, batch, self.vocab_size)
             finally:
                 self.policy.use_adapter(True)
+        # The same precision as in training: a difference would look like a preference.
         model = self.load()
         device = model.head_weight.device
         batch = to_device(batch, device)
@@ -203,6 +209,7 @@ class Reference:
         name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         path = rows.data.folder / f"reference_{name}.npy"
         table = self.run.run_on_rank0(lambda: read_table(path, len(rows)))
+        # A longer run, or another seed, needs pairs that earlier runs have not computed.
         missing = indices[np.isnan(table[indices, 0])]
         if len(missing):
             log_probs = np.zeros((len(missing), 2))
@@ -219,6 +226,7 @@ class Reference:
     def batch(self, pairs: list[tuple[PairRows, int]]) -> dict[str, Any]:
         """The batch of these pairs, given as (rows, number). If precomputed it has "reference" (2, n)."""
         batch = pair_batch([rows.pair(number) for rows, number in pairs])
+        # The prefetching thread calls this, so the model itself must not be used here.
         if self.cfg.reference == "precomputed":
             entries = [self.tables[self.key(rows)][number] for rows, number in pairs]  # (2,) each
             batch["reference"] = torch.stack(entries, dim=1)  # (2, n)
@@ -268,15 +276,11 @@ class PreferenceEvaluation:
         def make_batch(numbers: np.ndarray) -> dict[str, Any]:
             return self.reference.batch([(rows, number) for number in numbers])
 
-        run = self.run
-        sums, count = torch.zeros(3, device=run.device), 0
-        for batch in validation_batches(make_batch, self.pairs(rows), self.cfg.micro_batch_size, run.rank,
-                                        run.world_size):
-            _, metrics = pair_loss(model, to_device(batch, run.device), self.reference, self.cfg)
-            if batch["count"]:  # 0: a filler, because all ranks must run the same number of forward passes
-                sums += torch.stack([metrics["loss"], metrics["accuracy"], metrics["margin"]])
-                count += batch["count"]
-        return run.sum([*sums.tolist(), count])
+        def measure(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
+            metrics = pair_loss(model, batch, self.reference, self.cfg)[1]
+            return metrics["loss"], metrics["accuracy"], metrics["margin"], batch["count"]
+
+        return validation_sums(self.run, self.pairs(rows), self.cfg.micro_batch_size, make_batch, measure)
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -298,7 +302,8 @@ def main(argv: list[str]) -> int:
         reference = Reference(cfg, model, base_hash, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
         run.write_run_json(user_cfg, data=data.hashes(), base=base_hash)
-        # The reference: every pair that training or evaluation reads.
+        # The reference: every pair that training or evaluation reads. Later runs find the table in the data
+        # folder, so only the first run on these pairs pays for it.
         for rows, indices in [*data.used(), *((r, np.arange(evaluation.pairs(r))) for r in evaluation.rows)]:
             if cfg.reference == "precomputed":
                 reference.precompute(rows, indices)

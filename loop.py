@@ -44,18 +44,9 @@ from formats.files import write_json
 from formats.hf import find_folder
 from model import GPT
 from modeling.devices import DTYPES, gather_full, to_device
+from training import optim
 from training.config import RunConfig
 from training.metrics import Metrics, NotFinite, Progress, log_line, step_text
-from training.optim import (
-    learning_rate_at,
-    load_optimizer_state,
-    make_optimizers,
-    multipliers,
-    multipliers_text,
-    optimizer_state,
-    set_learning_rate,
-    skip_if,
-)
 from training.run import Run, start_run
 from training.stages import Stage, plan_stages, stage_at, stage_configs
 
@@ -78,20 +69,22 @@ class TrainState:
         self.cfg, self.model, self.run = cfg, model, run
         self.stages = plan_stages(cfg)
         self.total = self.stages[-1].last  # steps of the whole run
-        # Saved: how far the run is, the optimizers' state (not the optimizers) and the loss scale.
+        # In a checkpoint: how far the run is, the state of the optimizers, and the loss scale below.
         self.progress = Progress()
         self.saved_optimizer: dict[str, dict[str, Any]] = {}  # the checkpoint's, until enter_stage loads it
         self.saved_step = -1  # step of the newest checkpoint; -1 before the first one
-        # Made again by enter_stage at the beginning of every stage.
+        # Not in a checkpoint: enter_stage makes these at the beginning of every stage.
         self.stage: Stage | None = None
         self.forward: nn.Module = model  # what loss_fn calls: the model, or DDP's wrapper around it
         self.optimizers: list[torch.optim.Optimizer] = []
         self.learning_rate = 0.0  # of the current step, for the log
-        # Matrix products run in `dtype`, the weights stay in float32. FSDP casts the weights itself.
+        # Mixed precision: matrix products run in `dtype`, the weights and their updates stay in float32.
+        # FSDP does that itself, since it casts the weights that it gathers.
         dtype = training_dtype(cfg, run)
         autocasts = dtype != torch.float32 and not isinstance(model, FSDPModule)
         self.autocast = torch.autocast(run.device.type, dtype, enabled=autocasts)
-        # float16 has a small range: the loss is scaled up, so that small gradients do not become 0.
+        # float16 has a small range: the loss is scaled up, so that small gradients do not become 0, and the
+        # gradients are scaled down again before the update. Without float16 the scaler does nothing.
         self.scaler = torch.amp.GradScaler(run.device.type, enabled=dtype == torch.float16)
         self.metrics = Metrics(model, run, self.scaler)
 
@@ -123,11 +116,12 @@ def prefetch(pool: ThreadPoolExecutor, batches_at: BatchesAt, step: int, total: 
 def next_batches(upcoming: Future, run: Run) -> StepData:
     """Wait for the batches, and exchange counts and signals with the other ranks.
 
-    Ranks must agree before each step, because a rank that leaves alone would let the others wait for ever. So
-    here every rank learns of a signal to any rank. If the data of any rank failed, all raise that exception.
+    All ranks must leave before the same step: one that leaves alone lets the others wait forever. So every
+    rank learns here whether a signal reached any rank. If a rank's data failed, all raise its exception.
     """
     fault = upcoming.exception()  # waits for the thread
     batches = [] if fault else [pinned(batch, run.device) for batch in upcoming.result()]
+    # One exchange for everything; on a single process `run.sum` returns the numbers as they are.
     count, tokens, interrupted, terminated, faults = run.sum([
         sum(batch["count"] for batch in batches),
         sum(batch["input_ids"].numel() for batch in batches),
@@ -135,6 +129,7 @@ def next_batches(upcoming: Future, run: Run) -> StepData:
         run.stop_signal == signal.SIGTERM,
         fault is not None])
     if faults:
+        # A rank whose own data is fine raises what the first faulty rank has raised.
         everyones = run.gather(fault)
         raise fault or next(filter(None, everyones))
     stop_signal = 0
@@ -160,7 +155,9 @@ def backward(state: TrainState, batches: list[Batch], loss_fn: LossFn, scale: fl
         batch = to_device(batch, state.run.device)
         with state.autocast:
             loss, metrics = loss_fn(state.forward, batch)
+        # The graph of this micro-batch is freed here: memory does not grow with the number of micro-batches.
         state.scaler.scale(loss * scale).backward()
+        # No .item(): reading a number would make the CPU wait for the device.
         for name, value in metrics.items():
             sums[name] = sums[name] + value.detach() if name in sums else value.detach()
     return sums
@@ -174,13 +171,14 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.am
     here one bad entry stops them all.
     """
     for optimizer in optimizers:
-        scaler.unscale_(optimizer)
+        scaler.unscale_(optimizer)  # the clipping limit is for true gradients
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
+    # With FSDP the norm of all shards together; every rank gets the same number.
     norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
-    skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
+    optim.skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
     for optimizer in optimizers:
         optimizer.step()
-        optimizer.zero_grad()
+        optimizer.zero_grad()  # sets gradients to None, so the next backward pass allocates instead of adding
     scaler.update()
     return norm
 
@@ -189,14 +187,16 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     """One optimizer step: forward and backward passes, clipping, update, metrics."""
     cfg, run, progress = state.cfg, state.run, state.progress
     stage = stage_at(state.stages, progress.step)
-    set_context(state.model, state.stages, progress.step)
+    set_rope(state.model, state.stages, progress.step)
     # Dropout, too, is a function of (seed, step, rank), so no random state has to be saved.
     torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
-    # The schedule counts from its own beginning, which is the run's unless a stage restarts it.
-    rate = learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
+    # The schedule counts from its own beginning, which is the run's unless a stage restarts it. Every
+    # rollback halves the rate.
+    rate = optim.learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
     state.learning_rate = rate * 0.5 ** progress.rollbacks
-    set_learning_rate(state.optimizers, state.learning_rate)
-    # DDP and FSDP average gradients over the ranks. We want sum / count, so multiply by the number of ranks.
+    optim.set_learning_rate(state.optimizers, state.learning_rate)
+    # We want the gradient of (sum of all losses) / count. DDP and FSDP average over the ranks: that divides
+    # by world_size as well, so multiply by it.
     sums = backward(state, data.batches, loss_fn, run.world_size / max(data.count, 1))
     norm = update(state.model, state.optimizers, state.scaler, stage.cfg.grad_clip)
     state.metrics.add(progress.step, sums, data.count, data.tokens, norm)
@@ -225,10 +225,11 @@ def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
 
 def shard(model: GPT, cfg: RunConfig, run: Run) -> None:
     """Give each rank its shard of every parameter (FSDP2). A block is gathered while it computes."""
-    mesh = init_device_mesh(run.device.type, (run.world_size,))
+    mesh = init_device_mesh(run.device.type, (run.world_size,))  # one dimension: all ranks share the shards
     # cast_forward_inputs=False keeps the rotary tables in float32.
     policy = MixedPrecisionPolicy(param_dtype=training_dtype(cfg, run), cast_forward_inputs=False,
                                   reduce_dtype=DTYPES[cfg.reduce_dtype])
+    # Every block on its own, so that only one or two are gathered at a time; then what is left: the tables.
     for module in (*model.model["layers"].children(), model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)
 
@@ -242,25 +243,22 @@ def place(model: GPT, cfg: RunConfig, run: Run, folder: Path | None) -> None:
     on_meta = next(model.parameters()).is_meta
     if cfg.parallel == "fsdp" and run.world_size > 1:
         shard(model, cfg, run)  # on the meta device, so that no rank ever holds the full model
-    source = folder
-    if source is None and on_meta and cfg.init_from:
-        source = find_folder(cfg.init_from)
+    source = folder or (cfg.init_from if on_meta else None)
     if on_meta and source is None:
         model.materialize(run.device, cfg.seed)
-    elif on_meta:
-        model.to_empty(device=run.device)
     else:
-        model.to(run.device)
+        model.to_empty(device=run.device) if on_meta else model.to(run.device)
     if source:
-        model.load(source)
+        model.load(folder or find_folder(source))
     model.checkpoint_activations = cfg.activation_checkpointing
     if compiles(cfg, model, run):
         for block in model.model["layers"].children():
             block.compile()  # in place: no wrapper, so no prefix in the parameters' names
 
 
-def set_context(model: GPT, stages: list[Stage], step: int) -> None:
+def set_rope(model: GPT, stages: list[Stage], step: int) -> None:
     """Give the model the rotary positions of step `step`, if the stages change them."""
+    # If one stage changes them, all stages set them: the next one has to go back to the run's own.
     changed, stage = set().union(*(each.changes for each in stages)), stage_at(stages, step)
     if "rope_scaling" in changed:
         model.reconfigure(rope_scaling=stage.cfg.rope_scaling)
@@ -286,16 +284,17 @@ def enter_stage(state: TrainState) -> None:
     if len(stages) > 1:
         changes = "  ".join(f"{key}={value}" for key, value in stage.changes.items())
         run.print(f"stage     {number}/{len(stages)}: steps {stage.first:,}-{stage.last:,}  {changes}")
+    # Which parameter learns at which rate: printed in short, written down in full.
     if stage.cfg.lr_multipliers:
-        table = multipliers(model, stage.cfg.lr_multipliers)
-        run.print(multipliers_text(table))
+        table = optim.multipliers(model, stage.cfg.lr_multipliers)
+        run.print(optim.multipliers_text(table))
         run.run_on_rank0(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
     # After a resume the state comes from the checkpoint, else from the optimizers of the stage before.
-    before = state.saved_optimizer or optimizer_state(model, state.optimizers)
+    before = state.saved_optimizer or optim.optimizer_state(model, state.optimizers)
     state.saved_optimizer = {}
-    state.stage, state.optimizers = stage, make_optimizers(model, stage.cfg)
+    state.stage, state.optimizers = stage, optim.make_optimizers(model, stage.cfg)
     if not stage.begin == stage.first == step:
-        load_optimizer_state(model, state.optimizers, before)
+        optim.load_optimizer_state(model, state.optimizers, before)
     # DDP looks only once at which parameters are trained, so every stage needs a new wrapper.
     if run.world_size > 1 and not isinstance(model, FSDPModule):
         ids = [run.device] if run.device.type == "cuda" else None
@@ -309,15 +308,9 @@ def newest_checkpoint(run: Run) -> Path | None:
     return run.run_on_rank0(lambda: checkpoint.newest_verified(run.out_dir, run.print))
 
 
-def save(state: TrainState) -> None:
-    """Write the checkpoint of this step. All ranks gather their shards, rank 0 writes.
-
-    checkpoints.json calls it "last". If it ends the second of several stages, it is called "stage_2" as well
-    and is never deleted.
-    """
+def write_checkpoint(state: TrainState, parameters: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
+    """Rank 0's part of `save`: write the folder, then point to it."""
     model, run, step = state.model, state.run, state.progress.step
-    names = [f"stage_{number}" for number, stage in enumerate(state.stages, 1)
-             if stage.last == step and len(state.stages) > 1]
 
     def write(folder: Path) -> None:
         model.save_pretrained(folder, parameters, run.tokenizer.end_ids if run.tokenizer else None)
@@ -326,20 +319,29 @@ def save(state: TrainState) -> None:
         (folder / "trainer").mkdir()
         torch.save(trainer_state, folder / "trainer" / "state.pt")
 
-    def write_and_point() -> None:
-        folder = checkpoint.write_checkpoint(run.out_dir, step, write)
-        checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints,
-                                   **dict.fromkeys(("last", *names), folder.name))
+    folder = checkpoint.write_checkpoint(run.out_dir, step, write)
+    # The pointers move after the folder is complete: at any instant, "last" is a whole checkpoint.
+    names = ["last", *(f"stage_{number}" for number, stage in enumerate(state.stages, 1)
+                       if stage.last == step and len(state.stages) > 1)]
+    checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints, **dict.fromkeys(names, folder.name))
 
+
+def save(state: TrainState) -> None:
+    """Write the checkpoint of this step. All ranks gather their shards, rank 0 writes.
+
+    checkpoints.json calls it "last". If it ends the second of several stages, it is called "stage_2" as well
+    and is never deleted.
+    """
+    model, run, step = state.model, state.run, state.progress.step
     with state.metrics.paused():
         state.metrics.require_finite(step)  # never save weights that a bad step has reached
         writes = run.rank == 0
-        # A generator: one gathered tensor at a time is in the GPU's memory.
+        # A generator: one gathered tensor at a time is in the GPU's memory. Other ranks drop it.
         gathered = ((name, gather_full(parameter.detach())) for name, parameter in model.named_parameters())
         parameters: dict[str, Any] = {name: tensor.cpu() if writes else None for name, tensor in gathered}
         trainer_state = {"progress": dataclasses.asdict(state.progress), "scaler": state.scaler.state_dict(),
-                         "optimizer": optimizer_state(model, state.optimizers, keep=writes)}
-        run.run_on_rank0(write_and_point)
+                         "optimizer": optim.optimizer_state(model, state.optimizers, keep=writes)}
+        run.run_on_rank0(lambda: write_checkpoint(state, parameters, trainer_state))
     state.saved_step = step
 
 
@@ -362,7 +364,7 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None) -> TrainSt
         if saved.get("scaler"):  # only dtype=float16 has one
             state.scaler.load_state_dict(saved["scaler"])
     state.progress.rollbacks = run.rollbacks = max(state.progress.rollbacks, run.rollbacks)
-    set_context(model, state.stages, max(state.progress.step - 1, 0))
+    set_rope(model, state.stages, max(state.progress.step - 1, 0))
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
     run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
     if folder:
@@ -371,7 +373,7 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None) -> TrainSt
 
 
 def save_and_exit(state: TrainState, stop_signal: int) -> NoReturn:
-    """Stop after a signal: exit code 130 for SIGINT (Ctrl-C), 0 for SIGTERM (a cluster's end of time)."""
+    """Stop after a signal: exit code 130 for SIGINT (Ctrl-C), 0 for SIGTERM (a job's time limit)."""
     if state.saved_step != state.progress.step:
         save(state)
     state.run.print(f"stopped   at step {state.progress.step:,}, saved; the same command continues the run")
@@ -385,6 +387,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
     cfg.max_rollbacks are used up.
     """
     cfg, run = state.cfg, state.run
+    # The data is a function of the step, so the batch that broke the run can be made again.
     batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
                            for key, value in batch.items()} for batch in batches_at(step)])
     dump = run.out_dir / f"not_finite_{step:06d}.json"
@@ -394,6 +397,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
         raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
                         "last checkpoint is intact. --max_rollbacks=3 continues from it at half the learning "
                         "rate. A lower --learning_rate or --dtype=float32, in another out_dir, may help too")
+    # The run keeps the number, since the checkpoint that is loaded next may have a smaller one.
     run.rollbacks += 1
     saved_step = checkpoint.folder_step(folder)
     run.run_on_rank0(lambda: run.truncate_log(saved_step))
@@ -415,6 +419,7 @@ def log_interval(state: TrainState, context: int) -> None:
 
 def note_best(state: TrainState, results: dict[str, float]) -> None:
     """Point "best" to this step's checkpoint, if there is one and its val_loss is the lowest so far."""
+    # eval_interval may be shorter than save_interval; an evaluation without a checkpoint cannot be the best.
     run, name, loss = state.run, f"step_{state.progress.step:06d}", results.get("val_loss", math.inf)
     best = checkpoint.read_pointers(run.out_dir).get("best_val_loss", math.inf)
     if run.rank == 0 and loss < best and (run.out_dir / name).is_dir():
@@ -430,13 +435,13 @@ def measure(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
         model.reshard()  # FSDP2 does that in the backward pass, which an evaluation does not have
     model.train()
     note_best(state, results)
-    run.log({"step": step, **results})  # last: what is in the log is done (see owes_evaluation)
+    run.log({"step": step, **results})  # last: what is in the log is done (see missed_evaluation)
     text = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
     run.print(f"{step_text(step, state.total)}  {text}")
     return results
 
 
-def owes_evaluation(state: TrainState) -> bool:
+def missed_evaluation(state: TrainState) -> bool:
     """Whether the run was stopped after it saved this step and before it evaluated it."""
     run, step = state.run, state.progress.step
     if state.saved_step < 0 or not is_due(step, state.cfg.eval_interval, state.stages):
@@ -456,7 +461,8 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
     """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
     cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
     results: dict[str, float] = {}
-    if owes_evaluation(state):
+    # Before the first step: an evaluation that a stopped run has missed, or nothing to do at all.
+    if missed_evaluation(state):
         results = measure(state, evaluate)
     if progress.step >= state.total and not results:
         run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps continues it)")
@@ -470,7 +476,7 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
             # Data: take this step's batches, and let the thread make the next ones while the device computes.
             data = next_batches(upcoming, run)
             upcoming = prefetch(pool, batches_at, progress.step + 1, state.total)
-            # Signals: after Ctrl-C, or when a cluster's time is up, all ranks leave before the same step.
+            # Signals: after Ctrl-C, or at a job's time limit, all ranks save and leave before the same step.
             if data.stop_signal:
                 save_and_exit(state, data.stop_signal)
             # Learn: forward and backward passes over the micro-batches, then one optimizer step.
@@ -500,9 +506,11 @@ def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, eval
     loss is not finite, after cfg.max_rollbacks attempts to continue from a checkpoint.
     """
     folder = newest_checkpoint(run)
+    # A disk that is too small should stop the run now, not after hours of training.
     size = CHECKPOINT_BYTES * model.num_saved()
-    run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))  # before hours of training
+    run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
     place(model, cfg, run, folder)
+    # Once through, unless a loss is not finite: then again from the newest checkpoint, at a lower rate.
     while True:
         state = resume(cfg, model, run, folder)
         try:

@@ -22,18 +22,17 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from configurator import configure, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
-from dataset.dataloader import Mix, validation_batches, validation_rows
+from dataset.dataloader import Mix, validation_rows
 from loop import Run, fit, start_run
-from modeling.devices import to_device
 from prepare import prepare_problems
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, in_epochs, prepare_default
+from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,22 +83,19 @@ class ChatEvaluation:
         self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 
     def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
+        # The folders' losses with their weights in training, whatever their sizes are.
         loss = sum(weight * self.loss(model, rows)
                    for rows, weight in zip(self.rows, self.mix.weights, strict=True))
         return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
 
     def loss(self, model: nn.Module, rows: ChatRows) -> float:
         """Nats per target over one folder's first cfg.eval_tokens; the ranks share the work."""
-        run, cfg = self.run, self.cfg
-        nll, count = torch.zeros((), device=run.device), 0
-        for batch in validation_batches(lambda numbers: chat_batch(rows.read(numbers)),
-                                        validation_rows(rows, cfg.eval_tokens),
-                                        cfg.micro_batch_size, run.rank, run.world_size):
-            _, metrics = loss_fn(model, to_device(batch, run.device), self.mix.tokenizer.vocab_size)
-            if batch["count"]:  # 0: a filler, because all ranks must run the same number of forward passes
-                nll += metrics["loss"]
-                count += batch["count"]
-        nats, targets = run.sum([nll.item(), count])
+        def measure(batch: dict[str, Any]) -> tuple[Tensor, int]:
+            return loss_fn(model, batch, self.mix.tokenizer.vocab_size)[1]["loss"], batch["count"]
+
+        nats, targets = validation_sums(
+            self.run, validation_rows(rows, self.cfg.eval_tokens), self.cfg.micro_batch_size,
+            lambda numbers: chat_batch(rows.read(numbers)), measure)
         return nats / targets
 
 
@@ -110,6 +106,7 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, provenance) as run:
         # Data: the embedded problems are tokenized for this model. Stages may count epochs, fit counts steps.
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))
+        # Packing fills rows with whole conversations; without it most of a row is padding.
         kind = ChatRows if cfg.packing else UnpackedChatRows
         user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
@@ -122,7 +119,7 @@ def main(argv: list[str]) -> int:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows")
             if rows.left_out:
                 run.print(f"          {rows.left_out:,} conversations left out: no answer in {rows.T} tokens")
-        # Train. With an adapter, everything else is frozen.
+        # Train. With an adapter, everything else is frozen. The lambdas bind what the loop need not know.
         results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)

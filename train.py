@@ -23,17 +23,17 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, configure, require_not_negative, run_script
-from dataset.dataloader import Mix, Rows, rank_batches, text_batch, validation_batches, validation_rows
+from dataset.dataloader import Mix, Rows, rank_batches, text_batch, validation_rows
 from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, generate
 from loop import Run, RunConfig, fit, stage_configs, start_run
 from model import GPT, GPTConfig
-from modeling.devices import to_device
 from prepare import PrepareConfig, prepare
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
+from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +84,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any],
 
 def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     """At most `length` tokens sampled from the model, starting from the end-of-text token alone."""
+    # As between packed documents: end-of-text is what a new document follows.
     eot_id = tokenizer.eot_id
     steps = generate(model, [[eot_id]], length, Sampling(top_p=0.95), lambda row, new: new[-1] == eot_id,
                      Options(vocab_size=tokenizer.vocab_size))
@@ -93,16 +94,17 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
 class TextEvaluation:
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read.
 
-    A run has one evaluation, made from its last stage: the same text, rows and masks at every step. So results
-    from different stages can be compared, also to decide which checkpoint is the best. Only the rotary base is
-    that of the current step. Positions beyond this row length, which a stage with longer rows trains, are not
-    evaluated here; `eval.py --tasks=context_length` does that.
+    A run has one evaluation, made from its last stage: the same text, rows and masks at every step. So the
+    results of different stages can be compared, also to decide which checkpoint is the best. Only the rotary
+    base is that of the current step. Positions beyond this row length, which a stage with longer rows trains,
+    are not evaluated here; `eval.py --tasks=context_length` does that.
     """
 
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
         """Raises UserError, on all ranks, for too little validation text or an id that does not exist."""
         self.cfg, self.mix, self.run = cfg, mix, run
-        self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
+        lengths = [len(token) for token in mix.tokenizer.token_bytes()]
+        self.byte_counts = torch.tensor(lengths, device=run.device)  # (V,)
         self.rows = [Rows(folder, "val", cfg.block_size) for folder in mix.folders]
         # Read everything once: `read` checks the ids, and hours of training should not end in a bad id.
         for rows in self.rows:
@@ -115,7 +117,7 @@ class TextEvaluation:
         The result of a mix is the mean over its folders, with their weights in training. Rows do not overlap,
         so a token sees half a row of context on average; a file compressor sees everything before it.
         """
-        # The last sample is longer, and part of the summary.
+        # The sample shows progress better than a number. The last one is longer, and part of the summary.
         if self.cfg.sample_tokens and not last:
             self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
         results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
@@ -133,24 +135,22 @@ class TextEvaluation:
 
     def sums(self, model: GPT, rows: Rows) -> list[float]:
         """[nats, targets, bytes of text] of one folder's validation rows, summed over all ranks."""
-        run, cfg, tokenizer = self.run, self.cfg, self.mix.tokenizer
-        nll, count, text_bytes = torch.zeros((), device=run.device), 0, 0
+        cfg, tokenizer = self.cfg, self.mix.tokenizer
         eot_id = tokenizer.eot_id if cfg.document_mask else None
-        for batch in validation_batches(lambda numbers: text_batch(rows.read(numbers), eot_id),
-                                        validation_rows(rows, cfg.eval_tokens),
-                                        cfg.micro_batch_size, run.rank, run.world_size):
-            _, metrics = next_token_loss(model, to_device(batch, run.device), tokenizer.vocab_size)
-            if batch["count"]:  # 0: a filler, because all ranks must run the same number of forward passes
-                nll += metrics["loss"]
-                count += batch["count"]
-                text_bytes += int(self.byte_counts[batch["targets"]].sum())
-        return run.sum([nll.item(), count, text_bytes])
+
+        def measure(batch: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
+            nll = next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"]
+            return nll, batch["count"], self.byte_counts[batch["targets"]].sum()
+
+        return validation_sums(self.run, validation_rows(rows, cfg.eval_tokens), cfg.micro_batch_size,
+                               lambda numbers: text_batch(rows.read(numbers), eot_id), measure)
 
 
 def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of file compressors on the validation text; {} if it has more than 16 MB."""
     if folder.meta["bytes"]["val"] > 16e6:  # xz needs about a second per MB
         return {}
+    # Decode the ids: the compressors get exactly the bytes that the model was evaluated on.
     table = tokenizer.token_bytes()
     text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
     sizes = {"gzip -9": len(gzip.compress(text, 9)),
@@ -165,6 +165,7 @@ def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, st
 
     Only block_size may be set: rows may be shorter than the model's context or, with RoPE, longer.
     """
+    # An n_layer of the user's would contradict the weights in the folder: name the place where it was set.
     fields = hf.read_config(hf.find_folder(source))
     architecture = {each.name for each in dataclasses.fields(GPTConfig)}
     if both := sorted(architecture & provenance.keys() - {"block_size"}):
@@ -199,7 +200,9 @@ def print_summary(model: GPT, data: StagedData, results: dict[str, float], run: 
     sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all
     if run.rank > 0 or not results:
         return
-    event = run.last_event("tokens_per_second") or {"tokens": 0, "seconds": 0.0}  # the log may be lost
+    # From the log, because the run may have been resumed. The log may be lost, too.
+    event = run.last_event("tokens_per_second") or {"tokens": 0, "seconds": 0.0}
+    # A mix is more than one text; compressing its folders one by one would compare with something else.
     compressors = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else {}
     others = "".join(f"   {name} {bits:.3f}" for name, bits in compressors.items())
     run.print(f"""

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from dataset.chat_rows import batch_of
-from dataset.dataloader import Mix, validation_batches, validation_rows
+from dataset.dataloader import Mix, validation_rows
 from distillation.divergences import DenseTeacher, comparison_sums, select_targets
-from modeling.devices import to_device
 from training.run import Run
+from training.validation import validation_sums
 
 
 class StudentEvaluation:
@@ -30,7 +30,8 @@ class StudentEvaluation:
         document_mask."""
         self.cfg, self.mix, self.run, self.teacher = cfg, mix, run, teacher
         self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
-        self.byte_counts = torch.tensor([len(token) for token in mix.tokenizer.token_bytes()])  # (V,)
+        lengths = [len(token) for token in mix.tokenizer.token_bytes()]
+        self.byte_counts = torch.tensor(lengths, device=run.device)  # (V,)
 
     def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
         """Read the first cfg.eval_tokens tokens of each folder, shared by the ranks. Losses are in nats per
@@ -50,16 +51,14 @@ class StudentEvaluation:
 
     def folder_sums(self, model: nn.Module, rows: Any) -> list[float]:
         """`comparison_sums` of one folder, summed over all ranks, and the bytes of the targets' text."""
-        cfg, run, eot_id = self.cfg, self.run, self.mix.tokenizer.eot_id
-        sums, text_bytes = torch.zeros(5, dtype=torch.float64, device=run.device), 0
-        total = validation_rows(rows, cfg.eval_tokens)
-        for batch in validation_batches(lambda numbers: batch_of(rows.read(numbers), cfg, eot_id), total,
-                                        cfg.micro_batch_size, run.rank, run.world_size):
-            batch_sums = self.batch_sums(model, to_device(batch, run.device))
-            if batch["count"]:  # 0 for a rank that ran out of rows, and only takes part in the forward pass
-                sums += batch_sums
-                text_bytes += int(self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum())
-        return run.sum([*sums.tolist(), text_bytes])
+        cfg, eot_id = self.cfg, self.mix.tokenizer.eot_id
+
+        def measure(batch: dict[str, Any]) -> list[Tensor]:
+            text_bytes = self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum()
+            return [*self.batch_sums(model, batch).double(), text_bytes]
+
+        return validation_sums(self.run, validation_rows(rows, cfg.eval_tokens), cfg.micro_batch_size,
+                               lambda numbers: batch_of(rows.read(numbers), cfg, eot_id), measure)
 
     def batch_sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`comparison_sums` of a batch, (5,). Without a teacher, the student is compared with itself.

@@ -112,10 +112,8 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
 
 def clean_tmp(out_dir: Path) -> None:
     """Delete the temporary files and folders of a process that was killed."""
-    for path in out_dir.glob(".step_*.tmp"):
-        shutil.rmtree(path)
-    for path in out_dir.glob("*.tmp"):
-        path.unlink()
+    for path in out_dir.glob("*.tmp"):  # also .step_000500.tmp and .merged.tmp, which are folders
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 # ---- Pointers ---------------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from model import GPT
 from modeling.devices import gather_full
 from tests.conftest import TINY_RUN, tiny_config
 from tests.runs import ADAMW, assert_close, assert_same_run, events, losses, run, state, stop_at_step, weights
+from training import optim
 
 # ---- The same run, split differently ----------------------------------------------------------------------
 
@@ -320,8 +321,8 @@ def test_float16_skips_a_step_that_overflows_and_continues(data, tmp_path, monke
 @pytest.mark.parametrize("scale", [1.0, 1024.0])
 def test_one_bad_gradient_stops_every_optimizer(scale):
     model = GPT(tiny_config())
-    optimizers = loop.make_optimizers(model, RunConfig(optimizer="muon"))
-    loop.set_learning_rate(optimizers, 1e-2)
+    optimizers = optim.make_optimizers(model, RunConfig(optimizer="muon"))
+    optim.set_learning_rate(optimizers, 1e-2)
     scaler = torch.amp.GradScaler("cpu", init_scale=scale, enabled=scale > 1)
     for bad in (False, True):
         before = [parameter.detach().clone() for parameter in model.parameters()]

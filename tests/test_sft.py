@@ -221,6 +221,7 @@ def test_only_the_adapter_is_trained_whatever_the_multipliers(trained, chats, tm
 def test_a_finished_adapter_can_be_merged_later(trained, chats, tmp_path):
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
     assert not (tmp_path / "a" / "merged").exists()
+    (tmp_path / "a" / ".merged.tmp").mkdir()  # a merge that was killed
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1", "--merge=True")
     assert GPT.from_pretrained(tmp_path / "a" / "merged").config.vocab_size == 506
 

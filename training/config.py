@@ -25,27 +25,27 @@ class RunConfig:
     block_size: int = 128  # tokens per training row
     seed: int = 1337  # seed of the weights, the data order and dropout
     device: str | None = None  # cpu, cuda, cuda:1 or mps; None picks the best one available
-    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # compute dtype; None: bfloat16 on cuda
+    dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None uses bfloat16 on cuda, else float32
     compile: bool | None = None  # torch.compile every block; None compiles on cuda if the run is long enough
     parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # torchrun processes hold copies (ddp) or shards (fsdp)
-    reshard_after_forward: bool = True  # fsdp: free gathered weights after the forward pass, to save memory
-    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # fsdp: dtype in which gradients are summed
-    activation_checkpointing: bool = False  # recompute blocks in the backward pass, to save memory
+    reshard_after_forward: bool = True  # with fsdp, free gathered weights between the passes to save memory
+    reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # with fsdp, dtype in which gradients are summed
+    activation_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 16  # sequences per forward pass on one rank
     max_steps: int = 550  # optimizer steps; if stages are listed, the sum of their steps counts instead
     learning_rate: float = 6e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of the decay
-    warmup_steps: int | None = None  # steps of linear warmup; None: 2 % of max_steps
-    schedule: Literal["wsd", "cosine", "linear", "constant"] = "linear"  # wsd: warmup, stable, linear decay
-    decay_steps: int | None = None  # wsd: steps of the decay; None: 30 % of max_steps
+    warmup_steps: int | None = None  # steps of linear warmup; None is 2 % of max_steps
+    schedule: Literal["wsd", "cosine", "linear", "constant"] = "linear"  # wsd: constant, then linear decay
+    decay_steps: int | None = None  # steps of wsd's decay; None is 30 % of max_steps
     optimizer: Literal["adamw", "muon"] = "muon"  # muon trains the blocks' matrices, AdamW everything else
     beta1: float = 0.9  # AdamW's beta1; also Muon's momentum
     beta2: float = 0.98  # AdamW's beta2
     weight_decay: float = 0.2  # weight decay, applied to matrices only
     grad_clip: float = 1.0  # maximum global gradient norm; 0 turns clipping off
     lr_multipliers: dict = field(default_factory=dict)  # {name regex: factor}; first match wins, 0 freezes
-    stages: list = field(default_factory=list)  # [dict(steps=.. or epochs=.., key=value, ..), ..]
+    stages: list = field(default_factory=list)  # keys that change in time: [dict(steps=100, key=value), ..]
     eval_interval: int = 275  # steps between evaluations; 0 evaluates only at the end of each stage
     eval_tokens: int | None = None  # validation tokens per evaluation, always the first ones; None uses all
     save_interval: int = 275  # steps between checkpoints; 0 saves only at the end of each stage
@@ -55,7 +55,7 @@ class RunConfig:
     wandb: bool = False  # also log to Weights & Biases
     wandb_project: str = "nanollama"  # Weights & Biases project
     run_name: str | None = None  # Weights & Biases run name; None uses the name of out_dir
-    overwrite: bool = False  # delete the run in out_dir and start again
+    overwrite: bool = False  # delete the checkpoints in out_dir and start over
 
     # Class attributes, not config fields: a script lists its own keys here.
     stage_fixed: ClassVar[Set[str]] = frozenset()  # keys that a stage may not change

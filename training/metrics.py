@@ -71,7 +71,8 @@ class Metrics:
 
     def read(self, progress: Progress, rate: float, context: int) -> dict[str, Any]:
         """The interval's event for metrics.jsonl; starts the next interval. Raises NotFinite."""
-        sums = self.run.sum_tensors(list(self.sums.values()))
+        # One copy for all sums, because each copy waits for the device.
+        sums = self.run.sum(torch.stack([value.float() for value in self.sums.values()]).cpu().tolist())
         self.require_finite(progress.step, sums)
         seconds = time.perf_counter() - self.begin - self.idle
         progress.seconds += seconds

@@ -120,11 +120,8 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
 def multipliers_text(table: dict[str, float]) -> str:
     """One line per factor and kind of parameter, with layers counted together; one line for the others."""
     kinds = Counter((factor, re.sub(r"\.\d+\.", ".*.", name)) for name, factor in table.items())
-    lines = []
-    for (factor, name), count in kinds.items():
-        if factor != 1:
-            layers = f"  ({count} layers)" if count > 1 else ""
-            lines.append(f"lr x {factor:<5g}{name}{layers}")
+    lines = [f"lr x {factor:<5g}{name}" + (f"  ({count} layers)" if count > 1 else "")
+             for (factor, name), count in kinds.items() if factor != 1]
     others = sum(factor == 1 for factor in table.values())
     return "\n".join([*lines, f"lr x 1    the other {others} parameters"])
 
@@ -143,17 +140,15 @@ def make_optimizers(model: nn.Module, cfg: RunConfig) -> list[torch.optim.Optimi
         for_muon = cfg.optimizer == "muon" and is_matrix and ".layers." in name
         if table[name] > 0:
             groups.setdefault((for_muon, is_matrix, table[name]), []).append(parameter)
-    muon_groups: list[dict[str, Any]] = []
-    adamw_groups: list[dict[str, Any]] = []
-    for (for_muon, is_matrix, factor), parameters in groups.items():
-        (muon_groups if for_muon else adamw_groups).append({
-            "params": parameters, "lr_multiplier": factor,
-            "weight_decay": cfg.weight_decay if is_matrix else 0.0})
+    muon, adamw = ([{"params": parameters, "lr_multiplier": factor,
+                     "weight_decay": cfg.weight_decay if is_matrix else 0.0}
+                    for (in_muon, is_matrix, factor), parameters in groups.items() if in_muon == wanted]
+                   for wanted in (True, False))
     optimizers: list[torch.optim.Optimizer] = []
-    if muon_groups:
-        optimizers.append(Muon(muon_groups, lr=cfg.learning_rate, momentum=cfg.beta1))
-    if adamw_groups:
-        optimizers.append(torch.optim.AdamW(adamw_groups, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
+    if muon:
+        optimizers.append(Muon(muon, lr=cfg.learning_rate, momentum=cfg.beta1))
+    if adamw:
+        optimizers.append(torch.optim.AdamW(adamw, lr=cfg.learning_rate, betas=(cfg.beta1, cfg.beta2),
                                             fused=True))
     return optimizers
 

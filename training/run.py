@@ -22,7 +22,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError, differences
@@ -99,10 +98,6 @@ class Run:
         dist.all_reduce(total)
         return total.tolist()
 
-    def sum_tensors(self, tensors: list[Tensor]) -> list[float]:
-        """Sum device scalars over all ranks and read them. This waits for the accelerator."""
-        return self.sum(torch.stack([tensor.detach().float() for tensor in tensors]).cpu().tolist())
-
     def gather(self, value: Any) -> list[Any]:
         """[rank 0's value, rank 1's value, ...]. All ranks call it."""
         values = [value]
@@ -142,10 +137,7 @@ class Run:
                 fault = error
             except OSError as error:
                 fault = UserError(str(error))
-        if self.world_size > 1:
-            outcome = [result, fault]
-            dist.broadcast_object_list(outcome)
-            result, fault = outcome
+        result, fault = self.gather((result, fault))[0]
         if fault is not None:
             raise fault
         return result
@@ -189,7 +181,7 @@ def refuse_changes(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> N
                if old.get(key) != new.get(key)]
     if changed:
         raise UserError(f"out_dir={out_dir}: holds a run with other settings: {'; '.join(changed)} "
-                        "(give another --out_dir=, or --overwrite=True to delete that run)")
+                        "(use another --out_dir=, or --overwrite=True to start over)")
 
 
 def refuse_changed_keys(cfg: RunConfig, out_dir: Path) -> None:
