@@ -18,6 +18,7 @@ All files are written again after each task, so an interrupted run keeps what is
 """
 
 import dataclasses
+import difflib
 import hashlib
 import io
 import itertools
@@ -31,7 +32,14 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from configurator import (
+    UserError,
+    configure,
+    did_you_mean,
+    require_not_negative,
+    require_positive,
+    run_script,
+)
 from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
@@ -68,34 +76,41 @@ class Task(NamedTuple):
 
 
 TASKS = {  # in the order of the table and of --tasks=all
-    "perplexity": Task(perplexity, keys=("model", "stride")),
-    "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride")),
+    # Running text.
+    "perplexity": Task(perplexity, keys=("model", "stride")),  # and bits per byte, by a sliding window
+    "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride")),  # of WikiText-2
+    # Loss by position, and after shorter and longer contexts.
     "context_length": Task(context_length, keys=("model", "context_length"), draw=context_length.draw),
-    "mmlu": Task(mmlu),
-    "hellaswag": Task(hellaswag),
-    "arc_easy": Task(arc, {"name": "arc_easy"}),
-    "arc_challenge": Task(arc, {"name": "arc_challenge"}),
-    "truthfulqa": Task(truthfulqa),
-    "sst2": Task(glue, {"name": "sst2"}),
-    "cola": Task(glue, {"name": "cola"}),
-    "rte": Task(glue, {"name": "rte"}),
-    "sst2_few": Task(glue, {"name": "sst2", "few": 8}),
+
+    # Multiple choice: the most likely choice is the answer.
+    "mmlu": Task(mmlu),  # 57 subjects of school and university
+    "hellaswag": Task(hellaswag),  # how a situation continues
+    "arc_easy": Task(arc, {"name": "arc_easy"}),  # science at school
+    "arc_challenge": Task(arc, {"name": "arc_challenge"}),  # its harder questions
+    "truthfulqa": Task(truthfulqa),  # true answers against common misconceptions
+    "sst2": Task(glue, {"name": "sst2"}),  # is a review positive?
+    "cola": Task(glue, {"name": "cola"}),  # is a sentence acceptable English?
+    "rte": Task(glue, {"name": "rte"}),  # does one sentence follow from another?
+    "sst2_few": Task(glue, {"name": "sst2", "few": 8}),  # the same three, each with 8 worked examples
     "cola_few": Task(glue, {"name": "cola", "few": 8}),
     "rte_few": Task(glue, {"name": "rte", "few": 8}),
 
+    # The embedded problems, which need no data: arithmetic, dates, lists.
     "problems": Task(problems),
-    "calculator": Task(problems, {"calculator": True}),
-    "hard": Task(problems, {"family": "hard"}),
+    "calculator": Task(problems, {"calculator": True}),  # the model may call the calculator
+    "hard": Task(problems, {"family": "hard"}),  # arithmetic that is hard without it
     "hard_calculator": Task(problems, {"family": "hard", "calculator": True}),
 
-    "gsm8k": Task(gsm8k),
-    "hotpotqa": Task(open_qa, {"name": "hotpotqa"}),
+    # Answers that are generated.
+    "gsm8k": Task(gsm8k),  # word problems with a chain of thought
+    "hotpotqa": Task(open_qa, {"name": "hotpotqa"}),  # questions answered from memory
     "triviaqa": Task(open_qa, {"name": "triviaqa"}),
-    "bfcl_simple": Task(bfcl, {"category": "simple_python"}),
-    "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),
-    "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),
-    "summarize": Task(summarize),
+    "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function
+    "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
+    "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
+    "summarize": Task(summarize),  # ROUGE of summaries
 }
+# Names that --tasks accepts for several tasks. A task of a group may be missing; one that is named may not.
 GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "hard_calculator"]}
 
 
@@ -120,15 +135,17 @@ class EvalConfig:
         require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests")
         require_not_negative(self, "shots")
         for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
-                                  ("data", self.places[1], list(TASKS))):
-            if unknown := set(names) - TASKS.keys():
-                raise UserError(f"{key}={getattr(self, key)}: unknown task {min(unknown)!r} "
+                                  ("data", self.places[1], [*TASKS])):
+            if unknown := next((name for name in names if name not in TASKS), None):
+                near = did_you_mean(difflib.get_close_matches(unknown, known, n=1))
+                raise UserError(f"{key}={getattr(self, key)}: unknown task {unknown!r}{near} "
                                 f"(known: {', '.join(known)})")
 
     @property
     def task_names(self) -> list[str]:
         """The tasks, each once, in the order in which --tasks names them."""
         names = self.tasks.split(",")
+        # dict.fromkeys drops a task that is named twice, and keeps the order.
         return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
 
     @property
@@ -138,7 +155,7 @@ class EvalConfig:
     @property
     def places(self) -> tuple[str | None, dict[str, str]]:
         """--data as (the folder for all tasks or None, {task: its own file or folder})."""
-        parts = [part for part in self.data.split(",") if part]
+        parts = [part for part in self.data.split(",") if part]  # "../data,mmlu=a.jsonl" has two
         pairs = dict(part.split("=", 1) for part in parts if "=" in part)
         folders = [part for part in parts if "=" not in part]
         if len(folders) > 1:
@@ -169,7 +186,7 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
                 raise UserError(f"{name}: there is no question in {place}")
             loaded[name] = questions
         except UserError as reason:
-            if name in cfg.tasks.split(","):
+            if name in cfg.tasks.split(","):  # named by the user, not by a group
                 raise
             absent[name] = str(reason)
     if not loaded:
@@ -194,21 +211,21 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
     for name, loaded in questions.items():
-        print(f"{path}: {name}", file=sys.stderr)
+        print(f"{path}: {name}", file=sys.stderr)  # progress; only the table goes to stdout
         begin, tokens = time.perf_counter(), lm.tokens
         try:
             result = TASKS[name].module.score(lm, loaded, **cfg.arguments(name))
-        except UserError as reason:  # this model cannot do the task: its context is too short, say
+        except UserError as reason:  # this model cannot do the task; its context may be too short
             if name in cfg.tasks.split(","):
                 raise
             measured["not_run"][name] = str(reason)
             continue
-        seconds = time.perf_counter() - begin
+        seconds = time.perf_counter() - begin  # without loading the model and reading the questions
         measured["tasks"][name] = {
             "figures": {key: figure._asdict() for key, figure in result.figures.items()},
             "details": result.details, "seconds": seconds, "questions": len(result.answers),
             "tokens_written": lm.tokens - tokens}
-        headline = next(iter(result.figures))
+        headline = next(iter(result.figures))  # the first figure is the one that a task is known by
         print(f"{path}: {name}  {headline} {shown(result.figures[headline])}  {seconds:,.1f} s",
               file=sys.stderr)
         yield name, result
@@ -224,7 +241,7 @@ def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
     """The sum of a count over a model's tasks, and that sum per second of the tasks where it is not 0."""
     tasks = [task for task in model["tasks"].values() if task[key]]
     total = sum(task[key] for task in tasks)
-    return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)
+    return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)  # 1e-9 s: no division by zero
 
 
 def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[list[str]]:
@@ -235,12 +252,14 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[lis
     rows = [["task", "figure", "n", *(model["name"] for model in models)]]
     for task in TASKS:
         figures = [model["tasks"].get(task, {}).get("figures", {}) for model in models]  # one dict per model
+        # Models may differ in their figures: "truncated" is only there if a prompt lost its beginning.
         for key in dict.fromkeys(itertools.chain(*figures)):
             n = next(each[key]["n"] for each in figures if key in each)
             cells = [shown(Figure(**each[key])) if key in each else "-" for each in figures]
             rows.append([task, key, f"{n:,}", *cells])
         if not any(figures) and (task in absent or any(task in model["not_run"] for model in models)):
             rows.append([task, "not run", "-", *("-" for _ in models)])
+    # Questions that are answered, and tokens that are generated, per second of all tasks that have any.
     for title, key in (("questions/s", "questions"), ("tokens/s", "tokens_written")):
         if any(speed(model, key)[0] for model in models):
             rows.append(["all", title, f"{speed(models[0], key)[0]:,}",
@@ -278,9 +297,9 @@ def save_results(out: Path, results: dict[str, Any]) -> None:
 
 def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
     """Write answers/<task>.jsonl with the answers of all models so far."""
-    if answers:
+    if answers:  # running text has none
         (out / "answers").mkdir(exist_ok=True)
-        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]
+        lines = [json.dumps(answer, ensure_ascii=False) + "\n" for answer in answers]  # UTF-8 as it is
         write_text(out / "answers" / f"{task}.jsonl", "".join(lines))
 
 
@@ -292,10 +311,10 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
     try:
         picture = draw({model["model"]: model["tasks"][task]["details"]
                         for model in models if task in model["tasks"]})
-    except ImportError:
+    except ImportError:  # matplotlib is optional
         print(f"{task}.png: not drawn, it needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return
-    picture.savefig(content := io.BytesIO(), dpi=130)
+    picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is then replaced in one step
     write_bytes(out / f"{task}.png", content.getvalue())
 
 
@@ -303,6 +322,7 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
 
 def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, str]) -> dict[str, Any]:
     """The content of results.json before the first model."""
+    # What a figure may depend on besides the model and the questions.
     packages = ("torch", "numpy", "tokenizers", "tiktoken", "safetensors")
     # Hashes of all questions with their prompts show whether two results are about the same questions. They
     # also cover the names of the classes that hold the questions, so those have to stay.
@@ -322,8 +342,8 @@ def main(argv: list[str]) -> int:
     out = Path(cfg.out_dir) if cfg.out_dir else default
     out.mkdir(parents=True, exist_ok=True)
     results = empty_results(cfg, questions, absent)
-    models = results["models"]
-    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in questions}
+    models = results["models"]  # one dict per model, which measure() fills in
+    answers: dict[str, list[dict[str, Any]]] = {name: [] for name in questions}  # of all models, by task
     try:
         for path in cfg.models:
             models.append({"name": path, "model": path, "tasks": {}, "not_run": {}})
@@ -337,6 +357,7 @@ def main(argv: list[str]) -> int:
         if any(model["tasks"] for model in models):
             print(f"stopped; the finished tasks are in {out / 'results.json'}", file=sys.stderr)
         raise
+    # "complete" tells a reader of results.json that no task was cut off.
     save_results(out, results | {"complete": True})
     print("\n".join([aligned(table_rows(models, absent)), *notes(models, absent)]))
     return 0

@@ -45,6 +45,8 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
     Raises UserError if there are none, or if a file is there twice, compressed and not.
     """
     root = Path(source)
+    if not root.exists():
+        raise UserError(f"data={source}: no such file or folder")
     if root.is_file():
         return [root]
     candidates = files_under(root, lambda part: part.startswith(".") or part == "answers")  # eval.py's output

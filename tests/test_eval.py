@@ -15,6 +15,7 @@ from evals.results import Result, mean
 from evals.tasks import problems as problems_task
 from formats import hf
 from formats.chat_format import encode_prompt
+from tests.conftest import ROOT
 
 
 def test_a_mean_and_its_standard_error():
@@ -211,13 +212,14 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
 
 
 @pytest.mark.parametrize("words, message", [
-    (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu' .known: all, embedded, perplexity"),
+    (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu', did you mean 'mmlu'. .known: all, embedded, pe"),
     (["--limit=0"], "limit=0: must be positive"),
     (["--shots=-1"], "shots=-1: must be not negative"),
     (["--stride=0"], "stride=0: must be positive"),
     (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=PLACE for others"),
-    (["--data=mmmlu=x"], "data=mmmlu=x: unknown task 'mmmlu' .known: perplexity"),
-    (["--tasks=mmlu", "--data=/none"], "data=/none: no file mmlu"),
+    (["--data=mmmlu=x"], "data=mmmlu=x: unknown task 'mmmlu', did you mean 'mmlu'. .known: perplexity"),
+    (["--tasks=mmlu", "--data=/none"], "data=/none: no such file or folder"),
+    (["--tasks=mmlu", f"--data={ROOT}/evals"], r"evals: no file mmlu\*; give --data=TASK=PLACE"),
 ])
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message):
