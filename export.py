@@ -20,7 +20,6 @@ Left out: uploading, models split into several files, importance matrices.
 
 import hashlib
 import shutil
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -153,36 +152,31 @@ def card_text(cfg: ExportConfig, source: Source) -> str:
 
 
 # ---- Formats ----------------------------------------------------------------------------------------------
-# Each writer fills a folder and returns a report to print.
+# Each writer puts the weights and config.json into a folder, and returns a report to print.
 
 def state_of(model: GPT) -> dict[str, torch.Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def write_hf(folder: Path, cfg: ExportConfig, source: Source) -> str:
-    model = source.weights()
+def write_hf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> str:
     hf.save_folder(folder, source.config, state_of(model), source.ids, DTYPES[cfg.dtype])
-    source.tokenizer.save(folder)
     return f"{model.num_parameters():,} weights in {cfg.dtype}"
 
 
-def write_gguf(folder: Path, cfg: ExportConfig, source: Source) -> str:
-    state = state_of(source.weights())
+def write_gguf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> str:
     metadata = {"general.name": cfg.title, "general.type": "model"} | source.vocabulary
     metadata |= {"general.license": cfg.license} if cfg.license else {}
     tables = []
     for kind in cfg.kinds:
         path = folder / f"{cfg.title}-{kind}.gguf"
-        infos = gguf_file.write(path, source.config, state, metadata, kind)
+        infos = gguf_file.write(path, source.config, state_of(model), metadata, kind)
         tables.append(f"{path.name}\n{gguf_file.type_table(infos)}")
     # llama.cpp needs only the GGUF file; our own loader also needs config.json and the tokenizer.
     hf.write_config(folder, source.config, source.ids)
-    source.tokenizer.save(folder)
     return "\n".join(tables)
 
 
-def write_ternary(folder: Path, cfg: ExportConfig, source: Source) -> str:
-    model = source.weights()
+def write_ternary(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> str:
     state, float16_bytes, packed_bytes = state_of(model), 0, 0
     for name, module in model.named_modules():
         if isinstance(module, ternary.TernaryLinear):
@@ -191,12 +185,10 @@ def write_ternary(folder: Path, cfg: ExportConfig, source: Source) -> str:
             float16_bytes += 2 * codes.numel()
             packed_bytes += state[f"{name}.weight"].numel() + 4  # the scale is one float32
     hf.save_folder(folder, source.config, state, source.ids, packing=ternary.PACKING)
-    source.tokenizer.save(folder)
     return f"ternary matrices: {packed_bytes:,} bytes, {packed_bytes / float16_bytes:.4f} of float16's"
 
 
-WRITERS: dict[str, Callable[[Path, ExportConfig, Source], str]] = {
-    "hf": write_hf, "gguf": write_gguf, "ternary": write_ternary}
+WRITERS = {"hf": write_hf, "gguf": write_gguf, "ternary": write_ternary}
 
 
 # ---- Output folder ----------------------------------------------------------------------------------------
@@ -245,7 +237,8 @@ def main(argv: list[str]) -> int:
         return 0
     try:
         with atomic_folder(cfg.folder, marker="manifest.json", kind="export") as folder:
-            report = WRITERS[cfg.format](folder, cfg, source)
+            report = WRITERS[cfg.format](folder, cfg, source, source.weights())
+            source.tokenizer.save(folder)
             (folder / "README.md").write_text(card, encoding="utf-8")
             checkpoint.write_manifest(folder, export=inputs)  # last: it marks a complete folder
     except (OSError, SafetensorError) as error:

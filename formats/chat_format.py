@@ -130,7 +130,7 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int]
     ids: list[int] = []
     mask: list[int] = []
     for text, is_special, is_target in parts:
-        new = [tokenizer.hf.token_to_id(text)] if is_special else tokenizer.encode(text)
+        new = [tokenizer.token_id(text)] if is_special else tokenizer.encode(text)
         ids += new
         mask += [int(is_target)] * len(new)
     return ids, mask
@@ -161,13 +161,11 @@ def read_call(text: str) -> dict[str, Any] | None:
     """{"name", "arguments"} from the JSON of a tool call, or None if it is malformed."""
     try:
         call = json.loads(text)
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-            return None
         call = {"name": call["name"], "arguments": call["arguments"]}
         call_text(call).encode("utf-8")  # JSON can spell a lone surrogate, which cannot be encoded
-    except (ValueError, KeyError, RecursionError):
+    except (ValueError, KeyError, TypeError, RecursionError):
         return None
-    return call
+    return call if isinstance(call["name"], str) else None
 
 
 def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
@@ -177,9 +175,9 @@ def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
     with a name and arguments, and a thought without an end, are listed as texts in "malformed" instead.
     """
     pieces: dict[str, list[str]] = {"content": [], "thought": [], "calls": [], "malformed": []}
-    kind, run = "content", []  # the kind of piece that is being read, and its ids so far
-    names = {tokenizer.hf.token_to_id(name): name for name in CHAT_TOKENS}
-    for token in [*ids, tokenizer.hf.token_to_id(END)]:
+    kind, run = "content", list[int]()  # the kind of piece that is being read, and its ids so far
+    names = {tokenizer.token_id(name): name for name in CHAT_TOKENS}
+    for token in [*ids, tokenizer.token_id(END)]:
         name = names.get(token)
         if name is None:
             run += [] if token == tokenizer.eot_id else [token]
@@ -190,13 +188,9 @@ def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
         kind, run = {THOUGHT: "thought", CALL: "calls"}.get(name, "content"), []
         if name == END:
             break
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(pieces["content"]).strip()}
-    if any(pieces["thought"]):
-        message["thought"] = "".join(pieces["thought"]).strip()
     calls = [read_call(text) for text in pieces["calls"]]
     pieces["malformed"] += [text for text, call in zip(pieces["calls"], calls, strict=True) if call is None]
-    if any(calls):
-        message["tool_calls"] = [call for call in calls if call]
-    if pieces["malformed"]:
-        message["malformed"] = pieces["malformed"]
-    return message
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(pieces["content"]).strip()}
+    message |= {"thought": "".join(pieces["thought"]).strip()} if any(pieces["thought"]) else {}
+    message |= {"tool_calls": [call for call in calls if call]} if any(calls) else {}
+    return message | ({"malformed": pieces["malformed"]} if pieces["malformed"] else {})

@@ -19,6 +19,7 @@ takes the next larger type with shorter blocks, as in llama.cpp's own quantiser,
 Left out: importance matrices, and models split into several files.
 """
 
+import math
 import re
 import sys
 from collections import Counter
@@ -40,6 +41,9 @@ from modeling.rope import rope_frequencies, yarn_factor
 # {our name of a file's type: gguf.LlamaFileType's}
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
          "q6_k": "MOSTLY_Q6_K", "q4_k_m": "MOSTLY_Q4_K_M"}
+# {type of a tensor: (weights, bytes) of one block}
+BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q5_0": (32, 22), "Q5_1": (32, 24),
+          "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # from blocks of 256 to blocks of 32
 # {our module: GGUF's}, outside and inside a layer
 NAMES = {"model.embed_tokens": "token_embd", "model.embed_positions": "position_embd",
@@ -168,18 +172,10 @@ def wanted_type(name: str, config: GPTConfig, kind: str) -> str:
     return "Q5_K" if "attn_qkv." in name else "Q4_K"
 
 
-def block_size(type_name: str) -> int:
-    """The number of weights in one block of a type."""
-    import gguf
-    return gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[type_name]][0]
-
-
 def fitting_type(wanted: str, columns: int) -> str:
     """The wanted type, or its replacement if its blocks do not divide a row of `columns` weights."""
-    for type_name in (wanted, FALLBACK.get(wanted)):
-        if type_name and columns % block_size(type_name) == 0:
-            return type_name
-    return "F16"
+    candidates = (wanted, FALLBACK.get(wanted, "F16"), "F16")
+    return next(type_name for type_name in candidates if columns % BLOCKS[type_name][0] == 0)
 
 
 def encode(values: np.ndarray, type_name: str) -> np.ndarray:
@@ -201,24 +197,21 @@ class TensorInfo(NamedTuple):
     wanted: str
     type: str
     shape: tuple[int, ...]  # in weights
-    byte_shape: tuple[int, ...]  # in bytes: the last dimension differs
 
     @property
-    def weights(self) -> int:
-        return int(np.prod(self.shape))
+    def byte_shape(self) -> tuple[int, ...]:
+        weights, size = BLOCKS[self.type]
+        return (*self.shape[:-1], self.shape[-1] // weights * size)
 
     @property
     def bytes(self) -> int:
-        return int(np.prod(self.byte_shape))
+        return math.prod(self.byte_shape)
 
 
 def tensor_info(name: str, shape: tuple[int, ...], config: GPTConfig, kind: str) -> TensorInfo:
-    import gguf
     is_float32 = len(shape) == 1 or name == "position_embd.weight"
     wanted = "F32" if is_float32 else wanted_type(name, config, kind)
-    type_name = fitting_type(wanted, shape[-1])
-    byte_shape = gguf.quant_shape_to_byte_shape(shape, gguf.GGMLQuantizationType[type_name])
-    return TensorInfo(name, wanted, type_name, shape, byte_shape)
+    return TensorInfo(name, wanted, fitting_type(wanted, shape[-1]), shape)
 
 
 def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dict[str, Any],
@@ -231,8 +224,8 @@ def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dic
     infos = [tensor_info(name, tuple(tensor.shape), config, kind)
              for name, tensor in rename_tensors(config, state)]
     writer = gguf.GGUFWriter(None, hf.architecture(config))
-    add = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32, str: writer.add_string,
-           list: writer.add_array}
+    add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
+                            str: writer.add_string, list: writer.add_array}
     for key, value in (model_metadata(config, kind) | metadata).items():
         add[type(value)](key, value)
     for info in infos:
@@ -276,7 +269,7 @@ def type_table(infos: list[TensorInfo]) -> str:
         groups.setdefault(info.type, []).append(info)
     lines = [f"  {'type':6} {'tensors':>8} {'weights':>14} {'bytes':>14} {'bits':>6}"]
     for name, group in [*groups.items(), ("all", infos)]:
-        weights, size = sum(info.weights for info in group), sum(info.bytes for info in group)
+        weights, size = sum(math.prod(info.shape) for info in group), sum(info.bytes for info in group)
         lines.append(f"  {name:6} {len(group):8} {weights:14,} {size:14,} {8 * size / weights:6.2f}")
     replaced = Counter((re.sub(r"blk\.\d+\.", "", info.name), info.shape[-1], info.wanted, info.type)
                        for info in infos if info.type != info.wanted)

@@ -82,18 +82,6 @@ class RunSummary:
     def name(self) -> str:
         return self.out_dir.name
 
-    @property
-    def kind(self) -> str:
-        return next((kind for key, kind in STAGES.items() if key in self.config), "training")
-
-    @property
-    def parent(self) -> tuple[str | None, str | None]:
-        """The model that this run started from, and the hash of its weights; None if unknown or random."""
-        # A student with student_layers is cut from its teacher.
-        if self.config.get("student_layers"):
-            return self.config.get("teacher"), self.identity.get("teacher")
-        return self.config.get("init_from"), self.identity.get("base")
-
     def logged(self, event: dict[str, Any], key: str) -> Any:
         """A value of an event, followed by its step if that is not the checkpoint's step."""
         value, step = event.get(key, "?"), event.get("step", self.step)
@@ -107,10 +95,10 @@ def read_run(out_dir: Path, step: int | None) -> RunSummary:
         raise UserError(f"{out_dir / 'run.json'}: damaged (no config or no identity)")
     events = [event for event in read_jsonl(out_dir / "metrics.jsonl")
               if step is None or event.get("step", 0) <= step]
-    trained, validated = (next((event for event in reversed(events) if key in event), {})
-                          for key in ("tokens", "val_loss"))
-    step = trained.get("step", "?") if step is None else step
-    return RunSummary(out_dir, run["config"], run["identity"], step, trained, validated)
+    last = {key: event for event in events for key in event}  # {key: the last event that has it}
+    trained, validated = last.get("tokens", {}), last.get("val_loss", {})
+    return RunSummary(out_dir, run["config"], run["identity"],
+                      trained.get("step", "?") if step is None else step, trained, validated)
 
 
 def lineage(model: str | None) -> list[RunSummary]:
@@ -132,7 +120,10 @@ def lineage(model: str | None) -> list[RunSummary]:
             break
         step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else None
         runs.insert(0, read_run(out_dir, step))
-        model, digest = runs[0].parent
+        # A student with student_layers is cut from its teacher.
+        is_cut = bool(runs[0].config.get("student_layers"))
+        model = runs[0].config.get("teacher" if is_cut else "init_from")
+        digest = runs[0].identity.get("teacher" if is_cut else "base")
     return runs
 
 
@@ -144,8 +135,9 @@ def training(runs: list[RunSummary]) -> str:
         return "## Training\n\nUnknown: there is no run of nanollama next to this model."
     first = runs[0].config.get("init_from")
     start = f"\n\nThe first of these runs started from {shown(first)}." if first else ""
-    rows = [[f"{run.kind} ({run.name})", run.config.get("dataset"), run.step,
-             run.logged(run.trained, "tokens"), run.logged(run.validated, "val_loss")] for run in runs]
+    stages = [next((stage for key, stage in STAGES.items() if key in run.config), "training") for run in runs]
+    rows = [[f"{stage} ({run.name})", run.config.get("dataset"), run.step, run.logged(run.trained, "tokens"),
+             run.logged(run.validated, "val_loss")] for stage, run in zip(stages, runs, strict=True)]
     keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
     settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
     everything = json.dumps({run.name: public(run.config) for run in runs}, indent=1)
@@ -166,11 +158,10 @@ def overlap_rows(folder: Path, is_same: bool) -> list[list[Any]]:
 
 def data(runs: list[RunSummary]) -> str:
     """The source of each data set, and the benchmarks that were found in it."""
-    rows, overlaps, digests = [], [], {}
-    for run in runs:
-        digests |= run.identity.get("data", {})  # {folder: sha256 of its meta.json}
-    for folder, digest in ((Path(path), digest) for path, digest in digests.items()):
-        meta_path = folder / "meta.json"
+    rows, overlaps = [], []
+    digests = {path: digest for run in runs for path, digest in run.identity.get("data", {}).items()}
+    for path, digest in digests.items():  # digest: of the folder's meta.json
+        folder, meta_path = Path(path), Path(path) / "meta.json"
         # prepare.py may have written another data set of that name since.
         is_same = meta_path.is_file() and file_sha256(meta_path) == digest
         meta = read_json(meta_path) if is_same else {}

@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from configurator import UserError
-from formats.files import file_sha256
+from formats.files import file_sha256, read_json
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 PREFIX = "base_model.model."  # PEFT puts it before every name
@@ -89,9 +89,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
         raise
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise UserError(f"{folder}: not an adapter ({type(error).__name__}: {error})") from None
-    names = {name: name.removeprefix(PREFIX) for name in stored}
-    return {ours.removesuffix(".weight") if ".lora_" in ours else ours: stored[name]
-            for name, ours in names.items()}, spec
+    # PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
+    names = [name.removeprefix(PREFIX) for name in stored]
+    names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]
+    return dict(zip(names, stored.values(), strict=True)), spec
 
 
 def read_base(folder: Path) -> dict[str, str]:
@@ -99,12 +100,11 @@ def read_base(folder: Path) -> dict[str, str]:
 
     base.json is ours. PEFT's own adapter_config.json names a path, but no hash.
     """
-    try:
-        name, key = (BASE, "path") if (folder / BASE).is_file() else (CONFIG, "base_model_name_or_path")
-        base = json.loads((folder / name).read_text(encoding="utf-8"))
-        return {"path": str(Path(base[key]))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its base model is unknown ({type(error).__name__}: {error})") from None
+    base = read_json(folder / BASE) or read_json(folder / CONFIG)
+    path = base.get("path", base.get("base_model_name_or_path"))
+    if not isinstance(path, str):
+        raise UserError(f"{folder}: {BASE} and {CONFIG} name no base model")
+    return {"path": str(Path(path))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
 
 
 def merge_adapter(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

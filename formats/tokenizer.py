@@ -69,7 +69,7 @@ def gpt2_definition() -> dict[str, Any]:
     merged = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
     hf = tokenizers.Tokenizer(models.BPE(
         vocab={letters(token): index for token, index in ranks.items()},
-        merges=[tuple(map(letters, last_merge(token, ranks))) for token in merged]))
+        merges=[(letters(left), letters(right)) for left, right in (last_merge(t, ranks) for t in merged)]))
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([END_OF_TEXT])
@@ -165,6 +165,12 @@ class Tokenizer:
         """The token of a setting such as eos_token, or None. Some files store an object, not a string."""
         token = self.settings.get(key)
         return token["content"] if isinstance(token, dict) else token
+
+    def token_id(self, token: str) -> int:
+        """The id of a token that is known to exist."""
+        index = self.hf.token_to_id(token)
+        assert index is not None, token
+        return index
 
     @classmethod
     def load(cls, source: str | Path) -> "Tokenizer":
