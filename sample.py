@@ -25,11 +25,12 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from pathlib import Path
+from typing import Any, Literal
 
 from configurator import UserError, configure, require_not_negative, require_positive, run_script
 from dataset.conversations import listed
-from dataset.sources import Skip, parse_json
+from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usable_rows
 from formats import hf
 from formats.chat_format import require_chat
 from formats.tokenizer import Tokenizer
@@ -64,10 +65,9 @@ class SampleConfig(Sampling):
         if self.chat and (self.prompt or self.prompt_file or self.stop or self.num_samples > 1):
             raise UserError("--chat=True does not work with prompt, prompt_file, stop or num_samples")
         # A shell argument that is not UTF-8 arrives with lone surrogates, which have no tokens.
-        try:
-            self.system.encode("utf-8")
-        except UnicodeEncodeError:
-            raise UserError("--system is not UTF-8") from None
+        for key, text in (("prompt", self.prompt), ("system", self.system)):
+            if text.encode("utf-8", "ignore").decode() != text:
+                raise UserError(f"--{key} is not UTF-8")
         if self.system and not self.chat:
             raise UserError("--system needs --chat=True; in a prompt file use a system message")
         if any(not isinstance(text, str) or not text for text in self.stops):
@@ -83,35 +83,35 @@ class SampleConfig(Sampling):
 
 # ---- Prompts ----------------------------------------------------------------------------------------------
 
-class Row(NamedTuple):
-    """One row of the prompt file, or the prompt of the command line."""
+def prompt_keys(row: Row) -> dict[str, Any]:
+    """Return the keys of a row of the prompt file. Raises Skip if it has neither a prompt nor messages."""
+    keys = row_value(row)
+    if isinstance(keys, dict) and isinstance(keys.get("prompt"), str):
+        require_utf8(keys["prompt"])
+    elif not isinstance(keys, dict) or "messages" not in keys:
+        raise Skip('needs the key "prompt" with a text, or "messages"')
+    return keys
 
-    place: str  # "file:line", for messages
-    keys: dict[str, Any]  # "prompt" or "messages", and whatever else the row holds
+
+def row_messages(row: Row) -> list[dict[str, Any]]:
+    """Return the messages of a row. Raises Skip for a row without them, or with a bad message."""
+    messages = listed(row.content)
+    if messages is None:
+        raise Skip('has no "messages", but other rows of the file have them')
+    return messages
 
 
 def read_prompts(path: str) -> list[Row]:
-    """Read a JSON lines file. Raises UserError that names the line of a row without a prompt or messages."""
-    rows = []
-    # As bytes: lines end at \n only, and an error of the encoding is reported with its line.
+    """Read a JSON lines file; the content of a row is a dict. UserError names the line of a bad row."""
     with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                keys = parse_json(line.removeprefix(b"\xef\xbb\xbf"))  # the byte order mark of some editors
-            except Skip as problem:
-                raise UserError(f"{path}:{number}: {problem}") from None
-            if not isinstance(keys, dict) or not (isinstance(keys.get("prompt"), str) or "messages" in keys):
-                raise UserError(f'{path}:{number}: needs the key "prompt" with a text, or "messages"')
-            rows.append(Row(f"{path}:{number}", keys))
-    if not rows:
+        pairs = list(usable_rows(json_lines(file, Path(path)), prompt_keys))
+    if not pairs:
         raise UserError(f"{path}: contains no prompts")
-    return rows
+    return [row._replace(content=keys) for row, keys in pairs]
 
 
 def batches(cfg: SampleConfig, rows: list[Row]) -> Iterator[tuple[int, list[int]]]:
-    """Yield (number of the first sample, row numbers of the samples): each row counts num_samples times.
+    """Yield (number of the first sample, row of each sample) for batches of num_samples samples per row.
 
     A sample draws its random numbers by its own number, so the batch size changes no text.
     """
@@ -123,7 +123,7 @@ def batches(cfg: SampleConfig, rows: list[Row]) -> Iterator[tuple[int, list[int]
 # ---- Generation -------------------------------------------------------------------------------------------
 
 class Sampler:
-    """A model with its tokenizer, and the rules that end a sample."""
+    """A model with its tokenizer, and the rules that end a sample. cfg is also its Sampling."""
 
     def __init__(self, cfg: SampleConfig):
         self.cfg = cfg
@@ -139,10 +139,7 @@ class Sampler:
 
     def encode(self, row: Row) -> list[int]:
         """Return the ids of a prompt, at least one; print a note if the model cannot read all of them."""
-        try:
-            ids = self.tokenizer.prefix_ids + self.tokenizer.encode(row.keys["prompt"])
-        except UnicodeEncodeError:
-            raise UserError(f"{row.place}: the prompt holds a lone surrogate, which is not text") from None
+        ids = self.tokenizer.prefix_ids + self.tokenizer.encode(row.content["prompt"])
         block_size = self.model.config.block_size
         if len(ids) > block_size:
             note(f"{row.place}: {len(ids):,} tokens; the model reads the last {block_size:,}")
@@ -180,8 +177,8 @@ class Sampler:
         """
         new: list[list[int]] = [[] for _ in prompts]
         printed = ""  # what of the streamed text is on the screen
-        options = Options(vocab_size=self.tokenizer.vocab_size,
-                          row_numbers=range(first, first + len(prompts)))
+        numbers = range(first, first + len(prompts))
+        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers)
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done, options):
             append_tokens(new, tokens)
             if stream:
@@ -196,13 +193,13 @@ class Sampler:
         return [(text, reason, len(row)) for text, reason, row in zip(texts, reasons, new, strict=True)]
 
 
-def complete_prompts(cfg: SampleConfig, sampler: Sampler, rows: list[Row]) -> int:
+def complete_prompts(sampler: Sampler, rows: list[Row]) -> int:
     """Print the samples of every prompt; return the number of generated tokens."""
+    cfg, total = sampler.cfg, 0
     prompts = [sampler.encode(row) for row in rows]
     stream = cfg.num_samples == 1 and not cfg.prompt_file  # a single sample is printed token by token
     if stream and sys.stdout.isatty():
         note(f"\x1b[2m{cfg.prompt}\x1b[0m", end="")  # dim, because the prompt is not generated
-    total = 0
     for first, numbers in batches(cfg, rows):
         samples = sampler.run([prompts[number] for number in numbers], first, stream)
         for number, (text, reason, tokens) in zip(numbers, samples, strict=True):
@@ -215,21 +212,14 @@ def complete_prompts(cfg: SampleConfig, sampler: Sampler, rows: list[Row]) -> in
     return total
 
 
-def answer_conversations(cfg: SampleConfig, sampler: Sampler, rows: list[Row]) -> int:
+def answer_conversations(sampler: Sampler, rows: list[Row]) -> int:
     """Print an answer to every conversation of a prompt file; return the number of generated tokens."""
+    cfg = sampler.cfg
     require_chat(sampler.tokenizer, cfg.model)
     if cfg.stops:
         raise UserError("stop only works with prompts; an answer to messages ends by itself")
     # Check all rows before the first answer, so that a bad row costs no time.
-    conversations = []
-    for place, keys in rows:
-        try:
-            messages = listed(keys)
-        except Skip as problem:
-            raise UserError(f"{place}: {problem}") from None
-        if messages is None:
-            raise UserError(f'{place}: has no "messages", but other rows of the file have them')
-        conversations.append(messages)
+    conversations = [messages for _, messages in usable_rows(rows, row_messages)]
     for first, numbers in batches(cfg, rows):
         answers = sampler.assistant.reply([conversations[number] for number in numbers], first=first)
         for number, replies in zip(numbers, answers, strict=True):
@@ -247,14 +237,16 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def print_json(row: Row, **results: Any) -> None:
-    print(json.dumps(row.keys | results, ensure_ascii=False))
+    print(json.dumps(row.content | results, ensure_ascii=False))
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
-    rows = read_prompts(cfg.prompt_file) if cfg.prompt_file else [Row("prompt", {"prompt": cfg.prompt})]
+    rows = [Row("prompt", "value", {"prompt": cfg.prompt})]
+    if cfg.prompt_file:
+        rows = read_prompts(cfg.prompt_file)
     sampler = Sampler(cfg)
     # A conversation, until the user leaves.
     if cfg.chat:
@@ -262,10 +254,10 @@ def main(argv: list[str]) -> int:
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())
         return 0
-    # Answers or continuations. One row with messages makes the file a file of conversations.
+    # Continuations, or answers: if one row of the file has messages, all rows must have them.
     begin = time.perf_counter()
-    work = answer_conversations if any("messages" in row.keys for row in rows) else complete_prompts
-    tokens = work(cfg, sampler, rows)
+    work = answer_conversations if any("messages" in row.content for row in rows) else complete_prompts
+    tokens = work(sampler, rows)
     seconds = time.perf_counter() - begin
     note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
     return 0

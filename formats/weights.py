@@ -1,4 +1,4 @@
-"""Load and save a model's parameters: the work behind GPT.load and GPT.save_pretrained.
+"""Load and save a model's parameters, for GPT.load and GPT.save_pretrained.
 
     load_into(model, model.config, folder, stored_tensors(folder, model.config))
     save_model(model, model.config, folder, eos_token_id=7)

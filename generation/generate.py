@@ -111,10 +111,16 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
 # ---- Forward passes ---------------------------------------------------------------------------------------
 
-def last_logits(model: GPT, ids: Tensor, cache: KVCache) -> Tensor:
-    """Feed one token per row, ids (B, 1), and return the logits after it, (B, V)."""
-    logits = model(ids, cache=cache, head=lambda hidden, weight: hidden[:, 0] @ weight.T.to(hidden.dtype))
-    return logits[:, :model.config.vocab_size]
+def last_logits(model: GPT, ids: Tensor, cache: KVCache, last: list[int] | None = None) -> Tensor:
+    """Feed tokens of each row, ids (B, T), and return the logits after one of them, (B, V).
+
+    last: the index of that token in each row; with T = 1 it is not needed.
+    """
+    def head(hidden: Tensor, weight: Tensor) -> Tensor:
+        hidden = hidden[:, 0] if last is None else hidden[range(len(last)), last]  # (B, T, C) -> (B, C)
+        return hidden @ weight.T.to(hidden.dtype)  # (B, P)
+
+    return model(ids, cache=cache, head=head)[:, :model.config.vocab_size]
 
 
 @functools.cache
@@ -134,14 +140,9 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.rows.device)  # (B, T)
     if longest == 1 and isinstance(cache, StepCache):
         return compiled_step(cache.rows.device.type)(model, ids, cache)
-
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        last = [len(row) - 1 for row in rows]
-        hidden = hidden[:, 0] if longest == 1 else hidden[range(len(rows)), last]  # (B, C)
-        return (hidden @ weight.T.to(hidden.dtype))[:, :model.config.vocab_size]
-
+    last = None if longest == 1 else [len(row) - 1 for row in rows]
     with torch.compiler.set_stance("force_eager"):  # each new length would be compiled again
-        return model(ids, cache=cache, head=head)
+        return last_logits(model, ids, cache, last)
 
 
 def prefill(model: GPT, context: list[list[int]], steps_left: int,
