@@ -1,4 +1,4 @@
-"""Evaluation: the table, the files, the reader of benchmarks; the embedded problems asked of an oracle."""
+"""Evaluation: the table, the files, the reader of benchmarks; the embedded problems with an oracle."""
 
 import gzip
 import importlib.util
@@ -23,7 +23,7 @@ def test_a_mean_and_its_standard_error():
     assert mean([7]) == (7, 0, 1)
 
 
-def test_an_oracle_scores_everything_and_a_fool_nothing(chat_folder, monkeypatch):
+def test_right_and_wrong_answers_to_the_problems(chat_folder, monkeypatch):
     lm = LM(str(chat_folder), device="cpu")
     found = problems_task.load(None, 40, None)
     assert len({problem.key for problem in found}) == 40 and all(problem.is_test for problem in found)
@@ -43,8 +43,8 @@ def test_an_oracle_scores_everything_and_a_fool_nothing(chat_folder, monkeypatch
 
 
 def test_the_command(trained, chat_folder, tmp_path, capsys):
-    words = [f"--model={chat_folder}", f"--compare={trained}", "--limit=6", "--device=cpu"]
-    assert evaluation.main([*words, "--tasks=embedded", f"--out_dir={tmp_path / 'e'}"]) == 0
+    argv = [f"--model={chat_folder}", f"--compare={trained}", "--limit=6", "--device=cpu"]
+    assert evaluation.main([*argv, "--tasks=embedded", f"--out_dir={tmp_path / 'e'}"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 11 and lines[0].split() == ["task", "figure", "n", str(chat_folder),
                                                      str(trained)]
@@ -59,7 +59,7 @@ def test_the_command(trained, chat_folder, tmp_path, capsys):
 
 
 def write_mmlu(folder):
-    """Three questions, and no other benchmark."""
+    """A folder with three questions of MMLU and no other benchmark."""
     rows = [{"subject": "anatomy", "split": split, "question": "?", "choices": ["1", "2", "3", "4"],
              "answer": "A"} for split in ("dev", "test", "test", "test")]
     folder.mkdir()
@@ -67,10 +67,10 @@ def write_mmlu(folder):
     return folder
 
 
-def test_all_that_can_be_run_and_what_cannot(trained, chat_folder, tmp_path, capsys):
+def test_all_tasks_and_the_reasons_of_those_not_run(trained, chat_folder, tmp_path, capsys):
     out, data = tmp_path / "e", write_mmlu(tmp_path / "d")
-    words = [f"--model={trained}", f"--data={data}", "--shots=1", "--device=cpu"]
-    evaluation.main([*words, f"--compare={chat_folder}", "--tasks=all", "--limit=2", f"--out_dir={out}"])
+    argv = [f"--model={trained}", f"--data={data}", "--shots=1", "--device=cpu"]
+    evaluation.main([*argv, f"--compare={chat_folder}", "--tasks=all", "--limit=2", f"--out_dir={out}"])
     printed = capsys.readouterr()
     rows = [line.split() for line in printed.out.splitlines()]
     assert ["hellaswag", "not", "run", "-", "-", "-"] in rows and rows[0][:3] == ["task", "figure", "n"]
@@ -84,7 +84,7 @@ def test_all_that_can_be_run_and_what_cannot(trained, chat_folder, tmp_path, cap
     assert results["not_run"].keys() == evaluation.TASKS.keys() - first.keys() - {"needle"}
     assert all("needle" in model["not_run"] for model in results["models"]), "its context is too short"
     assert first["mmlu"]["figures"]["accuracy"]["n"] == 2 and first["mmlu"]["details"]["chance"] == 0.25
-    assert first["perplexity"]["details"]["text"] == second["perplexity"]["details"]["text"], "for all models"
+    assert first["perplexity"]["details"]["text"] == second["perplexity"]["details"]["text"], "the same text"
     hashes = results["data_sha256"]
     assert hashes.keys() == first.keys() | {"needle"} and len(set(hashes.values())) == 6
     assert hashes["hard"] == hashes["hard_calculator"] != hashes["calculator"]
@@ -96,31 +96,31 @@ def test_all_that_can_be_run_and_what_cannot(trained, chat_folder, tmp_path, cap
     assert answers[0].keys() >= {"prompt", "choices", "log_probs", "gold", "said", "right", "subject"}
     assert (out / "results.md").read_text().splitlines()[-1].startswith("- not run: ")
     assert "mmlu  accuracy 0." in printed.err or "mmlu  accuracy 1." in printed.err
-    # The same questions have the same hash, others have another one.
+    # The same questions have the same hash, other questions another hash.
     for limit, same in ((2, True), (3, False)):
-        evaluation.main([*words, "--tasks=mmlu", f"--limit={limit}", f"--out_dir={tmp_path / 'again'}"])
+        evaluation.main([*argv, "--tasks=mmlu", f"--limit={limit}", f"--out_dir={tmp_path / 'again'}"])
         other = json.loads((tmp_path / "again" / "results.json").read_text())
         assert (other["data_sha256"]["mmlu"] == hashes["mmlu"]) == same
         assert other["models"][0]["weights_sha256"] == results["models"][0]["weights_sha256"]
 
 
-def test_a_task_that_one_model_cannot_do_is_named(trained, chat_folder, tmp_path, capsys, monkeypatch):
+def test_a_task_that_one_model_cannot_do_is_reported(trained, chat_folder, tmp_path, capsys, monkeypatch):
     def refuse(lm, found, **settings):
         raise UserError("too hard")
 
     monkeypatch.setattr(problems_task, "score", refuse)
-    words = [f"--model={chat_folder}", f"--compare={trained}", "--limit=2", "--device=cpu"]
-    words.append(f"--out_dir={tmp_path}")
+    argv = [f"--model={chat_folder}", f"--compare={trained}", "--limit=2", "--device=cpu"]
+    argv.append(f"--out_dir={tmp_path}")
     with pytest.raises(UserError, match="too hard"):
-        evaluation.main([*words, "--tasks=problems"])
+        evaluation.main([*argv, "--tasks=problems"])
     assert not (tmp_path / "results.json").exists()
-    evaluation.main([*words, "--tasks=embedded"])
+    evaluation.main([*argv, "--tasks=embedded"])
     lines = capsys.readouterr().out.splitlines()
     assert lines[1].split() == ["problems", "not", "run", "-", "-", "-"]
     assert f"not run: problems: {chat_folder}: too hard" in lines
 
 
-def test_stopped_midway_what_is_finished_is_kept(trained, tmp_path, monkeypatch, capsys):
+def test_an_interrupted_run_keeps_the_finished_tasks(trained, tmp_path, monkeypatch, capsys):
     done = []
 
     def stop(lm, found, **settings):
@@ -139,7 +139,7 @@ def test_stopped_midway_what_is_finished_is_kept(trained, tmp_path, monkeypatch,
     assert len((tmp_path / "results.md").read_text().splitlines()) == 5
 
 
-def test_where_data_lie():
+def test_places_of_data():
     def places(data):
         return evaluation.EvalConfig(data=data).places
 
@@ -161,10 +161,10 @@ def test_choices_in_the_chat_format(chat_folder):
         assert each.log_prob == pytest.approx(expected, abs=1e-5)
 
 
-def test_a_base_answers_in_plain_text(trained):
+def test_a_base_model_generates_plain_text(trained):
     lm = LM(str(trained), device="cpu", batch_size=2)
     whole = lm.generate_until(["import os", "def f", "x"], [], 12)
-    assert lm.tokens > 0 and lm.generate_until(["import os"], [], 12) == whole[:1], "rows are alone"
+    assert lm.tokens > 0 and lm.generate_until(["import os"], [], 12) == whole[:1], "rows are independent"
     stop = whole[0][3:5]
     assert lm.generate_until(["import os"], [stop], 12) == [whole[0][:whole[0].index(stop)]]
     with pytest.raises(UserError, match="its tokenizer has no chat tokens"):
@@ -186,11 +186,11 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     (tmp_path / "answers").mkdir()
     (tmp_path / "answers" / "quiz.jsonl").write_text("{}\n")
     (tmp_path / "QUIZ.md").write_text("what this is")
-    assert read(str(tmp_path), "quiz", "") == found, "neither what eval.py wrote nor what is not rows"
+    assert read(str(tmp_path), "quiz", "") == found, "answers/ and files of other kinds are not read"
     lists = [{"q": [{"role": "user"}]}, {"q": [{"role": "user"}]}]
     (tmp_path / "ASKED_1.json").write_text("".join(json.dumps(row) + "\n" for row in lists))
     found = read(str(tmp_path), "asked", "")
-    assert found == [{**row, "file": "ASKED_1.json"} for row in lists], "rows that hold lists are no splits"
+    assert found == [{**row, "file": "ASKED_1.json"} for row in lists], "lists inside rows are not splits"
     assert convert(found, lambda row: row["q"][0]["role"]) == ["user", "user"]
     with pytest.raises(UserError, match=r"ASKED_1.json: row 1 does not fit this benchmark .IndexError: list"):
         convert(found, lambda row: row["q"][1])
@@ -211,7 +211,7 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     assert read(str(tmp_path), "space", "") == [{"q": 1, "file": "space.jsonl"}]
 
 
-@pytest.mark.parametrize("words, message", [
+@pytest.mark.parametrize("argv, message", [
     (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu', did you mean 'mmlu'. .known: all, embedded, pe"),
     (["--limit=0"], "limit=0: must be positive"),
     (["--shots=-1"], "shots=-1: must be not negative"),
@@ -221,25 +221,25 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     (["--tasks=mmlu", "--data=/none"], "data=/none: no such file or folder"),
     (["--tasks=mmlu", f"--data={ROOT}/evals"], r"evals: no file mmlu\*; give --data=TASK=PLACE"),
 ])
-def test_mistakes_are_one_line(words, message):
+def test_mistakes_are_one_line(argv, message):
     with pytest.raises(UserError, match=message):
-        evaluation.main(words)
+        evaluation.main(argv)
 
 
 def test_mistakes_are_found_before_anything_is_measured(trained, tmp_path, capsys):
     rows = [{"query": "Question: x", "choices": ["a", "b"], "gold": 0}] * 25
     (tmp_path / "arc_easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"--model={trained}", f"--data={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
+    argv = [f"--model={trained}", f"--data={tmp_path}", f"--out_dir={tmp_path / 'out'}", "--device=cpu"]
     for more, message in (([f"--compare={trained}, out/nope"], "out/nope"),
                           (["--chat=True"], "its tokenizer has no chat tokens"),
                           (["--tasks=arc_easy"], "arc_easy: there is no question in")):
         with pytest.raises(UserError, match=message):
-            evaluation.main([*words, *more])
+            evaluation.main([*argv, *more])
     assert "accuracy" not in capsys.readouterr().err and not (tmp_path / "out").exists()
 
 
 def test_generated_answers_from_the_command(trained, chat_folder, tmp_path, capsys):
-    """Every task whose answers are generated, on files as they are passed around; nothing is known here."""
+    """Every task with generated answers, on files in their usual form; these models answer nothing right."""
     pytest.importorskip("matplotlib")
     data, out = tmp_path / "data", tmp_path / "out"
     data.mkdir()
@@ -255,8 +255,8 @@ def test_generated_answers_from_the_command(trained, chat_folder, tmp_path, caps
                        ("bfcl_v4_simple_python_answers", [truth]),
                        ("summarize", [{"document": "Long.", "summary": "Short."}] * 3)):
         (data / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = [f"--data={data}", "--limit=3", "--context_length=160", f"--out_dir={out}", "--device=cpu"]
-    assert evaluation.main([*words, f"--model={trained}", f"--compare={chat_folder}",
+    argv = [f"--data={data}", "--limit=3", "--context_length=160", f"--out_dir={out}", "--device=cpu"]
+    assert evaluation.main([*argv, f"--model={trained}", f"--compare={chat_folder}",
                             "--tasks=gsm8k,hotpotqa,triviaqa,summarize,needle"]) == 0
     lines = {tuple(line.split()[:3]) for line in capsys.readouterr().out.splitlines()}
     figures = {"gsm8k": "strict flexible truncated", "hotpotqa": "exact_match f1 truncated",
@@ -264,7 +264,7 @@ def test_generated_answers_from_the_command(trained, chat_folder, tmp_path, caps
                "needle": "accuracy"}
     assert {(task, key, "3") for task, keys in figures.items() for key in keys.split()} <= lines
     assert (out / "needle.png").read_bytes().startswith(b"\x89PNG")
-    assert evaluation.main([*words, f"--model={chat_folder}", "--tasks=bfcl_simple,bfcl_irrelevance",
+    assert evaluation.main([*argv, f"--model={chat_folder}", "--tasks=bfcl_simple,bfcl_irrelevance",
                             "--chat=True"]) == 0
     tasks = json.loads((out / "results.json").read_text())["models"][0]["tasks"]
     assert tasks["bfcl_simple"]["figures"]["accuracy"] == {"value": 0.0, "stderr": 0.0, "n": 3}

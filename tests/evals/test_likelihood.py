@@ -1,4 +1,4 @@
-"""Log-probabilities: equal to transformers' whatever is shared and however it is cut; ids equal to HFLM's."""
+"""Log-probabilities equal transformers' with any shared prefixes and cuts; ids equal HFLM's."""
 
 import random
 import types
@@ -34,8 +34,10 @@ def tokenizer():
 
 
 def tree_of_texts(seed=0):
-    """Texts as benchmarks have them: one or two worked examples in common, four choices, some of one token;
-    two texts are equal, one goes on from another, some stand alone."""
+    """Texts as in benchmarks: shared worked examples, four choices per question, some of them one token long.
+
+    Two texts are equal, one continues another, and some share nothing.
+    """
     draw = random.Random(seed)
     examples = [draw.randrange(500) for _ in range(30)]
     texts = []
@@ -63,7 +65,7 @@ def alone(peer, texts):
 
 
 @pytest.mark.parametrize("changes", [{}, GPT2, dict(qk_norm=True)], ids=["llama", "gpt2", "qwen3"])
-def test_a_tree_of_texts_gives_what_transformers_gives_each_text(changes, tmp_path):
+def test_a_tree_of_texts_equals_transformers_on_each_text(changes, tmp_path):
     import transformers
     model = busy_model(tiny_config(**changes))
     model.save_pretrained(tmp_path)
@@ -102,7 +104,7 @@ def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
     assert len(computed) > 5 and max(computed) <= 64
 
 
-def test_running_text_gives_transformers_losses(tmp_path):
+def test_losses_of_running_text_equal_transformers(tmp_path):
     import transformers
     model = busy_model(tiny_config())
     model.save_pretrained(tmp_path)
@@ -125,7 +127,7 @@ def test_a_context_and_its_continuations(tokenizer):
     ids = tokenizer.encode
     assert encoded("def f", "(x):", "()") == Request(ids("def f"), [ids("def f(x):")[len(ids("def f")):],
                                                                    ids("def f()")[len(ids("def f")):]])
-    assert encoded("x =  ", "1").context == ids("x ="), "spaces at the end belong to what follows"
+    assert encoded("x =  ", "1").context == ids("x ="), "trailing spaces move to the continuation"
     assert encoded("x =  ", "1").continuations == [ids("x =  1")[len(ids("x =")):]]
     for nothing in ("", " \n"):
         assert encoded(nothing, "import") == Request([tokenizer.eot_id], [ids(nothing + "import")])
@@ -147,9 +149,9 @@ def test_ids_are_those_of_lm_evaluation_harness(tokenizer, tmp_path):
         try:
             request = encode_plain(tokenizer, pair[0], [pair[1]])
         except UserError:
-            continue  # there HFLM fails as well, or would score nothing
+            continue  # HFLM fails here as well, or scores nothing
         if not pair[0].strip() and pair[0]:
-            continue  # a context of blanks alone, which HFLM refuses
+            continue  # HFLM refuses a context of spaces
         peer.loglikelihood([types.SimpleNamespace(args=pair, task_name="")], disable_tqdm=True)
         assert [request.context, request.continuations[0]] == asked[pair], pair
     assert len(asked) > 1000
@@ -162,16 +164,16 @@ def test_a_turn_is_that_of_the_chat_format(tokenizer):
     asked = [{"role": "user", "content": "What is 2 + 2?"}]
     assert request.prefix + request.context + request.suffix == encode_prompt(chat, asked)
     assert request.continuations == [chat.encode("4"), chat.encode("<|im_end|>")]
-    assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "it says nothing"
+    assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "empty: end of the turn"
     texts, lost = fit_context(request, request.continuations[0], 20)
     frame = len(request.prefix), len(request.suffix)
     ids = texts[0].ids.tolist()
     assert lost == len(request.context) - (21 - sum(frame) - 1) > 0 and len(texts) == 1 and len(ids) == 21
-    assert ids[:frame[0]] == request.prefix, "the frame of a chat is not what is cut"
+    assert ids[:frame[0]] == request.prefix, "the context is cut, not the frame of the chat"
     assert ids[frame[0]:-1 - frame[1]] == request.context[lost:]
 
 
-def test_what_is_too_long_loses_its_beginning():
+def test_a_long_context_loses_its_beginning():
     request = Request(list(range(10)), [[10, 11, 12]])
     for block_size, begin in ((12, 0), (11, 1), (5, 7), (3, 9)):
         texts, lost = fit_context(request, request.continuations[0], block_size)
@@ -184,7 +186,7 @@ def test_what_is_too_long_loses_its_beginning():
 
 # ---- LM ---------------------------------------------------------------------------------------------------
 
-def test_a_model_is_asked(trained):
+def test_likelihoods_of_a_model(trained):
     lm = LM(str(trained), device="cpu")
     long = "import os\n" * 60
     found = lm.loglikelihood([("import", [" os", " é"]), (long, [" x" * 100, "y"]), ("", ["import"])])
@@ -194,7 +196,7 @@ def test_a_model_is_asked(trained):
     whole = lm.tokenizer.encode(long.rstrip())
     behind = lm.tokenizer.encode(long + "y")[len(whole):]
     assert found[1][1].truncated == len(whole) + len(behind) - 65 > 0
-    # A continuation of more tokens than the context holds: all of them count.
+    # All tokens of a continuation count, even if it is longer than the model's context.
     ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
     assert len(ids) > 64 and found[1][0].truncated == len(whole) - 1
     pieces = [Text(np.array(([whole[-1]] + ids)[at:at + 65], np.int32), len(ids[at:at + 64]))
@@ -205,7 +207,7 @@ def test_a_model_is_asked(trained):
     assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
 
 
-def test_a_broken_model_is_named(trained):
+def test_a_broken_model_is_reported(trained):
     lm = LM(str(trained), device="cpu")
     with torch.no_grad():
         lm.model.head_weight.fill_(float("nan"))

@@ -1,4 +1,4 @@
-"""A model as benchmarks see it: where its text ends, in which batches it is asked, how much it reads."""
+"""A model as benchmarks see it: where generation stops, how prompts are batched and truncated."""
 
 import random
 
@@ -21,7 +21,7 @@ def chat(chat_folder):
 
 
 def scripted(ids):
-    """In place of generation.generate.generate: every row writes these ids, as long as it is not done."""
+    """A replacement for generation.generate.generate: every row generates these ids until it is done."""
     def generate(model, prompts, max_new_tokens, sampling, is_done, *rest):
         live, new = [True] * len(prompts), [[] for _ in prompts]
         for token in ids[:max_new_tokens]:
@@ -40,21 +40,21 @@ def scripted(ids):
     ("a caf\u00e9 \u2192 b", ["f\u00e9 "], "a ca"),
     ("never", ["always", "nevermore"], "never"),
 ])
-def test_a_stop_text_ends_it_wherever_its_tokens_end(base, monkeypatch, text, stops, written):
+def test_generation_stops_at_a_stop_text_however_it_is_tokenized(base, monkeypatch, text, stops, written):
     tokenizer, asked = base.tokenizer, []
     spelled = [tokenizer.encode(text), [i for letter in text for i in tokenizer.encode(letter)]]
-    for ids in spelled:  # as the tokenizer cuts it, and letter by letter
+    for ids in spelled:  # as the tokenizer encodes it, and letter by letter
         monkeypatch.setattr(evals.lm, "generate", scripted(ids))
         before = base.tokens
         assert base.generate_until(["x"], stops, 100) == [written] == [cut_at_stop(text, stops)]
         asked.append(base.tokens - before)
         least = next((n for n in range(1, len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stops)),
                      len(ids))
-        assert asked[-1] == least, "not a token is written behind the stop"
+        assert asked[-1] == least, "no token is generated after the stop text"
 
 
-def test_stops_are_those_that_the_whole_text_has_and_cost_nothing(base, monkeypatch):
-    """Tokens at random, broken characters and all: what the last few tell is what all of them tell."""
+def test_decoding_the_last_tokens_finds_every_stop(base, monkeypatch):
+    """Random tokens, with broken characters: decoding the last few finds the same stops as decoding all."""
     draw, tokenizer = random.Random(0), base.tokenizer
     stops, decode = ["\n\n", "e\u2192", "in ", "Question:"], base.tokenizer.decode
     for _ in range(200):
@@ -68,10 +68,10 @@ def test_stops_are_those_that_the_whole_text_has_and_cost_nothing(base, monkeypa
     monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
     monkeypatch.setattr(evals.lm, "generate", scripted([tokenizer.encode("a")[0]] * 500))
     base.generate_ids([[1]], ["Question:"], 500)
-    assert len(decoded) == 500 and max(decoded) == 1 + len("Question:"), "ten tokens each, not all of them"
+    assert len(decoded) == 500 and max(decoded) == 1 + len("Question:"), "only the last tokens are decoded"
 
 
-def test_batches_are_of_like_lengths_and_bounded(base, monkeypatch):
+def test_batches_have_similar_lengths_and_a_size_limit(base, monkeypatch):
     def batches(lengths):
         batches = []
         answers = base.in_batches(lengths, lambda batch: batches.append(batch) or [str(i) for i in batch])
@@ -98,11 +98,11 @@ def test_answers_do_not_depend_on_the_batch(base, monkeypatch):
     assert base.generate_until(ids, ["\n\n"], 12) == alone, "a prompt may be ids"
 
 
-def test_of_a_prompt_longer_than_the_context_the_end_is_read(base, chat):
+def test_a_prompt_longer_than_the_context_keeps_its_end(base, chat):
     block_size, text = base.model.config.block_size, "the quick brown fox " * 40
     ids = base.tokenizer.encode(text)
     assert base.prompt_ids(text, 20) == ids[-(block_size - 20):]
-    assert base.prompt_ids(text, 1000) == ids[-block_size // 2:], "half of the context is the prompt's"
+    assert base.prompt_ids(text, 1000) == ids[-block_size // 2:], "half of the context is for the prompt"
     assert base.prompt_ids("fox", 20) == base.tokenizer.encode("fox")
     end = base.tokenizer.decode(ids[-(block_size - 20):])
     assert base.generate_until([end, text], [], 20) == base.generate_until([end], [], 20) * 2
@@ -116,7 +116,7 @@ def test_of_a_prompt_longer_than_the_context_the_end_is_read(base, chat):
     assert found == chat.prefix + chat.tokenizer.encode(text.strip())[-size:] + chat.suffix
 
 
-def test_an_assistant_is_heard_out_and_its_thoughts_do_not_count(chat, monkeypatch):
+def test_chat_answers_are_generated_in_full_and_exclude_thoughts(chat, monkeypatch):
     said = {"role": "assistant", "thought": "one\n\ntwo", "content": "12 apples\nand more"}
     ids = encode_answer(chat.tokenizer, said)
     monkeypatch.setattr(evals.lm, "generate", scripted(ids + ids))
@@ -125,7 +125,7 @@ def test_an_assistant_is_heard_out_and_its_thoughts_do_not_count(chat, monkeypat
     assert chat.tokens - before == len(ids)
 
 
-def test_the_first_answer_as_it_is(chat, monkeypatch):
+def test_replies_with_and_without_calls(chat, monkeypatch):
     call = {"name": "calculator", "arguments": {"expression": "2 + 2"}}
     ids = encode_answer(chat.tokenizer, {"role": "assistant", "content": "", "tool_calls": [call]})
     monkeypatch.setattr(generation.assistant, "generate", scripted(ids))

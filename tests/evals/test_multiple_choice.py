@@ -1,6 +1,6 @@
-"""Multiple choice: the prompts of every task from rows of every form; guessing gains nothing, knowing all.
+"""Multiple choice: the prompts of every task from rows of every form; guessing scores chance, an oracle 1.
 
-The prompts beside lm-evaluation-harness's own are in test_harness.py.
+tests/bench/test_harness.py compares the prompts with those of lm-evaluation-harness.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ TASKS = ("mmlu", "hellaswag", "arc_easy", "arc_challenge", "truthfulqa", "sst2",
 
 
 class Scorer:
-    """Something that is asked like a model: rule(context, continuation) is its log-probability."""
+    """A stand-in for LM: rule(context, continuation) is the log-probability."""
 
     def __init__(self, rule):
         self.rule = rule
@@ -58,7 +58,7 @@ def test_mmlu(tmp_path):
     assert found[1] == Question("world_religions test 0?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", tuple("ABCD"),
                                 (0,), before, "world_religions")
     assert len(mmlu.load(str(tmp_path), 100, 4)) == 8 and "dev" not in mmlu.load(str(tmp_path), 1, 0)[0].shots
-    for row in rows:  # the hub's form
+    for row in rows:  # as on the hub
         row["answer"] = "ABCD".index(row["answer"])
     assert mmlu.load(write_rows(tmp_path / "..", mmlu=rows) + "/mmlu.jsonl", 3, 1) == found
     with pytest.raises(UserError, match="shots=5: there are 4 examples of world_religions"):
@@ -126,7 +126,7 @@ def test_truthfulqa(tmp_path):
         assert (found.many[0].choices, found.many[0].gold) == (("so", "thus", "no"), (0, 1))
     likely = {" so": -1.0, " thus": -2.0, " no": -1.5}
     figures = truthfulqa.score(Scorer(lambda context, choice: likely[choice] - 900), found).figures
-    share = (0.36788 + 0.13534) / (0.36788 + 0.13534 + 0.22313)  # e^-1, e^-2, e^-1.5; and no underflow
+    share = (0.36788 + 0.13534) / (0.36788 + 0.13534 + 0.22313)  # e^-1, e^-2, e^-1.5, without underflow
     assert figures["mc1"].value == 1.0 and figures["mc2"].value == pytest.approx(share, abs=1e-4)
 
 
@@ -142,7 +142,7 @@ def test_glue(tmp_path):
     assert glue.load(data, 9, None, "sst2") == [Question(f"{text}{ask}", ("negative", "positive"), (gold,))
                                                 for text, gold in (("a b", 1), ("c", 0))]
     assert glue.load(data, 1, None, "sst2", few=3)[0].shots == (
-        f"i{ask} negative\n\ng{ask} positive\n\nh{ask} positive\n\n"), "of each answer in turn"
+        f"i{ask} negative\n\ng{ask} positive\n\nh{ask} positive\n\n"), "the two answers alternate"
     found = glue.load(data, 9, None, "cola")
     assert [question.gold for question in found] == [(1,), (0,)]
     assert found[1].prompt == "X the.\nQuestion: Does this sentence make sense?\nAnswer:"
@@ -157,7 +157,7 @@ def test_glue(tmp_path):
 
 
 def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
-    """A folder that `datasets` reads stands for the hub."""
+    """`datasets` reads a local folder in place of the hub."""
     rows = {split: [{"sentence": f"{split} {number}", "label": number % 2} for number in range(4)]
             for split in ("train", "validation")}
     write_rows(tmp_path, **rows)
@@ -173,13 +173,13 @@ def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
     ({"query": "Question: x", "choices": ["a"], "gold": 3}, "no right answer"),
     ({"query": "Question: x", "choices": 3, "gold": 0}, "TypeError"),
 ])
-def test_a_row_of_another_form_is_named(row, message, tmp_path):
+def test_a_row_that_does_not_fit_is_reported(row, message, tmp_path):
     with pytest.raises(UserError, match=message):
         arc.load(write_rows(tmp_path, arc_easy=[row]), 5, 0, "arc_easy")
 
 
-def test_which_split_is_asked(tmp_path):
-    """The one that the protocol asks, whatever else there is; a test split without answers is none."""
+def test_which_split_the_questions_come_from(tmp_path):
+    """Questions come from the split of the protocol if it is there; a test split may have no answers."""
     for number, (hub, names, expected) in enumerate([
             ({"dev": "", "test": ""}, ["auxiliary_train", "dev", "validation", "test"], ("dev", "test")),
             ({"train": "", "validation": ""}, ["train", "val", "test"], ("train", "val")),
@@ -200,8 +200,8 @@ def test_which_split_is_asked(tmp_path):
     assert [row["of"] for row in examples + asked] == ["dev", "test"]
 
 
-def test_what_was_said_is_what_was_counted(tmp_path):
-    """Behind "Why?", " so" is likelier, " thus it is" likelier a character."""
+def test_the_answer_is_the_choice_that_was_scored(tmp_path):
+    """After "Why?", " so" is more likely, but " thus it is" is more likely per character."""
     row = {"query": "Why?", "choices": ["so", "thus it is"], "gold": 1}
     questions = arc.load(write_rows(tmp_path, arc_easy=[row]), 1, 0, "arc_easy")
     found = arc.score(Scorer(lambda context, choice: {" so": -4.0, " thus it is": -5.0}[choice]), questions,
@@ -212,12 +212,12 @@ def test_what_was_said_is_what_was_counted(tmp_path):
 
 # ---- Points -----------------------------------------------------------------------------------------------
 
-def test_equals_share_the_point():
+def test_equal_choices_share_the_point():
     assert credit([-1.0, -2.0, -3.0], (0,)) == 1 and credit([-1.0, -2.0, -3.0], (1, 2)) == 0
     assert credit([-1.0, -1.0, -1.0, -1.0], (0,)) == 0.25 and credit([-1.0, -1.0, -3.0], (2,)) == 0
     assert credit([-1.0, -1.0, -3.0], (0, 1)) == 1
     row = [Likelihood(-6.0), Likelihood(-8.0)]
-    assert per_character(row, ["abc", "abcdefgh"]) == [-2, -1], "by the characters of the choice alone"
+    assert per_character(row, ["abc", "abcdefgh"]) == [-2, -1], "only characters of the choice count"
     assert shots_text([], 0) == ""
 
 
@@ -242,9 +242,11 @@ def load(name, limit=1000):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_who_guesses_is_at_chance(name):
-    """Sums that are drawn alike for all choices; so, but of three values, so that many are equal; for figures
-    that count the sum a character, such a number a character."""
+def test_guessing_scores_at_chance(name):
+    """Random log-probabilities score at chance: sums, sums of three values (many ties), sums per character.
+
+    The sums have the same distribution for all choices of a question.
+    """
     module, settings, questions = load(name)
     draw = random.Random(name)
     numbers = {"sums": lambda context, choice: draw.gauss(-50, 10),
@@ -260,8 +262,8 @@ def test_who_guesses_is_at_chance(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_who_always_says_the_same_is_at_chance_of_order(name):
-    """All choices are equally likely: no figure may profit from where the right one stands."""
+def test_equal_choices_score_at_chance_in_any_order(name):
+    """All choices are equally likely: no figure may depend on the place of the right choice."""
     module, settings, questions = load(name)
     result = module.score(Scorer(lambda context, choice: -1.0), questions, **settings)
     key = "mc1" if "mc1" in result.figures else "accuracy"
@@ -269,8 +271,8 @@ def test_who_always_says_the_same_is_at_chance_of_order(name):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_an_oracle_knows_everything(name):
-    """The label leaks into the prompt: whoever reads it there is always right."""
+def test_an_oracle_is_always_right(name):
+    """The right choice is in the prompt: a model that reads it there is always right."""
     module, settings, questions = load(name)
 
     def leaked(asked):

@@ -1,4 +1,4 @@
-"""Tool use: the leaderboard's rules for arguments, case by case; the offer; an oracle and a fool."""
+"""Tool use: the leaderboard's rules for arguments, one by one; the system message; right and wrong calls."""
 
 import json
 
@@ -18,9 +18,9 @@ def kind(name, inner=None):
 @pytest.mark.parametrize("value, described, possible, verdict", [
     (5, kind("integer"), [5, 6], True),
     (5.0, kind("integer"), [5], False),
-    (True, kind("integer"), [1], False),  # JSON's true is no number
+    (True, kind("integer"), [1], False),  # JSON's true is not a number
     ("5", kind("integer"), [5], False),
-    (5, kind("float"), [5.0], True),  # an int may stand for a float
+    (5, kind("float"), [5.0], True),  # an integer is accepted as a float
     (10**400, kind("float"), [5.0], False),
     (5.5, kind("float"), [5.0, ""], False),
     (True, kind("boolean"), [True], True),
@@ -30,7 +30,7 @@ def kind(name, inner=None):
     ("it's", kind("string"), ['It"s'], True),
     ("Paris!", kind("string"), ["Paris"], False),
     ("", kind("string"), ["Paris", ""], True),
-    (True, kind("string"), [True, ""], True),  # the possible values have another type than described
+    (True, kind("string"), [True, ""], True),  # the possible values do not have the described type
     ("True", kind("string"), [True, ""], False),
     ("a", kind("any"), ["A"], True),
     (["A b"], kind("array", "string"), [["ab"], ["c"]], True),
@@ -91,7 +91,7 @@ def test_a_message(message, verdicts):
 
 
 def first(values):
-    """The first value that may not be left out; of objects, made of theirs."""
+    """The first value that is not "", built recursively for objects."""
     value = next(value for value in values if value != "")
     if isinstance(value, list) and value and isinstance(value[0], dict):
         return [first([each]) for each in value]
@@ -106,7 +106,7 @@ def oracle(question):
     return [{"role": "assistant", "content": "", "tool_calls": calls}]
 
 
-def test_offer_oracle_and_fool(chat_folder, trained, tmp_path, monkeypatch):
+def test_system_message_oracle_and_wrong_answers(chat_folder, trained, tmp_path, monkeypatch):
     (tmp_path / "bfcl_v4_simple_python.jsonl").write_text(2 * (json.dumps(QUESTION) + "\n"))
     (tmp_path / "bfcl_v4_simple_python_answers.jsonl").write_text(
         json.dumps({"id": ROW["id"], "ground_truth": ROW["ground_truth"]}) + "\n")
@@ -134,7 +134,7 @@ def test_offer_oracle_and_fool(chat_folder, trained, tmp_path, monkeypatch):
 
 
 def test_the_leaderboard_itself(chat_folder, monkeypatch):
-    """Every question has an answer that is right."""
+    """An oracle answers every question of the leaderboard correctly."""
     folder = str(shared("tools"))
     lm = LM(str(chat_folder), device="cpu")
     questions = bfcl.load(folder, 10**6, None, "simple_python")
@@ -169,6 +169,6 @@ def test_files(tmp_path, monkeypatch):
     assert bfcl.load(None, 5, None, "irrelevance").asked == [question_of(ROW, None)] * 2
 
 
-def test_without_a_hub_it_is_one_line():
+def test_without_a_hub_the_error_is_one_line():
     with pytest.raises(UserError, match="hf:gorilla-llm/Berkeley-Function-Calling-Leaderboard: "):
         bfcl.load(None, 5, None, "irrelevance")

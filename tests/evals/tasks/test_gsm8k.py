@@ -1,4 +1,4 @@
-"""GSM8K: what is read from 552 answers of known meaning and from the benchmark's own; the prompt."""
+"""GSM8K: numbers read from 552 answers of known meaning and from the benchmark's own answers; the prompt."""
 
 import json
 import re
@@ -14,7 +14,7 @@ from tests.conftest import shared
 
 NUMBERS = [0, 1, 5, 18, 64, 72, 100, 366, 999, 1000, 1080, 2250, 15620, 109200000, -1, -7, -47, -1200,
            Decimal("0.5"), Decimal("2.50"), Decimal("99.99"), Decimal("1234.56"), Decimal("-0.25"), 2**40]
-BEHIND_HASHES = ["#### {n}", "####{n}", "#### {n}.", "#### {n:,}", "####  {n:,} apples", "#### ${n}",
+AFTER_HASHES = ["#### {n}", "####{n}", "#### {n}.", "#### {n:,}", "####  {n:,} apples", "#### ${n}",
                  "#### ${n:,}.", "So 3 * 4 = <<3*4=12>>12.\n#### {n}", "a\n#### {n}\n\nThat is all",
                  "#### {n}\n#### 77", "####\n{n}"]
 ELSEWHERE = ["{n}", "The answer is {n}.", "The answer is {n:,}.", "She pays ${n:,}", "12 + 5 = 17, not {n}!",
@@ -24,13 +24,13 @@ ELSEWHERE = ["{n}", "The answer is {n}.", "The answer is {n:,}.", "She pays ${n:
 
 @pytest.mark.parametrize("number", NUMBERS)
 def test_numbers_in_every_spelling(number):
-    """24 numbers in 23 spellings each: 552 answers."""
-    for form in BEHIND_HASHES:
+    """24 numbers with 23 spellings each make 552 answers."""
+    for form in AFTER_HASHES:
         assert strict(form.format(n=number)) == number, form
     for form in ELSEWHERE:
         text = form.format(n=number)
         assert flexible(text) == number and strict(text) is None, form
-    assert len(NUMBERS) * len(BEHIND_HASHES + ELSEWHERE) == 552
+    assert len(NUMBERS) * len(AFTER_HASHES + ELSEWHERE) == 552
 
 
 @pytest.mark.parametrize("text, number", [
@@ -48,7 +48,7 @@ def test_no_number(text):
 
 
 def lm_eval(text):
-    """The two filters of lm-eval's gsm8k.yaml (version 3), and its spelling of an answer."""
+    """The two filters of lm-eval's gsm8k.yaml (version 3), with its normalization of answers."""
     found = re.findall(r"#### (\-?[0-9\.\,]+)", text)
     last = re.findall(r"(-?[$0-9.,]{2,})|(-?[0-9]+)", text)
 
@@ -59,8 +59,8 @@ def lm_eval(text):
     return (spelled(found[0]) if found else None), (spelled("".join(last[-1])) if last else None)
 
 
-def test_the_benchmark_s_own_answers():
-    """All 1,319 of the test split and 7,473 of the training split: ours, lm-eval's and the file's agree."""
+def test_the_answers_of_the_benchmark_itself():
+    """Our number, lm-eval's and the file's agree on all 1,319 test and 7,473 training rows."""
     for name in ("test", "train"):
         for line in shared(f"math/gsm8k_{name}.jsonl").read_text(encoding="utf-8").splitlines():
             answer = json.loads(line)["answer"]
@@ -70,7 +70,7 @@ def test_the_benchmark_s_own_answers():
 
 
 @pytest.mark.parametrize("text, theirs, ours", [
-    ("#### 12.00", ("12.00", "12.00"), (12, 12)),  # numbers are compared, not their spelling
+    ("#### 12.00", ("12.00", "12.00"), (12, 12)),  # we compare numbers, not strings
     ("#### 12...", ("12..", "12.."), (12, 12)),
     ("#### $12", (None, "12"), (12, 12)),
     ("It is 12 ...", (None, ".."), (None, 12)),
@@ -92,7 +92,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-def test_prompt_oracle_and_fool(folder, trained, monkeypatch):
+def test_prompt_oracle_and_wrong_answers(folder, trained, monkeypatch):
     lm, asked = LM(str(trained), device="cpu"), []
     questions = gsm8k.load(str(folder), 500, None)
 

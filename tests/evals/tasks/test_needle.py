@@ -1,4 +1,4 @@
-"""A needle in a haystack: exact lengths, depths, one needle; an oracle that reads the prompt, and a fool."""
+"""A needle in a haystack: exact lengths and depths, one needle; an oracle that reads the prompt."""
 
 import re
 from collections import Counter
@@ -33,7 +33,7 @@ def tests():
 
 
 def reader(lm, asked, wrong=0):
-    """Finds the number by reading all of a prompt; 9 in place of the first `wrong` ones."""
+    """An oracle that reads the number in the prompt; the first `wrong` answers are 9."""
     def generate_until(prompts, stops, max_new_tokens):
         asked.extend(prompts)
         numbers = [re.search(r"secret number is (\d{7})\.\n", lm.tokenizer.decode(ids))[1] for ids in prompts]
@@ -41,7 +41,7 @@ def reader(lm, asked, wrong=0):
     return generate_until
 
 
-def test_which_tests_there_are(tests):
+def test_the_grid_of_tests(tests):
     assert tests.side == 5 and len({test.number for test in tests.tests}) == 100
     assert set(Counter((test.row, test.column) for test in tests.tests).values()) == {4}
     assert all(len(test.number) == 7 for test in tests.tests)
@@ -49,7 +49,7 @@ def test_which_tests_there_are(tests):
         found = needle.load(None, 10**6, None, None, count)
         assert found.side == side and len(found.tests) == count
         assert min(Counter((test.row, test.column) for test in found.tests).values()) >= min(count, 4)
-    assert len(needle.load(None, 20, None, None, 100).tests) == 20, "--limit limits it, too"
+    assert len(needle.load(None, 20, None, None, 100).tests) == 20, "--limit limits the tests as well"
     assert len(tests.text) > 2**20 and "import" in tests.text
 
 
@@ -66,7 +66,7 @@ def test_lengths_and_depths_are_exact(base, chat, tests, chatting):
         assert len(whole) + needle.ANSWER == lengths[test.column]
         line = f"The secret number is {test.number}.\n"
         before, after = text.removesuffix(question).split(line)
-        assert before == "" or before.endswith("\n"), "a line of its own"
+        assert before == "" or before.endswith("\n"), "the needle is a line of its own"
         if test.row in (0, 4):
             assert (before, after)[test.row // 4] == ""
         else:
@@ -76,7 +76,7 @@ def test_lengths_and_depths_are_exact(base, chat, tests, chatting):
     assert lm.truncated == [False] * 100
 
 
-def test_oracle_fool_and_chance(base, chat, tests, monkeypatch):
+def test_oracle_wrong_answers_and_random_weights(base, chat, tests, monkeypatch):
     for lm in (base, chat):
         asked = []
         monkeypatch.setattr(lm, "generate_until", reader(lm, asked))
@@ -88,7 +88,7 @@ def test_oracle_fool_and_chance(base, chat, tests, monkeypatch):
         monkeypatch.undo()
         few = needle.load(None, 12, None, None, 100)
         assert needle.score(lm, few, None, 100).figures == {"accuracy": (0, 0, 12)}, "random weights"
-    monkeypatch.setattr(base, "generate_until", reader(base, [], wrong=5))  # one of each length at 0 %
+    monkeypatch.setattr(base, "generate_until", reader(base, [], wrong=5))  # one test per length, depth 0
     result = needle.score(base, tests, None, 100)
     assert result.details["found"] == [[0.75] * 5] + [[1] * 5] * 4
     assert [answer["right"] for answer in result.answers] == [False] * 5 + [True] * 95
@@ -96,7 +96,7 @@ def test_oracle_fool_and_chance(base, chat, tests, monkeypatch):
     assert sorted({answer["length"] for answer in result.answers}) == result.details["lengths"]
 
 
-def test_beyond_the_context_positions_are_extended_and_put_back(base, tests):
+def test_positions_are_extended_beyond_the_context_and_restored(base, tests):
     assert needle.score(base, needle.load(None, 8, None, None, 8), 500, 8).details["lengths"][-1] == 500
     assert base.model.config.block_size == 300 and len(base.model.rope.cos) == 300
     with pytest.raises(UserError, match="context_length=40: needle, question and answer alone are"):
@@ -116,13 +116,13 @@ def test_learned_positions_cannot_be_extended(trained, tmp_path):
         needle.score(lm, few, 201, 3)
 
 
-def test_a_text_of_the_user_s(base, tmp_path):
+def test_a_file_of_the_user(base, tmp_path):
     path = tmp_path / "mine.txt"
     path.write_text("one two three\n" * 5)
     mine = needle.load(str(path), 8, None, None, 8)
     assert mine.text == "one two three\n" * 5
     _, prompts = needle.prompts_of(base, mine, 300)
-    assert base.tokenizer.decode(prompts[-1]).count("one two three\n") > 10, "again from its beginning"
+    assert base.tokenizer.decode(prompts[-1]).count("one two three\n") > 10, "a short text is repeated"
     path.write_text("one two three " * 10)
     _, prompts = needle.prompts_of(base, needle.load(str(path), 8, None, None, 8), 300)
     assert all(" three \nThe secret" in base.tokenizer.decode(ids) for ids in prompts), "at the only line end"
@@ -143,5 +143,5 @@ def test_the_picture():
     assert [text.get_text() for text in left.texts] == ["100", "0", "50", "25"]
     assert [label.get_text() for label in left.get_xticklabels()] == ["100", "2,000"]
     assert left.get_legend().texts[0].get_text() == "trained context: 1,024 tokens"
-    assert [axes.lines[0].get_xdata()[0] for axes in (left, right)] == [0.5, 1.5], "right of what lies within"
+    assert [axes.lines[0].get_xdata()[0] for axes in (left, right)] == [0.5, 1.5], "right of trained lengths"
     assert (left.get_xlabel(), bar.get_ylabel()) == ("prompt and answer (tokens)", "needles found (%)")

@@ -1,4 +1,4 @@
-"""Closed-book questions: SQuAD's comparison by hand, aliases, the prompt; an oracle and a fool."""
+"""Closed-book questions: SQuAD's comparison by hand, aliases, the prompt; right and wrong models."""
 
 import json
 
@@ -15,17 +15,17 @@ def test_normalization():
     assert normalized("  The  U.S.A.'s \"an apple\" a day ") == "usas apple day"
     assert normalized("Theatre of another") == "theatre of another", "articles are whole words"
     assert normalized("a-the") == "athe", "punctuation goes first, as in SQuAD's script"
-    assert normalized("Caf\u00e9 \u2013 \u00c9") == "caf\u00e9 \u2013 \u00e9", "of signs, ASCII's"
+    assert normalized("Caf\u00e9 \u2013 \u00c9") == "caf\u00e9 \u2013 \u00e9", "only ASCII is dropped"
 
 
 @pytest.mark.parametrize("said, answer, exact, overlap", [
     ("Jane Austen", "jane austen.", True, 1),
     ("the Jane Austen", "Jane Austen", True, 1),
     ("Austen", "Jane Austen", False, 2 / 3),  # precision 1, recall 1/2
-    ("Jane Jane Austen", "Jane Austen", False, 4 / 5),  # a word counts as often as the other text has it
+    ("Jane Jane Austen", "Jane Austen", False, 4 / 5),  # a word counts at most as often as in the other text
     ("Emma", "Jane Austen", False, 0),
     ("", "Jane Austen", False, 0),
-    ("The The", "The The", True, 1),  # a band, of which nothing is left
+    ("The The", "The The", True, 1),  # the name of a band; no word is left of it
     ("yes it is", "yes", False, 0),  # HotpotQA's rule
     ("Yes.", "yes", True, 1),
     ("no", "no man", False, 0),
@@ -41,7 +41,7 @@ TRIVIA = [{"question": f"Who is number {n}?",
 
 
 @pytest.mark.parametrize("name, rows", [("hotpotqa", HOTPOT), ("triviaqa", TRIVIA)])
-def test_prompt_oracle_and_fool(name, rows, trained, tmp_path, monkeypatch):
+def test_prompt_oracle_and_wrong_answers(name, rows, trained, tmp_path, monkeypatch):
     (tmp_path / f"{name}_dev.json").write_text(json.dumps(rows))
     lm, asked = LM(str(trained), device="cpu"), []
     questions = open_qa.load(str(tmp_path), 500, None, name)

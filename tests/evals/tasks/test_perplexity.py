@@ -61,7 +61,7 @@ def test_transformers_sliding_window(lm, trained, stride):
     nats = math.log(figures["perplexity"].value) * count
     scored = figures["bits_per_byte"].n
     assert figures["bits_per_byte"].value == pytest.approx(nats / math.log(2) / scored)
-    if stride != 64:  # where windows do not overlap, the first token of each is not scored
+    if stride != 64:  # without overlap the first token of each window is not scored
         first = len(lm.tokenizer.decode(lm.tokenizer.encode(TEXT)[:1]).encode())
         assert scored == len(TEXT.encode()) - first
 
@@ -70,7 +70,7 @@ def test_windows():
     assert perplexity.windows(10, 4, 2) == [(0, 4, 3), (2, 6, 2), (4, 8, 2), (6, 10, 2)]
     assert perplexity.windows(9, 4, 3) == [(0, 4, 3), (3, 7, 3), (6, 9, 2)]
     assert perplexity.windows(8, 4, 4) == [(0, 4, 3), (4, 8, 3)]
-    assert perplexity.windows(9, 4, 4) == [(0, 4, 3), (4, 8, 3)], "a last token alone has nothing before it"
+    assert perplexity.windows(9, 4, 4) == [(0, 4, 3), (4, 8, 3)], "a last token alone has no context"
     assert perplexity.windows(3, 4, 2) == [(0, 3, 2)]
 
 
@@ -84,7 +84,7 @@ def test_a_ratio_and_its_standard_error():
     assert np.mean([each.stderr for each in draws]) == pytest.approx(spread, rel=0.1)
 
 
-def test_documents_are_parted_by_the_end_of_text(lm):
+def test_an_end_of_text_token_separates_documents(lm):
     ids = perplexity.join_documents(lm, Texts(["import os", "x"], ""))
     assert ids.tolist() == [*lm.tokenizer.encode("import os"), lm.tokenizer.eot_id, *lm.tokenizer.encode("x")]
     with pytest.raises(UserError, match="somewhere: the text is too short"):
@@ -102,10 +102,10 @@ def test_the_text_of_files(tmp_path):
     (tmp_path / "bad.txt").write_bytes(b"\xff\xfe")
     assert read_texts(str(tmp_path / "a.txt"), "", 100) == Texts(["no mark"], str(tmp_path / "a.txt"))
     assert read_texts(str(tmp_path / "rows.jsonl"), "", 5).documents == ["one", "tw"]
-    assert read_texts(str(tmp_path / "b.md"), "", 3).documents == ["na"], "no half character"
+    assert read_texts(str(tmp_path / "b.md"), "", 3).documents == ["na"], "no half characters"
     (tmp_path / "perplexity_b.md").write_bytes("naïve".encode())
     (tmp_path / "perplexity.jsonl").write_text('{"text": "one"}\n')
-    assert read_texts(str(tmp_path), "", 100).documents == ["naïve"], "text files with the task's name"
+    assert read_texts(str(tmp_path), "", 100).documents == ["naïve"], "text files named perplexity*"
     (tmp_path / "rows.jsonl").write_text('{"text": "one"}\n\n{"text": ""}\n{"text": "two"}\n')
     assert read_texts(str(tmp_path / "rows.jsonl"), "", 9).documents == ["one", "two"]
     with pytest.raises(UserError, match="bad.txt: not UTF-8"):
@@ -125,7 +125,7 @@ def test_the_text_of_a_prepared_folder_is_its_validation_split(data, trained, tm
     assert ids == [int(index) for shard in folder.shards["val"] for index in shard]
     assert sum(len(document.encode()) for document in whole) == folder.meta["bytes"]["val"]
     assert read_texts(None, str(trained), 1000) == read_texts(str(data), "", 1000)
-    # A model that learned from chats has its base's text.
+    # A model trained on chats is measured on the text of its base.
     chats = tmp_path / "chats"
     chats.mkdir()
     meta = json.loads((data / "meta.json").read_text())
@@ -150,7 +150,7 @@ def test_wikitext_is_the_same_text_from_rows_and_from_a_file(tmp_path):
     texts = [perplexity.load(str(path), 1, None, "", wikitext=True) for path in (rows, whole)]
     assert texts[0].documents == texts[1].documents == ["\n\n = Title = \n\n\n naïve .\n\n\n"]
     rows.write_text(json.dumps({"text": "é" * 600}) + "\n")
-    assert perplexity.load(str(rows), 1, None, "", wikitext=True).documents == ["é" * 512], "bytes count"
+    assert perplexity.load(str(rows), 1, None, "", wikitext=True).documents == ["é" * 512], "limit in bytes"
 
 
 def test_a_broken_model_has_no_perplexity(trained):

@@ -1,4 +1,4 @@
-"""Summaries: ROUGE by hand and beside the package rouge_score; the prompt; an oracle and a fool."""
+"""Summaries: ROUGE by hand and against the package rouge_score; the prompt; right and wrong models."""
 
 import json
 import random
@@ -16,10 +16,10 @@ def test_rouge_by_hand():
     assert found["rouge1"] == pytest.approx(2 * 6 / (8 + 9))  # the (twice), quick, brown, dog, jumps
     assert found["rouge2"] == pytest.approx(2 * 2 / (7 + 8))  # the quick, quick brown
     assert found["rougeL"] == found["rougeLsum"] == pytest.approx(10 / 17)  # the quick brown jumps the
-    # The lines the other way around: as one sequence "c d" or "a b" is common, line by line all of it is.
+    # Two lines in the other order: as one sequence only one of them is common, line by line both are.
     found = rouge("c d\na b", "a b\nc d")
     assert (found["rougeL"], found["rougeLsum"]) == (0.5, 1)
-    # The union over lines: "a b" of one line, "a c" of the other; the second a counts once.
+    # Union over lines: "a b" from one line, "a c" from the other; "a" counts once.
     assert rouge("a b x\na c y", "a b c")["rougeLsum"] == pytest.approx(2 * 3 / (3 + 6))
 
 
@@ -28,7 +28,7 @@ def test_rouge_of_nothing(said, right):
     assert set(rouge(said, right).values()) == {0.0}
 
 
-def test_rouge_beside_rouge_score():
+def test_rouge_equals_rouge_score():
     scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(list(ROUGE), use_stemmer=False)
     draw = random.Random(0)
     pieces = ["a", "b", "c", "d", "The", "the", "it's", "2.5", "caf\u00e9", "\u0130x", "--", "\n", "\n\n"]
@@ -51,7 +51,7 @@ def load(tmp_path, shots=None):
 
 
 @pytest.mark.parametrize("chat", [False, True])
-def test_prompt_oracle_and_fool(chat, trained, chat_folder, tmp_path, monkeypatch):
+def test_prompt_oracle_and_wrong_answers(chat, trained, chat_folder, tmp_path, monkeypatch):
     lm, asked = LM(str(chat_folder if chat else trained), device="cpu", chat=chat), []
     lm.model.reconfigure(block_size=400)
     questions = load(tmp_path, shots=1)
@@ -79,7 +79,7 @@ def test_a_long_document_loses_its_end(trained, tmp_path, monkeypatch):
     whole = lm.tokenizer.encode(ROWS[0]["document"].strip())
     assert asked[0] == whole[:lm.room(128) - len(ask)] + ask and len(asked[0]) == lm.room(128) == 32
     summarize.score(lm, load(tmp_path, shots=2))
-    assert asked[4][-len(ask) - 16:] == whole[:16] + ask, "worked examples leave it half of the room"
+    assert asked[4][-len(ask) - 16:] == whole[:16] + ask, "half of the room is the document's"
 
 
 def test_files(tmp_path):
