@@ -127,11 +127,10 @@ class DistillConfig(RunConfig, GPTConfig):
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-RowKind = type[Rows] | type[ChatRows]
 Caches = dict[tuple[str, int], list[TeacherCache]]  # by StagedData.key; one cache per folder of the mix
 
 
-def row_kind(cfg: DistillConfig) -> RowKind:
+def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
     """The class of the training rows: text or chats, as in the first data set. Raises UserError if on_policy
     does not work with them."""
     kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
@@ -147,6 +146,7 @@ def row_kind(cfg: DistillConfig) -> RowKind:
 
 def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> TeacherCache:
     """The cache of these rows. Raises UserError, with the command that makes the cache, if there is none."""
+    # The command must have the settings of this run.
     hint = (f"python -m tools.cache_teacher --teacher={cfg.teacher} --dataset={rows.data.folder} "
             f"--block_size={rows.T} --method={cfg.cache} --temperature={cfg.temperature}")
     for key in ("packing", "document_mask"):
@@ -161,11 +161,13 @@ def open_caches(cfg: DistillConfig, data: StagedData, teacher_hash: str) -> Cach
     if cfg.cache == "none":
         return {}
     for stage in stage_configs(cfg):
+        # The stored probabilities have one temperature, and the teacher saw the rows in one way.
         if (stage.temperature, stage.document_mask) != (cfg.temperature, cfg.document_mask):
             raise UserError("stages: temperature and document_mask cannot change with a cache; set them for "
                             "the whole run")
     caches = {key: [open_cache(cfg, rows, teacher_hash) for rows in mix.rows]
               for key, mix in data.mixes.items()}
+    # A batch may mix rows of several folders, so their records must have the same format.
     if len({cache.records.spec for mix_caches in caches.values() for cache in mix_caches}) > 1:
         raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
     return caches
@@ -193,15 +195,18 @@ def batches_at(data: StagedData, caches: Caches, step: int) -> list[dict[str, An
     is_on_policy = np.random.default_rng((cfg.seed, step, 1)).random() < cfg.on_policy
     batches = []
     for start in range(0, count, cfg.micro_batch_size):
-        rows = mix.samples(first + start, cfg.micro_batch_size)
+        rows = mix.samples(first + start, cfg.micro_batch_size)  # (B, T + 1) of text or (B, 3, T) of chats
         batch = batch_of(rows, cfg, mix.tokenizer.eot_id)
         if caches:
             part = slice(start, start + cfg.micro_batch_size)
             batch |= cached_predictions(caches[data.key(cfg)], folder[part], row[part], batch)
         if is_on_policy:
+            # The text itself is generated in the loss, with the current weights. The rows' numbers in the run
+            # seed it, so that it does not depend on how a step is split.
             prompts, lengths = prompt_lengths(rows)
-            numbers = list(range(first + start, first + start + len(rows)))  # in the run: they seed the text
+            numbers = list(range(first + start, first + start + len(rows)))
             batch |= {"prompts": prompts, "lengths": lengths, "numbers": numbers, "count": sum(lengths)}
+        # The loss reads its weights and temperature from the config of the stage.
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
     return batches
 
@@ -230,6 +235,7 @@ class Distillation:
         end what the student writes."""
         self.student, self.teacher, self.vocab_size = student, teacher, vocab_size
         self.configs, self.end_ids = configs, end_ids
+        # They stay for the whole run: a stage may turn the layer losses on or off.
         self.hooks: tuple[ActivationHooks, ...] = ()
         if student.pairs and isinstance(teacher, GPT):
             self.hooks = (ActivationHooks(student, [s for s, _ in student.pairs]),
@@ -240,11 +246,14 @@ class Distillation:
         cfg = self.configs[batch["stage"]]
         if "prompts" in batch:
             batch = rollout_batch(self.student, batch, self.configs[0].seed, self.vocab_size, self.end_ids)
+        # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
             return self.student_loss(forward, batch, cached)
-        if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:  # the text alone
+        # From the text alone: no need to run the teacher.
+        if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
+        # From the teacher. It builds no graph; teacher_head turns gradients on again for the student.
         with torch.no_grad():
             return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
                                 head=lambda hidden, weight: self.teacher_head(forward, batch, hidden, weight))
@@ -263,7 +272,8 @@ class Distillation:
             batch["input_ids"], document_ids=batch.get("document_ids"),
             head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
         loss = loss + cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
-        if not cfg.hidden_weight:  # DDP waits for a gradient of every parameter
+        # DDP waits for a gradient of every parameter, also in a stage that does not use the projections.
+        if not cfg.hidden_weight:
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
@@ -295,6 +305,8 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
     """
     if not cfg.init_from and not cfg.student_layers:
         return cfg, []
+    # A model folder determines the architecture. Rows may be shorter than its context, and a pruned student
+    # may be narrower than its teacher.
     source, free = f"init_from={cfg.init_from}", {"block_size"}
     if cfg.student_layers:
         source, free = f"student_layers={cfg.student_layers}", {"block_size", *WIDTHS, *CHOICES}
@@ -304,6 +316,7 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
     fields, layers = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher)), []
     if cfg.student_layers:
         layers = kept_layers(cfg.student_layers, fields["n_layer"])
+        # The defaults of n_embd and so on are for a student from scratch: only what the user set counts here.
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
         fields = dataclasses.asdict(pruned_config(GPTConfig(**fields), layers, widths))
         fields |= {key: getattr(cfg, key) for key in CHOICES if key in provenance}
@@ -312,7 +325,7 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
 
 def check_folders(cfg: DistillConfig, tokenizer: Tokenizer) -> None:
     """Raises UserError if out_dir holds a model that is read, or if a model's ids are not the data's."""
-    for key in ("teacher", "init_from"):
+    for key in ("teacher", "init_from"):  # --overwrite=True would delete them
         source = getattr(cfg, key)
         if source and hf.find_folder(source).resolve().is_relative_to(Path(cfg.out_dir).resolve()):
             raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; give another out_dir")
@@ -321,6 +334,7 @@ def check_folders(cfg: DistillConfig, tokenizer: Tokenizer) -> None:
 
 def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Module:
     """The frozen teacher, in shards with parallel=fsdp."""
+    # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
     dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
     longest = max(stage.block_size for stage in stage_configs(cfg))
     teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
@@ -331,21 +345,24 @@ def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Modul
 def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: Run) -> Student:
     """The student: with its weights if it is pruned from the teacher's `layers`, else on the meta device."""
     stages, pairs, width = stage_configs(cfg), [], None
+    # The context: the longest rows of any stage.
     longest = max(stage.block_size for stage in stages)
     if cfg.init_from or layers:  # a model that exists keeps its context
         longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
     config = GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or data.tokenizer.vocab_size,
                                  block_size=longest)
+    # Layer losses: which layers are paired, and whether projections are needed.
     if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))
         pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
         width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
         run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
-    with torch.device("meta"):
+    with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
         student = Student(config, pairs, width, cfg.seed)
     text = f"student   {student.num_parameters():,} parameters"
     if layers:
-        source = GPT.from_pretrained(hf.find_folder(cfg.teacher))  # for a moment, each rank holds all of it
+        # For a moment, each rank holds the whole teacher. 16 rows of data show which parts are active.
+        source = GPT.from_pretrained(hf.find_folder(cfg.teacher))
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
         student.materialize("cpu", cfg.seed)
         student.load_state_dict(prune(source.eval(), config, layers, ids).state_dict(), strict=False)
@@ -375,12 +392,14 @@ def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float
 
 def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     """Prepare data, teacher and student, and train. layers: what with_architecture returned."""
+    # Data: the default set is made here if it is missing. Stages may count epochs; fit counts steps.
     prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
     kind = row_kind(cfg)
     user_cfg, cfg = cfg, in_epochs(cfg, kind)
     data = StagedData(cfg, kind, run.rank, run.world_size)
     tokenizer = run.tokenizer = data.tokenizer
     check_folders(cfg, tokenizer)
+    # The two models. A resumed run must have the same teacher, so its hash goes into run.json.
     teacher_hash = run.run_on_rank0(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
     caches = open_caches(cfg, data, teacher_hash)
     teacher = None if caches else make_teacher(cfg, tokenizer, run)
@@ -389,6 +408,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
         for block in teacher.model["layers"]:
             block.compile()
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+    # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
     run.write_run_json(user_cfg, data=data.hashes(), teacher=teacher_hash, caches=names)
     # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.

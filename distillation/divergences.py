@@ -18,7 +18,6 @@ Shapes: N positions, n positions of a chunk, C width of the student, V vocab_siz
 """
 
 import math
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -162,70 +161,41 @@ def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
     return hidden[batch["positions"]] if "positions" in batch else hidden
 
 
-@dataclass(frozen=True)
-class HeadInputs:
-    """The arguments of `linear_distillation` that get no gradient."""
+def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: slice,
+               objective: Objective) -> tuple[Tensor, Tensor, Tensor | float]:
+    """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
 
-    targets: Tensor  # (N,) int64
-    teacher: Teacher | None
-    vocab_size: int
-    objective: Objective
-    dtype: torch.dtype  # of the matrix products
-    with_grad: bool  # False in an evaluation
-
-    def chunk_loss(self, logits: Tensor, chunk: slice) -> tuple[Tensor, Tensor, Tensor | float]:
-        """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
-
-        logits: the student's, (n, V) float32; the gradient is with respect to them.
-        """
-        alpha, is_target = self.objective.alpha, self.targets[chunk] != IGNORE  # (n,)
-        target = torch.where(is_target, self.targets[chunk], 0)[:, None]  # (n, 1)
-        log_p = logits.log_softmax(-1)
-        ce = -torch.where(is_target, log_p.gather(1, target)[:, 0], 0).sum()
-        kd, gradient = torch.zeros_like(ce), 0.0
-        if alpha > 0:
-            loss, gradient = soft_loss(logits, self.teacher, chunk, self.objective, log_p)
-            kd = torch.where(is_target, loss, 0).sum()
-            gradient.mul_(alpha)
-        if alpha < 1:  # the cross-entropy's gradient is p - 1 at the target, and p elsewhere
-            gradient = log_p.exp_().mul_(1 - alpha).add_(gradient)
-            gradient.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
-        return ce, kd, gradient
+    logits: the student's, (n, V) float32; the gradient is with respect to them. targets: (n,) of the chunk.
+    """
+    alpha, is_target = objective.alpha, targets != IGNORE  # (n,)
+    target = torch.where(is_target, targets, 0)[:, None]  # (n, 1)
+    log_p = logits.log_softmax(-1)
+    ce = -torch.where(is_target, log_p.gather(1, target)[:, 0], 0).sum()
+    kd, gradient = torch.zeros_like(ce), 0.0
+    if alpha > 0:
+        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
+        kd = torch.where(is_target, loss, 0).sum()
+        gradient.mul_(alpha)
+    if alpha < 1:  # the gradient of the cross-entropy is p - 1 at the target, and p elsewhere
+        gradient = log_p.exp_().mul_(1 - alpha).add_(gradient)
+        gradient.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
+    return ce, kd, gradient
 
 
-class LinearDistillation(torch.autograd.Function):
-    """The autograd side of `linear_distillation`: the forward pass already computes the gradients."""
+class KnownGradients(torch.autograd.Function):
+    """Gives a loss that was computed without autograd its gradients with respect to `hidden` and `weight`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor,
-                inputs: HeadInputs) -> tuple[Tensor, Tensor, Tensor]:
-        vocab_size, dtype, alpha = inputs.vocab_size, inputs.dtype, inputs.objective.alpha
-        matrix = weight[:vocab_size].to(dtype)  # (V, C)
-        grad_hidden = torch.empty_like(hidden) if inputs.with_grad else None
-        with_weight = inputs.with_grad and ctx.needs_input_grad[1]  # False if the table is frozen
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
-        ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
-        rows = chunk_rows(hidden, vocab_size)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
-            is_target = inputs.targets[chunk, None] != IGNORE  # (n, 1)
-            h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
-            chunk_ce, chunk_kd, d_logits = inputs.chunk_loss((h @ matrix.T).float(), chunk)
-            ce += chunk_ce
-            kd += chunk_kd
-            if inputs.with_grad:
-                d_logits = d_logits.to(dtype)  # (n, V)
-                grad_hidden[chunk] = torch.where(is_target, d_logits @ matrix, 0)  # (n, C)
-            if with_weight:
-                grad_weight[:vocab_size] += d_logits.T @ h
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, grad_hidden: Tensor,
+                grad_weight: Tensor | None) -> Tensor:
         ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(ce, kd)
-        return (1 - alpha) * ce + alpha * kd, ce, kd
+        return loss.clone()
 
     @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple:
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
         grad_hidden, grad_weight = ctx.saved_tensors
-        return grad_hidden * grad_loss, None if grad_weight is None else grad_weight * grad_loss, None
+        grad_weight = None if grad_weight is None else grad_weight * grad_loss
+        return grad_hidden * grad_loss, grad_weight, None, None, None
 
 
 def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: Teacher | None,
@@ -240,10 +210,30 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     Ignored positions are computed too, because skipping them would make a GPU wait for the mask; callers drop
     most of them beforehand (select_targets).
     """
-    inputs = HeadInputs(targets, teacher, vocab_size, objective, autocast_dtype(hidden),
-                            torch.is_grad_enabled())
-    with torch.autocast(hidden.device.type, enabled=False):
-        return LinearDistillation.apply(hidden, weight, inputs)
+    dtype, with_grad = autocast_dtype(hidden), torch.is_grad_enabled()
+    with_weight = with_grad and weight.requires_grad  # False if the table is frozen
+    grad_hidden = torch.empty_like(hidden) if with_grad else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
+    ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        matrix, rows = weight[:vocab_size].to(dtype), chunk_rows(hidden, vocab_size)  # (V, C)
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
+            is_target = targets[chunk, None] != IGNORE  # (n, 1)
+            h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
+            chunk_ce, chunk_kd, d_logits = chunk_loss((h @ matrix.T).float(), targets[chunk], teacher, chunk,
+                                                      objective)
+            ce += chunk_ce
+            kd += chunk_kd
+            if grad_hidden is not None:
+                d_logits = d_logits.to(dtype)  # (n, V)
+                grad_hidden[chunk] = torch.where(is_target, d_logits @ matrix, 0)  # (n, C)
+            if grad_weight is not None:
+                grad_weight[:vocab_size] += d_logits.T @ h
+        loss = (1 - objective.alpha) * ce + objective.alpha * kd
+    if with_grad:
+        loss = KnownGradients.apply(hidden, weight, loss, grad_hidden, grad_weight)
+    return loss, ce, kd
 
 
 @torch.no_grad()

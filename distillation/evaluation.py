@@ -54,8 +54,8 @@ class StudentEvaluation:
         cfg, eot_id = self.cfg, self.mix.tokenizer.eot_id
 
         def measure(batch: dict[str, Any]) -> list[Tensor]:
-            text_bytes = self.byte_counts[batch["targets"][batch["targets"] >= 0]].sum()
-            return [*self.batch_sums(model, batch).double(), text_bytes]
+            targets = batch["targets"]
+            return [*self.batch_sums(model, batch), self.byte_counts[targets[targets >= 0]].sum()]
 
         return validation_sums(self.run, validation_rows(rows, cfg.eval_tokens), cfg.micro_batch_size,
                                lambda numbers: batch_of(rows.read(numbers), cfg, eot_id), measure)

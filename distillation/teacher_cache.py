@@ -229,35 +229,31 @@ class CacheWriter:
 def find_cache(rows: Any, wanted: dict[str, Any], hint: str) -> tuple[Path, dict[str, Any]]:
     """The folder and the meta.json of the complete cache that has the `wanted` identity.
 
-    Raises UserError if there is none, or more than one. The message lists up to three caches that differ.
+    Raises UserError if there is none, or more than one. The message names up to three caches that do not fit.
     """
     matches, others = [], []
     for folder in sorted(path.parent for path in rows.data.folder.glob("teacher_*/meta.json")):
         try:
             meta = read_meta(folder)
-        except UserError as error:  # it matters only if no other cache matches
+        except UserError as error:  # a damaged cache matters only if no other one matches
             others.append(str(error))
             continue
-        differs = [key for key, value in wanted.items() if meta["identity"].get(key) != value]
-        if differs:
+        identity, done = meta["identity"], rows_done(meta)
+        if differs := [key for key, value in wanted.items() if identity.get(key) != value]:
             others.append(f"{folder.name} has another {', '.join(differs)}")
+        elif done < len(rows):
+            others.append(f"{folder.name} (--k={identity['k']} --values={identity['values']}) has {done:,} "
+                          f"of {len(rows):,} rows")
         else:
             matches.append((folder, meta))
-    key = f"cache={wanted['method']}"
-    complete = [match for match in matches if rows_done(match[1]) == len(rows)]
-    if len(complete) > 1:
-        names = ", ".join(str(folder) for folder, _ in complete)
-        raise UserError(f"{key}: {names} all match; delete all but one")
     if not matches:
         notes = "; ".join([f"none in {rows.data.folder}", *others[:3]])
-        raise UserError(f"{key}: {notes}. Make it: {hint}")
-    folder, meta = (complete or matches)[0]
-    require_shards(folder, meta)
-    if not complete:
-        spec = spec_of(meta)
-        raise UserError(f"{folder}: has {rows_done(meta):,} of {len(rows):,} rows; to continue, run: {hint} "
-                        f"--k={spec.k} --values={spec.values}")
-    return folder, meta
+        raise UserError(f"cache={wanted['method']}: {notes}. Make it: {hint}")
+    if len(matches) > 1:
+        names = ", ".join(str(folder) for folder, _ in matches)
+        raise UserError(f"cache={wanted['method']}: {names} all match; delete all but one")
+    require_shards(*matches[0])
+    return matches[0]
 
 
 class TeacherCache:

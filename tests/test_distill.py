@@ -206,7 +206,7 @@ def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
 
     with pytest.raises(KeyboardInterrupt):
         teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30).fill(ask, 10)
-    with pytest.raises(UserError, match="has 30 of .* rows; to continue, run: again"):
+    with pytest.raises(UserError, match="has 30 of .* rows. Make it: again"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
     writer = teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30)
     assert writer.done == 30
