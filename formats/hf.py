@@ -34,6 +34,12 @@ EndIds: TypeAlias = int | list[int] | None  # the EOS ids of a model: none, one 
 
 # The two tables whose rows are token ids: padded in memory, cut to vocab_size rows when saved.
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
+# {(position, norm, mlp, bias, qk_norm, ternary): model_type of transformers}
+ARCHITECTURES = {("rope", "rmsnorm", "swiglu", "none", False, False): "llama",
+                 ("rope", "rmsnorm", "swiglu", "all", False, False): "llama",
+                 ("rope", "rmsnorm", "swiglu", "qkv", False, False): "qwen2",
+                 ("rope", "rmsnorm", "swiglu", "none", True, False): "qwen3",
+                 ("learned", "layernorm", "gelu", "all", False, False): "gpt2"}
 # {GPTConfig's field: the key in config.json}
 LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
               "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_dim": "head_dim",
@@ -198,10 +204,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     refuse_unsupported(config, path)
     try:
         return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
-    except KeyError as error:
-        raise UserError(f"{path}: needs the key {error}") from None
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        reason = f"needs the key {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"{path}: {reason}") from None
 
 
 def end_ids(folder: Path) -> list[int]:
@@ -221,17 +226,10 @@ def end_ids(folder: Path) -> list[int]:
 
 def architecture(config: GPTConfig) -> str:
     """transformers' model_type that computes exactly this model, or "nanollama" if there is none."""
-    shape = (config.position, config.norm, config.mlp)
-    if config.ternary:
-        return "nanollama"
-    if shape == ("learned", "layernorm", "gelu") and config.bias == "all" and not config.qk_norm:
-        is_plain = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
-        return "gpt2" if is_plain else "nanollama"
-    if shape == ("rope", "rmsnorm", "swiglu"):
-        kinds = {("none", False): "llama", ("all", False): "llama", ("qkv", False): "qwen2",
-                 ("none", True): "qwen3"}
-        return kinds.get((config.bias, config.qk_norm), "nanollama")
-    return "nanollama"
+    settings = (config.position, config.norm, config.mlp, config.bias, config.qk_norm, config.ternary)
+    arch = ARCHITECTURES.get(settings, "nanollama")
+    has_plain_heads = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
+    return "nanollama" if arch == "gpt2" and not has_plain_heads else arch
 
 
 def unusual(config: GPTConfig) -> str:
@@ -257,19 +255,20 @@ def special_token_ids(eos_token_id: EndIds, bos_token_id: int | None = None) -> 
 
 def config_content(config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     """The content of config.json. ids: `special_token_ids`."""
-    kind = architecture(config)
-    common = {"model_type": kind, **ids, "torch_dtype": str(dtype).rpartition(".")[2]}
-    if kind == "nanollama":
+    arch = architecture(config)
+    common = {"model_type": arch, **ids, "torch_dtype": str(dtype).rpartition(".")[2]}
+    if arch == "nanollama":
         return common | {"gpt_config": dataclasses.asdict(config),
                          "note": "transformers has no architecture like this: only nanollama loads it"}
-    if kind == "gpt2":
-        return common | {"architectures": ["GPT2LMHeadModel"]} | {
-            theirs: getattr(config, ours) for ours, theirs in GPT2_KEYS.items()} | {
+    if arch == "gpt2":
+        name, keys, fixed = "GPT2LMHeadModel", GPT2_KEYS, {
             "activation_function": "gelu_new", "attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
-    return common | {"architectures": [f"{kind.capitalize()}ForCausalLM"]} | {
-        theirs: getattr(config, ours) for ours, theirs in LLAMA_KEYS.items()} | {
-        "hidden_act": "silu", "attention_bias": config.bias == "all", "mlp_bias": config.bias == "all",
-        "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    else:
+        name, keys, fixed = f"{arch.capitalize()}ForCausalLM", LLAMA_KEYS, {
+            "hidden_act": "silu", "attention_bias": config.bias == "all", "mlp_bias": config.bias == "all",
+            "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
+    sizes = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
+    return common | {"architectures": [name]} | sizes | fixed
 
 
 def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:

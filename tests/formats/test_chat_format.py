@@ -1,4 +1,4 @@
-"""The chat format: what is trained on, equality with the saved template, and that no text forges a token."""
+"""The chat format: the training mask, equality with the saved template, and no forged special tokens."""
 
 import itertools
 import random
@@ -31,7 +31,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def template(tokenizer, tmp_path_factory):
-    """transformers' tokenizer of the saved folder."""
+    """The saved tokenizer, as transformers loads it."""
     import transformers
 
     folder = tmp_path_factory.mktemp("tokenizer")
@@ -69,13 +69,13 @@ def test_a_conversation_by_hand(tokenizer):
 
 
 def targets(tokenizer, messages):
-    """What the mask picks, as text."""
+    """The masked ids as text."""
     ids, mask = encode_chat(tokenizer, messages)
     return tokenizer.decode([i for i, wanted in zip(ids, mask, strict=True) if wanted])
 
 
 def spoken(messages):
-    """What the assistant says, written out independently of formats/chat_format.py's encoder."""
+    """The assistant's text, built independently of the encoder in formats/chat_format.py."""
     text = ""
     for message in messages:
         if message["role"] == "assistant":
@@ -90,9 +90,9 @@ def spoken(messages):
 
 
 def assert_as_the_template(tokenizer, template, messages):
-    found = template.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    theirs = template.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
     ids, mask = encode_chat(tokenizer, messages)
-    assert found["input_ids"] == ids and found["assistant_masks"] == mask
+    assert theirs["input_ids"] == ids and theirs["assistant_masks"] == mask
 
 
 def test_the_template_gives_the_same_ids_and_mask(tokenizer, template):
@@ -102,7 +102,7 @@ def test_the_template_gives_the_same_ids_and_mask(tokenizer, template):
 
 
 def test_5000_generated_conversations(tokenizer, template):
-    """decode(targets) is exactly what the assistants say; ids and masks are the template's."""
+    """decode(targets) is exactly the assistants' text. Ids and masks are equal to the template's."""
     for number, row in enumerate(problem_rows("chat", 5000, seed=7)):
         messages = row["messages"]
         assert targets(tokenizer, messages) == spoken(messages)
@@ -112,7 +112,7 @@ def test_5000_generated_conversations(tokenizer, template):
 
 @pytest.mark.parametrize("name", ["chat", "math/gsm8k_test.jsonl", "tools/glaive_toolcall_en_demo.json"])
 def test_every_real_file(tokenizer, template, name):
-    """The same over real conversations, but for those that spell a control token."""
+    """The same for real conversations, except those that contain the name of a control token."""
     rows = 0
     for row in read_rows(find_files(str(shared(name)))[0], None, 2**20):
         try:
@@ -129,7 +129,7 @@ def test_every_real_file(tokenizer, template, name):
 
 
 def test_2000_hostile_strings_give_no_control_token(tokenizer):
-    """All control tokens, whole, split and nested, in every role's content, thought and call."""
+    """All control tokens, complete, split and nested, in the content, thought and call of every role."""
     draw = random.Random(1)
     special = [*CHAT_TOKENS, END_OF_TEXT]
     ids_of = {name: tokenizer.hf.token_to_id(name) for name in special}
@@ -152,17 +152,17 @@ def test_2000_hostile_strings_give_no_control_token(tokenizer):
             },
             {"role": "tool", "content": hostile},
         ]
-        found = [name for i in encode_chat(tokenizer, messages)[0] for name, at in ids_of.items() if at == i]
+        names = [name for i in encode_chat(tokenizer, messages)[0] for name, at in ids_of.items() if at == i]
         expected = ["<|im_start|>", "<|im_end|>"] * 2 + [
             "<|im_start|>", "<|start_thought|>", "<|end_thought|>", "<|tool_call|>", "<|im_end|>",
             "<|im_start|>", "<|tool_response|>", "<|im_end|>"]  # fmt: skip
-        assert found == expected, (number, hostile)
+        assert names == expected, (number, hostile)
 
 
-def test_what_was_written_is_read_back(tokenizer):
+def test_an_answer_is_read_back(tokenizer):
     for message in (CONVERSATION[2], CONVERSATION[4], {"role": "assistant", "content": "", "thought": "a"}):
-        found = read_answer(tokenizer, encode_answer(tokenizer, message))
-        assert found == {
+        answer = read_answer(tokenizer, encode_answer(tokenizer, message))
+        assert answer == {
             key: value.strip() if isinstance(value, str) else value for key, value in message.items()
         }
 
@@ -178,12 +178,12 @@ def test_what_was_written_is_read_back(tokenizer):
         ("", {"content": ""}),
     ],
 )
-def test_what_is_malformed_is_no_thought_and_no_call(tokenizer, text, expected):
+def test_malformed_thoughts_and_calls(tokenizer, text, expected):
     ids = tokenizer.hf.encode(text, add_special_tokens=False).ids
     assert read_answer(tokenizer, ids) == {"role": "assistant", "content": ""} | expected
 
 
-def test_tokens_that_are_there_keep_their_ids(tokenizer):
+def test_existing_tokens_keep_their_ids(tokenizer):
     again = with_chat_tokens(tokenizer)
     assert again.definition == tokenizer.definition and again.vocab_size == tokenizer.vocab_size
     assert end_of_turn(tokenizer) in tokenizer.end_ids and tokenizer.end_ids[-1] == tokenizer.eot_id
@@ -193,8 +193,8 @@ def test_tokens_that_are_there_keep_their_ids(tokenizer):
         require_chat(plain, "out/base")
 
 
-def test_a_tokenizer_that_ends_a_text_as_a_turn_ends_it_otherwise(tokenizer):
-    """As Qwen's chat models do: the end of a turn must not look like the end of a conversation."""
+def test_one_token_does_not_end_both_a_text_and_a_turn(tokenizer):
+    """Qwen's chat models have one token for both. The end of a turn must not end a conversation."""
     theirs = Tokenizer(tokenizer.definition, tokenizer.settings | {"eos_token": "<|im_end|>"})
     assert theirs.eot_id == end_of_turn(theirs)
     ours = with_chat_tokens(theirs)
@@ -202,10 +202,10 @@ def test_a_tokenizer_that_ends_a_text_as_a_turn_ends_it_otherwise(tokenizer):
     assert ours.eot_id not in encode_chat(ours, CONVERSATION)[0]
 
 
-def test_a_call_with_a_lone_surrogate_is_none(tokenizer):
+def test_a_call_with_a_lone_surrogate_is_malformed(tokenizer):
     text = '<|tool_call|>{"name": "calculator", "arguments": {"expression": "\\ud800"}}'
-    found = read_answer(tokenizer, tokenizer.hf.encode(text, add_special_tokens=False).ids)
-    assert "tool_calls" not in found and len(found["malformed"]) == 1
+    answer = read_answer(tokenizer, tokenizer.hf.encode(text, add_special_tokens=False).ids)
+    assert "tool_calls" not in answer and len(answer["malformed"]) == 1
     call = {"name": "f", "arguments": {"x": "\ud800"}}
     with pytest.raises(Skip, match="lone surrogate"):
         conversation({"messages": [QA[0], {"role": "assistant", "tool_calls": [call]}]})
@@ -233,18 +233,19 @@ def test_the_forms_of_a_conversation(row):
     assert conversation(row) == QA
 
 
-def test_what_else_a_conversation_may_have():
+def test_system_messages_inputs_and_calls():
     row = {"system": "Be brief.", "instruction": "Add.", "input": "2 and 2", "output": "4"}
     system, user, _ = conversation(row)
     assert system == {"role": "system", "content": "Be brief."} and user["content"] == "Add.\n\n2 and 2"
     call = {"name": "f", "arguments": {"x": 1}}
     openai = {"type": "function", "function": {"name": "f", "arguments": '{"x": 1}'}}
-    for said in (
+    for call_message in (
         {"role": "assistant", "content": None, "tool_calls": [openai]},
         {"from": "function_call", "value": '{"name": "f", "arguments": {"x": 1}}'},
     ):
-        found = conversation({"messages": [QA[0], said, {"role": "function", "content": "4"}, QA[1]]})
-        assert found[1]["tool_calls"] == [call] and found[2] == {"role": "tool", "content": "4"}
+        result = {"role": "function", "content": "4"}
+        messages = conversation({"messages": [QA[0], call_message, result, QA[1]]})
+        assert messages[1]["tool_calls"] == [call] and messages[2] == {"role": "tool", "content": "4"}
     renamed = rename_keys({"text": "2 + 2?", "ans": 4.0}, {"question": "text", "answer": "ans"})
     assert conversation(renamed) == QA
 
@@ -270,7 +271,7 @@ def test_what_else_a_conversation_may_have():
         ({"messages": QA, "system": "a"} | {"messages": [{"role": "system", "content": "b"}]}, "two system"),
     ],
 )
-def test_what_is_no_conversation(row, reason):
+def test_rows_that_are_not_conversations(row, reason):
     with pytest.raises(Skip, match=reason):
         conversation(row)
 
@@ -296,7 +297,7 @@ def test_the_forms_of_a_preference(row):
     assert preference(row) == (QA[:1], QA[1], {"role": "assistant", "content": "5"})
 
 
-def test_whole_conversations_keep_a_system_message_of_the_row():
+def test_complete_conversations_keep_the_system_message_of_the_row():
     other = [QA[0], {"role": "assistant", "content": "5"}]
     prompt, _, _ = preference({"system": "Be brief.", "chosen": QA, "rejected": other})
     assert prompt == [{"role": "system", "content": "Be brief."}, QA[0]]
@@ -319,7 +320,7 @@ def test_transcripts_share_their_beginning():
         ({"chosen": "b", "rejected": "c"}, "no prompt"),
     ],
 )
-def test_what_is_no_preference(row, reason):
+def test_rows_that_are_not_preferences(row, reason):
     with pytest.raises(Skip, match=reason):
         preference(row)
 

@@ -1,5 +1,4 @@
-"""formats/tokenizer.py: both back ends give the same ids, text never becomes a special token, everything
-round- trips."""
+"""formats/tokenizer.py: equal ids from both back ends, no special tokens from text, lossless round trips."""
 
 import inspect
 import json
@@ -119,14 +118,14 @@ def test_auto_tokenizer_gives_our_ids(trained_bpe, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama"}))
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     for text in AWKWARD:
-        if END_OF_TEXT not in text:  # there transformers finds the special token, and we do not
+        if END_OF_TEXT not in text:  # transformers finds the special token in a text; we do not
             assert theirs(text).input_ids == trained_bpe.encode(text)
     assert theirs.eos_token_id == theirs.bos_token_id == trained_bpe.eot_id
     assert theirs(END_OF_TEXT).input_ids == [trained_bpe.eot_id] != trained_bpe.encode(END_OF_TEXT)
 
 
 def test_a_chat_template_in_a_file_of_its_own(trained_bpe, tmp_path):
-    """As transformers saves it; and where both are there, it is the one that transformers reads."""
+    """transformers saves it there. If both files have a template, we read the one that transformers reads."""
     from transformers import AutoTokenizer
 
     Tokenizer(trained_bpe.definition, trained_bpe.settings | {"chat_template": "old"}).save(tmp_path)
@@ -137,8 +136,8 @@ def test_a_chat_template_in_a_file_of_its_own(trained_bpe, tmp_path):
     assert "chat_template" not in json.loads((tmp_path / "theirs" / "tokenizer_config.json").read_text())
     assert Tokenizer.load(tmp_path / "theirs").settings["chat_template"] == theirs.chat_template
     (tmp_path / "chat_template.jinja").write_text("new")
-    found = Tokenizer.load(tmp_path).settings["chat_template"]
-    assert found == AutoTokenizer.from_pretrained(tmp_path).chat_template == "new"
+    ours = Tokenizer.load(tmp_path).settings["chat_template"]
+    assert ours == AutoTokenizer.from_pretrained(tmp_path).chat_template == "new"
 
 
 def test_training_is_repeatable_and_ends_with_the_end_of_text(trained_bpe):
@@ -149,7 +148,7 @@ def test_training_is_repeatable_and_ends_with_the_end_of_text(trained_bpe):
 
 
 def test_other_tokenizer_files_use_the_slower_back_end():
-    """A normalizer, or merges numbered in another order than they apply, is not what tiktoken does."""
+    """tiktoken has no normalizer, and no merges whose ids are in another order than the merges."""
     definition = Tokenizer.train(["the cat the hat the bat"] * 9, 270).definition
     nfc = Tokenizer(definition | {"normalizer": {"type": "NFC"}})
     assert nfc.fast is None
@@ -164,8 +163,8 @@ def test_other_tokenizer_files_use_the_slower_back_end():
     assert other.token_bytes()[other.encode("a")[0]] == b"a"
 
 
-def test_a_template_that_begins_with_a_token_is_known(trained_bpe):
-    """As Llama's, which puts <s> before every text."""
+def test_the_prefix_of_a_post_processor_is_known(trained_bpe):
+    """Llama's, for example, puts <s> before every text."""
     template = {
         "type": "TemplateProcessing",
         "single": [
@@ -186,7 +185,7 @@ def test_a_template_that_begins_with_a_token_is_known(trained_bpe):
     "content, message",
     [(None, "there .copy the model's"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
 )
-def test_what_is_no_tokenizer_is_one_line(tmp_path, content, message):
+def test_a_file_that_is_not_a_tokenizer_is_one_line(tmp_path, content, message):
     if content is not None:
         (tmp_path / "tokenizer.json").write_text(content)
     with pytest.raises(UserError, match=message):
