@@ -32,14 +32,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from configurator import (
-    UserError,
-    configure,
-    did_you_mean,
-    require_not_negative,
-    require_positive,
-    run_script,
-)
+from configurator import UserError, configure, require_not_negative, require_positive, run_script
 from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
@@ -137,9 +130,9 @@ class EvalConfig:
         for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
                                   ("data", self.places[1], [*TASKS])):
             if unknown := next((name for name in names if name not in TASKS), None):
-                near = did_you_mean(difflib.get_close_matches(unknown, known, n=1))
-                raise UserError(f"{key}={getattr(self, key)}: unknown task {unknown!r}{near} "
-                                f"(known: {', '.join(known)})")
+                [nearest] = difflib.get_close_matches(unknown, known, n=1, cutoff=0)
+                raise UserError(f"{key}={getattr(self, key)}: unknown task {unknown!r}, did you mean "
+                                f"{nearest!r}? (known: {', '.join(known)})")
 
     @property
     def task_names(self) -> list[str]:
@@ -287,12 +280,10 @@ def aligned(rows: list[list[str]]) -> str:
 def save_results(out: Path, results: dict[str, Any]) -> None:
     """Write results.json and results.md with all that is finished."""
     rows = table_rows(results["models"], results["not_run"])
-    lines = [f"- {note}\n" for note in notes(results["models"], results["not_run"])]
-    text = table(rows[0], rows[1:]) + "\n"
-    if lines:
-        text += "\n" + "".join(lines)  # a list needs a blank line before it
+    lines = [f"- {note}" for note in notes(results["models"], results["not_run"])]
+    lines = [table(rows[0], rows[1:]), *([""] if lines else []), *lines]  # "": a blank line before the list
     write_json(out / "results.json", results)
-    write_text(out / "results.md", text)
+    write_text(out / "results.md", "\n".join(lines) + "\n")
 
 
 def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:

@@ -180,21 +180,20 @@ class Tree(KVCache):
         The new tokens of a text are those after the prefix that it shares with the text before it. They take
         the slots from `used` on.
         """
-        first, paths, counts = self.used, [], []  # counts: new tokens of each text
+        first, paths, counts, ids, positions = self.used, [], [], [], []
         for text in texts:
             shared, begin = shared_prefix_length(self.text, text), first + sum(counts)
             counts.append(len(text) - shared)
+            ids.append(text[shared:])
+            positions.append(np.arange(shared, len(text)))
             self.text, self.path = text, np.append(self.path[:shared], np.arange(begin, begin + counts[-1]))
             paths.append(self.path)
-        device = self.rows.device
-        new = list(zip(texts, counts, strict=True))
-        ids = np.concatenate([text[len(text) - count:] for text, count in new])
-        positions = np.concatenate([np.arange(len(text) - count, len(text)) for text, count in new])
+        device, T = self.rows.device, sum(counts)
         self.mask = torch.from_numpy(tree_mask(paths, counts, first)).to(device)[None, None]  # (1, 1, T, S)
-        self.positions = torch.from_numpy(positions).to(device)[None]  # (1, T)
-        self.states[first:first + len(ids)] = model(
-            torch.from_numpy(ids).to(device)[None].long(), cache=self,  # (1, T)
-            head=lambda hidden, weight: hidden[0])  # (T, n_embd): no logits yet
+        self.positions = torch.from_numpy(np.concatenate(positions)).to(device)[None]  # (1, T)
+        new = torch.from_numpy(np.concatenate(ids)).to(device)[None].long()  # (1, T)
+        # The head returns the hidden states, (T, n_embd): no logits yet.
+        self.states[first:first + T] = model(new, cache=self, head=lambda hidden, weight: hidden[0])
         return paths
 
     def prepare(self, T: int) -> tuple[Tensor, Tensor]:

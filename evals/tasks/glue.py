@@ -70,9 +70,8 @@ def load(source: str | None, limit: int, shots: int | None, name: str, few: int 
     hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
     examples, rows = splits(source, name, hub if shots else {"dev": hub["dev"]})
     convert_row = functools.partial(question_of, name=name)
-    before = ""
-    if shots:
-        before = shots_text(in_turns(convert(named_columns(examples, name), convert_row)), shots)
+    shown = convert(named_columns(examples, name), convert_row) if shots else []
+    before = shots_text(in_turns(shown), shots)
     return [replace(each, shots=before) for each in convert(named_columns(rows, name)[:limit], convert_row)]
 
 

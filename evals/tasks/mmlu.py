@@ -33,6 +33,7 @@ from evals.results import Result, mean
 
 HUB = {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"}
 SHOTS = 5
+OPENING = "The following are multiple choice questions (with answers) about {}.\n\n"
 LETTERS = "ABCDEFGHIJ"
 GROUPS = {group: set(subjects.split()) for group, subjects in {
     "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
@@ -63,16 +64,12 @@ def by_subject(questions: list[Question]) -> dict[str, list[Question]]:
             for subject in dict.fromkeys(each.group for each in questions)}
 
 
-def opening(subject: str) -> str:
-    topic = subject.replace("_", " ")
-    return f"The following are multiple choice questions (with answers) about {topic}.\n\n"
-
-
 def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
     """The first `limit` questions, taking subjects in turn, each after the examples of its subject."""
     shots = SHOTS if shots is None else shots
     examples, questions = (by_subject(convert(rows, question_of)) for rows in splits(source, "mmlu", HUB))
-    before = {name: opening(name) + shots_text(examples.get(name, []), shots) for name in questions}
+    before = {name: OPENING.format(name.replace("_", " ")) + shots_text(examples.get(name, []), shots)
+              for name in questions}
     turns = sorted((turn, name, each) for name, group in questions.items()
                    for turn, each in enumerate(group[:limit]))[:limit]
     return [replace(each, shots=before[name]) for _, name, each in turns]
