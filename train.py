@@ -59,7 +59,7 @@ class TrainConfig(RunConfig, GPTConfig):
 def batches_at(data: StagedData[TrainConfig], step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
     cfg, mix, first, count = data.shard_for_step(step)
-    # Without a mask a token also sees the documents packed before its own in the row. The model copes.
+    # Without a mask, a token also attends to the documents that are packed before its own in the row.
     eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
     rows = mix.samples(first, count)  # (count, T + 1)
     # z_loss travels with the batch because a stage may change it.
@@ -148,9 +148,9 @@ class TextEvaluation:
 
 def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float]:
     """Bits per byte of file compressors on the validation text; {} if it has more than 16 MB."""
-    if folder.meta["bytes"]["val"] > 16e6:  # xz needs about a second per MB
+    if folder.meta["bytes"]["val"] > 16e6:  # xz -9e takes too long
         return {}
-    # Decode the ids: the compressors get exactly the bytes that the model was evaluated on.
+    # Decode the ids: the compressors get the text as the model sees it, and the bytes are counted alike.
     table = tokenizer.token_bytes()
     text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
     sizes = {"gzip -9": len(gzip.compress(text, 9)),
@@ -165,11 +165,12 @@ def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, st
 
     Only block_size may be set: rows may be shorter than the model's context or, with RoPE, longer.
     """
-    # An n_layer of the user's would contradict the weights in the folder: name the place where it was set.
+    # A user's n_layer could contradict the weights in the folder. The message names where it was set.
     fields = hf.read_config(hf.find_folder(source))
     architecture = {each.name for each in dataclasses.fields(GPTConfig)}
-    if both := sorted(architecture & provenance.keys() - {"block_size"}):
-        raise UserError(f"{provenance[both[0]]}: {both[0]} comes with init_from={source} and cannot be given")
+    if user_keys := sorted(architecture & provenance.keys() - {"block_size"}):
+        key = user_keys[0]
+        raise UserError(f"{provenance[key]}: {key} comes with init_from={source} and cannot be given")
     if "block_size" in provenance:
         fields["block_size"] = cfg.block_size
     return dataclasses.replace(cfg, **fields)

@@ -20,7 +20,7 @@ from modeling.rope import rope_frequencies
 from tests.conftest import ROOT, tiny_config
 from tests.runs import assert_close, assert_same_run, events, losses, run, stop_at_step
 
-# The tiny curriculum's stages, tinier: rows of 16, 32, 64 and 16 again.
+# The stages of config/train_tiny_curriculum.py in small: rows of 16, 32, 64 and 16 again.
 STAGES = """
 schedule = "wsd"
 decay_steps = 4
@@ -47,15 +47,15 @@ def thetas(out):
             for folder in checkpoint.step_folders(out)]
 
 
-def test_the_base_rises_geometrically_and_meets_the_next_stage(curriculum):
+def test_the_rotary_base_rises_geometrically_to_the_next_stages(curriculum):
     rise = [10_000 * 50 ** (k / 5) for k in range(1, 6)]  # 21,867  47,818  104,564  228,653  500,000
     found = thetas(curriculum / "out")
     assert found == pytest.approx([10_000] * 4 + rise + [500_000] * 8)
-    assert found[8:] == [500_000] * 9  # the ramp's last step exactly, and no jump behind it
+    assert found[8:] == [500_000] * 9  # exact at the ramp's last step, and no jump after it
 
 
 @pytest.mark.parametrize("start, end", [(611_721, 934_974), (500_000, 7), (3, 3), (1e-3, 1e9)])
-def test_a_ramp_reaches_its_end_to_the_last_bit(start, end):
+def test_a_ramp_reaches_its_end_exactly(start, end):
     """611,721 (934,974 / 611,721) is not 934,974 in floating point."""
     cfg = train.TrainConfig(stages=[dict(steps=7), dict(steps=3, rope_theta=(start, end))])
     first, second = plan_stages(cfg)
@@ -100,8 +100,8 @@ def test_the_planned_stages_of_the_tiny_run(tmp_path, monkeypatch, folders, firs
 
 
 @pytest.mark.parametrize("step", [2, 4, 6, 8, 9, 11, 13, 15])
-def test_resumed_it_is_the_same_run(data, curriculum, tmp_path, step):
-    """Inside each stage, in the middle of the ramp and at every border, as if it had been killed there."""
+def test_a_resumed_run_is_the_same_run(data, curriculum, tmp_path, step):
+    """Inside each stage, in the middle of the ramp and at the end of each stage, as if killed there."""
     out = tmp_path / "out"
     shutil.copytree(curriculum / "out", out)
     for folder in checkpoint.step_folders(out)[step:]:
@@ -116,7 +116,7 @@ def test_resumed_it_is_the_same_run(data, curriculum, tmp_path, step):
 
 
 def test_stopped_in_each_stage_and_at_each_border(data, curriculum, tmp_path):
-    """The same by signals, with no other checkpoints than a stop's and those at the ends of stages."""
+    """The same with signals. The only checkpoints are those of a stop and of the end of a stage."""
     for step in (1, 3, 5, 8, 10, 14, None):  # 3 and 8: the last step of a stage
         stop_at_step(data, tmp_path / "out", step, str(curriculum / "c.py"))
     assert_same_run(curriculum / "out", tmp_path / "out")
@@ -131,7 +131,7 @@ def test_the_ends_of_stages_stay(data, curriculum, tmp_path):
 
 
 def test_a_run_of_epochs_goes_on(data, tmp_path, capsys):
-    """The same words again are the same run, though its stages count epochs and the loop counts steps."""
+    """The same arguments continue the run, though its stages count epochs and the loop counts steps."""
     config = tmp_path / "epochs.py"
     config.write_text("stages = [dict(epochs=0.01), dict(epochs=0.01)]\n")
     run(data, tmp_path / "whole", str(config))
@@ -143,7 +143,7 @@ def test_a_run_of_epochs_goes_on(data, tmp_path, capsys):
 
 
 def test_every_evaluation_reads_the_last_stages_rows_with_the_base_of_its_step(data, curriculum, tmp_path):
-    """At borders and inside the ramp, computed once more from the checkpoints."""
+    """At the ends of stages and inside the ramp, computed again from the checkpoints."""
     found = run(data, tmp_path, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=99",
                 "--eval_interval=7")
     figures = {event["step"]: event["val_loss"] for event in found if "val_loss" in event}
@@ -158,7 +158,7 @@ def test_every_evaluation_reads_the_last_stages_rows_with_the_base_of_its_step(d
 
 
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
-def test_two_ranks_ramp_alike(data, tmp_path, two_ranks, parallel):
+def test_two_ranks_have_the_same_ramp(data, tmp_path, two_ranks, parallel):
     (tmp_path / "c.py").write_text(STAGES.replace("dropout = 0.1", 'optimizer = "adamw"'))
     words = [str(tmp_path / "c.py"), "--micro_batch_size=2"]
     expected = losses(run(data, tmp_path / "one", *words))
@@ -179,7 +179,7 @@ def test_transformers_reads_a_checkpoint_inside_the_ramp(curriculum):
 
 
 def test_tables_are_rewritten_in_place():
-    """What was compiled against them, or wrapped around them, stays right."""
+    """So compiled code and wrappers that hold the tables stay valid."""
     model = GPT(tiny_config())
     before = model.rope.cos
     model.reconfigure(rope_theta=123.0)
@@ -197,13 +197,13 @@ def test_ramps_that_make_no_sense(data, tmp_path, theta):
         run(data, tmp_path / "out", str(tmp_path / "c.py"))
 
 
-def test_learned_positions_have_no_base(data, tmp_path):
+def test_learned_positions_have_no_rotary_base(data, tmp_path):
     (tmp_path / "c.py").write_text("stages = [dict(steps=1), dict(steps=1, rope_theta=5e5)]")
     with pytest.raises(UserError, match=r"stages\[1\]: position=learned has no rotary base"):
         run(data, tmp_path / "out", str(tmp_path / "c.py"), "--position=learned")
 
 
-def test_only_a_stage_may_say_a_ramp(data, tmp_path):
+def test_only_a_stage_may_have_a_ramp(data, tmp_path):
     (tmp_path / "c.py").write_text("rope_theta = (10_000, 500_000)")
     with pytest.raises(UserError, match="c.py:1: rope_theta = .*: expected float"):
         run(data, tmp_path / "out", str(tmp_path / "c.py"))
