@@ -1,5 +1,5 @@
-"""prepare.py, dataset/shards.py and dataset/dataloader.py: what lies on disk, what a step reads, and every
-fault in one line."""
+"""prepare.py, dataset/shards.py and dataset/dataloader.py: what is on disk, what a step reads, and that every
+fault is a one-line message."""
 
 import json
 import os
@@ -38,7 +38,7 @@ def write_jsonl(path, texts):
 
 
 def decoded(folder, split):
-    """The documents of a split, read back without this project's reader: np.memmap and the tokenizer file."""
+    """The documents of a split, read with np.memmap and the tokenizer alone, not with DataFolder."""
     meta, tokenizer = json.loads((folder / "meta.json").read_text()), Tokenizer.load(folder)
     ids = np.concatenate(
         [
@@ -71,7 +71,7 @@ def test_every_document_once_on_one_side(tmp_path, monkeypatch, num_proc):
     )
     train, val = decoded(tmp_path / "d", "train"), decoded(tmp_path / "d", "val")
     assert sorted(train + val) == sorted(texts) and not set(train) & set(val)
-    assert [t for t in texts if t in set(train)] == train  # in their order
+    assert [t for t in texts if t in set(train)] == train  # in the order of the source
     assert 60 < len(val) < 180
     assert data.meta["rows"] == {
         "in": 651,
@@ -81,7 +81,7 @@ def test_every_document_once_on_one_side(tmp_path, monkeypatch, num_proc):
     assert data.meta["documents"] == {"train": len(train), "val": len(val)}
     assert data.meta["bytes"]["val"] == sum(len(text.encode()) for text in val)
     data.verify()
-    # The same documents in another file, and among others, fall to the same side.
+    # The same documents are on the same side when they are in another file, among other documents.
     other = write_jsonl(tmp_path / "b.jsonl", documents(50, start=600) + texts)
     prepare(
         config_of(
@@ -139,34 +139,34 @@ def test_shards_roll_and_rows_do_not_span_them(tmp_path, monkeypatch):
 
 def test_same_inputs_do_nothing_others_are_refused(tmp_path, capsys):
     source = tmp_path / "a.jsonl"
-    words = [
+    args = [
         f"--source={write_jsonl(source, documents(300))}",
         f"--out={tmp_path / 'd'}",
         "--vocab_size=300",
         "--num_proc=1",
     ]
-    assert main(words) == 0
+    assert main(args) == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
     capsys.readouterr()
-    assert main(words) == 0 and main([*words, "--num_proc=2"]) == 0
+    assert main(args) == 0 and main([*args, "--num_proc=2"]) == 0
     assert capsys.readouterr().out.count("is up to date") == 2
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "d").iterdir()}
     with pytest.raises(UserError, match="val_fraction differ"):
-        main([*words, "--val_fraction=0.5"])
+        main([*args, "--val_fraction=0.5"])
     write_jsonl(source, documents(301))
     with pytest.raises(UserError, match="content differ.*--overwrite=True"):
-        main(words)
-    assert main([*words, "--overwrite=True"]) == 0
+        main(args)
+    assert main([*args, "--overwrite=True"]) == 0
     assert DataFolder(tmp_path / "d").meta["rows"]["in"] == 301
-    assert main([*words, "--verify=True"]) == 0
+    assert main([*args, "--verify=True"]) == 0
 
 
 def test_max_tokens_stops_at_a_document(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(300))
-    words = [f"--source={source}", "--vocab_size=300", "--num_proc=1", "--val_fraction=0.1"]
-    whole = prepare(config_of(PrepareConfig, *words, f"--out={tmp_path / 'all'}"))
+    args = [f"--source={source}", "--vocab_size=300", "--num_proc=1", "--val_fraction=0.1"]
+    whole = prepare(config_of(PrepareConfig, *args, f"--out={tmp_path / 'all'}"))
     limit = sum(whole.meta["tokens"].values()) // 2
-    part = prepare(config_of(PrepareConfig, *words, f"--out={tmp_path / 'part'}", f"--max_tokens={limit}"))
+    part = prepare(config_of(PrepareConfig, *args, f"--out={tmp_path / 'part'}", f"--max_tokens={limit}"))
     assert limit <= sum(part.meta["tokens"].values()) < limit + 100
     assert part.meta["rows"]["in"] == part.meta["rows"]["kept"] == sum(part.meta["documents"].values()) < 300
     assert (
@@ -179,9 +179,9 @@ def test_strict_stops_at_the_first_bad_row(tmp_path):
     source = tmp_path / "a.jsonl"
     write_jsonl(source, documents(5))
     source.write_text(source.read_text() + "{\n")
-    words = [f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    args = [f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
     with pytest.raises(UserError, match=r"a\.jsonl:6: not JSON"):
-        main([*words, "--strict=True"])
+        main([*args, "--strict=True"])
     with pytest.raises(UserError, match="no data set here"):
         DataFolder(tmp_path / "d")
 
@@ -205,7 +205,7 @@ def test_too_little_text_says_so(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "word, message",
+    "arg, message",
     [
         ("--vocab_size=200", "257"),
         ("--val_fraction=1.0", "below 1"),
@@ -218,11 +218,11 @@ def test_too_little_text_says_so(tmp_path):
         ("--out=", "no value"),
     ],
 )
-def test_wrong_values_are_one_line(tmp_path, monkeypatch, word, message):
+def test_wrong_values_are_one_line(tmp_path, monkeypatch, arg, message):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     with pytest.raises(UserError, match=message):
-        main([f"--out={tmp_path / 'd'}", "--num_proc=1", word])
+        main([f"--out={tmp_path / 'd'}", "--num_proc=1", arg])
 
 
 @pytest.mark.parametrize("source, name", [
@@ -239,8 +239,7 @@ def test_the_folders_name(source, name):
 
 
 def test_an_interrupt_leaves_no_data_set(tmp_path):
-    """Ctrl-C in the middle, with worker processes: exit code 130, no meta.json, no traceback; a rerun gives
-    the same."""
+    """Ctrl-C during the work of two workers: exit code 130, no traceback, and no folder is left."""
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(60_000):
             file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
@@ -275,14 +274,14 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
 
 
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
-    """SIGTERM and SIGKILL leave the parent no time to tell them."""
+    """SIGTERM and SIGKILL end the parent before it can stop its workers."""
     with open(tmp_path / "a.jsonl", "w") as file:
         for i in range(60_000):
             file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
-    words = [f"--source={tmp_path / 'a.jsonl'}", "--vocab_size=300", "--num_proc=2"]
+    args = [f"--source={tmp_path / 'a.jsonl'}", "--vocab_size=300", "--num_proc=2"]
     for received in (signal.SIGTERM, signal.SIGKILL):
         out = tmp_path / received.name
-        process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), f"--out={out}", *words],
+        process = subprocess.Popen([sys.executable, str(ROOT / "prepare.py"), f"--out={out}", *args],
                                    stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.time() + 60
         while not list((tmp_path / f".{out.name}.tmp").glob("train*.bin")) and time.time() < deadline:
@@ -296,43 +295,43 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path):
         assert time.time() < deadline
 
 
-def test_what_stands_in_the_folder_is_safe(tmp_path):
-    """Files of others are not touched, and a mistake does not cost the data set that was there."""
+def test_what_is_in_the_folder_is_safe(tmp_path):
+    """Other files are never replaced, and a failed run leaves the data set that was there."""
     source = tmp_path / "a.jsonl"
     source.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents(200)))
-    words = [f"--source={source}", "--vocab_size=300", "--num_proc=1"]
+    args = [f"--source={source}", "--vocab_size=300", "--num_proc=1"]
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "pytorch_model.bin").write_text("precious")
     with pytest.raises(UserError, match="holds files, but no data set"):
-        main([*words, f"--out={tmp_path / 'mine'}"])
+        main([*args, f"--out={tmp_path / 'mine'}"])
     with pytest.raises(UserError, match="is a file"):
-        main([*words, f"--out={source}"])
+        main([*args, f"--out={source}"])
     (tmp_path / "empty").mkdir()
-    assert main([*words, f"--out={tmp_path / 'empty'}"]) == 0
+    assert main([*args, f"--out={tmp_path / 'empty'}"]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
     for mistake, message in (("--text_key=txt", "no row can be used: no key 'txt'; --text_key= one of text"),
                              ("--tokenizer=gtp2", "no tokenizer there .give gpt2, or")):
-        wrong = [word for word in words if "vocab" not in word or "key" in mistake]
+        wrong = [arg for arg in args if "vocab" not in arg or "key" in mistake]
         with pytest.raises(UserError, match=message):
             main([*wrong, f"--out={tmp_path / 'empty'}", "--overwrite=True", mistake])
         assert {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()} == before
-    assert main([*words, f"--out={tmp_path / 'empty'}", "--overwrite=True", "--val_fraction=0.2"]) == 0
+    assert main([*args, f"--out={tmp_path / 'empty'}", "--overwrite=True", "--val_fraction=0.2"]) == 0
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "empty", "mine"]
 
 
 def test_the_embedded_problems_follow_the_model_and_nothing_else(chat_folder, tmp_path, monkeypatch, capsys):
-    """Made anew for another tokenizer; what a user made otherwise stays."""
+    """Made again for another tokenizer; a folder that a user made with other settings is refused."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(problems, "ROWS", 300)
-    words = ["--kind=chat", "--source=problems", "--out=data/problems_chat", "--num_proc=1"]
-    main([*words, "--vocab_size=300"])
+    args = ["--kind=chat", "--source=problems", "--out=data/problems_chat", "--num_proc=1"]
+    main([*args, "--vocab_size=300"])
     tokenizer = DataFolder("data/problems_chat").meta["tokenizer_sha256"]
     assert prepare_problems("chat", str(chat_folder)).meta["tokenizer_sha256"] != tokenizer
     assert "is up to date" not in capsys.readouterr().out
     prepare_problems("chat", str(chat_folder))
     assert "is up to date" in capsys.readouterr().out
-    main([*words, "--vocab_size=300", "--val_fraction=0.2", "--overwrite=True"])
-    with pytest.raises(UserError, match=r"data/problems_chat: was made with other settings \(val_fraction differ\)"):
+    main([*args, "--vocab_size=300", "--val_fraction=0.2", "--overwrite=True"])
+    with pytest.raises(UserError, match=r"problems_chat: was made with other settings \(val_fraction"):
         prepare_problems("chat", str(chat_folder))
     assert DataFolder("data/problems_chat").meta["inputs"]["val_fraction"] == 0.2
 
@@ -413,7 +412,7 @@ def test_an_id_outside_the_vocabulary_is_named(copy, bad):
 
 @pytest.mark.parametrize("vocab_size, dtype", [(65_535, "uint16"), (65_536, "uint16"), (65_537, "uint32")])
 def test_large_vocabularies_are_wider_on_disk(tmp_path, monkeypatch, vocab_size, dtype):
-    """With ids up to the last one, which must come back as it was."""
+    """The last two ids of the vocabulary come back unchanged."""
     tokenizer = Tokenizer.train(["some text to train on"], 260)
     monkeypatch.setattr(Tokenizer, "train", classmethod(lambda cls, texts, size: tokenizer))
     tokenizer.vocab_size = vocab_size
@@ -425,7 +424,7 @@ def test_large_vocabularies_are_wider_on_disk(tmp_path, monkeypatch, vocab_size,
 
 
 def test_ten_gigabytes_open_at_once(tmp_path, data):
-    """40 sparse shards of 256 MiB: sizes are checked, contents are not read."""
+    """40 sparse shards of 256 MiB each: opening checks sizes and does not read the contents."""
     meta = json.loads((data / "meta.json").read_text())
     meta["shards"] = [{"name": f"train_{i:05d}.bin", "tokens": 2**27, "sha256": ""} for i in range(40)]
     for shard in meta["shards"]:
@@ -464,9 +463,21 @@ def test_parse_mix(tmp_path, monkeypatch):
             parse_mix(spec)
 
 
+def test_interleave_by_hand(data):
+    """The example in the docstring of Mix.interleave: turn j of a folder is at time (j + 1/2) / weight."""
+    mix = Mix(str(data), 64, seed=0)
+    mix.weights = [0.7, 0.3]
+    assert [round((j + 0.5) / 0.7, 2) for j in range(7)] == [0.71, 2.14, 3.57, 5.0, 6.43, 7.86, 9.29]
+    assert [round((j + 0.5) / 0.3, 2) for j in range(3)] == [1.67, 5.0, 8.33]
+    owners, numbers = mix.interleave(0, 10)
+    assert "".join("ab"[owner] for owner in owners) == "abaaabaaba"
+    assert numbers.tolist() == [0, 0, 1, 2, 3, 1, 4, 5, 2, 6]
+    assert [part.tolist() for part in mix.interleave(4, 3)] == [[0, 1, 0], [3, 1, 4]]
+
+
 @pytest.mark.parametrize("weights", [[1.0], [0.7, 0.3], [0.5, 0.49, 0.01], [1 / 3, 1 / 3, 1 / 3]])
-def test_picks_are_one_sequence_however_it_is_cut(data, weights):
-    """Every folder's samples in order without gaps, in proportion at every moment, however cut."""
+def test_samples_are_one_sequence_however_it_is_cut(data, weights):
+    """Each folder's samples come in order, without gaps and in proportion; ranges can be cut anywhere."""
     mix = Mix(str(data), 64, seed=0)
     mix.weights = weights
     owners, numbers = mix.interleave(0, 3000)
@@ -525,8 +536,8 @@ def test_validation_is_shared_without_loss(data, world_size, limit):
     rows = Rows(DataFolder(data), "val", 64)
     total = validation_rows(rows, limit)
     assert total == (len(rows) if limit is None else max(1, limit // 64))
-    ranks = [list(validation_batches(lambda numbers: text_batch(rows.read(numbers)), total, 4, rank, world_size))
-             for rank in range(world_size)]
+    make = lambda numbers: text_batch(rows.read(numbers))  # noqa: E731
+    ranks = [list(validation_batches(make, total, 4, rank, world_size)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1  # all ranks run the same number of forward passes
     counted = [row for batches in ranks for batch in batches if batch["count"]
                for row in batch["input_ids"].tolist()]

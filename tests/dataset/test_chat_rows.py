@@ -1,4 +1,4 @@
-"""Rows of chats and preferences: packed, cut, left out and masked as they should be."""
+"""dataset/chat_rows.py: how chats and preferences are packed, cut, left out and masked."""
 
 import numpy as np
 import pytest
@@ -61,7 +61,7 @@ def test_an_unpacked_row_is_a_conversation_and_its_mask(folders):
 def test_long_conversations_are_cut_and_those_without_an_answer_left_out(folders):
     data, _ = folders["chat"]
     rows = UnpackedChatRows(data, "train", 24)
-    assert len(rows) == 3 and rows.left_out == 1  # the second asks too long
+    assert len(rows) == 3 and rows.left_out == 1  # the question of the second is too long
     cut = rows.read(np.array([1]))[0]
     assert (cut[1, -4:] != IGNORE).all(), "a cut answer is trained on up to the cut, without an end"
     with pytest.raises(UserError, match="none of 4 train conversations has an answer in its first"):
@@ -87,27 +87,27 @@ def test_best_fit_by_hand():
     assert len(rows) <= 1.02 * lengths.sum() / 100
 
 
-def test_packed_conversations_give_the_logits_they_give_alone(folders):
+def test_packed_conversations_have_the_same_logits_as_alone(folders):
     data, _ = folders["chat"]
     model = busy_model(tiny_config(vocab_size=512, block_size=256))
     alone, packed = UnpackedChatRows(data, "train", 200), ChatRows(data, "train", 200)
 
     def logits(rows):
         """At every target, in the order of the conversations."""
-        found = {}
+        results = {}
         for index in range(len(rows)):
             batch = chat_batch(rows.read(np.array([index])))
             out = model(batch["input_ids"], document_ids=batch["document_ids"]).flatten(0, 1)
             places = batch["document_ids"].flatten()[batch["positions"]]
             for number, document in enumerate(rows.rows[index]):
-                found[int(document)] = out[batch["positions"][places == number]]
-        return torch.cat([found[number] for number in sorted(found)])
+                results[int(document)] = out[batch["positions"][places == number]]
+        return torch.cat([results[number] for number in sorted(results)])
 
     with torch.no_grad():
         torch.testing.assert_close(logits(packed), logits(alone), rtol=1e-5, atol=1e-5)
 
 
-def test_a_batch_ends_behind_its_last_target(folders):
+def test_a_batch_ends_after_its_last_target(folders):
     data, _ = folders["chat"]
     batch = chat_batch(UnpackedChatRows(data, "train", 200).read(np.array([0, 3])))
     assert batch["count"] == len(batch["targets"]) == len(batch["positions"])
@@ -129,14 +129,24 @@ def test_pairs(folders):
         opening = encode_prompt(tokenizer, prompt)
         tokens += len(opening)
         for side, answer in enumerate(answers, 2 * number):
-            said, path = encode_answer(tokenizer, answer), batch["paths"][side].tolist()
-            length = len(opening) + len(said) - 1
-            assert ids[path[:length]].tolist() == (opening + said)[:-1]
+            reply, path = encode_answer(tokenizer, answer), batch["paths"][side].tolist()
+            length = len(opening) + len(reply) - 1
+            assert ids[path[:length]].tolist() == (opening + reply)[:-1]
             assert set(path[length:]) <= {path[length - 1]}, "a shorter one repeats its last token"
             assert positions[side].tolist() == path[len(opening) - 1 : length]
-            assert targets[side].tolist() == said
-            tokens += len(said) - 1
-    assert len(ids) == tokens, "each prompt stands there once, and nothing else does"
+            assert targets[side].tolist() == reply
+            tokens += len(reply) - 1
+    assert len(ids) == tokens, "each prompt is there once, and nothing else is"
+
+
+def test_a_pair_by_hand():
+    """The example in the docstring of pair_batch: prompt 10 11, chosen 20 21, rejected 30 31 32."""
+    batch = pair_batch([(np.array([10, 11, 20, 21, 30, 31, 32]), 2, 2)])
+    assert batch["input_ids"].tolist() == [[10, 11, 20, 30, 31]]
+    assert batch["paths"].tolist() == [[0, 1, 2, 2], [0, 1, 3, 4]]
+    assert batch["positions"].tolist() == [1, 2, 1, 3, 4]
+    assert batch["targets"].tolist() == [20, 21, 30, 31, 32]
+    assert batch["lengths"].tolist() == [[2, 3]] and batch["count"] == 1
 
 
 def test_pairs_that_do_not_fit_are_left_out(folders):
@@ -161,8 +171,8 @@ def test_an_id_outside_the_vocabulary_is_named(folders, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["chat", "preference"])
-def test_a_tokenizer_learns_what_is_said_and_not_how_rows_are_spelled(kind, tmp_path):
-    """As JSON these rows have the names of keys and backslashes beside every word."""
+def test_a_tokenizer_is_trained_on_messages_and_not_on_json(kind, tmp_path):
+    """As JSON, these rows would have the names of keys, and backslashes next to every word."""
     import json
 
     words = ('"left"\n"right"', '"right"\n"left"')
@@ -182,18 +192,18 @@ def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
     rows = [{"text": f"{n} + 1?", "ans": n + 1.0} for n in range(30)]
     rows += [{"text": "a"}, {"text": "b", "ans": ""}, rows[0]]
     (tmp_path / "r.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + "not JSON\n")
-    words = [f"--source={tmp_path / 'r.jsonl'}", "--kind=chat", f"--out={tmp_path / 'd'}", "--num_proc=1",
+    args = [f"--source={tmp_path / 'r.jsonl'}", "--kind=chat", f"--out={tmp_path / 'd'}", "--num_proc=1",
              "--val_fraction=0", "--vocab_size=300"]  # fmt: skip
     for kind, keys in (("chat", "question=..,answer=.."), ("preference", "prompt=..,chosen=..,rejected=..")):
         with pytest.raises(UserError, match=f"--keys={keys} one of text, ans$"):
-            prepare_main([*words, f"--kind={kind}"])
-    prepare_main([*words, "--keys=question=text,answer=ans"])
+            prepare_main([*args, f"--kind={kind}"])
+    prepare_main([*args, "--keys=question=text,answer=ans"])
     assert DataFolder(tmp_path / "d").meta["rows"] == {
         "in": 34, "kept": 30,
         "skipped": {"no key 'ans'": 1, "empty answer": 1, "duplicate document": 1, "not JSON": 1},
     }  # fmt: skip
     assert "34 in = 30 kept + 4 skipped" in capsys.readouterr().out
-    prepare_main([*words, "--keys=question=text,answer=ans"])
+    prepare_main([*args, "--keys=question=text,answer=ans"])
     assert "is up to date" in capsys.readouterr().out
     DataFolder(tmp_path / "d").verify()
     mask = tmp_path / "d" / "train_00000.mask"
@@ -203,10 +213,10 @@ def test_rows_with_other_names_and_every_row_counted(tmp_path, capsys):
     mask.unlink()
     with pytest.raises(UserError, match="train_00000.mask: shard is missing"):
         DataFolder(tmp_path / "d")
-    for words, message in (
+    for args, message in (
         (["--keys=a=b"], "keys=a=b is only for chats and preferences; for text use --text_key="),
         (["--kind=chat", "--keys=question"], "keys=question: must be written as ours=theirs"),
         (["--kind=chat", "--text_key=ans"], "text_key=ans is only for text; for kind=chat use --keys="),
     ):
         with pytest.raises(UserError, match=message):
-            prepare_main(words)
+            prepare_main(args)

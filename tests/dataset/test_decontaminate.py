@@ -1,5 +1,5 @@
-"""dataset/decontaminate.py, and prepare.py with it: copies of evaluation items are found however they are
-hidden, other text is not, and what is left is what the text would have been without them."""
+"""dataset/decontaminate.py and prepare.py --decontaminate: copies of evaluation items are found wherever they
+are, other text is not, and the rest becomes what it would be without the copies."""
 
 import json
 import random
@@ -23,22 +23,22 @@ from dataset.words import words_of
 from prepare import main
 from tests.conftest import ROOT, shared
 
-# Words as English has them: few that are often said, many that are not.
+# Words distributed as in English: few frequent ones, many rare ones.
 VOCABULARY = [f"w{number}" for number in range(3000)]
 SHARES = 1 / np.arange(3, 3003)
 
 
 def writing(seed, words):
-    """A text of made-up sentences, without end."""
+    """A text of this many words, in sentences of 12."""
     draw = random.Random(f"{seed}")
-    found = draw.choices(VOCABULARY, SHARES, k=words)
+    result = draw.choices(VOCABULARY, SHARES, k=words)
     for at in range(11, words, 12):
-        found[at] += draw.choice((".", ".", ".\n", ".\n\n"))
-    return " ".join(found)
+        result[at] += draw.choice((".", ".", ".\n", ".\n\n"))
+    return " ".join(result)
 
 
 def edited(text, share, seed=0):
-    """A copy with that share of its words replaced, one at least."""
+    """A copy with this share of its words replaced, at least one."""
     draw, words = random.Random(seed), text.split(" ")
     for at in draw.sample(range(len(words)), max(1, round(share * len(words)))):
         words[at] = f"new{draw.randrange(10**6)}"
@@ -62,7 +62,7 @@ def index():
 
 
 def share_found(index, texts, how=""):
-    """The share of texts that overlap the item of their number (by `how` alone, if it is given)."""
+    """The share of texts that overlap the item of the same number; if `how` is given, by that rule."""
     return np.mean([any(each["item"] == f"test:{number}" and how in each for each in overlaps) if how else
                     any(each["item"] == f"test:{number}" for each in overlaps)
                     for number, overlaps in enumerate(index.find(texts))])  # fmt: skip
@@ -72,7 +72,7 @@ def share_found(index, texts, how=""):
 
 
 def test_copies(index):
-    """Alone, in capitals and other punctuation, in the middle of long text, and halves of them."""
+    """Copies alone, in capitals and other punctuation, inside a long text, and halves of items."""
     assert share_found(index, ITEMS, "ngram") == share_found(index, ITEMS, "minhash") == 1
     other = [item.upper().replace(" ", " , ").replace(".", " \u2014 ") for item in ITEMS]
     assert share_found(index, other, "ngram") == share_found(index, other, "minhash") == 1
@@ -84,7 +84,7 @@ def test_copies(index):
 
 
 def test_copies_of_which_two_percent_are_edited(index):
-    """MinHash alone finds all that stand by themselves, 13 words in a row all, wherever they stand."""
+    """MinHash finds all copies that are a whole text; equal words find all copies anywhere."""
     copies = [edited(item, 0.02, seed) for seed, item in enumerate(ITEMS)]
     assert share_found(index, copies, "minhash") == 1
     assert share_found(index, copies, "ngram") == 1
@@ -95,8 +95,8 @@ def test_copies_of_which_two_percent_are_edited(index):
     assert all(any("minhash" in each for each in overlaps) for overlaps in found)
 
 
-def test_items_whose_words_stand_in_another_order(index):
-    """Sentences of 12 words, shuffled: no 13 in a row are left, but nearly all pairs."""
+def test_items_whose_sentences_are_in_another_order(index):
+    """Shuffled sentences of 12 words keep no 13 words in a row, but nearly all pairs of neighbours."""
     draw, copies = random.Random(0), []
     for item in ITEMS:
         sentences = [" ".join(each.split()) for each in item.split(".") if each.strip()]
@@ -112,7 +112,7 @@ def test_other_text_is_not_found(index):
 
 
 def test_equal_words_are_those_of_sets_of_thirteen():
-    """Against plain Python, on words of so few kinds that chance makes overlaps, and near misses."""
+    """Against plain Python, on texts of two different words, which overlap or nearly do by chance."""
     draw = random.Random(0)
     texts = [" ".join(draw.choices("ab", (5, 1), k=draw.randrange(60))) for _ in range(600)]
     items, texts = texts[:60], texts[60:]
@@ -137,7 +137,7 @@ def test_equal_words_are_those_of_sets_of_thirteen():
 
 @pytest.mark.parametrize("words", [13, 12, 10, 9, 8, 7])
 def test_short_items(words):
-    """From 10 words on anywhere in a text, from 8 on as a line; a choice, a label, nowhere."""
+    """From 10 words on anywhere in a text; from 8 words on as a line; a choice or a label nowhere."""
     item = " ".join(f"rare{number}" for number in range(words))
     index = index_of(f"{item}\n\nyes\n\nno", "yes", "of the")
     assert bool(index.find([embedded(item, 1)])[0]) == (words >= 10)
@@ -154,8 +154,8 @@ def test_nothing_crosses_from_a_text_to_the_next():
     assert index.find([" ".join(words[:13]), *parts])[0] and index.find([*parts, " ".join(words[-13:])])[-1]
 
 
-def test_each_benchmark_is_told_with_its_item():
-    """An item of two sets counts for both; of one set, the item that is most like it is named."""
+def test_each_benchmark_is_listed_with_its_item():
+    """An item that two sets have counts for both. In each set, the most similar item is named."""
     one, other = ITEMS[0], ITEMS[1]
     index = Index([("a", [("a:1", one), ("a:2", edited(one, 0.05))]), ("b", [("b:1", other), ("b:2", one)])])
     (found,) = index.find([one])
@@ -165,7 +165,7 @@ def test_each_benchmark_is_told_with_its_item():
 
 
 def test_similarities_are_those_of_sets_of_words_and_pairs(index):
-    """Beside exact Jaccard similarities in plain Python: off by standard errors, and right on average."""
+    """Against exact Jaccard similarities in plain Python: within 4 standard errors, and right on average."""
     def elements(text):
         words = words_of([text]).data.split()
         return {*words, *zip(words, words[1:], strict=False)}
@@ -181,6 +181,14 @@ def test_similarities_are_those_of_sets_of_words_and_pairs(index):
     assert len(errors) > 200 and np.abs(errors).max() < 4 and abs(np.mean(errors)) < 4 / np.sqrt(len(errors))
 
 
+def test_similarity_by_hand():
+    """The example in the module docstring: 15 words, the middle one replaced, shares 26 of 32 elements."""
+    one = [f"w{number}" for number in range(15)]
+    other = [*one[:7], "new", *one[8:]]
+    one, other = ({*words, *zip(words, words[1:], strict=False)} for words in (one, other))
+    assert len(one) == len(other) == 29 and (len(one & other), len(one | other)) == (26, 32)
+
+
 def test_an_index_without_anything_that_can_be_found():
     for texts in ([], [""], ["yes", "no", "a b c"]):
         assert index_of(*texts).find(["a b c", writing(1, 100), ""]) == [[], [], []]
@@ -188,7 +196,7 @@ def test_an_index_without_anything_that_can_be_found():
 
 
 def test_a_template_that_thousands_share_costs_no_memory():
-    """2,000 items and 1,000 texts that differ in two words of 42: 2 million pairs share a band."""
+    """2,000 items and 1,000 texts that differ in 2 of 42 words: 2 million pairs share a band."""
     import tracemalloc
 
     template = ITEMS[3].split(" ")[:20]
@@ -210,7 +218,7 @@ def public(*names):
 
 
 def test_edited_copies_of_benchmark_items():
-    """2 % of the words, one at least: all of 27 words or more; MinHash alone those of 50 or more."""
+    """With 2 % of the words replaced: all of 27 words or more are found, by MinHash all of 50 or more."""
     for name, items in public("math/gsm8k_test.jsonl", "eval/mmlu_dev_test.jsonl.gz", "eval/arc_easy.jsonl"):
         texts = [text for _, text in items][:3000]
         lengths = np.array([len(text.split(" ")) for text in texts])
@@ -228,8 +236,8 @@ def test_novels_hold_no_item_by_chance():
     assert not any(Index(items).find(texts))
 
 
-def test_training_problems_beside_test_problems():
-    """GSM8K's two halves share some sentences, none of them a whole problem."""
+def test_training_problems_against_test_problems():
+    """GSM8K's train and test sets share some sentences, but no whole problem."""
     texts = [text for _, text in public("math/gsm8k_train.jsonl")[0][1]]
     found = Index(public("math/gsm8k_test.jsonl")).find(texts)
     equal = [each["ngram"] for overlaps in found for each in overlaps if "ngram" in each]
@@ -255,7 +263,7 @@ def contaminated(folder):
 
 @pytest.fixture
 def dirty(tmp_path):
-    """(words of a command, its rows' numbers that overlap, the rows) of text with copies of items in it."""
+    """A folder with clean.jsonl, dirty.jsonl (the same with four copies of items) and two sets of items."""
     clean = [{"text": writing(("row", number), 80 + number % 50)} for number in range(300)]
     inside = embedded(" ".join(ITEMS[2].split()), 5)
     copies = [{"text": text} for text in (ITEMS[1], inside, edited(ITEMS[3], 0.02), ITEMS[1])]
@@ -269,15 +277,15 @@ def dirty(tmp_path):
     return tmp_path
 
 
-WORDS = ["--vocab_size=300", "--val_fraction=0.2"]
+ARGS = ["--vocab_size=300", "--val_fraction=0.2"]
 
 
 @pytest.mark.parametrize("num_proc", [1, 2])
-def test_what_is_left_is_what_there_would_have_been(dirty, monkeypatch, capsys, num_proc):
-    """Shards and tokenizer are, byte for byte, those of the clean text; every other row is accounted for."""
+def test_the_rest_becomes_what_it_would_be_without_the_copies(dirty, monkeypatch, capsys, num_proc):
+    """Shards and tokenizer equal those of the clean text byte for byte; every removed row is listed."""
     monkeypatch.setattr(prepare_module, "BATCH_BYTES", 2**14)
-    main([f"--source={dirty}/clean.jsonl", f"--out={dirty}/clean", "--num_proc=1", *WORDS])
-    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/found", f"--num_proc={num_proc}", *WORDS,
+    main([f"--source={dirty}/clean.jsonl", f"--out={dirty}/clean", "--num_proc=1", *ARGS])
+    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/found", f"--num_proc={num_proc}", *ARGS,
           f"--decontaminate={dirty}/held.jsonl,{dirty}/other.jsonl", "--strict=True"])  # fmt: skip
     assert content(dirty / "found") == content(dirty / "clean")
     assert DataFolder(dirty / "found").meta["rows"] == {
@@ -299,29 +307,29 @@ def test_what_is_left_is_what_there_would_have_been(dirty, monkeypatch, capsys, 
 
 
 def test_only_what_was_read_is_listed(dirty):
-    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS, "--max_tokens=20_000",
+    main([f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *ARGS, "--max_tokens=20_000",
           f"--decontaminate={dirty}/held.jsonl"])  # fmt: skip
     rows, report = DataFolder(dirty / "d").meta["rows"], contaminated(dirty / "d")
     assert rows["in"] == rows["kept"] + 1 < 100 and len(report["removed"]) == 1
 
 
 def test_the_same_sets_do_nothing_others_are_refused(dirty, capsys):
-    words = [f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS]
+    args = [f"--source={dirty}/dirty.jsonl", f"--out={dirty}/d", "--num_proc=1", *ARGS]
     held = f"--decontaminate={dirty}/held.jsonl"
-    main([*words, held])
+    main([*args, held])
     before = content(dirty / "d", ())
-    main([*words, held, "--num_proc=2"])
+    main([*args, held, "--num_proc=2"])
     assert "is up to date" in capsys.readouterr().out and content(dirty / "d", ()) == before
     for change in ([], [f"{held},{dirty}/other.jsonl"]):
         with pytest.raises(UserError, match="decontaminate differ"):
-            main([*words, *change])
+            main([*args, *change])
     write_rows(dirty / "held.jsonl", [{"question": ITEMS[0]}])
     with pytest.raises(UserError, match="decontaminate differ"):
-        main([*words, held])
+        main([*args, held])
     assert content(dirty / "d", ()) == before
-    main([*words, held, "--overwrite=True"])
+    main([*args, held, "--overwrite=True"])
     assert contaminated(dirty / "d")["benchmarks"]["held"]["documents"] == 0  # item 0 is not in it
-    main([*words, "--overwrite=True"])
+    main([*args, "--overwrite=True"])
     assert not (dirty / "d" / "contaminated.json").exists()
 
 
@@ -342,7 +350,7 @@ PREFERENCES = [
 
 @pytest.mark.parametrize("kind, rows", [("chat", CHATS), ("preference", PREFERENCES)])
 def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
-    """In whatever is said, by whomever; a question and its answer also as one."""
+    """In the messages, thoughts and calls of every role."""
     item = json.dumps(writing("item 7", 33))[1:-1]
     rows = [json.loads(json.dumps(row).replace("ITEM", item)) for row in rows]
     other = {"chat": {"question": "Which?", "answer": "That one, {}."},
@@ -350,7 +358,7 @@ def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
     plain = [json.loads(json.dumps(other).replace("{}", str(number))) for number in range(30)]
     write_rows(tmp_path / "rows.jsonl", rows + plain)
     write_rows(tmp_path / "held.jsonl", [{"question": writing("item 7", 33)}])
-    main([f"--source={tmp_path}/rows.jsonl", f"--kind={kind}", f"--out={tmp_path}/d", "--num_proc=1", *WORDS,
+    main([f"--source={tmp_path}/rows.jsonl", f"--kind={kind}", f"--out={tmp_path}/d", "--num_proc=1", *ARGS,
           f"--decontaminate={tmp_path}/held.jsonl"])  # fmt: skip
     report = contaminated(tmp_path / "d")
     assert [each["row"] for each in report["removed"]] == [
@@ -358,7 +366,7 @@ def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
     assert DataFolder(tmp_path / "d").meta["rows"]["kept"] == 30
 
 
-def test_what_is_said():
+def test_visible_text():
     assert visible_text("a text") == "a text"
     assert visible_text(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
     assert visible_text(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
@@ -366,13 +374,13 @@ def test_what_is_said():
 
 
 def test_a_set_that_cannot_be_read_leaves_what_was_there(dirty):
-    words = [f"--source={dirty}/clean.jsonl", f"--out={dirty}/d", "--num_proc=1", *WORDS]
-    main(words)
+    args = [f"--source={dirty}/clean.jsonl", f"--out={dirty}/d", "--num_proc=1", *ARGS]
+    main(args)
     before = content(dirty / "d", ())
     (dirty / "bad.jsonl").write_text('{"question": "Is it')
     for name in ("bad.jsonl", "nowhere.jsonl"):
         with pytest.raises(UserError, match=f"decontaminate=.*{name}"):
-            main([*words, "--overwrite=True", f"--decontaminate={dirty}/held.jsonl,{dirty}/{name}"])
+            main([*args, "--overwrite=True", f"--decontaminate={dirty}/held.jsonl,{dirty}/{name}"])
         assert content(dirty / "d", ()) == before and not (dirty / ".d.tmp").exists()
 
 
@@ -383,7 +391,7 @@ def test_every_row_overlapping_is_one_line(dirty):
 
 
 def test_a_prepare_that_is_killed_leaves_nothing_half(dirty):
-    """And the same command then gives what it would have given."""
+    """The same command, run again, then completes."""
     some = [{"text": writing(n, 3000)} for n in range(60)]
     write_rows(dirty / "many.jsonl", [{"text": ITEMS[1]}, *some * 6])
     command = [sys.executable, str(ROOT / "prepare.py"), f"--source={dirty}/many.jsonl", f"--out={dirty}/d",

@@ -1,4 +1,4 @@
-"""dataset/eval_items.py: every form of evaluation set, what of a row is text, and every fault in one line."""
+"""dataset/eval_items.py: every form of evaluation set, which part of a row is text, and one-line errors."""
 
 import gzip
 import json
@@ -39,12 +39,12 @@ def items(spec):
         (7, []),
     ],
 )  # fmt: skip
-def test_what_of_a_row_is_text(row, texts):
+def test_which_part_of_a_row_is_text(row, texts):
     assert item_text(row) == "\n\n".join(texts)
 
 
 def test_every_form(tmp_path):
-    """The same two items as lines, array, object with splits, table, packed: equal texts, and places."""
+    """The same two items as lines, array, object with splits, table and packed file have equal texts."""
     rows = [{"question": "Who \u2028 is it?", "answer": 'It is, "you"\nsee.'}, {"question": "And now, then?"}]
     texts = [item_text(row) for row in rows]
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
@@ -95,7 +95,7 @@ def test_names_folders_globs(tmp_path, monkeypatch):
         (tmp_path / name).write_text('"a b"\n')
     found, ignored = find_benchmarks(f"{tmp_path}/a,{tmp_path}/b/*.jsonl,{tmp_path}/a/y.tsv")
     assert [each.name for each in found] == [f"{tmp_path}/a/x.jsonl", "y", f"{tmp_path}/b/x.jsonl"]
-    assert ignored == 1  # the picture; and two of one name go by their paths
+    assert ignored == 1  # the picture; two sets of the same name are named by their paths
     assert [each.name for each in find_benchmarks(f"{tmp_path}/c d,e.jsonl")[0]] == ["c d,e"]
     monkeypatch.chdir(tmp_path / "b")
     assert len(find_benchmarks(",".join(["x.jsonl"] * 99))[0]) == 1  # longer than a name may be
@@ -135,8 +135,8 @@ def test_what_is_not_there(tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["text", "chat", "preference"])
-def test_a_data_folder_of_ours_gives_back_what_was_said(tmp_path, monkeypatch, kind):
-    """By its path or its name below data/; both sides of the split; no special token, no role."""
+def test_a_data_folder_gives_back_its_messages(tmp_path, monkeypatch, kind):
+    """By its path or its name below data/; both splits; without special tokens and roles."""
     prompt = {"role": "user", "content": "user\nWhich is it?"}
     row = {"text": lambda n: {"text": f"number {n} is a text\n\nof two parts"},
            "chat": lambda n: {"messages": [prompt, {"role": "assistant", "thought": f"that is {n}",
@@ -156,9 +156,9 @@ def test_a_data_folder_of_ours_gives_back_what_was_said(tmp_path, monkeypatch, k
     assert find_benchmarks("data/held_out")[0][0].name == "held_out"
 
 
-@pytest.mark.skipif(not SHARED.exists(), reason="public data beside the repository")
+@pytest.mark.skipif(not SHARED.exists(), reason="public data next to the repository")
 def test_the_public_sets_are_read_whole():
-    """Their numbers of rows, as their README says, and how many words the middle one has."""
+    """Their numbers of rows, as their README lists them, and the median number of words."""
     shared("eval")
     found, _ = find_benchmarks(f"{SHARED}/eval,{SHARED}/math/gsm8k_test.jsonl,{SHARED}/tools")
     lengths = {each.name: np.diff(words_of(text for _, text in each.items()).bounds) for each in found}

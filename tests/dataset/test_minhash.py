@@ -1,5 +1,5 @@
-"""dataset/minhash.py: estimates against exact similarities, bands against their probability, finding against
-comparing all."""
+"""dataset/minhash.py: estimates against exact similarities, bands against their probability, and the search
+against comparing all pairs."""
 
 import numpy as np
 import pytest
@@ -8,7 +8,7 @@ from dataset.minhash import BANDS, PERMUTATIONS, NearDuplicates, band_keys, bloc
 
 
 def pair_of(draw, similarity, size):
-    """Two sets of random hashes with `size` in their union and exactly so similar."""
+    """(a set, another set, their exact similarity): random hashes, `size` of them in the union."""
     union = draw.choice(2**32, size, replace=False).astype(np.uint32) if size < 100 else np.unique(
         draw.integers(2**32, size=size, dtype=np.uint32))  # fmt: skip
     draw.shuffle(union)
@@ -23,8 +23,8 @@ def signed(sets):
 
 @pytest.mark.parametrize("similarity", [0.1, 0.5, 0.8, 0.92])
 @pytest.mark.parametrize("size", [20, 400])
-def test_an_estimate_is_right_on_average_and_as_often_off_as_it_should_be(similarity, size):
-    """The mean of 2,000 within 4 standard errors of J, their variance within 15 % of J (1 - J) / 128."""
+def test_an_estimate_has_the_expected_mean_and_variance(similarity, size):
+    """Mean of 2,000 estimates: within 4 standard errors of J. Variance: within 15 % of J (1 - J) / 128."""
     draw = np.random.default_rng(size)
     pairs = [pair_of(draw, similarity, size) for _ in range(2000)]
     left, right = signed([a for a, _, _ in pairs]), signed([b for _, b, _ in pairs])
@@ -35,7 +35,7 @@ def test_an_estimate_is_right_on_average_and_as_often_off_as_it_should_be(simila
 
 
 def test_a_signature_is_of_the_set(monkeypatch):
-    """Order, repeats, and how many are computed at a time do not matter; a naive loop gives the same."""
+    """Order, repeats and the block size do not matter; a naive loop computes the same."""
     draw = np.random.default_rng(1)
     sets = [draw.integers(2**32, size=n, dtype=np.uint32) for n in (1, 7, 300, 2, 50)]
     expected = signed(sets)
@@ -50,7 +50,7 @@ def test_a_signature_is_of_the_set(monkeypatch):
     assert len(signatures(np.empty(0, np.uint32), np.empty(0, np.int64))) == 0
 
 
-def test_bands_share_with_the_probability_that_they_promise():
+def test_sets_share_a_band_with_the_documented_probability():
     """1 - (1 - J^4)^32: J = 0.8 gives J^4 = 0.4096 and 0.5904^32 = 4.7e-8; 0.3, 0.0081 and 0.9919^32 = 0.771.
     """
     assert (BANDS, PERMUTATIONS // BANDS) == (32, 4)
@@ -75,7 +75,7 @@ def test_bands_are_equal_where_their_rows_are():
 
 @pytest.mark.parametrize("pairs_at_a_time", [2**16, 5])
 def test_finding_equals_comparing_all(monkeypatch, pairs_at_a_time):
-    """Of every set one at the most in each of three groups, where comparing all finds one."""
+    """Each set has at most one match in each of three groups, exactly where comparing all pairs has one."""
     monkeypatch.setattr("dataset.minhash.PAIRS", pairs_at_a_time)
     draw = np.random.default_rng(4)
     pairs = [pair_of(draw, similarity, 120) for similarity in np.linspace(0.5, 1, 60)]
@@ -91,7 +91,7 @@ def test_finding_equals_comparing_all(monkeypatch, pairs_at_a_time):
 
 
 def test_the_most_similar_is_named():
-    """An equal set among a hundred that are nearly equal, and share every band with it but a few."""
+    """The equal set is found among a hundred that are nearly equal and share most of its bands."""
     draw = np.random.default_rng(5)
     base = draw.integers(2**32, size=200, dtype=np.uint32)
     sets = [np.append(base, draw.integers(2**32, size=20, dtype=np.uint32)) for _ in range(100)]

@@ -1,5 +1,5 @@
-"""The embedded problems: right, disjoint between train and test, with mistakes that are mistakes; the
-calculator."""
+"""dataset/problems.py: solutions are right, train and test are disjoint, mistakes are wrong. Also the
+calculator (generation/calculator.py)."""
 
 import itertools
 import random
@@ -39,7 +39,7 @@ def test_worked_by_hand():
 
 
 def test_every_answer_and_every_step_is_right():
-    """Arithmetic by the calculator, lists and days by counting again."""
+    """Arithmetic is checked by the calculator; lists and days are worked out again."""
     seen = set()
     for problem in some("train", 3, 5000):
         seen.add(problem.family)
@@ -57,8 +57,8 @@ def test_every_answer_and_every_step_is_right():
             assert words[5:].count(words[3]) == int(problem.answer)
             assert problem.steps[-1].split()[1] == problem.answer
         else:
-            given = words[1:]
-            wanted = {"copy": given, "reverse": given[::-1], "sort": sorted(given, key=int)}
+            numbers = words[1:]
+            wanted = {"copy": numbers, "reverse": numbers[::-1], "sort": sorted(numbers, key=int)}
             assert problem.answer.split() == wanted[problem.family]
     assert seen == set(FAMILIES)
 
@@ -67,8 +67,8 @@ def test_train_and_test_share_no_problem_in_any_wording():
     train = {problem.key for problem in some("train", 1, 20_000)}
     test = {problem.key for problem in some("test", 1, 5000)}
     assert len(train) > 10_000 and len(test) > 2000 and not train & test
-    asked = {str(row["prompt"][-1]["content"]) for row in problem_rows("preference", 2000, seed=9)}
-    assert not asked & {problem.question for problem in some("test", 2, 5000)}
+    questions = {str(row["prompt"][-1]["content"]) for row in problem_rows("preference", 2000, seed=9)}
+    assert not questions & {problem.question for problem in some("test", 2, 5000)}
 
 
 def test_the_same_seed_gives_the_same_rows():
@@ -92,8 +92,8 @@ def test_solutions_are_right_and_mistakes_are_wrong():
     assert kinds == {(True, True), (True, False), (False, False)}
 
 
-def test_preferences_are_a_call_and_what_it_gives():
-    """A call before a refusal; and what the calculator said before the same with a digit lost or doubled."""
+def test_preferences_are_about_the_calculator():
+    """A call is better than a refusal; a copied result is better than one with a digit missing or doubled."""
     kinds = []
     for row in problem_rows("preference", 400, seed=3):
         (chosen,), (rejected,) = row["chosen"], row["rejected"]
@@ -145,6 +145,6 @@ def test_the_calculator(expression, value):
     assert calculate(expression) == value
 
 
-def test_a_deep_expression_is_no_crash():
+def test_a_deep_expression_does_not_crash():
     assert calculate("-" * 199 + "1") == "-1"
     assert calculate("\0").startswith("error")

@@ -1,4 +1,4 @@
-"""dataset/sources.py: every kind of file, every kind of fault, and not one row lost without a word."""
+"""dataset/sources.py: every kind of file, every kind of fault, and no row is lost without a reason."""
 
 import gzip
 import json
@@ -65,7 +65,7 @@ def test_each_fault_has_its_reason_and_place(tmp_path, line, reason):
 
 
 def test_ten_thousand_malformed_rows(tmp_path):
-    """Valid rows cut, flipped and spliced at random: no exception but Skip, and in = kept + skipped."""
+    """Valid rows, cut and changed at random, raise no exception but Skip; in = kept + skipped."""
     generator = random.Random(0)
     lines = []
     for number in range(10_000):
@@ -95,7 +95,7 @@ def test_ten_thousand_malformed_rows(tmp_path):
 
 
 def test_a_line_of_a_gigabyte_is_counted_in_little_memory(tmp_path, monkeypatch):
-    """Scaled down to a limit of 1 MiB and a line of 64: the reader never holds more than the limit."""
+    """Scaled down to a limit of 1 MiB and a line of 64 MiB: the reader holds little more than the limit."""
     monkeypatch.setattr(sources, "LONGEST_LINE", 2**20)
     path = tmp_path / "long.jsonl"
     with open(path, "wb") as file:
@@ -161,8 +161,8 @@ def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
     assert read(path) == (texts, reasons)
 
 
-def test_what_stands_behind_the_first_stream_of_an_xz(tmp_path):
-    """Streams follow one another, zeros may lie between; anything else is damage, and not the end."""
+def test_what_follows_the_first_stream_of_an_xz(tmp_path):
+    """Another stream may follow, also after zeros. Anything else is damage, not the end."""
     lines = [json.dumps({"text": f"{i}"}).encode() + b"\n" for i in range(100)]
     one, two = lzma.compress(b"".join(lines[:50])), lzma.compress(b"".join(lines[50:]))
     path = tmp_path / "x.jsonl.xz"
@@ -229,7 +229,7 @@ def test_files_folders_and_globs(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["a,b.txt", "a[1].txt", "a *.txt", "\u00e9 \u4e2d.txt"])
-def test_a_file_that_is_there_is_meant_whatever_its_name(tmp_path, name):
+def test_an_existing_file_is_read_whatever_its_name(tmp_path, name):
     (tmp_path / name).write_text("x")
     assert find_files(str(tmp_path / name)) == ([tmp_path / name], 0)
 
@@ -240,7 +240,7 @@ def test_standard_library_has_no_tests_in_it():
 
 
 def test_a_data_set_through_datasets(tmp_path):
-    """A local folder takes the same road as a hub id."""
+    """A local folder is read by the same code as a hub id."""
     pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert texts_and_reasons(hub_rows(str(tmp_path), "text"))[0] == ["one", "two"]

@@ -1,4 +1,4 @@
-"""dataset/words.py: what a word is, against plain Python, and hashes that are equal where words are."""
+"""dataset/words.py: what a word is, against plain Python; hashes are equal exactly where words are."""
 
 import random
 import unicodedata
@@ -10,7 +10,7 @@ from dataset.words import chained, normalised, passages, runs, word_hashes, word
 
 
 def plain_words(text):
-    """The definition, a character at a time."""
+    """The definition of words, one character at a time."""
     kept = []
     for character in text.lower():
         kind = unicodedata.category(character)[0]
@@ -58,7 +58,7 @@ def test_words_are_those_of_the_definition():
 
 
 def test_hashes_are_equal_where_words_are_and_nowhere_else():
-    """Words that share their beginning, end and length, and differ in one byte or in the order of two."""
+    """Also for words of equal beginning, end and length that differ in one byte or the order of two."""
     base = b"0123456789abcdefghijklmnopqrstuv"
     words = {base[:length] for length in range(1, 33)}
     words |= {base[:i] + b"_" + base[i + 1 :] for i in range(32)}
@@ -92,7 +92,7 @@ def test_passages_by_hand():
         assert [len(each) for each in passages(words_of(nothing), 1, True)] == [0, 0]
 
 
-def test_chained_hashes_stand_for_two_and_for_eight_words():
+def test_chained_hashes_are_of_two_and_of_eight_words():
     draw = np.random.default_rng(0)
     words = words_of([" ".join(draw.choice(["a", "b", "c"], 5000))])
     spelled = words.data.split()
