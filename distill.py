@@ -14,6 +14,8 @@ at temperature T (arXiv 1503.02531; distillation/divergences.py). Optional: loss
 student writes itself (distillation/on_policy.py). The teacher is never changed. Left out: teachers whose
 token ids differ from the student's.
 """
+# mypy: disable-error-code="assignment"
+# (here vocab_size may be None, which GPTConfig does not allow)
 
 import dataclasses
 import math
@@ -230,13 +232,13 @@ class Distillation:
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, configs: list[DistillConfig],
-                 vocab_size: int, end_ids: set[int]):
+                 vocab_size: int, end_ids: set[int | None]):
         """configs: one per stage. teacher: None if batches carry cached predictions. end_ids: the tokens that
         end what the student writes."""
         self.student, self.teacher, self.vocab_size = student, teacher, vocab_size
         self.configs, self.end_ids = configs, end_ids
         # They stay for the whole run: a stage may turn the layer losses on or off.
-        self.hooks: tuple[ActivationHooks, ...] = ()
+        self.hooks: tuple[ActivationHooks, ActivationHooks] | None = None
         if student.pairs and isinstance(teacher, GPT):
             self.hooks = (ActivationHooks(student, [s for s, _ in student.pairs]),
                           ActivationHooks(teacher, [t for _, t in student.pairs]))
@@ -254,6 +256,7 @@ class Distillation:
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
         # From the teacher. It builds no graph; teacher_head turns gradients on again for the student.
+        assert self.teacher is not None
         with torch.no_grad():
             return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
                                 head=lambda hidden, weight: self.teacher_head(forward, batch, hidden, weight))

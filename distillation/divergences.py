@@ -141,16 +141,16 @@ def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objecti
     logits: (n, V) float32. log_p: their log-softmax, if the caller has it. With kind "mse" the loss is the
     squared difference of the logits, averaged over V, without a temperature.
     """
-    T = objective.temperature
-    if objective.kind == "mse":
-        difference = logits - teacher.logits(chunk, logits.shape[1])
-        return difference.square().mean(-1), difference * (2 / logits.shape[1])
+    T, V = objective.temperature, logits.shape[1]
+    if objective.kind == "mse" and isinstance(teacher, DenseTeacher):
+        difference = logits - teacher.logits(chunk, V)
+        return difference.square().mean(-1), difference * (2 / V)
     if log_p is None or T != 1:
         log_p = (logits / T).log_softmax(-1)
     if isinstance(teacher, SparseTeacher):
         loss, gradient = sparse_kl(log_p, teacher.take(chunk))
     else:
-        log_q = (teacher.logits(chunk, logits.shape[1]) / T).log_softmax(-1)
+        log_q = (teacher.logits(chunk, V) / T).log_softmax(-1)
         loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
     return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
 
@@ -162,7 +162,7 @@ def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
 
 
 def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: slice,
-               objective: Objective) -> tuple[Tensor, Tensor, Tensor | float]:
+               objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
 
     logits: the student's, (n, V) float32; the gradient is with respect to them. targets: (n,) of the chunk.
@@ -171,8 +171,9 @@ def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: 
     target = torch.where(is_target, targets, 0)[:, None]  # (n, 1)
     log_p = logits.log_softmax(-1)
     ce = -torch.where(is_target, log_p.gather(1, target)[:, 0], 0).sum()
-    kd, gradient = torch.zeros_like(ce), 0.0
+    kd, gradient = torch.zeros_like(ce), torch.zeros_like(ce)
     if alpha > 0:
+        assert teacher is not None
         loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
         kd = torch.where(is_target, loss, 0).sum()
         gradient.mul_(alpha)

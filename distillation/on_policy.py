@@ -43,7 +43,7 @@ def prompt_lengths(rows: np.ndarray) -> tuple[list[int], list[int]]:
 
 
 def rollout_batch(student: GPT, batch: dict[str, Any], seed: int, vocab_size: int,
-                  end_ids: set[int]) -> dict[str, Any]:
+                  end_ids: set[int | None]) -> dict[str, Any]:
     """The batch with a rollout of the student, sampled at temperature 1, after each prompt.
 
     batch: "input_ids" (B, T); "prompts" and "lengths", the `prompt_lengths` of its rows; "numbers", the rows'

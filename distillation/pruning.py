@@ -19,6 +19,7 @@ import math
 import re
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -52,8 +53,11 @@ def kept_layers(choice: str, depth: int) -> list[int]:
     return layers
 
 
-def pruned_config(teacher: GPTConfig, layers: list[int], widths: dict[str, int]) -> GPTConfig:
-    """The teacher's config with these layers and widths. Raises UserError for widths that do not fit."""
+def pruned_config(teacher: GPTConfig, layers: list[int], widths: dict[str, Any]) -> GPTConfig:
+    """The teacher's config with these layers and widths. widths: {key of WIDTHS: its value}.
+
+    Raises UserError if the widths do not fit the teacher.
+    """
     for key, value in widths.items():
         if value > getattr(teacher, key):
             raise UserError(f"{key}={value}: wider than the teacher, which has {getattr(teacher, key)}")
@@ -125,8 +129,8 @@ def rotated(state: dict[str, Tensor], basis: Tensor, width: int) -> dict[str, Te
         module, _, kind = name.rpartition(".")
         last = module.rpartition(".")[2]
         if last in READER_NORMS and kind == "weight":
-            layer = re.match(r"model\.layers\.\d+\.", name)[0]
-            tensor = tensor * state[f"{layer}{READER_NORMS[last]}.weight"] @ basis
+            block = ".".join(name.split(".")[:3])  # model.layers.<number>
+            tensor = tensor * state[f"{block}.{READER_NORMS[last]}.weight"] @ basis
         elif last in WRITERS:
             tensor = basis.T @ tensor
         elif name == "lm_head.weight":

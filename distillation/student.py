@@ -14,7 +14,7 @@ losses over the mapped pairs of layers.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -37,8 +37,10 @@ from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
 PROJECTIONS = "projections.safetensors"
-HIDDEN_LOSSES = {"mse": hidden_mse, "cosine": hidden_cosine, "sinkhorn": sinkhorn_loss,
-                 "info_nce": partial(info_nce, temperature=0.1)}
+HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
+    "mse": hidden_mse, "cosine": hidden_cosine, "sinkhorn": sinkhorn_loss,
+    "info_nce": partial(info_nce, temperature=0.1)}
+Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block: (B, heads, T, D) each, after the rotary embedding
 
 
 class LayerLosses(NamedTuple):
@@ -53,8 +55,8 @@ class LayerLosses(NamedTuple):
 class Student(GPT):
     """A GPT with a projection for each mapped layer whose width differs from the teacher's."""
 
-    def __init__(self, config: GPTConfig, pairs: list[tuple[int, int]] = (), teacher_width: int | None = None,
-                 seed: int = 0):
+    def __init__(self, config: GPTConfig, pairs: Sequence[tuple[int, int]] = (),
+                 teacher_width: int | None = None, seed: int = 0):
         """pairs: (student layer, teacher layer). teacher_width: None if no hidden states are compared."""
         super().__init__(config)
         self.pairs, self.seed = pairs, seed
@@ -98,13 +100,12 @@ class Student(GPT):
 class ActivationHooks:
     """Records what chosen blocks of a GPT computed in its latest forward pass.
 
-    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v), (B, heads, T, D) each,
-    after the rotary embedding.
+    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v).
     """
 
     def __init__(self, model: GPT, layers: list[int]):
         self.hidden: dict[int, Tensor] = {}
-        self.heads: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+        self.heads: dict[int, Heads] = {}
         for layer in set(layers):
             block = model.model["layers"][layer]
             block.register_forward_hook(partial(self.record_hidden, layer))
@@ -117,16 +118,16 @@ class ActivationHooks:
         self.heads[layer] = (q, k, v)
 
 
-def attention_loss(ours: tuple[Tensor, ...], theirs: tuple[Tensor, ...], weights: Tensor,
-                   document_ids: Tensor | None, kind: str) -> Tensor:
-    """The loss between two layers' (q, k, v), (B, heads, T, D) each; relations average over q, k and v."""
+def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Tensor | None,
+                   kind: str) -> Tensor:
+    """The loss between the attention of two layers; relations are averaged over q, k and v."""
     if kind == "mse":
-        return attention_mse(*ours[:2], *theirs[:2], weights=weights, document_ids=document_ids)
+        return attention_mse(ours[0], ours[1], theirs[0], theirs[1], weights, document_ids)
     total = weights.new_zeros(())
     for student, teacher in zip(ours, theirs, strict=True):
         heads = math.gcd(student.shape[1], teacher.shape[1])
-        flat = [x.transpose(1, 2).flatten(2) for x in (student, teacher)]  # (B, T, heads * D) each
-        total = total + relation_loss(*flat, heads, weights=weights, document_ids=document_ids)
+        student, teacher = (x.transpose(1, 2).flatten(2) for x in (student, teacher))  # (B, T, heads * D)
+        total = total + relation_loss(student, teacher, heads, weights, document_ids)
     return total / 3
 
 

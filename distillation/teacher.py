@@ -38,12 +38,12 @@ class ForeignTeacher(nn.Module):
             raise UserError(f"teacher={folder}: model.py does not have this architecture; to load it, run "
                             "pip install transformers") from None
         try:
-            self.inner = AutoModelForCausalLM.from_pretrained(
-                folder, trust_remote_code=False, use_safetensors=True, dtype=dtype).to(device)
+            inner: Any = AutoModelForCausalLM.from_pretrained(
+                folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
         except (ValueError, OSError) as error:  # the folder needs code of its own, or has no safetensors
             raise UserError(f"teacher={folder}: transformers cannot load it: {str(error).splitlines()[0]}"
                             ) from None
-        self.config = self.inner.config
+        self.inner, self.config = inner.to(device), inner.config
 
     def forward(self, input_ids: Tensor, document_ids: Tensor | None = None,
                 head: Callable[[Tensor, None], Any] | None = None) -> Any:
@@ -97,7 +97,7 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, 
     check_teacher_ids(folder, tokenizer)
     load = GPT.from_pretrained if is_ours(folder) else ForeignTeacher
     teacher: nn.Module = load(folder, device, dtype)
-    config = teacher.config
+    config: Any = teacher.config  # a GPTConfig, or one of transformers
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"teacher={source}: the model has {config.vocab_size:,} token ids, its tokenizer "
                         f"{tokenizer.vocab_size:,}")

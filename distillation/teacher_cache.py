@@ -162,14 +162,15 @@ class CacheWriter:
         row_bytes = rows.T * self.records.width
         self.rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // row_bytes)
         self.folder.mkdir(exist_ok=True)
-        self.meta = {"identity": identity, "rows": len(rows), "bytes_a_token": self.records.width,
-                     "shards": []}
+        self.meta: dict[str, Any] = {"identity": identity, "rows": len(rows),
+                                     "bytes_a_token": self.records.width, "shards": []}
         if (self.folder / "meta.json").is_file():
             self.meta["shards"] = read_meta(self.folder)["shards"]
             require_shards(self.folder, self.meta)
-        self.lock = lock_path(self.folder)
-        if self.lock is None:
+        lock = lock_path(self.folder)
+        if lock is None:
             raise UserError(f"{self.folder}: another process is writing this cache")
+        self.lock = lock
         need, free = (len(rows) - self.done) * row_bytes, shutil.disk_usage(self.folder).free
         if need > free:
             raise UserError(f"{self.folder}: needs {need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")

@@ -1,5 +1,5 @@
-"""Distillation as a whole: it learns from its teacher, online and from a cache, stops and resumes to the bit,
-does not care how it is split up, and never changes the teacher."""
+"""Distillation end to end: online and from a cache, resumed bit for bit, the same for any micro-batch size
+and number of ranks, and with an unchanged teacher."""
 
 import json
 import math
@@ -32,22 +32,22 @@ TINY = """--n_layer=1 --n_embd=32 --n_head=2 --intermediate_size=64 --block_size
     --micro_batch_size=4 --max_steps=20 --learning_rate=3e-3 --eval_tokens=1024 --device=cpu --log_interval=1
     --eval_interval=0 --save_interval=0""".split()
 PRUNED = [word for word in TINY if not word.startswith(("--n_", "--inter"))] + ["--student_layers=last:1"]
-INSIDE = ["--hidden_weight=1", "--attention_weight=0.5"]
+LAYER_LOSSES = ["--hidden_weight=1", "--attention_weight=0.5"]
 
 
-def words(trained, data, out, *more, sizes=TINY):
+def arguments(trained, data, out, *more, sizes=TINY):
     return [*sizes, f"--teacher={trained}", f"--dataset={data}", f"--out_dir={out}", *more]
 
 
-def run(*given, sizes=TINY):
-    told = words(*given, sizes=sizes)
-    distill.main(told)
-    return events(given[2])
+def run(*args, sizes=TINY):
+    argv = arguments(*args, sizes=sizes)
+    distill.main(argv)
+    return events(args[2])
 
 
 def cache(trained, data, *more):
-    told = [f"--teacher={trained}", f"--dataset={data}", "--block_size=64", "--device=cpu"]
-    cache_teacher.main([*told, *more])
+    argv = [f"--teacher={trained}", f"--dataset={data}", "--block_size=64", "--device=cpu"]
+    cache_teacher.main([*argv, *more])
 
 
 # ---- It learns --------------------------------------------------------------------------------------------
@@ -61,21 +61,21 @@ def cache(trained, data, *more):
         ["--divergence=jsd", "--alpha=1"],
         ["--divergence=mse", "--alpha=0.1"],
         ["--alpha=0"],
-        INSIDE,
-        [*INSIDE, "--hidden_loss=mse", "--attention_loss=mse", "--layer_map=last"],
+        LAYER_LOSSES,
+        [*LAYER_LOSSES, "--hidden_loss=mse", "--attention_loss=mse", "--layer_map=last"],
         ["--hidden_weight=1", "--hidden_loss=info_nce", "--layer_map=uniform_consecutive"],
         ["--hidden_weight=1", "--hidden_loss=sinkhorn"],
         ["--ternary=True"],
         ["--on_policy=0.5"],
-        ["--dtype=bfloat16", *INSIDE],
+        ["--dtype=bfloat16", *LAYER_LOSSES],
     ],
 )
 def test_it_learns(trained, data, tmp_path, more):
     before = weights_sha256(hf.find_folder(trained))
-    found = run(trained, data, tmp_path / "a", *more)
-    assert losses(found)[-1] < losses(found)[0] - 0.15
-    last = found[-1]
-    assert last["val_teacher_loss"] < last["val_loss"] < losses(found)[0]
+    log = run(trained, data, tmp_path / "a", *more)
+    assert losses(log)[-1] < losses(log)[0] - 0.15
+    last = log[-1]
+    assert last["val_teacher_loss"] < last["val_loss"] < losses(log)[0]
     assert 0 < last["val_kl"] < last["val_loss"] and 0 <= last["val_agreement"] <= 1
     assert last["val_perplexity"] == pytest.approx(math.exp(last["val_loss"]))
     assert weights_sha256(hf.find_folder(trained)) == before
@@ -83,10 +83,10 @@ def test_it_learns(trained, data, tmp_path, more):
     assert GPT.from_pretrained(folder).config.n_embd == 32
 
 
-def test_inside_losses_fall_and_projections_are_kept(trained, data, tmp_path):
-    found = run(trained, data, tmp_path / "a", *INSIDE)
-    inside = [(event["hidden"], event["attention"]) for event in found if "hidden" in event]
-    assert inside[-1][0] < 0.9 * inside[0][0] and all(np.isfinite(inside).flatten())
+def test_layer_losses_fall_and_projections_are_saved(trained, data, tmp_path):
+    log = run(trained, data, tmp_path / "a", *LAYER_LOSSES)
+    features = [(event["hidden"], event["attention"]) for event in log if "hidden" in event]
+    assert features[-1][0] < 0.9 * features[0][0] and all(np.isfinite(features).flatten())
     folder = hf.find_folder(tmp_path / "a")
     assert (folder / "projections.safetensors").is_file()
     import transformers
@@ -95,33 +95,33 @@ def test_inside_losses_fall_and_projections_are_kept(trained, data, tmp_path):
     assert theirs.config.hidden_size == 32
 
 
-def test_a_student_cut_out_of_the_teacher_begins_ahead(trained, data, tmp_path):
-    begun = losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=PRUNED))[0]
+def test_a_pruned_student_starts_better(trained, data, tmp_path):
+    pruned = losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=PRUNED))[0]
     scratch = losses(run(trained, data, tmp_path / "b", "--max_steps=1"))[0]
-    assert begun < scratch - 0.1
-    found = run(trained, data, tmp_path / "c", "--n_embd=32", "--intermediate_size=64", sizes=PRUNED)
-    assert losses(found)[-1] < losses(found)[0]
+    assert pruned < scratch - 0.1
+    log = run(trained, data, tmp_path / "c", "--n_embd=32", "--intermediate_size=64", sizes=PRUNED)
+    assert losses(log)[-1] < losses(log)[0]
     config = GPT.from_pretrained(tmp_path / "c").config
     assert (config.n_layer, config.n_embd, config.n_head, config.head_dim) == (1, 32, 4, 16)
 
 
 def test_the_teacher_itself_has_nothing_to_learn(trained, data, tmp_path):
     sizes = [word for word in PRUNED if "layers" not in word] + ["--student_layers=0,1", "--alpha=1"]
-    found = run(trained, data, tmp_path / "a", "--max_steps=1", "--learning_rate=1e-9", sizes=sizes)
-    assert abs(found[0]["divergence"]) < 1e-6
-    assert found[-1]["val_kl"] == pytest.approx(0, abs=1e-5) and found[-1]["val_agreement"] > 0.999
+    log = run(trained, data, tmp_path / "a", "--max_steps=1", "--learning_rate=1e-9", sizes=sizes)
+    assert abs(log[0]["divergence"]) < 1e-6
+    assert log[-1]["val_kl"] == pytest.approx(0, abs=1e-5) and log[-1]["val_agreement"] > 0.999
 
 
-def test_chats_are_distilled_at_the_assistants_words(trained, chats, data, tmp_path, capsys):
-    """From a teacher with chat tokens; the first word of an answer is trained, as all are."""
+def test_chats_are_distilled_at_the_assistants_tokens(trained, chats, data, tmp_path, capsys):
+    """The teacher has the chat tokens. The first token of an answer is trained too."""
     import sft
 
     short = [word for word in PRUNED if "layers" not in word]
     chats = shutil.copytree(chats, tmp_path / "chats")
     sft.main([*short, f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={tmp_path / 'teacher'}"])
-    found = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
-    assert found[-1]["val_loss"] < losses(found)[0]
-    assert "val_bits_per_byte" not in found[-1]
+    log = run(tmp_path / "teacher", chats, tmp_path / "a", "--packing=False")
+    assert log[-1]["val_loss"] < losses(log)[0]
+    assert "val_bits_per_byte" not in log[-1]
     assert f"sample.py --model={tmp_path / 'a'} --chat=True\n" in capsys.readouterr().out
     cache(tmp_path / "teacher", chats, "--method=topk", "--k=506")
     cached = run(tmp_path / "teacher", chats, tmp_path / "b", "--cache=topk")
@@ -135,15 +135,15 @@ def test_stages_change_what_is_learned(trained, data, tmp_path):
 stages = [dict(steps=6, alpha=0.0, hidden_weight=1.0, lr_multipliers={"embed_tokens": 0.0}),
           dict(steps=6, restart=True, temperature=2.0)]
 """)
-    told = [word for word in words(trained, data, tmp_path / "a") if "max_steps" not in word]
-    distill.main([str(config), *told])
+    argv = [word for word in arguments(trained, data, tmp_path / "a") if "max_steps" not in word]
+    distill.main([str(config), *argv])
     whole = events(tmp_path / "a")
     first = [event for event in whole if event.get("step", 0) <= 6 and "divergence" in event]
     second = [event for event in whole if event.get("step", 0) > 6 and "divergence" in event]
     assert all(event["divergence"] == 0 < event["hidden"] for event in first)
     assert all(event["hidden"] == 0 < event["divergence"] for event in second)
     state = torch.load(tmp_path / "a" / "step_000006" / "trainer" / "state.pt", weights_only=True)
-    assert not any("embed_tokens" in name for name in state["optimizer"]), "the frozen have no state"
+    assert not any("embed_tokens" in name for name in state["optimizer"]), "frozen parameters have no state"
 
 
 # ---- From a cache -----------------------------------------------------------------------------------------
@@ -151,7 +151,7 @@ stages = [dict(steps=6, alpha=0.0, hidden_weight=1.0, lr_multipliers={"embed_tok
 
 @pytest.fixture(scope="module")
 def little(trained, tmp_path_factory):
-    """Some 20,000 tokens, which a teacher reads in a second."""
+    """About 20,000 tokens, which a teacher reads in a second."""
     folder = tmp_path_factory.mktemp("little") / "text"
     source = Path(json.__file__).parent
     prepare(PrepareConfig(source=str(source), out=str(folder), tokenizer=str(trained), val_fraction=0.2,
@@ -161,7 +161,7 @@ def little(trained, tmp_path_factory):
 
 @pytest.fixture
 def own_data(little, tmp_path):
-    """A copy of it, for caches to stand beside."""
+    """A copy, so that each test has its own caches."""
     return shutil.copytree(little, tmp_path / "little")
 
 
@@ -170,9 +170,9 @@ def test_the_whole_teacher_from_a_cache_is_the_teacher(trained, own_data, tmp_pa
     expected = run(trained, own_data, tmp_path / "online", "--temperature=2")
     for values, tolerance in (("float32", 1e-5), ("float16", 3e-3)):
         cache(trained, own_data, "--method=topk", "--k=500", f"--values={values}", "--temperature=2")
-        found = run(trained, own_data, tmp_path / values, "--temperature=2", "--cache=topk")
+        log = run(trained, own_data, tmp_path / values, "--temperature=2", "--cache=topk")
         for key in ("loss", "divergence"):
-            ours, theirs = ([e[key] for e in each if key in e] for each in (found, expected))
+            ours, theirs = ([e[key] for e in each if key in e] for each in (log, expected))
             np.testing.assert_allclose(ours, theirs, rtol=tolerance)
         shutil.rmtree(next(own_data.glob("teacher_*")))
 
@@ -182,49 +182,49 @@ def test_it_learns_from_a_cache(trained, own_data, tmp_path, method, capsys):
     cache(trained, own_data, f"--method={method}")
     width = {"topk": 64 * 2 + 65 * 2, "sample": 64}[method]
     assert f"tokens, {width} bytes each" in capsys.readouterr().out
-    found = run(trained, own_data, tmp_path / "a", f"--cache={method}")
-    assert losses(found)[-1] < losses(found)[0] - 0.15 and "val_kl" not in found[-1]
+    log = run(trained, own_data, tmp_path / "a", f"--cache={method}")
+    assert losses(log)[-1] < losses(log)[0] - 0.15 and "val_kl" not in log[-1]
 
 
-def test_a_cache_that_was_cut_goes_on(trained, own_data, tmp_path, monkeypatch):
-    """Killed in its second shard, it loses that one and ends as if nothing had been."""
+def test_a_cache_that_was_interrupted_continues(trained, own_data, tmp_path, monkeypatch):
+    """Killed in its second shard, it loses that shard only, and the result is the same."""
     from distillation import teacher_cache
 
     rows = Rows(DataFolder(own_data), "train", 64)
     identity = teacher_cache.identity_of(rows, weights_sha256(hf.find_folder(trained)), False)
     spec = teacher_cache.CacheSpec("sample", 1.5, 8)
     teacher = load_teacher(trained, Tokenizer.load(own_data), "cpu", torch.float32, 64)
-    asked = []
+    calls = []
 
     @torch.no_grad()
-    def ask(numbers):
-        asked.append(len(numbers))
-        if len(asked) == 5:
+    def run_teacher(numbers):
+        calls.append(len(numbers))
+        if len(calls) == 5:
             raise KeyboardInterrupt
         ids = torch.from_numpy(rows.read(numbers)[:, :-1])
         return DenseTeacher(teacher(ids).flatten(0, 1), None)
 
     with pytest.raises(KeyboardInterrupt):
-        teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30).fill(ask, 10)
+        teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30).fill(run_teacher, 10)
     with pytest.raises(UserError, match="has 30 of .* rows. Make it: again"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
     writer = teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30)
     assert writer.done == 30
-    writer.fill(ask, 10)
-    found = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
-    teacher_cache.verify(found.folder)
-    got = found.records.decode(found.read(31))
+    writer.fill(run_teacher, 10)
+    reader = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
+    teacher_cache.verify(reader.folder)
+    got = reader.records.decode(reader.read(31))
     assert got["teacher_ids"].shape == (64, 8) and got["teacher_probs"].unique().item() == 1 / 8
-    path = found.folder / "train_00001.cache"
+    path = reader.folder / "train_00001.cache"
     path.write_bytes(b"x" + path.read_bytes()[1:])
     with pytest.raises(UserError, match="does not match its sha256"):
-        teacher_cache.verify(found.folder)
+        teacher_cache.verify(reader.folder)
     path.write_bytes(path.read_bytes()[:-1])
     with pytest.raises(UserError, match="missing, or not .* bytes long"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
 
 
-def test_a_cache_of_something_else_is_refused(trained, own_data, tmp_path):
+def test_a_cache_with_another_identity_is_refused(trained, own_data, tmp_path):
     cache(trained, own_data, "--method=sample")
     for more, reason in ((["--temperature=2"], "temperature"), (["--block_size=60"], "block_size"),
                          (["--document_mask=True"], "document_mask")):  # fmt: skip
@@ -233,15 +233,15 @@ def test_a_cache_of_something_else_is_refused(trained, own_data, tmp_path):
             run(trained, own_data, tmp_path / "a", "--cache=sample", *more)
     config = tmp_path / "stages.py"
     config.write_text("stages = [dict(steps=2), dict(steps=2, temperature=4.0)]\n")
-    told = [word for word in words(trained, own_data, tmp_path / "a") if "max_steps" not in word]
+    argv = [word for word in arguments(trained, own_data, tmp_path / "a") if "max_steps" not in word]
     with pytest.raises(UserError, match="temperature and document_mask cannot change with a cache"):
-        distill.main([str(config), *told, "--cache=sample"])
+        distill.main([str(config), *argv, "--cache=sample"])
     cache(trained, own_data, "--method=sample", "--k=8")
     with pytest.raises(UserError, match="teacher_.*teacher_.* all match; delete all but one"):
         run(trained, own_data, tmp_path / "a", "--cache=sample")
 
 
-def test_a_damaged_cache_stops_nobody_who_does_not_read_it(trained, own_data, tmp_path):
+def test_a_damaged_cache_does_no_harm_if_it_is_not_read(trained, own_data, tmp_path):
     cache(trained, own_data, "--method=sample", "--k=8")
     damaged = own_data / "teacher_0123456789ab"
     damaged.mkdir()
@@ -252,7 +252,7 @@ def test_a_damaged_cache_stops_nobody_who_does_not_read_it(trained, own_data, tm
 
 
 def test_a_cache_is_made_chunk_by_chunk(trained, own_data, monkeypatch):
-    """The same records, and no more positions' logits at a time than a chunk has."""
+    """The records are the same for any chunk size, and only one chunk of logits is computed at a time."""
     from distillation import teacher_cache
 
     written, seen = [], []
@@ -268,16 +268,16 @@ def test_a_cache_is_made_chunk_by_chunk(trained, own_data, monkeypatch):
     assert written[0] == written[1] and set(seen) == {(64, 500), (7, 500), (1, 500)}
 
 
-def test_a_disk_that_is_too_small(trained, own_data, monkeypatch):
+def test_a_disk_without_enough_space_is_refused(trained, own_data, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     with pytest.raises(UserError, match="GB, the disk has 0.0 free"):
         cache(trained, own_data, "--method=sample", "--k=9")
 
 
-# ---- Exact ------------------------------------------------------------------------------------------------
+# ---- Exactness --------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("more", [INSIDE, ["--on_policy=0.5"], ["--cache=sample"]])
+@pytest.mark.parametrize("more", [LAYER_LOSSES, ["--on_policy=0.5"], ["--cache=sample"]])
 def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, monkeypatch):
     if "--cache=sample" in more:
         cache(trained, own_data, "--method=sample")
@@ -292,18 +292,18 @@ def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, 
 def test_killed_and_started_again_is_the_same_run(trained, data, tmp_path):
     more = ["--save_interval=3", "--max_steps=10"]
     run(trained, data, tmp_path / "whole", *more, sizes=PRUNED)
-    told = words(trained, data, tmp_path / "killed", *more, sizes=PRUNED)
-    kill_in_step(5, distill.main, told)
-    distill.main(told)
+    argv = arguments(trained, data, tmp_path / "killed", *more, sizes=PRUNED)
+    kill_in_step(5, distill.main, argv)
+    distill.main(argv)
     assert_equal(tmp_path / "whole", tmp_path / "killed")
 
 
-def on_two_ranks(*given):
-    run(*given)
+def on_two_ranks(*args):
+    run(*args)
 
 
 def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, data, tmp_path, two_ranks):
-    """Nor on how the teacher is sharded."""
+    """Also if the teacher is sharded, and if the student writes the text."""
     more = ["--optimizer=adamw", "--hidden_weight=1", "--attention_weight=1", "--max_steps=10"]
     expected = losses(run(trained, data, tmp_path / "one", *more))
     small = losses(run(trained, data, tmp_path / "small", *more, "--micro_batch_size=1"))
@@ -317,16 +317,16 @@ def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, data, tmp_path
     np.testing.assert_allclose(losses(events(tmp_path / "own")), expected, rtol=1e-5)
 
 
-def staged(config, *told):
-    distill.main([str(config), *told])
+def staged(config, *argv):
+    distill.main([str(config), *argv])
 
 
-def test_two_ranks_pass_a_border_between_stages(trained, data, tmp_path, two_ranks):
-    """Into a stage that does not use the projections of the first."""
+def test_two_ranks_pass_from_one_stage_to_the_next(trained, data, tmp_path, two_ranks):
+    """The second stage does not use the projections of the first."""
     config = tmp_path / "two.py"
     config.write_text("stages = [dict(steps=2, hidden_weight=1.0), dict(steps=3)]\n")
-    told = [word for word in words(trained, data, tmp_path / "a") if "max_steps" not in word]
-    two_ranks(staged, str(config), *map(str, told))
+    argv = [word for word in arguments(trained, data, tmp_path / "a") if "max_steps" not in word]
+    two_ranks(staged, str(config), *map(str, argv))
     assert len(losses(events(tmp_path / "a"))) == 5
 
 
@@ -334,7 +334,7 @@ def test_two_ranks_pass_a_border_between_stages(trained, data, tmp_path, two_ran
 
 
 def test_a_teacher_of_transformers(tmp_path, data):
-    """An architecture that model.py does not have gives the losses its logits give."""
+    """An architecture that model.py does not have: the logits are those of transformers."""
     transformers = pytest.importorskip("transformers")
     tokenizer = Tokenizer.load(data)
     config = transformers.GPTNeoXConfig(
@@ -348,8 +348,8 @@ def test_a_teacher_of_transformers(tmp_path, data):
     assert isinstance(teacher, ForeignTeacher)
     ids = torch.arange(40)[None]
     torch.testing.assert_close(teacher(ids), theirs.eval()(ids).logits)
-    found = run(folder, data, tmp_path / "a", "--max_steps=3")
-    assert found[-1]["val_kl"] > 0
+    log = run(folder, data, tmp_path / "a", "--max_steps=3")
+    assert log[-1]["val_kl"] > 0
 
 
 def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):
@@ -371,8 +371,8 @@ def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):
         run(small, data, tmp_path / "a")
 
 
-def test_the_model_that_is_read_is_never_deleted(trained, data, tmp_path):
-    """Nor a finished run, by a command that is refused."""
+def test_a_model_that_the_run_reads_is_never_deleted(trained, data, tmp_path):
+    """A refused command does not delete a finished run either."""
     own = shutil.copytree(trained, tmp_path / "own")
     for more in ([f"--init_from={own}"], []):
         teacher = trained if more else own
@@ -387,23 +387,23 @@ def test_the_model_that_is_read_is_never_deleted(trained, data, tmp_path):
 
 
 def test_a_students_own_text_does_not_depend_on_micro_batches(trained, data, tmp_path):
-    found = [losses(run(trained, data, tmp_path / size, "--on_policy=1", f"--micro_batch_size={size}",
+    both = [losses(run(trained, data, tmp_path / size, "--on_policy=1", f"--micro_batch_size={size}",
                         "--max_steps=3")) for size in ("1", "8")]  # fmt: skip
-    np.testing.assert_allclose(*found, rtol=1e-5)
+    np.testing.assert_allclose(*both, rtol=1e-5)
 
 
 def test_padded_columns_are_cut(data, tmp_path):
-    """A teacher with more rows than its tokenizer has ids."""
+    """The teacher's output matrix has more rows than its tokenizer has ids."""
     folder = tmp_path / "padded"
     busy_model(tiny_config(vocab_size=640)).save_pretrained(folder)
     Tokenizer.load(data).save(folder)
-    found = run(folder, data, tmp_path / "a", "--max_steps=2")
-    assert np.isfinite(found[-1]["val_kl"])
+    log = run(folder, data, tmp_path / "a", "--max_steps=2")
+    assert np.isfinite(log[-1]["val_kl"])
     config = GPT.from_pretrained(tmp_path / "a").config
     assert config.vocab_size == 500
 
 
-def test_projections_start_from_their_names():
+def test_projections_are_seeded_by_their_names():
     student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
     assert student.projected(1, torch.ones(1, 2, 64)).shape == (1, 2, 96)
     other = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96, seed=1)
@@ -413,16 +413,16 @@ def test_projections_start_from_their_names():
     assert not list(same.projections) and same.projected(0, torch.ones(3)).tolist() == [1, 1, 1]
 
 
-def test_projections_of_another_teacher_start_anew(tmp_path):
+def test_projections_of_another_width_are_redrawn(tmp_path):
     student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
     student.save_pretrained(tmp_path)
     for width in (96, 80):
-        taught = Student(tiny_config(), [(0, 1)], teacher_width=width, seed=1)
-        before = taught.projections["0"].weight.clone()
-        taught.load(tmp_path)
+        other = Student(tiny_config(), [(0, 1)], teacher_width=width, seed=1)
+        before = other.projections["0"].weight.clone()
+        other.load(tmp_path)
         expected = student.projections["0"].weight if width == 96 else before
-        assert torch.equal(taught.projections["0"].weight, expected)
-        assert torch.equal(taught.head_weight, student.head_weight)
+        assert torch.equal(other.projections["0"].weight, expected)
+        assert torch.equal(other.head_weight, student.head_weight)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Losses against a teacher: float64 numpy, autograd, limits, and cached teachers against the whole."""
+"""Distillation losses: against float64 numpy and autograd, at their limits, and with cached teachers."""
 
 import math
 
@@ -22,7 +22,7 @@ V, P, C = 100, 128, 16
 
 
 def in_numpy(z, y, kind, beta, T):
-    """The divergence of each row as its definition says, in float64."""
+    """The divergence of each row by its definition, in float64."""
 
     def softmax(x):
         e = np.exp(x - x.max(-1, keepdims=True))
@@ -42,7 +42,7 @@ def in_numpy(z, y, kind, beta, T):
 
 
 def in_autograd(z, y, kind, beta, T):
-    """The same from torch's operations, for its gradient."""
+    """The same in torch operations, for its gradient."""
     p, q = (z / T).softmax(-1), (y / T).softmax(-1)
     m = beta * q + (1 - beta) * p
     if kind == "forward_kl":
@@ -82,7 +82,7 @@ def test_mse_is_of_the_logits():
 @pytest.mark.parametrize("T", [0.05, 1.0, 10.0])
 @pytest.mark.parametrize("kind", [*KINDS, "mse"])
 def test_hard_teachers_are_finite(kind, T):
-    """Impossible tokens, a teacher that is sure, one that knows nothing; a student sure of another."""
+    """Teachers: impossible tokens, one-hot, uniform. Students: uniform, and one-hot at another token."""
     y = torch.zeros(4, V)
     y[0, 1:] = -1e30 if kind == "mse" else -math.inf
     y[1, ::2] = 0.0 if kind == "mse" else -math.inf
@@ -104,7 +104,7 @@ def test_a_divergence_is_zero_for_the_teacher_itself():
 
 
 def test_jsd_stays_within_ln_2():
-    """One-hot against another one-hot is the largest it can be."""
+    """Two different one-hot distributions have the largest value."""
     apart = torch.full((1, V), -80.0)
     one, other = apart.clone(), apart.clone()
     one[0, 0], other[0, 1] = 80.0, 80.0
@@ -138,7 +138,7 @@ def head_inputs(n=1100):
 
 @pytest.mark.parametrize("alpha", [0.0, 0.3, 1.0])
 def test_the_head_is_the_plain_loss(alpha):
-    """Over several chunks; padding on both sides is cut, ignored positions count nothing."""
+    """Over several chunks. The padding of both models is dropped, and ignored positions count nothing."""
     hidden, weight, targets, teacher = head_inputs()
     loss, ce, kd = linear_distillation(hidden, weight, targets, teacher, V, Objective(alpha, 2.0))
     grads = torch.autograd.grad(loss, (hidden, weight))
@@ -171,8 +171,8 @@ def test_frozen_tables_get_no_gradient():
     assert hidden.grad.abs().sum() > 0 and weight.grad is None
 
 
-def test_compared_by_hand():
-    """Two positions: the teacher says 1/2, 1/4, 1/4; the student 1/3 each, then the teacher's own."""
+def test_comparison_sums_by_hand():
+    """Two positions. Teacher: 1/2, 1/4, 1/4 at both. Student: 1/3 each, then the same as the teacher."""
     teacher = torch.tensor([[0.5, 0.25, 0.25]] * 2).log()
     student = torch.stack((torch.zeros(3), teacher[1]))
     sums = comparison_sums(student, torch.eye(3), torch.tensor([0, 1]), DenseTeacher(teacher, None), 3)
@@ -201,8 +201,8 @@ def test_all_tokens_kept_is_the_whole_teacher(T):
         assert (one - two).norm() <= 1e-6 * two.norm()
 
 
-def test_the_rest_is_one_more_outcome():
-    """By hand: q = 1/2, 1/4, 1/8, 1/8 of which two are kept, p uniform: KL over 1/2, 1/4 and 1/4."""
+def test_all_other_tokens_are_one_outcome():
+    """By hand: q = 1/2, 1/4, 1/8, 1/8 with two tokens kept, p uniform: KL over the outcomes 1/2, 1/4, 1/4."""
     log_q = torch.tensor([[0.5, 0.25, 0.125, 0.125]]).log()
     z = torch.zeros(1, 4, requires_grad=True)
     loss, grad = soft_loss(z.detach(), sparse(log_q, 2), slice(None), Objective(1.0))
@@ -219,7 +219,7 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
     drawn = SparseTeacher(ids, torch.full((many, 8), 1 / 8))
     mean = soft_loss(z.expand(many, V), drawn, slice(None), Objective(1.0))[1].mean(0)
     top, kept = log_q.topk(8)
-    sharp = SparseTeacher(kept[None], top.softmax(-1)[None])  # renormalised, the rest forgotten
+    sharp = SparseTeacher(kept[None], top.softmax(-1)[None])  # scaled to sum 1, the other tokens dropped
     biased = soft_loss(z[None], sharp, slice(None), Objective(1.0))[1][0]
     assert (mean - whole).norm() < 0.02 * whole.norm()
     assert (biased - whole).norm() > 0.3 * whole.norm()

@@ -21,7 +21,7 @@ from distillation.layer_losses import (
 
 
 def attention_of_vectors(student, teacher, weights):
-    """attention_mse of vectors (B, T, C) that are cut into four heads, each its own query and key."""
+    """attention_mse of vectors (B, T, C), cut into four heads; the same vectors are queries and keys."""
     student, teacher = (x.unflatten(-1, (4, -1)).transpose(1, 2) for x in (student, teacher))
     return attention_mse(student, student, teacher, teacher, weights)
 
@@ -94,7 +94,7 @@ def test_mse_and_cosine_equal_numpy():
 @with_documents
 @pytest.mark.parametrize("teacher_heads", [4, 2])
 def test_attention_equals_numpy(teacher_heads, documents):
-    """Grouped keys in the student; a teacher of another width, and of as many heads or fewer."""
+    """The student has grouped keys. The teacher has another width, and the same number of heads or fewer."""
     student = queries_and_keys(H=4, K=2)
     teacher = queries_and_keys(H=teacher_heads, K=teacher_heads, D=10, seed=1)
     s, t = (numpy_attention(*each, documents) for each in (student, teacher))
@@ -182,7 +182,7 @@ def test_attention_and_relation_by_hand():
 
 
 def test_info_nce_by_hand():
-    """Two orthogonal pairs at temperature 1 / ln 3: each finds its own with probability 3 / (3 + 1)."""
+    """Two orthogonal pairs at temperature 1 / ln 3: the right one has probability 3 / (3 + 1)."""
     x = 5 * torch.eye(2)[None]
     total = info_nce(x, x, torch.ones(1, 2), temperature=1 / math.log(3))
     assert total.item() == pytest.approx(2 * math.log(4 / 3))
@@ -210,7 +210,8 @@ def test_what_all_vectors_share_costs_sinkhorn_no_precision():
 
 
 def test_one_outsized_vector_does_not_blur_the_plan_of_the_others():
-    """As first tokens have in real models: each still goes to its own, which costs what hidden_mse says."""
+    """Real models have such a vector at the first token. All others still go to their own position, so the
+    cost is that of hidden_mse."""
     student, weights = problem(T=40, C=64)[0], torch.ones(2, 40)
     student[:, 0] *= 100
     teacher = student + 0.1
@@ -219,7 +220,7 @@ def test_one_outsized_vector_does_not_blur_the_plan_of_the_others():
 
 
 def test_info_nce_bounds_the_information_by_log_n():
-    """log(n) - loss / n: at most log(n), nearly so for equal vectors, 0 where nothing can be told apart."""
+    """log(n) - loss / n is at most log(n), nearly log(n) if student and teacher agree, and 0 for zeros."""
     student, teacher, weights = problem(B=1, T=40)
     n = weights.sum().item()
     found, lost, blank = (math.log(n) - info_nce(s, teacher, weights, 0.05).item() / n
@@ -279,7 +280,7 @@ def test_no_weight_gives_zero_and_zero_gradients(loss):
     total = loss(student, teacher, torch.zeros_like(weights))
     total.backward()
     assert total.item() == 0 and student.grad.abs().max() == 0
-    weights[0] = 0  # one empty sequence beside a full one
+    weights[0] = 0  # one empty sequence and one full one
     assert loss(student, teacher, weights).isfinite()
 
 
@@ -317,7 +318,7 @@ def test_bfloat16_inputs_and_autocast_are_computed_in_float32(loss):
         assert torch.equal(loss(*rounded, weights), exact)
 
 
-@each_loss("sinkhorn")  # whose plan is held fixed: see below
+@each_loss("sinkhorn")  # its plan is held fixed: see below
 def test_gradients_equal_finite_differences(loss):
     """Along one random direction."""
     student, teacher, weights = problem()
@@ -349,7 +350,7 @@ def test_sinkhorn_descent_moves_the_student_onto_the_teacher():
     for _ in range(60):
         student.requires_grad_()
         (gradient,) = torch.autograd.grad(sinkhorn_loss(student, teacher, weights), student)
-        student = (student - 24 / 4 * gradient).detach()  # half of the way to the planned place, a step
+        student = (student - 24 / 4 * gradient).detach()  # each step goes half of the way
     assert sinkhorn_loss(student, teacher, weights).item() < 0.02 * before
 
 

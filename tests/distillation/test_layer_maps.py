@@ -1,4 +1,4 @@
-"""distillation/layer_maps.py: maps by hand, and their promises at every pair of depths up to 13."""
+"""Layer maps: worked examples, and properties that hold for every pair of depths up to 13."""
 
 import pytest
 

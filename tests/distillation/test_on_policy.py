@@ -1,4 +1,4 @@
-"""Rows that the student goes on with itself: where they begin, what it writes, and what is trained."""
+"""On-policy rows: the length of the prompts, what the student writes, and which tokens are targets."""
 
 import shutil
 
@@ -18,13 +18,13 @@ from tests.runs import events
 from tests.test_distill import TINY
 
 
-def test_text_begins_with_a_quarter():
+def test_the_prompt_of_text_is_a_quarter_of_the_row():
     assert prompt_lengths(np.zeros((2, 65))) == ([16, 16], [49, 49])
     assert prompt_lengths(np.zeros((1, 3))) == ([1], [2])
 
 
-def test_a_chat_begins_with_all_before_its_last_answer():
-    """By hand: targets at positions 2, 3 and 5, 6, 7 of eight; then at 0, 1 alone."""
+def test_the_prompt_of_a_chat_is_everything_before_its_last_answer():
+    """By hand. First row: targets at positions 2, 3 and 5, 6, 7 of eight. Second row: at 0 and 1 only."""
     rows = np.zeros((2, 3, 8), dtype=np.int64)
     rows[:, 1] = IGNORE
     rows[0, 1, [2, 3, 5, 6, 7]] = 9
@@ -50,25 +50,25 @@ def batch_for(model, lengths, numbers):
     return {"input_ids": ids, "prompts": prompts, "lengths": lengths, "numbers": numbers, "count": 1}
 
 
-def test_the_students_words_and_those_alone_are_targets():
+def test_only_the_students_tokens_are_targets():
     model = busy_model(tiny_config())
     batch = batch_for(model, [6, 11, 3], [0, 1, 2])
-    made = rollout_batch(model, batch, 1, 500, set())
-    assert made["input_ids"].shape == (3, 19) and len(made["targets"]) == 20
-    flat = torch.cat((made["input_ids"], torch.zeros(3, 1, dtype=torch.int64)), 1)  # (3, T + 1)
+    new = rollout_batch(model, batch, 1, 500, set())
+    assert new["input_ids"].shape == (3, 19) and len(new["targets"]) == 20
+    flat = torch.cat((new["input_ids"], torch.zeros(3, 1, dtype=torch.int64)), 1)  # (3, T + 1)
     expected, places = [], []
     for row, (prompt, length) in enumerate(zip(batch["prompts"], batch["lengths"], strict=True)):
-        assert torch.equal(made["input_ids"][row, :prompt], batch["input_ids"][row, :prompt])
+        assert torch.equal(new["input_ids"][row, :prompt], batch["input_ids"][row, :prompt])
         places += [row * 19 + prompt - 1 + k for k in range(length)]
         expected += flat[row, prompt:prompt + length - 1].tolist()
-    assert made["positions"].tolist() == places
-    last = {5, 16, 19}  # the words that end a row are targets, and no inputs
-    assert [t for k, t in enumerate(made["targets"].tolist()) if k not in last] == expected
+    assert new["positions"].tolist() == places
+    last = {5, 16, 19}  # the last token of each row is a target, but not an input
+    assert [t for k, t in enumerate(new["targets"].tolist()) if k not in last] == expected
     assert model.training
 
 
-def test_a_row_ends_with_an_end():
-    """At its first id of `end_ids`; and what a row is follows from its number alone."""
+def test_a_rollout_ends_at_an_end_token():
+    """It ends at the first id of `end_ids`, and depends on the row number only, not on the other rows."""
     model = busy_model(tiny_config())
     batch = batch_for(model, [11, 11, 11], [4, 5, 6])
     whole = rollout_batch(model, batch, 1, 500, set())["targets"].view(3, 11)
@@ -84,11 +84,11 @@ def test_a_row_ends_with_an_end():
 
 @pytest.fixture(scope="module")
 def teacher(trained, chats, tmp_path_factory):
-    """A teacher that knows the chat tokens, and chats beside it."""
+    """A teacher that knows the chat tokens, and a copy of the chats."""
     folder = tmp_path_factory.mktemp("own")
     data = shutil.copytree(chats, folder / "chats")
-    words = [word for word in TINY if not word.startswith(("--n_", "--inter"))]
-    sft.main([*words, f"--init_from={trained}", f"--dataset={data}", f"--out_dir={folder / 'teacher'}"])
+    argv = [arg for arg in TINY if not arg.startswith(("--n_", "--inter"))]
+    sft.main([*argv, f"--init_from={trained}", f"--dataset={data}", f"--out_dir={folder / 'teacher'}"])
     return folder / "teacher", data
 
 
@@ -97,21 +97,21 @@ def run(teacher, out, *more):
     return events(out)
 
 
-def test_chats_of_its_own(teacher, tmp_path):
+def test_the_student_answers_chats(teacher, tmp_path):
     """The loss is the divergence alone, and the log names it so. The micro-batch size changes nothing in the
     first step; later its rounding may change a sampled token."""
     more = ["--packing=False", "--on_policy=1", "--optimizer=adamw", "--max_steps=8"]
-    found = run(teacher, tmp_path / "a", *more)
-    own = [event["own_divergence"] for event in found if "own_divergence" in event]
+    log = run(teacher, tmp_path / "a", *more)
+    own = [event["own_divergence"] for event in log if "own_divergence" in event]
     assert len(own) == 8 and np.isfinite(own).all()
-    assert not any("loss" in event or "divergence" in event for event in found)
-    assert found[-1]["val_kl"] > 0
+    assert not any("loss" in event or "divergence" in event for event in log)
+    assert log[-1]["val_kl"] > 0
     small = run(teacher, tmp_path / "b", *more[:-1], "--micro_batch_size=1", "--max_steps=2")
     np.testing.assert_allclose(small[0]["own_divergence"], own[0], rtol=1e-5)
 
 
-def test_half_the_steps_are_its_own(teacher, tmp_path):
-    """An interval's mean of a metric is over the steps that had it."""
+def test_half_of_the_steps_are_on_policy(teacher, tmp_path):
+    """The log averages a metric over the steps of an interval that have it."""
     more = ["--packing=False", "--on_policy=0.5", "--max_steps=12"]
     each = run(teacher, tmp_path / "a", *more)[:12]
     together = run(teacher, tmp_path / "b", *more, "--log_interval=12")[0]

@@ -1,4 +1,4 @@
-"""A student cut out of its teacher: a copy where nothing is left out, the active part where something is."""
+"""Pruning: without a smaller width the student is a copy, otherwise it keeps the active parts."""
 
 import pytest
 import torch
@@ -20,12 +20,12 @@ IDS = torch.randint(500, (3, 40), generator=torch.Generator().manual_seed(0))
         ("0,2,3", [0, 2, 3]),
     ],
 )
-def test_which_layers(choice, layers):
+def test_kept_layers(choice, layers):
     assert kept_layers(choice, 5) == layers
 
 
 @pytest.mark.parametrize("choice", ["", "5", "2,1", "1,1", "last:6", "last:0", "every:0", "every:x", "a"])
-def test_layers_that_are_not_there(choice):
+def test_layers_that_do_not_exist_are_refused(choice):
     with pytest.raises(UserError, match="write every:2, first:3, last:3 or increasing numbers"):
         kept_layers(choice, 5)
 
@@ -34,15 +34,15 @@ GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_h
 
 
 @pytest.mark.parametrize("kind", [{}, GPT2, {"qk_norm": True}, {"tie_embeddings": False, "bias": "qkv"}])
-def test_all_of_it_is_the_teacher(kind):
+def test_keeping_everything_is_a_copy_of_the_teacher(kind):
     teacher = busy_model(tiny_config(**kind))
     student = prune(teacher, teacher.config, [0, 1], IDS)
     torch.testing.assert_close(student(IDS), teacher(IDS), rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("kind", [{}, GPT2])
-def test_a_chosen_layer_is_that_layer(kind):
-    """Without its first block, a teacher computes what the student does."""
+def test_a_kept_layer_is_the_layer_of_the_teacher(kind):
+    """A teacher without its middle block computes the same as the student."""
     teacher = busy_model(tiny_config(n_layer=3, **kind))
     config = pruned_config(teacher.config, [0, 2], {})
     student = prune(teacher, config, [0, 2], IDS)
@@ -50,8 +50,8 @@ def test_a_chosen_layer_is_that_layer(kind):
     torch.testing.assert_close(student(IDS), teacher(IDS))
 
 
-def test_what_does_nothing_goes_first():
-    """Half the heads, neurons and channels of this teacher are dead: without them it computes the same."""
+def test_parts_that_do_nothing_are_pruned_first():
+    """Half of the heads and neurons of this teacher are dead: without them it computes the same."""
     teacher = busy_model(tiny_config(n_head=4, n_kv_head=2, n_layer=2))
     with torch.no_grad():
         for block in teacher.model["layers"]:
@@ -65,7 +65,7 @@ def test_what_does_nothing_goes_first():
 
 @pytest.mark.parametrize("tied", [True, False])
 def test_a_rotated_stream_computes_the_same(tied):
-    """The norms' weights move into the matrices; those of a tied table's norm only where they are equal."""
+    """The norms' weights move into the matrices. With a tied table, the last norm's must be equal."""
     teacher = busy_model(tiny_config(tie_embeddings=tied, qk_norm=True))
     with torch.no_grad():
         if tied:
@@ -76,8 +76,8 @@ def test_a_rotated_stream_computes_the_same(tied):
     torch.testing.assert_close(other(IDS), teacher(IDS), rtol=1e-4, atol=1e-4)
 
 
-def test_a_stream_of_few_dimensions_is_cut_without_loss():
-    """A model of width 32 hidden in one of width 64, at an angle to all of its channels: it is found."""
+def test_a_stream_of_few_dimensions_is_pruned_without_loss():
+    """A model of width 32, embedded in width 64 in a random direction, is recovered."""
     small = busy_model(tiny_config(n_embd=32, head_dim=16, norm_eps=1e-9))
     U = torch.linalg.qr(torch.randn(64, 32, generator=torch.Generator().manual_seed(1))).Q  # (64, 32)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_a_stream_of_few_dimensions_is_cut_without_loss():
     torch.testing.assert_close(prune(large, config, [0, 1], IDS)(IDS), large(IDS), rtol=1e-3, atol=2e-3)
 
 
-def test_channels_that_are_silent_go_first():
+def test_silent_channels_are_pruned_first():
     teacher = busy_model(tiny_config(**GPT2))
     with torch.no_grad():
         for name, parameter in teacher.named_parameters():
@@ -112,15 +112,15 @@ def test_channels_that_are_silent_go_first():
     assert student(IDS).isfinite().all() and config.head_dim == teacher.config.head_dim
 
 
-def test_activity_is_what_passes_through():
+def test_activity_is_the_mean_size_of_the_inputs():
     teacher = busy_model(tiny_config())
     seen = []
     hook = teacher.model["layers"][1].mlp.down_proj.register_forward_pre_hook(lambda _, x: seen.append(x[0]))
     teacher(IDS)
     hook.remove()
-    found = measure_activity(teacher, IDS)
-    torch.testing.assert_close(found["neurons.1"], seen[0].abs().mean((0, 1)))
-    assert found["heads.0"].shape == (4,) and found["channels"].shape == (64,)
+    activity = measure_activity(teacher, IDS)
+    torch.testing.assert_close(activity["neurons.1"], seen[0].abs().mean((0, 1)))
+    assert activity["heads.0"].shape == (4,) and activity["channels"].shape == (64,)
 
 
 @pytest.mark.parametrize(
@@ -131,6 +131,6 @@ def test_activity_is_what_passes_through():
         ({"n_head": 2, "n_kv_head": 2}, "must keep its 2 query heads"),
     ],
 )
-def test_widths_that_do_not_fit(widths, message):
+def test_widths_that_do_not_fit_are_refused(widths, message):
     with pytest.raises(UserError, match=message):
         pruned_config(tiny_config(), [0], widths)

@@ -1,4 +1,4 @@
-"""tools/compare.py: its figures are distill.py's, and the page holds whatever models write."""
+"""tools/compare.py: its numbers are those of distill.py, and the page can hold any text of a model."""
 
 import os
 import re
@@ -11,17 +11,17 @@ from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
 from model import GPT
 from tests.conftest import busy_model, tiny_config
-from tests.test_distill import INSIDE, PRUNED, run
+from tests.test_distill import LAYER_LOSSES, PRUNED, run
 from tools import compare
 
 MORE = ["--device=cpu", "--eval_tokens=1024", "--batch_size=4", "--max_new_tokens=12"]
 
 
 @pytest.fixture(scope="module")
-def taught(trained, data, tmp_path_factory):
-    """A student with projections beside its weights, and what its run logged last."""
+def distilled(trained, data, tmp_path_factory):
+    """A student that has projections, and the last event of its log."""
     out = tmp_path_factory.mktemp("compare") / "student"
-    return out, run(trained, data, out, *INSIDE)[-1]
+    return out, run(trained, data, out, *LAYER_LOSSES)[-1]
 
 
 def page(trained, student, dataset, *more):
@@ -30,34 +30,34 @@ def page(trained, student, dataset, *more):
 
 
 def cells(text):
-    """{name of a line of the table: [the teacher's cell, the student's]}."""
+    """{name of a row of the table: [the teacher's cell, the student's cell]}."""
     lines = [line.strip("| ").split(" | ") for line in text.splitlines() if line.startswith("| ")]
-    return {name: figures for name, *figures in lines[1:]}
+    return {name: values for name, *values in lines[1:]}
 
 
-def test_figures_are_those_of_the_run(trained, data, taught, capsys):
-    out, logged = taught
+def test_numbers_are_those_of_the_run(trained, data, distilled, capsys):
+    out, logged = distilled
     text = page(trained, out, data)
-    found = cells(text)
-    assert found["validation loss, nats per token"] == [
+    rows = cells(text)
+    assert rows["validation loss, nats per token"] == [
         f"{logged['val_teacher_loss']:.4f}", f"{logged['val_loss']:.4f}"]  # fmt: skip
-    assert found["perplexity"][1] == f"{logged['val_perplexity']:,.2f}"
+    assert rows["perplexity"][1] == f"{logged['val_perplexity']:,.2f}"
     bits = logged["val_bits_per_byte"], logged["val_teacher_loss"] / logged["val_loss"]
-    assert found["bits per byte"] == [f"{bits[0] * bits[1]:.4f}", f"{bits[0]:.4f}"]
+    assert rows["bits per byte"] == [f"{bits[0] * bits[1]:.4f}", f"{bits[0]:.4f}"]
     assert f"KL(teacher || student) is {logged['val_kl']:.4f} nats" in text
     assert f"likely token at {100 * logged['val_agreement']:.1f} % of the positions" in text
     models = [GPT.from_pretrained(folder) for folder in (trained, out)]
-    assert found["parameters"] == [f"{model.num_parameters():,}" for model in models]
-    for shown, model in zip(found["weights on disk, MB"], models, strict=True):
-        weights = 4 * model.num_parameters() / 1e6  # without the projections of the teaching
+    assert rows["parameters"] == [f"{model.num_parameters():,}" for model in models]
+    for shown, model in zip(rows["weights on disk, MB"], models, strict=True):
+        weights = 4 * model.num_parameters() / 1e6  # without the projections
         assert float(shown) == pytest.approx(weights, abs=0.01)
-    assert all(float(speed.replace(",", "")) > 0 for speed in found["greedy tokens/s"])
+    assert all(float(speed.replace(",", "")) > 0 for speed in rows["greedy tokens/s"])
     printed = capsys.readouterr().out
     assert "| perplexity |" in printed and printed.endswith(f"{out / 'compare.md'}: written\n")
 
 
 def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
-    """And a teacher is as good as itself."""
+    """The teacher is compared with itself, so both columns are equal."""
     import sft
 
     short = [word for word in PRUNED if "layers" not in word]
@@ -69,13 +69,13 @@ def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
     assert teacher == student and "the same most likely token at 100.0 %" in text
 
 
-def test_what_they_write(trained, data, taught, tmp_path):
-    """Greedy and sampled, both models', as `generate` gives it; the same seed the same text."""
-    out, _ = taught
+def test_what_they_write(trained, data, distilled, tmp_path):
+    """The texts are those of `generate`, greedy and sampled, for both models; a seed fixes the samples."""
+    out, _ = distilled
     (tmp_path / "prompts.txt").write_text("import sys\r\n\n    def a(self):\n")
-    words = [f"--prompts={tmp_path / 'prompts.txt'}", "--seed=3", "--temperature=0.7"]
-    first, second = (page(trained, out, data, *words).split("## What they write")[1] for _ in range(2))
-    assert first == second != page(trained, out, data, *words, "--seed=4").split("## What they write")[1]
+    argv = [f"--prompts={tmp_path / 'prompts.txt'}", "--seed=3", "--temperature=0.7"]
+    first, second = (page(trained, out, data, *argv).split("## What they write")[1] for _ in range(2))
+    assert first == second != page(trained, out, data, *argv, "--seed=4").split("## What they write")[1]
     blocks = re.findall(r"^(`{3,})text\n(.*?)\n\1$", first, flags=re.S | re.M)
     texts = [text for _, text in blocks]
     assert len(texts) == 10 and (texts[0], texts[5]) == ("import sys", "    def a(self):")
@@ -99,7 +99,7 @@ def test_no_text_leaves_its_fence(text, fence):
     assert blocks == [f"{text}\n", "b\n"]
 
 
-def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
+def test_the_page_is_replaced_in_one_step(trained, data, distilled, tmp_path, monkeypatch):
     target = tmp_path / "pages" / "compare.md"
     target.parent.mkdir()
     files.write_text(target, "old")
@@ -118,8 +118,8 @@ def test_the_page_is_old_or_new(trained, data, taught, tmp_path, monkeypatch):
     assert target.read_text() == "new"
 
 
-def test_mistakes_are_one_line(trained, data, taught, tmp_path):
-    out, _ = taught
+def test_mistakes_are_one_line(trained, data, distilled, tmp_path):
+    out, _ = distilled
     (tmp_path / "blank.txt").write_text("\n \n")
     (tmp_path / "latin.txt").write_bytes(b"d\xe9ux\n")
     tokenizer, other = Tokenizer.load(data), Tokenizer.train(["another text " * 9], 300)

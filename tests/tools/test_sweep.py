@@ -1,4 +1,4 @@
-"""The tools around distillation: grids of runs and their picture, the bias of caches, what teachers bring."""
+"""Tools for distillation: a sweep with its picture, the bias of caches, the table of bench/teach.py."""
 
 import json
 
@@ -14,27 +14,27 @@ ONE = [word for word in TINY if "max_steps" not in word]
 
 
 def test_a_grid_is_run_once_and_drawn(trained, data, tmp_path, capsys):
-    words = " ".join([*ONE, f"--teacher={trained}", f"--dataset={data}", "--max_steps=2"])
-    told = ["--grid=alpha=0,1 temperature=2", f"--words={words}", f"--out_dir={tmp_path / 'sweep'}",
+    run_args = " ".join([*ONE, f"--teacher={trained}", f"--dataset={data}", "--max_steps=2"])
+    argv = ["--grid=alpha=0,1 temperature=2", f"--words={run_args}", f"--out_dir={tmp_path / 'sweep'}",
             f"--json={tmp_path / 'sweep.json'}", f"--png={tmp_path / 'sweep.png'}"]  # fmt: skip
-    sweep.main(told)
+    sweep.main(argv)
     points = json.loads((tmp_path / "sweep.json").read_text())["points"]
     assert [p["temperature"] + p["alpha"] for p in points] == ["20", "21"]
     assert points[0]["value"] != points[1]["value"] < 6.3
     assert (tmp_path / "sweep.png").stat().st_size > 10_000
     before = (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns
-    sweep.main(told)
+    sweep.main(argv)
     assert (tmp_path / "sweep" / "alpha=0_temperature=2" / "metrics.jsonl").stat().st_mtime_ns == before
     assert "alpha 0  temperature 2  val_loss" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("grid", ["a", "a=", "a=1 b=2 c=3 d=4"])
-def test_a_grid_that_is_none(grid):
+def test_a_malformed_grid_is_refused(grid):
     with pytest.raises(UserError, match="write one to three keys"):
         sweep.main([f"--grid={grid}"])
 
 
-def test_a_run_that_fails_says_why(tmp_path):
+def test_a_run_that_fails_shows_its_error(tmp_path):
     with pytest.raises(UserError, match="unknown|no key"):
         sweep.main(["--grid=temprature=1", f"--out_dir={tmp_path}"])
 

@@ -1,4 +1,4 @@
-"""tools/synthesize.py: a data set that a teacher wrote is a data set, and teaches."""
+"""tools/synthesize.py: the folder is a valid data set, and a student learns from it."""
 
 import json
 
@@ -28,7 +28,7 @@ def make(teacher, out, *more):
 
 
 def documents(data, split):
-    """The ids of each document, without its end."""
+    """The ids of each document, without the end-of-text token."""
     ids = np.concatenate([np.empty(0, np.uint16), *data.shards[split]]).tolist()
     end, found = Tokenizer.load(data.folder).eot_id, [[]]
     for i in ids:
@@ -42,7 +42,7 @@ def all_documents(data):
 
 
 def nats(teacher, rows):
-    """Mean loss of whole documents."""
+    """The mean loss of the documents that have full length."""
     folder = hf.find_folder(teacher)
     model, start = GPT.from_pretrained(folder).eval(), Tokenizer.load(folder).eot_id
     rows = torch.tensor([[start, *row] for row in rows if len(row) == 40])
@@ -50,7 +50,7 @@ def nats(teacher, rows):
         return F.cross_entropy(model(rows[:, :-1]).float().flatten(0, 1), rows[:, 1:].flatten()).item()
 
 
-# ---- A data set as any other ------------------------------------------------------------------------------
+# ---- A valid data set ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kind", ["sampled", "uniform", "unlike"])
@@ -84,7 +84,7 @@ def test_counts_are_right(trained, tmp_path, kind):
 
 
 def test_seeds(trained, tmp_path, capsys):
-    """The same seed the same bytes, another seed others; the same command again does nothing."""
+    """The same seed writes the same bytes, another seed other bytes; repeating a command does nothing."""
     for kind in ("sampled", "uniform"):
         first, same, other = (
             make(trained, tmp_path / f"{kind}{name}", f"--kind={kind}", f"--seed={seed}").meta["shards"]
@@ -101,7 +101,7 @@ def test_seeds(trained, tmp_path, capsys):
     assert replaced.meta["shards"] == json.loads((tmp_path / "uniformc" / "meta.json").read_text())["shards"]
 
 
-def test_a_large_vocabulary_is_wider_on_disk(trained, tmp_path, monkeypatch):
+def test_a_large_vocabulary_needs_four_bytes_per_id(trained, tmp_path, monkeypatch):
     load = Tokenizer.load
 
     def larger(source):
@@ -116,8 +116,8 @@ def test_a_large_vocabulary_is_wider_on_disk(trained, tmp_path, monkeypatch):
 # ---- What the documents are -------------------------------------------------------------------------------
 
 
-def test_documents_are_the_teachers(trained, tmp_path):
-    """Without a hotter beginning: what `generate` gives, in order."""
+def test_documents_are_text_of_the_teacher(trained, tmp_path):
+    """With one temperature, the documents are those of `generate`, in the same order."""
     data = make(trained, tmp_path / "free", "--first_tokens=0", "--length=20", "--seed=4")
     model, tokenizer = GPT.from_pretrained(trained).eval(), Tokenizer.load(data.folder)
     rows = [[] for _ in range(16)]
@@ -129,8 +129,8 @@ def test_documents_are_the_teachers(trained, tmp_path):
     assert all(row in found for row in expected if row) and max(map(len, found)) == 20
 
 
-def test_the_beginning_has_a_temperature_of_its_own(trained, tmp_path):
-    """At 0 all open with the likeliest tokens; at a very high one with any at all."""
+def test_the_first_tokens_have_their_own_temperature(trained, tmp_path):
+    """At 0, all documents start with the most likely tokens; at a very high temperature, with any token."""
     (tmp_path / "seeds.txt").write_text("import os")
     greedy = ["--first_temperature=0", "--first_tokens=2"]
     seeds = [f"--seeds={tmp_path / 'seeds.txt'}", "--seed_tokens=1"]
@@ -138,12 +138,12 @@ def test_the_beginning_has_a_temperature_of_its_own(trained, tmp_path):
     assert len({tuple(row[:3]) for row in cold}) == 1 < len({row[3] for row in cold if len(row) > 3})
     wide = ["--first_temperature=1e9", "--first_tokens=1", "--length=8"]
     firsts = [row[0] for row in all_documents(make(trained, tmp_path / "wide", *wide))]
-    assert len(set(firsts)) > 0.6 * len(firsts), "some 330 of 499 tokens: 242 different ones are expected"
+    assert len(set(firsts)) > 0.6 * len(firsts), "about 330 draws from 499 tokens make 242 different ones"
     warm = all_documents(make(trained, tmp_path / "warm", "--first_tokens=0", "--length=8"))
     assert len({row[0] for row in warm}) < len(set(firsts))
 
 
-def test_documents_begin_as_the_seeds(trained, tmp_path):
+def test_documents_start_with_the_seeds(trained, tmp_path):
     lines = ["import os and more", "", "def main(argv):"]
     (tmp_path / "seeds.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
     (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines if x) + "\n")
@@ -158,8 +158,8 @@ def test_documents_begin_as_the_seeds(trained, tmp_path):
     assert max(map(len, all_documents(text))) == 13
 
 
-def test_noise_is_unlike_the_teacher(trained, tmp_path):
-    """Uniform ids are all about as frequent; each kind is less likely to the teacher than the one before."""
+def test_noise_is_unlikely_to_the_teacher(trained, tmp_path):
+    """Uniform ids are about equally frequent. Each kind is less likely to the teacher than the one before."""
     more = ["--length=40", "--tokens=8000"]
     found = {
         kind: all_documents(make(trained, tmp_path / kind, f"--kind={kind}", *more))
@@ -168,11 +168,11 @@ def test_noise_is_unlike_the_teacher(trained, tmp_path):
     sampled, unlike, uniform = (nats(trained, rows) for rows in found.values())
     assert sampled + 0.3 < unlike < uniform - 0.3
     counts = np.bincount(np.concatenate(found["uniform"]), minlength=500)
-    assert counts[499] == 0 and counts[:499].min() > 0 and counts.max() < 45  # 16 each, give or take
+    assert counts[499] == 0 and counts[:499].min() > 0 and counts.max() < 45  # about 16 each
 
 
 def test_special_tokens_end_a_document(trained, tmp_path):
-    """Those of chats too, which a teacher that knows nothing writes now and then."""
+    """The chat tokens too, which an untrained teacher writes sometimes."""
     tokenizer = with_chat_tokens(Tokenizer.load(hf.find_folder(trained)))
     busy_model(tiny_config(vocab_size=512)).save_pretrained(tmp_path / "chatty")
     tokenizer.save(tmp_path / "chatty")
