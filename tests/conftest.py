@@ -1,4 +1,4 @@
-"""What the tests share: a tiny model, a small data set of real text, and a pair of processes in one group."""
+"""What the tests share: markers, a tiny model, small data sets, a short run, and two ranks in one group."""
 
 import multiprocessing
 import os
@@ -11,9 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path.insert(
-    0, str(Path(__file__).parent.parent)
-)  # the scripts stand in the root, as their users find them
+sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are in the root, as their users find them
 
 from configurator import configure
 from formats.chat_format import with_chat_tokens
@@ -22,35 +20,80 @@ from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(1)  # tiny models gain nothing from more, and lose much where the machine is shared
+torch.set_num_threads(1)  # tiny models gain nothing from more threads, and lose much on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
-SHARED = ROOT.parent / "shared" / "data"  # public data that is not part of the project
-# The smallest run that still has grouped queries, several rows a batch and several batches a step.
+SHARED = ROOT.parent / "shared" / "data"  # public data next to the repository; tests skip without it
+# The smallest run that still has grouped queries, several rows per batch and several batches per step.
 TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
     --global_batch_size=8 --micro_batch_size=4 --learning_rate=3e-3 --eval_tokens=1024 --sample_tokens=0
     --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
 
 
-def pytest_configure(config):
-    config.addinivalue_line("markers", "slow: takes long; runs with -m slow")
+# The modules of `pytest -m fast`: about 970 tests in 40 seconds on one core. Left out are the tests that use a
+# fixture of TRAINED or are named in NOT_FAST. The others start no training run and no child process.
+FAST = """
+    test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
+    bench/test_learn.py bench/test_teach.py
+    dataset/test_chat_rows.py dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py
+    dataset/test_sources.py dataset/test_words.py
+    distillation/test_divergences.py distillation/test_layer_losses.py distillation/test_layer_maps.py
+    distillation/test_on_policy.py distillation/test_pruning.py
+    evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py
+    evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_likelihood.py evals/test_lm.py
+    formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
+    modeling/test_attention.py modeling/test_kv_cache.py modeling/test_ternary.py
+    tools/test_compare.py tools/test_plot.py
+    training/test_lora.py training/test_losses.py training/test_optim.py
+""".split()
+TRAINED = {"trained", "chats", "pairs", "two_ranks"}
+NOT_FAST = {"test_exit_codes", "test_a_model_on_the_meta_device_is_filled_without_a_second_copy",
+            "test_a_run_lowers_its_loss"}
+
+
+def fast_module(path):
+    return path.is_relative_to(ROOT / "tests") and path.relative_to(ROOT / "tests").as_posix() in FAST
+
+
+def pytest_ignore_collect(collection_path, config):
+    """With -m fast, do not even import the other modules."""
+    if config.option.markexpr == "fast" and collection_path.suffix == ".py":
+        return not fast_module(collection_path) or None
+    return None
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.option.markexpr:
-        for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
+    """Mark the fast tests; without -m, skip the slow ones."""
+    for item in items:
+        slow = item.get_closest_marker("slow")
+        if slow and not config.option.markexpr:
+            item.add_marker(pytest.mark.skip(reason="slow: runs with -m slow"))
+        if not slow and fast_module(item.path) and not TRAINED & set(item.fixturenames) \
+                and item.originalname not in NOT_FAST:
+            item.add_marker(pytest.mark.fast)
+
+
+@pytest.fixture(autouse=True)
+def fast_tests_start_no_run(request, monkeypatch):
+    """Fail a fast test that starts a training run or a child process: it belongs into NOT_FAST."""
+    if request.node.get_closest_marker("fast"):
+        def refuse(*args, **kwargs):
+            pytest.fail(f"{request.node.originalname} is marked fast, but starts a run or a child process: "
+                        "add it to NOT_FAST in tests/conftest.py")
+
+        monkeypatch.setattr("loop.TrainState.__init__", refuse)
+        monkeypatch.setattr("subprocess.Popen.__init__", refuse)
+        monkeypatch.setattr("multiprocessing.process.BaseProcess.start", refuse)
+        monkeypatch.setattr("os.fork", refuse)
 
 
 def tiny_config(**changes):
-    tiny = dict(
-        vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128, block_size=64
-    )
+    tiny = dict(vocab_size=500, n_layer=2, n_head=4, n_kv_head=2, n_embd=64, intermediate_size=128,
+                block_size=64)
     return GPTConfig(**tiny | changes)
 
 
 def busy_model(config, seed=0):
-    """A model whose every parameter is far from where it began: nothing hides behind a zero or a one."""
+    """A model with every parameter far from its initial value, so that no zero or one hides a mistake."""
     model = GPT(config, seed).eval()
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -60,10 +103,10 @@ def busy_model(config, seed=0):
 
 
 def shared(name):
-    """A file of the public data next to the repository; skips the test where there is none."""
+    """A file of the public data next to the repository. Skips the test if the file is missing."""
     path = SHARED / name
     if not path.exists():
-        pytest.skip(f"{name} is not at hand (public data beside the repository)")
+        pytest.skip(f"{name} is missing (public data next to the repository)")
     return path
 
 
@@ -100,7 +143,7 @@ def chats(tmp_path_factory, trained):
 
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory, trained):
-    """Problems and mistakes as preferences, with the tokenizer of `trained`."""
+    """Problems with right and wrong answers as preferences, with the tokenizer of `trained`."""
     return problems_folder(tmp_path_factory, trained, "preference", source="mistakes")
 
 
@@ -117,11 +160,8 @@ def chat_folder(tmp_path_factory):
 
 def problems_folder(tmp_path_factory, model, kind, source="problems"):
     folder = tmp_path_factory.mktemp("problems") / kind
-    prepare(
-        PrepareConfig(
-            source=source, kind=kind, out=str(folder), tokenizer=str(model), max_tokens=40_000, num_proc=1
-        )
-    )
+    prepare(PrepareConfig(source=source, kind=kind, out=str(folder), tokenizer=str(model), max_tokens=40_000,
+                          num_proc=1))
     return folder
 
 
@@ -129,15 +169,9 @@ def problems_folder(tmp_path_factory, model, kind, source="problems"):
 
 
 def rank_main(rank, port, pipe):
-    """What each of the two processes does: run the functions it is sent, one after the other."""
-    os.environ |= {
-        "RANK": str(rank),
-        "LOCAL_RANK": str(rank),
-        "WORLD_SIZE": "2",
-        "OMP_NUM_THREADS": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
+    """The body of each of the two processes: run the functions that arrive through the pipe."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
     import torch.distributed as dist
 
@@ -153,9 +187,9 @@ def rank_main(rank, port, pipe):
 
 @pytest.fixture(scope="session")
 def two_ranks():
-    """A function that runs `function(*arguments)` on both of two gloo ranks and returns both results.
+    """Calls `function(*arguments)` on both of two gloo ranks and returns both results.
 
-    The processes start once a session: each start costs seconds.
+    The processes start once per session, because each start takes seconds.
     """
     context = multiprocessing.get_context("spawn")
     with socket.socket() as probe:
@@ -188,6 +222,6 @@ def two_ranks():
         process.kill()
 
 
-def config_of(schema, *words):
-    """A configuration from command-line words."""
-    return configure(schema, list(words))[0]
+def config_of(schema, *argv):
+    """A configuration from command-line arguments."""
+    return configure(schema, list(argv))[0]
