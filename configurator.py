@@ -222,7 +222,7 @@ def require_positive(config: Any, *keys: str) -> None:
 def require_not_negative(config: Any, *keys: str) -> None:
     """Raise UserError for the first of these keys whose value is below 0. None passes."""
     for key in keys:
-        require(config, key, getattr(config, key) is None or getattr(config, key) >= 0, "not negative")
+        require(config, key, getattr(config, key) is None or getattr(config, key) >= 0, "at least 0")
 
 
 # ---- Programs ---------------------------------------------------------------------------------------------

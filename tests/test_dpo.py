@@ -287,7 +287,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
     "words, message",
     [
         (["--beta=0"], "beta=0.0"),
-        (["--nll_weight=-1"], "nll_weight=-1.0: must be not negative"),
+        (["--nll_weight=-1"], "nll_weight=-1.0: must be at least 0"),
         (["--label_smoothing=0.5"], "label_smoothing=0.5"),
         (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: only works with loss=dpo"),
         (["--reference=adapter_off"], "reference=adapter_off: needs an adapter; set lora_rank"),

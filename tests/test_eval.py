@@ -214,7 +214,7 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu', did you mean 'mmlu'. .known: all, embedded, pe"),
     (["--limit=0"], "limit=0: must be positive"),
-    (["--shots=-1"], "shots=-1: must be not negative"),
+    (["--shots=-1"], "shots=-1: must be at least 0"),
     (["--stride=0"], "stride=0: must be positive"),
     (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=PLACE for others"),
     (["--data=mmmlu=x"], "data=mmmlu=x: unknown task 'mmmlu', did you mean 'mmlu'. .known: perplexity"),

@@ -171,7 +171,7 @@ def test_stages_and_weights(trained, chats, tmp_path):
     [
         (["--n_layer=3"], "unknown key 'n_layer'"),
         (["--block_size=4096"], "has a context of 64 tokens"),
-        (["--lora_rank=-1"], "lora_rank=-1: must be not negative"),
+        (["--lora_rank=-1"], "lora_rank=-1: must be at least 0"),
         (["--lora_rank=2", "--lora_targets=xyz"], "lora_targets=xyz: matches none"),
         (["--merge=True"], "merge=True: only works with an adapter; set lora_rank"),
         (["--quantize_base=nf4"], "quantize_base=nf4: only works with an adapter; set lora_rank"),

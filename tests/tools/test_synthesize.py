@@ -191,7 +191,7 @@ def test_special_tokens_end_a_document(trained, tmp_path):
     "more, message",
     [
         (["--tokens=0"], "tokens=0: must be positive"),
-        (["--first_temperature=-1"], "first_temperature=-1.0: must be not negative"),
+        (["--first_temperature=-1"], "first_temperature=-1.0: must be at least 0"),
         (["--val_fraction=1"], "val_fraction=1.0: must be at least 0 and below 1"),
         (["--kind=unlike", "--temperature=1"], "temperature=1.0: kind=unlike needs a temperature above 1"),
         (["--kind=unlike", "--first_tokens=1"], "command line: first_tokens has no meaning for kind=unlike"),
