@@ -299,6 +299,7 @@ def main(argv: list[str]) -> int:
         if cfg.reference == "adapter_off" and isinstance(model, AdaptedGPT) and model.spec.tables:
             raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so new embeddings "
                             "are trained, which cannot be switched off; start from a model of sft.py")
+        # The policy and the reference start from the same weights, which base_hash names.
         reference = Reference(cfg, model, base_hash, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
         run.write_run_json(user_cfg, data=data.hashes(), base=base_hash)

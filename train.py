@@ -86,6 +86,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     """At most `length` tokens sampled from the model, starting from the end-of-text token alone."""
     # As between packed documents: end-of-text is what a new document follows.
     eot_id = tokenizer.eot_id
+    # Every rank samples, because a sharded model needs them all, and with the same seed they sample the same.
     steps = generate(model, [[eot_id]], length, Sampling(top_p=0.95), lambda row, new: new[-1] == eot_id,
                      Options(vocab_size=tokenizer.vocab_size))
     return tokenizer.decode([token for (token,) in steps if token is not None and token != eot_id])
@@ -186,6 +187,7 @@ def context_length(cfg: TrainConfig) -> int:
 
 def make_model(cfg: TrainConfig, tokenizer: Tokenizer, run: Run) -> GPT:
     """The model on the meta device, without memory: `fit` gives each rank its part of the weights."""
+    # All stages use one model, so its context is the longest one.
     with torch.device("meta"):
         model = GPT(GPTConfig.from_keys(
             cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size, block_size=context_length(cfg)))
