@@ -1,1 +1,1 @@
-"""From a model to text: sampling, conversations, tools, the terminal."""
+"""From a model to text: sampling, conversations, the calculator, the terminal."""

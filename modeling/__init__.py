@@ -1,1 +1,1 @@
-"""The parts that model.py is built from: positions, caches, ternary weights, devices."""
+"""What model.py is built from: attention masks, rotary tables, key/value caches, ternary layers, devices."""
