@@ -3,7 +3,6 @@
     python -m bench train --nanogpt=../nanoGPT     # an optimizer step, compared with nanoGPT and transformers
     python -m bench generate --batch_size=8        # greedy decoding, tokens per second
     python -m bench loss                           # the loss head: time and memory
-    python -m bench load                           # fetching a batch, opening 10 GB
     python -m bench prepare --rounds=9 --json=docs/results/bench_prepare.json
     python -m bench decontaminate --sets=FILES     # the cost of searching for evaluation items
     python -m bench base --rounds=3                # the default run with seeds 1 to 3, compared with gzip, xz
@@ -22,7 +21,7 @@ import functools
 import sys
 from pathlib import Path
 
-from bench import base, distill, eval, generate, load, loss, post, prepare, serve, train
+from bench import base, distill, eval, generate, loss, post, prepare, serve, train
 from bench.machine import versions
 from bench.measure import PeerConfig
 from configurator import UserError, configure, run_script
@@ -30,7 +29,7 @@ from formats.files import write_json
 
 # {name: (config, measure: config -> results, report: results -> text, usage)}; the results are also the JSON.
 SUBJECTS = {name.removeprefix("bench."): (module.Config, module.measure, module.report, module.__doc__)
-            for module in (train, generate, loss, load, prepare, base, distill, serve, eval)
+            for module in (train, generate, loss, prepare, base, distill, serve, eval)
             for name in [module.__name__]}
 for kind in ("sft", "dpo"):
     SUBJECTS[kind] = (post.Config, functools.partial(post.measure, kind=kind), post.report, post.__doc__)

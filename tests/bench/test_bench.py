@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import generation.generate
-from bench import distill, generate, llama_cpp, load, loss, peers, serve, train
+from bench import distill, generate, llama_cpp, loss, peers, serve, train
 from bench.__main__ import main
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import in_turns, run_child, text_table, time_in_turns
@@ -198,18 +198,6 @@ def test_loss_in_bfloat16_has_the_limit_of_bfloat16():
     assert max(differences.values()) <= 2e-2
 
 
-def test_load(tmp_path):
-    figures, arms = run(tmp_path, "load", *TOY, "--batch_size=2", "--gigabytes=1")
-    assert list(arms) == ["nanoGPT get_batch", "our batch"]
-    assert 0 < figures["open_seconds"] < 1 and figures["share_of_step"] > 0
-    assert figures["checks"] == {"rows": 2, "tokens": 32}
-
-
-def test_a_sparse_folder_has_the_requested_size(tmp_path):
-    shards = DataFolder(load.sparse_folder(tmp_path / "big", 600_000_000)).shards["train"]
-    assert [len(shard) for shard in shards] == [2**27, 2**27, 300_000_000 - 2**28]
-
-
 # ---- Errors -----------------------------------------------------------------------------------------------
 
 def test_altered_weights_are_refused(tmp_path, nanogpt, monkeypatch):
@@ -248,13 +236,6 @@ def test_another_divergence_is_refused():
             distill.check(results | {"plain": [altered]})
 
 
-def test_other_rows_are_refused(monkeypatch):
-    rows = load.batches_at
-    monkeypatch.setattr(load, "batches_at", lambda data, step: rows(data, step + 1))
-    with pytest.raises(UserError, match="the first batch does not hold the tokens of the file"):
-        main(["load", *TOY, "--batch_size=2"])
-
-
 @pytest.mark.parametrize("argv, message", [
     (["train", "--nanogpt=nowhere"], "no model.py here"),
     (["train", "--arms=none"], "arms=none: matches the name of no arm"),
@@ -263,7 +244,7 @@ def test_other_rows_are_refused(monkeypatch):
     (["loss", "--n=0"], "n=0: must be positive"),
     (["sft", "--steps=6"], "steps=6: must be more than 6"),
     (["speed"], "name what to measure"),
-    (["cache"], "name what to measure"),
+    (["load"], "name what to measure"),
     ([], "name what to measure"),
 ])
 def test_user_errors(argv, message):
@@ -327,7 +308,7 @@ def test_peak_is_that_of_the_fastest_product():
 
 
 def test_help_lists_every_key(capsys):
-    for module in (train, generate, loss, load):
+    for module in (train, generate, loss):
         with pytest.raises(SystemExit):
             main([module.__name__.split(".")[-1], "--help"])
         printed = capsys.readouterr().out

@@ -1,12 +1,11 @@
-"""Tools for distillation: a sweep with its picture, the bias of caches, the table of bench/teach.py."""
+"""Tools for distillation: a sweep with its picture, the table of bench/teach.py."""
 
 import json
 
 import pytest
 
-from bench import cache_bias, teach
+from bench import teach
 from configurator import UserError
-from tests.conftest import busy_model, tiny_config
 from tests.test_distill import TINY
 from tools import sweep
 
@@ -37,19 +36,6 @@ def test_a_malformed_grid_is_refused(grid):
 def test_a_run_that_fails_shows_its_error(tmp_path):
     with pytest.raises(UserError, match="unknown|no key"):
         sweep.main(["--grid=temprature=1", f"--out_dir={tmp_path}"])
-
-
-def test_samples_go_to_the_truth_and_renormalised_tokens_do_not(trained, data, tmp_path, capsys):
-    student = tmp_path / "student"
-    busy_model(tiny_config()).save_pretrained(student)
-    cache_bias.main([
-        f"--teacher={trained}", f"--student={student}", f"--dataset={data}", "--block_size=64", "--k=16",
-        f"--json={tmp_path / 'bias.json'}", f"--png={tmp_path / 'bias.png'}"])  # fmt: skip
-    found = json.loads((tmp_path / "bias.json").read_text())
-    samples, sharp = found["16 samples"], found["16 likeliest, renormalised"]
-    assert samples[-1] < 0.1 * samples[0] < sharp[-1] and sharp[0] == sharp[-1]
-    assert found["16 likeliest and the rest"][0] < sharp[0] and found["draws"][-1] == 256
-    assert (tmp_path / "bias.png").stat().st_size > 10_000
 
 
 def test_a_table_of_what_a_teacher_brings():
