@@ -22,7 +22,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import sys
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -34,8 +33,7 @@ import numpy as np
 from tqdm import tqdm
 
 from configurator import UserError, configure, require, require_positive, run_script
-from dataset import problems
-from dataset.decontaminate import SETTINGS, Index, Removed
+from dataset import decontaminate, problems
 from dataset.encoding import Batch, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
@@ -164,9 +162,10 @@ class SeenHashes:
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
         """Add (n,) uint64 hashes; returns (n,) bool, True for the first of each hash that is new."""
-        unique, first = np.unique(hashes, return_index=True)
+        unique, first = np.unique(hashes, return_index=True)  # (u,) sorted; (u,) first position of each
         new = np.ones(len(unique), dtype=bool)
         for known in self.arrays:
+            # A hash is known if it stands where it would be inserted (past the end: at the last place).
             at = np.searchsorted(known, unique)
             new &= known[np.minimum(at, len(known) - 1)] != unique
         if new.any():
@@ -182,43 +181,40 @@ class SeenHashes:
 class Tally:
     """Rows in, rows kept, and rows skipped by reason, with the first three places of each reason."""
 
-    def __init__(self) -> None:
-        self.rows_in, self.kept = 0, 0
+    def __init__(self, strict: bool):
+        """strict: raise UserError at the first bad row."""
+        self.strict, self.rows_in, self.kept = strict, 0, 0
         self.first: Row | None = None  # shows which keys the rows have, if none can be used
         self.skipped: Counter[str] = Counter()
         self.places: defaultdict[str, list[str]] = defaultdict(list)
+        self.removed: list[dict[str, Any]] = []  # the rows that overlap evaluation items
 
-    def count(self, row: Row, reason: str | None) -> None:
-        """Count a row as skipped for a reason, or as kept for None."""
+    def count(self, row: Row, kept: bool, reason: str | None, overlaps: list[dict[str, Any]]) -> None:
+        """Count a row. reason: why it has no content; a row with content that is not kept is a duplicate."""
+        if overlaps:
+            self.removed.append({"row": row.place, "overlaps": overlaps})
+        elif reason and self.strict:  # an overlap is what --decontaminate looks for, not a fault of the row
+            raise UserError(f"{row.place}: {reason}")
+        # Every row takes exactly one of the two ways below, so in = kept + skipped.
         self.rows_in += 1
         self.first = self.first or row
-        if reason is None:
+        if kept:
             self.kept += 1
             return
+        reason = reason or "duplicate document"
         self.skipped[reason] += 1
         if len(self.places[reason]) < 3:  # enough to look at, and little memory for millions of bad rows
             self.places[reason].append(row.place)
 
     def report(self) -> str:
         lines = [f"rows    {self.rows_in:,} in = {self.kept:,} kept + {self.skipped.total():,} skipped"]
-        for reason, count in self.skipped.most_common():
+        for reason, count in self.skipped.most_common():  # the most frequent reason first
             more = ", ..." if count > 3 else ""
             lines.append(f"        {count:,} skipped: {reason} ({', '.join(self.places[reason])}{more})")
         return "\n".join(lines)
 
 
 # ---- Shards out -------------------------------------------------------------------------------------------
-
-def count_rows(rows: list[Row], batch: Batch, keep: np.ndarray, tally: Tally, removed: Removed | None,
-               strict: bool) -> None:
-    """Count rows in the tally, and those that overlap evaluation items in `removed`."""
-    for row, kept, reason, overlaps in zip(rows, keep, batch.reasons, batch.overlaps, strict=False):
-        if overlaps:
-            removed.count(row.place, overlaps)
-        elif reason and strict:  # an overlap is what --decontaminate looks for, not a fault of the row
-            raise UserError(f"{row.place}: {reason}")
-        tally.count(row, None if kept else reason or "duplicate document")
-
 
 def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter],
                 val_fraction: float) -> None:
@@ -231,9 +227,9 @@ def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter],
 
 
 def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfig,
-                 writers: dict[str, ShardWriter], removed: Removed | None) -> Tally:
-    """Tokenize all rows, and write them to the train and val shards. UserError at a bad row if cfg.strict."""
-    tally, seen, tokens = Tally(), SeenHashes(), 0
+                 writers: dict[str, ShardWriter], tally: Tally) -> None:
+    """Tokenize all rows, count them, and write them to the train and val shards."""
+    seen, tokens = SeenHashes(), 0
     for rows, batch in tokenize_all(batches, recipe, cfg.num_proc or os.cpu_count() or 1):
         keep = batch.lengths > 0  # (rows,) bool
         # Duplicates are dropped here and not in the workers, because only the parent sees every row.
@@ -241,14 +237,16 @@ def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfi
         total = tokens + np.cumsum(batch.lengths * keep)  # (rows,) tokens up to the end of each row
         used = len(rows)
         if cfg.max_tokens is not None:
+            # The document that reaches the limit is the last; rows after it are not even counted.
             used = min(used, int(np.searchsorted(total, cfg.max_tokens)) + 1)
             keep[used:] = False
-        count_rows(rows[:used], batch, keep, tally, removed, cfg.strict)
+        # Counting in the order of the source makes the listed places the first ones.
+        for i, row in enumerate(rows[:used]):
+            tally.count(row, bool(keep[i]), batch.reasons[i], batch.overlaps[i])
         write_batch(batch, keep, writers, cfg.val_fraction)
         tokens = total[used - 1]
         if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
-            break  # the generator behind `rows` stops too: nothing more is read
-    return tally
+            return  # this ends the generators too: no more rows are read
 
 
 # ---- The folder -------------------------------------------------------------------------------------------
@@ -268,10 +266,10 @@ def make_tokenizer(texts: Iterable[str], cfg: PrepareConfig) -> Tokenizer:
     return tokenizer if cfg.kind == "text" else with_chat_tokens(tokenizer)
 
 
-def make_index(benchmarks: list[Benchmark]) -> Index:
+def make_index(benchmarks: list[Benchmark]) -> decontaminate.Index:
     """An index of the items of all benchmarks."""
     begin = time.perf_counter()
-    index = Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
+    index = decontaminate.Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
     print(f"items   {len(index.places):,} of {len(benchmarks)} evaluation sets indexed in "
           f"{time.perf_counter() - begin:.1f} s ({index.megabytes():,.0f} MB)")
     return index
@@ -279,6 +277,7 @@ def make_index(benchmarks: list[Benchmark]) -> Index:
 
 def row_keys(row: Row | None, kind: str) -> str:
     """A hint such as "; --text_key= one of a, b", if the row is a JSON object; else nothing."""
+    # A hint must never hide the error it belongs to: a first row that is no JSON object gives none.
     option = {"text": "--text_key=", "chat": "--keys=question=..,answer=..",
               "preference": "--keys=prompt=..,chosen=..,rejected=.."}[kind]
     with contextlib.suppress(Skip, TypeError):
@@ -302,25 +301,24 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Write shards and tokenizer into an empty folder; returns meta.json's content but for its inputs."""
     index = make_index(benchmarks) if benchmarks else None
-    removed = Removed(index) if index else None
     recipe = Recipe(cfg.kind, cfg.text_key, cfg.key_names, index)
     # The source is read twice if a tokenizer is trained: once for its sample, once to encode.
     tokenizer = make_tokenizer(training_texts(source_rows(cfg, files), recipe, cfg.val_fraction), cfg)
-    recipe = recipe._replace(tokenizer=tokenizer)
+    recipe = recipe._replace(tokenizer=tokenizer)  # until here, rows were parsed but not encoded
     writers = open_writers(folder, tokenizer.vocab_size, masked=cfg.kind != "text")
-    # The bar counts bytes of the files as they are, packed or not: the only total that is known beforehand.
-    size, quiet = sum(path.stat().st_size for path in files), not sys.stderr.isatty()
-    begin = time.perf_counter()
-    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=quiet) as bar:
-        tally = write_shards(in_batches(source_rows(cfg, files, bar.update)), recipe, cfg, writers, removed)
+    # The bar, on a terminal only, counts bytes of packed files: how many they unpack to is not known.
+    size, begin, tally = sum(path.stat().st_size for path in files), time.perf_counter(), Tally(cfg.strict)
+    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+        write_shards(in_batches(source_rows(cfg, files, bar.update)), recipe, cfg, writers, tally)
     meta = describe(writers, cfg.kind, tokenizer, cfg.tokenizer)
     seconds, megabytes = time.perf_counter() - begin, sum(meta["bytes"].values()) / 1e6
     print(tally.report())
     print(f"speed   {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
     require_documents(cfg, tally, meta["tokens"])  # after the report, which shows why
-    if removed:
-        print(removed.report())
-        write_json(folder / "contaminated.json", removed.content())
+    if index:
+        overlaps = decontaminate.contamination(index, tally.removed)
+        print(decontaminate.report(overlaps["benchmarks"]))
+        write_json(folder / "contaminated.json", overlaps)
     return meta | {"source": cfg.source,
                    "rows": {"in": tally.rows_in, "kept": tally.kept, "skipped": tally.skipped}}
 
@@ -338,11 +336,12 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
         definition = json.dumps(make_tokenizer([], cfg).definition, sort_keys=True)
         settings["tokenizer"] = hashlib.sha256(definition.encode()).hexdigest()
     sets = {benchmark.name: benchmark.digest() for benchmark in benchmarks}
-    settings["decontaminate"] = {"sets": sets, **SETTINGS} if sets else None
+    settings["decontaminate"] = {"sets": sets, **decontaminate.SETTINGS} if sets else None
     if cfg.source in EMBEDDED:
         settings["problems"] = file_sha256(Path(problems.__file__))  # a new version may make other rows
     if not files:
         return settings | {"source": cfg.source}
+    # One hash over all files, in order: names and places do not matter, and meta.json stays small.
     digests = "".join(file_sha256(path) for path in files)
     return settings | {"files": len(files), "content": hashlib.sha256(digests.encode()).hexdigest()}
 
@@ -367,6 +366,7 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
 
     Raises UserError for every fault of the input (a bad row only if cfg.strict).
     """
+    # Rows that are generated or streamed have no files: their inputs are known by the source's name alone.
     has_files = cfg.source not in EMBEDDED and not cfg.source.startswith("hf:")
     files, ignored = find_files(cfg.source) if has_files else ([], 0)
     benchmarks, others = find_benchmarks(cfg.decontaminate) if cfg.decontaminate else ([], 0)
@@ -389,6 +389,7 @@ def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFol
 
     Raises UserError if a user made the folder with other settings.
     """
+    # find_folder turns an out_dir into its checkpoint and a hub id into its download, which have a tokenizer.
     cfg = PrepareConfig(kind=kind, source="problems", out=f"data/problems_{kind}",
                         tokenizer=str(hf.find_folder(model)))
     exists = (cfg.folder / "meta.json").exists()
@@ -407,7 +408,7 @@ def main(argv: list[str]) -> int:
         raise UserError(f"{provenance['vocab_size']}: vocab_size only works with --tokenizer=bpe, "
                         f"not {cfg.tokenizer}")
     if cfg.verify:
-        DataFolder(cfg.folder).verify()
+        DataFolder(cfg.folder).verify()  # reads every byte; opening a folder checks only names and sizes
         print(f"{cfg.folder}: every shard matches its sha256")
     else:
         prepare(cfg)

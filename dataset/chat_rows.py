@@ -181,16 +181,12 @@ def chat_batch(rows: np.ndarray) -> dict[str, Any]:
     targets, "context": T'}, all int64. positions: where the targets are in the flattened (n T'), so that
     logits are computed only there.
     """
-    rows = rows[:, :, :until_last_target(rows[:, 1])]  # (n, 3, T')
+    last = int(np.max(np.where(rows[:, 1] != IGNORE, np.arange(1, rows.shape[2] + 1), 1)))  # T', at least 1
+    rows = rows[:, :, :last]  # (n, 3, T')
     ids, targets, documents = torch.from_numpy(rows.copy()).unbind(1)  # (n, T') each
     positions = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (targets,)
     return {"input_ids": ids, "document_ids": documents, "positions": positions,
             "targets": targets.flatten()[positions], "count": len(positions), "context": ids.shape[1]}
-
-
-def until_last_target(targets: np.ndarray) -> int:
-    """The number of columns of (..., T) targets up to the last target, at least 1."""
-    return int(np.max(np.where(targets != IGNORE, np.arange(1, targets.shape[-1] + 1), 1)))
 
 
 def batch_of(rows: np.ndarray, cfg: BatchConfig, eot_id: int) -> dict[str, Any]:

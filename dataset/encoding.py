@@ -9,7 +9,6 @@ their ids (dataset/shards.py).
 
 import hashlib
 import json
-import multiprocessing
 import multiprocessing.connection
 import os
 import signal

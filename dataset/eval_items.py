@@ -1,16 +1,21 @@
-"""Evaluation sets as texts: what training text is held against, whatever form their rows have.
+"""Evaluation sets -> texts, whatever the form of their rows. (Decontamination, file 1 of 4.)
 
     for benchmark in find_benchmarks("eval/,gsm8k_test.jsonl,hf:openai/gsm8k:main:test,held_out")[0]:
         benchmark.name, benchmark.digest()
         for place, text in benchmark.items(): ...         # "gsm8k_test.jsonl:1", "Janet's ducks lay ..."
 
-An item is a row: a line of .jsonl or .tsv, a record of .csv, an element of a .json array or of the arrays in
-a .json object (its splits), a row of a .parquet or of the hub; a text file, in pieces of a MiB; or a document
-of a data folder that prepare.py made, from both sides of its split.
+What an item is:
 
-Its text is every string in the row, at whatever depth, in the row's order, with blank lines between them:
-question, choices, answers, descriptions of functions. A key of several words is text as well (TruthfulQA's
-choices are keys). A single word under a key is none: it is an id, a subject, a role, a label, "yes".
+    source               item
+    .jsonl .tsv .csv     a line or record
+    .json                an element of the array; or of each list in an object: {"dev": [..], "test": [..]}
+    .parquet, hf:NAME    a row
+    .txt .md .py         the file, in pieces of a MiB
+    a data folder        a document of either split, as prepare.py wrote it
+
+An item's text is every string in the row, at any depth, in the row's order, with blank lines between them:
+question, choices, answers, descriptions of functions. A key of several words is text, too (TruthfulQA's
+choices are keys). A value of one word is not: it is an id, a subject, a role, a label, or "yes".
 """
 
 import os
@@ -22,130 +27,28 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configurator import UserError
+from dataset import sources
 from dataset.conversations import is_list_of_dicts
 from dataset.shards import DataFolder
-from dataset.sources import (
-    KINDS,
-    TABLE_KINDS,
-    Row,
-    file_kind,
-    find_files,
-    hub_rows,
-    read_rows,
-    row_value,
-    usable_rows,
-)
+from dataset.sources import Row, find_files, hub_rows, read_rows
 from dataset.words import normalised
 from formats.chat_format import ROLES
 from formats.files import file_sha256
 from formats.tokenizer import Tokenizer
 
-KEY = "decontaminate"  # the key that names evaluation sets: what a message begins with
-ROLE = re.compile(rf"(?:{'|'.join(ROLES)})\n")  # with what a turn of a chat begins, behind its special token
-
-
-class Benchmark(NamedTuple):
-    """An evaluation set: a file, a data folder, or hf:NAME[:CONFIG[:SPLIT]]."""
-
-    name: str
-    source: str
-
-    def digest(self) -> str:
-        """What its items follow from: a hash, or of a set on the hub the name."""
-        if self.source.startswith("hf:"):
-            return self.source
-        path = Path(self.source)
-        return file_sha256(path / "meta.json" if path.is_dir() else path)
-
-    def items(self) -> Iterator[tuple[str, str]]:
-        """(place, text) of every item. UserError for a row that cannot be read, or if no item has text."""
-        if self.source.startswith("hf:"):
-            items = hub_items(self.source.removeprefix("hf:"))
-        else:
-            items = (folder_items if Path(self.source).is_dir() else file_items)(Path(self.source))
-        empty = True
-        for place, text in items:
-            empty = empty and not text
-            yield place, text
-        if empty:
-            raise UserError(f"{KEY}={self.source}: no text in it")
-
-
-def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
-    """What a comma-separated list names: files, folders and globs of files, each file of which is a benchmark
-    by itself; data folders, also by their names below data/; and hf: names. And how many files of other kinds
-    are ignored. UserError for what is not there.
-    """
-    sources: list[str] = []
-    ignored = 0
-    for name in [spec] if os.path.exists(spec) else spec.split(","):  # Path raises where a name is too long
-        path = Path(name) if os.path.exists(name) else Path("data") / name
-        if name.startswith("hf:"):
-            sources.append(name)
-        elif (path / "meta.json").is_file():
-            sources.append(str(path))
-        else:
-            files, others = find_files(name, KEY, KINDS | TABLE_KINDS)
-            sources += map(str, files)
-            ignored += others
-    sources = list(dict.fromkeys(sources))
-    names = [source.removeprefix("hf:") if source.startswith("hf:") else Path(source).name.split(".")[0]
-             for source in sources]
-    return [Benchmark(name if names.count(name) == 1 else source, source)
-            for name, source in zip(names, sources, strict=True)], ignored
-
-
-# ---- Items ------------------------------------------------------------------------------------------------
-
-def hub_items(name: str) -> Iterator[tuple[str, str]]:
-    return ((row.place, item_text(row.content)) for row in hub_rows(name, None, KEY))
-
-
-def file_items(path: Path) -> Iterator[tuple[str, str]]:
-    for row, value in usable_rows(read_rows([path], None, 2**20), row_value, f"{KEY}="):
-        if file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":
-            yield from split_items(value, row)
-        else:
-            yield row.place, item_text(value)
-
-
-def split_items(value: dict[str, Any], row: Row) -> Iterator[tuple[str, str]]:
-    """A .json object's lists of objects, each of them an item, and whatever else it says as one more."""
-    splits = {name: rows for name, rows in value.items() if is_list_of_dicts(rows)}
-    if text := item_text({name: other for name, other in value.items() if name not in splits}):
-        yield row.place, text
-    for name, rows in splits.items():
-        for number, each in enumerate(rows):
-            yield f"{row.place.removesuffix(':1')} {name}[{number}]", item_text(each)
-
-
-def folder_items(folder: Path) -> Iterator[tuple[str, str]]:
-    """The documents of a data folder; of chats and preferences what is said, message by message."""
-    data, tokenizer = DataFolder(folder), Tokenizer.load(folder)
-    special = np.array(sorted(tokenizer.special_ids))
-    for split, shards in data.shards.items():
-        number = 0
-        for shard in shards:
-            ends = np.flatnonzero(shard == tokenizer.eot_id)
-            for document in np.split(shard, ends + 1)[:len(ends)]:
-                cuts = np.flatnonzero(np.isin(document, special))
-                texts = [tokenizer.decode(part[~np.isin(part, special)].tolist())
-                         for part in np.split(document, cuts)]
-                if data.meta["kind"] != "text":
-                    texts = [ROLE.sub("", text, count=1) if ROLE.match(text) else text for text in texts]
-                yield f"{folder}/{split}[{number}]", "\n\n".join(filter(None, map(str.strip, texts)))
-                number += 1
+KEY = "decontaminate"  # the config key that names evaluation sets, for error messages
+ROLE = re.compile(rf"(?:{'|'.join(ROLES)})\n")  # the text that follows the special token of a chat's turn
 
 
 # ---- A row's text -----------------------------------------------------------------------------------------
 
-def item_text(value: Any) -> str:
-    """All strings of a row that are text, with blank lines between them."""
-    return value if isinstance(value, str) else "\n\n".join(strings(value))
+def has_several_words(text: str) -> bool:
+    # Chinese and Japanese have no spaces, so `normalised` splits them.
+    return len(text.split(None, 1)) > 1 or (not text.isascii() and len(normalised(text).split()) > 1)
 
 
 def strings(value: Any) -> Iterator[str]:
-    """Those of lists, all; keys and their values, if they are of several words."""
+    """All strings of a list; the keys and values of a dict that have several words; at any depth."""
     if isinstance(value, dict):
         for key, inside in value.items():
             for text in (key, inside):
@@ -159,5 +62,101 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inside)
 
 
-def has_several_words(text: str) -> bool:
-    return len(text.split(None, 1)) > 1 or (not text.isascii() and len(normalised(text).split()) > 1)
+def item_text(value: Any) -> str:
+    """The text of a row: itself, or all its strings with blank lines between them."""
+    return value if isinstance(value, str) else "\n\n".join(strings(value))
+
+
+# ---- Items ------------------------------------------------------------------------------------------------
+
+def split_items(value: dict[str, Any], row: Row) -> Iterator[tuple[str, str]]:
+    """The items of a .json object: each element of its lists of objects, and everything else as one more."""
+    splits = {name: rows for name, rows in value.items() if is_list_of_dicts(rows)}
+    if text := item_text({name: other for name, other in value.items() if name not in splits}):
+        yield row.place, text
+    for name, rows in splits.items():
+        for number, each in enumerate(rows):
+            yield f"{row.place.removesuffix(':1')} {name}[{number}]", item_text(each)
+
+
+def file_items(path: Path) -> Iterator[tuple[str, str]]:
+    """The items of a file. Raises UserError for a row that cannot be read."""
+    for row, value in sources.usable_rows(read_rows([path], None, 2**20), sources.row_value, f"{KEY}="):
+        if sources.file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":
+            yield from split_items(value, row)
+        else:
+            yield row.place, item_text(value)
+
+
+def folder_items(folder: Path) -> Iterator[tuple[str, str]]:
+    """The documents of a data folder as text; of chats and preferences, the messages without their roles."""
+    data, tokenizer = DataFolder(folder), Tokenizer.load(folder)
+    special = np.array(sorted(tokenizer.special_ids))
+    for split, shards in data.shards.items():
+        number = 0
+        for shard in shards:
+            ends = np.flatnonzero(shard == tokenizer.eot_id)
+            for document in np.split(shard, ends + 1)[:len(ends)]:
+                # Special tokens are not text. In chats they separate the messages.
+                parts = np.split(document, np.flatnonzero(np.isin(document, special)))
+                texts = [tokenizer.decode(part[~np.isin(part, special)].tolist()) for part in parts]
+                if data.meta["kind"] != "text":
+                    texts = [text[match.end():] if (match := ROLE.match(text)) else text for text in texts]
+                yield f"{folder}/{split}[{number}]", "\n\n".join(filter(None, map(str.strip, texts)))
+                number += 1
+
+
+# ---- Evaluation sets --------------------------------------------------------------------------------------
+
+class Benchmark(NamedTuple):
+    """An evaluation set: a file, a data folder, or hf:NAME[:CONFIG[:SPLIT]]."""
+
+    name: str
+    source: str
+
+    def digest(self) -> str:
+        """What decides if the items are the same: a hash of the file, or the name of a set on the hub."""
+        if self.source.startswith("hf:"):
+            return self.source
+        path = Path(self.source)
+        return file_sha256(path / "meta.json" if path.is_dir() else path)
+
+    def items(self) -> Iterator[tuple[str, str]]:
+        """(place, text) of every item. Raises UserError if a row cannot be read, or if no item has text."""
+        if self.source.startswith("hf:"):
+            rows = hub_rows(self.source.removeprefix("hf:"), None, KEY)
+            items = ((row.place, item_text(row.content)) for row in rows)
+        else:
+            items = (folder_items if Path(self.source).is_dir() else file_items)(Path(self.source))
+        empty = True
+        for place, text in items:
+            empty = empty and not text
+            yield place, text
+        if empty:
+            raise UserError(f"{KEY}={self.source}: no text in it")
+
+
+def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
+    """(evaluation sets, number of ignored files of other kinds) of a comma-separated list.
+
+    An entry is a file, folder or glob (one set per file), a data folder or its name below data/ (one set), or
+    hf:NAME. Sets are named after their files, or by their paths if two have the same name. Raises UserError
+    if an entry does not exist.
+    """
+    names: list[str] = []
+    ignored = 0
+    for name in [spec] if os.path.exists(spec) else spec.split(","):  # Path raises where a name is too long
+        path = Path(name) if os.path.exists(name) else Path("data") / name
+        if name.startswith("hf:"):
+            names.append(name)
+        elif (path / "meta.json").is_file():
+            names.append(str(path))
+        else:
+            files, others = find_files(name, KEY, sources.KINDS | sources.TABLE_KINDS)
+            names += map(str, files)
+            ignored += others
+    names = list(dict.fromkeys(names))  # each once, in order
+    short = [name.removeprefix("hf:") if name.startswith("hf:") else Path(name).name.split(".")[0]
+             for name in names]
+    return [Benchmark(each if short.count(each) == 1 else name, name)
+            for each, name in zip(short, names, strict=True)], ignored

@@ -16,7 +16,7 @@ import math
 import random
 import re
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
@@ -128,28 +128,29 @@ def weekday(draw: random.Random) -> Problem:
     return Problem("date", question, steps, DAYS[(day + ahead) % 7], f"{DAYS[day]} {ahead}")
 
 
-# {family: (share of the problems, function that makes one)}. "hard" is too hard for a small model.
-FAMILIES: dict[str, tuple[float, Callable[[random.Random], Problem]]] = {
-    "add": (2, lambda draw: arithmetic("add", draw, "+", 3)),
-    "subtract": (3, lambda draw: arithmetic("subtract", draw, "-", 3)),
-    "multiply": (4, lambda draw: arithmetic("multiply", draw, "*", 2)),
-    "story": (2, lambda draw: arithmetic("story", draw, draw.choice("+-*"), 2)),
-    "hard": (0.5, lambda draw: arithmetic("hard", draw, "*", 3)),
-    "copy": (0.5, lambda draw: listing("copy", draw)),
-    "reverse": (0.5, lambda draw: listing("reverse", draw)),
-    "sort": (1, lambda draw: listing("sort", draw)),
-    "count": (1, lambda draw: listing("count", draw)),
-    "date": (1, weekday),
-}
+# {family: its share of the problems}. "hard" is too hard for a small model.
+FAMILIES = {"add": 2, "subtract": 3, "multiply": 4, "story": 2, "hard": 0.5,
+            "copy": 0.5, "reverse": 0.5, "sort": 1, "count": 1, "date": 1}
+# {family: (operator, digits)} of the families that are always the same operation
+ARITHMETIC = {"add": ("+", 3), "subtract": ("-", 3), "multiply": ("*", 2), "hard": ("*", 3)}
+
+
+def draw_problem(family: str, draw: random.Random) -> Problem:
+    """A problem of a family; the generator `draw` makes every choice."""
+    if family == "story":
+        return arithmetic(family, draw, draw.choice("+-*"), 2)
+    if family in ARITHMETIC:
+        return arithmetic(family, draw, *ARITHMETIC[family])
+    return weekday(draw) if family == "date" else listing(family, draw)
 
 
 def problems(split: Literal["train", "test"], seed: int, families: tuple[str, ...] = ()) -> Iterator[Problem]:
     """Problems without end, of these families or (for none) of all, in their shares."""
     draw = random.Random(f"{split}/{seed}")
     names = families or tuple(FAMILIES)
-    shares = [FAMILIES[name][0] for name in names]
+    shares = [FAMILIES[name] for name in names]
     while True:
-        problem = FAMILIES[draw.choices(names, shares)[0]][1](draw)
+        problem = draw_problem(draw.choices(names, shares)[0], draw)
         if problem.is_test == (split == "test"):
             yield problem
 
@@ -233,7 +234,7 @@ def mistaken(problem: Problem, draw: random.Random) -> dict[str, Any]:
 
 def chat_row(problem: Problem, draw: random.Random) -> dict[str, Any]:
     """A problem and its solution. If the calculator is offered, some chats call it and more refuse to answer,
-    so that preferences have something to teach."""
+    so that there is something for preferences to teach."""
     offered = problem.expression is not None and (problem.family == "hard" or draw.random() < 0.2)
     refuses = offered and draw.random() > CALLS
     reply = [assistant(REFUSAL)] if refuses else solution(problem, offered)

@@ -60,18 +60,16 @@ class ShardWriter:
         """Append whole documents.
 
         ids: (tokens,). documents, byte_count: how many documents they are, and how many bytes of UTF-8. mask:
-        (tokens,), needed if the shards are masked.
+        (tokens,) uint8, needed if the shards are masked.
         """
         if not len(ids):
             return
         if not self.files:
             self.name, self.size = f"{self.split}_{len(self.shards):05d}.bin", 0
-            self.files = [HashedFile(self.folder / self.name)]
-            if self.masked:
-                self.files.append(HashedFile(mask_path(self.folder / self.name)))
-        self.files[0].write(ids.astype(self.dtype, copy=False))
-        if self.masked:
-            self.files[1].write(mask.astype(np.uint8, copy=False))
+            path = self.folder / self.name
+            self.files = [HashedFile(each) for each in ([path, mask_path(path)] if self.masked else [path])]
+        for file, values in zip(self.files, (ids.astype(self.dtype, copy=False), mask), strict=False):
+            file.write(values)
         self.size += len(ids)
         self.documents += documents
         self.tokens += len(ids)
