@@ -29,7 +29,8 @@ fi
 python prepare.py
 "${launch[@]}" train.py --out_dir=$out/base "${train_flags[@]}"
 python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
-"${launch[@]}" distill.py config/distill_tiny.py --teacher=$out/base --out_dir=$out/distilled "${train_flags[@]}"
+"${launch[@]}" distill.py config/distill_tiny.py --teacher=$out/base --out_dir=$out/distilled \
+    "${train_flags[@]}"
 
 # Base model -> chat model -> chat model trained on preferences.
 "${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${train_flags[@]}"

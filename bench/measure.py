@@ -43,18 +43,28 @@ class BenchConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PeerConfig(BenchConfig):
-    """The keys of the subjects that time torch code in this process."""
+class DeviceConfig(BenchConfig):
+    """The keys of the subjects that run models."""
 
     device: str = "cpu"  # cpu or cuda
-    threads: int = 1  # CPU threads of torch; with one, CPU time is the wall time of an idle machine
+    threads: int = 1  # CPU threads of every arm; with one, CPU time is the wall time of an idle machine
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "threads")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PeerConfig(DeviceConfig):
+    """The keys of the subjects that time torch code in this process."""
+
     dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the computation; None: bfloat16 on cuda
     seconds: float = 0.5  # approximate length of one turn; the work is repeated to fill it
     nanogpt: str | None = None  # folder with nanoGPT's model.py; None leaves nanoGPT out
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "threads", "seconds")
+        require_positive(self, "seconds")
 
 
 def start(cfg: PeerConfig) -> tuple[torch.device, str]:
@@ -91,6 +101,13 @@ def run_child(function: Callable, *arguments: Any, threads: int = 1) -> Any:
     return json.loads(process.stdout.splitlines()[-1])
 
 
+def children_in_turns(function: Callable, arms: Iterable[str], *arguments: Any, rounds: int,
+                      threads: int) -> dict[str, list[Any]]:
+    """Call function(arm, *arguments) in a new process for every arm, once per round."""
+    return in_turns({arm: functools.partial(run_child, function, arm, *arguments, threads=threads)
+                     for arm in arms}, rounds)
+
+
 def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> None:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
 
@@ -124,14 +141,12 @@ def time_in_turns(arms: dict[str, Callable[[], Any]], rounds: int, device: torch
     """Time every arm once per round, after three warm-up calls each. A turn takes about `seconds`."""
     timings = {name: warm_up(arm, device, seconds) for name, arm in arms.items()}
 
-    def turn(name: str) -> float:
-        begin = now(device)
-        for _ in range(timings[name].repeats):
-            arms[name]()
-        return (now(device) - begin) / timings[name].repeats
-
-    for name, values in in_turns({name: functools.partial(turn, name) for name in arms}, rounds).items():
-        timings[name].seconds = values
+    for _ in range(rounds):
+        for name, timing in timings.items():
+            begin = now(device)
+            for _ in range(timing.repeats):
+                arms[name]()
+            timing.seconds.append((now(device) - begin) / timing.repeats)
     return timings
 
 
@@ -155,7 +170,7 @@ def warm_up(arm: Callable[[], Any], device: torch.device, seconds: float) -> Tim
 
 # ---- The report -------------------------------------------------------------------------------------------
 
-def row(name: str, dtype: str, timing: Timing, peers: dict[str, float], share: float | None = None,
+def row(name: str, dtype: str, timing: Timing, peers: dict[str, float], share: float,
         **more: Any) -> dict[str, Any]:
     """An arm's entry in the JSON. peers: {peer: its median seconds}; share: fraction of the machine's
     limit."""
@@ -176,14 +191,11 @@ def timing_table(rows: list[dict[str, Any]], title: str, value: Callable[[float]
                  notes: Iterable[str] = ()) -> str:
     """One line per arm: median and range of `value(seconds)`, speed relative to each peer, share of the
     machine's limit, and wall seconds of the first call, compilation included."""
-    peers = list(rows[0]["speed_of"])
-    lines = []
-    for arm in rows:
-        ratios = [f"{arm['speed_of'][peer]:.2f}" for peer in peers]
-        share = "" if arm["share_of_peak"] is None else f"{arm['share_of_peak']:.1%}"
-        lines.append([arm["arm"], arm["dtype"], f"{value(arm['median_seconds']):,.2f}",
-                      value_range([value(arm["min_seconds"]), value(arm["max_seconds"])], 2), *ratios, share,
-                      f"{arm['first_call_seconds']:.2f} s"])
+    peers = rows[0]["speed_of"]
+    lines = [[arm["arm"], arm["dtype"], f"{value(arm['median_seconds']):,.2f}",
+              value_range([value(arm["min_seconds"]), value(arm["max_seconds"])], 2),
+              *(f"{arm['speed_of'][peer]:.2f}" for peer in peers), f"{arm['share_of_peak']:.1%}",
+              f"{arm['first_call_seconds']:.2f} s"] for arm in rows]
     headers = [title, "dtype", "median", "(min - max)", *(f"x {peer}" for peer in peers), "of peak",
                "first call"]
     return "\n".join([text_table(headers, lines), *notes])

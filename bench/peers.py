@@ -14,7 +14,7 @@ import importlib.util
 import io
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -64,20 +64,18 @@ def llama_config(shape: Shape) -> GPTConfig:
     the largest power of two (at most 256) that keeps the numbers within 1 %: matrix kernels like round
     widths.
     """
-    fields = dict(n_layer=shape.n_layer, n_head=shape.n_head, n_kv_head=shape.n_kv_head, n_embd=shape.n_embd,
-                  block_size=shape.block_size, vocab_size=shape.vocab_size,
-                  tie_embeddings=shape.tie_embeddings)
+    fields = asdict(shape)
     if shape.intermediate_size is not None:
-        return GPTConfig(**fields, intermediate_size=shape.intermediate_size)
+        return GPTConfig(**fields)
     goal, unit = nanogpt_parameters(shape), 3 * shape.n_layer * shape.n_embd  # parameters of one more column
     with torch.device("meta"):
-        without = GPT(GPTConfig(**fields, intermediate_size=1)).num_parameters() - unit
+        without = GPT(GPTConfig(**fields | {"intermediate_size": 1})).num_parameters() - unit
     exact = (goal - without) / unit
     for multiple in (256, 128, 64, 32, 16, 8, 4, 2, 1):
         width = max(1, round(exact / multiple)) * multiple
         if abs(without + width * unit - goal) <= 0.01 * goal:
             break
-    return GPTConfig(**fields, intermediate_size=width)
+    return GPTConfig(**fields | {"intermediate_size": width})
 
 
 # ---- nanoGPT ----------------------------------------------------------------------------------------------
@@ -121,9 +119,8 @@ def gpt2_twin(peer: nn.Module | None, shape: Shape) -> GPT:
 
     Raises UserError if a weight of the peer has no place in our model.
     """
-    ours = GPT(GPTConfig(n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd,
-                         block_size=shape.block_size, vocab_size=shape.vocab_size, position="learned",
-                         norm="layernorm", mlp="gelu", bias="none", intermediate_size=4 * shape.n_embd))
+    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="none", intermediate_size=4 * shape.n_embd)
+    ours = GPT(GPTConfig(**asdict(shape) | gpt2))
     mine = dict(ours.named_parameters())
     for name, tensor in peer.named_parameters() if peer else ():
         if name == "lm_head.weight":
@@ -153,12 +150,22 @@ def nanogpt_batch(path: Path, batch_size: int, block_size: int,
 # ---- transformers -----------------------------------------------------------------------------------------
 
 def transformers_twin(ours: GPT, folder: Path, device: torch.device) -> nn.Module:
-    """The model that AutoModelForCausalLM loads, in float32, from the folder that our model saves."""
+    """The transformers model of the folder that our model saves."""
+    ours.save_pretrained(folder)
+    return load_transformers(folder, device)
+
+
+def load_transformers(folder: Path, device: torch.device | str) -> nn.Module:
+    """The model that AutoModelForCausalLM loads, in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
-    ours.save_pretrained(folder)
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def count_parameters(model: nn.Module) -> int:
+    """The number of parameters. Rows that only fill up our vocabulary table do not count."""
+    return model.num_parameters() if isinstance(model, GPT) else sum(p.numel() for p in model.parameters())
 
 
 # ---- Checks -----------------------------------------------------------------------------------------------

@@ -7,9 +7,8 @@
 `prepare` encodes the same texts with tokenizers' encode_batch_fast on one core, with our encoder, and with
 prepare.py from start to end. It first checks that the ids are equal.
 
-`decontaminate` times prepare.py with and without --decontaminate, and the search alone, in documents per
-second. These documents are short ones (`documents`): once the near-duplicate search of whole documents, from
-their text to the items they resemble, and once everything that prepare.py searches for.
+`decontaminate` times prepare.py without and with --decontaminate. It then times the search by itself on the
+short texts of --documents: the near-duplicate search for whole documents, and the complete search.
 """
 
 import functools
@@ -41,7 +40,7 @@ Clocks = dict[str, list[float]]  # {"wall": seconds, "cpu": seconds}, one value 
 @dataclass(frozen=True, kw_only=True)
 class Config(BenchConfig):
     source: str = "pystdlib"  # the text, in any form that prepare.py reads
-    copies: int = 4  # copies of the text; the first line of each document tells them apart
+    copies: int = 4  # copies of the text; each copy has its own first line in every document
     vocab_size: int = 4096  # size of the BPE trained on the text
 
 
@@ -138,7 +137,7 @@ def report(results: dict[str, Any]) -> str:
 # ---- Searching for evaluation items -----------------------------------------------------------------------
 
 def near_duplicates(index: Index, documents: list[str]) -> int:
-    """The number of documents that resemble an item as a whole."""
+    """The number of documents that are near-duplicates of an evaluation item."""
     words = words_of(documents)
     lengths = np.diff(words.bounds)
     begins, pairs = words.bounds[:-1], chained(words.hashes)[0]

@@ -113,9 +113,6 @@ class Setup:
         return nanogpt_batch(self.data / "train_00000.bin", self.batch_size, self.shape.block_size,
                              self.device)
 
-    def autocast(self, dtype: str) -> torch.autocast:
-        return torch.autocast(self.device.type, DTYPES[dtype], enabled=dtype != "float32")
-
     def train_config(self, optimizer: str, dtype: str = "float32") -> TrainConfig:
         """Our run at this size: one micro-batch per step, and the optimizer settings of the peers."""
         return TrainConfig(dataset=str(self.data), block_size=self.shape.block_size, optimizer=optimizer,
@@ -243,7 +240,8 @@ def transformers_arm(setup: Setup, dtype: str, compiled: bool) -> Arm:
 def peer_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str,
               loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
     """A function that takes one step of a peer."""
-    amp, batches = setup.autocast(dtype), [setup.batch()]
+    amp = torch.autocast(setup.device.type, DTYPES[dtype], enabled=dtype != "float32")
+    batches = [setup.batch()]
 
     def step() -> None:
         x, y = batches.pop()

@@ -29,8 +29,8 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
     --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
 
 
-# The modules of `pytest -m fast`: about 970 tests in 40 seconds on one core. Left out are the tests that use a
-# fixture of TRAINED or are named in NOT_FAST. The others start no training run and no child process.
+# The modules of `pytest -m fast`: about 970 tests in 40 seconds on one core. Tests that use a fixture of
+# TRAINED or are named in NOT_FAST are left out. The others start no training run and no child process.
 FAST = """
     test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
     bench/test_learn.py bench/test_teach.py
