@@ -31,15 +31,8 @@ from configurator import UserError, configure, require, require_not_negative, ru
 from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
 from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
-from distillation.divergences import (
-    DenseTeacher,
-    Kind,
-    Objective,
-    SparseTeacher,
-    Teacher,
-    linear_distillation,
-    select_targets,
-)
+from distillation import divergences
+from distillation.divergences import DenseTeacher, Kind, Objective, SparseTeacher, Teacher, select_targets
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import Strategy, layer_map, map_text
 from distillation.on_policy import prompt_lengths, rollout_batch
@@ -291,8 +284,8 @@ class Distillation:
         objective = cfg.objective
         if "prompts" in batch:  # the student's own tokens are not right answers, so no cross-entropy
             objective = objective._replace(alpha=1.0)
-        losses = linear_distillation(select_targets(hidden, batch), weight, targets, teacher, self.vocab_size,
-                                     objective)
+        losses = divergences.linear_distillation(select_targets(hidden, batch), weight, targets, teacher,
+                                                 self.vocab_size, objective)
         features = hidden.new_zeros((2,))
         if self.hooks:
             features = feature_loss(self.student, *self.hooks, batch, cfg.layer_losses)

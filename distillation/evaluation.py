@@ -67,19 +67,17 @@ class StudentEvaluation:
         gathered.
         """
         inputs = {"input_ids": batch["input_ids"], "document_ids": batch.get("document_ids")}
+        targets, vocab_size = batch["targets"].flatten(), self.mix.tokenizer.vocab_size
 
         def student_sums(teacher: DenseTeacher | None) -> Tensor:
-            return model(**inputs, head=lambda hidden, weight: self.head_sums(batch, hidden, weight, teacher))
+            def head(hidden: Tensor, weight: Tensor) -> Tensor:
+                hidden = select_targets(hidden, batch)  # (N, C)
+                return comparison_sums(hidden, weight, targets, teacher or DenseTeacher(hidden, weight),
+                                       vocab_size)
+
+            return model(**inputs, head=head)
 
         if self.teacher is None:
             return student_sums(None)
         return self.teacher(**inputs, head=lambda hidden, weight: student_sums(
             DenseTeacher(select_targets(hidden, batch), weight)))
-
-    def head_sums(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor,
-                  teacher: DenseTeacher | None) -> Tensor:
-        """The student's head: compare its hidden states, (B, T, C), and output matrix with the teacher."""
-        hidden = select_targets(hidden, batch)  # (N, C)
-        teacher = teacher or DenseTeacher(hidden, weight)
-        return comparison_sums(hidden, weight, batch["targets"].flatten(), teacher,
-                               self.mix.tokenizer.vocab_size)

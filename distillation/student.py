@@ -24,22 +24,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dataset.dataloader import IGNORE
-from distillation.layer_losses import (
-    attention_mse,
-    hidden_cosine,
-    hidden_mse,
-    info_nce,
-    relation_loss,
-    sinkhorn_loss,
-)
+from distillation import layer_losses
 from formats import hf
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
 PROJECTIONS = "projections.safetensors"
 HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-    "mse": hidden_mse, "cosine": hidden_cosine, "sinkhorn": sinkhorn_loss,
-    "info_nce": partial(info_nce, temperature=0.1)}
+    "mse": layer_losses.hidden_mse, "cosine": layer_losses.hidden_cosine,
+    "sinkhorn": layer_losses.sinkhorn_loss, "info_nce": partial(layer_losses.info_nce, temperature=0.1)}
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block: (B, heads, T, D) each, after the rotary embedding
 
 
@@ -122,12 +115,12 @@ def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Te
                    kind: str) -> Tensor:
     """The loss between the attention of two layers; relations are averaged over q, k and v."""
     if kind == "mse":
-        return attention_mse(ours[0], ours[1], theirs[0], theirs[1], weights, document_ids)
+        return layer_losses.attention_mse(ours[0], ours[1], theirs[0], theirs[1], weights, document_ids)
     total = weights.new_zeros(())
     for student, teacher in zip(ours, theirs, strict=True):
         heads = math.gcd(student.shape[1], teacher.shape[1])
         student, teacher = (x.transpose(1, 2).flatten(2) for x in (student, teacher))  # (B, T, heads * D)
-        total = total + relation_loss(student, teacher, heads, weights, document_ids)
+        total = total + layer_losses.relation_loss(student, teacher, heads, weights, document_ids)
     return total / 3
 
 

@@ -30,7 +30,7 @@ from distillation.teacher_cache import CacheSpec, CacheWriter, identity_of, veri
 from formats import hf
 from formats.hf import teacher_sha256
 from formats.tokenizer import Tokenizer
-from modeling.devices import DTYPES, pick_device
+from modeling.devices import DTYPES, pick_device, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,14 +79,14 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> Callable[[np.nda
     def run_teacher(numbers: np.ndarray) -> DenseTeacher:
         values = rows.read(numbers)
         if values.ndim == 3:  # chats, (n, 3, T): inputs, targets, conversations
-            ids, documents = torch.from_numpy(values[:, 0]), torch.from_numpy(values[:, 2])
-            documents = documents if cfg.packing else None
+            batch = {"input_ids": torch.from_numpy(values[:, 0])}
+            if cfg.packing:
+                batch["document_ids"] = torch.from_numpy(values[:, 2])
         else:  # text, (n, T + 1)
             batch = text_batch(values, eot_id)
-            ids, documents = batch["input_ids"], batch.get("document_ids")
-        documents = None if documents is None else documents.to(device)
-        return teacher(ids.to(device), document_ids=documents,
-                       head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))
+        batch = to_device(batch, device)
+        return teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
+                       head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))  # (n T, C)
 
     return run_teacher
 

@@ -25,7 +25,7 @@ from formats import hf
 from formats.files import write_text
 from formats.markdown import table
 from formats.tokenizer import Tokenizer
-from generation.generate import Options, Sampling, generate
+from generation.generate import Options, Sampling, append_tokens, generate
 from model import GPT
 from modeling.devices import device_name, pick_device
 from training.run import Run
@@ -110,8 +110,7 @@ def continuations(cfg: CompareConfig, sampling: Sampling, model: GPT, tokenizer:
     new: list[list[int]] = [[] for _ in prompts]
     for tokens in generate(model, ids, cfg.max_new_tokens, sampling, lambda row, new: new[-1] in end_ids,
                            Options(vocab_size=tokenizer.vocab_size)):
-        for row, token in zip(new, tokens, strict=True):
-            row += [] if token is None else [token]
+        append_tokens(new, tokens)
     return [tokenizer.decode([i for i in row if i not in end_ids]) for row in new]
 
 

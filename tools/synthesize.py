@@ -32,7 +32,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
 from dataset.encoding import text_hash
 from dataset.shards import ShardWriter, describe, open_writers
 from dataset.sources import Row, document, file_kind, read_rows, usable_rows
@@ -40,7 +40,7 @@ from formats import hf
 from formats.files import atomic_folder, file_sha256, write_json
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
-from generation.generate import Options, Sampling, generate
+from generation.generate import Options, Sampling, append_tokens, generate
 from model import GPT
 from modeling.devices import pick_device
 from prepare import unchanged
@@ -71,8 +71,7 @@ class SynthesizeConfig:
     def __post_init__(self) -> None:
         require_positive(self, "tokens", "length", "seed_tokens", "batch_size")
         require_not_negative(self, "first_tokens", "seed", "first_temperature", "temperature")
-        if not 0 <= self.val_fraction < 1:
-            raise UserError(f"val_fraction={self.val_fraction}: must be at least 0 and below 1")
+        require(self, "val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1")
         if self.kind == "unlike" and self.temperature is not None and self.temperature <= 1:
             raise UserError(f"temperature={self.temperature}: kind=unlike needs a temperature above 1")
 
@@ -99,9 +98,7 @@ def extend_documents(model: GPT, tokenizer: Tokenizer, text_ids: set[int], docum
     options = Options(vocab_size=tokenizer.vocab_size, row_numbers=live)
     for tokens in generate(model, [start + documents[number] for number in live], steps, sampling,
                            lambda row, new: new[-1] not in text_ids, options):
-        for number, token in zip(live, tokens, strict=True):
-            if token is not None:
-                documents[number].append(token)
+        append_tokens([documents[number] for number in live], tokens)
 
 
 def teacher_documents(cfg: SynthesizeConfig, model: GPT, tokenizer: Tokenizer, text_ids: set[int],
