@@ -189,7 +189,7 @@ def test_the_last_line_of_a_killed_log_may_be_incomplete(data, tmp_path):
         (["--device=cuda:7"], "not on this machine"),
         (["--init_from=nowhere/at/all"], "no model here"),
         (["--parallel=zero"], "none|ddp|fsdp"),
-        (["--z_loss=-1"], "negative"),
+        (["--z_loss=-1"], "z_loss=-1.0: must be at least 0"),
         (["--out_dir="], "no value"),
         (["--dataset=,"], "write folders and their weights"),
         (["--dataset=a:1e308,b:1e308"], "write folders and their weights"),
