@@ -60,6 +60,7 @@ class ExportConfig:
         if self.name is not None and Path(self.name).name != self.name:
             raise UserError(f"name={self.name}: must be a plain name, without a folder")
 
+    # The next four are derived from the keys; they are properties, so they are not keys themselves.
     @property
     def kinds(self) -> list[str]:
         return self.quantize.split(",")
@@ -67,7 +68,7 @@ class ExportConfig:
     @property
     def needs_float16(self) -> bool:
         """True if something is stored as float16: the weights, or the scales of quantized weights."""
-        if self.format == "gguf":
+        if self.format == "gguf":  # blocks of q8_0 and of the K-quants have float16 scales
             return not set(self.kinds) <= {"f32", "bf16"}
         return self.format == "hf" and self.dtype == "float16"
 
@@ -76,6 +77,7 @@ class ExportConfig:
         """The name of the model: --name, or the name of its folder, or of the run that the folder is in."""
         # resolve() turns "." into a name; a hub id has nothing to resolve.
         path = Path(self.model).resolve() if Path(self.model).exists() else Path(self.model)
+        # out/dpo/step_000060 and out/dpo/merged are both called dpo.
         is_inside_run = checkpoint.NAME.fullmatch(path.name) or path.name == "merged"
         return self.name or (path.parent.name if is_inside_run else path.name)
 
@@ -96,6 +98,7 @@ class Source:
         end_ids = ids[0] if len(ids) == 1 else ids or self.tokenizer.end_ids
         self.ids = hf.special_token_ids(end_ids, self.tokenizer.bos_id)
         self.vocabulary: dict[str, Any] = {}
+        # Each format refuses here, so that a mistake costs no time and leaves no file.
         if cfg.format == "hf" and hf.architecture(self.config) == "nanollama":
             hint = "; use --format=ternary" if self.config.ternary else ""
             raise UserError(f"format=hf: transformers has no model with {hf.unusual(self.config)}{hint}")
@@ -107,6 +110,7 @@ class Source:
 
     def weights(self) -> GPT:
         """The model in float32. Raises UserError for a weight that is not finite or too large to store."""
+        # float32, whatever the export's dtype: a quantizer must not start from rounded weights.
         model = GPT.from_pretrained(self.folder).eval()
         # bfloat16 has float32's range, so its limit only catches infinities.
         limit = torch.finfo(torch.float16 if self.cfg.needs_float16 else torch.bfloat16).max
@@ -118,6 +122,7 @@ class Source:
 
 # ---- Model card -------------------------------------------------------------------------------------------
 
+# {format: the section "Use" of the card}. card_text fills in the names in braces.
 HOW_TO_USE = {"hf": """\
 ```python
 from transformers import pipeline
@@ -144,9 +149,11 @@ TEXT_USE = {"prompt": '"import os"', "our_args": '--prompt="import os"',
 def card_text(cfg: ExportConfig, source: Source) -> str:
     with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
+    # The hub shows how to load a model by the name of its library.
     library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[cfg.format]
     card = Card(cfg.title, cfg.model, source.folder, source.config, source.tokenizer, cfg.license, library,
                 cfg.results)
+    # A base model continues a text; a chat model answers messages.
     use = CHAT_USE if "chat_template" in source.tokenizer.settings else TEXT_USE
     return card.text(parameters, HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **use))
 
@@ -167,7 +174,7 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> s
     metadata = {"general.name": cfg.title, "general.type": "model"} | source.vocabulary
     metadata |= {"general.license": cfg.license} if cfg.license else {}
     tables = []
-    for kind in cfg.kinds:
+    for kind in cfg.kinds:  # the weights are loaded once for all types
         path = folder / f"{cfg.title}-{kind}.gguf"
         infos = gguf_file.write(path, source.config, state_of(model), metadata, kind)
         tables.append(f"{path.name}\n{gguf_file.type_table(infos)}")
@@ -177,9 +184,11 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> s
 
 
 def write_ternary(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> str:
+    # Embeddings and norms stay float32; only the layers that compute with ternary weights are packed.
     state, float16_bytes, packed_bytes = state_of(model), 0, 0
     for name, module in model.named_modules():
         if isinstance(module, ternary.TernaryLinear):
+            # Also exact for weights that were loaded from a packed folder: they are rounded already.
             codes, scale = (tensor.detach() for tensor in module.codes_and_scale())
             state |= {f"{name}.weight": ternary.pack_codes(codes), f"{name}.weight_scale": scale}
             float16_bytes += 2 * codes.numel()
@@ -212,6 +221,7 @@ def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
     manifest = read_json(folder / "manifest.json")
     if "export" not in manifest:  # checkpoints have a manifest too: never replace one
         raise UserError(f"out={folder}: holds a checkpoint; give the export a folder of its own")
+    # Keys, not values: the message must stay one line.
     differing = [key for key, value in inputs.items() if manifest["export"].get(key) != value]
     if differing and not overwrite:
         raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); --overwrite=True "
@@ -222,6 +232,7 @@ def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
 
 def main(argv: list[str]) -> int:
     cfg, provenance = configure(ExportConfig, argv, usage=__doc__)
+    # A key that the format ignores is a mistake, but only if the user set it: all keys have a default.
     for key, format in (("dtype", "hf"), ("quantize", "gguf")):
         if key in provenance and cfg.format != format:
             raise UserError(f"{provenance[key]}: {key} only works with --format={format}")
@@ -236,6 +247,7 @@ def main(argv: list[str]) -> int:
         print(f"{cfg.folder} exists already, made from the same inputs")
         return 0
     try:
+        # The folder is built under a temporary name and renamed when the block ends.
         with atomic_folder(cfg.folder, marker="manifest.json", kind="export") as folder:
             report = WRITERS[cfg.format](folder, cfg, source, source.weights())
             source.tokenizer.save(folder)
@@ -243,7 +255,7 @@ def main(argv: list[str]) -> int:
             checkpoint.write_manifest(folder, export=inputs)  # last: it marks a complete folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"out={cfg.folder}: could not be written ({error})") from error
-    print(report)
+    print(report)  # only now: an export that failed prints no sizes
     for path in sorted(cfg.folder.iterdir()):
         print(f"{path.stat().st_size:14,} bytes  {path}")
     return 0
