@@ -393,7 +393,7 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
 
     The same command then completes the export, and leaves no temporary folder.
     """
-    monkeypatch.setattr(formats.model_card, "commit", lambda: "the same")  # a commit meanwhile changes the card
+    monkeypatch.setattr(formats.model_card, "commit", lambda: "fixed")  # the card names it
     _, folder = saved(tmp_path / "m", tokenizer, ternary=format == "ternary", n_layer=1)
     before = run(folder, tmp_path / "before", *FORMATS[format])
     args = [*FORMATS[format], "--name=other"]
