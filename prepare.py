@@ -141,8 +141,10 @@ def training_texts(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> 
     """The first BPE_SAMPLE_BYTES of text, to train a tokenizer on."""
     total = 0
     for batch in in_batches(rows):
-        contents, _, _ = parse_rows(batch, recipe)  # skipped rows are counted later, by write_shards
-        for content in filter(None, contents):
+        contents, _, _ = parse_rows(batch, recipe)
+        for content in contents:
+            if content is None:  # a skipped row; write_shards counts it
+                continue
             data = identity_bytes(content)
             # Validation text must not shape the vocabulary, or its loss would look better than it is.
             if text_hash(data) >= val_fraction * 2**64:

@@ -8,10 +8,10 @@ and hashes), minhash.py (near-duplicate sets), and this file (the two rules, the
 
 Rule 1, equal words, is exact. An item of 14 words has two grams of 13, and one of them in a text is enough:
 
-    item    w1 w2 w3 ... w13 w14
-            [----- gram 1 ----]
-               [----- gram 2 ----]
-    text    ... x  x w2 w3 ... w13 w14  x  x ...        gram 2: the text overlaps the item
+    item        w1 w2 w3 ... w13 w14
+                [---- gram 1 ----]
+                   [---- gram 2 ----]
+    text    ... x  w2 w3 ... w13 w14 x ...        gram 2 is in the text: they overlap
 
 A hash of the gram's first 8 and last 8 words proposes the match; then the words themselves are compared.
 
@@ -79,7 +79,7 @@ class Filter:
     def may_hold(self, hashes: np.ndarray) -> np.ndarray:
         """(n,) uint64 -> (n,) bool."""
         result = self.table[hashes >> (64 - self.bits)]
-        result[result] = self.table[hashes[result] << 32 >> (64 - self.bits)]  # half as many look-ups
+        result[result] = self.table[hashes[result] << 32 >> (64 - self.bits)]  # where the first matched
         return result
 
 

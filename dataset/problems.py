@@ -8,8 +8,8 @@
 
 They show, in minutes and offline, what each training stage adds to a model. A small model can learn to write
 the worked steps where it cannot learn the answer alone. It can call the calculator for what it cannot learn
-at all. Of two answers, a program can tell which is right. Train and test are disjoint by construction: a hash
-of the operation and its numbers decides, whatever the wording and the order of the numbers.
+at all. A program can tell a right answer from a wrong one. Train and test are disjoint by construction: a
+hash of the operation and its numbers decides, whatever the wording and the order of the numbers.
 """
 
 import math
