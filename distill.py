@@ -128,6 +128,7 @@ Caches = dict[tuple[str, int], list[TeacherCache]]  # by StagedData.key; one cac
 def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
     """The class of the training rows: text or chats, as in the first data set. Raises UserError if on_policy
     does not work with them."""
+    # Mix refuses folders of another kind, so the first one decides.
     kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
     if kind == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
         if cfg.packing:
@@ -174,18 +175,20 @@ def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.n
 
     Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,).
     """
-    T = batch["input_ids"].shape[1]  # chat batches are cut after their last target
+    # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
+    # compute logits at the targets only.
+    T = batch["input_ids"].shape[1]
     records = np.stack([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B, T, width)
     records = records.reshape(-1, records.shape[-1])  # (B T, width)
     if "positions" in batch:
         records = records[batch["positions"].numpy()]  # (N, width)
-    return caches[0].records.decode(records)
+    return caches[0].records.decode(records)  # all caches have the same format
 
 
 def batches_at(data: StagedData, caches: Caches, step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step, with cached predictions, or with prompts if it is on-policy."""
     cfg, mix, first, count = data.shard_for_step(step)
-    folder, row = mix.locate(first, count)
+    folder, row = mix.locate(first, count)  # (count,) each: where each sample is, to find its cached records
     # Drawn from (seed, step) alone, so all ranks agree on whether the student writes the text of this step.
     is_on_policy = np.random.default_rng((cfg.seed, step, 1)).random() < cfg.on_policy
     batches = []
@@ -239,6 +242,7 @@ class Distillation:
     def __call__(self, forward: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss summed over the targets, metrics). forward: the student, or DDP's wrapper of it."""
         cfg = self.configs[batch["stage"]]
+        # On-policy: replace the text after each prompt by what the student writes now.
         if "prompts" in batch:
             batch = rollout_batch(self.student, batch, self.configs[0].seed, self.vocab_size, self.end_ids)
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
@@ -257,6 +261,7 @@ class Distillation:
     def teacher_head(self, forward: nn.Module, batch: dict[str, Any], hidden: Tensor,
                      weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
+        # From here on both output matrices will be whole: run the student before the teacher's forward ends.
         with torch.enable_grad():
             return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
 
@@ -264,6 +269,7 @@ class Distillation:
                      teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's forward pass, and its loss against the teacher's predictions."""
         cfg, is_on_policy = self.configs[batch["stage"]], "prompts" in batch
+        # Through `forward`, and not self.student: DDP's wrapper must see the pass to average the gradients.
         loss, ce, kd, features = forward(
             batch["input_ids"], document_ids=batch.get("document_ids"),
             head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
@@ -286,6 +292,7 @@ class Distillation:
             objective = objective._replace(alpha=1.0)
         losses = divergences.linear_distillation(select_targets(hidden, batch), weight, targets, teacher,
                                                  self.vocab_size, objective)
+        # The teacher's forward pass has filled its hooks, and the student's blocks have just filled theirs.
         features = hidden.new_zeros((2,))
         if self.hooks:
             features = feature_loss(self.student, *self.hooks, batch, cfg.layer_losses)
@@ -311,6 +318,7 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
         raise UserError(f"{provenance[both[0]]}: {both[0]} comes with {source} and cannot be given")
     fields, layers = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher)), []
     if cfg.student_layers:
+        # Here `fields` is the architecture of the teacher, which pruned_config makes smaller.
         layers = kept_layers(cfg.student_layers, fields["n_layer"])
         # The defaults of n_embd and so on are for a student from scratch: only what the user set counts here.
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
@@ -351,6 +359,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
     if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))
         pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
+        # Projections exist for the whole run if any stage compares hidden states.
         width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
         run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
     with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
@@ -361,6 +370,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
         source = GPT.from_pretrained(hf.find_folder(cfg.teacher))
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
         student.materialize("cpu", cfg.seed)
+        # strict=False: the projections, which a pruned GPT does not have, keep their random weights.
         student.load_state_dict(prune(source.eval(), config, layers, ids).state_dict(), strict=False)
         text += f", pruned from {cfg.teacher}: layers {', '.join(map(str, layers))}"
     run.print(text)
@@ -372,11 +382,11 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
 def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run,
                   kind: str) -> None:
     """How good the student is, compared with its teacher, and what to do next."""
-    if run.rank > 0 or not results:
+    if run.rank > 0 or not results:  # no results: the run was finished before
         return
     run.print(f"\nvalidation  student  loss {results['val_loss']:.4f}, perplexity "
               f"{results['val_perplexity']:.2f}  ({student.num_parameters():,} parameters)")
-    if "val_teacher_loss" in results:
+    if "val_teacher_loss" in results:  # not with a cache: the teacher is not in memory
         loss = results["val_teacher_loss"]
         run.print(f"            teacher  loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}\n"
                   f"            KL {results['val_kl']:.4f} nats per token; same most likely token at "
@@ -400,9 +410,11 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     caches = open_caches(cfg, data, teacher_hash)
     teacher = None if caches else make_teacher(cfg, tokenizer, run)
     student = make_student(cfg, layers, data, run)
+    # Compile the teacher's blocks if fit compiles the student's. A model of transformers stays as it is.
     if isinstance(teacher, GPT) and compiles(cfg, student, run):
         for block in teacher.model["layers"]:
             block.compile()
+    # One evaluation for the whole run, so that the results of different stages can be compared.
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
