@@ -37,7 +37,8 @@ import torch
 import torch.nn.functional as F
 
 from bench import post
-from bench.measure import in_turns, run_child
+from bench.measure import children_in_turns
+from bench.peers import load_transformers
 from configurator import UserError
 from dataset.chat_rows import UnpackedChatRows, chat_batch
 from dataset.dataloader import IGNORE, Mix
@@ -90,7 +91,6 @@ def run_ours(cfg: Config, divergence: str, folder: Path) -> post.Run:
 def run_trl(cfg: Config, divergence: str, folder: Path) -> post.Run:
     """TRL's GKDTrainer, on the answers of the data only."""
     import datasets
-    import transformers
     from trl.experimental.gkd import GKDConfig, GKDTrainer
     losses: list[float] = []
 
@@ -101,13 +101,13 @@ def run_trl(cfg: Config, divergence: str, folder: Path) -> post.Run:
             return loss
 
     student, teacher = transformers_models(cfg, folder)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
     arguments = GKDConfig(
         **post.trl_arguments(cfg, folder), beta=BETA[divergence], lmbda=0.0, seq_kd=False, temperature=1.0,
         learning_rate=RATE, adam_beta2=BETA2, weight_decay=0.0, max_grad_norm=1.0, warmup_steps=0,
         lr_scheduler_type="constant", train_sampling_strategy="sequential", logging_strategy="no")
     rows = datasets.Dataset.from_list(list(trl_rows(training_rows(cfg, folder))))
-    trainer = LoggingTrainer(student, teacher, arguments, train_dataset=rows, processing_class=tokenizer)
+    trainer = LoggingTrainer(student, teacher, arguments, train_dataset=rows,
+                             processing_class=post.trl_tokenizer(folder))
     times = post.clock_steps()
     trainer.train()
     return {"times": times, "losses": losses}
@@ -115,9 +115,7 @@ def run_trl(cfg: Config, divergence: str, folder: Path) -> post.Run:
 
 def transformers_models(cfg: Config, folder: Path) -> list[Any]:
     """Student and teacher in float32, without the key-value caches that transformers would fill in vain."""
-    from transformers import AutoModelForCausalLM
-    models = [AutoModelForCausalLM.from_pretrained(folder / name, dtype=torch.float32).to(cfg.device)
-              for name in ("model", "teacher")]
+    models = [load_transformers(folder / name, cfg.device) for name in ("model", "teacher")]
     for model in models:
         model.config.use_cache = False
     return models
@@ -147,7 +145,6 @@ def run_plain(cfg: Config, _: str, folder: Path) -> post.Run:
 
 ARMS = {"ours": (run_ours, "forward_kl"), "ours, jsd": (run_ours, "jsd"), "TRL": (run_trl, "forward_kl"),
         "TRL, jsd": (run_trl, "jsd"), "plain": (run_plain, "forward_kl")}  # {arm: (function, divergence)}
-SIZES = ("batch_size", "vocab_size", "block_size", "n_layer", "n_embd", "teacher_n_layer", "teacher_n_embd")
 
 
 def run_arm(arm: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
@@ -161,14 +158,12 @@ def run_arm(arm: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Run every arm once per round. UserError if the losses differ."""
-    keys = asdict(cfg)
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, Path(scratch))
-        results = in_turns({arm: functools.partial(run_child, run_arm, arm, scratch, keys,
-                                                   threads=cfg.threads) for arm in ARMS}, cfg.rounds)
+        results = children_in_turns(run_arm, ARMS, scratch, asdict(cfg), rounds=cfg.rounds,
+                                    threads=cfg.threads)
     check(results)
-    return {"subject": "distill", "trl": version("trl"), "sizes": {key: keys[key] for key in SIZES},
-            "arms": results}
+    return {"subject": "distill", "trl": version("trl"), "sizes": asdict(cfg), "arms": results}
 
 
 def check(results: dict[str, list[dict[str, float]]]) -> None:

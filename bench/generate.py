@@ -1,5 +1,4 @@
-"""Greedy generation: our models compared with nanoGPT's and transformers', about four million parameters
-each.
+"""Greedy generation: our models compared with nanoGPT's and transformers' (each about 4 M parameters).
 
     python -m bench generate --nanogpt=../nanoGPT
     python -m bench generate --nanogpt=../nanoGPT --batch_size=16 --compile=True
@@ -20,7 +19,6 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -29,14 +27,14 @@ from torch import Tensor, nn
 from bench import peers
 from bench.machine import copy_arm, gemv_arm
 from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, llama_config, require_equal_tokens
+from bench.peers import Shape, count_parameters, llama_config, require_equal_tokens
 from configurator import UserError
 from generation.generate import Sampling, generate
 from model import GPT
 from modeling.devices import DTYPES
 
 COMPILED = "our Llama, compiled"
-PEERS = {"nanoGPT": "our GPT-2", "transformers": "our Llama"}  # and our model with the peer's weights
+TWINS = {"nanoGPT": "our GPT-2", "transformers": "our Llama", COMPILED: "our Llama"}  # with equal weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +55,9 @@ class Config(PeerConfig):
             raise UserError(f"block_size={self.block_size}: must be at least prompt_tokens + max_new_tokens")
 
 
-def make_models(cfg: Config, nanogpt: ModuleType | None, device: torch.device) -> dict[str, nn.Module]:
+def make_models(cfg: Config, device: torch.device) -> dict[str, nn.Module]:
     """{arm: its model}, all in float32 with random weights."""
+    nanogpt = peers.load_nanogpt(cfg.nanogpt)
     shape = Shape(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size,
                   vocab_size=cfg.vocab_size)
     llama = enlarge(GPT(llama_config(shape))).to(device).eval()
@@ -100,52 +99,39 @@ def generate_tokens(name: str, model: nn.Module, prompts: Tensor, length: int) -
 def check(models: dict[str, nn.Module], prompts: Tensor, length: int) -> dict[str, Any]:
     """Counts of equal tokens for the JSON. UserError if a peer's tokens are not those of our model."""
     checks = {}
-    if COMPILED in models:
-        begin = time.perf_counter()
-        compiled = generate_tokens(COMPILED, models[COMPILED], prompts, length)
-        seconds = time.perf_counter() - begin
-        eager = generate_tokens("our Llama", models["our Llama"], prompts, length)
-        checks[COMPILED] = require_equal_tokens(COMPILED, compiled, eager) | {"first_call_seconds": seconds}
-    for peer, twin in PEERS.items():
-        if peer in models:
-            with peers.tanh_gelu(models[peer]):
-                theirs = generate_tokens(peer, models[peer], prompts, length)
+    for arm, twin in TWINS.items():
+        if arm in models:
+            begin = time.perf_counter()
+            with peers.tanh_gelu(models[arm]):
+                theirs = generate_tokens(arm, models[arm], prompts, length)
+            seconds = time.perf_counter() - begin
             ours = generate_tokens(twin, models[twin], prompts, length)
-            checks[peer] = require_equal_tokens(f"{peer}'s greedy tokens", ours, theirs)
+            checks[arm] = require_equal_tokens(f"{arm}'s greedy tokens", ours, theirs) | {
+                "first_call_seconds": seconds}
     return checks
 
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time every arm. UserError if the tokens differ."""
     device, dtype = start(cfg)
-    nanogpt = peers.load_nanogpt(cfg.nanogpt)
-    models = make_models(cfg, nanogpt, device)
+    models = make_models(cfg, device)
     prompts = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.prompt_tokens),
                             generator=torch.Generator().manual_seed(0)).to(device)
     checks = check(models, prompts, cfg.max_new_tokens)
-    for model in models.values():
-        model.to(DTYPES[dtype])
-    llama = models["our Llama"]
-    copying, copied = copy_arm(device)
-    arms = {name: functools.partial(generate_tokens, name, model, prompts, cfg.max_new_tokens)
-            for name, model in models.items()}
-    timings = time_in_turns(arms | {"gemv": gemv_arm(llama, cfg.batch_size), "copy": copying}, cfg.rounds,
-                            device, cfg.seconds)
-    limit = cfg.max_new_tokens * min(timings["gemv"].seconds)
-    rows = [row(name, dtype, timings[name], baselines(timings, *PEERS), limit / timings[name].median,
-                parameters=count(model)) for name, model in models.items()]
-    notes = [] if nanogpt else [peers.WITHOUT_NANOGPT]
-    if COMPILED in checks:
-        notes.append(f"{COMPILED}: the first call took {checks[COMPILED]['first_call_seconds']:.0f} s (less "
-                     "if the compiler's cache is filled)")
+    arms = {name: functools.partial(generate_tokens, name, model.to(DTYPES[dtype]), prompts,
+                                    cfg.max_new_tokens) for name, model in models.items()}
+    arms["gemv"] = gemv_arm(models["our Llama"], cfg.batch_size)
+    arms["copy"], copied = copy_arm(device)
+    timings = time_in_turns(arms, cfg.rounds, device, cfg.seconds)
+    gemv, copying = (min(timings[limit].seconds) for limit in ("gemv", "copy"))
+    relative_to = baselines(timings, "nanoGPT", "transformers")
+    rows = [row(name, dtype, timings[name], relative_to, cfg.max_new_tokens * gemv / timings[name].median,
+                parameters=count_parameters(model)) for name, model in models.items()]
     return {"tokens_per_call": cfg.batch_size * cfg.max_new_tokens, "batch_size": cfg.batch_size,
-            "checks": checks, "gemv_seconds_per_step": min(timings["gemv"].seconds),
-            "weight_bytes": count(llama) * DTYPES[dtype].itemsize,
-            "copy_bytes_per_second": copied / min(timings["copy"].seconds), "notes": notes, "arms": rows}
-
-
-def count(model: nn.Module) -> int:
-    return model.num_parameters() if isinstance(model, GPT) else sum(p.numel() for p in model.parameters())
+            "checks": checks, "gemv_seconds_per_step": gemv,
+            "weight_bytes": models["our Llama"].num_parameters() * DTYPES[dtype].itemsize,
+            "copy_bytes_per_second": copied / copying, "arms": rows,
+            "notes": [] if "nanoGPT" in models else [peers.WITHOUT_NANOGPT]}
 
 
 def report(results: dict[str, Any]) -> str:
@@ -156,5 +142,8 @@ def report(results: dict[str, Any]) -> str:
              f"{rows * bandwidth / results['weight_bytes']:,.0f} by reading the weights at the "
              f"{bandwidth / 1e9:,.1f} GB/s of a copy",
              "parameters: " + "; ".join(f"{arm['arm']} {arm['parameters']:,}" for arm in results["arms"])]
+    if COMPILED in results["checks"]:
+        seconds = results["checks"][COMPILED]["first_call_seconds"]
+        notes.append(f"{COMPILED}: the first call took {seconds:.0f} s (less with a filled compiler cache)")
     return timing_table(results["arms"], f"tokens/s, batch {rows}", lambda seconds: tokens / seconds,
                         notes + results["notes"])

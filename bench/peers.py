@@ -119,7 +119,8 @@ def gpt2_twin(peer: nn.Module | None, shape: Shape) -> GPT:
 
     Raises UserError if a weight of the peer has no place in our model.
     """
-    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="none", intermediate_size=4 * shape.n_embd)
+    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="none",
+                intermediate_size=4 * shape.n_embd)
     ours = GPT(GPTConfig(**asdict(shape) | gpt2))
     mine = dict(ours.named_parameters())
     for name, tensor in peer.named_parameters() if peer else ():

@@ -24,11 +24,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.machine import status_megabytes
-from bench.measure import BenchConfig, in_turns, run_child, text_table, value_range, write_jsonl
+from bench.measure import DeviceConfig, children_in_turns, text_table, value_range, write_jsonl
+from bench.peers import load_transformers
 from configurator import UserError, require
 from dataset.sources import find_files
 from formats.chat_format import with_chat_tokens
@@ -42,15 +42,13 @@ Run = dict[str, list[float]]  # {"times": CPU seconds at the end of each step, "
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BenchConfig):
+class Config(DeviceConfig):
     steps: int = 25  # optimizer steps of one turn
     batch_size: int = 8  # conversations or pairs per step
     vocab_size: int = 32_000  # number of token ids
     n_layer: int = 4  # number of blocks
     n_embd: int = 256  # width
     block_size: int = 256  # longest row in tokens
-    device: str = "cpu"  # device of all arms
-    threads: int = 1  # CPU threads of torch
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -67,10 +65,9 @@ def write_inputs(cfg: Config, kind: str, folder: Path) -> None:
     pieces = [lines for text in texts if len(lines := text.splitlines()) > 40]
     draw, rows = random.Random(1), []
     while len(rows) < 3 * cfg.steps * cfg.batch_size:
-        prompt, chosen, rejected = draw_pair(pieces, draw)
-        ids = [tokenizer.encode(part) for part in (prompt, chosen, rejected)]
-        longest = len(ids[0]) + max(map(len, ids[1:])) + 10
-        if prompt and chosen and rejected and chosen != rejected and longest <= cfg.block_size:
+        prompt, chosen, rejected = parts = draw_pair(pieces, draw)
+        lengths = [len(tokenizer.encode(part)) for part in parts]
+        if all(parts) and chosen != rejected and lengths[0] + max(lengths[1:]) + 10 <= cfg.block_size:
             question = [{"role": "user", "content": prompt}]
             good, bad = ([{"role": "assistant", "content": answer}] for answer in (chosen, rejected))
             rows.append({"messages": question + good} if kind == "sft" else
@@ -138,20 +135,24 @@ def clock_steps() -> list[float]:
 def run_trl(cfg: Config, kind: str, folder: Path) -> Run:
     """TRL's trainer."""
     import datasets
-    import transformers
     import trl
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
     common = trl_arguments(cfg, folder) | dict(learning_rate=1e-5, logging_strategy="steps", logging_steps=1)
-    make_trainer, arguments = (
-        (trl.SFTTrainer, trl.SFTConfig(**common, assistant_only_loss=True)) if kind == "sft" else
-        (trl.DPOTrainer, trl.DPOConfig(**common, precompute_ref_log_probs=True)))
-    trainer = make_trainer(model, args=arguments, processing_class=tokenizer,
-                           train_dataset=datasets.Dataset.from_list(read_jsonl(folder / "rows.jsonl")))
+    if kind == "sft":
+        make_trainer, arguments = trl.SFTTrainer, trl.SFTConfig(**common, assistant_only_loss=True)
+    else:
+        make_trainer, arguments = trl.DPOTrainer, trl.DPOConfig(**common, precompute_ref_log_probs=True)
+    rows = datasets.Dataset.from_list(read_jsonl(folder / "rows.jsonl"))
+    trainer = make_trainer(load_transformers(folder / "model", "cpu"), args=arguments, train_dataset=rows,
+                           processing_class=trl_tokenizer(folder))
     times = clock_steps()
     trainer.train()
     return {"times": times, "losses": [event["loss"] for event in trainer.state.log_history
                                        if "loss" in event]}
+
+
+def trl_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+    return AutoTokenizer.from_pretrained(folder / "model", pad_token="<|endoftext|>")
 
 
 def trl_arguments(cfg: Config, folder: Path) -> dict[str, Any]:
@@ -189,14 +190,12 @@ def measure(cfg: Config, kind: str) -> dict[str, Any]:
     arms = ["ours", "ours, packed", "TRL"] if kind == "sft" else ["ours", "TRL"]
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, kind, Path(scratch))
-        results = in_turns({arm: functools.partial(run_child, run_arm, arm, kind, scratch, asdict(cfg),
-                                                   threads=cfg.threads) for arm in arms}, cfg.rounds)
+        results = children_in_turns(run_arm, arms, kind, scratch, asdict(cfg), rounds=cfg.rounds,
+                                    threads=cfg.threads)
     first = {name: runs[0]["loss"] for name, runs in results.items()}
     if any(abs(loss / first["TRL"] - 1) > (1e-3 if kind == "dpo" else 0.1) for loss in first.values()):
         raise UserError(f"the first losses differ, so the arms do not compute the same: {first}")
-    keys = asdict(cfg)
-    return {"subject": kind, "arms": results, "sizes": {
-        key: keys[key] for key in ("batch_size", "vocab_size", "n_layer", "n_embd", "block_size")}}
+    return {"subject": kind, "arms": results, "sizes": asdict(cfg)}
 
 
 def report(results: dict[str, Any], peers: dict[str, dict[str, str]] | None = None) -> str:
@@ -204,20 +203,17 @@ def report(results: dict[str, Any], peers: dict[str, dict[str, str]] | None = No
 
     peers: {column: {arm: the arm it is compared with}}. None compares all arms with TRL.
     """
-    arms = results["arms"]
+    arms, lines = results["arms"], []
     medians = {name: {key: statistics.median(run[key] for run in runs) for key in runs[0]}
                for name, runs in arms.items()}
     peers = peers or {"TRL": dict.fromkeys(arms, "TRL")}
-
-    def ratios(name: str, ratio: Callable[[dict, dict], float]) -> list[str]:
-        return [f"{ratio(medians[name], medians[peer_of[name]]):.2f}" if name in peer_of else ""
-                for peer_of in peers.values()]
-
-    lines = [[name, f"{1e3 * medians[name]['seconds']:,.1f}",
-              value_range([1e3 * run["seconds"] for run in runs], 1),
-              *ratios(name, lambda ours, theirs: theirs["seconds"] / ours["seconds"]),
-              f"{medians[name]['megabytes']:,.0f}",
-              *ratios(name, lambda ours, theirs: ours["megabytes"] / theirs["megabytes"]),
-              f"{medians[name]['loss']:.4f}"] for name, runs in arms.items()]
+    for name, runs in arms.items():
+        ours, theirs = medians[name], [medians.get(peer_of.get(name)) for peer_of in peers.values()]
+        lines.append([name, f"{1e3 * ours['seconds']:,.1f}",
+                      value_range([1e3 * run["seconds"] for run in runs], 1),
+                      *(f"{peer['seconds'] / ours['seconds']:.2f}" if peer else "" for peer in theirs),
+                      f"{ours['megabytes']:,.0f}",
+                      *(f"{ours['megabytes'] / peer['megabytes']:.2f}" if peer else "" for peer in theirs),
+                      f"{ours['loss']:.4f}"])
     return text_table([results["subject"], "ms per step", "(min - max)", *(f"x {peer}" for peer in peers),
                        "MB", *(f"of {peer}" for peer in peers), "first loss"], lines)

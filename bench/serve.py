@@ -35,20 +35,21 @@ import torch.nn.functional as F
 
 import export
 from bench import llama_cpp
+from bench.generate import generate_tokens
 from bench.machine import status_megabytes
-from bench.measure import BenchConfig, in_turns, now, run_child, text_table
+from bench.measure import DeviceConfig, children_in_turns, now, text_table
+from bench.peers import load_transformers
 from configurator import UserError, require, require_positive
 from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
-from generation.generate import Sampling, generate
 from model import GPT
 
 REPEATS = 3  # calls per process, of which the median counts
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(BenchConfig):
+class Config(DeviceConfig):
     model: str = "out/dpo"  # model folder or out_dir
     quantize: str = "f32,f16,q8_0,q6_k,q4_k_m"  # types of GGUF files, separated by commas
     batch_sizes: str = "1,16"  # numbers of prompts at a time, separated by commas
@@ -56,15 +57,13 @@ class Config(BenchConfig):
     max_new_tokens: int = 64  # tokens generated per prompt
     text: str = "data/pystdlib"  # data folder (its validation text is read) or text file
     eval_tokens: int = 20_000  # number of tokens of the text for the perplexity
-    device: str = "cpu"  # device of our arm and of transformers
-    threads: int = 1  # CPU threads of every arm
 
     def __post_init__(self) -> None:
         super().__post_init__()
         valid = all(size.isdecimal() and int(size) for size in self.batch_sizes.split(","))
         require(self, "batch_sizes", valid, "whole numbers separated by commas")
         require(self, "max_new_tokens", self.max_new_tokens > 1, "at least 2 (the first is timed alone)")
-        require_positive(self, "prompt_tokens", "eval_tokens", "threads")
+        require_positive(self, "prompt_tokens", "eval_tokens")
 
     @property
     def sizes(self) -> list[int]:
@@ -83,36 +82,20 @@ class Config(BenchConfig):
 Writer = Callable[[list[list[int]], int], list[list[int]]]  # (prompts, number of tokens) -> generated ids
 
 
-def our_writer(cfg: Config, folder: Path) -> Writer:
-    model = GPT.from_pretrained(folder / "hf float32", cfg.device).eval()
-
-    def write(prompts: list[list[int]], length: int) -> list[list[int]]:
-        steps = list(generate(model, prompts, length, Sampling(temperature=0)))
-        return [list(row) for row in zip(*steps, strict=True)]
-
-    return write
-
-
-def transformers_writer(cfg: Config, folder: Path) -> Writer:
-    from transformers import AutoModelForCausalLM
-    from transformers.utils import logging
-    logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder / "hf float32", dtype=torch.float32).to(cfg.device)
-    model.generation_config.eos_token_id = None  # no arm stops early
-
-    def write(prompts: list[list[int]], length: int) -> list[list[int]]:
-        ids = torch.tensor(prompts, device=cfg.device)
-        output = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=length,
-                                do_sample=False, pad_token_id=0)
-        return output[:, ids.shape[1]:].tolist()
-
-    return write
-
-
-def llama_cpp_writer(cfg: Config, folder: Path, kind: str, batch: int) -> Writer:
-    server = llama_cpp.Server(hf.gguf_of(folder / f"gguf {kind}"), cfg.prompt_tokens + cfg.max_new_tokens,
-                              batch, cfg.threads, exact=kind == "f32")
-    return functools.partial(server.write, stop=False)
+def make_writer(cfg: Config, arm: str, folder: Path, batch: int) -> Writer:
+    """Load the model of an arm. Returns its greedy generation, which does not stop at the end of a text."""
+    if arm.startswith("llama.cpp"):
+        kind = arm.removeprefix("llama.cpp ")
+        server = llama_cpp.Server(hf.gguf_of(folder / f"gguf {kind}"), cfg.prompt_tokens + cfg.max_new_tokens,
+                                  batch, cfg.threads, exact=kind == "f32")
+        return functools.partial(server.write, stop=False)
+    if arm == "transformers":
+        model = load_transformers(folder / "hf float32", cfg.device)
+        model.generation_config.eos_token_id = None
+    else:
+        model = GPT.from_pretrained(folder / "hf float32", cfg.device).eval()
+    return lambda prompts, length: generate_tokens(arm, model, torch.tensor(prompts, device=cfg.device),
+                                                   length)
 
 
 def run_arm(arm: str, folder: str, batch: int, keys: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +110,7 @@ def run_arm(arm: str, folder: str, batch: int, keys: dict[str, Any]) -> dict[str
     with contextlib.suppress(ImportError):
         import xllamacpp  # noqa: F401
     before = status_megabytes("VmRSS")
-    makers = {"ours": our_writer, "transformers": transformers_writer}
-    write = (makers[arm](cfg, scratch) if arm in makers else
-             llama_cpp_writer(cfg, scratch, arm.rpartition(" ")[2], batch))
+    write = make_writer(cfg, arm, scratch, batch)
     rows = write(prompts, cfg.max_new_tokens)
     seconds: dict[int, list[float]] = {1: [], cfg.max_new_tokens: []}
     for length in [*seconds] * REPEATS:
@@ -178,25 +159,20 @@ def perplexity(model: GPT, inputs: np.ndarray, targets: np.ndarray) -> float:
     return math.exp(total / targets.size)
 
 
-def measure_formats(cfg: Config, folder: Path, inputs: np.ndarray,
-                    targets: np.ndarray) -> list[dict[str, Any]]:
-    """{"format", "bytes", "perplexity", "llama_cpp": perplexity by llama.cpp} of each exported folder."""
-    rows = []
-    for name in cfg.formats:
-        model, gguf = GPT.from_pretrained(folder / name, cfg.device).eval(), hf.gguf_of(folder / name)
-        size = (gguf or folder / name / "model.safetensors").stat().st_size
-        theirs = math.exp(llama_cpp.mean_loss(gguf, inputs, targets, cfg.threads)) \
-            if gguf and llama_cpp.has_logits() else None
-        rows.append({"format": name, "bytes": size, "perplexity": perplexity(model, inputs, targets),
-                     "llama_cpp": theirs})
-    return rows
+def measure_format(cfg: Config, folder: Path, inputs: np.ndarray, targets: np.ndarray) -> dict[str, Any]:
+    """{"format", "bytes", "perplexity", "llama_cpp": perplexity by llama.cpp} of an exported folder."""
+    model, gguf, theirs = GPT.from_pretrained(folder, cfg.device).eval(), hf.gguf_of(folder), None
+    if gguf and llama_cpp.has_logits():
+        theirs = math.exp(llama_cpp.mean_loss(gguf, inputs, targets, cfg.threads))
+    return {"format": folder.name, "bytes": (gguf or folder / "model.safetensors").stat().st_size,
+            "perplexity": perplexity(model, inputs, targets), "llama_cpp": theirs}
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
 
 def measure(cfg: Config) -> dict[str, Any]:
     """Export, check, and measure each arm in turn. UserError if the arms do not generate the same."""
-    source, keys = hf.find_folder(cfg.model), asdict(cfg)
+    source = hf.find_folder(cfg.model)
     model, tokenizer = GPT.from_pretrained(source), Tokenizer.load(source)
     T = model.config.block_size
     if cfg.prompt_tokens + cfg.max_new_tokens > T:
@@ -216,18 +192,15 @@ def measure(cfg: Config) -> dict[str, Any]:
                 export.main([f"--model={source}", f"--out={scratch}/{name}", *argv])
         prompts = inputs[:max(cfg.sizes), :cfg.prompt_tokens].tolist()
         (Path(scratch) / "prompts.json").write_text(json.dumps(prompts))
-        formats = measure_formats(cfg, Path(scratch), inputs, targets)
-        runs = {batch: in_turns({arm: functools.partial(run_child, run_arm, arm, scratch, batch, keys,
-                                                        threads=cfg.threads) for arm in arms}, cfg.rounds)
-                for batch in cfg.sizes}
+        formats = [measure_format(cfg, Path(scratch) / name, inputs, targets) for name in cfg.formats]
+        runs = {batch: children_in_turns(run_arm, arms, scratch, batch, asdict(cfg), rounds=cfg.rounds,
+                                         threads=cfg.threads) for batch in cfg.sizes}
     ends = tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids]
-    sizes = ("prompt_tokens", "max_new_tokens", "device", "threads", "model", "text")
-    return {"sizes": {key: keys[key] for key in sizes}, "parameters": model.num_parameters(),
-            "perplexity_tokens": targets.size, "llama.cpp": llama_cpp.installed(),
+    return {"sizes": asdict(cfg), "parameters": model.num_parameters(), "perplexity_tokens": targets.size,
+            "llama.cpp": llama_cpp.installed(), "formats": formats, "notes": notes,
             "checks": {str(batch): check(arms, set(ends)) for batch, arms in runs.items()},
-            "formats": formats,
             "arms": [summarize(cfg, name, batch, rounds) for batch, arms in runs.items()
-                     for name, rounds in arms.items()], "notes": notes}
+                     for name, rounds in arms.items()]}
 
 
 def check(arms: dict[str, list[dict[str, Any]]], ends: set[int]) -> dict[str, int]:

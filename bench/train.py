@@ -20,12 +20,13 @@ import contextlib
 import copy
 import functools
 import io
+import itertools
 import re
 import sysconfig
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,7 +38,7 @@ from torch import Tensor, nn
 from bench import peers
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, llama_config, nanogpt_batch, require_close
+from bench.peers import Shape, count_parameters, llama_config, nanogpt_batch, require_close
 from configurator import UserError
 from loop import TrainState, enter_stage, next_batches, prefetch, train_step
 from model import GPT
@@ -52,29 +53,28 @@ SIZES = {  # nanoGPT's README for a CPU; GPT-2; config/train_nanollama_1b.py
     "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch_size=12),
     "1.1b": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, block_size=4096, vocab_size=32000,
                  intermediate_size=5632, tie_embeddings=False, batch_size=4)}
+KINDS = ("nanoGPT", "transformers", "our Llama", "our Llama, Muon", "our GPT-2")
 RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0  # nanoGPT's README run; the same for all arms
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config(PeerConfig):
     dtype: Literal["float32", "bfloat16", "both"] | None = None  # None: both on the CPU, bfloat16 on cuda
-    size: Literal["readme", "124m", "1.1b"] = "readme"  # sets the defaults of the next nine keys
+    size: Literal["readme", "124m", "1.1b"] = "readme"  # sets the defaults of the next seven keys
     n_layer: int | None = None  # number of blocks
     n_head: int | None = None  # number of query heads
     n_kv_head: int | None = None  # number of key and value heads; fewer than n_head leaves nanoGPT out
     n_embd: int | None = None  # width
     block_size: int | None = None  # tokens per row
     vocab_size: int | None = None  # number of token ids
-    intermediate_size: int | None = None  # width of our MLP; None matches nanoGPT's number of parameters
-    tie_embeddings: bool | None = None  # share the input and output table; False leaves nanoGPT out
     batch_size: int | None = None  # rows per step
     compile: bool | None = None  # also time compiled arms; None: on cuda
     arms: str = ""  # time only the arms whose name matches this regular expression
 
     def sizes(self) -> dict[str, Any]:
         """The sizes that the user set, and the defaults of `size` for the others."""
-        names = {each.name for each in fields(Shape)} | {"batch_size"}
-        user_sizes = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        user_sizes = {key: value for key, value in vars(self).items()
+                      if key in SIZES["1.1b"] and value is not None}
         return SIZES[self.size] | user_sizes
 
 
@@ -148,39 +148,42 @@ def tiny_data(out: Path, vocab_size: int) -> Path:
     return out
 
 
-# ---- Checks -----------------------------------------------------------------------------------------------
+# ---- Losses and checks -----------------------------------------------------------------------------------
 
-def check(setup: Setup) -> dict[str, Any]:
-    """Losses of both sides for the JSON. UserError if a loss or the number of parameters differs."""
-    torch.manual_seed(0)  # for the batch
-    x, y = setup.batch()
-    checks = {}
-    if setup.nanogpt:
-        peer = setup.nanogpt_model()
-        ours, theirs = setup.llama.num_parameters(), sum(p.numel() for p in peer.parameters())
-        if abs(ours - theirs) > 0.01 * theirs:
-            raise UserError(f"parameters: ours has {ours:,}, nanoGPT {theirs:,}; try another n_embd")
-        with torch.no_grad(), peers.tanh_gelu(peer):
-            loss = peer(x, y)[1].item()
-        checks["loss of nanoGPT's weights"] = require_close("loss of nanoGPT's weights",
-                                                            our_loss(setup, setup.gpt2(), x, y), loss)
-    with torch.no_grad():
-        loss = plain_loss(setup.transformers_model(), x, y).item()
-    checks["loss of our weights"] = require_close("transformers' loss of our weights",
-                                                  our_loss(setup, copy.deepcopy(setup.llama), x, y), loss)
-    return checks
-
-
-@torch.no_grad()
-def our_loss(setup: Setup, model: GPT, x: Tensor, y: Tensor) -> float:
-    batch = {"input_ids": x, "targets": y}
-    return next_token_loss(model.to(setup.device), batch, setup.shape.vocab_size)[0].item() / y.numel()
+def nanogpt_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+    return model(x, y)[1]
 
 
 def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     """The mean cross-entropy of a transformers model, from its logits."""
     logits = model(input_ids=x, use_cache=False).logits  # (B, T, V)
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
+
+
+@torch.no_grad()
+def check(setup: Setup) -> dict[str, Any]:
+    """Losses of both sides for the JSON. UserError if a loss or the number of parameters differs."""
+    torch.manual_seed(0)  # for the batch
+    x, y = setup.batch()
+
+    def compare(what: str, ours: GPT, theirs: Tensor) -> dict[str, float]:
+        batch = {"input_ids": x, "targets": y}
+        loss_sum = next_token_loss(ours.to(setup.device), batch, setup.shape.vocab_size)[0]
+        return require_close(what, loss_sum.item() / y.numel(), theirs.item())
+
+    checks = {}
+    if setup.nanogpt:
+        peer = setup.nanogpt_model()
+        ours, theirs = setup.llama.num_parameters(), count_parameters(peer)
+        if abs(ours - theirs) > 0.01 * theirs:
+            raise UserError(f"parameters: ours has {ours:,}, nanoGPT {theirs:,}; try another n_embd")
+        with peers.tanh_gelu(peer):
+            loss = nanogpt_loss(peer, x, y)
+        checks["loss of nanoGPT's weights"] = compare("loss of nanoGPT's weights", setup.gpt2(), loss)
+    loss = plain_loss(setup.transformers_model(), x, y)
+    checks["loss of our weights"] = compare("transformers' loss of our weights", copy.deepcopy(setup.llama),
+                                            loss)
+    return checks
 
 
 # ---- Arms -------------------------------------------------------------------------------------------------
@@ -220,40 +223,39 @@ def our_step(state: TrainState) -> Callable[[], None]:
     return step
 
 
-def nanogpt_arm(setup: Setup, dtype: str, compiled: bool) -> Arm:
-    model = setup.nanogpt_model().train()
-    with contextlib.redirect_stdout(io.StringIO()):
-        optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, setup.device.type)
+def peer_arm(setup: Setup, peer: str, dtype: str, compiled: bool) -> Arm:
+    """A step of nanoGPT or of transformers, with the FLOPs of our model of the same architecture."""
+    if peer == "nanoGPT":
+        model, twin, loss_fn = setup.nanogpt_model(), setup.gpt2(), nanogpt_loss
+        with contextlib.redirect_stdout(io.StringIO()):
+            optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, setup.device.type)
+    else:
+        model, twin, loss_fn = setup.transformers_model(), setup.llama, plain_loss
+        optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
+    model.train()
     called = torch.compile(model) if compiled else model
-    step = peer_step(setup, model, optimizer, dtype, lambda x, y: called(x, y)[1])
-    return Arm(step, dtype, sum(p.numel() for p in model.parameters()), setup.flops(setup.gpt2()))
-
-
-def transformers_arm(setup: Setup, dtype: str, compiled: bool) -> Arm:
-    model = setup.transformers_model().train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    called = torch.compile(model) if compiled else model
-    step = peer_step(setup, model, optimizer, dtype, functools.partial(plain_loss, called))
-    return Arm(step, dtype, model.num_parameters(), setup.flops(setup.llama))
-
-
-def peer_step(setup: Setup, model: nn.Module, optimizer: torch.optim.Optimizer, dtype: str,
-              loss_of: Callable[[Tensor, Tensor], Tensor]) -> Callable[[], None]:
-    """A function that takes one step of a peer."""
     amp = torch.autocast(setup.device.type, DTYPES[dtype], enabled=dtype != "float32")
     batches = [setup.batch()]
 
     def step() -> None:
         x, y = batches.pop()
         with amp:
-            loss = loss_of(x, y)
+            loss = loss_fn(called, x, y)
         batches.append(setup.batch())  # fetched while a GPU computes, as in nanoGPT's train.py
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return step
+    return Arm(step, dtype, count_parameters(model), setup.flops(twin))
+
+
+def make_arm(setup: Setup, kind: str, dtype: str, compiled: bool) -> Arm:
+    """The arm of one of KINDS."""
+    if kind in ("nanoGPT", "transformers"):
+        return peer_arm(setup, kind, dtype, compiled)
+    model = setup.gpt2() if kind == "our GPT-2" else setup.llama
+    return our_arm(setup, model, "muon" if "Muon" in kind else "adamw", dtype, compiled)
 
 
 def make_arms(setup: Setup) -> dict[str, Arm]:
@@ -266,23 +268,14 @@ def make_arms(setup: Setup) -> dict[str, Arm]:
     if on_gpu and "float32" not in dtypes:
         torch.set_float32_matmul_precision("high")  # after the checks; both train.py files set it, too
     torch._dynamo.config.recompile_limit = 64  # the arms share code, and each one compiles it again
-    kinds: dict[str, Callable[[str, bool], Arm]] = {
-        "nanoGPT": functools.partial(nanogpt_arm, setup),
-        "transformers": functools.partial(transformers_arm, setup),
-        "our Llama": functools.partial(our_arm, setup, setup.llama, "adamw"),
-        "our Llama, Muon": functools.partial(our_arm, setup, setup.llama, "muon"),
-        "our GPT-2": lambda dtype, compiled: our_arm(setup, setup.gpt2(), "adamw", dtype, compiled)}
-    if not setup.nanogpt:
-        del kinds["nanoGPT"]
-    if not setup.shape.has_twin:
-        del kinds["our GPT-2"]
+    left_out = {"nanoGPT": not setup.nanogpt, "our GPT-2": not setup.shape.has_twin}
+    kinds = [kind for kind in KINDS if not left_out.get(kind)]
     compiles = on_gpu if cfg.compile is None else cfg.compile
+    suffixes = ("", ", compiled") if compiles else ("",)
     arms = {}
-    for suffix in ("", ", compiled") if compiles else ("",):
-        for dtype in dtypes:
-            for kind, build in kinds.items():
-                if re.search(cfg.arms, name := f"{kind}, {dtype}{suffix}"):
-                    arms[name] = build(dtype, bool(suffix))
+    for suffix, dtype, kind in itertools.product(suffixes, dtypes, kinds):
+        if re.search(cfg.arms, name := f"{kind}, {dtype}{suffix}"):
+            arms[name] = make_arm(setup, kind, dtype, bool(suffix))
     if not arms:
         raise UserError(f"arms={cfg.arms}: matches the name of no arm")
     return arms
