@@ -242,7 +242,7 @@ def main(argv: list[str]) -> int:
     card = card_text(cfg, source)
     inputs = inputs_of(cfg, source, card)
     if is_done(cfg.folder, inputs, cfg.overwrite):
-        # A process that is killed after its last rename leaves the replaced export behind.
+        # A process that was killed after its last rename left the replaced export there.
         shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)
         print(f"{cfg.folder} exists already, made from the same inputs")
         return 0
