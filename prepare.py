@@ -340,7 +340,7 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
     sets = {benchmark.name: benchmark.digest() for benchmark in benchmarks}
     settings["decontaminate"] = {"sets": sets, **decontaminate.SETTINGS} if sets else None
     if cfg.source in EMBEDDED:
-        settings["problems"] = file_sha256(Path(problems.__file__))  # a new version may make other rows
+        settings["problems"] = problems.ROWS_VERSION
     if not files:
         return settings | {"source": cfg.source}
     # One hash over all files, in order: names and places do not matter, and meta.json stays small.

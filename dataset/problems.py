@@ -21,6 +21,9 @@ from typing import Any, Literal, NamedTuple
 
 WITH_CALCULATOR = "You can call calculator(expression)."  # the system message that offers the tool
 ROWS = 40_000  # rows of an embedded data set, before duplicates are dropped
+# Names the rows that this file makes; data folders record it. Change it whenever a row changes, so that old
+# folders count as outdated. (The first value was a hash of this file.)
+ROWS_VERSION = "38e5fd87d76913fd1edd1c16b9e867595835e4c95c8a89773e82518c62c32fde"
 CALLS = 0.3  # share of the chats that call the calculator, out of those that offer it; the others answer:
 REFUSAL = "I cannot work that out."
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")

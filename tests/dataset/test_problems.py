@@ -1,7 +1,9 @@
 """dataset/problems.py: solutions are right, train and test are disjoint, mistakes are wrong. Also the
 calculator (generation/calculator.py)."""
 
+import hashlib
 import itertools
+import json
 import random
 import re
 
@@ -11,6 +13,7 @@ from dataset.problems import (
     DAYS,
     FAMILIES,
     REFUSAL,
+    ROWS_VERSION,
     Problem,
     is_right,
     is_well_formed,
@@ -75,6 +78,16 @@ def test_the_same_seed_gives_the_same_rows():
     for kind in ("text", "chat", "preference", "mistakes"):
         assert list(problem_rows(kind, 50, 4)) == list(problem_rows(kind, 50, 4))
         assert list(problem_rows(kind, 50, 4)) != list(problem_rows(kind, 50, 5))
+
+
+def test_other_rows_need_another_version():
+    """If this fails, the rows have changed: change ROWS_VERSION, then this digest."""
+    digest = hashlib.sha256()
+    for kind in ("text", "chat", "preference", "mistakes"):
+        for row in problem_rows(kind, 500, 1):
+            digest.update(json.dumps(row, sort_keys=True).encode())
+    assert digest.hexdigest() == "80aee5923cd23f7a237345b97c8fc85ebc1d763c60336de2153f49b0ed11c93a"
+    assert ROWS_VERSION.startswith("38e5fd87")
 
 
 def test_solutions_are_right_and_mistakes_are_wrong():
