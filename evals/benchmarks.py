@@ -27,6 +27,45 @@ class Questions(NamedTuple):
     shots: list[Any]  # the worked examples before each
 
 
+# ---- Values of a row --------------------------------------------------------------------------------------
+# A benchmark with one wrong label measures something else, so these functions guess nothing. `convert` turns
+# what they raise into a UserError with the file and the row.
+
+def text_of(value: Any) -> str:
+    """The value, if it is a text. Raises TypeError for null, a number, a list or an object."""
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is not a text")
+    return value
+
+
+def texts_of(values: Any) -> list[str]:
+    """A list of texts. Raises TypeError for anything else; a single text is no list of its letters."""
+    if not isinstance(values, list):
+        raise TypeError(f"{values!r} is not a list")
+    return [text_of(value) for value in values]
+
+
+def answer_text(value: Any) -> str:
+    """A right answer as text. Raises ValueError for a blank one, which an empty answer would match."""
+    if not text_of(value).strip():
+        raise ValueError("the right answer is blank")
+    return value
+
+
+def label_number(value: Any, count: int) -> int:
+    """A label that is a number from 0 to count - 1. Raises ValueError for True, 1.0 and "1"."""
+    if type(value) is not int or not 0 <= value < count:
+        raise ValueError(f"the label {value!r} is not a whole number from 0 to {count - 1}")
+    return value
+
+
+def label_index(value: Any, labels: list[str]) -> int:
+    """The index of a label in a list of labels. Raises ValueError unless the list has it exactly once."""
+    if labels.count(value) != 1:
+        raise ValueError(f"the label {value!r} is not one of {', '.join(labels)}")
+    return labels.index(value)
+
+
 def convert(rows: list[dict[str, Any]], convert_row: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """convert_row(row) for each row. Raises UserError with file and row number if that fails."""
     results = []

@@ -82,7 +82,7 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
     files: list[Path] = []
     prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
     if source and prepared is None:
-        files = find_files(source)[0] if not Path(source).is_dir() else [
+        files = find_files(source, "data")[0] if not Path(source).is_dir() else [
             path for path in files_under(Path(source), lambda part: part.startswith("."))
             if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
     if not files:

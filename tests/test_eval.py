@@ -219,6 +219,9 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
     (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=PLACE for others"),
     (["--data=mmmlu=x"], "data=mmmlu=x: unknown task 'mmmlu', did you mean 'mmlu'. .known: perplexity"),
     (["--tasks=mmlu", "--data=/none"], "data=/none: no such file or folder"),
+    (["--tasks=hellaswag", "--data=hellaswag=/none.json"], "^data=/none.json: no such file or folder"),
+    (["--tasks=perplexity", "--data=perplexity=/none.txt"], "^data=/none.txt: no such file"),
+    (["--tasks=needle", "--data=needle=/none.txt"], "^data=/none.txt: no such file"),
     (["--tasks=mmlu", f"--data={ROOT}/evals"], r"evals: no file mmlu\*; give --data=TASK=PLACE"),
 ])
 def test_mistakes_are_one_line(argv, message):

@@ -17,6 +17,7 @@ choices.label and answerKey. Rows with the keys query ("Question: .."), choices 
 
 from typing import Any
 
+from evals.benchmarks import label_index, label_number, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import Question, few_shot, score_by_character, splits
 from evals.results import Result
@@ -27,14 +28,19 @@ NAMES = {"arc_easy": "ARC-Easy", "arc_challenge": "ARC-Challenge"}  # task: conf
 
 def question_of(row: dict[str, Any]) -> Question:
     if "query" in row:
-        return Question(f"{row['query']}\nAnswer:", tuple(row["choices"]), (row["gold"],))
+        choices = texts_of(row["choices"])
+        return Question(f"{text_of(row['query'])}\nAnswer:", tuple(choices),
+                        (label_number(row["gold"], len(choices)),))
     stem = row["question"]
     if isinstance(stem, dict):  # the original files
-        texts, labels = ([choice[key] for choice in stem["choices"]] for key in ("text", "label"))
+        texts, labels = (texts_of([choice[key] for choice in stem["choices"]]) for key in ("text", "label"))
         stem = stem["stem"]
     else:  # the hub
-        texts, labels = row["choices"]["text"], row["choices"]["label"]
-    return Question(f"Question: {stem}\nAnswer:", tuple(texts), (list(labels).index(row["answerKey"]),))
+        texts, labels = (texts_of(row["choices"][key]) for key in ("text", "label"))
+    if len(texts) != len(labels):
+        raise ValueError(f"{len(texts)} choices and {len(labels)} labels")
+    return Question(f"Question: {text_of(stem)}\nAnswer:", tuple(texts),
+                    (label_index(row["answerKey"], labels),))
 
 
 def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Question]:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
-from evals.benchmarks import Questions, convert, read
+from evals.benchmarks import Questions, convert, read, text_of, texts_of
 from evals.lm import LM
 from evals.results import Result, means, truncated
 from formats.chat_format import require_chat
@@ -140,14 +140,22 @@ def download(names: list[str]) -> Path:
 def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
     """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
     [messages], [function] = row["question"], row["function"]
-    properties = function["parameters"]["properties"]
-    offer = f"You can call {function['name']}({', '.join(properties)}).\n"
+    name, properties = text_of(function["name"]), function["parameters"]["properties"]
+    offer = f"You can call {name}({', '.join(properties)}).\n"
     conversation = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
     conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-    [(_, possible)] = truth[0].items() if truth else [("", {})]
-    for name in possible:
-        described_types(properties[name])  # KeyError for a type that this file does not know
-    return ToolQuestion(row["id"], conversation, function["name"], function["parameters"], possible)
+    possible = {}
+    if truth is not None:
+        [call] = truth  # ValueError unless there is exactly one
+        [(called, possible)] = call.items()
+        if called != name:
+            raise ValueError(f"the right call is of {called!r}, but {name!r} is offered")
+        texts_of(function["parameters"]["required"])
+    for parameter, values in possible.items():
+        described_types(properties[parameter])  # KeyError for a type that this file does not know
+        if not isinstance(values, list):
+            raise TypeError(f"{parameter}: the possible values {values!r} are not a list")
+    return ToolQuestion(row["id"], conversation, name, function["parameters"], possible)
 
 
 def load(source: str | None, limit: int, shots: int | None,
@@ -158,7 +166,8 @@ def load(source: str | None, limit: int, shots: int | None,
     else:
         rows = read(source, f"bfcl_v4_{category}", "")
     # Answers are rows of their own, in another file, with the id of their question.
-    truths = {row.get("id"): row["ground_truth"] for row in rows if "ground_truth" in row}
+    truths = dict(convert([row for row in rows if "ground_truth" in row],
+                          lambda row: (text_of(row["id"]), row["ground_truth"] or [])))
     questions = [row for row in rows if "ground_truth" not in row][:limit]
     simple = category == "simple_python"
     return Questions(convert(questions,

@@ -33,7 +33,7 @@ import math
 from dataclasses import replace
 from typing import Any
 
-from evals.benchmarks import convert
+from evals.benchmarks import convert, label_number, text_of
 from evals.lm import LM
 from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Figure, Result
@@ -44,18 +44,22 @@ PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?
 ANSWERS = {"sst2": ("negative", "positive"), "cola": ("no", "yes"), "rte": ("True", "False")}  # labels 0, 1
 COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "sentence"),
            "rte": ("index", "sentence1", "sentence2", "label")}
-LABELS = {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}
+LABELS = {"sst2": {"0": 0, "1": 1}, "cola": {"0": 0, "1": 1},  # as texts, in a .tsv
+          "rte": {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}}
 
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The rows, with the columns of a .tsv under their names, and without a .tsv's line of headers."""
     named = [row | dict(zip(COLUMNS[name], row["fields"], strict=False)) if "fields" in row else row
              for row in rows]
-    return [row for row in named if row.get("label") != "label"]
+    return [row for row in named if not ("fields" in row and row.get("label") == "label")]
 
 
 def question_of(row: dict[str, Any], name: str) -> Question:
-    return Question(PROMPTS[name].format_map(row), ANSWERS[name], (LABELS[str(row["label"])],))
+    sentences = {key: text_of(row[key]) for key in COLUMNS[name] if key.startswith("sentence")}
+    label = row["label"]
+    gold = label_number(label, 2) if isinstance(label, int) else LABELS[name][label]
+    return Question(PROMPTS[name].format_map(sentences), ANSWERS[name], (gold,))
 
 
 def in_turns(examples: list[Question]) -> list[Question]:

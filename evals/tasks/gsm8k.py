@@ -65,10 +65,11 @@ def flexible(text: str) -> Decimal | None:
 
 
 def problem_of(row: dict[str, Any]) -> Problem:
-    number = strict(row["answer"])
-    if number is None:
-        raise ValueError("no number after ####")
-    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], number)
+    # The number has to be all that follows: of "#### 12,34" `strict` would read 12.
+    match = re.search(rf"{STRICT}\s*$", row["answer"])
+    if match is None:
+        raise ValueError("no number after ####, or more after it")
+    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], parse_number(match[1]))
 
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:

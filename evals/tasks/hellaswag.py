@@ -21,6 +21,7 @@ prompt is the question alone, without brackets.
 import re
 from typing import Any
 
+from evals.benchmarks import label_index, label_number, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import Question, few_shot, score_by_character, splits
 from evals.results import Result
@@ -36,11 +37,16 @@ def clean(text: str) -> str:
 
 def question_of(row: dict[str, Any]) -> Question:
     if "endings" in row:
-        prompt = f"{row['activity_label']}: {row['ctx_a']} {row['ctx_b'].capitalize()}"
-        return Question(clean(prompt), tuple(map(clean, row["endings"])), (int(row["label"]),))
+        activity, before, begin = (text_of(row[key]) for key in ("activity_label", "ctx_a", "ctx_b"))
+        endings, label = texts_of(row["endings"]), row["label"]
+        # The hub has the label as text, the original files have it as a number.
+        gold = (label_number(label, len(endings)) if isinstance(label, int) else
+                label_index(label, [str(number) for number in range(len(endings))]))
+        return Question(clean(f"{activity}: {before} {begin.capitalize()}"), tuple(map(clean, endings)),
+                        (gold,))
     letters = sorted(row["choices"])
     return Question(clean(row["question"]), tuple(clean(row["choices"][letter]) for letter in letters),
-                    (letters.index(row["answer"]),))
+                    (label_index(row["answer"], letters),))
 
 
 def load(source: str | None, limit: int, shots: int | None) -> list[Question]:

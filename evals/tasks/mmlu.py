@@ -26,7 +26,7 @@ config all.
 from dataclasses import replace
 from typing import Any
 
-from evals.benchmarks import convert
+from evals.benchmarks import convert, label_index, label_number, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Result, mean
@@ -52,11 +52,13 @@ GROUPS = {group: set(subjects.split()) for group, subjects in {
 
 
 def question_of(row: dict[str, Any]) -> Question:
-    letters = LETTERS[:len(row["choices"])]
-    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, row["choices"], strict=True)]
-    gold = row["answer"] if isinstance(row["answer"], int) else letters.index(row["answer"])
+    choices, answer = texts_of(row["choices"]), row["answer"]
+    letters = list(LETTERS[:len(choices)])
+    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
+    # The hub has the answer's number, the original files have its letter.
+    gold = label_number(answer, len(choices)) if isinstance(answer, int) else label_index(answer, letters)
     return Question("\n".join([row["question"].strip(), *lines, "Answer:"]), tuple(letters), (gold,),
-                    group=row["subject"])
+                    group=text_of(row["subject"]))
 
 
 def by_subject(questions: list[Question]) -> dict[str, list[Question]]:

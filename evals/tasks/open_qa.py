@@ -26,7 +26,7 @@ from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
-from evals.benchmarks import Questions, convert, read
+from evals.benchmarks import Questions, answer_text, convert, read, text_of, texts_of
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
@@ -70,10 +70,12 @@ class OpenQuestion(NamedTuple):
 
 def question_of(row: dict[str, Any]) -> OpenQuestion:
     answer = row["answer"]
-    answers = [answer["value"], *answer["aliases"]] if isinstance(answer, dict) else [answer]
-    if not all(isinstance(text, str) for text in answers):
-        raise TypeError("an answer must be a text")
-    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", answers, row.get("type"))
+    aliases = []
+    if isinstance(answer, dict):
+        aliases = [text for text in texts_of(answer["aliases"]) if text.strip()]  # a blank one says nothing
+        answer = answer["value"]
+    kind = None if row.get("type") is None else text_of(row["type"])
+    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", [answer_text(answer), *aliases], kind)
 
 
 def load(source: str | None, limit: int, shots: int | None,

@@ -22,7 +22,7 @@ import numpy as np
 
 from configurator import UserError
 from dataset.sources import file_kind
-from evals.benchmarks import ROW_KINDS, convert, find, read
+from evals.benchmarks import ROW_KINDS, convert, find, read, text_of
 from evals.likelihood import token_losses
 from evals.lm import LM
 from evals.results import Figure, Result, ratio
@@ -39,7 +39,7 @@ def load(source: str | None, limit: int, shots: int | None, model: str, stride: 
     if not wikitext or source is not None and file_kind(Path(source)) == ".txt":
         return read_texts(source, model, 1024 * limit)
     rows = read(source, "wikitext", WIKITEXT)  # one row per line of the text
-    text = "\n\n".join(convert(rows, lambda row: row["text"])).encode()[:1024 * limit]
+    text = "\n\n".join(convert(rows, lambda row: text_of(row["text"]))).encode()[:1024 * limit]
     return Texts([text.decode("utf-8", "ignore")], source or WIKITEXT)  # the limit may cut a character in two
 
 

@@ -20,7 +20,7 @@ from collections import Counter
 from typing import Any
 
 from configurator import UserError
-from evals.benchmarks import Questions, convert, read
+from evals.benchmarks import Questions, answer_text, convert, read
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
@@ -87,7 +87,7 @@ def rouge(summary: str, reference: str) -> dict[str, float]:
 def texts_of(row: dict[str, Any]) -> tuple[str, str]:
     keys = ("article", "highlights") if "article" in row else ("document", "summary")
     document, summary = (row[key].strip() for key in keys)
-    return document, summary
+    return document, answer_text(summary)
 
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:

@@ -22,7 +22,7 @@ is the first one in all rows, so it matters that choices with equal scores share
 import math
 from typing import Any, NamedTuple
 
-from evals.benchmarks import convert
+from evals.benchmarks import convert, label_number, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import Question, ask, grade, log_probs_of, splits
 from evals.results import Result, mean
@@ -51,8 +51,12 @@ def question_of(row: dict[str, Any], key: str) -> Question:
     targets = row[key]
     if not {"choices", "labels"} <= targets.keys():
         targets = {"choices": list(targets), "labels": list(targets.values())}
-    gold = tuple(index for index, label in enumerate(targets["labels"]) if label == 1)
-    return Question(f"Q: {row['question']}\nA:", tuple(targets["choices"]), gold, SHOTS)
+    choices = texts_of(targets["choices"])
+    labels = [label_number(label, 2) for label in targets["labels"]]
+    if len(choices) != len(labels) or (key == "mc1_targets" and sum(labels) != 1):
+        raise ValueError(f"{key}: {len(choices)} choices, {len(labels)} labels, {sum(labels)} of them true")
+    gold = tuple(index for index, label in enumerate(labels) if label == 1)
+    return Question(f"Q: {text_of(row['question'])}\nA:", tuple(choices), gold, SHOTS)
 
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:

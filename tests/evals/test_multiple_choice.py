@@ -170,7 +170,7 @@ def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("row, message", [
     ({"query": "Question: x", "choices": ["a"]}, "easy.jsonl: row 1 does not fit this benchmark .Key"),
-    ({"query": "Question: x", "choices": ["a"], "gold": 3}, "no right answer"),
+    ({"query": "Question: x", "choices": ["a"], "gold": 3}, "the label 3 is not a whole number from 0 to 0"),
     ({"query": "Question: x", "choices": 3, "gold": 0}, "TypeError"),
 ])
 def test_a_row_that_does_not_fit_is_reported(row, message, tmp_path):

@@ -147,11 +147,17 @@ def test_files(tmp_path, monkeypatch):
     (tmp_path / "bfcl_v4_simple_python.jsonl").write_text(json.dumps(QUESTION) + "\n")
     with pytest.raises(UserError, match="bfcl_v4_simple_python.jsonl: row 1 does not fit this benchmark"):
         bfcl.load(str(tmp_path), 5, None, "simple_python")  # which has no answer
-    strange = QUESTION | {"function": [{"name": "x", "parameters": {"properties": {"base": kind("list")}}}]}
+    parameters = {"properties": {"base": kind("list")}, "required": []}
+    strange = QUESTION | {"function": [{"name": "geo.area", "parameters": parameters}]}
     (tmp_path / "bfcl_v4_simple_python.jsonl").write_text("".join(
         json.dumps(row) + "\n" for row in (strange, {"id": ROW["id"], "ground_truth": ROW["ground_truth"]})))
     with pytest.raises(UserError, match="row 1 does not fit this benchmark .KeyError: 'list'"):
         bfcl.load(str(tmp_path), 5, None, "simple_python")
+    for truth in (None, [], [{}], [{"other": {}}], ROW["ground_truth"] * 2, [{"geo.area": {"base": 10}}]):
+        (tmp_path / "bfcl_v4_simple_python.jsonl").write_text("".join(
+            json.dumps(row) + "\n" for row in (QUESTION, {"id": ROW["id"], "ground_truth": truth})))
+        with pytest.raises(UserError, match="row 1 does not fit this benchmark"):
+            bfcl.load(str(tmp_path), 5, None, "simple_python")
     asked = []
 
     def hf_hub_download(repository, name, repo_type):
