@@ -4,7 +4,6 @@
     python -m bench generate --batch_size=8        # greedy decoding, tokens per second
     python -m bench loss                           # the loss head: time and memory
     python -m bench prepare --rounds=9 --json=docs/results/bench_prepare.json
-    python -m bench decontaminate --sets=FILES     # the cost of searching for evaluation items
     python -m bench base --rounds=3                # the default run with seeds 1 to 3, compared with gzip, xz
     python -m bench sft                            # a step of fine-tuning, compared with TRL; also: dpo
     python -m bench distill                        # a step of distillation, compared with TRL and full logits
@@ -33,8 +32,6 @@ SUBJECTS = {name.removeprefix("bench."): (module.Config, module.measure, module.
             for name in [module.__name__]}
 for kind in ("sft", "dpo"):
     SUBJECTS[kind] = (post.Config, functools.partial(post.measure, kind=kind), post.report, post.__doc__)
-SUBJECTS["decontaminate"] = (prepare.SearchConfig, prepare.measure_search, prepare.report_search,
-                             prepare.__doc__)
 
 
 def main(argv: list[str]) -> int:

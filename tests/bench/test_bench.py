@@ -332,15 +332,19 @@ def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
 
 
 @pytest.mark.slow
-def test_the_cost_of_searching_for_evaluation_items(tmp_path, text_folder, capsys):
-    argv = ["--rounds=1", "--megabytes=0.5", f"--source={text_folder}", "--vocab_size=300"]
-    assert main(["decontaminate", *argv, f"--json={tmp_path / 'b.json'}"]) == 0
-    printed = capsys.readouterr().out
-    assert printed.count("MB/s") == printed.count("documents/s") == 2
+def test_the_speed_of_preparing_text(tmp_path, text_folder, capsys):
+    (tmp_path / "set.jsonl").write_text(json.dumps({"text": " ".join(f"word{i}" for i in range(20))}) + "\n")
+    argv = ["--rounds=1", "--copies=2", f"--source={text_folder}", "--vocab_size=300"]
+    assert main(["prepare", *argv, f"--sets={tmp_path / 'set.jsonl'}", f"--json={tmp_path / 'b.json'}"]) == 0
     figures = json.loads((tmp_path / "b.json").read_text())
-    assert list(figures["arms"]) == ["prepare.py", "prepare.py, decontaminated", "MinHash of whole documents",
-                                     "all of the search"]  # fmt: skip
-    assert 0 < figures["items"] < figures["documents"] and figures["words_a_document"] > 30
+    assert list(figures["arms"]) == [
+        "tokenizers encode_batch_fast", "our encode", "prepare.py, 1 process", "prepare.py, 2 processes",
+        "prepare.py, 1 process, decontaminated"]  # fmt: skip
+    assert figures["megabytes"] > 1
+    assert all(rate > 0 for arm in figures["arms"].values() for rates in arm.values() for rate in rates)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["MB/s", "wall", "(min", "-", "max)", "cpu", "x", "peer"]
+    assert lines[1].endswith("1.00") and lines[5].startswith("prepare.py, 1 process, decontaminated")
 
 
 @pytest.mark.slow
