@@ -6,13 +6,14 @@
     batch = pair_batch([pairs.pair(number) for number in range(8)])
 
 Only the assistant's tokens are trained on (formats/chat_format.py), and no conversation sees another. A
-conversation that is longer than block_size is cut. A conversation that loses all its answers to the cut, and
-a preference that does not fit, are left out; `left_out` counts them.
+conversation that is longer than block_size is cut (`cut` counts these) or, with overlong="drop", left out. A
+conversation that loses all its answers to the cut, and a preference that does not fit, are left out, too;
+`left_out` counts them.
 
 Shapes: n rows, T block_size.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -104,16 +105,23 @@ class ChatRows:
     kind = "chat"
     packing = True
 
-    def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError if no conversation can be used."""
+    def __init__(self, data: DataFolder, split: str, block_size: int,
+                 overlong: Literal["cut", "drop"] = "cut"):
+        """overlong: what happens to a conversation of more than block_size tokens. Raises UserError if the
+        folder is of another kind, or if no conversation can be used."""
+        data.require_kind(self.kind)
         self.data, self.split, self.T = data, split, block_size
         self.documents = docs = Documents(data, split, last=1)
-        self.lengths = np.minimum(docs.end - docs.begin - 1, block_size)  # inputs: the last token is no input
-        usable = np.flatnonzero(docs.first_target - docs.begin <= block_size)
-        self.left_out = len(self.lengths) - len(usable)
+        lengths = docs.end - docs.begin - 1  # (conversations,) inputs: the last token is no input
+        self.lengths = np.minimum(lengths, block_size)
+        has_answer, fits = docs.first_target - docs.begin <= block_size, lengths <= block_size
+        usable = np.flatnonzero(has_answer if overlong == "cut" else has_answer & fits)
+        self.cut = int((~fits[usable]).sum())  # conversations that are trained on without their end
+        self.left_out = len(lengths) - len(usable)
         if not len(usable):
-            raise UserError(f"{data.folder}: none of {len(self.lengths)} {split} conversations has an answer "
-                            f"in its first block_size={block_size} tokens{more_rows_hint(split)}")
+            missing = "has an answer in its first" if overlong == "cut" else "is whole in"
+            raise UserError(f"{data.folder}: none of {len(lengths)} {split} conversations {missing} "
+                            f"block_size={block_size} tokens{more_rows_hint(split)}")
         alone = [[number] for number in range(len(usable))]
         packed = pack_rows(self.lengths[usable], block_size) if self.packing else alone
         self.rows = [usable[row] for row in packed]  # the documents of each row
@@ -150,7 +158,8 @@ class PairRows:
     kind = "preference"
 
     def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError if no pair fits."""
+        """Raises UserError if the folder is of another kind, or if no pair fits."""
+        data.require_kind(self.kind)
         self.data, self.split, self.T = data, split, block_size
         self.documents = docs = Documents(data, split, last=2)
         self.prompt, self.chosen = docs.first_target - docs.begin, docs.ones  # (pairs,) lengths in tokens

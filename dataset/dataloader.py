@@ -59,7 +59,8 @@ class Rows:
     kind = "text"
 
     def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError if no shard holds a whole row."""
+        """Raises UserError if the folder is of another kind, or if no shard holds a whole row."""
+        data.require_kind(self.kind)
         self.data, self.T, self.shards = data, block_size, data.shards[split]
         counts = [(len(shard) - 1) // block_size for shard in self.shards]
         self.ends = np.cumsum(counts, dtype=np.int64)  # (shards,) rows up to the end of each shard
@@ -93,18 +94,14 @@ def more_rows_hint(split: str) -> str:
 class Mix:
     """The training rows of several folders, in fixed proportions at every moment of the run."""
 
-    def __init__(self, spec: str, block_size: int, seed: int, kind: type = Rows):
-        """kind: the class of the rows, called as kind(DataFolder, "train", block_size); its attribute `kind`
-        names the kind of folder it reads. Raises UserError if a folder is of another kind, or if the folders'
-        tokenizers differ."""
+    def __init__(self, spec: str, block_size: int, seed: int, kind: Callable[..., Any] = Rows):
+        """kind: the class of the rows, or a functools.partial of it; called as kind(DataFolder, "train",
+        block_size). Raises UserError if a folder is of another kind, or if the folders' tokenizers differ."""
         entries = parse_mix(spec)
         self.folders = [DataFolder(path) for path, _ in entries]
         self.weights = [weight for _, weight in entries]
         tokenizers = [file_sha256(data.folder / "tokenizer.json") for data in self.folders]
         for data, tokenizer in zip(self.folders, tokenizers, strict=True):
-            if data.meta["kind"] != kind.kind:
-                raise UserError(f"{data.folder}: holds {data.meta['kind']} rows, not {kind.kind}; prepare.py "
-                                f"--kind={kind.kind} makes those")
             if data.meta.get("tokenizer_sha256") not in (None, tokenizer):
                 raise UserError(f"{data.folder}: its tokenizer.json is not the one it was made with")
         if len(set(tokenizers)) > 1:

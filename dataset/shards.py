@@ -164,6 +164,12 @@ class DataFolder:
         return {split: [np.memmap(self.folder / name, dtype, "r") for name in names if name.startswith(split)]
                 for split in ("train", "val")}
 
+    def require_kind(self, kind: str) -> None:
+        """UserError unless the folder holds rows of this kind: text, chat or preference."""
+        if self.meta["kind"] != kind:
+            raise UserError(f"{self.folder}: holds {self.meta['kind']} rows, not {kind}; prepare.py "
+                            f"--kind={kind} makes those")
+
     def check_ids(self, ids: np.ndarray, shard: np.memmap, begin: int) -> None:
         """UserError if an id is outside the vocabulary. ids: (n,), read from position `begin` of a shard."""
         if ids.max() >= self.meta["vocab_size"]:

@@ -30,7 +30,7 @@ from training.stages import Config, plan_stages, stage_at, stage_configs, with_s
 class StagedData(Generic[Config]):
     """Maps a step to its samples, stage by stage."""
 
-    def __init__(self, cfg: Config, kind: type = Rows, rank: int = 0, world_size: int = 1):
+    def __init__(self, cfg: Config, kind: Callable[..., Any] = Rows, rank: int = 0, world_size: int = 1):
         """kind: the class of the rows, as in Mix. Raises UserError if the stages' tokenizers differ."""
         self.stages, self.rank, self.world_size = plan_stages(cfg), rank, world_size
         self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed, kind)
@@ -70,7 +70,7 @@ class StagedData(Generic[Config]):
         return {folder: digest for mix in self.mixes.values() for folder, digest in mix.hashes().items()}
 
 
-def in_epochs(cfg: Config, kind: type = Rows) -> Config:
+def in_epochs(cfg: Config, kind: Callable[..., Any] = Rows) -> Config:
     """`cfg` with the epochs of its stages turned into steps."""
     return with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind).epoch_samples()
                       / stage.global_batch_size)

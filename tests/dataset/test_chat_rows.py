@@ -62,10 +62,28 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(folders
     data, _ = folders["chat"]
     rows = UnpackedChatRows(data, "train", 24)
     assert len(rows) == 3 and rows.left_out == 1  # the question of the second is too long
+    assert rows.cut == 1  # the third loses its end
     cut = rows.read(np.array([1]))[0]
     assert (cut[1, -4:] != IGNORE).all(), "a cut answer is trained on up to the cut, without an end"
     with pytest.raises(UserError, match="none of 4 train conversations has an answer in its first"):
         ChatRows(data, "train", 4)
+
+
+@pytest.mark.parametrize("kind", [ChatRows, UnpackedChatRows])
+def test_conversations_that_are_cut_are_counted_or_dropped(folders, kind):
+    """At every row length, against the lengths of the encoded conversations up to their last target."""
+    data, chats = folders["chat"]
+    encoded = [encode_chat(tokenizer_of(data), conversation(chat)) for chat in chats]
+    lengths = [max(at for at, wanted in enumerate(mask) if wanted) for _, mask in encoded]  # inputs
+    for size in range(min(lengths), 200):
+        cut, whole = kind(data, "train", size), kind(data, "train", size, overlong="drop")
+        used = {int(document) for row in cut.rows for document in row}
+        kept = {int(document) for row in whole.rows for document in row}
+        assert cut.cut == sum(lengths[document] > size for document in used)
+        assert kept == {number for number, length in enumerate(lengths) if length <= size}
+        assert whole.cut == 0 and whole.left_out == len(chats) - len(kept)
+    with pytest.raises(UserError, match="none of 4 train conversations is whole in block_size=12 tokens"):
+        kind(data, "train", 12, overlong="drop")
 
 
 def test_packing_loses_nothing(folders):
