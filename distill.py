@@ -50,12 +50,12 @@ from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
 
-CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: the tensors are the same either way
+CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
 
 @dataclass(frozen=True, kw_only=True)
 class DistillConfig(RunConfig, GPTConfig):
-    """A run's keys, the student's architecture (unless it comes from a model folder), and the teaching."""
+    """The keys of a run, of the student's architecture (unless a folder brings it), and of distillation."""
 
     vocab_size: int | None = None  # token ids of the student; None is the size of the data's tokenizer
     n_layer: int = 2  # blocks
@@ -111,8 +111,11 @@ class DistillConfig(RunConfig, GPTConfig):
 
     @property
     def layer_losses(self) -> LayerLosses:
-        """The cross-entropy has no weight of its own, and needs none: AdamW and Muon ignore the size of a
-        gradient, so only ratios count. With hidden_weight=100 and alpha=0, the text hardly matters."""
+        """The kinds and weights of the layer losses.
+
+        The cross-entropy has no weight, and needs none: AdamW and Muon ignore the size of a gradient, so only
+        ratios count. With hidden_weight=100 and alpha=0, the text hardly matters.
+        """
         return LayerLosses(self.hidden_weight, self.hidden_loss, self.attention_weight, self.attention_loss)
 
     @property
@@ -222,9 +225,9 @@ class Distillation:
         |  |  |  |  feature_loss           layer losses, from what the hooks recorded in both passes
         |  |  |  return loss, metrics
 
-    Two reasons: no (B, T, V) logits are stored, because both heads see hidden states and one chunk of logits
-    at a time; and FSDP gathers an output matrix only while its model's forward runs, so that inside both
-    passes, and only there, both matrices are whole.
+    There are two reasons. First, no (B, T, V) logits are stored: both heads see hidden states and compute
+    logits chunk by chunk. Second, FSDP gathers an output matrix only while its model's forward pass runs,
+    so both matrices are whole only inside both passes.
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, configs: list[DistillConfig],
@@ -261,7 +264,7 @@ class Distillation:
     def teacher_head(self, forward: nn.Module, batch: dict[str, Any], hidden: Tensor,
                      weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
-        # From here on both output matrices will be whole: run the student before the teacher's forward ends.
+        # Run the student now, while the teacher's output matrix is gathered.
         with torch.enable_grad():
             return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
 

@@ -64,7 +64,7 @@ class DPOConfig(PostTrainingConfig):
     beta: float = 0.1  # strength of the pull towards the reference
     nll_weight: float = 10.0  # weight of the chosen answer's per-token NLL, added to the loss; 0 is plain DPO
     label_smoothing: float = 0.0  # assumed share of pairs with swapped answers; only with loss=dpo
-    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # how it is computed
+    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # source (see Reference)
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}
@@ -82,7 +82,7 @@ class DPOConfig(PostTrainingConfig):
             raise UserError(f"reference={self.reference}: would use the base in full precision; with "
                             "quantize_base set reference=adapter_off")
         if self.lora_dropout:
-            raise UserError("lora_dropout: policy and reference must compute the same; leave it at 0")
+            raise UserError("lora_dropout: must be 0, because dropout would make policy and reference differ")
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
@@ -102,7 +102,7 @@ def answer_log_probs(model: nn.Module, batch: dict[str, Any], vocab_size: int) -
 
 def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPOConfig,
             vocab_size: int) -> tuple[Tensor, dict[str, Tensor]]:
-    """The loss summed over the n pairs, and metrics summed alike. reference: its `answer_log_probs`, (2, n).
+    """The loss summed over the n pairs, and summed metrics. reference: its `answer_log_probs`, (2, n).
 
     The preference loss looks only at the difference between the answers, so it may make both less likely. The
     second term, the chosen answer's NLL per token, keeps it likely (RPO, arXiv 2404.19733, equation 1).
@@ -202,7 +202,7 @@ class Reference:
 
         All ranks share the work, and rank 0 writes the file. NaN marks an entry that no run has needed yet.
         The file's name is a hash of everything that the numbers depend on: the weights, the data, block_size,
-        the dtype, and "shared prompt" for the way of computing them, which decides the last bits.
+        the dtype, and "shared prompt" for the method, because the method affects the last bits.
         """
         identity = (self.base_hash, file_sha256(rows.data.folder / "meta.json"), rows.split, rows.T,
                     str(self.dtype), "shared prompt")

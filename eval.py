@@ -6,11 +6,14 @@
     python eval.py --model=out/base --tasks=all --data=../data,perplexity=book.txt
 
 Each task is a file in evals/tasks/. Its docstring shows a raw example, the prompt and the source of the
-protocol. Its load() reads the questions, its score() puts them to a model.
+protocol. Its load() reads the questions, its score() runs them on a model.
 
 --data is a folder with the benchmarks' files; TASK=PLACE names another file or folder for one task. Without
 --data the benchmarks come from the Hugging Face hub. A task of --tasks=all that cannot be run is listed with
 the reason.
+
+--target=needle:0.85,perplexity:12 names the least that --model has to reach in the first figure of a task
+(for a perplexity: the most). The table then has a column "target", and a missed target is exit code 3.
 
 Writes to out_dir: results.json (each figure with its n and standard error, the settings, the hashes of data
 and weights), results.md (the same table), answers/<task>.jsonl (one line per question and model), pictures.
@@ -23,6 +26,8 @@ import hashlib
 import io
 import itertools
 import json
+import math
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -32,7 +37,7 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
-from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
 from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
@@ -66,14 +71,16 @@ class Task(NamedTuple):
     settings: dict[str, Any] = {}  # arguments with fixed values
     keys: tuple[str, ...] = ()  # keys of EvalConfig that are arguments as well
     draw: Callable[[dict[str, Any]], Any] | None = None  # {model: details} -> a matplotlib Figure
+    falls: bool = False  # a better model has a lower first figure: a perplexity, not a share of right answers
 
 
 TASKS = {  # in the order of the table and of --tasks=all
     # Running text.
-    "perplexity": Task(perplexity, keys=("model", "stride")),  # and bits per byte, by a sliding window
-    "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride")),  # of WikiText-2
+    "perplexity": Task(perplexity, keys=("model", "stride"), falls=True),  # by a sliding window
+    "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride"), falls=True),  # WikiText-2
     # Loss by position, and after shorter and longer contexts.
-    "context_length": Task(context_length, keys=("model", "context_length"), draw=context_length.draw),
+    "context_length": Task(context_length, keys=("model", "context_length"), draw=context_length.draw,
+                           falls=True),
 
     # Multiple choice: the most likely choice is the answer.
     "mmlu": Task(mmlu),  # 57 subjects of school and university
@@ -91,7 +98,7 @@ TASKS = {  # in the order of the table and of --tasks=all
     # The embedded problems, which need no data: arithmetic, dates, lists.
     "problems": Task(problems),
     "calculator": Task(problems, {"calculator": True}),  # the model may call the calculator
-    "hard": Task(problems, {"family": "hard"}),  # arithmetic that is hard without it
+    "hard": Task(problems, {"family": "hard"}),  # arithmetic that is hard without a calculator
     "hard_calculator": Task(problems, {"family": "hard", "calculator": True}),
 
     # Answers that are generated.
@@ -103,7 +110,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
     "summarize": Task(summarize),  # ROUGE of summaries
 }
-# Names that --tasks accepts for several tasks. A task of a group may be missing; one that is named may not.
+# Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is
+# named must run.
 GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "hard_calculator"]}
 
 
@@ -114,6 +122,7 @@ class EvalConfig:
     tasks: str = "problems,calculator"  # tasks, separated by commas; "embedded" and "all" are groups
     data: str = ""  # folder with the benchmarks' files, and TASK=PLACE, separated by commas; "" reads the hub
     limit: int = 500  # largest number of questions per task; KiB of text for perplexity and context_length
+    target: str = ""  # TASK:VALUE, separated by commas; if --model misses one, the exit code is 3
     shots: int | None = None  # worked examples before each question; None takes the number of the task
     chat: bool = False  # put each question in the model's chat format
     stride: int | None = None  # perplexity: tokens between two windows; None is half the context
@@ -126,13 +135,19 @@ class EvalConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests")
+        for key, most in (("limit", 100_000), ("batch_size", 2**14), ("context_length", 2**20),
+                          ("num_tests", 100_000)):
+            require(self, key, (getattr(self, key) or 0) <= most, f"at most {most:,}")
         require_not_negative(self, "shots")
         for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
-                                  ("data", self.places[1], [*TASKS])):
+                                  ("data", self.places[1], [*TASKS]),
+                                  ("target", self.targets, [*TASKS])):
             if unknown := next((name for name in names if name not in TASKS), None):
                 [nearest] = difflib.get_close_matches(unknown, known, n=1, cutoff=0)
                 raise UserError(f"{key}={getattr(self, key)}: unknown task {unknown!r}, did you mean "
                                 f"{nearest!r}? (known: {', '.join(known)})")
+        if unmeasured := [name for name in self.targets if name not in self.task_names]:
+            raise UserError(f"target={self.target}: {unmeasured[0]} is not in tasks={self.tasks}")
 
     @property
     def task_names(self) -> list[str]:
@@ -154,6 +169,24 @@ class EvalConfig:
         if len(folders) > 1:
             raise UserError(f"data={self.data}: give one folder for all tasks, and TASK=PLACE for others")
         return (folders[0] if folders else None), pairs
+
+    @property
+    def targets(self) -> dict[str, float]:
+        """--target as {task: value}."""
+        targets: dict[str, float] = {}
+        for part in filter(None, self.target.split(",")):
+            name, _, text = part.partition(":")
+            try:
+                value = float(text)
+            except ValueError:
+                value = math.nan
+            # All first figures that rise are shares of right answers, or a correlation.
+            highest = 1 if name in TASKS and not TASKS[name].falls else math.inf
+            if name in targets or not math.isfinite(value) or value > highest:
+                raise UserError(f"target={self.target}: {part!r} must be TASK:VALUE, each task once; a share "
+                                "of right answers is at most 1")
+            targets[name] = value
+        return targets
 
     def arguments(self, name: str) -> dict[str, Any]:
         """The keyword arguments of a task's load() and score()."""
@@ -237,10 +270,26 @@ def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
     return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)  # 1e-9 s: no division by zero
 
 
-def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[list[str]]:
+def target_cells(cfg: EvalConfig, model: dict[str, Any]) -> dict[str, str]:
+    """{task: "met (>= 0.85)" or "missed (>= 0.85)"} for each target, from the results of --model.
+
+    A task that could not be run misses its target.
+    """
+    cells = {}
+    for task, target in cfg.targets.items():
+        figures = model["tasks"].get(task, {}).get("figures", {})
+        value = next((figure["value"] for figure in figures.values()), math.nan)  # nan: neither <= nor >=
+        met = value <= target if TASKS[task].falls else value >= target
+        cells[task] = f"{'met' if met else 'missed'} ({'<=' if TASKS[task].falls else '>='} {target:g})"
+    return cells
+
+
+def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
+               targets: dict[str, str]) -> list[list[str]]:
     """The table as rows of cells: a header, one row per figure of each task, then the speeds.
 
-    The columns are task, figure, n and one per model. models: as in results.json.
+    The columns are task, figure, n, one per model and, if there are targets, whether --model meets them.
+    models: as in results.json. targets: see `target_cells`.
     """
     rows = [["task", "figure", "n", *(model["name"] for model in models)]]
     for task in TASKS:
@@ -257,6 +306,9 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str]) -> list[lis
         if any(speed(model, key)[0] for model in models):
             rows.append(["all", title, f"{speed(models[0], key)[0]:,}",
                          *(f"{speed(model, key)[1]:,.1f}" for model in models)])
+    if targets:  # one more column, with a cell in the first row of each task that has a target
+        left = {"task": "target", **targets}
+        rows = [[*row, left.pop(row[0], "")] for row in rows]
     return rows
 
 
@@ -277,12 +329,12 @@ def aligned(rows: list[list[str]]) -> str:
 
 # ---- Files ------------------------------------------------------------------------------------------------
 
-def save_results(out: Path, results: dict[str, Any]) -> None:
-    """Write results.json and results.md with all that is finished."""
-    rows = table_rows(results["models"], results["not_run"])
+def save_results(out: Path, results: dict[str, Any], targets: dict[str, str]) -> None:
+    """Write results.json and results.md with all that is finished. targets: see `target_cells`."""
+    rows = table_rows(results["models"], results["not_run"], targets)
     lines = [f"- {note}" for note in notes(results["models"], results["not_run"])]
     lines = [table(rows[0], rows[1:]), *([""] if lines else []), *lines]  # "": a blank line before the list
-    write_json(out / "results.json", results)
+    write_json(out / "results.json", results | {"targets": targets})
     write_text(out / "results.md", "\n".join(lines) + "\n")
 
 
@@ -343,15 +395,17 @@ def main(argv: list[str]) -> int:
                 # Write all files after each task: an interrupted run keeps what is finished.
                 save_answers(out, name, answers[name])
                 save_picture(out, name, models)
-                save_results(out, results)
+                save_results(out, results, target_cells(cfg, models[0]))
     except BaseException:  # Ctrl-C as well
         if any(model["tasks"] for model in models):
             print(f"stopped; the finished tasks are in {out / 'results.json'}", file=sys.stderr)
         raise
     # "complete" tells a reader of results.json that no task was cut off.
-    save_results(out, results | {"complete": True})
-    print("\n".join([aligned(table_rows(models, absent)), *notes(models, absent)]))
-    return 0
+    targets = target_cells(cfg, models[0])
+    save_results(out, results | {"complete": True}, targets)
+    print("\n".join([aligned(table_rows(models, absent, targets)), *notes(models, absent)]))
+    print(f"next        python export.py --model={shlex.quote(cfg.model)} --format=gguf", file=sys.stderr)
+    return 3 if any(cell.startswith("missed") for cell in targets.values()) else 0
 
 
 if __name__ == "__main__":

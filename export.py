@@ -8,13 +8,14 @@ Reads every model folder that the other scripts read; an adapter is merged into 
 can read the export too (a GGUF export only if it contains one type), so eval.py can measure exactly what is
 published. Writes a folder that is complete or absent: the model's files, README.md (the model card: data,
 settings, scores, hashes) and manifest.json (the sha256 of each file). The same command again does nothing if
-the export is intact. If the inputs have changed, it is refused unless --overwrite=True.
+the export is intact. If the inputs have changed, the command stops unless --overwrite=True is given.
 
     hf        config.json, model.safetensors, tokenizer.json, ..       what transformers loads
     gguf      <name>-<type>.gguf, one per type in --quantize           f32, f16, bf16, q8_0, q6_k, q4_k_m
     ternary   the hf layout; each ternary matrix as 2 bits per weight and one scale
 
-A model that a format cannot hold is refused before anything is written, with the setting that is the reason.
+A model that a format cannot hold is refused before anything is written; the error names the setting. GGUF
+takes llama, qwen2, qwen3 and gpt2 models with a byte-level BPE, and no ternary weights.
 Left out: uploading, models split into several files, importance matrices.
 """
 
@@ -226,7 +227,7 @@ def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
     if differing and not overwrite:
         raise UserError(f"{folder}: made from other inputs ({', '.join(differing)} differ); --overwrite=True "
                         "replaces it, --out= writes another folder")
-    # A damaged export of the same inputs is made again without a question.
+    # A damaged export of the same inputs is made again without asking.
     return not differing and checkpoint.find_corruption(folder, model_only=True) is None
 
 
@@ -242,7 +243,7 @@ def main(argv: list[str]) -> int:
     card = card_text(cfg, source)
     inputs = inputs_of(cfg, source, card)
     if is_done(cfg.folder, inputs, cfg.overwrite):
-        # A process that was killed after its last rename left the replaced export there.
+        # If an earlier process was killed after its last rename, the export it replaced is still here.
         shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)
         print(f"{cfg.folder} exists already, made from the same inputs")
         return 0

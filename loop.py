@@ -53,7 +53,7 @@ from training.stages import Stage, plan_stages, stage_at, stage_configs
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
 # A batch has "input_ids", "count" (the units that its loss sums over) and "context" (tokens of its longest
-# sequence). Its other keys are a matter between batches_at and loss_fn.
+# sequence). Its other keys are private to batches_at and loss_fn.
 Batch = dict[str, Any]
 BatchesAt = Callable[[int], list[Batch]]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -139,7 +139,7 @@ def next_batches(upcoming: Future, run: Run) -> StepData:
 
 
 def synchronize_gradients(forward: nn.Module, now: bool) -> None:
-    """Whether the next backward pass sums the gradients over the ranks, or leaves that to a later one."""
+    """Set whether the next backward pass sums the gradients over the ranks, or leaves that to a later one."""
     if isinstance(forward, DistributedDataParallel):
         forward.require_backward_grad_sync = now
     elif isinstance(forward, FSDPModule):
@@ -190,7 +190,7 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     set_rope(state.model, state.stages, progress.step)
     # Dropout, too, is a function of (seed, step, rank), so no random state has to be saved.
     torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
-    # The schedule counts from its own beginning, which is the run's unless a stage restarts it. Every
+    # Schedule steps count from the start of the run, or of the stage that restarts the schedule. Every
     # rollback halves the rate.
     rate = optim.learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
     state.learning_rate = rate * 0.5 ** progress.rollbacks
@@ -269,7 +269,7 @@ def set_rope(model: GPT, stages: list[Stage], step: int) -> None:
 # ---- Stages -----------------------------------------------------------------------------------------------
 
 def is_due(step: int, interval: int, stages: list[Stage]) -> bool:
-    """Whether something comes after `step` steps: every `interval` steps (0: never) and after every stage."""
+    """Whether an action is due after `step` steps: every `interval` steps (0 is never), after every stage."""
     return any(step == stage.last for stage in stages) or (interval > 0 and step % interval == 0)
 
 
@@ -435,7 +435,7 @@ def measure(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
         model.reshard()  # FSDP2 does that in the backward pass, which an evaluation does not have
     model.train()
     note_best(state, results)
-    run.log({"step": step, **results})  # last: what is in the log is done (see missed_evaluation)
+    run.log({"step": step, **results})  # last: missed_evaluation takes a logged evaluation as finished
     text = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
     run.print(f"{step_text(step, state.total)}  {text}")
     return results

@@ -36,7 +36,7 @@ from modeling.kv_cache import KVCache
 from modeling.rope import Rope, RotaryTables, rope_frequencies
 from modeling.ternary import TernaryLinear
 
-# The type of a size that GPTConfig derives if it is None. Type checkers need not expect None.
+# A size that may be left at None: GPTConfig fills it in, so type checkers need not expect None.
 if TYPE_CHECKING:
     Derived = Any
 else:
@@ -45,7 +45,8 @@ else:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """The architecture. The defaults are the small Llama that `python train.py` trains; None is derived."""
+    """The architecture. The defaults are the small Llama that `python train.py` trains; sizes left at None
+    are derived."""
 
     vocab_size: int = 4096  # number of token ids
     n_layer: int = 3  # number of blocks
@@ -225,6 +226,7 @@ class GPT(nn.Module):
         self.config = config
         self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
         self.compiled_steps = False  # compile the decoding step of one token (generation/generate.py)
+        self.source = "the model"  # the folder of its weights, for messages
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
@@ -252,9 +254,9 @@ class GPT(nn.Module):
         document_ids: (B, T) int64, non-decreasing along a row. Tokens attend within their own document and
             positions start at 0 in each, so packed documents have the logits that they have alone.
         cache: the tokens follow those in the cache. Call `KVCache.set_lengths` after the forward pass.
-        paths: (R, S) int64 token numbers, the sequences to attend along in place of the rows. A prefix that
-            sequences share is stored, and computed, only once (modeling/attention.py has an example). Every
-            token is on a path, and a shorter path repeats its last token.
+        paths: (R, S) int64, lists of token numbers. A token attends to the earlier tokens of its path, instead
+            of those of its row. A prefix that paths share is stored, and computed, only once; see the example in
+            modeling/attention.py. Every token is on a path, and a shorter path repeats its last token.
         Raises ValueError for more tokens, or a longer path, than block_size.
         """
         # Who may attend to whom, and where each token is. A plain batch: causal, positions 0 to T - 1.
@@ -284,7 +286,8 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, seed: int) -> None:
-        """GPT-2's initialisation: N(0, 0.02) for matrices, over sqrt(2 L) for those that write to the stream.
+        """GPT-2's initialisation: std 0.02 for matrices, over sqrt(2 L) for those that write to the residual
+        stream.
 
         Norms start at 1, biases at 0. Each parameter has its own generator, seeded by (seed, name), so that
         any number of processes gets the same weights. Under FSDP a rank draws one full matrix at a time.
@@ -359,6 +362,7 @@ class GPT(nn.Module):
         folder = hf.find_folder(path)
         with torch.device("meta"):
             model = cls(GPTConfig.read(folder))
+        model.source = str(folder)
         model.to(dtype).to_empty(device=device)
         model.load(folder)
         return model

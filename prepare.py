@@ -70,7 +70,7 @@ class PrepareConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "vocab_size", "max_tokens", "num_proc")
-        # 256 bytes and the end of text are in every vocabulary.
+        # Every vocabulary contains the 256 bytes and the end-of-text token.
         require(self, "vocab_size", 257 <= self.vocab_size <= 10**6, "at least 257 and at most 1,000,000")
         require(self, "val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1")
         if self.source == "mistakes" and self.kind != "preference":
@@ -192,7 +192,7 @@ class Tally:
         self.removed: list[dict[str, Any]] = []  # the rows that overlap evaluation items
 
     def count(self, row: Row, kept: bool, reason: str | None, overlaps: list[dict[str, Any]]) -> None:
-        """Count a row. reason: why it has no content; a row with content that is not kept is a duplicate."""
+        """Count a row. reason: why it is unusable, or None; not kept without a reason means duplicate."""
         if overlaps:
             self.removed.append({"row": row.place, "overlaps": overlaps})
         elif reason and self.strict:  # an overlap is what --decontaminate looks for, not a fault of the row
@@ -405,7 +405,7 @@ def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFol
 
 def main(argv: list[str]) -> int:
     cfg, provenance = configure(PrepareConfig, argv, usage=__doc__)
-    # Silently ignoring a size that was given would surprise: other tokenizers have the size they have.
+    # An existing tokenizer has a fixed size, so a vocab_size that the user gave must not be ignored silently.
     if "vocab_size" in provenance and cfg.tokenizer != "bpe":
         raise UserError(f"{provenance['vocab_size']}: vocab_size only works with --tokenizer=bpe, "
                         f"not {cfg.tokenizer}")

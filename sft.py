@@ -111,7 +111,7 @@ def main(argv: list[str]) -> int:
         user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
-        # Everything that can refuse comes before run.json, where overwrite=True deletes the old run.
+        # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, base_hash = chat_model(cfg, data.tokenizer, run)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
         run.write_run_json(user_cfg, data=data.hashes(), base=base_hash)
@@ -119,7 +119,8 @@ def main(argv: list[str]) -> int:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows")
             if rows.left_out:
                 run.print(f"          {rows.left_out:,} conversations left out: no answer in {rows.T} tokens")
-        # Train. With an adapter, everything else is frozen. The lambdas bind what the loop need not know.
+        # Train. With an adapter, everything else is frozen. The lambdas bind arguments that the loop does not
+        # know.
         results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
