@@ -64,7 +64,7 @@ class DPOConfig(PostTrainingConfig):
     beta: float = 0.1  # strength of the pull towards the reference
     nll_weight: float = 10.0  # weight of the chosen answer's per-token NLL, added to the loss; 0 is plain DPO
     label_smoothing: float = 0.0  # assumed share of pairs with swapped answers; only with loss=dpo
-    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # source (see Reference)
+    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # see Reference
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}

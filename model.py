@@ -254,9 +254,9 @@ class GPT(nn.Module):
         document_ids: (B, T) int64, non-decreasing along a row. Tokens attend within their own document and
             positions start at 0 in each, so packed documents have the logits that they have alone.
         cache: the tokens follow those in the cache. Call `KVCache.set_lengths` after the forward pass.
-        paths: (R, S) int64, lists of token numbers. A token attends to the earlier tokens of its path, instead
-            of those of its row. A prefix that paths share is stored, and computed, only once; see the example in
-            modeling/attention.py. Every token is on a path, and a shorter path repeats its last token.
+        paths: (R, S) int64, lists of token numbers. A token attends to the earlier tokens of its path, not of
+            its row. A prefix that paths share is stored, and computed, only once (example in
+            modeling/attention.py). Every token is on a path; a shorter path repeats its last token.
         Raises ValueError for more tokens, or a longer path, than block_size.
         """
         # Who may attend to whom, and where each token is. A plain batch: causal, positions 0 to T - 1.

@@ -7,10 +7,10 @@
 
 Only generated text goes to stdout. The prompt (on a terminal) and the speed go to stderr.
 
-A prompt is plain text: the name of a special token in it is not that token. An empty prompt starts after the
-end-of-text token. If a prompt is longer than the context, the model reads its end. A sample ends with the
-end-of-text token, with a --stop text (which is not shown), or after max_new_tokens. If the context becomes
-full, generation goes on from its last half.
+A prompt is plain text: names of special tokens in it are read as ordinary text. An empty prompt starts after
+the end-of-text token. If a prompt is longer than the context, the model reads only its last block_size
+tokens. A sample ends with the end-of-text token, with a --stop text (which is not shown), or after
+max_new_tokens. If the context becomes full, generation goes on from its last half.
 
 Each line of prompt_file is {"prompt": "..."}, or {"messages": [...]} for a chat model to answer; other keys
 are copied to the output. The output has one line per sample, in order: the input's keys, "completion" and
@@ -19,7 +19,10 @@ are copied to the output. The output has one line per sample, in order: the inpu
 Left out: beam search.
 """
 
+import codecs
+import contextlib
 import json
+import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -28,14 +31,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
-from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from configurator import UserError, configure, require, run_script
 from dataset.conversations import listed
 from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usable_rows
 from formats import hf
-from formats.chat_format import require_chat
+from formats.chat_format import end_of_turn, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant
-from generation.generate import Options, Sampling, append_tokens, generate
+from generation.generate import MOST_NEW_TOKENS, Options, Sampling, append_tokens, generate
 from generation.terminal import converse
 from model import GPT
 from modeling.devices import DTYPES, pick_device
@@ -58,16 +61,14 @@ class SampleConfig(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "num_samples", "batch_size")
-        require_not_negative(self, "max_new_tokens")
+        # Every sample has a random number of its own, and all random numbers are drawn at the start.
+        for key, low, high in (("num_samples", 1, 2**17), ("batch_size", 1, 2**14),
+                               ("max_new_tokens", 0, MOST_NEW_TOKENS)):
+            require(self, key, low <= getattr(self, key) <= high, f"between {low} and {high:,}")
         if self.prompt and self.prompt_file:
             raise UserError("prompt and prompt_file: set only one of them")
         if self.chat and (self.prompt or self.prompt_file or self.stop or self.num_samples > 1):
             raise UserError("--chat=True does not work with prompt, prompt_file, stop or num_samples")
-        # A shell argument that is not UTF-8 arrives with lone surrogates, which have no tokens.
-        for key, text in (("prompt", self.prompt), ("system", self.system)):
-            if text.encode("utf-8", "ignore").decode() != text:
-                raise UserError(f"--{key} is not UTF-8")
         if self.system and not self.chat:
             raise UserError("--system needs --chat=True; in a prompt file use a system message")
         if any(not isinstance(text, str) or not text for text in self.stops):
@@ -176,7 +177,7 @@ class Sampler:
         first: number of the first sample. stream: print the text of the first row as it is generated.
         """
         new: list[list[int]] = [[] for _ in prompts]
-        printed = ""  # what of the streamed text is on the screen
+        printed = ""  # the text that is on the screen already
         numbers = range(first, first + len(prompts))
         options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers)
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done, options):
@@ -237,7 +238,17 @@ def note(text: str, end: str = "\n") -> None:
 
 
 def print_json(row: Row, **results: Any) -> None:
-    print(json.dumps(row.content | results, ensure_ascii=False))
+    # In another encoding, letters are written as JSON's own escapes, so that every line stays valid JSON.
+    encoding = sys.stdout.encoding or "utf-8"
+    print(json.dumps(row.content | results, ensure_ascii=codecs.lookup(encoding).name != "utf-8"))
+
+
+def next_step(sampler: Sampler) -> str:
+    """The command that may follow: fine-tuning for a base model, a conversation for a chat model."""
+    model = shlex.quote(sampler.cfg.model)
+    if end_of_turn(sampler.tokenizer) is None:
+        return f"next        python sft.py --init_from={model}"
+    return f"next        python sample.py --model={model} --chat=True"
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -247,10 +258,15 @@ def main(argv: list[str]) -> int:
     rows = [Row("prompt", "value", {"prompt": cfg.prompt})]
     if cfg.prompt_file:
         rows = read_prompts(cfg.prompt_file)
+    if cfg.chat and sys.stdin is None:
+        raise UserError("--chat=True reads questions from stdin, which is closed")
     sampler = Sampler(cfg)
     # A conversation, until the user leaves.
     if cfg.chat:
         require_chat(sampler.tokenizer, cfg.model)
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):  # some Pythons are built without it
+                import readline  # noqa: F401  from now on, input() edits lines and recalls earlier ones
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())
         return 0
@@ -260,6 +276,8 @@ def main(argv: list[str]) -> int:
     tokens = work(sampler, rows)
     seconds = time.perf_counter() - begin
     note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
+    if not cfg.prompt_file:
+        note(next_step(sampler))
     return 0
 
 
