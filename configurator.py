@@ -1,4 +1,4 @@
-"""Configuration: the defaults of a frozen dataclass, then config files, then --key=value. Later values win.
+"""Configuration: a dataclass's defaults, then config files and --key=value in the order given. The last wins.
 
     cfg, provenance = configure(TrainConfig, ["config/train_shakespeare.py", "--max_steps=200"])
 
@@ -7,8 +7,11 @@ comment at the end of a field's line is its --help text. --help reads these comm
 the source must be there at run time; a test checks that every field has a comment.
 
 A config file is Python: plain assignments, which run in their own namespace. Values from the command line
-are parsed, never executed. A user's mistake raises UserError, with a one-line message that names the place
-and the closest valid name. `run_script` prints the message and exits with code 2.
+are parsed, never executed. `--key` without a value means True.
+
+A user's mistake raises UserError, with a one-line message that names the place and the closest valid name.
+`run_script` prints the message and exits with code 2. A key of another tool, such as --lr, is never accepted;
+the message has our name for it (OTHER_NAMES).
 
 Left out on purpose: nested keys, environment variables, YAML, and `--key value` with a space.
 """
@@ -21,6 +24,7 @@ import os
 import re
 import signal
 import sys
+import tomllib
 import types
 import typing
 from pathlib import Path
@@ -35,6 +39,105 @@ def did_you_mean(matches: list[str]) -> str:
     return f", did you mean {matches[0]!r}?" if matches else ""
 
 
+def version() -> str:
+    """The version of nanollama, from pyproject.toml."""
+    text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
+    return tomllib.loads(text)["project"]["version"]
+
+
+# ---- Names ------------------------------------------------------------------------------------------------
+
+# {our key, perhaps with an explanation: names that other tools have for it}. A name may be in several lines:
+# the first line whose key the script has is the answer.
+OTHER_NAMES = {
+    # Training: nanoGPT, nanochat, transformers, TRL, PEFT.
+    "max_steps": "max_iters iters num_iterations num_steps n_steps total_steps train_steps lr_decay_iters",
+    "max_steps (or in a config file stages = [dict(epochs=2)])": "epochs epoch num_epochs n_epochs "
+                                                               "num_train_epochs max_epochs",
+    "global_batch_size (rows per optimizer step) and micro_batch_size (rows per forward pass)":
+        "batch_size bs train_batch_size total_batch_size",
+    "global_batch_size (passes of micro_batch_size rows are accumulated until it is reached)":
+        "gradient_accumulation_steps grad_accumulation_steps grad_accum_steps accumulation_steps grad_accum",
+    "micro_batch_size": "per_device_train_batch_size per_device_batch_size device_batch_size",
+    "batch_size": "bs per_device_eval_batch_size eval_batch_size",
+    "learning_rate": "lr max_lr peak_lr",
+    "min_lr": "lr_min eta_min min_learning_rate final_lr",
+    "warmup_steps": "warmup warmup_iters warmup_ratio num_warmup_steps",
+    "schedule": "decay_lr lr_schedule lr_scheduler lr_scheduler_type scheduler",
+    "optimizer": "optim",
+    "beta1": "adam_beta1",
+    "beta2": "adam_beta2",
+    "weight_decay": "wd",
+    "grad_clip": "max_grad_norm clip_grad_norm gradient_clip_val",
+    "eval_interval": "eval_steps eval_every val_interval",
+    "eval_tokens": "eval_iters eval_batches val_batches",
+    "save_interval": "save_steps save_every checkpoint_interval always_save_checkpoint",
+    "keep_checkpoints": "save_total_limit",
+    "log_interval": "logging_steps log_every log_steps",
+    "wandb": "wandb_log use_wandb report_to",
+    "run_name": "wandb_run_name wandb_name experiment_name",
+    "parallel": "backend strategy ddp fsdp",
+    "activation_checkpointing": "gradient_checkpointing grad_checkpointing",
+    "compile": "torch_compile",
+    "dtype": "precision torch_dtype fp16 bf16 mixed_precision",
+    "seed": "random_seed",
+    "overwrite": "force overwrite_output_dir",
+    "lora_rank": "lora_r r rank",
+    "lora_targets": "target_modules lora_target_modules",
+    "quantize_base": "load_in_4bit qlora",
+    "loss": "loss_type",
+    "nll_weight": "rpo_alpha",
+    # Architecture.
+    "block_size": "n_ctx ctx_len ctx context_length context_size seq_len seq_length sequence_length "
+                  "max_length max_seq_len max_seq_length n_positions max_position_embeddings",
+    "n_layer": "n_layers num_layers num_hidden_layers layers depth",
+    "n_head": "n_heads num_heads num_attention_heads heads",
+    "n_kv_head": "n_kv_heads num_kv_heads num_key_value_heads",
+    "n_embd": "n_embed embed_dim hidden_size hidden_dim d_model dim",
+    # Folders and files.
+    "out_dir": "out output output_dir save_dir checkpoint_dir",
+    "out": "out_dir output output_dir outfile save_dir",
+    "init_from": "model model_name model_name_or_path base_model pretrained resume ckpt checkpoint",
+    "teacher": "model model_name_or_path teacher_model",
+    "model": "init_from out_dir model_name model_name_or_path model_path ckpt checkpoint",
+    "dataset": "data data_dir data_path dataset_name train_file",
+    "source": "data data_path dataset dataset_name input input_file file",
+    "num_proc": "num_workers workers n_proc",
+    "val_fraction": "val_split validation_split test_size",
+    # Sampling, evaluation and export: llama.cpp, vLLM, lm-evaluation-harness.
+    "prompt": "start text input",
+    "num_samples": "n n_samples num_return_sequences",
+    "max_new_tokens": "max_tokens num_tokens n_predict max_length",
+    "temperature": "temp",
+    "top_k": "topk",
+    "top_p": "topp",
+    "repetition_penalty": "repeat_penalty",
+    "context_length": "n_ctx ctx_len ctx max_length max_seq_len seq_len block_size",
+    "tasks": "task benchmarks",
+    "shots": "num_fewshot n_shot few_shot",
+    "quantize": "outtype quant quantization quant_type type",
+}
+
+
+def other_name(key: str, names: list[str]) -> str:
+    """Our answer to another tool's spelling of a key: "learning_rate" for "lr"; "" if there is none."""
+    if key in names:  # it was written with dashes or in capitals
+        return key
+    if key.startswith("no_") and key[3:] in names:
+        return f"{key[3:]}=False"
+    return next((answer for answer, others in OTHER_NAMES.items()
+                 if key in others.split() and answer.split()[0] in names), "")
+
+
+def close_names(key: str, names: list[str]) -> list[str]:
+    """[the name that `key` is a misspelling of], or []. Every word must be close: min_lr is no max_lr."""
+    if any(key in others.split() for others in OTHER_NAMES.values()):
+        return []  # another tool's key that this script has no counterpart of
+    similar = [name for name in names if all(difflib.get_close_matches(word, [name, *name.split("_")], 1, 0.7)
+                                             for word in key.split("_"))]
+    return difflib.get_close_matches(key, similar, n=1, cutoff=0.75)
+
+
 # ---- Types ------------------------------------------------------------------------------------------------
 
 def alternatives(hint: Any) -> tuple:
@@ -44,11 +147,11 @@ def alternatives(hint: Any) -> tuple:
 
 
 def type_name(hint: Any) -> str:
-    """The spelling of an annotation in messages and in --help: `int`, `adamw|muon`, `float or None`."""
+    """The spelling of an annotation in messages and in --help: `int`, `True|False`, `float or None`."""
     if typing.get_origin(hint) is typing.Literal:
         return "|".join(str(choice) for choice in typing.get_args(hint))
-    if hint is types.NoneType:
-        return "None"  # its own name is NoneType
+    if hint in (bool, types.NoneType):
+        return "True|False" if hint is bool else "None"  # the values, as they are written
     names = [type_name(kind) if kind != hint else str(getattr(kind, "__name__", kind))
              for kind in alternatives(hint)]
     return " or ".join(names)
@@ -57,13 +160,13 @@ def type_name(hint: Any) -> str:
 def coerce(value: Any, kind: Any) -> Any:
     """Return `value` as `kind`: 3 is a valid float and 1e9 a valid int. Raises TypeError if it does not fit.
 
-    True, nan and numbers of 2**63 and more in magnitude are not valid numbers.
+    Booleans, nan and magnitudes of 2**63 or more are not valid numbers.
     """
     origin = typing.get_origin(kind)
     # bool is a subclass of int, so it is excluded by hand. The comparison is False for nan.
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 2**63
     if origin is typing.Literal:
-        fits = value in typing.get_args(kind)
+        fits = isinstance(value, str) and value in typing.get_args(kind)
     elif kind is float and is_number:
         return float(value)
     elif kind is int and is_number and value == value // 1:  # 1e9 is a float, but a whole number
@@ -77,13 +180,15 @@ def coerce(value: Any, kind: Any) -> Any:
 
 
 def parse(text: str, hint: Any, place: str) -> Any:
-    """Parse one command-line value: "1e-3" as float is 0.001, "None" as `str | None` is None."""
+    """Parse one command-line value: "1e-3" as float is 0.001, "true" as bool is True, "None" is None."""
     kinds = alternatives(hint)
     if text == "None" and types.NoneType in kinds:
         return None
     for kind in kinds:  # in the order of the annotation: `list | str` tries a list first
         if kind is str or (typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind)):
             return text
+        if kind is bool and text.lower() in ("true", "false"):
+            return text.lower() == "true"
         if (typing.get_origin(kind) or kind) in (bool, int, float, list, dict):
             try:
                 return coerce(ast.literal_eval(text), kind)  # literals only: no names, no calls
@@ -93,12 +198,15 @@ def parse(text: str, hint: Any, place: str) -> Any:
 
 
 def field_type(schema: type, key: str, place: str) -> Any:
-    """The annotation of the field `key`. Raises UserError with the closest name if there is no such field."""
+    """The annotation of the field `key`. Raises UserError with the right name if there is no such field."""
+    # get_type_hints would also list class attributes, which are not keys.
     names = [field.name for field in dataclasses.fields(schema)]
     if key not in names:
-        # get_type_hints would also list class attributes, which are not keys.
-        matches = difflib.get_close_matches(key, names, n=1, cutoff=0.5)
-        raise UserError(f"{place}: unknown key {key!r}{did_you_mean(matches)} (--help lists them all)")
+        spelling = key.replace("-", "_").lower()
+        if answer := other_name(spelling, names):
+            raise UserError(f"{place}: unknown key {key!r}: here it is {answer}")
+        raise UserError(f"{place}: unknown key {key!r}{did_you_mean(close_names(spelling, names))} "
+                        "(--help lists them all)")
     return typing.get_type_hints(schema)[key]  # resolves annotations that are written as strings
 
 
@@ -118,12 +226,12 @@ def coerce_field(schema: type, key: str, value: Any, place: str) -> Any:
 def read_config_file(path: str) -> dict[str, tuple[Any, str]]:
     """Run a file of assignments. Returns {name: (value, "path:line")} for the public names that it binds."""
     try:
-        tree = ast.parse(Path(path).read_text(encoding="utf-8"), path)
+        tree = ast.parse(Path(path).read_text(encoding="utf-8-sig"), path)  # Notepad writes a BOM
     except FileNotFoundError:
         matches = difflib.get_close_matches(path, map(str, Path("config").glob("*.py")), n=1)
         hint = f"no such config file{did_you_mean(matches)} (options are written --key=value)"
         raise UserError(f"{path}: {hint}") from None
-    except (SyntaxError, UnicodeDecodeError, IsADirectoryError) as error:
+    except (SyntaxError, ValueError, RecursionError, MemoryError, IsADirectoryError) as error:
         # Only a SyntaxError has a line number, and it may be None.
         raise UserError(f"{path}:{getattr(error, 'lineno', 1) or 1}: not a config file: {error}") from None
     # The line of each assignment, for messages such as "config/x.py:3: unknown key".
@@ -131,7 +239,7 @@ def read_config_file(path: str) -> dict[str, tuple[Any, str]]:
              for name in ast.walk(node) if isinstance(name, ast.Name) and isinstance(name.ctx, ast.Store)}
     names: dict[str, Any] = {"__file__": path}
     try:
-        exec(compile(tree, path, "exec"), names)  # the user's own file, as in nanoGPT; never a stranger's
+        exec(compile(tree, path, "exec"), names)  # runs code, as in nanoGPT: pass only your own files
     except (Exception, SystemExit) as error:
         raise UserError(f"{path}: {type(error).__name__}: {error}") from None
     # A file may import math and keep private helpers: neither is a key.
@@ -143,24 +251,57 @@ def default_value(field: dataclasses.Field) -> Any:
     return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
-def field_comments(schema: type) -> dict[str, str]:
-    """{field: comment at the end of its line} for a dataclass and its bases, read from their source code."""
-    comments: dict[str, str] = {}
-    for cls in reversed(schema.__mro__):  # bases first, so that a redefined field has its own comment
-        if dataclasses.is_dataclass(cls):
+def field_comments(schema: type) -> dict[str, tuple[str, str]]:
+    """{field: (section of --help, comment at the end of its line)}, read from a dataclass's source code.
+
+    Each base class is a section, named after the first sentence of its docstring. A line `# ---- Name` in the
+    class body begins another section.
+    """
+    comments: dict[str, tuple[str, str]] = {}
+    for cls in filter(dataclasses.is_dataclass, reversed(schema.__mro__)):
+        section = "This script only" if cls is schema else str(cls.__doc__).partition(".")[0]
+        for line in inspect.getsource(cls).splitlines():
+            if match := re.match(r" {4}# ---- (.*)", line):
+                section = match[1].strip(" -")
             # Four spaces, a name, a colon: a field. The comment is what follows the first # of the line.
-            comments |= re.findall(r"^ {4}(\w+):[^#\n]*#\s*(.*)$", inspect.getsource(cls), re.MULTILINE)
+            elif match := re.match(r" {4}(\w+):[^#]*#\s*(.*)", line):
+                # A redefined field has its own comment, in the section of its base.
+                comments[match[1]] = comments.get(match[1], (section, ""))[0], match[2]
     return comments
 
 
 def help_text(schema: type, usage: str) -> str:
-    """The --help page: `usage`, then one line per key with its default, its type and its comment."""
+    """The --help page: `usage`, then the keys by section, each with its default, its type and its comment."""
     comments, hints = field_comments(schema), typing.get_type_hints(schema)
-    # Column 40: almost every --key=default is shorter.
-    lines = [f"  --{field.name}={default_value(field)}".ljust(40)
-             + f" {type_name(hints[field.name])}: {comments[field.name]}"
-             for field in dataclasses.fields(schema)]
-    return f"{usage.strip()}\n\nkeys (--key=value, or `key = value` in a config file):\n" + "\n".join(lines)
+    sections: dict[str, str] = {}
+    for field in dataclasses.fields(schema):
+        section, comment = comments[field.name]
+        line = f"  --{field.name}={default_value(field)}".ljust(40)  # almost every --key=default is shorter
+        line += f" {type_name(hints[field.name])}: {comment}"
+        sections[section] = sections.get(section, f"\n{section}:") + f"\n{line}"
+    pages = list(sections.values())
+    if len(pages) == 1:  # a single section needs no name
+        pages = [pages[0].partition("\n")[2].partition("\n")[2]]
+    return f"{usage.strip()}\n\nkeys (--key=value, or `key = value` in a config file):\n" + "\n".join(pages)
+
+
+def parse_argument(schema: type, arg: str) -> tuple[str, Any]:
+    """("max_steps", 200) for "--max_steps=200". Raises UserError for an unknown key or a wrong value."""
+    key, equals, text = arg[2:].partition("=")  # the first = only: a value may contain more of them
+    if key == "config":
+        raise UserError(f"command line: {arg}: write the name of the file alone, without --config=")
+    hint = field_type(schema, key, "command line")
+    if not equals:
+        if bool not in alternatives(hint):
+            raise UserError(f"command line: {arg}: write --{key}=value")
+        return key, True
+    # `--out_dir=$OUT` with OUT unset is a mistake, unless the default is the empty string too.
+    if not text and getattr(schema, key, None) != "":
+        raise UserError(f"command line: {arg}: no value (an empty variable?)")
+    # An argument that is not UTF-8 arrives with lone surrogates, which no tokenizer and no JSON file takes.
+    if text.encode("utf-8", "ignore").decode() != text:
+        raise UserError(f"command line: --{key}: not UTF-8; rename the file or folder, or set PYTHONUTF8=1")
+    return key, parse(text, hint, f"command line: --{key}")
 
 
 def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict[str, str]]:
@@ -169,25 +310,26 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
     Returns the frozen instance and `provenance`: the place where each explicitly set key was set
     (`config/x.py:3` or `command line`). --help prints the keys and exits with code 0. Raises UserError for an
     unknown key, a wrong type, a value outside a Literal, an unreadable config file, and anything that the
-    schema's __post_init__ refuses.
+    schema's __post_init__ refuses. --version prints the version.
     """
     if {"--help", "-h"} & set(argv):
         print(help_text(schema, usage))
         raise SystemExit(0)
+    if "--version" in argv:
+        print(f"nanollama {version()}")
+        raise SystemExit(0)
     values, provenance = {}, {}
     for arg in argv:  # in order, so that a file after an option overrides the option
-        if not arg.startswith("--"):
-            for key, (value, place) in read_config_file(arg).items():
-                values[key], provenance[key] = coerce_field(schema, key, value, place), place
+        if arg.startswith("--"):
+            key, value = parse_argument(schema, arg)
+            values[key], provenance[key] = value, "command line"
             continue
-        key, equals, text = arg[2:].partition("=")  # the first = only: a value may contain more of them
-        if not equals:
-            raise UserError(f"command line: {arg}: write --{key}=value")
-        hint = field_type(schema, key, "command line")
-        # `--out_dir=$OUT` with OUT unset is a mistake, unless the default is the empty string too.
-        if not text and getattr(schema, key, None) != "":
-            raise UserError(f"command line: {arg}: no value (an empty variable?)")
-        values[key], provenance[key] = parse(text, hint, f"command line: --{key}"), "command line"
+        for key, (value, place) in read_config_file(arg).items():
+            values[key], provenance[key] = coerce_field(schema, key, value, place), place
+    source = values.get("init_from")
+    if source in ("scratch", "resume") and not Path(source).exists():  # values of nanoGPT
+        raise UserError(f"{provenance['init_from']}: init_from={source}: leave the key out; a new run starts "
+                        "from random weights, and the same command again resumes a run")
     return schema(**values), provenance  # __post_init__ checks ranges and combinations
 
 

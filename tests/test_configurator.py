@@ -1,14 +1,24 @@
 """configurator.py: three sources in order, all of them checked. A mistake is one line: place and remedy."""
 
+import re
 import subprocess
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
 import pytest
 
-from configurator import UserError, configure, differences, help_text, override
+from configurator import (
+    OTHER_NAMES,
+    UserError,
+    configure,
+    differences,
+    field_comments,
+    help_text,
+    override,
+    version,
+)
 
 ROOT = Path(__file__).parent.parent
 
@@ -28,6 +38,7 @@ class Schema(Base):
     name: str | None = None  # what it is called
     mode: Literal["fast", "slow"] = "fast"  # which way
     loud: bool = False  # whether it prints
+    maybe: bool | None = None  # None decides later
     parts: dict = field(default_factory=dict)  # a table
     tasks: list | str | None = None  # one or several
 
@@ -64,6 +75,12 @@ def test_later_sources_win(tmp_path):
         ("--steps=1e3", "steps", 1000),
         ("--steps=1_000", "steps", 1000),
         ("--loud=True", "loud", True),
+        ("--loud=true", "loud", True),
+        ("--loud=FALSE", "loud", False),
+        ("--loud", "loud", True),
+        ("--maybe", "maybe", True),
+        ("--maybe=false", "maybe", False),
+        ("--maybe=None", "maybe", None),
         ("--name=None", "name", None),
         ("--name=1", "name", "1"),
         ("--parts={'a': 0.5}", "parts", {"a": 0.5}),
@@ -84,8 +101,13 @@ def test_arguments_become_values(arg, key, value):
         ("--stesp=3", ["command line", "'stesp'", "did you mean 'steps'"]),
         ("--steps=three", ["--steps=three", "int"]),
         ("--steps=1.5", ["int"]),
-        ("--loud=yes", ["bool"]),
-        ("--loud=1", ["bool"]),
+        ("--loud=yes", ["--loud=yes: expected True|False"]),
+        ("--loud=1", ["expected True|False"]),
+        ("--maybe=2", ["expected True|False or None"]),
+        ("--loud=", ["no value"]),
+        ("--naem", ["unknown key 'naem', did you mean 'name'?"]),
+        ("--name", ["write --name=value"]),
+        ("--config=c.py", ["write the name of the file alone"]),
         ("--steps=True", ["int"]),
         ("--mode=quick", ["fast|slow"]),
         ("--steps", ["--steps=value"]),
@@ -110,7 +132,11 @@ def test_a_wrong_argument_is_one_line(arg, parts):
         ("a = 1\nstep = 3\n", [":1", "'a'"]),
         ("steps = 1\nrat = 3\n", [":2", "'rat'", "did you mean 'rate'"]),
         ("steps = '3'\n", [":1", "steps = '3'", "int"]),
-        ("loud = 1\n", ["bool"]),
+        ("loud = 1\n", ["expected True|False"]),
+        ("steps = 1\nreturn\n", ["SyntaxError", "'return' outside function"]),
+        ("steps = 1\0\n", ["not a config file"]),
+        ("import numpy\nmode = numpy.zeros(3)\n", [":2", "fast|slow"]),
+        ("parts = " + "[" * 300 + "]" * 300 + "\n", ["not a config file"]),
         ("steps = = 3\n", [":1", "not a config file"]),
         ("steps = 1 / 0\n", ["ZeroDivisionError"]),
         ("mode = 'x'\n", ["fast|slow"]),
@@ -120,6 +146,12 @@ def test_wrong_files_name_the_line(tmp_path, text, parts):
     with pytest.raises(UserError) as error:
         configure(Schema, [config_file(tmp_path, text)])
     assert all(part in str(error.value) for part in parts), str(error.value)
+
+
+def test_a_config_file_may_begin_with_a_bom(tmp_path):
+    path = tmp_path / "c.py"
+    path.write_bytes(b"\xef\xbb\xbfsteps = 3\r\n")
+    assert configure(Schema, [str(path)])[0].steps == 3
 
 
 def test_missing_file_suggests(monkeypatch):
@@ -139,9 +171,33 @@ def test_help_lists_every_key_with_default_and_comment():
         "--parts={}",
     ):
         assert expected in text
+    # One section per class, the bases first.
+    assert text.index("A base schema:\n  --rate") < text.index("This script only:\n  --name")
     with pytest.raises(SystemExit) as exit:
         configure(Schema, ["--help"])
     assert exit.value.code == 0
+
+
+def test_help_has_the_sections_of_the_source():
+    """A comment `# ---- Name` begins a section. A key that a script redefines stays in its base's section."""
+    from sft import SFTConfig
+
+    page = help_text(SFTConfig, "")
+    sections = {block.strip().partition(":\n")[0]: re.findall(r"^  --(\w+)=", block, re.MULTILINE)
+                for block in page.split("\n\n")[1:]}
+    assert sections["Adapter"][0] == "lora_rank" and sections["This script only"] == ["packing"]
+    assert "max_steps" in sections["Batches and steps"]
+    assert sorted(sum(sections.values(), [])) == sorted(f.name for f in fields(SFTConfig))
+    _, keys = help_text(Base, "usage").split("file):\n")
+    assert keys == (f"{'  --rate=0.001':40} float: how fast\n"  # a single section has no name
+                    f"{'  --steps=10':40} int: how long")
+
+
+def test_version_is_that_of_pyproject(capsys):
+    with pytest.raises(SystemExit) as exit:
+        configure(Schema, ["--version"])
+    assert exit.value.code == 0 and capsys.readouterr().out == f"nanollama {version()}\n"
+    assert f'version = "{version()}"' in (ROOT / "pyproject.toml").read_text()
 
 
 def test_override_checks_like_a_file():
@@ -175,9 +231,7 @@ def test_exit_codes(tmp_path, body, code, stderr):
     assert "Traceback" in process.stderr if stderr is None else process.stderr == stderr
 
 
-def test_every_key_of_every_script_is_explained():
-    """A field without a comment at the end of its line would have no text in --help."""
-    from configurator import field_comments
+def schemas():
     from distill import DistillConfig
     from dpo import DPOConfig
     from eval import EvalConfig
@@ -187,7 +241,102 @@ def test_every_key_of_every_script_is_explained():
     from sft import SFTConfig
     from train import TrainConfig
 
-    for schema in (PrepareConfig, TrainConfig, DistillConfig, SFTConfig, DPOConfig, SampleConfig, EvalConfig,
-                   ExportConfig):
+    return {"prepare": PrepareConfig, "train": TrainConfig, "distill": DistillConfig, "sft": SFTConfig,
+            "dpo": DPOConfig, "sample": SampleConfig, "eval": EvalConfig, "export": ExportConfig}
+
+
+def test_every_key_of_every_script_is_explained():
+    """A field without a comment at the end of its line would have no text in --help."""
+    for name, schema in schemas().items():
         missing = set(schema.__dataclass_fields__) - field_comments(schema).keys()
-        assert not missing, f"{schema.__name__}: {missing}"
+        assert not missing, f"{name}: {missing}"
+
+
+# ---- Names of other tools ---------------------------------------------------------------------------------
+
+TRAINING = ["train", "distill", "sft", "dpo"]
+ALL = [*TRAINING, "prepare", "sample", "eval", "export"]
+
+
+@pytest.mark.parametrize(
+    "key, scripts, answer",
+    [
+        ("lr", TRAINING, "here it is learning_rate"),
+        ("learning-rate", TRAINING, "here it is learning_rate"),
+        ("Learning_Rate", TRAINING, "here it is learning_rate"),
+        ("lr", ["prepare", "sample", "eval", "export"], "unknown key 'lr' (--help"),
+        ("batch_size", TRAINING, "here it is global_batch_size (rows per optimizer step) and micro_b"),
+        ("batch_size", ["prepare", "export"], "unknown key 'batch_size' (--help"),
+        ("gradient_accumulation_steps", TRAINING, "here it is global_batch_size (passes of micro_batch_size"),
+        ("epochs", TRAINING, "here it is max_steps (or in a config file stages = [dict(epochs=2)])"),
+        ("num_epochs", TRAINING, "here it is max_steps (or"),
+        ("num_train_epochs", TRAINING, "here it is max_steps (or"),
+        ("max_iters", TRAINING, "here it is max_steps"),
+        ("lr_decay_iters", TRAINING, "here it is max_steps"),
+        ("eval_iters", TRAINING, "here it is eval_tokens"),
+        ("eval_steps", TRAINING, "here it is eval_interval"),
+        ("warmup_iters", TRAINING, "here it is warmup_steps"),
+        ("ctx_len", TRAINING, "here it is block_size"),
+        ("n_ctx", TRAINING, "here it is block_size"),
+        ("n_ctx", ["eval"], "here it is context_length"),
+        ("wandb_log", TRAINING, "here it is wandb"),
+        ("gradient_checkpointing", TRAINING, "here it is activation_checkpointing"),
+        ("no_compile", [*TRAINING, "sample"], "here it is compile=False"),
+        ("out", TRAINING, "here it is out_dir"),
+        ("out", ["sample"], "unknown key 'out' (--help"),
+        ("out_dir", ["prepare", "export"], "here it is out"),
+        ("out_dir", ["sample"], "here it is model"),
+        ("model", ["train", "distill", "sft", "dpo"], "here it is init_from"),
+        ("init_from", ["sample", "eval", "export"], "here it is model"),
+        ("start", ["sample"], "here it is prompt"),
+        ("start", TRAINING, "unknown key 'start' (--help"),
+        ("max_tokens", ["sample"], "here it is max_new_tokens"),
+        ("num_fewshot", ["eval"], "here it is shots"),
+        ("lora_r", ["sft", "dpo"], "here it is lora_rank"),
+        ("data", ["prepare"], "here it is source"),
+        ("num_workers", ["prepare"], "here it is num_proc"),
+        ("outtype", ["export"], "here it is quantize"),
+        # No suggestion is better than the name of something else.
+        ("quantize", ["sample", "train", "eval", "prepare"], "unknown key 'quantize' (--help"),
+        ("min_new_tokens", ["sample"], "unknown key 'min_new_tokens' (--help"),
+        ("min_steps", TRAINING, "unknown key 'min_steps' (--help"),
+        ("dropout", ["sft", "dpo"], "unknown key 'dropout' (--help"),
+        # A misspelling has one.
+        ("learning_rat", TRAINING, "did you mean 'learning_rate'?"),
+        ("max_step", TRAINING, "did you mean 'max_steps'?"),
+        ("maxsteps", TRAINING, "did you mean 'max_steps'?"),
+        ("outdir", [*TRAINING, "eval"], "did you mean 'out_dir'?"),
+        ("max_token", ["prepare"], "did you mean 'max_tokens'?"),
+        ("temprature", ["sample", "distill"], "did you mean 'temperature'?"),
+    ],
+)
+def test_the_names_of_other_tools_are_answered_with_ours(key, scripts, answer):
+    for script in scripts:
+        for arg in (f"--{key}=1", f"--{key}"):
+            with pytest.raises(UserError) as error:
+                configure(schemas()[script], [arg])
+            assert answer in str(error.value), f"{script}: {error.value}"
+
+
+def test_no_answer_names_a_key_that_the_script_lacks():
+    """Every name of the table in every script that has no such key: the answer begins with a key."""
+    for name, schema in schemas().items():
+        keys = {f.name for f in fields(schema)}
+        for key in {other for others in OTHER_NAMES.values() for other in others.split()} - keys:
+            with pytest.raises(UserError) as error:
+                configure(schema, [f"--{key}=1"])
+            answer = re.search(r"here it is (\w+)", str(error.value))
+            assert answer is None or answer[1] in keys, f"{name}: {error.value}"
+            assert "did you mean" not in str(error.value), f"{name}: {error.value}"
+
+
+@pytest.mark.parametrize("value", ["scratch", "resume"])
+@pytest.mark.parametrize("script", TRAINING)
+def test_nanogpts_values_of_init_from_are_explained(script, value, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = config_file(tmp_path, f"init_from = {value!r}\n")
+    for arg in (f"--init_from={value}", file):
+        with pytest.raises(UserError, match=f"init_from={value}: leave the key out; "):
+            configure(schemas()[script], [arg])
+    (tmp_path / value).mkdir()  # a folder of this name is a model like any other
+    assert configure(schemas()[script], [f"--init_from={value}"])[0].init_from == value

@@ -4,8 +4,8 @@
     class SFTConfig(RunConfig): ...          # a script adds its own keys
     cfg, provenance = configure(SFTConfig, argv)
 
-The comment after each field is its --help text (configurator.py). What a stage may change during a run is in
-training/stages.py.
+The comment after each field is its --help text, and `# ---- Name` begins a section of --help
+(configurator.py). What a stage may change during a run is in training/stages.py.
 """
 
 from collections.abc import Set
@@ -19,11 +19,13 @@ from configurator import require, require_not_negative, require_positive
 class RunConfig:
     """The keys of every training script. The defaults are those of `python train.py`."""
 
+    # ---- Model, data and folder
     out_dir: str = "out/base"  # folder for checkpoints and logs; the same command again continues the run
     init_from: str | None = None  # model folder, out_dir or hub id to start from; None: random weights
     dataset: str = "pystdlib"  # folders under data/ (or paths), mixed by weight: a:0.7,b:0.3
     block_size: int = 128  # tokens per training row
     seed: int = 1337  # seed of the weights, the data order and dropout
+    # ---- Devices and precision
     device: str | None = None  # cpu, cuda, cuda:1 or mps; None picks the best one available
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None uses bfloat16 on cuda, else float32
     compile: bool | None = None  # torch.compile every block; None compiles on cuda if the run is long enough
@@ -31,9 +33,11 @@ class RunConfig:
     reshard_after_forward: bool = True  # with fsdp, free gathered weights between the passes to save memory
     reduce_dtype: Literal["float32", "bfloat16"] = "float32"  # with fsdp, dtype in which gradients are summed
     activation_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
+    # ---- Batches and steps
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 16  # sequences per forward pass on one rank
     max_steps: int = 550  # optimizer steps; if stages are listed, the sum of their steps counts instead
+    # ---- Optimizer and stages
     learning_rate: float = 6e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of the decay
     warmup_steps: int | None = None  # steps of linear warmup; None is 2 % of max_steps
@@ -46,15 +50,18 @@ class RunConfig:
     grad_clip: float = 1.0  # maximum global gradient norm; 0 turns clipping off
     lr_multipliers: dict = field(default_factory=dict)  # {name regex: factor}; first match wins, 0 freezes
     stages: list = field(default_factory=list)  # keys that change in time: [dict(steps=100, key=value), ..]
+    # ---- Evaluation and checkpoints
     eval_interval: int = 275  # steps between evaluations; 0 evaluates only at the end of each stage
     eval_tokens: int | None = None  # validation tokens per evaluation, always the first ones; None uses all
     save_interval: int = 275  # steps between checkpoints; 0 saves only at the end of each stage
     keep_checkpoints: int = 2  # newest checkpoints to keep; the best and each stage's last are kept as well
     max_rollbacks: int = 0  # times to return to a checkpoint, at half the rate, when the loss is not finite
+    # ---- Log
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # also log to Weights & Biases
     wandb_project: str = "nanollama"  # Weights & Biases project
     run_name: str | None = None  # Weights & Biases run name; None uses the name of out_dir
+    # ---- Starting over
     overwrite: bool = False  # delete the checkpoints in out_dir and start over
 
     # Class attributes, not config fields: a script lists its own keys here.

@@ -33,6 +33,7 @@ class PostTrainingConfig(RunConfig):
 
     init_from: str = "out/base"  # model folder, out_dir or hub id to start from
     block_size: int = 128  # tokens per training row; the model's own context does not change
+    # ---- Adapter
     lora_rank: int = 0  # rank of a LoRA adapter, the only part that is then trained; 0 trains all weights
     lora_alpha: float = 16.0  # the adapter's output is scaled by lora_alpha / lora_rank
     lora_dropout: float = 0.0  # dropout on the adapter's input
