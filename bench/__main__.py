@@ -18,13 +18,10 @@ come from requirements-dev.txt. nanoGPT is read from the folder --nanogpt, and l
 
 import functools
 import sys
-from pathlib import Path
 
 from bench import base, distill, eval, generate, loss, post, prepare, serve, train
-from bench.machine import versions
-from bench.measure import PeerConfig
-from configurator import UserError, configure, run_script
-from formats.files import write_json
+from bench.measure import run_benchmark
+from configurator import UserError, run_script
 
 # {name: (config, measure: config -> results, report: results -> text, usage)}; the results are also the JSON.
 SUBJECTS = {name.removeprefix("bench."): (module.Config, module.measure, module.report, module.__doc__)
@@ -42,13 +39,7 @@ def main(argv: list[str]) -> int:
             return 0
         raise UserError(f"name what to measure: {usage}")
     config, measure, report, usage = SUBJECTS[argv[0]]
-    cfg, _ = configure(config, argv[1:], usage=usage)
-    results = measure(cfg)
-    print(report(results))
-    if cfg.json:
-        machine = versions(cfg.device, cfg.threads) if isinstance(cfg, PeerConfig) else versions()
-        command = f"python -m bench {' '.join(argv)}"
-        write_json(Path(cfg.json), {"command": command, "versions": machine, **results})
+    run_benchmark(f"bench {argv[0]}", config, measure, report, argv[1:], usage)
     return 0
 
 

@@ -41,12 +41,11 @@ class Config(BenchConfig):
     model: str | None = None  # model folder or out_dir; None: a random one of 11 M parameters
     block_size: int = 2048  # context length of the random model
     batch_sizes: str = "1,4,16"  # batch sizes that lm-evaluation-harness chooses from
-    threads: int = 1  # CPU threads of torch
     rounds: int = 1  # turns of each arm
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_positive(self, "limit", "block_size", "threads")
+        require_positive(self, "limit", "block_size")
         valid = all(size.isdigit() and int(size) for size in self.batch_sizes.split(","))
         require(self, "batch_sizes", valid, "positive numbers separated by commas, such as 1,4,16")
 
@@ -80,12 +79,6 @@ def run_ours(model: str, folder: str, task: str) -> dict[str, Any]:
             "figures": {key: figure._asdict() for key, figure in result.figures.items()}}
 
 
-def run_theirs(model: str, folder: str, tasks: list[str], batch_size: int) -> dict[str, Any]:
-    """lm-evaluation-harness on the same rows: answers and seconds."""
-    answers, seconds = harness.answers(model, Path(folder), tasks, batch_size)
-    return {"answers": [[*text, value] for text, value in answers.items()], "seconds": seconds}
-
-
 # ---- The comparison ---------------------------------------------------------------------------------------
 
 def write_model(cfg: Config, folder: Path) -> None:
@@ -113,16 +106,16 @@ def measure(cfg: Config) -> dict[str, Any]:
         parameters = LM(str(model), "cpu").model.num_parameters()
         results = {}
         for name in names:
-            child = functools.partial(run_child, threads=cfg.threads)
-            tried = {size: child(run_theirs, str(model), str(few), few_tasks[name], int(size))
+            tried = {size: run_child(harness.run, str(model), str(few), few_tasks[name], int(size))
                      ["seconds"]["asking"] for size in cfg.batch_sizes.split(",")}
             best = int(min(tried, key=tried.__getitem__))
-            arms = {"ours": functools.partial(child, run_ours, str(model), str(full), name),
-                    "theirs": functools.partial(child, run_theirs, str(model), str(full), tasks[name], best)}
-            runs = in_turns(arms, cfg.rounds)
+            runs = in_turns({
+                "ours": functools.partial(run_child, run_ours, str(model), str(full), name),
+                "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks[name], best),
+            }, cfg.rounds)
             results[name] = compare(runs["ours"][0]["answers"], runs["theirs"][0]["answers"]) | {
                 "figures": runs["ours"][0]["figures"], "batch_size": best, "seconds_of_few": tried,
-                **{f"{side}_seconds": [run["seconds"] for run in runs[side]] for side in arms}}
+                **{f"{side}_seconds": [run["seconds"] for run in runs[side]] for side in runs}}
     return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "tasks": results}
 
 
@@ -160,13 +153,12 @@ def report(results: dict[str, Any]) -> str:
     """One line per task."""
     lines = []
     for name, task in results["tasks"].items():
-        ours, theirs = ({key: min(run[key] for run in task[f"{side}_seconds"]) for key in ("asking", "whole")}
-                        for side in ("ours", "theirs"))
-        speed = {key: theirs[key] / ours[key] for key in ours}
+        ours, theirs = ({key: min(run[key] for run in task[side]) for key in ("asking", "whole")}
+                        for side in ("ours_seconds", "theirs_seconds"))
         lines.append([name, *(f"{task[key]:,}" for key in ("questions", "agree", "differ", "near_ties")),
                       f"{task['largest_difference']:.1e}", f"{ours['asking']:,.1f} s",
-                      f"{theirs['asking']:,.1f} s", str(task["batch_size"]), f"{speed['asking']:.1f} x",
-                      f"{speed['whole']:.1f} x"])
+                      f"{theirs['asking']:,.1f} s", str(task["batch_size"]),
+                      *(f"{theirs[key] / ours[key]:.1f} x" for key in ours)])
     headers = ["task", "questions", "agree", "differ", "near ties", "largest diff.", "ours", "lm_eval",
                "batch", "speed", "whole"]
     return (f"{text_table(headers, lines)}\n"

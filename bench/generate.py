@@ -15,10 +15,8 @@ to the time of a token. Left out: sampling, and compiled peers.
 
 import copy
 import functools
-import tempfile
 import time
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,14 +25,13 @@ from torch import Tensor, nn
 from bench import peers
 from bench.machine import copy_arm, gemv_arm
 from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, count_parameters, llama_config, require_equal_tokens
+from bench.peers import Shape, count_parameters, require_equal_tokens
 from configurator import UserError
 from generation.generate import Sampling, generate
-from model import GPT
 from modeling.devices import DTYPES
 
 COMPILED = "our Llama, compiled"
-TWINS = {"nanoGPT": "our GPT-2", "transformers": "our Llama", COMPILED: "our Llama"}  # with equal weights
+TWINS = peers.TWINS | {COMPILED: "our Llama"}  # {arm: the model that must generate the same}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,23 +52,16 @@ class Config(PeerConfig):
             raise UserError(f"block_size={self.block_size}: must be at least prompt_tokens + max_new_tokens")
 
 
-def make_models(cfg: Config, device: torch.device) -> dict[str, nn.Module]:
-    """{arm: its model}, all in float32 with random weights."""
-    nanogpt = peers.load_nanogpt(cfg.nanogpt)
+def make_models(cfg: Config, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
+    """{arm: its model}, all in float32 with random weights, and notes on what is left out."""
     shape = Shape(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size,
                   vocab_size=cfg.vocab_size)
-    llama = enlarge(GPT(llama_config(shape))).to(device).eval()
-    models: dict[str, nn.Module] = {}
-    if nanogpt:
-        models["nanoGPT"] = enlarge(peers.nanogpt_model(nanogpt, shape)).to(device).eval()
-    with tempfile.TemporaryDirectory() as folder:
-        models["transformers"] = peers.transformers_twin(llama, Path(folder), device).eval()
-    models["our Llama"] = llama
-    models["our GPT-2"] = peers.gpt2_twin(models.get("nanoGPT"), shape).to(device).eval()
+    models, notes = peers.make_models(shape, cfg.nanogpt)
+    models = {name: enlarge(model).to(device).eval() for name, model in models.items()}
     if cfg.compile or (cfg.compile is None and device.type == "cuda"):
-        models[COMPILED] = copy.deepcopy(llama)
+        models[COMPILED] = copy.deepcopy(models["our Llama"])
         models[COMPILED].compiled_steps = True
-    return models
+    return models, notes
 
 
 @torch.no_grad()
@@ -114,7 +104,7 @@ def check(models: dict[str, nn.Module], prompts: Tensor, length: int) -> dict[st
 def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time every arm. UserError if the tokens differ."""
     device, dtype = start(cfg)
-    models = make_models(cfg, device)
+    models, notes = make_models(cfg, device)
     prompts = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.prompt_tokens),
                             generator=torch.Generator().manual_seed(0)).to(device)
     checks = check(models, prompts, cfg.max_new_tokens)
@@ -130,8 +120,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     return {"tokens_per_call": cfg.batch_size * cfg.max_new_tokens, "batch_size": cfg.batch_size,
             "checks": checks, "gemv_seconds_per_step": gemv,
             "weight_bytes": models["our Llama"].num_parameters() * DTYPES[dtype].itemsize,
-            "copy_bytes_per_second": copied / copying, "arms": rows,
-            "notes": [] if "nanoGPT" in models else [peers.WITHOUT_NANOGPT]}
+            "copy_bytes_per_second": copied / copying, "notes": notes, "arms": rows}
 
 
 def report(results: dict[str, Any]) -> str:

@@ -2,8 +2,7 @@
 evaluate.
 
     names = write_tasks(Path("scratch"), "../data", ["mmlu", "hellaswag"], limit=100)
-    texts, seconds = answers("out/base", Path("scratch"), names["mmlu"], batch_size=4)
-    texts[context, continuation]                                             # its log-probability
+    run("out/base", "scratch", names["mmlu"], batch_size=4)["answers"]
 
 The task files of the package are included, with local rows in place of the hub's rows, in the hub's form. The
 few-shot examples are the first ones, as ours are. HellaSwag files with the key `question` lack two of the
@@ -12,6 +11,7 @@ hub's keys: here the activity is made up, and the last sentence becomes ctx_b.
 
 import contextlib
 import io
+import itertools
 import json
 import logging
 import os
@@ -44,7 +44,7 @@ def hub_form(name: str, row: Row) -> Row:
                 "endings": [row["choices"][letter] for letter in "ABCD"],
                 "label": str("ABCD".index(row["answer"]))}
     if name == "arc_easy":
-        labels = ["A", "B", "C", "D", "E"][:len(row["choices"])]
+        labels = list("ABCDE"[:len(row["choices"])])
         return {"question": row["query"].removeprefix("Question: "), "answerKey": labels[row["gold"]],
                 "choices": {"text": row["choices"], "label": labels}}
     if name == "arc_challenge":
@@ -71,13 +71,9 @@ def question_rows(name: str, data: str, limit: int) -> tuple[list[Row], list[Row
     examples = [row for row in rows if is_example(name, row)]
     questions = [row for row in rows if not is_example(name, row)]
     if name == "mmlu":
-        seen: dict[str, int] = {}
-        turns = []
-        for row in questions:
-            turns.append((seen.setdefault(row["subject"], 0), row["subject"]))
-            seen[row["subject"]] += 1
-        pairs = sorted(zip(turns, questions, strict=True), key=lambda pair: pair[0])
-        questions = [row for _, row in pairs]
+        subjects = [[row for row in questions if row["subject"] == subject]
+                    for subject in sorted({row["subject"] for row in questions})]
+        questions = [row for turn in itertools.zip_longest(*subjects) for row in turn if row]
     return ([hub_form(name, row) for row in examples if row.get("fields", [""])[0] != "index"],
             [hub_form(name, row) for row in questions[:limit]])
 
@@ -162,11 +158,11 @@ def import_package() -> Any:
 
 # ---- Answers ----------------------------------------------------------------------------------------------
 
-def answers(model: str, folder: Path, tasks: list[str],
-            batch_size: int) -> tuple[dict[tuple[str, str], float], dict[str, float]]:
-    """Its log-probability of every (context, continuation), and CPU seconds.
+def run(model: str, folder: str, tasks: list[str], batch_size: int) -> dict[str, Any]:
+    """lm-evaluation-harness on the rows of a folder, as JSON.
 
-    The seconds are "asking", which is encoding and computing, and "whole", from task files to scores.
+    "answers" lists [context, continuation, log-probability]. "seconds" are CPU seconds: "asking", which is
+    encoding and computing, and "whole", from task files to scores.
     """
     lm_eval = import_package()
     logging.disable(logging.WARNING)  # it warns about each context that is cut
@@ -182,9 +178,10 @@ def answers(model: str, folder: Path, tasks: list[str],
     lm = TimedLM(pretrained=model, device="cpu", batch_size=batch_size, dtype="float32")
     begin = time.process_time()
     with contextlib.redirect_stderr(io.StringIO()):
-        manager = lm_eval.tasks.TaskManager(include_path=str(folder / "harness"), include_defaults=False)
+        manager = lm_eval.tasks.TaskManager(include_path=f"{folder}/harness", include_defaults=False)
         results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
     seconds["whole"] = time.process_time() - begin
     logging.disable(logging.NOTSET)
-    return {tuple(pair): reply[0] for samples in results["samples"].values() for sample in samples
-            for pair, reply in zip(sample["arguments"], sample["filtered_resps"], strict=True)}, seconds
+    answers = {tuple(pair): reply[0] for samples in results["samples"].values() for sample in samples
+               for pair, reply in zip(sample["arguments"], sample["filtered_resps"], strict=True)}
+    return {"answers": [[*text, value] for text, value in answers.items()], "seconds": seconds}

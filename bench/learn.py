@@ -19,22 +19,21 @@ import tempfile
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from bench.measure import text_table
+from bench.measure import run_benchmark, text_table
 from bench.peers import load_nanogpt
-from configurator import UserError, configure, run_script
+from configurator import UserError, run_script
 from dataset.dataloader import Rows
 from dataset.shards import DataFolder
-from formats.files import write_json
 from model import GPT
 from prepare import PrepareConfig, prepare
 from tools.arms import mean_and_range, run_arms, run_once
 
 LAYERS, HEADS, WIDTH, T, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
+EVAL_TOKENS = 200_000  # validation tokens that every arm is measured on
 NANOGPT = "nanoGPT's README"
 THEIR_ARGV = ["config/train_shakespeare_char.py", "--dataset=same", "--device=cpu", "--compile=False",
               "--eval_iters=20", f"--eval_interval={STEPS}", f"--block_size={T}", f"--batch_size={BATCH}",
@@ -60,9 +59,7 @@ ABLATIONS = {
 @dataclass(frozen=True, kw_only=True)
 class LearnConfig:
     nanogpt: str = ""  # nanoGPT's folder
-    source: str = "pystdlib"  # the text, in any form that prepare.py reads
-    max_tokens: int = 20_000_000  # read at most this many tokens of the text
-    eval_tokens: int = 200_000  # validation tokens that every arm is measured on
+    source: str = "pystdlib"  # the text, in any form that prepare.py reads, of which 20 M tokens are used
     seeds: int = 3  # runs per arm; ablations run once
     ablate: bool = True  # also run the arms with one part of the recipe taken back
     jobs: int = 2  # runs at a time, with one thread each
@@ -92,72 +89,62 @@ def train_nanogpt(cfg: LearnConfig, data: DataFolder, folder: Path, seed: int) -
     module = load_nanogpt(str(folder))
     model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
     model.load_state_dict(saved["model"])
-    return {"val_loss": nanogpt_loss(model, validation_rows(cfg, data)),
+    return {"val_loss": nanogpt_loss(model, data),
             "parameters": sum(p.numel() for p in model.parameters()), "tokens": saved["iter_num"] * BATCH * T}
 
 
 @torch.no_grad()
-def nanogpt_loss(model: torch.nn.Module, rows: np.ndarray) -> float:
-    """Mean loss of a nanoGPT model on rows (n, T + 1), in nats per token."""
-    nats = sum(model(part[:, :-1], part[:, 1:].contiguous())[1].item() * len(part)
-               for part in torch.from_numpy(rows).split(64))
-    return nats / len(rows)
-
-
-def validation_rows(cfg: LearnConfig, data: DataFolder) -> np.ndarray:
-    """The rows that train.py evaluates: (n, T + 1)."""
+def nanogpt_loss(model: torch.nn.Module, data: DataFolder) -> float:
+    """Mean loss of a nanoGPT model in nats per token, on the rows that train.py evaluates."""
     rows = Rows(data, "val", T)
-    return rows.read(np.arange(min(len(rows), cfg.eval_tokens // T)))
+    ids = torch.from_numpy(rows.read(np.arange(min(len(rows), EVAL_TOKENS // T))))  # (n, T + 1)
+    nats = sum(model(part[:, :-1], part[:, 1:].contiguous())[1].item() * len(part) for part in ids.split(64))
+    return nats / len(ids)
 
 
-def train_ours(cfg: LearnConfig, data: DataFolder, folder: Path, arm: tuple[float, list[str]],
-               seed: int) -> dict[str, float]:
+def train_ours(data: DataFolder, folder: Path, arm: tuple[float, list[str]], seed: int) -> dict[str, float]:
     """Run our train.py; its last evaluation reads the same rows."""
     share, argv = arm
     log = run_once("train.py", [*OUR_ARGV, f"--max_steps={round(STEPS * share)}", f"--seed={seed}",
-                                f"--dataset={data.folder}", f"--eval_tokens={cfg.eval_tokens}", *argv],
+                                f"--dataset={data.folder}", f"--eval_tokens={EVAL_TOKENS}", *argv],
                    folder, threads=1)
     return {"val_loss": log[-1]["val_loss"], "parameters": GPT.from_pretrained(folder).num_parameters(),
             "tokens": log[-2]["tokens"]}
 
 
-def learn(cfg: LearnConfig, scratch: Path) -> dict[str, list[dict[str, float]]]:
+def measure(cfg: LearnConfig) -> dict[str, dict[str, list[dict[str, float]]]]:
     """Train every arm with every seed: {arm: [{"seed", "val_loss", "parameters", "tokens"} per seed]}."""
-    prepare(PrepareConfig(source=cfg.source, out=str(scratch / "data"), vocab_size=257, val_fraction=0.1,
-                          max_tokens=cfg.max_tokens))
-    data = DataFolder(scratch / "data")
+    with tempfile.TemporaryDirectory() as scratch:
+        prepare(PrepareConfig(source=cfg.source, out=f"{scratch}/data", vocab_size=257, val_fraction=0.1,
+                              max_tokens=20_000_000))
+        data = DataFolder(f"{scratch}/data")
 
-    def run(name: str, seed: int) -> dict[str, float]:
-        folder, arm = scratch / f"{name}_{seed}", (ARMS | ABLATIONS).get(name)
-        result = train_ours(cfg, data, folder, arm, seed) if arm else train_nanogpt(cfg, data, folder, seed)
-        print(f"{name:30} seed {seed}: {result['val_loss']:.4f}", flush=True)
-        return {"seed": seed, **result}
+        def run(name: str, seed: int) -> dict[str, float]:
+            folder, arm = Path(scratch) / f"{name}_{seed}", (ARMS | ABLATIONS).get(name)
+            result = train_ours(data, folder, arm, seed) if arm else train_nanogpt(cfg, data, folder, seed)
+            print(f"{name:30} seed {seed}: {result['val_loss']:.4f}", flush=True)
+            return {"seed": seed, **result}
 
-    results = run_arms({name: partial(run, name) for name in [NANOGPT, *ARMS]}, range(1, cfg.seeds + 1),
-                       cfg.jobs)
-    if cfg.ablate:
-        results |= run_arms({name: partial(run, name) for name in ABLATIONS}, [1], cfg.jobs)
-    return results
+        results = run_arms({name: partial(run, name) for name in [NANOGPT, *ARMS]}, range(1, cfg.seeds + 1),
+                           cfg.jobs)
+        if cfg.ablate:
+            results |= run_arms({name: partial(run, name) for name in ABLATIONS}, [1], cfg.jobs)
+    return {"arms": results}
 
 
-def report(results: dict[str, list[dict[str, float]]]) -> str:
+def report(results: dict[str, dict[str, list[dict[str, float]]]]) -> str:
     """One line per arm: mean loss in nats per byte with its range, and the difference to nanoGPT's mean."""
-    means = {arm: statistics.mean(run["val_loss"] for run in runs) for arm, runs in results.items()}
+    arms = results["arms"]
+    means = {arm: statistics.mean(run["val_loss"] for run in runs) for arm, runs in arms.items()}
     return text_table(
         ["", "parameters", "tokens", "val loss (min - max)", "- nanoGPT"],
         [[arm, f"{runs[0]['parameters']:,}", f"{runs[0]['tokens']:,}",
           mean_and_range([run["val_loss"] for run in runs], 4), f"{means[arm] - means[NANOGPT]:+.4f}"]
-         for arm, runs in results.items()])
+         for arm, runs in arms.items()])
 
 
 def main(argv: list[str]) -> int:
-    cfg, _ = configure(LearnConfig, argv, usage=__doc__)
-    with tempfile.TemporaryDirectory() as scratch:
-        results: dict[str, Any] = learn(cfg, Path(scratch))
-    print(report(results))
-    if cfg.json:
-        write_json(Path(cfg.json), {"command": f"python -m bench.learn {' '.join(argv)}",
-                                    "torch": torch.__version__, "arms": results})
+    run_benchmark("bench.learn", LearnConfig, measure, report, argv, __doc__)
     return 0
 
 

@@ -1,4 +1,4 @@
-"""This machine: its limits, the memory of this process, its processor and its versions of packages.
+"""This machine: its limits, and the memory of this process.
 
     timings = time_in_turns(arms | matmul_arms({(4096, 512, 2048)}, "float32", device), ...)
     peak = matmul_peak(timings, "float32")                                     # FLOP/s
@@ -8,11 +8,8 @@ The limits are arms like any others, so they are timed in the same turns as what
 
 import functools
 import math
-import os
-import platform
 import re
 from collections.abc import Callable
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ import torch.nn.functional as F
 
 from bench.measure import Timing
 from model import GPT
-from modeling.devices import DTYPES, pick_device
+from modeling.devices import DTYPES
 
 COPY_BYTES = 2**26  # larger than every cache of a CPU; a GPU gets four times as much
 Product = tuple[int, int, int]  # (rows, in, out) of a product (rows, in) x (in, out)
@@ -76,23 +73,3 @@ def status_megabytes(key: str) -> float:
     """A memory value of this process from /proc/self/status (VmRSS or VmHWM), in 10^6 bytes. Linux only."""
     # Not getrusage: its peak starts at the peak of the parent process.
     return int(re.search(rf"{key}:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-
-
-def versions(device: str | None = None, threads: int | None = None) -> dict[str, Any]:
-    """The machine, and the versions of the packages that the results depend on."""
-    packages = ("torch", "transformers", "numpy", "tiktoken", "tokenizers")
-    described = {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} cores",
-                 **{name: version(name) for name in packages}}
-    if device is not None:
-        place = pick_device(device)
-        name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
-        described |= {"device": name, "threads": threads,
-                      "clock": "wall" if place.type == "cuda" else "process CPU time"}
-    return described
-
-
-def processor() -> str:
-    """The name of the processor on Linux, elsewhere its architecture."""
-    info = Path("/proc/cpuinfo")
-    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
-    return names[0] if names else platform.machine()

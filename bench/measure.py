@@ -14,18 +14,22 @@ import functools
 import json
 import math
 import os
+import platform
+import re
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 import torch
 
-from configurator import UserError, require_positive
+from configurator import UserError, configure, require_positive
+from formats.files import write_json
 from modeling.devices import pick_device
 
 Result = TypeVar("Result")
@@ -213,3 +217,41 @@ def text_table(headers: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 def value_range(values: Sequence[float], digits: int) -> str:
     """ "(lowest - highest)". """
     return f"({min(values):,.{digits}f} - {max(values):,.{digits}f})"
+
+
+# ---- The command ------------------------------------------------------------------------------------------
+
+def run_benchmark(name: str, config: type, measure: Callable, report: Callable, argv: list[str],
+                  usage: str) -> dict[str, Any]:
+    """Configure, measure, print the report, and write the JSON. Returns the results.
+
+    name: what comes after `python -m`, for the JSON; measure: config -> results; report: results -> text.
+    """
+    cfg, _ = configure(config, argv, usage=usage)
+    results = measure(cfg)
+    print(report(results))
+    if cfg.json:
+        machine = versions(cfg.device, cfg.threads) if isinstance(cfg, DeviceConfig) else versions()
+        write_json(Path(cfg.json), {"command": f"python -m {name} {' '.join(argv)}", "versions": machine,
+                                    **results})
+    return results
+
+
+def versions(device: str | None = None, threads: int | None = None) -> dict[str, Any]:
+    """The machine, and the versions of the packages that the results depend on."""
+    packages = ("torch", "transformers", "numpy", "tiktoken", "tokenizers")
+    described = {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} cores",
+                 **{name: version(name) for name in packages}}
+    if device is not None:
+        place = pick_device(device)
+        name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
+        described |= {"device": name, "threads": threads,
+                      "clock": "wall" if place.type == "cuda" else "process CPU time"}
+    return described
+
+
+def processor() -> str:
+    """The name of the processor on Linux, elsewhere its architecture."""
+    info = Path("/proc/cpuinfo")
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.is_file() else []
+    return names[0] if names else platform.machine()

@@ -1,8 +1,10 @@
 """The peers (nanoGPT from a folder of the user, transformers from PyPI) and our models at the same size.
 
-    nanogpt = load_nanogpt("../nanoGPT")     # its model.py as a module; None without a folder
-    model = nanogpt_model(nanogpt, shape)    # its GPT with its own initialisation
-    ours = gpt2_twin(model, shape)           # our class in GPT-2's settings, with its weights
+    models, notes = make_models(shape, "../nanoGPT")
+    models["nanoGPT"]        # the GPT of its model.py, with its own initialisation
+    models["our GPT-2"]      # our class in GPT-2's settings, with nanoGPT's weights
+    models["our Llama"]      # our class with its default settings
+    models["transformers"]   # the same model, as transformers loads it
 
 No code of a peer is copied here. nanoGPT's GELU is the exact one; GPT-2's, and so ours, is the tanh
 approximation. Checks give nanoGPT the tanh form (`tanh_gelu`), timings leave it unchanged. nanoGPT's
@@ -13,6 +15,7 @@ import contextlib
 import importlib.util
 import io
 import math
+import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,7 +31,7 @@ from configurator import UserError
 from formats.hf import VOCABULARY_TABLES, from_hf
 from model import GPT, GPTConfig
 
-WITHOUT_NANOGPT = "nanoGPT is left out: --nanogpt=DIR sets its folder"
+TWINS = {"nanoGPT": "our GPT-2", "transformers": "our Llama"}  # {peer: our model with its weights}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,8 @@ def llama_config(shape: Shape) -> GPTConfig:
 
 # ---- nanoGPT ----------------------------------------------------------------------------------------------
 
-def load_nanogpt(folder: str | None) -> ModuleType | None:
+def load_nanogpt(folder: str | Path) -> ModuleType:
     """The module model.py of a folder. UserError if there is no such file."""
-    if folder is None:
-        return None
     path = Path(folder) / "model.py"
     if not path.is_file():
         raise UserError(f"nanogpt={folder}: no model.py here (git clone https://github.com/karpathy/nanoGPT)")
@@ -93,9 +94,9 @@ def load_nanogpt(folder: str | None) -> ModuleType | None:
     return module
 
 
-def nanogpt_model(module: ModuleType, shape: Shape, seed: int = 0) -> nn.Module:
+def nanogpt_model(module: ModuleType, shape: Shape) -> nn.Module:
     """Its GPT without biases, as in its train.py. Its messages are not printed."""
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     with contextlib.redirect_stdout(io.StringIO()):
         return module.GPT(module.GPTConfig(
             n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.block_size,
@@ -150,18 +151,38 @@ def nanogpt_batch(path: Path, batch_size: int, block_size: int,
 
 # ---- transformers -----------------------------------------------------------------------------------------
 
-def transformers_twin(ours: GPT, folder: Path, device: torch.device) -> nn.Module:
-    """The transformers model of the folder that our model saves."""
-    ours.save_pretrained(folder)
-    return load_transformers(folder, device)
-
-
 def load_transformers(folder: Path, device: torch.device | str) -> nn.Module:
     """The model that AutoModelForCausalLM loads, in float32."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging
     logging.disable_progress_bar()
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).to(device)
+
+
+def transformers_twin(ours: GPT) -> nn.Module:
+    """The transformers model of the folder that our model saves."""
+    with tempfile.TemporaryDirectory() as folder:
+        ours.save_pretrained(Path(folder))
+        return load_transformers(Path(folder), "cpu")
+
+
+# ---- All models -------------------------------------------------------------------------------------------
+
+def make_models(shape: Shape, nanogpt: str | None) -> tuple[dict[str, nn.Module], list[str]]:
+    """{name: model} on the CPU in float32, with random weights, and notes on what is left out."""
+    models: dict[str, nn.Module] = {}
+    notes = []
+    if nanogpt is None:
+        notes.append("nanoGPT is left out: --nanogpt=DIR sets its folder")
+    elif not shape.has_twin:
+        notes.append("nanoGPT is left out: it has no grouped heads, untied tables or other MLPs")
+    else:
+        models["nanoGPT"] = nanogpt_model(load_nanogpt(nanogpt), shape)
+    llama = GPT(llama_config(shape))
+    models |= {"transformers": transformers_twin(llama), "our Llama": llama}
+    if shape.has_twin:
+        models["our GPT-2"] = gpt2_twin(models.get("nanoGPT"), shape)
+    return models, notes
 
 
 def count_parameters(model: nn.Module) -> int:

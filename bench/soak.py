@@ -23,9 +23,10 @@ import torch
 from tqdm import tqdm
 
 import train
-from configurator import UserError, configure, run_script
+from bench.measure import run_benchmark
+from configurator import UserError, run_script
 from formats.checkpoint import newest_verified, step_folders
-from formats.files import read_jsonl, write_json
+from formats.files import read_jsonl
 from prepare import PrepareConfig, prepare
 
 TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
@@ -37,8 +38,6 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
 class SoakConfig:
     kills: int = 30  # total number of kills
     source: str = "pystdlib"  # the text, in any form that prepare.py reads
-    optimizer: str = "muon"  # optimizer of the run
-    seed: int = 0  # seed of the moments of the kills
     json: str | None = None  # also write the counts to this file
 
 
@@ -91,11 +90,13 @@ def equal(one: tuple, two: tuple) -> bool:
 
 def soak(cfg: SoakConfig, folder: Path) -> dict[str, int]:
     """Train and kill runs until there were cfg.kills kills. UserError if a run fails to start again."""
-    argv = [*TINY_RUN, f"--dataset={folder / 'data'}", f"--optimizer={cfg.optimizer}"]
+    prepare(PrepareConfig(source=cfg.source, out=str(folder / "data"), vocab_size=500, num_proc=1,
+                          max_tokens=300_000))
+    argv = [*TINY_RUN, f"--dataset={folder / 'data'}"]
     begin = time.monotonic()
     kill_after(600, fork_train([*argv, f"--out_dir={folder / 'whole'}"], folder / "log"))
     span, expected = time.monotonic() - begin, outcome(folder / "whole")
-    moments = random.Random(cfg.seed)
+    moments = random.Random(0)
     counts = {"kills": 0, "kills_inside_a_save": 0, "runs": 0, "runs_that_differ": 0}
     with tqdm(total=cfg.kills, unit="kill", disable=not sys.stderr.isatty(), leave=False) as bar:
         while counts["kills"] < cfg.kills:
@@ -111,23 +112,24 @@ def soak(cfg: SoakConfig, folder: Path) -> dict[str, int]:
     return counts
 
 
-def main(argv: list[str]) -> int:
-    cfg, _ = configure(SoakConfig, argv, usage=__doc__)
+def measure(cfg: SoakConfig) -> dict[str, int]:
+    """The counts of `soak`. If a run fails, prints the end of its log."""
     torch.set_num_threads(1)  # a fork does not have the OpenMP threads of its parent
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
         try:
-            prepare(PrepareConfig(source=cfg.source, out=str(folder / "data"), vocab_size=500, num_proc=1,
-                                  max_tokens=300_000))
-            counts = soak(cfg, folder)
+            return soak(cfg, Path(scratch))
         except UserError:
-            log = folder / "log"
+            log = Path(scratch) / "log"
             print(log.read_text(encoding="utf-8")[-2000:] if log.exists() else "", file=sys.stderr)
             raise
-    print("   ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items()))
-    if cfg.json:
-        write_json(Path(cfg.json), {"command": f"python -m bench.soak {' '.join(argv)}",
-                                    "torch": torch.__version__, **counts})
+
+
+def report(counts: dict[str, int]) -> str:
+    return "   ".join(f"{name.replace('_', ' ')} {count:,}" for name, count in counts.items())
+
+
+def main(argv: list[str]) -> int:
+    counts = run_benchmark("bench.soak", SoakConfig, measure, report, argv, __doc__)
     return int(counts["runs_that_differ"] > 0)
 
 

@@ -18,11 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from configurator import configure, run_script
-from formats import markdown
-from formats.files import write_json
+from bench.measure import run_benchmark, text_table
+from configurator import run_script
 from tools.arms import mean_and_range, run_arms, run_once
 
 CUT = "--student_layers=0,2 --n_embd=128 --n_head=2 --intermediate_size=256"
@@ -94,6 +91,13 @@ def run_arm(cfg: TeachConfig, name: str, seed: int) -> list[dict[str, Any]]:
     return log
 
 
+def measure(cfg: TeachConfig) -> dict[str, Any]:
+    """Run the arms: {"steps", "seeds", "arms": the result of `summarize`}."""
+    logs = run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
+                    map(int, cfg.seeds.split(",")))
+    return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": summarize(logs)}
+
+
 def summarize(logs: Logs) -> dict[str, Any]:
     """{arm: {"bits": one value per seed, "speeds": tokens per second, "agreement": one value per seed}}."""
     arms: dict[str, Any] = {}
@@ -110,8 +114,11 @@ def summarize(logs: Logs) -> dict[str, Any]:
     return arms
 
 
-def table(arms: dict[str, Any]) -> str:
-    """One Markdown row per arm. The gap is the one between the first arm and the teacher."""
+def report(results: dict[str, Any]) -> str:
+    """One line per arm. The gap is the one between the first arm and the teacher."""
+    arms = results["arms"]
+    if TEACHER not in arms:
+        return "no arm measured the teacher, so there is no gap to report"
     plain, best = statistics.mean(next(iter(arms.values()))["bits"]), arms[TEACHER]["bits"][0]
     rows = []
     for name, arm in arms.items():
@@ -119,19 +126,12 @@ def table(arms: dict[str, Any]) -> str:
         rows.append([name, mean_and_range(arm["bits"]), f"{100 * closed:.0f} %",
                      f"{100 * statistics.mean(arm['agreement']):.1f} %" if arm["agreement"] else "",
                      f"{statistics.median(arm['speeds']):,.0f}" if arm["speeds"] else ""])
-    return markdown.table(["taught by", "bits per byte", "gap closed", "agrees with the teacher", "tokens/s"],
-                          rows)
+    headers = ["taught by", "bits per byte", "gap closed", "agrees with the teacher", "tokens/s"]
+    return text_table(headers, rows)
 
 
 def main(argv: list[str]) -> int:
-    cfg, _ = configure(TeachConfig, argv, usage=__doc__)
-    arms = summarize(run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
-                              map(int, cfg.seeds.split(","))))
-    if TEACHER in arms:
-        print(table(arms))
-    if cfg.json:
-        write_json(Path(cfg.json), {"command": "python -m bench.teach", "torch": torch.__version__,
-                                    "steps": cfg.steps, "seeds": cfg.seeds, "arms": arms})
+    run_benchmark("bench.teach", TeachConfig, measure, report, argv, __doc__)
     return 0
 
 

@@ -38,10 +38,9 @@ from torch import Tensor, nn
 from bench import peers
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, count_parameters, llama_config, nanogpt_batch, require_close
+from bench.peers import Shape, count_parameters, nanogpt_batch, require_close
 from configurator import UserError
 from loop import TrainState, enter_stage, next_batches, prefetch, train_step
-from model import GPT
 from modeling.devices import DTYPES, emulates_bfloat16
 from prepare import PrepareConfig, prepare
 from train import TrainConfig, batches_at, next_token_loss
@@ -88,25 +87,12 @@ class Setup:
         sizes = cfg.sizes()
         self.batch_size = sizes.pop("batch_size")
         self.shape = Shape(**sizes)
-        self.notes: list[str] = []
-        self.llama = GPT(llama_config(self.shape))
-        self.nanogpt = peers.load_nanogpt(cfg.nanogpt)
-        if self.nanogpt is None:
-            self.notes.append(peers.WITHOUT_NANOGPT)
-        elif not self.shape.has_twin:
-            self.notes.append("nanoGPT is left out: it has no grouped heads, untied tables or other MLPs")
-            self.nanogpt = None
+        self.models, self.notes = peers.make_models(self.shape, cfg.nanogpt)  # on the CPU
         self.data = tiny_data(scratch / "data", self.shape.vocab_size)
 
-    def nanogpt_model(self) -> nn.Module:
-        return peers.nanogpt_model(self.nanogpt, self.shape).to(self.device)
-
-    def gpt2(self) -> GPT:
-        """Our class in GPT-2's settings, with nanoGPT's weights if nanoGPT is there."""
-        return peers.gpt2_twin(self.nanogpt_model().cpu() if self.nanogpt else None, self.shape)
-
-    def transformers_model(self) -> nn.Module:
-        return peers.transformers_twin(self.llama, self.scratch / "llama", self.device)
+    def model(self, name: str) -> Any:
+        """A copy of a model on the device."""
+        return copy.deepcopy(self.models[name]).to(self.device)
 
     def batch(self) -> tuple[Tensor, Tensor]:
         """Inputs and targets of the peers, (B, T) each."""
@@ -121,14 +107,14 @@ class Setup:
                            warmup_steps=0, max_steps=10**6, lr_multipliers={}, weight_decay=WEIGHT_DECAY,
                            beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP)
 
-    def flops(self, model: GPT) -> float:
-        """Model FLOPs per step."""
+    def flops(self, name: str) -> float:
+        """Model FLOPs per step of one of our models."""
         T = self.shape.block_size
-        return model.flops_per_token(T) * self.batch_size * T
+        return self.models[name].flops_per_token(T) * self.batch_size * T
 
     def products(self) -> set[tuple[int, int, int]]:
         """The matrix products of a forward pass of our Llama, (rows, in, out)."""
-        matrices = [p for p in self.llama.parameters() if p.ndim == 2]
+        matrices = [p for p in self.models["our Llama"].parameters() if p.ndim == 2]
         return {(self.batch_size * self.shape.block_size, p.shape[1], p.shape[0]) for p in matrices}
 
 
@@ -160,29 +146,31 @@ def plain_loss(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return F.cross_entropy(logits.view(-1, logits.shape[-1]), y.view(-1))
 
 
+PEER_LOSSES = {"nanoGPT": nanogpt_loss, "transformers": plain_loss}
+
+
 @torch.no_grad()
 def check(setup: Setup) -> dict[str, Any]:
     """Losses of both sides for the JSON. UserError if a loss or the number of parameters differs."""
     torch.manual_seed(0)  # for the batch
     x, y = setup.batch()
 
-    def compare(what: str, ours: GPT, theirs: Tensor) -> dict[str, float]:
+    def compare(what: str, name: str, theirs: Tensor) -> dict[str, float]:
         batch = {"input_ids": x, "targets": y}
-        loss_sum = next_token_loss(ours.to(setup.device), batch, setup.shape.vocab_size)[0]
+        loss_sum = next_token_loss(setup.model(name), batch, setup.shape.vocab_size)[0]
         return require_close(what, loss_sum.item() / y.numel(), theirs.item())
 
     checks = {}
-    if setup.nanogpt:
-        peer = setup.nanogpt_model()
-        ours, theirs = setup.llama.num_parameters(), count_parameters(peer)
+    if "nanoGPT" in setup.models:
+        ours, theirs = (count_parameters(setup.models[name]) for name in ("our Llama", "nanoGPT"))
         if abs(ours - theirs) > 0.01 * theirs:
             raise UserError(f"parameters: ours has {ours:,}, nanoGPT {theirs:,}; try another n_embd")
+        peer = setup.model("nanoGPT")
         with peers.tanh_gelu(peer):
             loss = nanogpt_loss(peer, x, y)
-        checks["loss of nanoGPT's weights"] = compare("loss of nanoGPT's weights", setup.gpt2(), loss)
-    loss = plain_loss(setup.transformers_model(), x, y)
-    checks["loss of our weights"] = compare("transformers' loss of our weights", copy.deepcopy(setup.llama),
-                                            loss)
+        checks["loss of nanoGPT's weights"] = compare("loss of nanoGPT's weights", "our GPT-2", loss)
+    loss = plain_loss(setup.model("transformers"), x, y)
+    checks["loss of our weights"] = compare("transformers' loss of our weights", "our Llama", loss)
     return checks
 
 
@@ -196,16 +184,6 @@ class Arm:
     dtype: str
     parameters: int
     flops: float  # model FLOPs per step
-
-
-def our_arm(setup: Setup, model: GPT, optimizer: str, dtype: str, compiled: bool) -> Arm:
-    model = copy.deepcopy(model).to(setup.device).train()
-    if compiled:
-        for block in model.model["layers"]:
-            block.compile()  # as loop.place does
-    state = TrainState(setup.train_config(optimizer, dtype), model, Run(setup.scratch, setup.device))
-    enter_stage(state)
-    return Arm(our_step(state), dtype, model.num_parameters(), setup.flops(model))
 
 
 def our_step(state: TrainState) -> Callable[[], None]:
@@ -223,16 +201,14 @@ def our_step(state: TrainState) -> Callable[[], None]:
     return step
 
 
-def peer_arm(setup: Setup, peer: str, dtype: str, compiled: bool) -> Arm:
-    """A step of nanoGPT or of transformers, with the FLOPs of our model of the same architecture."""
-    if peer == "nanoGPT":
-        model, twin, loss_fn = setup.nanogpt_model(), setup.gpt2(), nanogpt_loss
+def peer_step(setup: Setup, name: str, model: nn.Module, dtype: str,
+              compiled: bool) -> Callable[[], None]:
+    """A function that takes one step of nanoGPT or of transformers."""
+    if name == "nanoGPT":
         with contextlib.redirect_stdout(io.StringIO()):
             optimizer = model.configure_optimizers(WEIGHT_DECAY, RATE, BETAS, setup.device.type)
     else:
-        model, twin, loss_fn = setup.transformers_model(), setup.llama, plain_loss
         optimizer = torch.optim.AdamW(model.parameters(), lr=RATE)
-    model.train()
     called = torch.compile(model) if compiled else model
     amp = torch.autocast(setup.device.type, DTYPES[dtype], enabled=dtype != "float32")
     batches = [setup.batch()]
@@ -240,22 +216,30 @@ def peer_arm(setup: Setup, peer: str, dtype: str, compiled: bool) -> Arm:
     def step() -> None:
         x, y = batches.pop()
         with amp:
-            loss = loss_fn(called, x, y)
+            loss = PEER_LOSSES[name](called, x, y)
         batches.append(setup.batch())  # fetched while a GPU computes, as in nanoGPT's train.py
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), CLIP)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-    return Arm(step, dtype, count_parameters(model), setup.flops(twin))
+    return step
 
 
 def make_arm(setup: Setup, kind: str, dtype: str, compiled: bool) -> Arm:
-    """The arm of one of KINDS."""
-    if kind in ("nanoGPT", "transformers"):
-        return peer_arm(setup, kind, dtype, compiled)
-    model = setup.gpt2() if kind == "our GPT-2" else setup.llama
-    return our_arm(setup, model, "muon" if "Muon" in kind else "adamw", dtype, compiled)
+    """The arm of one of KINDS: the name of a model, and of an optimizer other than AdamW."""
+    name = kind.removesuffix(", Muon")
+    model = setup.model(name).train()
+    if name in PEER_LOSSES:
+        step = peer_step(setup, name, model, dtype, compiled)
+        return Arm(step, dtype, count_parameters(model), setup.flops(peers.TWINS[name]))
+    if compiled:
+        for block in model.model["layers"]:
+            block.compile()  # as loop.place does
+    train_cfg = setup.train_config("adamw" if kind == name else "muon", dtype)
+    state = TrainState(train_cfg, model, Run(setup.scratch, setup.device))
+    enter_stage(state)
+    return Arm(our_step(state), dtype, count_parameters(model), setup.flops(name))
 
 
 def make_arms(setup: Setup) -> dict[str, Arm]:
@@ -268,8 +252,7 @@ def make_arms(setup: Setup) -> dict[str, Arm]:
     if on_gpu and "float32" not in dtypes:
         torch.set_float32_matmul_precision("high")  # after the checks; both train.py files set it, too
     torch._dynamo.config.recompile_limit = 64  # the arms share code, and each one compiles it again
-    left_out = {"nanoGPT": not setup.nanogpt, "our GPT-2": not setup.shape.has_twin}
-    kinds = [kind for kind in KINDS if not left_out.get(kind)]
+    kinds = [kind for kind in KINDS if kind.removesuffix(", Muon") in setup.models]
     compiles = on_gpu if cfg.compile is None else cfg.compile
     suffixes = ("", ", compiled") if compiles else ("",)
     arms = {}

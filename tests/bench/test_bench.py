@@ -155,7 +155,7 @@ def test_our_step_is_a_step_of_fit(tmp_path, data):
     import train as stage
     cfg = train.Config(n_layer=1, n_head=2, n_embd=32, block_size=16, vocab_size=500, batch_size=4)
     setup = train.Setup(cfg, torch.device("cpu"), tmp_path)
-    setup.data, config = data, setup.llama.config
+    setup.data, config = data, setup.models["our Llama"].config
     state = train.TrainState(setup.train_config("muon"), GPT(config, seed=1337),
                              train.Run(tmp_path, setup.device))
     train.enter_stage(state)

@@ -11,7 +11,8 @@ def test_report_by_hand():
     def arm(*losses):
         return [{"val_loss": loss, "parameters": 1000, "tokens": 2000} for loss in losses]
 
-    lines = learn.report({"nanoGPT's README": arm(2.0, 1.8), "ours": arm(1.5, 1.4, 1.3)}).split("\n")
+    arms = {"nanoGPT's README": arm(2.0, 1.8), "ours": arm(1.5, 1.4, 1.3)}
+    lines = learn.report({"arms": arms}).split("\n")
     assert lines[1].split() == ["nanoGPT's", "README", "1,000", "2,000", "1.9000", "(1.8000", "-", "2.0000)",
                                 "+0.0000"]
     assert lines[2].split()[-5:] == ["1.4000", "(1.3000", "-", "1.5000)", "-0.5000"]
