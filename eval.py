@@ -308,7 +308,7 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
                          *(f"{speed(model, key)[1]:,.1f}" for model in models)])
     if targets:  # one more column, with a cell in the first row of each task that has a target
         left = {"task": "target", **targets}
-        rows = [[*row, left.pop(row[0], "")] for row in rows]
+        rows = [[*row, left.pop(row[0], "-")] for row in rows]
     return rows
 
 

@@ -151,7 +151,7 @@ class Sampler:
         if new[-1] in self.end_ids or not self.cfg.stops:
             return new[-1] in self.end_ids
         # A stop text may begin or end within a token, so it is looked for in the text.
-        text = self.tokenizer.decode(new)
+        text = self.tokenizer.decode(new, inside=True)
         return any(stop in text for stop in self.cfg.stops)
 
     def visible_text(self, new: list[int], finished: bool) -> str:
@@ -160,7 +160,7 @@ class Sampler:
         Until the sample is finished, leave out an end that may still change: an incomplete character, or the
         beginning of a stop text.
         """
-        text = self.tokenizer.decode([i for i in new if i not in self.end_ids])
+        text = self.tokenizer.decode([i for i in new if i not in self.end_ids], inside=True)
         # The earliest stop text ends the sample.
         ends = [text.find(stop) for stop in self.cfg.stops if stop in text]
         if ends:

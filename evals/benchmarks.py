@@ -88,7 +88,8 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
         raise UserError(f"data={source}: no such file or folder")
     if root.is_file():
         return [root]
-    candidates = files_under(root, lambda part: part.startswith(".") or part == "answers")  # eval.py's output
+    # eval.py writes its own output to answers/.
+    candidates, _ = files_under(root, lambda part: part.startswith(".") or part == "answers")
     files = [path for path in candidates
              if path.name.lower().startswith(name.lower()) and file_kind(path) in kinds]
     if not files:

@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError
-from formats.chat_format import encode_prompt, end_of_turn
+from formats.chat_format import encode_content, encode_prompt, end_of_turn
 from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.devices import autocast_dtype
@@ -117,8 +117,9 @@ def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) ->
     An empty continuation becomes the end of the turn.
     """
     stop = end_of_turn(tokenizer)
-    answers = [tokenizer.encode(continuation.strip()) or [stop] for continuation in continuations]
-    return Request(tokenizer.encode(context.strip()), answers, *turn_frame(tokenizer))
+    answers = [encode_content(tokenizer, "assistant", continuation.strip()) or [stop]
+               for continuation in continuations]
+    return Request(encode_content(tokenizer, "user", context.strip()), answers, *turn_frame(tokenizer))
 
 
 def fit_context(request: Request, continuation: list[int], block_size: int) -> tuple[list[Text], int]:
@@ -303,7 +304,7 @@ def token_losses(model: GPT, rows: list[np.ndarray], num_targets: list[int]) -> 
                 values = model(part[:, :-1], head=lambda hidden, weight, targets=targets: linear_log_probs(
                     hidden[:, -targets.shape[1]:].flatten(0, 1), weight, targets.flatten(), V))  # (B count,)
                 if not values.isfinite().all():
-                    raise UserError("a log-probability is not finite: the model's weights are broken")
+                    raise UserError(f"{model.source}: a loss is not finite, so its weights are broken")
                 losses += (-values).view(targets.shape).tolist()
                 bar.update(len(part))
     return losses

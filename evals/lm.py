@@ -18,7 +18,7 @@ from tqdm import tqdm
 from configurator import UserError
 from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs, turn_frame
 from formats import hf
-from formats.chat_format import encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_format import encode_content, encode_prompt, end_of_turn, read_answer, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.generate import Options, Sampling, generate
@@ -51,6 +51,7 @@ class LM:
             self.prefix, self.suffix = turn_frame(self.tokenizer)
         self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
+        self.tokenizer.require_rows(self.model.config.vocab_size, path)
         self.tokens, self.truncated = 0, []
 
     @contextlib.contextmanager
@@ -82,7 +83,8 @@ class LM:
         Appends to `truncated` whether the prompt lost its beginning.
         """
         if isinstance(prompt, str):
-            prompt = self.tokenizer.encode(prompt.strip() if self.chat else prompt)
+            prompt = (encode_content(self.tokenizer, "user", prompt.strip()) if self.chat else
+                      self.tokenizer.encode(prompt))
         kept = prompt[-self.room(max_new_tokens):]
         self.truncated.append(len(kept) < len(prompt))
         return self.prefix + kept + self.suffix or [self.tokenizer.eot_id]
@@ -115,7 +117,7 @@ class LM:
         def is_done(row: int, new: list[int]) -> bool:
             if new[-1] in self.end_ids or self.chat or not stops:
                 return new[-1] in self.end_ids
-            tail = self.tokenizer.decode(new[-window:])
+            tail = self.tokenizer.decode(new[-window:], inside=True)
             return any(stop in tail for stop in stops)
 
         for tokens in generate(self.model, prompts, max_new_tokens, Sampling(temperature=0), is_done,
@@ -129,7 +131,7 @@ class LM:
         """Generated ids as text without special tokens; in chats without thoughts and tool calls as well."""
         if self.chat:
             return read_answer(self.tokenizer, ids)["content"]
-        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids])
+        return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids], inside=True)
 
     def generate_until(self, prompts: Sequence[str | list[int]], stops: list[str],
                        max_new_tokens: int) -> list[str]:

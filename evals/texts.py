@@ -83,7 +83,7 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
     prepared = Path(source) if source and (Path(source) / "meta.json").is_file() else None
     if source and prepared is None:
         files = find_files(source, "data")[0] if not Path(source).is_dir() else [
-            path for path in files_under(Path(source), lambda part: part.startswith("."))
+            path for path in files_under(Path(source), lambda part: part.startswith("."))[0]
             if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
     if not files:
         prepared = prepared or own_data(model)

@@ -41,6 +41,7 @@ class Assistant:
     """A model, its tokenizer, and how it samples. `tokens` counts the tokens it has generated."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int):
+        tokenizer.require_rows(model.config.vocab_size, model.source)
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_new_tokens, self.tokens = max_new_tokens, 0
         ends = tokenizer.end_ids

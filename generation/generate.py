@@ -3,6 +3,7 @@
     sampling = Sampling(temperature=0.8, top_k=50)
     for tokens in generate(model, [[1, 2, 3], [4]], max_new_tokens=100, sampling=sampling):
         ...                                        # one new token per row; None for a row that has ended
+    complete(model, tokenizer, ["Once upon a time"])   # the same for texts: a list of texts
 
 Each row's tokens are those that it would have alone: rows see no padding, and each has its own random
 numbers. When a row's context is full, its last block_size // 2 tokens are read again and the older ones are
@@ -22,20 +23,24 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from configurator import require, require_not_negative
+from configurator import UserError, require, require_not_negative
+from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache, StepCache
 
 MIN_SHARED_PREFIX = 64  # tokens: a shorter prefix of all rows is not worth a forward pass of its own
 SEED_STRIDE = 2**20  # a row's generator is seeded with seed * SEED_STRIDE + row number
+MOST_NEW_TOKENS = 2**20  # tokens per sample; a row's random numbers are drawn at the start, 4 MiB at most
+NO_TOKEN = -1  # in place of a token id, for a row whose logits are not finite
+MIN_TEMPERATURE = 1e-5  # below, logits / temperature may overflow: like 0, it takes the most likely token
 
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How the next token is chosen. The filters apply in this order, as in transformers."""
 
-    temperature: float = 0.8  # divides the logits; 0 takes the most likely token (ties: the lowest id)
+    temperature: float = 0.8  # divides the logits; below 1e-5 the most likely token (ties: the lowest id)
     top_k: int | None = None  # keep only the k most likely tokens; None or 0 keeps all
     top_p: float = 1.0  # keep the most likely tokens until they reach this probability, at least one
     min_p: float = 0.0  # drop tokens less likely than min_p times the most likely token
@@ -45,9 +50,8 @@ class Sampling:
     def __post_init__(self) -> None:
         # torch seeds have 63 bits, and SEED_STRIDE takes 20 of them.
         for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1),
-                               ("seed", 0, 2**43 - 1)):
+                               ("repetition_penalty", 0.01, 100), ("seed", 0, 2**43 - 1)):
             require(self, key, low <= getattr(self, key) <= high, f"between {low} and {high}")
-        require(self, "repetition_penalty", self.repetition_penalty > 0, "positive")
         require_not_negative(self, "top_k")
 
 
@@ -92,7 +96,7 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
 
     Tokens are sorted by probability, ties by id. The cumulative distribution is inverted at `uniform`.
     """
-    if sampling.temperature == 0:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits.argmax(dim=-1)
     logits, order = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)  # (B, V) both
     probabilities = logits.softmax(dim=-1)
@@ -220,8 +224,12 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
         logits = forward_last(model, unread, cache)  # (B, V)
         if prefix is not None:
             prefix.cache, prefix.ids = cache, context[0].copy()
-        logits = penalize(logits[:, :options.vocab_size].float(), context, sampling.repetition_penalty)
-        chosen = choose(logits, uniform[:, step], sampling).tolist()
+        logits = logits[:, :options.vocab_size].float()
+        broken = ~logits.amax(dim=-1).isfinite()  # (B,): NaN, or an infinity; the maximum passes both on
+        logits = penalize(logits, context, sampling.repetition_penalty)
+        chosen = choose(logits, uniform[:, step], sampling).masked_fill(broken, NO_TOKEN).tolist()
+        if NO_TOKEN in chosen:
+            raise UserError(f"{model.source}: its logits are not finite, so its weights are broken")
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
         append_tokens(new, tokens)
         append_tokens(context, tokens)
@@ -247,6 +255,22 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
     prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read.
     is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
         every row reach max_new_tokens.
-    Raises ValueError for an empty prompt.
+    Raises ValueError for an empty prompt, and UserError if the logits of the model are not finite.
     """
     yield from generate_steps(model, prompts, max_new_tokens, sampling, is_done, options)
+
+
+def complete(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = 200,
+             sampling: Sampling = Sampling()) -> list[str]:
+    """Continue each text, all in one batch; return what follows each, up to an end-of-text token.
+
+    An empty prompt starts after the end-of-text token, as in sample.py, which returns the same texts for the
+    same seed and the same numbers of rows. Raises UserError as `generate` does.
+    """
+    ends = tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids]
+    rows = [tokenizer.prefix_ids + tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
+    new: list[list[int]] = [[] for _ in rows]
+    for tokens in generate(model, rows, max_new_tokens, sampling, lambda row, ids: ids[-1] in ends,
+                           Options(vocab_size=tokenizer.vocab_size)):
+        append_tokens(new, tokens)
+    return [tokenizer.decode([token for token in row if token not in ends]) for row in new]

@@ -38,7 +38,7 @@ class Printer:
             return
         self.ids.append(token)
         # A token may end within a character, which decodes to a replacement character so far.
-        text = self.tokenizer.decode(self.ids).rstrip("\N{REPLACEMENT CHARACTER}")
+        text = self.tokenizer.decode(self.ids, inside=True).rstrip("\N{REPLACEMENT CHARACTER}")
         self.write(text[self.written:])
         self.written = len(text)
 

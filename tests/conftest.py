@@ -46,7 +46,8 @@ FAST = """
     training/test_lora.py training/test_losses.py training/test_optim.py
 """.split()
 TRAINED = {"trained", "chats", "pairs", "two_ranks"}
-NOT_FAST = {"test_exit_codes", "test_a_model_on_the_meta_device_is_filled_without_a_second_copy",
+NOT_FAST = {"test_exit_codes", "test_arrow_keys_edit_the_line_in_a_chat",
+            "test_a_model_on_the_meta_device_is_filled_without_a_second_copy",
             "test_a_run_lowers_its_loss"}
 
 

@@ -1,6 +1,10 @@
 """The assistant: calculator calls and their results, the prefix cache of a conversation, the terminal."""
 
 import json
+import os
+import pty
+import subprocess
+import sys
 
 import pytest
 
@@ -14,7 +18,7 @@ from generation.assistant import MOST_CALLS, Assistant, call_tool
 from generation.generate import Options, PrefixCache, Sampling, generate
 from generation.terminal import converse, drop_turns, read_line
 from model import GPT
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import ROOT, busy_model, tiny_config
 
 
 @pytest.fixture(scope="module")
@@ -154,6 +158,32 @@ def chat_folder(tokenizer, tmp_path_factory):
     return folder
 
 
+def test_arrow_keys_edit_the_line_in_a_chat(chat_folder, tmp_path):
+    """In a terminal: "2", the left arrow, "1" is the question "12"; the up arrow brings it back."""
+    pytest.importorskip("readline")
+    screen, keyboard = pty.openpty()
+    command = [sys.executable, "sample.py", f"--model={chat_folder}", "--chat=True", "--device=cpu",
+               "--max_new_tokens=1"]
+    process = subprocess.Popen(command, cwd=ROOT, stdin=keyboard, stdout=keyboard, stderr=keyboard,
+                               env=os.environ | {"TERM": "xterm"})
+    os.close(keyboard)
+    saved, printed = tmp_path / "saved.jsonl", b""
+    for line in (b"2\x1b[D1\n", b"\x1b[A\n", f"/save {saved}\n".encode(), b"/quit\n"):
+        while not printed.endswith(b"> "):
+            printed += os.read(screen, 1024)
+        os.write(screen, line)
+        printed = b""
+    assert process.wait(60) == 0
+    messages = json.loads(saved.read_text())["messages"]
+    assert [each["content"] for each in messages if each["role"] == "user"] == ["12", "12"]
+
+
+def test_a_chat_needs_stdin(chat_folder, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)  # what Python does after `<&-`
+    with pytest.raises(UserError, match="--chat=True reads questions from stdin, which is closed"):
+        sample.main([f"--model={chat_folder}", "--chat=True", "--device=cpu"])
+
+
 def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     rows = [{"messages": [USER], "id": 1}, {"conversations": [{"from": "human", "value": "b"}]}]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
@@ -180,7 +210,7 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     [
         (["--chat=True", "--prompt=a"], "--chat=True does not work with prompt"),
         (["--system=a"], "--system needs --chat=True"),
-        (["--chat=True", "--system=\udcff"], "--system is not UTF-8"),
+        (["--chat=True", "--system=\udcff"], "command line: system is not UTF-8"),
     ],
 )
 def test_mistakes_are_one_line(chat_folder, words, message):

@@ -3,6 +3,7 @@
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
@@ -19,6 +20,7 @@ from generation.generate import (
     Sampling,
     append_tokens,
     choose,
+    complete,
     generate,
     penalize,
     shift_context,
@@ -173,6 +175,22 @@ def test_no_tokens_and_empty_prompts():
         run(model, [[1], []], 3)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("options", [["--temperature=0"], ["--temperature=1", "--top_k=3"]])
+def test_a_model_whose_logits_are_not_finite_is_named(value, options, tmp_path, trained):
+    """No token is printed. For -inf all logits are the same infinity."""
+    model = GPT.from_pretrained(trained)
+    with torch.no_grad():
+        model.head_weight.fill_(1.0)
+        model.model["norm"].weight.fill_(value)
+        if value != value:
+            model.model["norm"].weight[1:] = 1.0  # a single NaN reaches all logits
+    model.save_pretrained(tmp_path)
+    Tokenizer.load(trained / "step_000060").save(tmp_path)
+    with pytest.raises(UserError, match=f"^{tmp_path}: its logits are not finite, so its weights are broken"):
+        sample.main([f"--model={tmp_path}", "--prompt=a", "--max_new_tokens=3", "--device=cpu", *options])
+
+
 LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # most likely first: 1, 3, 0, 2, 4
 
 
@@ -204,6 +222,15 @@ LOGITS = torch.log(torch.tensor([[0.1, 0.4, 0.05, 0.4, 0.05]]))  # most likely f
 )
 def test_choice_by_hand(options, uniform, expected):
     assert choose(LOGITS.clone(), torch.tensor([uniform]), Sampling(**options)).tolist() == [expected]
+
+
+@pytest.mark.parametrize("temperature", [1e-320, 1e-45, 1e-40, 1e-38, 1e-20, 1e-7, 9e-6, 1e-5, 1e-4])
+def test_tiny_temperatures_take_the_most_likely_token(temperature):
+    """logits / temperature overflows float32 for the smallest temperatures."""
+    logits = torch.tensor([[-3e4, 3.0, 2.9, -0.1], [-1e30, 0.0, -5.0, -1e-2]])
+    for uniform in (0.0, 0.5, 1 - 2**-24):
+        chosen = choose(logits.clone(), torch.full((2,), uniform), Sampling(temperature=temperature))
+        assert chosen.tolist() == [1, 1]
 
 
 def test_choice_has_the_distribution_of_transformers_filters():
@@ -248,6 +275,8 @@ def test_repetition_penalty_equals_transformers():
         (dict(min_p=-0.1), "min_p"),
         (dict(top_k=-1), "top_k"),
         (dict(repetition_penalty=0), "repetition_penalty"),
+        (dict(repetition_penalty=1e-300), "repetition_penalty=1e-300: must be between 0.01 and 100"),
+        (dict(repetition_penalty=float("nan")), "repetition_penalty"),
     ],
 )
 def test_sampling_refuses(options, message):
@@ -273,6 +302,16 @@ def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
     monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
     words = [f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0", "--compile=True"]
     assert call(capsys, trained, *words).out == expected + "\n"
+
+
+def test_complete_returns_the_texts_of_the_command(capsys, trained, tmp_path):
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def "}\n{"prompt": ""}\n{"prompt": "import os"}\n')
+    options = [f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=20", "--seed=5"]
+    lines = call(capsys, trained, *options).out.splitlines()
+    model, tokenizer = GPT.from_pretrained(trained).eval(), Tokenizer.load(trained / "step_000060")
+    texts = complete(model, tokenizer, ["def ", "", "import os"], 20, Sampling(seed=5))
+    assert texts == [json.loads(line)["completion"] for line in lines]
+    assert complete(model, tokenizer, ["def "], 0) == [""]
 
 
 def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
@@ -356,6 +395,35 @@ def test_a_stream_may_be_closed(trained, how, code):
     assert found.returncode == code and "Traceback" not in found.stderr
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+def test_every_line_is_json_in_every_encoding_of_stdout(trained, tmp_path, encoding):
+    """A latin-1 stdout cannot show most characters; the lines still hold them."""
+    keys = {"k": "\u00e9 \u4e2d \U0001f600"}
+    path = tmp_path / "prompts \u4e2d.jsonl"
+    path.write_text(json.dumps({"prompt": "# \u4e2d\u00e9", **keys}) + "\n")
+    command = [sys.executable, "sample.py", f"--model={trained}", f"--prompt_file={path}", "--device=cpu",
+               "--max_new_tokens=20", "--temperature=3"]
+    found = subprocess.run(command, cwd=ROOT, capture_output=True,
+                           env=os.environ | {"PYTHONIOENCODING": encoding})
+    assert found.returncode == 0, found.stderr
+    [line] = found.stdout.decode(encoding).splitlines()
+    row = json.loads(line)
+    assert row["k"] == keys["k"] and row["prompt"] == "# \u4e2d\u00e9" and row["completion"]
+
+
+def test_non_ascii_folders_in_the_c_locale(trained, tmp_path):
+    folder = tmp_path / "mod\u00e8le \u4e2d"
+    shutil.copytree(trained / "step_000060", folder)
+    for script, *options in (["sample.py", "--prompt=a", "--max_new_tokens=3"],
+                             ["eval.py", "--tasks=hard", "--limit=2"]):
+        command = [sys.executable, script, *options, f"--model={folder}", "--device=cpu"]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8",
+                               env=os.environ | {"LC_ALL": "C"})
+        assert found.returncode == 0, found.stderr
+        assert f"'{folder}'" in found.stderr.splitlines()[-1], "the next command, with the path in quotes"
+    assert json.loads((folder / "results.json").read_text("utf-8"))["models"][0]["name"] == str(folder)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [
@@ -381,6 +449,11 @@ def test_bad_prompt_files_name_the_line(trained, tmp_path, content, message):
         (["--prompt=a", "--prompt_file=b"], "only one"),
         (["--num_samples=0"], "num_samples"),
         ([f"--seed={2**43}"], "seed=8796093022208: must be between 0 and"),
+        (["--max_new_tokens=1e12"], "max_new_tokens=1000000000000: must be between 0 and 1,048,576"),
+        (["--num_samples=1e12"], "num_samples=1000000000000: must be between 1 and 131,072"),
+        (["--batch_size=1e12"], "batch_size=1000000000000: must be between 1 and 16,384"),
+        (["--model=\udcff"], "command line: model is not UTF-8"),
+        (["--prompt=\udcff"], "command line: prompt is not UTF-8"),
         (["--stop="], "no value"),
         (["--stop=['']"], "none of them empty"),
         (["--device=tpu9"], "no such device"),

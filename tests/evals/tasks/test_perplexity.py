@@ -157,5 +157,5 @@ def test_a_broken_model_has_no_perplexity(trained):
     broken = LM(str(trained), device="cpu")
     with torch.no_grad():
         broken.model.head_weight[5] = math.nan
-    with pytest.raises(UserError, match="not finite: the model's weights are broken"):
+    with pytest.raises(UserError, match="step_000060: a loss is not finite, so its weights are broken"):
         perplexity.score(broken, Texts([TEXT], ""), "")
