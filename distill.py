@@ -20,7 +20,6 @@ token ids differ from the student's.
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -42,7 +41,7 @@ from distillation.teacher import load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, identity_of
 from formats import hf
 from formats.chat_format import end_of_turn
-from formats.hf import teacher_sha256
+from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
 from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_run, training_dtype
 from model import GPT, GPTConfig
@@ -82,6 +81,7 @@ class DistillConfig(RunConfig, GPTConfig):
     packing: bool = True  # chats: several conversations per row, each attending to itself only
     document_mask: bool = False  # text: attend within documents only
 
+    model_keys = ("init_from", "teacher")
     stage_fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
     resume_free = frozenset({"teacher_dtype"})
 
@@ -330,15 +330,6 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
 
 
-def check_folders(cfg: DistillConfig, tokenizer: Tokenizer) -> None:
-    """Raises UserError if out_dir holds a model that is read, or if a model's ids are not the data's."""
-    for key in ("teacher", "init_from"):  # --overwrite=True would delete them
-        source = getattr(cfg, key)
-        if source and hf.find_folder(source).resolve().is_relative_to(Path(cfg.out_dir).resolve()):
-            raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; give another out_dir")
-    check_vocabulary(cfg, cfg.vocab_size, tokenizer)
-
-
 def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Module:
     """The frozen teacher, in shards with parallel=fsdp."""
     # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
@@ -407,9 +398,9 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     user_cfg, cfg = cfg, in_epochs(cfg, kind)
     data = StagedData(cfg, kind, run.rank, run.world_size)
     tokenizer = run.tokenizer = data.tokenizer
-    check_folders(cfg, tokenizer)
+    check_vocabulary(cfg, cfg.vocab_size, tokenizer)
     # The two models. A resumed run must have the same teacher, so its hash goes into run.json.
-    teacher_hash = run.run_on_rank0(lambda: teacher_sha256(hf.find_folder(cfg.teacher)))
+    teacher_hash = run.run_on_rank0(lambda: model_sha256(hf.find_folder(cfg.teacher)))
     caches = open_caches(cfg, data, teacher_hash)
     teacher = None if caches else make_teacher(cfg, tokenizer, run)
     student = make_student(cfg, layers, data, run)

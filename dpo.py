@@ -157,9 +157,9 @@ class Reference:
     memory; adapter_off switches the policy's own adapter off, which needs no second model.
     """
 
-    def __init__(self, cfg: DPOConfig, policy: GPT, base_hash: str, vocab_size: int, run: Run):
-        """base_hash: of the weights that the policy starts from. vocab_size: the tokenizer's."""
-        self.cfg, self.run, self.policy, self.base_hash = cfg, run, policy, base_hash
+    def __init__(self, cfg: DPOConfig, policy: GPT, base: dict[str, str], vocab_size: int, run: Run):
+        """base: the identity of the model that the policy starts from. vocab_size: the tokenizer's."""
+        self.cfg, self.run, self.policy, self.base = cfg, run, policy, base
         self.vocab_size, self.dtype = vocab_size, training_dtype(cfg, run)
         self.model: GPT | None = None  # loaded when it is needed
         self.tables: dict[tuple[Path, str, int], Tensor] = {}  # by `key`: (rows, 2) float32
@@ -201,10 +201,10 @@ class Reference:
         """Fill the table of these rows at `indices`: from the file in the data folder, the rest computed now.
 
         All ranks share the work, and rank 0 writes the file. NaN marks an entry that no run has needed yet.
-        The file's name is a hash of everything that the numbers depend on: the weights, the data, block_size,
-        the dtype, and "shared prompt" for the method, because the method affects the last bits.
+        The file's name is a hash of everything that the numbers depend on: the base model, the data,
+        block_size, the dtype, and "shared prompt" for the method, because the method affects the last bits.
         """
-        identity = (self.base_hash, file_sha256(rows.data.folder / "meta.json"), rows.split, rows.T,
+        identity = (self.base, file_sha256(rows.data.folder / "meta.json"), rows.split, rows.T,
                     str(self.dtype), "shared prompt")
         name = hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
         path = rows.data.folder / f"reference_{name}.npy"
@@ -295,14 +295,14 @@ def main(argv: list[str]) -> int:
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # saved with every checkpoint
         # The model. Dropout would make the policy differ from the reference before the first step.
-        model, base_hash = chat_model(cfg, data.tokenizer, run, dropout=0.0)
+        model, identity = chat_model(cfg, data.tokenizer, run, dropout=0.0)
         if cfg.reference == "adapter_off" and isinstance(model, AdaptedGPT) and model.spec.tables:
             raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so new embeddings "
                             "are trained, which cannot be switched off; start from a model of sft.py")
-        # The policy and the reference start from the same weights, which base_hash names.
-        reference = Reference(cfg, model, base_hash, data.tokenizer.vocab_size, run)
+        # The policy and the reference start from the same model, which `identity` names.
+        reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
-        run.write_run_json(user_cfg, data=data.hashes(), base=base_hash)
+        run.write_run_json(user_cfg, data=data.hashes(), **identity)
         # The reference: every pair that training or evaluation reads. Later runs find the table in the data
         # folder, so only the first run on these pairs pays for it.
         for rows, indices in [*data.used(), *((r, np.arange(evaluation.pairs(r))) for r in evaluation.rows)]:

@@ -112,9 +112,9 @@ def main(argv: list[str]) -> int:
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
-        model, base_hash = chat_model(cfg, data.tokenizer, run)
+        model, identity = chat_model(cfg, data.tokenizer, run)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
-        run.write_run_json(user_cfg, data=data.hashes(), base=base_hash)
+        run.write_run_json(user_cfg, data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows")
             if rows.left_out:

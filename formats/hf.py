@@ -104,7 +104,8 @@ def find_folder(path: str | Path) -> Path:
 def base_folder(folder: Path, verify: bool = False) -> Path:
     """The folder of the model that an adapter belongs to.
 
-    Raises UserError if it is missing or an adapter itself. verify: also if its weights have changed.
+    Raises UserError if it is missing or an adapter itself. verify: also if its weights or its config have
+    changed.
     """
     base = peft.read_base(folder)
     try:
@@ -115,6 +116,8 @@ def base_folder(folder: Path, verify: bool = False) -> Path:
         raise UserError(f"{folder}: an adapter of {path}, which is an adapter too")
     if verify and base.get("sha256") not in (None, peft.weights_sha256(path)):
         raise UserError(f"{folder}: an adapter of {path}, whose weights have changed since")
+    if verify and base.get("config_sha256") not in (None, config_sha256(path)):
+        raise UserError(f"{folder}: an adapter of {path}, whose config.json has changed since")
     return path
 
 
@@ -130,10 +133,21 @@ def is_packed(folder: Path) -> bool:
     return "packing" in read_json(folder / "config.json")
 
 
-def teacher_sha256(folder: Path) -> str:
-    """The hash of everything that decides a teacher's outputs: its weights and its configuration."""
-    config = folder / (peft.CONFIG if peft.is_adapter(folder) else "config.json")
-    return hashlib.sha256((peft.weights_sha256(folder) + file_sha256(config)).encode()).hexdigest()
+def config_sha256(folder: Path) -> str:
+    """The hash of what decides a model's outputs besides its own weights.
+
+    That is config.json, with the rotary settings for example. For an adapter it is its settings, which
+    include the scale, and the whole base model.
+    """
+    if not peft.is_adapter(folder):
+        return file_sha256(folder / "config.json")
+    parts = file_sha256(folder / peft.CONFIG) + model_sha256(base_folder(folder))
+    return hashlib.sha256(parts.encode()).hexdigest()
+
+
+def model_sha256(folder: Path) -> str:
+    """The hash of everything that decides a model's outputs: its weights and `config_sha256`."""
+    return hashlib.sha256((peft.weights_sha256(folder) + config_sha256(folder)).encode()).hexdigest()
 
 
 # ---- config.json -> GPTConfig's fields --------------------------------------------------------------------

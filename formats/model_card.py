@@ -27,7 +27,7 @@ from typing import Any
 from configurator import UserError
 from formats import checkpoint, hf, markdown
 from formats.files import file_sha256, read_json, read_jsonl
-from formats.hf import GPTConfig, teacher_sha256
+from formats.hf import GPTConfig, model_sha256
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 
@@ -113,7 +113,7 @@ def lineage(model: str | None) -> list[RunSummary]:
             path = hf.find_folder(model)
         except UserError:  # its checkpoints were deleted
             break
-        if digest and digest not in (weights_sha256(path), teacher_sha256(path)):
+        if digest and digest not in (weights_sha256(path), model_sha256(path)):
             break
         out_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
         if out_dir is None or any(out_dir == run.out_dir for run in runs):  # the second is a circle

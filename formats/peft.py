@@ -1,7 +1,7 @@
 """LoRA adapters on disk, in PEFT's format: two small matrices for each adapted matrix of a model.
 
     out/sft/step_000300/  adapter_model.safetensors  adapter_config.json      what peft.PeftModel loads
-                          base.json                                           {"path", "sha256"} of its model
+                          base.json                 {"path", "sha256", "config_sha256"} of its base model
 
     write_adapter(folder, state, spec, base)                # state: our names, `...q_proj.lora_A`, `.lora_B`
     for name, tensor in merge_adapter(folder, tensors): ... # the base's tensors with the adapter added
@@ -60,7 +60,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, base: dict[str, str]) -> None:
-    """Write the three files. state: every tensor of the adapter by our name. base: {"path", "sha256"}."""
+    """Write the three files. state: every tensor of the adapter by our name. base: content of base.json."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base["path"],
               "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "bias": "none",
@@ -96,15 +96,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
 
 
 def read_base(folder: Path) -> dict[str, str]:
-    """{"path", and "sha256" if known} of the model that an adapter belongs to. Raises UserError if unknown.
+    """{"path", and if known "sha256" and "config_sha256"} of the model that an adapter belongs to.
 
-    base.json is ours. PEFT's own adapter_config.json names a path, but no hash.
+    base.json is ours. PEFT's own adapter_config.json names a path, but no hash. Raises UserError without a
+    path.
     """
     base = read_json(folder / BASE) or read_json(folder / CONFIG)
     path = base.get("path", base.get("base_model_name_or_path"))
     if not isinstance(path, str):
         raise UserError(f"{folder}: {BASE} and {CONFIG} name no base model")
-    return {"path": str(Path(path))} | ({"sha256": base["sha256"]} if "sha256" in base else {})
+    return {"path": str(Path(path))} | {k: base[k] for k in ("sha256", "config_sha256") if k in base}
 
 
 def merge_adapter(folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

@@ -1,6 +1,7 @@
 """sft.py as a whole: it learns, resumes bit-identically, and does not depend on micro-batches or ranks."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -226,8 +227,55 @@ def test_a_finished_adapter_can_be_merged_later(trained, chats, tmp_path):
     assert GPT.from_pretrained(tmp_path / "a" / "merged").config.vocab_size == 506
 
 
+def edited(folder, name, **changes):
+    """Change keys of a JSON file of a model folder, as somebody might with an editor."""
+    content = json.loads((folder / name).read_text())
+    (folder / name).write_text(json.dumps(content | changes))
+    (folder / "manifest.json").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("words", [[], LORA])
+def test_a_base_with_another_config_is_another_base(trained, chats, tmp_path, words):
+    """The weights stay the same, but rope_theta changes what they compute."""
+    base = shutil.copytree(hf.find_folder(trained), tmp_path / "base")
+    run(base, chats, tmp_path / "a", *words, "--max_steps=2")
+    edited(base, "config.json", rope_theta=5e5)
+    with pytest.raises(UserError, match="holds a run with other settings: base_config was"):
+        run(base, chats, tmp_path / "a", *words, "--max_steps=4")
+    if words:
+        with pytest.raises(UserError, match="an adapter of .*, whose config.json has changed since"):
+            GPT.from_pretrained(tmp_path / "a")
+
+
+def test_an_adapters_scale_and_base_are_part_of_a_base(trained, chats, tmp_path):
+    """sft.py continues from an adapter: everything that its outputs depend on counts."""
+    base = shutil.copytree(hf.find_folder(trained), tmp_path / "base")
+    run(base, chats, tmp_path / "adapter", "--lora_rank=2", "--max_steps=2", "--learning_rate=0.1")
+    adapter = hf.find_folder(tmp_path / "adapter")
+    run(adapter, chats, tmp_path / "a", "--max_steps=2")
+    edited(adapter, "adapter_config.json", lora_alpha=32.0)
+    with pytest.raises(UserError, match="other settings: base_config was"):
+        run(adapter, chats, tmp_path / "a", "--max_steps=4")
+    edited(adapter, "adapter_config.json", lora_alpha=16.0)
+    first = hf.model_sha256(adapter)
+    edited(base, "config.json", rope_theta=5e5)
+    assert hf.model_sha256(adapter) != first
+    with pytest.raises(UserError, match="other settings: base_config was"):
+        run(adapter, chats, tmp_path / "a", "--max_steps=4")
+
+
+def test_a_run_from_before_base_config_was_recorded_continues(trained, chats, tmp_path):
+    run(trained, chats, tmp_path / "a", "--max_steps=2")
+    path = tmp_path / "a" / "run.json"
+    content = json.loads(path.read_text())
+    recorded = content["identity"].pop("base_config")
+    path.write_text(json.dumps(content))
+    assert run(trained, chats, tmp_path / "a", "--max_steps=3")[-1]["step"] == 3
+    assert json.loads(path.read_text())["identity"]["base_config"] == recorded
+
+
 def test_overwriting_does_not_delete_the_model_to_start_from(trained, chats):
-    with pytest.raises(UserError, match="holds the model to start from"):
+    with pytest.raises(UserError, match="holds the model of init_from="):
         run(trained, chats, trained, "--overwrite=True")
     assert hf.find_folder(trained).is_dir()
 

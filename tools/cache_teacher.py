@@ -28,7 +28,7 @@ from distillation.divergences import DenseTeacher
 from distillation.teacher import load_teacher
 from distillation.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
 from formats import hf
-from formats.hf import teacher_sha256
+from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
 from modeling.devices import DTYPES, pick_device, to_device
 
@@ -94,7 +94,7 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> Callable[[np.nda
 def write_cache(cfg: CacheConfig, path: Path) -> None:
     """Write the cache of one data folder, or verify it if it is complete."""
     rows = open_rows(cfg, DataFolder(path))
-    identity = identity_of(rows, teacher_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask)
+    identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask)
     writer = CacheWriter(rows, cfg.spec, identity)
     done, start = writer.done, time.perf_counter()
     text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"

@@ -27,6 +27,7 @@ class RunConfig:
     seed: int = 1337  # seed of the weights, the data order and dropout
     # ---- Devices and precision
     device: str | None = None  # cpu, cuda, cuda:1 or mps; None picks the best one available
+    threads: int | None = None  # CPU threads of each process; None takes every core the process may use
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # None uses bfloat16 on cuda, else float32
     compile: bool | None = None  # torch.compile every block; None compiles on cuda if the run is long enough
     parallel: Literal["none", "ddp", "fsdp"] = "ddp"  # torchrun processes hold copies (ddp) or shards (fsdp)
@@ -60,18 +61,20 @@ class RunConfig:
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # also log to Weights & Biases
     wandb_project: str = "nanollama"  # Weights & Biases project
+    tensorboard: bool = False  # also log to out_dir/tensorboard (needs the package tensorboard)
     run_name: str | None = None  # Weights & Biases run name; None uses the name of out_dir
     # ---- Starting over
     overwrite: bool = False  # delete the checkpoints in out_dir and start over
 
     # Class attributes, not config fields: a script lists its own keys here.
+    model_keys: ClassVar[tuple[str, ...]] = ("init_from",)  # keys that name a model which the run reads
     stage_fixed: ClassVar[Set[str]] = frozenset()  # keys that a stage may not change
     resume_free: ClassVar[Set[str]] = frozenset()  # keys that may change when a run is resumed
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
         require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "max_steps",
-                         "learning_rate", "keep_checkpoints", "log_interval")
+                         "learning_rate", "keep_checkpoints", "log_interval", "threads")
         require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval",
                              "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks")
         for key in ("beta1", "beta2"):
@@ -83,4 +86,5 @@ class RunConfig:
 RESUMABLE_CHANGES = {"device", "parallel", "micro_batch_size", "compile", "reshard_after_forward",
                      "activation_checkpointing", "max_steps", "eval_interval", "save_interval",
                      "keep_checkpoints", "max_rollbacks", "log_interval", "wandb", "wandb_project",
+                     "tensorboard", "threads",
                      "run_name", "out_dir", "overwrite"}

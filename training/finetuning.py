@@ -1,7 +1,7 @@
 """What sft.py and dpo.py share: they start from a model, and may train only an adapter.
 
     cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
-    model, base_hash = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
+    model, identity = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
     fit(cfg.frozen_but_adapters(model), model, ...)
 
 The adapter itself is in training/lora.py.
@@ -73,17 +73,15 @@ class PostTrainingConfig(RunConfig):
         return dataclasses.replace(self, lr_multipliers=frozen | self.lr_multipliers, stages=stages)
 
 
-def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **changes: Any) -> tuple[GPT, str]:
-    """The model of cfg.init_from on the meta device, and the hash of the weights it starts from.
+def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
+               **changes: Any) -> tuple[GPT, dict[str, str]]:
+    """The model of cfg.init_from on the meta device, and the identity of what it starts from, for run.json.
 
     tokenizer: the data's; the model grows by its chat tokens. changes: fields of the GPTConfig to replace.
     The model is an AdaptedGPT if cfg.lora_rank is set. Raises UserError if the data was made with another
     tokenizer, or if rows are longer than the model's context.
     """
     folder = hf.find_folder(cfg.init_from)
-    if cfg.overwrite and folder.resolve().is_relative_to(Path(cfg.out_dir).resolve()):
-        raise UserError(f"overwrite=True: out_dir={cfg.out_dir} holds the model to start from; "
-                        "give another --out_dir")
     before = Tokenizer.load(folder)
     if tokenizer.definition not in (before.definition, with_chat_tokens(before).definition):
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
@@ -94,18 +92,20 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run, **change
             raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
                             f"{fields['block_size']} tokens")
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
-    base_hash = run.run_on_rank0(lambda: peft.weights_sha256(folder))
+    identity = run.run_on_rank0(
+        lambda: {"base": peft.weights_sha256(folder), "base_config": hf.config_sha256(folder)})
     text = ""
     with torch.device("meta"):
         model = GPT(GPTConfig(**fields))
         if cfg.lora_rank:
-            model = with_adapter(cfg, model, folder, base_hash)
+            model = with_adapter(cfg, model, folder, identity)
             text = f"; {model.num_saved():,} of them are trained"
     run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
-    return model, base_hash
+    return model, identity
 
 
-def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: str) -> AdaptedGPT:
+def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path,
+                 identity: dict[str, str]) -> AdaptedGPT:
     """The model with a new adapter. Raises UserError if PEFT cannot represent one for this architecture."""
     if hf.architecture(plain.config) in ("gpt2", "nanollama"):
         raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
@@ -119,7 +119,8 @@ def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path, base_hash: s
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
     spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
                             targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
-    base = {"path": str(folder.resolve()), "sha256": base_hash}
+    base = {"path": str(folder.resolve()), "sha256": identity["base"],
+            "config_sha256": identity["base_config"]}
     return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 

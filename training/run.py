@@ -4,8 +4,9 @@
         run.write_run_json(cfg, data=sha256)     # ... and refuses changed data
         run.print("text"); run.log({"step": 10, "loss": 3.2}); run.sum([count])
 
-Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl (the log). The keys of the configuration
-are in training/config.py; the training itself is in loop.py.
+Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl (the log), and mirrors the log to Weights
+& Biases and TensorBoard if the user wants that. The keys of the configuration are in training/config.py; the
+training itself is in loop.py.
 """
 
 import atexit
@@ -13,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import secrets
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -24,13 +26,18 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, differences
+from configurator import UserError, differences, version
+from formats import hf
 from formats.checkpoint import clean_tmp, read_pointers, remove_checkpoints, step_folders
-from formats.files import lock_path, path_in_errors, read_jsonl, write_json, write_text
+from formats.files import lock_path, path_in_errors, read_json, read_jsonl, write_json, write_text
+from formats.model_card import commit
+from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
 from modeling.devices import device_name, emulates_bfloat16, pick_device
 from training.config import RESUMABLE_CHANGES, RunConfig
 from training.stages import stage_configs
+
+ROOT = Path(__file__).resolve().parent.parent  # the folder of the code
 
 
 @dataclass
@@ -43,6 +50,8 @@ class Run:
     world_size: int = 1
     tokenizer: Tokenizer | None = None  # saved with every checkpoint
     wandb: Any = None  # rank 0's Weights & Biases run
+    writer_class: Any = None  # torch's SummaryWriter with tensorboard=True
+    tensorboard: Any = None  # rank 0's SummaryWriter, from `truncate_log` on
     lock: int | None = None  # `lock_path` of out_dir, while this process holds it
     stop_signal: int = 0  # SIGINT or SIGTERM after one arrived; the loop then saves and exits
     rollbacks: int = 0  # times this process returned to a checkpoint
@@ -66,16 +75,23 @@ class Run:
             sys.stdout.flush()
 
     def log(self, event: dict[str, Any]) -> None:
-        """Append one event to metrics.jsonl, unrounded, and mirror it to wandb."""
+        """Append one event to metrics.jsonl, unrounded, and mirror it to wandb and TensorBoard."""
         if self.rank == 0:
             path = self.out_dir / "metrics.jsonl"
             with path_in_errors(path), open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(event) + "\n")
             if self.wandb is not None:
-                self.wandb.log({k: v for k, v in event.items() if k != "step"}, step=event["step"])
+                self.wandb.log(event)  # "step" is its x axis (start_wandb)
+            if self.tensorboard is not None:
+                for key, value in event.items():
+                    if key != "step" and value is not None:
+                        self.tensorboard.add_scalar(key, value, event["step"])
+                self.tensorboard.flush()
 
     def truncate_log(self, step: int) -> None:
-        """Delete the events after `step`, because a resumed run computes them again."""
+        """Delete the events after `step`, because a resumed run computes them again. Rank 0 calls it."""
+        if self.writer_class is not None:  # purge_step makes TensorBoard hide what an earlier writer wrote
+            self.tensorboard = self.writer_class(str(self.out_dir / "tensorboard"), purge_step=step + 1)
         path = self.out_dir / "metrics.jsonl"
         if self.rank == 0 and path.is_file():
             write_text(path, "".join(json.dumps(event) + "\n" for event in self.events()
@@ -106,20 +122,31 @@ class Run:
             dist.all_gather_object(values, value)
         return values
 
-    def write_run_json(self, cfg: RunConfig, **identity: Any) -> None:
+    def write_run_json(self, cfg: RunConfig, dataset_tokens: dict[str, int], **identity: Any) -> None:
         """Write run.json: the configuration as the user gave it, and what else must not change on a resume.
 
-        identity: hashes of the data and of other models that the run reads. Raises UserError if out_dir holds
-        a run with another identity. Call it after all other checks, because it carries out overwrite=True.
+        dataset_tokens: training tokens per data folder, for the reader. identity: hashes of the data and of
+        other models that the run reads. Raises UserError if out_dir holds a run with another identity, or if
+        wandb or TensorBoard cannot start. Call it after all other checks, because it carries out
+        overwrite=True.
         """
         def compare_and_write() -> None:
             path = self.out_dir / "run.json"
+            if can_resume(self.out_dir) and not cfg.overwrite:
+                refuse_changes(self.out_dir, read_run(path)["identity"], identity)
+            content = {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
+                "python": sys.version.split()[0], "torch": torch.__version__},
+                "version": version(), "commit": commit(), "dataset_tokens": dataset_tokens}
+            if cfg.tensorboard:
+                self.writer_class = tensorboard_writer()
+            # Also a run without wandb keeps the entry, for a later resume with it.
+            old = None if cfg.overwrite else read_json(path).get("wandb")
+            if cfg.wandb:
+                self.wandb = start_wandb(cfg, old)
+                old = {"id": self.wandb.id, "url": self.wandb.url}
             if cfg.overwrite:
                 remove_checkpoints(self.out_dir)
-            elif can_resume(self.out_dir):
-                refuse_changes(self.out_dir, read_run(path)["identity"], identity)
-            write_json(path, {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
-                "python": sys.version.split()[0], "torch": torch.__version__}})
+            write_json(path, content | ({"wandb": old} if old else {}))
 
         self.run_on_rank0(compare_and_write)
 
@@ -201,16 +228,52 @@ def refuse_changed_keys(cfg: RunConfig, out_dir: Path) -> None:
                        {k: v for k, v in new.items() if k not in free})
 
 
+def require_own_folder(cfg: RunConfig, out_dir: Path) -> None:
+    """Raises UserError if out_dir is a model or a data set, or contains a model that a new run would read.
+
+    A new run removes checkpoints from out_dir, at the start (overwrite=True) or later (keep_checkpoints).
+    """
+    if (out_dir / "meta.json").exists():
+        raise UserError(f"out_dir={cfg.out_dir}: holds a data set; a run needs a folder of its own")
+    if can_resume(out_dir) and not cfg.overwrite:
+        return  # not a new run
+    if hf.is_model(out_dir):
+        raise UserError(f"out_dir={cfg.out_dir}: holds a model; a run needs a folder of its own")
+    for key in cfg.model_keys:
+        if source := getattr(cfg, key):
+            folder = hf.find_folder(source)
+            for model in [folder, *([hf.base_folder(folder)] if is_adapter(folder) else [])]:
+                # With symlinks resolved and unresolved: either may be deleted.
+                if any(out_dir.samefile(parent) for path in (model.absolute(), model.resolve())
+                       for parent in path.parents):
+                    raise UserError(f"out_dir={cfg.out_dir}: holds the model of {key}={source}; "
+                                    "give another --out_dir")
+
+
+def refuse_out_dir(out_dir: Path) -> None:
+    """Raises UserError if out_dir cannot be a folder of checkpoints."""
+    path = out_dir.resolve()
+    if path in {Path("/"), Path.home().resolve(), ROOT, *ROOT.parents}:
+        raise UserError(f"out_dir={out_dir}: a run needs a folder of its own, such as out/base")
+    for each in (path, *path.parents):
+        if each.exists():
+            if not each.is_dir():
+                raise UserError(f"out_dir={out_dir}: {each} is a file, not a folder")
+            if not os.access(each, os.W_OK):
+                raise UserError(f"out_dir={out_dir}: no permission to write in {each}")
+            return
+
+
 def claim_folder(cfg: RunConfig, run: Run) -> None:
     """Lock out_dir, and compare this configuration with the run in it, if there is one. Rank 0 only."""
+    refuse_out_dir(run.out_dir)
     run.out_dir.mkdir(parents=True, exist_ok=True)
     run.lock = lock_path(run.out_dir / ".lock")
     if run.lock is None:
         raise UserError(f"out_dir={cfg.out_dir}: another process is training here")
     try:
+        require_own_folder(cfg, run.out_dir)
         clean_tmp(run.out_dir)
-        if (run.out_dir / "meta.json").exists():
-            raise UserError(f"out_dir={cfg.out_dir}: holds a data set; a run needs a folder of its own")
         if not cfg.overwrite:
             read_pointers(run.out_dir)  # raises UserError if checkpoints.json is damaged
             refuse_changed_keys(cfg, run.out_dir)
@@ -242,18 +305,37 @@ def check_ranks(cfg: RunConfig, run: Run) -> None:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
 
 
-def start_wandb(cfg: RunConfig) -> Any:
-    """Start a Weights & Biases run. Raises UserError if the package or the account is missing."""
+def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
+    """Start a Weights & Biases run, or continue that of run.json: old is its {"id", "url"}, or None.
+
+    Raises UserError if the package or the account is missing.
+    """
     try:
         import wandb
     except ImportError:
         raise UserError("wandb=True: needs the package wandb (pip install wandb)") from None
+    # One run per out_dir: wandb keeps the id over restarts of this program.
+    identifier = str(old["id"]) if isinstance(old, dict) and old.get("id") else secrets.token_hex(4)
     try:
-        return wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name,
-                          dir=cfg.out_dir, config=dataclasses.asdict(cfg))
+        run = wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name,
+                         dir=cfg.out_dir, config=dataclasses.asdict(cfg), id=identifier, resume="allow")
     except wandb.Error as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"wandb=True: {reason} (WANDB_MODE=offline logs without an account)") from None
+    # wandb drops events whose own step counter does not grow. After a rollback ours goes back, so it is a
+    # metric like the others, and the x axis of all of them.
+    run.define_metric("step")
+    run.define_metric("*", step_metric="step")
+    return run
+
+
+def tensorboard_writer() -> Any:
+    """torch's SummaryWriter. Raises UserError if the package tensorboard is missing."""
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise UserError("tensorboard=True: needs the package tensorboard (pip install tensorboard)") from None
+    return SummaryWriter
 
 
 def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:
@@ -271,8 +353,6 @@ def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:
     run.run_on_rank0(lambda: claim_folder(cfg, run))
     if run.device.type == "cuda" and cfg.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # the few float32 products of a bfloat16 run may use TF32
-    if cfg.wandb and run.rank == 0:
-        run.wandb = start_wandb(cfg)
     run.print(f"run       {cfg.out_dir} on {run.world_size} x {device_name(run.device)}")
     if changed := differences(cfg):
         run.print("changed   " + "  ".join(f"{key}={value}" for key, value in changed.items()))

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 import sft
 from configurator import UserError
 from formats import checkpoint, hf
-from formats.hf import teacher_sha256
+from formats.hf import model_sha256
 from formats.model_card import Card, commit, lineage, shown
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
@@ -181,7 +181,7 @@ def test_the_lineage_ends_where_the_weights_have_changed(change, copied, trained
 def test_a_student_cut_from_its_teacher_follows_it(copied, trained):
     run_json = json.loads((copied / "run.json").read_text())
     run_json["config"] |= {"init_from": None, "teacher": str(trained), "student_layers": "last:1"}
-    for digest, names in ((teacher_sha256(hf.find_folder(trained)), ["trained", "chatty"]),
+    for digest, names in ((model_sha256(hf.find_folder(trained)), ["trained", "chatty"]),
                           ("of another", ["chatty"])):
         run_json["identity"] = {"data": {}, "teacher": digest}
         (copied / "run.json").write_text(json.dumps(run_json))

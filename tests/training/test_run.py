@@ -1,6 +1,7 @@
 """training/run.py: stages, a run's folder, its log, and what it refuses."""
 
 import json
+import re
 import shutil
 import sys
 import types
@@ -14,9 +15,15 @@ import modeling.devices
 import train
 import training.run
 from configurator import UserError, configure
+from formats import checkpoint, hf
 from formats.files import write_json
+from formats.peft import AdapterSpec
+from formats.tokenizer import Tokenizer
 from loop import RunConfig, plan_stages, start_run
+from model import GPT
+from tests.conftest import TINY_RUN
 from tests.runs import events, losses, run, stop_at_step
+from training.lora import AdaptedGPT
 from training.stages import with_steps
 
 
@@ -247,3 +254,47 @@ def test_wandb_mirrors_the_log(data, tmp_path, monkeypatch):
     fake.init = without_key
     with pytest.raises(UserError, match="api_key not configured .WANDB_MODE=offline"):
         run(data, tmp_path / "b", "--max_steps=2", "--wandb=True")
+
+
+@pytest.mark.parametrize("how", ["out_dir", "step", "best step of a link", "linked step", "relative", "base"])
+def test_a_model_to_start_from_is_never_removed(trained, data, tmp_path, monkeypatch, how):
+    """With overwrite=True too. init_from names the out_dir, a step in it, a link, or an adapter of its model."""
+    own = shutil.copytree(trained, tmp_path / "own", symlinks=True)
+    step = checkpoint.step_folders(own)[-1]
+    source, out = str(own), str(own)
+    if how == "step":
+        source = str(step)
+    if how == "best step of a link":
+        source = str(tmp_path / "link")
+        Path(source).symlink_to(own)
+    if how == "linked step":  # the step itself is a link to a folder elsewhere
+        step.rename(tmp_path / "elsewhere")
+        step.symlink_to(tmp_path / "elsewhere")
+        source = str(step)
+    if how == "relative":
+        (tmp_path / "below").mkdir()
+        monkeypatch.chdir(tmp_path / "below")
+        source, out = f"../own/{step.name}", "../below/../own"
+    if how == "base":
+        source = str(tmp_path / "adapter")
+        model = GPT.from_pretrained(step)
+        spec = AdapterSpec(2, 4.0, 0.0, ("q_proj",), False)
+        AdaptedGPT(model.config, spec, {"path": str(step)}).save_pretrained(source)
+        Tokenizer.load(step).save(Path(source))
+    before = {path.relative_to(own): path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    words = [word for word in TINY_RUN if not word.startswith(("--n_", "--inter"))]
+    with pytest.raises(UserError, match=f"out_dir={re.escape(out)}: holds the model of init_from="):
+        train.main([*words, f"--dataset={data}", f"--init_from={source}", f"--out_dir={out}",
+                    "--overwrite=True"])
+    after = {path.relative_to(own): path.read_bytes() for path in own.rglob("*") if path.is_file()}
+    after.pop(Path(".lock"), None), before.pop(Path(".lock"), None)
+    assert after == before
+
+
+def test_a_run_needs_a_folder_that_is_no_model(trained, data):
+    folder = hf.find_folder(trained)
+    words = [word for word in TINY_RUN if not word.startswith(("--n_", "--inter"))]
+    for more in ([], ["--overwrite=True"]):
+        with pytest.raises(UserError, match="holds a model; a run needs a folder of its own"):
+            train.main([*words, f"--dataset={data}", f"--init_from={folder}", f"--out_dir={folder}", *more])
+    assert checkpoint.find_corruption(folder) is None
