@@ -20,15 +20,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench import harness
-from bench.measure import BenchConfig, in_turns, run_child, text_table
-from configurator import UserError, require, require_positive
+from bench import harness, post
+from bench.measure import BenchConfig, in_turns, numbers, run_child, text_table
+from configurator import UserError, require_positive
 from eval import TASKS
 from evals.benchmarks import read
 from evals.lm import LM
 from formats import hf
 from formats.tokenizer import Tokenizer
-from model import GPT, GPTConfig
 
 NEAR_TIE = 1e-4  # nats between the two best choices
 
@@ -46,8 +45,7 @@ class Config(BenchConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "limit", "block_size")
-        valid = all(size.isdigit() and int(size) for size in self.batch_sizes.split(","))
-        require(self, "batch_sizes", valid, "positive numbers separated by commas, such as 1,4,16")
+        numbers(self, "batch_sizes")
 
 
 # ---- The arms, each in a process of its own ---------------------------------------------------------------
@@ -86,12 +84,8 @@ def write_model(cfg: Config, folder: Path) -> None:
     if cfg.model:
         shutil.copytree(hf.find_folder(cfg.model), folder)
         return
-    text = [row["question"] for row in read(cfg.data, "mmlu", "")]
-    tokenizer = Tokenizer.train(text, 8192)
-    model = GPT(GPTConfig(vocab_size=tokenizer.vocab_size, n_layer=6, n_embd=320, n_head=5,
-                          intermediate_size=1024, block_size=cfg.block_size))
-    model.save_pretrained(folder, eos_token_id=tokenizer.eot_id)
-    tokenizer.save(folder)
+    tokenizer = Tokenizer.train([row["question"] for row in read(cfg.data, "mmlu", "")], 8192)
+    post.write_model(folder, tokenizer, n_layer=6, n_embd=320, block_size=cfg.block_size)
 
 
 def measure(cfg: Config) -> dict[str, Any]:
@@ -106,9 +100,9 @@ def measure(cfg: Config) -> dict[str, Any]:
         parameters = LM(str(model), "cpu").model.num_parameters()
         results = {}
         for name in names:
-            tried = {size: run_child(harness.run, str(model), str(few), few_tasks[name], int(size))
-                     ["seconds"]["asking"] for size in cfg.batch_sizes.split(",")}
-            best = int(min(tried, key=tried.__getitem__))
+            tried = {size: run_child(harness.run, str(model), str(few), few_tasks[name], size)
+                     ["seconds"]["asking"] for size in numbers(cfg, "batch_sizes")}
+            best = min(tried, key=tried.__getitem__)
             runs = in_turns({
                 "ours": functools.partial(run_child, run_ours, str(model), str(full), name),
                 "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks[name], best),

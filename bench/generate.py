@@ -2,7 +2,7 @@
 
     python -m bench generate --nanogpt=../nanoGPT
     python -m bench generate --nanogpt=../nanoGPT --batch_size=16 --compile=True
-    python -m bench generate --device=cuda --n_layer=12 --n_embd=768 --n_head=12 --vocab_size=50257
+    python -m bench generate --device=cuda --size=124m --batch_size=1
 
 One call reads the prompts and generates max_new_tokens for each. First checks, in float32: transformers
 generates our tokens from the folder we save, and nanoGPT (with GPT-2's GELU) generates the tokens of our
@@ -17,15 +17,15 @@ import copy
 import functools
 import time
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from bench import peers
 from bench.machine import copy_arm, gemv_arm
-from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, count_parameters, require_equal_tokens
+from bench.measure import baselines, row, start, time_in_turns, timing_table
+from bench.peers import ModelConfig, count_parameters, require_equal_tokens
 from configurator import UserError
 from generation.generate import Sampling, generate
 from modeling.devices import DTYPES
@@ -35,30 +35,23 @@ TWINS = peers.TWINS | {COMPILED: "our Llama"}  # {arm: the model that must gener
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PeerConfig):
-    n_layer: int = 4  # number of blocks
-    n_head: int = 4  # number of heads
-    n_embd: int = 256  # width
-    vocab_size: int = 4096  # number of token ids
-    block_size: int = 512  # context length in tokens
-    batch_size: int = 1  # number of prompts at a time
+class Config(ModelConfig):
+    size: Literal["readme", "4m", "124m", "1.1b"] = "4m"  # sets the defaults of n_layer .. batch_size
     prompt_tokens: int = 16  # length of each prompt
     max_new_tokens: int = 256  # tokens generated per prompt
-    compile: bool | None = None  # also time our Llama with a compiled step; None: on cuda
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.prompt_tokens + self.max_new_tokens > self.block_size:
-            raise UserError(f"block_size={self.block_size}: must be at least prompt_tokens + max_new_tokens")
+        T = self.sizes()["block_size"]
+        if self.prompt_tokens + self.max_new_tokens > T:
+            raise UserError(f"block_size={T}: must be at least prompt_tokens + max_new_tokens")
 
 
 def make_models(cfg: Config, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
     """{arm: its model}, all in float32 with random weights, and notes on what is left out."""
-    shape = Shape(n_layer=cfg.n_layer, n_head=cfg.n_head, n_embd=cfg.n_embd, block_size=cfg.block_size,
-                  vocab_size=cfg.vocab_size)
-    models, notes = peers.make_models(shape, cfg.nanogpt)
+    models, notes = peers.make_models(cfg)
     models = {name: enlarge(model).to(device).eval() for name, model in models.items()}
-    if cfg.compile or (cfg.compile is None and device.type == "cuda"):
+    if cfg.compiles(device):
         models[COMPILED] = copy.deepcopy(models["our Llama"])
         models[COMPILED].compiled_steps = True
     return models, notes
@@ -105,19 +98,19 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time every arm. UserError if the tokens differ."""
     device, dtype = start(cfg)
     models, notes = make_models(cfg, device)
-    prompts = torch.randint(cfg.vocab_size, (cfg.batch_size, cfg.prompt_tokens),
-                            generator=torch.Generator().manual_seed(0)).to(device)
+    V, B = (cfg.sizes()[key] for key in ("vocab_size", "batch_size"))
+    prompts = torch.randint(V, (B, cfg.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     checks = check(models, prompts, cfg.max_new_tokens)
     arms = {name: functools.partial(generate_tokens, name, model.to(DTYPES[dtype]), prompts,
                                     cfg.max_new_tokens) for name, model in models.items()}
-    arms["gemv"] = gemv_arm(models["our Llama"], cfg.batch_size)
+    arms["gemv"] = gemv_arm(models["our Llama"], B)
     arms["copy"], copied = copy_arm(device)
     timings = time_in_turns(arms, cfg.rounds, device, cfg.seconds)
     gemv, copying = (min(timings[limit].seconds) for limit in ("gemv", "copy"))
     relative_to = baselines(timings, "nanoGPT", "transformers")
     rows = [row(name, dtype, timings[name], relative_to, cfg.max_new_tokens * gemv / timings[name].median,
                 parameters=count_parameters(model)) for name, model in models.items()]
-    return {"tokens_per_call": cfg.batch_size * cfg.max_new_tokens, "batch_size": cfg.batch_size,
+    return {"tokens_per_call": B * cfg.max_new_tokens, "batch_size": B,
             "checks": checks, "gemv_seconds_per_step": gemv,
             "weight_bytes": models["our Llama"].num_parameters() * DTYPES[dtype].itemsize,
             "copy_bytes_per_second": copied / copying, "notes": notes, "arms": rows}

@@ -28,9 +28,9 @@ from typing import Any, Literal, TypeVar
 
 import torch
 
-from configurator import UserError, configure, require_positive
+from configurator import UserError, configure, require, require_positive
 from formats.files import write_json
-from modeling.devices import pick_device
+from modeling.devices import device_name, pick_device
 
 Result = TypeVar("Result")
 
@@ -64,11 +64,18 @@ class PeerConfig(DeviceConfig):
 
     dtype: Literal["float32", "bfloat16"] | None = None  # dtype of the computation; None: bfloat16 on cuda
     seconds: float = 0.5  # approximate length of one turn; the work is repeated to fill it
-    nanogpt: str | None = None  # folder with nanoGPT's model.py; None leaves nanoGPT out
 
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "seconds")
+
+
+def numbers(cfg: BenchConfig, key: str) -> list[int]:
+    """The numbers of a key such as "1,4,16". UserError if they are not positive whole numbers."""
+    texts = getattr(cfg, key).split(",")
+    valid = all(text.isdecimal() and int(text) for text in texts)
+    require(cfg, key, valid, "positive whole numbers separated by commas")
+    return [int(text) for text in texts]
 
 
 def start(cfg: PeerConfig) -> tuple[torch.device, str]:
@@ -231,22 +238,20 @@ def run_benchmark(name: str, config: type, measure: Callable, report: Callable, 
     results = measure(cfg)
     print(report(results))
     if cfg.json:
-        machine = versions(cfg.device, cfg.threads) if isinstance(cfg, DeviceConfig) else versions()
-        write_json(Path(cfg.json), {"command": f"python -m {name} {' '.join(argv)}", "versions": machine,
-                                    **results})
+        command = f"python -m {name} {' '.join(argv)}"
+        write_json(Path(cfg.json), {"command": command, "versions": versions(cfg), **results})
     return results
 
 
-def versions(device: str | None = None, threads: int | None = None) -> dict[str, Any]:
-    """The machine, and the versions of the packages that the results depend on."""
+def versions(cfg: Any) -> dict[str, Any]:
+    """The machine, the versions of the packages that the results depend on, and the clock."""
     packages = ("torch", "transformers", "numpy", "tiktoken", "tokenizers")
     described = {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} cores",
                  **{name: version(name) for name in packages}}
-    if device is not None:
-        place = pick_device(device)
-        name = torch.cuda.get_device_name(place) if place.type == "cuda" else "cpu"
-        described |= {"device": name, "threads": threads,
-                      "clock": "wall" if place.type == "cuda" else "process CPU time"}
+    if isinstance(cfg, DeviceConfig):
+        device = pick_device(cfg.device)
+        described |= {"device": device_name(device), "threads": cfg.threads,
+                      "clock": "wall" if device.type == "cuda" else "process CPU time"}
     return described
 
 

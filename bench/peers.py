@@ -1,6 +1,6 @@
 """The peers (nanoGPT from a folder of the user, transformers from PyPI) and our models at the same size.
 
-    models, notes = make_models(shape, "../nanoGPT")
+    models, notes = make_models(cfg)
     models["nanoGPT"]        # the GPT of its model.py, with its own initialisation
     models["our GPT-2"]      # our class in GPT-2's settings, with nanoGPT's weights
     models["our Llama"]      # our class with its default settings
@@ -20,17 +20,24 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.measure import PeerConfig
 from configurator import UserError
 from formats.hf import VOCABULARY_TABLES, from_hf
 from model import GPT, GPTConfig
 
+SIZES = {  # nanoGPT's README for a CPU; about 4 M parameters; GPT-2; config/train_nanollama_1b.py
+    "readme": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch_size=12),
+    "4m": dict(n_layer=4, n_head=4, n_embd=256, block_size=512, vocab_size=4096, batch_size=1),
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch_size=12),
+    "1.1b": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, block_size=4096, vocab_size=32000,
+                 intermediate_size=5632, tie_embeddings=False, batch_size=4)}
 TWINS = {"nanoGPT": "our GPT-2", "transformers": "our Llama"}  # {peer: our model with its weights}
 
 
@@ -52,6 +59,34 @@ class Shape:
         """True if nanoGPT can have this size: it ties its tables, and its MLP is 4 n_embd wide."""
         grouped = self.n_kv_head not in (None, self.n_head)
         return self.tie_embeddings and not grouped and self.intermediate_size is None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(PeerConfig):
+    """The keys of the subjects that compare models with nanoGPT and transformers."""
+
+    nanogpt: str | None = None  # folder with nanoGPT's model.py; None leaves nanoGPT out
+    size: Literal["readme", "4m", "124m", "1.1b"] = "readme"  # sets the defaults of the next seven keys
+    n_layer: int | None = None  # number of blocks
+    n_head: int | None = None  # number of query heads
+    n_kv_head: int | None = None  # number of key and value heads; fewer than n_head leaves nanoGPT out
+    n_embd: int | None = None  # width
+    block_size: int | None = None  # context length in tokens
+    vocab_size: int | None = None  # number of token ids
+    batch_size: int | None = None  # rows or prompts at a time
+    compile: bool | None = None  # also time compiled arms; None: on cuda
+
+    def sizes(self) -> dict[str, Any]:
+        """The sizes that the user set, and the defaults of `size` for the others."""
+        user_sizes = {key: value for key, value in vars(self).items()
+                      if key in SIZES["1.1b"] and value is not None}
+        return SIZES[self.size] | user_sizes
+
+    def shape(self) -> Shape:
+        return Shape(**{key: value for key, value in self.sizes().items() if key != "batch_size"})
+
+    def compiles(self, device: torch.device) -> bool:
+        return device.type == "cuda" if self.compile is None else self.compile
 
 
 def nanogpt_parameters(shape: Shape) -> int:
@@ -106,12 +141,12 @@ def nanogpt_model(module: ModuleType, shape: Shape) -> nn.Module:
 @contextlib.contextmanager
 def tanh_gelu(model: nn.Module) -> Iterator[None]:
     """Inside, nn.GELU computes GPT-2's tanh approximation."""
-    changed = [(module, module.approximate) for module in model.modules() if isinstance(module, nn.GELU)]
-    for module, _ in changed:
-        module.approximate = "tanh"
+    layers = [module for module in model.modules() if isinstance(module, nn.GELU)]
+    for layer in layers:
+        layer.approximate = "tanh"
     yield
-    for module, before in changed:
-        module.approximate = before
+    for layer in layers:
+        layer.approximate = "none"
 
 
 @torch.no_grad()
@@ -168,16 +203,16 @@ def transformers_twin(ours: GPT) -> nn.Module:
 
 # ---- All models -------------------------------------------------------------------------------------------
 
-def make_models(shape: Shape, nanogpt: str | None) -> tuple[dict[str, nn.Module], list[str]]:
+def make_models(cfg: ModelConfig) -> tuple[dict[str, nn.Module], list[str]]:
     """{name: model} on the CPU in float32, with random weights, and notes on what is left out."""
     models: dict[str, nn.Module] = {}
-    notes = []
-    if nanogpt is None:
+    notes, shape = [], cfg.shape()
+    if cfg.nanogpt is None:
         notes.append("nanoGPT is left out: --nanogpt=DIR sets its folder")
     elif not shape.has_twin:
         notes.append("nanoGPT is left out: it has no grouped heads, untied tables or other MLPs")
     else:
-        models["nanoGPT"] = nanogpt_model(load_nanogpt(nanogpt), shape)
+        models["nanoGPT"] = nanogpt_model(load_nanogpt(cfg.nanogpt), shape)
     llama = GPT(llama_config(shape))
     models |= {"transformers": transformers_twin(llama), "our Llama": llama}
     if shape.has_twin:
@@ -204,7 +239,6 @@ def require_equal_tokens(what: str, ours: list[list[int]], theirs: list[list[int
     """The number of tokens and of distinct ones, for the JSON. UserError names the first that differs."""
     for row, (one, two) in enumerate(zip(ours, theirs, strict=True)):
         if one != two:
-            place = next((i for i, pair in enumerate(zip(one, two, strict=False)) if pair[0] != pair[1]),
-                         min(len(one), len(two)))
+            place = [mine == token for mine, token in zip(one, two, strict=True)].index(False)
             raise UserError(f"{what}: token {place} of row {row} differs from ours; nothing was timed")
     return {"tokens": sum(map(len, ours)), "distinct": len(set(sum(ours, [])))}

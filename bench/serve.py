@@ -37,7 +37,7 @@ import export
 from bench import llama_cpp
 from bench.generate import generate_tokens
 from bench.machine import status_megabytes
-from bench.measure import DeviceConfig, children_in_turns, now, text_table
+from bench.measure import DeviceConfig, children_in_turns, now, numbers, text_table
 from bench.peers import load_transformers
 from configurator import UserError, require, require_positive
 from dataset.shards import DataFolder
@@ -60,14 +60,13 @@ class Config(DeviceConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        valid = all(size.isdecimal() and int(size) for size in self.batch_sizes.split(","))
-        require(self, "batch_sizes", valid, "whole numbers separated by commas")
+        numbers(self, "batch_sizes")
         require(self, "max_new_tokens", self.max_new_tokens > 1, "at least 2 (the first is timed alone)")
         require_positive(self, "prompt_tokens", "eval_tokens")
 
     @property
     def sizes(self) -> list[int]:
-        return [int(size) for size in self.batch_sizes.split(",")]
+        return numbers(self, "batch_sizes")
 
     @property
     def formats(self) -> dict[str, list[str]]:

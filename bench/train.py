@@ -37,8 +37,8 @@ from torch import Tensor, nn
 
 from bench import peers
 from bench.machine import matmul_arms, matmul_peak
-from bench.measure import PeerConfig, baselines, row, start, time_in_turns, timing_table
-from bench.peers import Shape, count_parameters, nanogpt_batch, require_close
+from bench.measure import baselines, row, start, time_in_turns, timing_table
+from bench.peers import ModelConfig, count_parameters, nanogpt_batch, require_close
 from configurator import UserError
 from loop import TrainState, enter_stage, next_batches, prefetch, train_step
 from modeling.devices import DTYPES, emulates_bfloat16
@@ -47,34 +47,14 @@ from train import TrainConfig, batches_at, next_token_loss
 from training.run import Run
 from training.staged_data import StagedData
 
-SIZES = {  # nanoGPT's README for a CPU; GPT-2; config/train_nanollama_1b.py
-    "readme": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch_size=12),
-    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch_size=12),
-    "1.1b": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, block_size=4096, vocab_size=32000,
-                 intermediate_size=5632, tie_embeddings=False, batch_size=4)}
 KINDS = ("nanoGPT", "transformers", "our Llama", "our Llama, Muon", "our GPT-2")
 RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0  # nanoGPT's README run; the same for all arms
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(PeerConfig):
+class Config(ModelConfig):
     dtype: Literal["float32", "bfloat16", "both"] | None = None  # None: both on the CPU, bfloat16 on cuda
-    size: Literal["readme", "124m", "1.1b"] = "readme"  # sets the defaults of the next seven keys
-    n_layer: int | None = None  # number of blocks
-    n_head: int | None = None  # number of query heads
-    n_kv_head: int | None = None  # number of key and value heads; fewer than n_head leaves nanoGPT out
-    n_embd: int | None = None  # width
-    block_size: int | None = None  # tokens per row
-    vocab_size: int | None = None  # number of token ids
-    batch_size: int | None = None  # rows per step
-    compile: bool | None = None  # also time compiled arms; None: on cuda
     arms: str = ""  # time only the arms whose name matches this regular expression
-
-    def sizes(self) -> dict[str, Any]:
-        """The sizes that the user set, and the defaults of `size` for the others."""
-        user_sizes = {key: value for key, value in vars(self).items()
-                      if key in SIZES["1.1b"] and value is not None}
-        return SIZES[self.size] | user_sizes
 
 
 # ---- Models and data --------------------------------------------------------------------------------------
@@ -84,10 +64,8 @@ class Setup:
 
     def __init__(self, cfg: Config, device: torch.device, scratch: Path):
         self.cfg, self.device, self.scratch = cfg, device, scratch
-        sizes = cfg.sizes()
-        self.batch_size = sizes.pop("batch_size")
-        self.shape = Shape(**sizes)
-        self.models, self.notes = peers.make_models(self.shape, cfg.nanogpt)  # on the CPU
+        self.shape, self.batch_size = cfg.shape(), cfg.sizes()["batch_size"]
+        self.models, self.notes = peers.make_models(cfg)  # on the CPU
         self.data = tiny_data(scratch / "data", self.shape.vocab_size)
 
     def model(self, name: str) -> Any:
@@ -253,8 +231,7 @@ def make_arms(setup: Setup) -> dict[str, Arm]:
         torch.set_float32_matmul_precision("high")  # after the checks; both train.py files set it, too
     torch._dynamo.config.recompile_limit = 64  # the arms share code, and each one compiles it again
     kinds = [kind for kind in KINDS if kind.removesuffix(", Muon") in setup.models]
-    compiles = on_gpu if cfg.compile is None else cfg.compile
-    suffixes = ("", ", compiled") if compiles else ("",)
+    suffixes = ("", ", compiled") if cfg.compiles(setup.device) else ("",)
     arms = {}
     for suffix, dtype, kind in itertools.product(suffixes, dtypes, kinds):
         if re.search(cfg.arms, name := f"{kind}, {dtype}{suffix}"):

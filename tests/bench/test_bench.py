@@ -413,7 +413,7 @@ def test_an_arm_that_generates_other_tokens_is_refused():
 
 
 @pytest.mark.parametrize("argv, message", [
-    (["--batch_sizes=1,x"], "batch_sizes=1,x: must be whole numbers"),
+    (["--batch_sizes=1,x"], "batch_sizes=1,x: must be positive whole numbers"),
     (["--max_new_tokens=1"], "must be at least 2"),
     (["--prompt_tokens=60"], "do not fit the context of 64"),
     (["--prompt_tokens=8", "--max_new_tokens=8", "--eval_tokens=64"],
