@@ -298,9 +298,6 @@ def parse_argument(schema: type, arg: str) -> tuple[str, Any]:
     # `--out_dir=$OUT` with OUT unset is a mistake, unless the default is the empty string too.
     if not text and getattr(schema, key, None) != "":
         raise UserError(f"command line: {arg}: no value (an empty variable?)")
-    # An argument that is not UTF-8 arrives with lone surrogates, which no tokenizer and no JSON file takes.
-    if text.encode("utf-8", "ignore").decode() != text:
-        raise UserError(f"command line: --{key}: not UTF-8; rename the file or folder, or set PYTHONUTF8=1")
     return key, parse(text, hint, f"command line: --{key}")
 
 
@@ -326,6 +323,10 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
             continue
         for key, (value, place) in read_config_file(arg).items():
             values[key], provenance[key] = coerce_field(schema, key, value, place), place
+    # An argument that is not UTF-8 arrives with lone surrogates, which no tokenizer and no JSON file takes.
+    for key, value in values.items():
+        if isinstance(value, str) and value.encode("utf-8", "ignore").decode() != value:
+            raise UserError(f"{provenance[key]}: {key} is not UTF-8 (rename the file, or set PYTHONUTF8=1)")
     source = values.get("init_from")
     if source in ("scratch", "resume") and not Path(source).exists():  # values of nanoGPT
         raise UserError(f"{provenance['init_from']}: init_from={source}: leave the key out; a new run starts "
