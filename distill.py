@@ -412,7 +412,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
-    run.write_run_json(user_cfg, data=data.hashes(), teacher=teacher_hash, caches=names)
+    run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
     # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
     loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, end_ids)

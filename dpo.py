@@ -302,7 +302,7 @@ def main(argv: list[str]) -> int:
         # The policy and the reference start from the same model, which `identity` names.
         reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
-        run.write_run_json(user_cfg, data=data.hashes(), **identity)
+        run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
         # The reference: every pair that training or evaluation reads. Later runs find the table in the data
         # folder, so only the first run on these pairs pays for it.
         for rows, indices in [*data.used(), *((r, np.arange(evaluation.pairs(r))) for r in evaluation.rows)]:

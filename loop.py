@@ -15,9 +15,9 @@ One step is: data, forward and backward passes, clipping, update; and when they 
 A run can be stopped or killed at any step. The same command continues it from its newest checkpoint, and it
 computes the same numbers as a run that was never stopped.
 
-Writes out_dir/step_*/ (formats/checkpoint.py) and out_dir/metrics.jsonl (training/run.py). torchrun starts
-several processes. With parallel=ddp each has a copy of the model, with parallel=fsdp (FSDP2, arXiv
-2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
+Writes out_dir/step_*/ (formats/checkpoint.py), out_dir/metrics.jsonl (training/run.py) and out_dir/loss.png
+(training/curves.py). torchrun starts several processes. With parallel=ddp each has a copy of the model, with
+parallel=fsdp (FSDP2, arXiv 2304.11277) a shard of it. Left out: tensor and pipeline parallelism.
 """
 
 import dataclasses
@@ -25,6 +25,8 @@ import math
 import pickle
 import signal
 import sys
+import time
+import warnings
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,9 +46,9 @@ from formats.files import write_json
 from formats.hf import find_folder
 from model import GPT
 from modeling.devices import DTYPES, gather_full, to_device
-from training import optim
+from training import curves, optim
 from training.config import RunConfig
-from training.metrics import Metrics, NotFinite, Progress, log_line, step_text
+from training.metrics import Metrics, NotFinite, Progress, log_line, memory_gb, step_text
 from training.run import Run, start_run
 from training.stages import Stage, plan_stages, stage_at, stage_configs
 
@@ -173,8 +175,7 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.am
     for optimizer in optimizers:
         scaler.unscale_(optimizer)  # the clipping limit is for true gradients
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    # With FSDP the norm of all shards together; every rank gets the same number.
-    norm = gather_full(nn.utils.clip_grad_norm_(parameters, clip or math.inf))
+    norm = optim.clip_gradients(parameters, clip)  # the same number on every rank
     optim.skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
     for optimizer in optimizers:
         optimizer.step()
@@ -298,7 +299,10 @@ def enter_stage(state: TrainState) -> None:
     # DDP looks only once at which parameters are trained, so every stage needs a new wrapper.
     if run.world_size > 1 and not isinstance(model, FSDPModule):
         ids = [run.device] if run.device.type == "cuda" else None
-        state.forward = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
+        with warnings.catch_warnings():
+            # torch 2.13 has another name for broadcast_buffers, which 2.12 does not know.
+            warnings.simplefilter("ignore", FutureWarning)
+            state.forward = DistributedDataParallel(model, device_ids=ids, broadcast_buffers=False)
 
 
 # ---- Checkpoints ------------------------------------------------------------------------------------------
@@ -427,17 +431,22 @@ def note_best(state: TrainState, results: dict[str, float]) -> None:
 
 
 def measure(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
-    """Evaluate, point to this checkpoint if it is the best, log and print. Returns the results."""
+    """Evaluate, point to this checkpoint if it is the best, log, print and draw. Returns the results."""
     model, run, step = state.model, state.run, state.progress.step
-    with state.metrics.paused(), state.autocast, torch.no_grad():
-        results = evaluate(model.eval(), step == state.total)
-    if isinstance(model, FSDPModule):
-        model.reshard()  # FSDP2 does that in the backward pass, which an evaluation does not have
-    model.train()
-    note_best(state, results)
-    run.log({"step": step, **results})  # last: missed_evaluation takes a logged evaluation as finished
-    text = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
-    run.print(f"{step_text(step, state.total)}  {text}")
+    event = {"step": step, "seconds": state.metrics.seconds(state.progress)}
+    with state.metrics.paused():
+        begin = time.perf_counter()
+        with state.autocast, torch.no_grad():
+            results = evaluate(model.eval(), step == state.total)
+        if isinstance(model, FSDPModule):
+            model.reshard()  # FSDP2 does that in the backward pass, which an evaluation does not have
+        model.train()
+        note_best(state, results)
+        event |= {"eval_seconds": time.perf_counter() - begin, "memory_gb": memory_gb(run.device)}
+        run.log(event | results)  # last: missed_evaluation takes a logged evaluation as finished
+        text = "  ".join(f"{name} {value:.4f}" for name, value in results.items())
+        run.print(f"{step_text(step, state.total)}  {text}")
+        curves.redraw(run)
     return results
 
 

@@ -114,7 +114,7 @@ def main(argv: list[str]) -> int:
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, identity = chat_model(cfg, data.tokenizer, run)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
-        run.write_run_json(user_cfg, data=data.hashes(), **identity)
+        run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows")
             if rows.left_out:

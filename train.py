@@ -131,7 +131,7 @@ class TextEvaluation:
             if len(self.mix.folders) > 1:
                 name = rows.data.folder.name
                 results |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
-        # exp(709) is the largest a float holds; a diverged run should still get its log line.
+        # math.exp overflows above 709; a diverged run should still get its log line.
         return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
 
     def sums(self, model: GPT, rows: Rows) -> list[float]:
@@ -229,10 +229,10 @@ def main(argv: list[str]) -> int:
         user_cfg, cfg = cfg, in_epochs(cfg)
         data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
         run.tokenizer = data.tokenizer  # saved with every checkpoint
-        # Everything that can refuse comes before run.json, where overwrite=True deletes the old run.
+        # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
-        run.write_run_json(user_cfg, data=data.hashes())
+        run.write_run_json(user_cfg, data.tokens(), data=data.hashes())
         # Train.
         model = make_model(cfg, data.tokenizer, run)
         results = fit(cfg, model, lambda step: batches_at(data, step),

@@ -10,8 +10,11 @@ A shard is a rank's part of a parameter, an FSDP2 DTensor. Without FSDP a parame
 gather_full and shard_like return their argument.
 """
 
+import contextlib
+import math
 import os
 import re
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -68,6 +71,57 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     return f"{device.type} ({torch.get_num_threads()} threads)"
+
+
+def cgroup_cores(root: Path = Path("/sys/fs/cgroup"), own: Path = Path("/proc/self/cgroup")) -> float:
+    """Return the number of cores that this process's cgroups (a container) allow; inf without a limit."""
+    lines = own.read_text().splitlines() if own.is_file() else []
+    folder = root / next((line[4:] for line in lines if line.startswith("0::/")), "")
+    quotas = [[path / "cpu.max"] for path in (folder, *folder.parents) if path.is_relative_to(root)]  # v2
+    quotas.append([root / "cpu" / "cpu.cfs_quota_us", root / "cpu" / "cpu.cfs_period_us"])  # version 1
+    limit = math.inf
+    for files in quotas:
+        with contextlib.suppress(OSError, ValueError):  # no such file, or "max 100000": no limit
+            quota, period = (int(word) for path in files for word in path.read_text().split())
+            limit = min(limit, quota / period if quota > 0 else math.inf)
+    return limit
+
+
+def busy_cores(cores: set[int], seconds: float = 0.2) -> float:
+    """Return how many of the cores other programs keep busy, measured while this process sleeps (Linux)."""
+    def ticks() -> tuple[int, int]:
+        lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
+        mine = [[int(word) for word in words[1:9]] for words in lines
+                if re.fullmatch(r"cpu\d+", words[0]) and int(words[0][3:]) in cores]
+        return sum(map(sum, mine)), sum(times[3] + times[4] for times in mine)  # all, idle
+
+    try:
+        total, idle = ticks()
+        time.sleep(seconds)
+        more_total, more_idle = ticks()
+    except OSError:
+        return 0.0
+    return len(cores) * (1 - (more_idle - idle) / max(more_total - total, 1))
+
+
+def use_threads(threads: int | None) -> str:
+    """Set the number of CPU threads; None keeps OMP_NUM_THREADS, else lowers it to the cores we may use.
+
+    Returns a note if other programs are using those cores: on a busy machine two threads can be five times
+    slower than one. The number is not chosen by the load, because it decides the last bits of a sum.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    if threads or "OMP_NUM_THREADS" in os.environ:
+        return ""
+    cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    limit = min(len(cores), cgroup_cores())
+    torch.set_num_threads(min(torch.get_num_threads(), max(1, int(limit))))
+    busy = busy_cores(cores) if torch.get_num_threads() > 1 else 0.0
+    if torch.get_num_threads() + busy < limit + 0.5:
+        return ""
+    return (f"other programs keep {busy:.1f} of {len(cores)} cores busy; if this is slow, try "
+            f"--threads={max(1, round(limit - busy))}")
 
 
 def emulates_bfloat16(device: torch.device) -> bool:

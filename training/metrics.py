@@ -74,7 +74,7 @@ class Metrics:
         # One copy for all sums, because each copy waits for the device.
         sums = self.run.sum(torch.stack([value.float() for value in self.sums.values()]).cpu().tolist())
         self.require_finite(progress.step, sums)
-        seconds = time.perf_counter() - self.begin - self.idle
+        seconds = self.seconds(progress) - progress.seconds
         progress.seconds += seconds
         speed = self.tokens / seconds
         event: dict[str, Any] = {"step": progress.step}
@@ -85,6 +85,10 @@ class Metrics:
                   "memory_gb": memory_gb(self.run.device), "seconds": progress.seconds}
         self.restart()
         return event
+
+    def seconds(self, progress: Progress) -> float:
+        """The training time of the run until now, with the part of an interval that is not read yet."""
+        return progress.seconds + time.perf_counter() - self.begin - self.idle
 
     def require_finite(self, finished: int, sums: Sequence[float] = ()) -> None:
         """Raise NotFinite, on all ranks, if a sum or a gradient of the `finished` steps is not finite.
@@ -119,9 +123,11 @@ class Metrics:
 
 
 def memory_gb(device: torch.device) -> float:
-    """Peak memory in 10^9 bytes: of the GPU, or of this process on a CPU."""
+    """Peak memory in 10^9 bytes: of the GPU since the last call, or of this process on a CPU."""
     if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 1e9
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
 
@@ -129,6 +135,19 @@ def memory_gb(device: torch.device) -> float:
 def step_text(step: int, total: int) -> str:
     """step_text(50, 1200) is "step    50/1,200"."""
     return f"step {step:>{len(f'{total:,}')},}/{total:,}"
+
+
+def duration(seconds: float) -> str:
+    """A time in the unit that needs two or three digits: "253 s", "17 min", "5.2 h"."""
+    if seconds < 300:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def time_left(event: dict[str, Any], total: int) -> float:
+    """Seconds of training until step `total`, at the speed of this event and the tokens per step so far."""
+    tokens = (total - event["step"]) * event["tokens"] / event["step"]
+    return tokens / max(event["tokens_per_second"], 1e-9)
 
 
 def log_line(event: dict[str, Any], total: int) -> str:
@@ -139,4 +158,5 @@ def log_line(event: dict[str, Any], total: int) -> str:
     used = f"  mfu {event['mfu']:5.1%}" if event["mfu"] is not None else ""
     return (f"{step_text(event['step'], total)}  {loss}{others}lr {event['lr']:.2e}  "
             f"norm {event['grad_norm']:6.3f}  {event['tokens_per_second']:>9,.0f} tok/s{used}  "
-            f"{event['memory_gb']:5.2f} GB  {event['seconds']:,.0f} s")
+            f"{event['memory_gb']:5.2f} GB  {duration(event['seconds'])}  "
+            f"eta {duration(time_left(event, total))}")

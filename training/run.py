@@ -1,12 +1,12 @@
 """One run: its processes, its folder and its log.
 
     with start_run(cfg, provenance) as run:      # joins torchrun's group, locks out_dir, refuses changed keys
-        run.write_run_json(cfg, data=sha256)     # ... and refuses changed data
+        run.write_run_json(cfg, data.tokens(), data=data.hashes())     # ... and refuses changed data
         run.print("text"); run.log({"step": 10, "loss": 3.2}); run.sum([count])
 
-Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl (the log), and mirrors the log to Weights
-& Biases and TensorBoard if the user wants that. The keys of the configuration are in training/config.py; the
-training itself is in loop.py.
+Writes out_dir/run.json (the configuration) and out_dir/metrics.jsonl (the log). The log can be mirrored to
+Weights & Biases and TensorBoard. The keys of the configuration are in training/config.py; the training itself
+is in loop.py.
 """
 
 import atexit
@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import secrets
 import signal
 import sys
@@ -33,7 +34,7 @@ from formats.files import lock_path, path_in_errors, read_json, read_jsonl, writ
 from formats.model_card import commit
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
-from modeling.devices import device_name, emulates_bfloat16, pick_device
+from modeling.devices import device_name, emulates_bfloat16, pick_device, use_threads
 from training.config import RESUMABLE_CHANGES, RunConfig
 from training.stages import stage_configs
 
@@ -106,6 +107,10 @@ class Run:
         """The newest event of metrics.jsonl that has `key`, or {}."""
         return next((event for event in reversed(self.events()) if key in event), {})
 
+    def print_next(self, *commands: str) -> None:
+        """Print the commands that make sense next, one per line, at the end of a summary."""
+        self.print("\nnext        " + "\n            ".join(commands))
+
     def sum(self, values: list[float]) -> list[float]:
         """Sum numbers over all ranks, in float64 on the CPU, so that nothing waits for the accelerator."""
         if self.world_size == 1:
@@ -139,14 +144,14 @@ class Run:
                 "version": version(), "commit": commit(), "dataset_tokens": dataset_tokens}
             if cfg.tensorboard:
                 self.writer_class = tensorboard_writer()
-            # Also a run without wandb keeps the entry, for a later resume with it.
-            old = None if cfg.overwrite else read_json(path).get("wandb")
+            # A resume without wandb keeps the entry, for a later one with it.
+            wandb_run = None if cfg.overwrite else saved_wandb(path)
             if cfg.wandb:
-                self.wandb = start_wandb(cfg, old)
-                old = {"id": self.wandb.id, "url": self.wandb.url}
+                self.wandb = start_wandb(cfg, wandb_run)
+                wandb_run = {"id": self.wandb.id, "url": self.wandb.url}
             if cfg.overwrite:
                 remove_checkpoints(self.out_dir)
-            write_json(path, content | ({"wandb": old} if old else {}))
+            write_json(path, content | ({"wandb": wandb_run} if wandb_run else {}))
 
         self.run_on_rank0(compare_and_write)
 
@@ -305,8 +310,17 @@ def check_ranks(cfg: RunConfig, run: Run) -> None:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
 
 
+def saved_wandb(path: Path) -> dict[str, Any] | None:
+    """{"id", "url"} of the Weights & Biases run in run.json; None if there is none or the file is damaged."""
+    with contextlib.suppress(UserError):
+        entry = read_json(path).get("wandb")
+        if isinstance(entry, dict) and re.fullmatch(r"[\w-]{1,64}", str(entry.get("id"))):
+            return entry
+    return None
+
+
 def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
-    """Start a Weights & Biases run, or continue that of run.json: old is its {"id", "url"}, or None.
+    """Start a Weights & Biases run, or continue that of run.json: old is its `saved_wandb`.
 
     Raises UserError if the package or the account is missing.
     """
@@ -315,7 +329,7 @@ def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
     except ImportError:
         raise UserError("wandb=True: needs the package wandb (pip install wandb)") from None
     # One run per out_dir: wandb keeps the id over restarts of this program.
-    identifier = str(old["id"]) if isinstance(old, dict) and old.get("id") else secrets.token_hex(4)
+    identifier = old["id"] if old else secrets.token_hex(4)
     try:
         run = wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name,
                          dir=cfg.out_dir, config=dataclasses.asdict(cfg), id=identifier, resume="allow")
@@ -353,9 +367,12 @@ def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:
     run.run_on_rank0(lambda: claim_folder(cfg, run))
     if run.device.type == "cuda" and cfg.dtype != "float32":
         torch.set_float32_matmul_precision("high")  # the few float32 products of a bfloat16 run may use TF32
+    note = use_threads(cfg.threads) if run.device.type == "cpu" else ""
     run.print(f"run       {cfg.out_dir} on {run.world_size} x {device_name(run.device)}")
     if changed := differences(cfg):
         run.print("changed   " + "  ".join(f"{key}={value}" for key, value in changed.items()))
+    if note:
+        run.print(f"note      {note}")
     if cfg.dtype == "bfloat16" and emulates_bfloat16(run.device):
         run.print("note      this CPU has no bfloat16 units: float32 is about ten times as fast")
     return run

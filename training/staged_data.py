@@ -69,6 +69,11 @@ class StagedData(Generic[Config]):
         """`Mix.hashes` of all stages."""
         return {folder: digest for mix in self.mixes.values() for folder, digest in mix.hashes().items()}
 
+    def tokens(self) -> dict[str, int]:
+        """{folder: its training tokens}, for run.json."""
+        return {str(folder.folder): folder.meta["tokens"]["train"] for mix in self.mixes.values()
+                for folder in mix.folders}
+
 
 def in_epochs(cfg: Config, kind: Callable[..., Any] = Rows) -> Config:
     """`cfg` with the epochs of its stages turned into steps."""
