@@ -25,10 +25,10 @@ Ours computes logits at the targets only, about a third of the positions here, i
 """
 
 import functools
+import itertools
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -163,7 +163,7 @@ def measure(cfg: Config) -> dict[str, Any]:
         results = children_in_turns(run_arm, ARMS, scratch, asdict(cfg), rounds=cfg.rounds,
                                     threads=cfg.threads)
     check(results)
-    return {"subject": "distill", "trl": version("trl"), "sizes": asdict(cfg), "arms": results}
+    return {"subject": "distill", "sizes": asdict(cfg), "arms": results}
 
 
 def check(results: dict[str, list[dict[str, float]]]) -> None:
@@ -175,13 +175,12 @@ def check(results: dict[str, list[dict[str, float]]]) -> None:
     for deeper models, and 1e-3 for what AdamW makes of their rounding. A mistake in the mask, the rows or the
     formula is larger.
     """
-    for divergence in BETA:
-        names = [name for name, (_, kind) in ARMS.items() if kind == divergence]
-        for key, limit in (("loss", 1e-4), ("last_loss", 1e-3)):
-            losses = {name: [run[key] for run in results[name]] for name in names}
-            values = sum(losses.values(), [])
-            if not max(values) - min(values) <= limit * min(values):
-                raise UserError(f"{divergence}: {key} differs, so the arms do not compute the same: {losses}")
+    for divergence, (key, limit) in itertools.product(BETA, (("loss", 1e-4), ("last_loss", 1e-3))):
+        losses = {name: [run[key] for run in results[name]]
+                  for name, (_, kind) in ARMS.items() if kind == divergence}
+        values = sum(losses.values(), [])
+        if not max(values) - min(values) <= limit * min(values):
+            raise UserError(f"{divergence}: {key} differs, so the arms do not compute the same: {losses}")
 
 
 def report(results: dict[str, Any]) -> str:

@@ -12,18 +12,11 @@ hour to build, so it is in no requirements file.
 import json
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-
-def installed() -> dict[str, str]:
-    """{package: version} of the installed ones."""
-    packages = {"xllamacpp": has_server(), "llama-cpp-python": has_logits()}
-    return {name: version(name) for name, there in packages.items() if there}
 
 
 def has_server() -> bool:
@@ -77,17 +70,6 @@ class Server:
 
         with ThreadPoolExecutor(self.slots) as pool:
             return list(pool.map(complete, prompts))
-
-    def log_probs(self, prompt: list[int], vocab_size: int) -> np.ndarray:
-        """The log-probability of every id after a prompt, (V,)."""
-        # The bias forces a complete letter: the server returns nothing for a part of a character.
-        letter = self.post("/tokenize", {"content": "a"})["tokens"]
-        answer = self.post("/completion", {"prompt": prompt, "n_predict": 1, "n_probs": vocab_size,
-                                           "temperature": 0, "logit_bias": [[letter[-1], 1e4]]})
-        result = np.full(vocab_size, np.nan)
-        for token in answer["completion_probabilities"][0]["top_logprobs"]:
-            result[token["id"]] = token["logprob"]
-        return result
 
 
 def mean_loss(path: str | Path, inputs: np.ndarray, targets: np.ndarray, threads: int = 1) -> float:

@@ -22,7 +22,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -245,9 +245,10 @@ def run_benchmark(name: str, config: type, measure: Callable, report: Callable, 
 
 def versions(cfg: Any) -> dict[str, Any]:
     """The machine, the versions of the packages that the results depend on, and the clock."""
-    packages = ("torch", "transformers", "numpy", "tiktoken", "tokenizers")
+    packages = {"torch", "transformers", "numpy", "tiktoken", "tokenizers", "trl", "lm_eval", "xllamacpp",
+                "llama_cpp_python"}
     described = {"python": platform.python_version(), "machine": f"{processor()}, {os.cpu_count()} cores",
-                 **{name: version(name) for name in packages}}
+                 **{each.name: each.version for each in distributions() if each.name in packages}}
     if isinstance(cfg, DeviceConfig):
         device = pick_device(cfg.device)
         described |= {"device": device_name(device), "threads": cfg.threads,

@@ -196,7 +196,7 @@ def measure(cfg: Config) -> dict[str, Any]:
                                          threads=cfg.threads) for batch in cfg.sizes}
     ends = tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids]
     return {"sizes": asdict(cfg), "parameters": model.num_parameters(), "perplexity_tokens": targets.size,
-            "llama.cpp": llama_cpp.installed(), "formats": formats, "notes": notes,
+            "formats": formats, "notes": notes,
             "checks": {str(batch): check(arms, set(ends)) for batch, arms in runs.items()},
             "arms": [summarize(cfg, name, batch, rounds) for batch, arms in runs.items()
                      for name, rounds in arms.items()]}
