@@ -77,6 +77,8 @@ def pytest_collection_modifyitems(config, items):
 def fast_tests_start_no_run(request, monkeypatch):
     """Fail a fast test that starts a training run or a child process: it belongs into NOT_FAST."""
     if request.node.get_closest_marker("fast"):
+        import matplotlib.font_manager  # noqa: F401  (its first import on a machine asks a child for the fonts)
+
         def refuse(*args, **kwargs):
             pytest.fail(f"{request.node.originalname} is marked fast, but starts a run or a child process: "
                         "add it to NOT_FAST in tests/conftest.py")
