@@ -20,6 +20,7 @@ Left out: uploading, models split into several files, importance matrices.
 """
 
 import hashlib
+import shlex
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ class ExportConfig:
     # The next four are derived from the keys; they are properties, so they are not keys themselves.
     @property
     def kinds(self) -> list[str]:
-        return self.quantize.split(",")
+        return self.quantize.lower().split(",")  # llama.cpp writes Q4_K_M
 
     @property
     def needs_float16(self) -> bool:
@@ -94,6 +95,7 @@ class Source:
         """Raises UserError for a model that the format cannot hold, before anything large is read."""
         self.cfg, self.folder = cfg, hf.find_folder(cfg.model)
         self.config, self.tokenizer = GPTConfig.read(self.folder), Tokenizer.load(self.folder)
+        self.tokenizer.require_rows(self.config.vocab_size, cfg.model)
         # The model's own EOS ids win over the tokenizer's. One id is written as a number, several as a list.
         ids = hf.end_ids(self.folder)
         end_ids = ids[0] if len(ids) == 1 else ids or self.tokenizer.end_ids
@@ -207,7 +209,8 @@ def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
     """Everything that decides the content of an export. It is stored in manifest.json and compared there."""
     # The section "Origin" names the commit and the versions of packages. They are no reason to export again.
     content = card.rpartition("## Origin")[0]
-    inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "quantize", "license")}
+    inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "license")}
+    inputs["quantize"] = ",".join(cfg.kinds)
     # manifest.json and README.md say what the model is; they are not the model.
     files = [path for path in sorted(source.folder.iterdir())
              if path.is_file() and path.name not in ("manifest.json", "README.md")]
@@ -229,6 +232,15 @@ def is_done(folder: Path, inputs: dict[str, Any], overwrite: bool) -> bool:
                         "replaces it, --out= writes another folder")
     # A damaged export of the same inputs is made again without asking.
     return not differing and checkpoint.find_corruption(folder, model_only=True) is None
+
+
+def next_commands(folder: Path, tokenizer: Tokenizer) -> list[str]:
+    """The commands that use an export: llama.cpp's for GGUF files, and our own."""
+    jinja, chat = (" --jinja", " --chat=True") if "chat_template" in tokenizer.settings else ("", "")
+    files = sorted(folder.glob("*.gguf"))
+    model = files[0] if len(files) > 1 else folder
+    return [*(f"llama-server -m {shlex.quote(str(file))}{jinja}" for file in files),
+            f"python sample.py --model={shlex.quote(str(model))}{chat}"]
 
 
 def main(argv: list[str]) -> int:
@@ -259,6 +271,7 @@ def main(argv: list[str]) -> int:
     print(report)  # only now: an export that failed prints no sizes
     for path in sorted(cfg.folder.iterdir()):
         print(f"{path.stat().st_size:14,} bytes  {path}")
+    print("\nnext    " + "\n        ".join(next_commands(cfg.folder, source.tokenizer)))
     return 0
 
 

@@ -191,6 +191,16 @@ def test_a_folder_of_one_type_is_a_model(chat_model, tmp_path, kind, tolerance):
         GPT.from_pretrained(out)
 
 
+def test_llama_cpps_spelling_of_a_type_is_the_same_export(chat_model, tmp_path, capsys):
+    """Q8_0 is q8_0: the same file name, and the same command in lower case finds the export up to date."""
+    _, folder = chat_model
+    out = run(folder, tmp_path / "out", "--format=gguf", "--quantize=Q8_0", "--name=mine")
+    assert [path.name for path in out.glob("*.gguf")] == ["mine-q8_0.gguf"]
+    capsys.readouterr()
+    run(folder, tmp_path / "out", "--format=gguf", "--quantize=q8_0", "--name=mine")
+    assert "exists already" in capsys.readouterr().out
+
+
 # ---- Ternary ----------------------------------------------------------------------------------------------
 
 def test_four_codes_to_a_byte_by_hand():
