@@ -3,6 +3,7 @@
 import gzip
 import importlib.util
 import json
+import re
 
 import pytest
 import torch
@@ -56,6 +57,39 @@ def test_the_command(trained, chat_folder, tmp_path, capsys):
     assert found["models"][0]["tasks"]["hard"]["figures"]["accuracy"] == {"value": 0.0, "stderr": 0.0, "n": 6}
     written = (tmp_path / "e" / "results.md").read_text().splitlines()
     assert len(written) == 12 and written[2].startswith("| problems | accuracy | 6 | 0.0000 +- 0.0000 |")
+
+
+def test_targets(chat_folder, tmp_path, capsys, monkeypatch):
+    """The first figure of a task meets its target, or misses it; a perplexity has to be lower."""
+    def fixed(lm, found, calculator=False, family=None):
+        return Result({"accuracy": mean([1, 1, 1, 0]), "other": mean([0])})
+
+    monkeypatch.setattr(problems_task, "score", fixed)
+    (tmp_path / "book.txt").write_text("def f(): pass\n" * 50)
+    argv = [f"--model={chat_folder}", f"--out_dir={tmp_path / 'e'}", "--tasks=problems,hard,perplexity",
+            f"--data=perplexity={tmp_path / 'book.txt'}", "--device=cpu"]
+    for target, code, cells in (
+            ("", 0, {}),
+            ("problems:0.75", 0, {"problems": "met (>= 0.75)"}),
+            ("problems:0.751", 3, {"problems": "missed (>= 0.751)"}),
+            ("problems:0.1,perplexity:1e6", 0, {"problems": "met (>= 0.1)", "perplexity": "met (<= 1e+06)"}),
+            ("perplexity:1.5,problems:0", 3, {"problems": "met (>= 0)", "perplexity": "missed (<= 1.5)"})):
+        assert evaluation.main([*argv, f"--target={target}"]) == code, target
+        rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+        assert (rows[0][-1] == "target") == bool(target)
+        assert {row[0]: row[-1] for row in rows[1:] if "=" in row[-1]} == cells
+        assert json.loads((tmp_path / "e" / "results.json").read_text())["targets"] == cells
+        assert all(f"| {cell} |" in (tmp_path / "e" / "results.md").read_text() for cell in cells.values())
+
+
+def test_a_task_that_is_not_run_misses_its_target(trained, chat_folder, tmp_path, capsys, monkeypatch):
+    """Targets are for --model; the models of --compare may miss them."""
+    argv = [f"--model={trained}", f"--compare={chat_folder}", f"--out_dir={tmp_path}", "--tasks=all",
+            f"--data={write_mmlu(tmp_path / 'd')}", "--limit=2", "--shots=0", "--device=cpu"]
+    assert evaluation.main([*argv, "--target=hellaswag:0.1,mmlu:0"]) == 3
+    rows = [re.split(r"\s{2,}", line) for line in capsys.readouterr().out.splitlines()]
+    assert {row[0]: row[-1] for row in rows if row[-1].endswith(")") and len(row) > 1} == {
+        "mmlu": "met (>= 0)", "hellaswag": "missed (>= 0.1)"}
 
 
 def write_mmlu(folder):
@@ -214,6 +248,17 @@ def test_benchmarks_are_read_from_files_of_any_kind(tmp_path):
 @pytest.mark.parametrize("argv, message", [
     (["--tasks=mmmlu"], "tasks=mmmlu: unknown task 'mmmlu', did you mean 'mmlu'. .known: all, embedded, pe"),
     (["--limit=0"], "limit=0: must be positive"),
+    (["--limit=1e12"], "limit=1000000000000: must be at most 100,000"),
+    (["--batch_size=1e12"], "batch_size=1000000000000: must be at most 16,384"),
+    (["--context_length=1e12"], "context_length=1000000000000: must be at most 1,048,576"),
+    (["--num_tests=1e12"], "num_tests=1000000000000: must be at most 100,000"),
+    (["--model=\udcff"], "command line: model is not UTF-8"),
+    (["--target=problms:1"], "target=problms:1: unknown task 'problms', did you mean 'problems'"),
+    (["--target=needle:0.5"], "target=needle:0.5: needle is not in tasks=problems,calculator"),
+    (["--target=problems:85"], "a share of right answers is at most 1"),
+    (["--target=problems"], "'problems' must be TASK:VALUE"),
+    (["--target=problems:nan"], "'problems:nan' must be TASK:VALUE"),
+    (["--target=problems:0.1,problems:0.2"], "'problems:0.2' must be TASK:VALUE, each task once"),
     (["--shots=-1"], "shots=-1: must be at least 0"),
     (["--stride=0"], "stride=0: must be positive"),
     (["--data=a,b"], "data=a,b: give one folder for all tasks, and TASK=PLACE for others"),
