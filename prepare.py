@@ -37,7 +37,7 @@ from dataset import decontaminate, problems
 from dataset.encoding import Batch, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
-from dataset.sources import Row, Skip, find_files, hub_rows, parse_json, read_rows
+from dataset.sources import Row, Skip, find_files, hub_rows, parse_json, printable, read_rows
 from formats import hf
 from formats.chat_format import with_chat_tokens
 from formats.files import atomic_folder, file_sha256, write_json
@@ -284,7 +284,7 @@ def row_keys(row: Row | None, kind: str) -> str:
               "preference": "--keys=prompt=..,chosen=..,rejected=.."}[kind]
     with contextlib.suppress(Skip, TypeError):
         if row and row.kind == "json":
-            return f"; {option} one of {', '.join(parse_json(row.content))}"
+            return printable(f"; {option} one of {', '.join(parse_json(row.content))}")
     return ""
 
 

@@ -69,6 +69,10 @@ class Documents:
         self.data.check_ids(ids, self.shards[shard], begin)
         return ids.astype(np.int64), self.masks[shard][begin:begin + length].astype(np.int64)
 
+    def prompt(self, document: int) -> list[int]:
+        """The ids of a document before its first answer."""
+        return self.tokens(document, self.first_target[document] - self.begin[document])[0].tolist()
+
 
 def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
     """Which documents share a row, so that the lengths in each row sum to at most `size`.
@@ -115,7 +119,7 @@ class ChatRows:
         lengths = docs.end - docs.begin - 1  # (conversations,) inputs: the last token is no input
         self.lengths = np.minimum(lengths, block_size)
         has_answer, fits = docs.first_target - docs.begin <= block_size, lengths <= block_size
-        usable = np.flatnonzero(has_answer if overlong == "cut" else has_answer & fits)
+        self.usable = usable = np.flatnonzero(has_answer if overlong == "cut" else has_answer & fits)
         self.cut = int((~fits[usable]).sum())  # conversations that are trained on without their end
         self.left_out = len(lengths) - len(usable)
         if not len(usable):

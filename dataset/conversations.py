@@ -31,9 +31,13 @@ Preferences (--kind=preference):
 In both, "system" and "tools" (texts) become a system message at the beginning. All other keys are ignored,
 and --keys maps other names to these. A row in any other form raises Skip; its message is the reason under
 which the row is counted.
+
+Values: null, [] and {} count as if the key were absent. A number is a text: 0 is "0", 2.0 is "2". NaN and
+infinity, and other values where a text belongs, raise Skip. docs/data.md has the whole table.
 """
 
 import json
+import math
 import os
 import re
 from typing import Any
@@ -58,11 +62,34 @@ def is_list_of_dicts(value: Any) -> bool:
 
 def require_text(value: Any, what: str) -> str:
     """A text, or a number as text (2.0 is "2"). Raises Skip, which names `what`, for any other value."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise Skip(f"{what} is NaN or infinite")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(int(value)) if value == value // 1 else str(value)
+        # From 2^53 on, a float does not know its last digits.
+        return str(int(value) if value == value // 1 and abs(value) < 2**53 else value)
     if not isinstance(value, str):
         raise Skip(f"{what} is not a string")
     return require_utf8(value)
+
+
+def first_value(row: dict[str, Any], *keys: str) -> Any:
+    """The value of the first of these keys that has one, or None. null, [] and {} are no values; 0 is."""
+    return next((row[key] for key in keys if row.get(key) not in (None, [], {})), None)
+
+
+def optional_text(row: dict[str, Any], *keys: str) -> str:
+    """The text of the first of these keys that has a value, or ""."""
+    for key in keys:
+        if (value := first_value(row, key)) is not None:
+            return require_text(value, repr(key))
+    return ""
+
+
+def without_nulls(value: Any) -> Any:
+    """The value without the keys of its dicts whose value is None, at any depth."""
+    if isinstance(value, dict):
+        return {key: without_nulls(inside) for key, inside in value.items() if inside is not None}
+    return [without_nulls(inside) for inside in value] if isinstance(value, list) else value
 
 
 def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
@@ -82,6 +109,16 @@ def first_instance(row: dict[str, Any]) -> dict[str, Any]:
 
 # ---- Messages ---------------------------------------------------------------------------------------------
 
+def require_json(call: dict[str, Any]) -> dict[str, Any]:
+    """The same tool call. Raises Skip if its arguments cannot be written as JSON in UTF-8."""
+    try:
+        json.dumps(call, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # bytes and dates of Parquet; NaN; a very deep list
+        raise Skip("a tool call's arguments are not JSON") from None
+    require_utf8(call_text(call))
+    return call
+
+
 def tool_call(call: Any) -> dict[str, Any]:
     """{"name", "arguments"} of a tool call. OpenAI's arguments, which are JSON in a string, are parsed."""
     if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
@@ -92,46 +129,44 @@ def tool_call(call: Any) -> dict[str, Any]:
             arguments = json.loads(arguments)
         except (ValueError, RecursionError):
             raise Skip("a tool call's arguments are not JSON") from None
-    call = {"name": call["name"], "arguments": arguments}
-    require_utf8(call_text(call))
-    return call
+    return require_json({"name": call["name"], "arguments": arguments})
 
 
 def message_of(value: dict[str, Any]) -> Message:
     """A message in our form, from either spelling: role and content, or from and value."""
-    name = value.get("role", value.get("from"))
+    name = first_value(value, "role", "from")
     role = ROLE_NAMES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         raise Skip(f"unknown role {str(name)[:40]!r}")
-    content = require_text(value.get("content", value.get("value")) or "", "a message")
+    content, thought = optional_text(value, "content", "value"), optional_text(value, "thought").strip()
     if name == "function_call":
         call = read_call(content)
         if call is None:
             raise Skip("a function call that is not JSON with a name and arguments")
-        return {"role": role, "content": "", "tool_calls": [call]}
+        return {"role": role, "content": "", "tool_calls": [require_json(call)]}
     message: Message = {"role": role, "content": content.strip()}
-    if value.get("thought"):
-        message["thought"] = require_text(value["thought"], "a thought").strip()
-    if value.get("tool_calls"):
-        if not is_list_of_dicts(value["tool_calls"]):
+    if thought:
+        message["thought"] = thought
+    if (calls := first_value(value, "tool_calls")) is not None:
+        if not is_list_of_dicts(calls):
             raise Skip("tool_calls is no list of calls")
-        message["tool_calls"] = [tool_call(call.get("function") or call) for call in value["tool_calls"]]
+        message["tool_calls"] = [tool_call(call.get("function") or call) for call in calls]
     return message
 
 
 def listed(row: dict[str, Any]) -> list[Message] | None:
     """The messages that a row lists, or None if it has no list of messages."""
     for key in ("messages", "conversations"):
-        if key in row:
-            if not is_list_of_dicts(row[key]):
+        if (messages := first_value(row, key)) is not None:
+            if not is_list_of_dicts(messages):
                 raise Skip(f"{key!r} is no list of messages")
-            return [message_of(each) for each in row[key]]
+            return [message_of(each) for each in messages]
     return None
 
 
 def system_message(row: dict[str, Any]) -> list[Message]:
     """The system message that the keys "system" and "tools" make, as a list of at most one message."""
-    texts = [require_text(row[key], key) for key in ("system", "tools") if row.get(key)]
+    texts = [*filter(None, (optional_text(row, "system"), optional_text(row, "tools")))]
     return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
 
 
@@ -142,13 +177,13 @@ def opening(row: dict[str, Any]) -> list[Message]:
         if system and messages[0]["role"] == "system":
             raise Skip("two system messages")
         return system + messages
-    question = next((row[key] for key in QUESTIONS if key in row), None)
+    question = first_value(row, *QUESTIONS)
     if question is None:
         return []
     if is_list_of_dicts(question):
         return system + [message_of(each) for each in question]
     texts = [require_text(question, "the question").strip(),
-             require_text(first_instance(row).get("input") or "", "input").strip()]
+             optional_text(first_instance(row), "input").strip()]
     if not texts[0]:
         raise Skip("empty question")
     return [*system, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
@@ -169,8 +204,7 @@ def conversation(row: dict[str, Any]) -> list[Message]:
     if not messages:
         raise Skip(f"no conversation (keys: {', '.join(map(str, row))[:100]})")
     if listed(row) is None:
-        instance = first_instance(row)
-        answer = next((instance[key] for key in ANSWERS if key in instance), None)
+        answer = first_value(first_instance(row), *ANSWERS)
         if answer is None:
             raise Skip(f"no answer (none of {', '.join(ANSWERS)})")
         messages.append({"role": "assistant", "content": require_text(answer, "the answer").strip()})
@@ -197,9 +231,10 @@ def answer_messages(value: Any) -> list[Message]:
 
 def preference(row: dict[str, Any]) -> tuple[list[Message], Message, Message]:
     """(messages before the answer, chosen answer, rejected answer) of a preference row."""
-    if "chosen" not in row or "rejected" not in row:
+    answers = [first_value(row, key) for key in ("chosen", "rejected")]
+    if None in answers:
         raise Skip("no 'chosen' and 'rejected'")
-    prompt, sides = opening(row), [answer_messages(row["chosen"]), answer_messages(row["rejected"])]
+    prompt, sides = opening(row), [answer_messages(answer) for answer in answers]
     if max(map(len, sides)) > 1:  # whole conversations: what they share is the prompt
         shared = os.path.commonprefix([[*map(json.dumps, side)] for side in sides])
         prompt, sides = system_message(row) + sides[0][:len(shared)], [side[len(shared):] for side in sides]

@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from dataset.conversations import Message, conversation, preference, rename_keys
+from dataset.conversations import Message, conversation, preference, rename_keys, without_nulls
 from dataset.decontaminate import OVERLAPS, Index
 from dataset.shards import token_dtype
 from dataset.sources import Row, Skip, document, row_value
@@ -72,7 +72,9 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
     """The row's content. Raises Skip if the row cannot be used."""
     if recipe.kind == "text":
         return document(row, recipe.text_key)
-    fields = rename_keys(row_value(row), recipe.keys)
+    value = row_value(row)
+    # In Parquet and on the hub, all structs of a column have the same fields: an absent field is a null.
+    fields = rename_keys(without_nulls(value) if row.kind == "value" else value, recipe.keys)
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 

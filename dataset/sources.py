@@ -44,7 +44,13 @@ PACKED = {".gz", ".xz", ".zst"}
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory
 LARGEST_JSON = 512 * 2**20  # bytes; a .json is read whole, a .jsonl line by line
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of a file; it is no text
+UNREADABLE = ...  # in place of a Parquet value that Python cannot hold, such as a date in the year 10000
 JSON_BLANK = re.compile(r"[ \t\n\r]*")  # the white space of RFC 8259
+
+
+def printable(text: str) -> str:
+    r"""The text with escapes for what UTF-8 or a terminal cannot show: half a character becomes "\ud800"."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 class Row(NamedTuple):
@@ -58,6 +64,10 @@ class Row(NamedTuple):
 class Skip(Exception):
     """A row that cannot be used. The message is the reason under which the row is counted."""
 
+    def __init__(self, reason: str):
+        """The reason may quote the row, so what cannot be printed in it is escaped."""
+        super().__init__(printable(reason))
+
 
 class Blank(Skip):
     """A row with nothing in it."""
@@ -66,31 +76,41 @@ class Blank(Skip):
 # ---- Names -> files ---------------------------------------------------------------------------------------
 
 def find_files(source: str, key: str = "source", kinds: set[str] = KINDS) -> tuple[list[Path], int]:
-    """(files, number of ignored files) of a comma-separated list of files, folders and globs.
+    """(files, number of ignored files and folders) of a comma-separated list of files, folders and globs.
 
-    Files come in the order of the list, sorted within a folder or glob. Folders are searched to any depth;
-    their files of other kinds are ignored and counted. "pystdlib" is the Python standard library. Raises
-    UserError, which names the config key `key`, if a name matches no file or names a file of another kind.
+    Files come in the order of the list, sorted within a folder or glob. Folders are searched to any depth.
+    What is left out is counted: files of other kinds, hidden files and folders, and what `files_under`
+    ignores. "pystdlib" is the Python standard library. Raises UserError, which names the config key `key`, if
+    a name matches no file or names a file of another kind.
     """
     if source == "pystdlib":
         return standard_library(), 0
     files, ignored = [], 0
     for name in [source] if os.path.exists(source) else source.split(","):  # a file name may hold a comma
         if os.path.isdir(name):
-            inside = files_under(Path(name), lambda part: part.startswith("."))
+            inside, left_out = files_under(Path(name), lambda part: part.startswith("."))
             matches = [path for path in inside if file_kind(path) in kinds]
-            ignored += len(inside) - len(matches)
+            ignored += left_out + len(inside) - len(matches)
         else:
             # An existing file wins over a glob, because its name may hold a [.
             names = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
             matches = [path for path in map(Path, names) if path.is_file()]
+            ignored += len(names) - len(matches)  # folders that a glob matches
             if unknown := [path for path in matches if file_kind(path) not in kinds]:
                 known = f"{' '.join(sorted(kinds))}, each also {' '.join(sorted(PACKED))}"
                 raise UserError(f"{key}={unknown[0]}: unknown kind of file (known: {known})")
         if not matches:
-            raise UserError(f"{key}={name}: no such file, or nothing to read in it")
+            hint = hub_hint(name, key) if file_kind(Path(name)) not in kinds else ""
+            raise UserError(f"{key}={name}: no such file, or nothing to read in it{hint}")
         files += matches
     return files, ignored
+
+
+def hub_hint(name: str, key: str) -> str:
+    """A remedy, as the end of an error message, for a name such as wikitext or allenai/c4."""
+    # eval.py's --data= reads no hf:NAME.
+    is_hub_id = key != "data" and re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and not os.path.exists(name)
+    return f"; for a data set of the Hugging Face hub write --{key}=hf:{name}" if is_hub_id else ""
 
 
 def standard_library() -> list[Path]:
@@ -100,19 +120,39 @@ def standard_library() -> list[Path]:
     """
     root = Path(sysconfig.get_paths()["stdlib"])
     left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in files_under(root, left_out.__contains__) if path.suffix == ".py"]
+    files = [path for path in files_under(root, left_out.__contains__)[0] if path.suffix == ".py"]
     if not files:
         raise UserError(f"source=pystdlib: {root} holds no .py files; give --source=FILES")
     return files
 
 
-def files_under(root: Path, leave_out: Callable[[str], bool]) -> list[Path]:
-    """All files below a folder, sorted, without the files and folders for whose name leave_out() is True."""
-    files = []
-    for folder, folders, names in os.walk(root):
-        folders[:] = [name for name in folders if not leave_out(name)]  # os.walk then skips the others
+def files_under(root: Path, leave_out: Callable[[str], bool]) -> tuple[list[Path], int]:
+    """(all files below a folder, sorted; number of ignored files and folders).
+
+    Ignored are files and folders for whose name leave_out() is True, links that lead nowhere or to a folder
+    that is read anyway (such as the folder of the link), and what is no file, such as a pipe.
+    """
+    files: list[str] = []
+    ignored, seen = 0, {os.path.realpath(root)}
+    for folder, folders, names in os.walk(root, onerror=raise_error, followlinks=True):
         files += [os.path.join(folder, name) for name in names if not leave_out(name)]
-    return [path for path in map(Path, sorted(files)) if path.is_file()]
+        ignored += sum(map(leave_out, names))
+        entered = []
+        # os.walk enters the folders of this list only. Links come after folders: a link to one is ignored.
+        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
+            real = os.path.realpath(os.path.join(folder, name))
+            if not leave_out(name) and real not in seen:
+                seen.add(real)
+                entered.append(name)
+        ignored += len(folders) - len(entered)
+        folders[:] = entered
+    found = [path for path in map(Path, sorted(files)) if path.is_file()]
+    return found, ignored + len(files) - len(found)
+
+
+def raise_error(error: OSError) -> None:
+    """For os.walk, which would leave out a folder that it may not read."""
+    raise error
 
 
 def file_kind(path: Path) -> str:
@@ -291,19 +331,42 @@ def table_rows(stream: BinaryIO, path: Path, kind: str) -> Iterator[Row]:
     text.detach()  # else the wrapper closes the stream, which is not its own
 
 
+def python_value(scalar: Any) -> Any:
+    """An Arrow value as a Python value, or UNREADABLE."""
+    import pyarrow
+    try:
+        return scalar.as_py()
+    except (ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
+        return UNREADABLE
+
+
+def python_values(batch: Any) -> list[Any]:
+    """The values of an Arrow array, or the rows of a record batch as dicts."""
+    import pyarrow
+    try:
+        return batch.to_pylist()
+    except (ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
+        pass  # a single value, perhaps of a column that nobody reads, is no reason to lose the file
+    if not isinstance(batch, pyarrow.RecordBatch):
+        return [python_value(scalar) for scalar in batch]
+    columns = [[python_value(scalar) for scalar in column] for column in batch.columns]
+    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+
+
 def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
     """One row per value of a column, or (for None) per row as a dict; 256 rows are in memory at a time.
 
-    Raises UserError if there is no such column.
+    A value that Python cannot hold is UNREADABLE. Raises UserError if there is no such column.
     """
     import pyarrow.parquet
-    with pyarrow.parquet.ParquetFile(path) as file:
+    # Arrow cannot open a path that is not UTF-8, but Python can.
+    with open(path, "rb") as raw, pyarrow.parquet.ParquetFile(raw) as file:
         if text_key is not None and text_key not in file.schema_arrow.names:
             names = ", ".join(file.schema_arrow.names)
             raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {names}")
         batches = file.iter_batches(batch_size=256, columns=None if text_key is None else [text_key])
         values = (value for batch in batches
-                  for value in (batch if text_key is None else batch.column(0)).to_pylist())
+                  for value in python_values(batch if text_key is None else batch.column(0)))
         for number, value in enumerate(values, 1):
             yield Row(f"{path}:{number}", "value", value)
 
@@ -362,9 +425,14 @@ def hub_rows(name: str, text_key: str | None, key: str = "source") -> Iterator[R
     try:
         stream = datasets.load_dataset(name, config or None, split=split or "train", streaming=True)
         for number, row in enumerate(stream, 1):
-            yield Row(f"hf:{name}:{number}", "value", row if text_key is None else row.get(text_key))
-    except (OSError, ValueError) as error:  # what `datasets` raises for a name, a network or a file
-        raise UserError(f"{key}=hf:{name}: {type(error).__name__}: {str(error).splitlines()[0]}") from None
+            place = f"hf:{name}:{number}"
+            if text_key is None or text_key in row:
+                yield Row(place, "value", row if text_key is None else row[text_key])
+            else:
+                yield Row(place, "bad", f"no key {text_key!r}")
+    except Exception as error:  # `datasets` raises many types, for a name, a network, a file or a value in it
+        reason = next(iter(str(error).splitlines()), "")
+        raise UserError(f"{key}=hf:{name}: {type(error).__name__}: {reason}") from None
 
 
 # ---- Rows -> values ---------------------------------------------------------------------------------------
@@ -430,6 +498,8 @@ def document(row: Row, text_key: str) -> str:
         if text_key not in value:
             raise Skip(f"no key {text_key!r}")
         value = value[text_key]
+    if value is None:
+        raise Skip(f"{text_key!r} is null")
     if not isinstance(value, str):
         raise Skip(f"{text_key!r} is not a string")
     if not value.strip():

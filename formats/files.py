@@ -92,8 +92,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, content: Any) -> None:
-    """`write_text` of a value as JSON."""
-    write_text(path, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
+    """`write_bytes` of a value as JSON."""
+    text = json.dumps(content, indent=2, ensure_ascii=False) + "\n"
+    # A lone surrogate, as in a file name that is not UTF-8, becomes the escape that JSON has for it: \udcff.
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

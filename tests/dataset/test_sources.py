@@ -3,14 +3,26 @@
 import gzip
 import json
 import lzma
+import os
 import random
 import tracemalloc
+from pathlib import Path
 
 import pytest
 
 from configurator import UserError
 from dataset import sources
-from dataset.sources import Row, Skip, document, find_files, hub_rows, parse_json, read_rows, standard_library
+from dataset.sources import (
+    UNREADABLE,
+    Row,
+    Skip,
+    document,
+    find_files,
+    hub_rows,
+    parse_json,
+    read_rows,
+    standard_library,
+)
 
 
 def texts_and_reasons(rows, key="text"):
@@ -45,7 +57,7 @@ def test_lines_end_at_newline_alone(tmp_path):
         (b"3", "not a JSON object"),
         (b'{"other": "a"}', "no key 'text'"),
         (b'{"text": 3}', "'text' is not a string"),
-        (b'{"text": null}', "'text' is not a string"),
+        (b'{"text": null}', "'text' is null"),
         (b'{"text": " \\n"}', "empty text"),
         (b'{"text": "a", "text": "b"}', "JSON object with a name twice"),
         (b'{"text": "a", "x": {"y": 1, "y": 2}}', "JSON object with a name twice"),
@@ -181,12 +193,47 @@ def test_parquet(tmp_path):
 
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"body": ["one", None, "two"], "n": [1, 2, 3]}), path)
-    assert read(path, "body") == (["one", "two"], [("a.parquet:2", "'body' is not a string")])
+    assert read(path, "body") == (["one", "two"], [("a.parquet:2", "'body' is null")])
     with pytest.raises(UserError, match="no column 'text'; --text_key= one of body, n"):
         read(path)
     path.write_bytes(path.read_bytes()[:-30])
     with pytest.raises(UserError, match="damaged"):
         read(path, "body")
+
+
+def test_a_date_after_the_year_9999_costs_one_value_at_most(tmp_path):
+    """Python has no such date. In a column that nobody reads it changes nothing."""
+    import pyarrow
+    import pyarrow.parquet
+
+    far, day = pyarrow.array([10**15, 0], pyarrow.int64()), pyarrow.array([4 * 10**6, 0], pyarrow.int32())
+    table = {
+        "question": ["1?", "2?"], "answer": ["one", "two"],
+        "at": far.cast(pyarrow.timestamp("ms")), "day": day.cast(pyarrow.date32()),
+        "zone": far.cast(pyarrow.timestamp("us", "Moon/Tycho")),
+        "struct": pyarrow.StructArray.from_arrays([far.cast(pyarrow.timestamp("ms"))], ["at"]),
+        "latin": pyarrow.array([b"caf\xe9", b"a"]).view(pyarrow.string()),
+    }  # fmt: skip
+    path = tmp_path / "a.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(table), path)
+    with pytest.raises((ValueError, OverflowError)):
+        pyarrow.parquet.read_table(path).to_pylist()
+    rows = [row.content for row in read_rows([path], None, 2**10)]
+    assert [(row["question"], row["answer"]) for row in rows] == [("1?", "one"), ("2?", "two")]
+    assert rows[0]["at"] is rows[0]["day"] is rows[0]["struct"] is rows[0]["latin"] is UNREADABLE
+    assert rows[1]["day"].year == 1970 and rows[1]["latin"] == "a"
+    assert read(path, "latin") == (["a"], [("a.parquet:1", "'latin' is not a string")])
+    assert read(path, "question") == (["1?", "2?"], [])
+
+
+def test_a_parquet_file_whose_name_is_not_utf8(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["one"]}), tmp_path / "a.parquet")
+    name = os.path.join(os.fsencode(tmp_path), b"caf\xe9.parquet")
+    os.rename(tmp_path / "a.parquet", name)
+    assert read(Path(os.fsdecode(name))) == (["one"], [])
 
 
 def test_a_large_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
@@ -216,16 +263,54 @@ def test_files_folders_and_globs(tmp_path):
         "a.md",
         "b.txt",
         "sub/c.jsonl.gz",
-    ] and ignored == 1
+    ] and ignored == 2  # .git and picture.png
     assert [f.name for f in find_files(f"{tmp_path}/b.txt,{tmp_path}/*.md")[0]] == ["b.txt", "a.md"]
     for source, message in (
         (f"{tmp_path}/nothing", "no such file"),
         (f"{tmp_path}/*.parquet", "no such file"),
         (f"{tmp_path}/sub/picture.png", "unknown kind of file"),
         (f"{tmp_path}/.git/y", "no such file"),
+        ("wikitext", "--source=hf:wikitext"),
+        ("allenai/c4", "for a data set of the Hugging Face hub write --source=hf:allenai/c4"),
+        ("nothing/notes.txt", "nothing to read in it$"),
     ):
         with pytest.raises(UserError, match=message):
             find_files(source)
+
+
+def test_links_are_followed_once_and_what_is_left_out_is_counted(tmp_path):
+    root, outside = tmp_path / "root", tmp_path / "outside"
+    for path in (root / "b" / "one.txt", outside / "two.txt", outside / "c" / "three.txt", root / ".hidden"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+    (root / "link").symlink_to(outside)  # read
+    for name, target in (("again", outside), ("a", root / "b"), ("loop", root), ("b/up", root),
+                         ("nowhere", "missing"), ("gone.txt", "missing.txt")):  # fmt: skip
+        (root / name).symlink_to(target)
+    (outside / "back").symlink_to(root)
+    os.mkfifo(root / "pipe.txt")
+    files, ignored = find_files(str(root))
+    assert sorted(path.name for path in files) == ["one.txt", "three.txt", "two.txt"]
+    # again or link, a, loop, b/up, back, nowhere, gone.txt, pipe.txt, .hidden
+    assert ignored == 9
+    assert [str(path.relative_to(root)) for path in files if path.name == "one.txt"] == ["b/one.txt"]
+    (root / "b.txt").write_text("x")
+    assert find_files(f"{root}/b*") == ([root / "b.txt"], 1)  # the glob matches a folder, too
+
+
+def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
+    (tmp_path / "a.txt").write_text("x")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    with pytest.raises(PermissionError, match="closed"):
+        find_files(str(tmp_path))
 
 
 @pytest.mark.parametrize("name", ["a,b.txt", "a[1].txt", "a *.txt", "\u00e9 \u4e2d.txt"])
@@ -244,7 +329,7 @@ def test_a_data_set_through_datasets(tmp_path):
     pytest.importorskip("datasets")
     (tmp_path / "train.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert texts_and_reasons(hub_rows(str(tmp_path), "text"))[0] == ["one", "two"]
-    assert texts_and_reasons(hub_rows(str(tmp_path), "body"), "body")[1][0][1] == "'body' is not a string"
+    assert texts_and_reasons(hub_rows(str(tmp_path), "body"), "body")[1][0][1] == "no key 'body'"
     with pytest.raises(UserError, match="source=hf:"):
         list(hub_rows(str(tmp_path / "nothing"), "text"))
 
