@@ -32,6 +32,11 @@ def losses(log):
     return [event["loss"] for event in log if "loss" in event]
 
 
+def norms(log):
+    """The gradient norms of a list of events, one per step."""
+    return [event["grad_norm"] for event in log if "grad_norm" in event]
+
+
 def weights(out):
     """Every parameter of the last checkpoint, by its name in the file."""
     return load_file(checkpoint.step_folders(Path(out))[-1] / "model.safetensors")

@@ -13,7 +13,9 @@ from collections import Counter
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from configurator import UserError
 from modeling.devices import gather_full, shard_like
@@ -185,6 +187,27 @@ def learning_rate_at(cfg: RunConfig, step: int, total: int) -> float:
     done = (step - (total - decay)) / decay if step >= total - decay else 0.0  # share of the decay, 0 to 1
     shape = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * shape
+
+
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Scale all gradients by one factor, so that their global norm is at most `limit`; 0 leaves them alone.
+
+    Returns the norm before, a float32 scalar on the device. With FSDP it is the norm of all shards together.
+    A CPU sums the squares in float64. torch adds a million float32 squares one after the other there: that is
+    off by up to 6e-5, and by another amount if the tensors are sharded. A GPU adds them pairwise.
+    """
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    if grads[0].device.type != "cpu":
+        return gather_full(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
+    shards = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in grads]
+    norms = [torch.linalg.vector_norm(shard, dtype=torch.float64) for shard in shards]
+    total = torch.stack(norms).square().sum()
+    if isinstance(grads[0], DTensor):
+        dist.all_reduce(total, group=grads[0].device_mesh.get_group())
+    norm = total.sqrt().float()
+    if limit:
+        torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+    return norm
 
 
 def optimizer_state(model: nn.Module, optimizers: list[torch.optim.Optimizer],

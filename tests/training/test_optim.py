@@ -10,7 +10,7 @@ from model import GPT
 from tests.conftest import tiny_config
 from training import optim
 from training.config import RunConfig
-from training.optim import Muon, learning_rate_at, make_optimizers, multipliers, orthogonalize
+from training.optim import Muon, clip_gradients, learning_rate_at, make_optimizers, multipliers, orthogonalize
 
 
 def test_muon_equals_torch_in_its_precision(monkeypatch):
@@ -154,3 +154,55 @@ def test_schedule_defaults_and_single_step():
     assert learning_rate_at(cfg, 0, 1000) == 1 / 20 and learning_rate_at(cfg, 699, 1000) == 1.0
     assert learning_rate_at(cfg, 850, 1000) == pytest.approx(0.5)
     assert learning_rate_at(cfg, 0, 1) == 1.0
+
+
+# ---- Clipping ---------------------------------------------------------------------------------------------
+
+
+def large_gradients():
+    """Parameters with two million gradient entries, most of them small."""
+    generator = torch.Generator().manual_seed(0)
+    parameters = [torch.nn.Parameter(torch.zeros(shape)) for shape in ((1001, 2048), (7,))]
+    for parameter in parameters:
+        parameter.grad = torch.randn(parameter.shape, generator=generator) ** 5
+    return parameters
+
+
+@pytest.mark.parametrize("limit", [0.0, 1.0, 1e9])
+def test_the_norm_is_that_of_float64(limit):
+    """Within 1e-7, where torch's own norm of this gradient is off by more than 1e-6."""
+    parameters = large_gradients()
+    exact = torch.cat([parameter.grad.flatten().double() for parameter in parameters]).norm().item()
+    assert abs(torch.nn.utils.get_total_norm([p.grad for p in parameters]).item() / exact - 1) > 1e-6
+    norm = clip_gradients(parameters, limit)
+    assert norm.dtype == torch.float32 and norm.item() == pytest.approx(exact, rel=1e-7)
+    factor = 1 / exact if limit == 1 else 1.0
+    for clipped, original in zip(parameters, large_gradients(), strict=True):
+        torch.testing.assert_close(clipped.grad, original.grad * factor, rtol=1e-5, atol=0)
+
+
+def sharded_norm(limit):
+    """(the norm, the clipped gradients) of `large_gradients` in shards of two ranks."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, parameters = init_device_mesh("cpu", (2,)), []
+    for parameter in large_gradients():
+        parameters.append(torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
+        parameters[-1].grad = distribute_tensor(parameter.grad, mesh)
+    norm = clip_gradients(parameters, limit)
+    return norm.item(), [parameter.grad.full_tensor() for parameter in parameters]
+
+
+def test_shards_are_clipped_like_the_whole(two_ranks):
+    parameters = large_gradients()
+    norm = clip_gradients(parameters, 1.0).item()
+    for found, gradients in two_ranks(sharded_norm, 1.0):
+        assert found == norm
+        assert all(torch.equal(ours, p.grad) for ours, p in zip(gradients, parameters, strict=True))
+
+
+def test_a_norm_that_is_not_finite_is_reported():
+    parameters = large_gradients()
+    parameters[0].grad[3, 3] = math.nan
+    assert clip_gradients(parameters, 1.0).isnan()
