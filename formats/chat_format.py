@@ -21,14 +21,17 @@ With a tool call:
     <|im_start|>tool
     <|tool_response|>360<|im_end|>
 
-Each part is encoded on its own, so no text of a message becomes a special token, whatever it contains. A
-Jinja template cannot do that: TEMPLATE gives the same ids only if no message contains the name of a special
-token.
+A conversation begins with the tokenizer's `prefix_ids` (Llama's <s>), as every text does.
+
+The text between two special tokens is encoded on its own, so no text of a message becomes a special token,
+whatever it contains. A Jinja template cannot do that: TEMPLATE gives the same ids only if no message contains
+the name of a special token.
 Training targets are everything in an assistant's turn after its first line, including <|im_end|>.
 """
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import groupby
 from typing import Any, NamedTuple
 
 from configurator import UserError
@@ -72,10 +75,16 @@ def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
     Tokens that exist keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and
     a turn, <|endoftext|> ends a text from now on: the end of a turn must not look like the end of a text.
     """
+    prefix = "".join(f"{{{{- {tokenizer.hf.id_to_token(index)!r} -}}}}" for index in tokenizer.prefix_ids)
     if tokenizer.eot_id != tokenizer.hf.token_to_id(END):
-        return tokenizer.extended(CHAT_TOKENS, {"chat_template": TEMPLATE})
-    settings = {"chat_template": TEMPLATE, "eos_token": END_OF_TEXT}
+        return tokenizer.extended(CHAT_TOKENS, {"chat_template": prefix + TEMPLATE})
+    settings = {"chat_template": prefix + TEMPLATE, "eos_token": END_OF_TEXT}
     return tokenizer.extended([*CHAT_TOKENS, END_OF_TEXT], settings)
+
+
+def chat_prefix(tokenizer: Tokenizer) -> list[int]:
+    """The ids that a conversation begins with: `prefix_ids`, unless the model was trained without them."""
+    return [] if tokenizer.settings.get("chat_template") == TEMPLATE else tokenizer.prefix_ids
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
@@ -126,13 +135,35 @@ def parts_of(message: dict[str, Any]) -> Iterator[Part]:
     yield Part("\n", False, False)
 
 
+def encode_texts(tokenizer: Tokenizer, parts: list[Part]) -> tuple[list[int], list[int]]:
+    """Encode the texts between two special tokens as one, because that is what a template does.
+
+    It makes a difference for tokenizers that put a marker before the first word of a text: "user\\n" and
+    "Hi" alone would both have one.
+    """
+    text, ids, mask = "", list[int](), list[int]()
+    for part in parts:
+        text, before = text + part.text, ids
+        ids = tokenizer.encode(text, inside=True)
+        # A token that spans two parts counts as the second's.
+        kept = next((n for n, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]),
+                    min(len(before), len(ids)))
+        mask = mask[:kept] + [int(part.is_target)] * (len(ids) - kept)
+    return ids, mask
+
+
 def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int], list[int]]:
     ids: list[int] = []
     mask: list[int] = []
-    for text, is_special, is_target in parts:
-        new = [tokenizer.token_id(text)] if is_special else tokenizer.encode(text)
-        ids += new
-        mask += [int(is_target)] * len(new)
+    for is_special, group in groupby(parts, lambda part: part.is_special):
+        if is_special:
+            for part in group:
+                ids.append(tokenizer.token_id(part.text))
+                mask.append(int(part.is_target))
+        else:
+            new_ids, new_mask = encode_texts(tokenizer, list(group))
+            ids += new_ids
+            mask += new_mask
     return ids, mask
 
 
@@ -141,7 +172,9 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[l
 
     The tokenizer comes from `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate.
     """
-    return encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
+    ids, mask = encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
+    prefix = chat_prefix(tokenizer)
+    return prefix + ids, [0] * len(prefix) + mask
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
@@ -152,7 +185,14 @@ def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[
 
 def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
     """The ids of an assistant's message after `encode_prompt`: the training targets of its turn."""
-    return encode_parts(tokenizer, (part for part in parts_of(message) if part.is_target))[0]
+    ids, mask = encode_parts(tokenizer, parts_of(message))
+    return [index for index, is_target in zip(ids, mask, strict=True) if is_target]
+
+
+def encode_content(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
+    """The ids of a text as the content of a turn, without those of the role before it."""
+    ids, mask = encode_texts(tokenizer, [Part(f"{role}\n", False, False), Part(text, False, True)])
+    return ids[mask.index(1):] if 1 in mask else []
 
 
 # ---- Ids -> messages --------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ tokenizer that is not a byte-level BPE, or that splits in another way, is refuse
 from typing import Any
 
 from configurator import UserError
-from formats.chat_format import end_of_turn
+from formats.chat_format import chat_prefix, end_of_turn
 from formats.tokenizer import GPT2_SPLIT, QWEN2_SPLIT, Tokenizer, split_pattern
 
 # Llama 3 splits as Qwen2 does, but keeps up to three digits together.
@@ -39,14 +39,17 @@ def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:
 
 
 def special_ids(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
-    """The ids of the special tokens. llama.cpp stops at the end of a text and at the end of a turn."""
+    """The ids of the special tokens. llama.cpp stops at the end of a text and at the end of a turn.
+
+    add_bos_token makes it begin every prompt with bos_token, as our texts and conversations begin.
+    """
     pad = tokenizer.hf.token_to_id(tokenizer.named_token("pad_token") or "")
     ids = {"eos": tokenizer.eot_id, "bos": tokenizer.bos_id, "pad": pad, "eot": end_of_turn(tokenizer)}
     if tokenizer.prefix_ids not in ([], [tokenizer.bos_id]):
         raise UserError(f"{place}: its tokenizer puts {tokenizer.prefix_ids} before a text; GGUF allows only "
                         "one token there, bos_token")
     known = {f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items() if index is not None}
-    return known | {"tokenizer.ggml.add_bos_token": bool(tokenizer.prefix_ids)}
+    return known | {"tokenizer.ggml.add_bos_token": bool(chat_prefix(tokenizer))}
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int, place: str) -> dict[str, Any]:
@@ -54,8 +57,7 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int, place: str) -> dict[str, A
 
     vocab_size: rows of the model's embedding table. Rows without a token become unused tokens.
     """
-    if tokenizer.vocab_size > vocab_size:
-        raise UserError(f"{place}: its tokenizer has {tokenizer.vocab_size:,} ids, the model {vocab_size:,}")
+    tokenizer.require_rows(vocab_size, place)
     tokens = [f"[PAD{index}]" for index in range(vocab_size)]
     kinds = [UNUSED] * vocab_size
     for token, index in tokenizer.hf.get_vocab().items():

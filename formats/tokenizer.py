@@ -6,13 +6,18 @@
     tokenizer.save("out/base/step_000100")               # what transformers' AutoTokenizer reads
 
 tiktoken encodes a byte-level BPE several times faster than the `tokenizers` library, with the same ids. It is
-built from the merges in tokenizer.json. Every other tokenizer.json is encoded by `tokenizers`. Left out:
-training anything but BPE, and chats (formats/chat_format.py).
+built from the merges in tokenizer.json. Every other tokenizer.json is encoded by `tokenizers`. The ids of a
+text are those of transformers' AutoTokenizer, without truncation and padding.
+
+Tokenizers of the sentencepiece kind (Llama 2, Mistral, Gemma) spell a space as the marker "\u2581", put one
+before the first word of a text, and spell a byte that has no token of its own as "<0xE2>". Left out: training
+anything but BPE, and chats (formats/chat_format.py).
 """
 
+import contextlib
 import json
-from collections.abc import Iterable, Sequence
-from itertools import takewhile
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +26,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configurator import UserError
+from formats.files import read_json
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"  # in chats (formats/chat_format.py)
@@ -28,6 +34,7 @@ END_OF_TURN = "<|im_end|>"  # in chats (formats/chat_format.py)
 # word, and keeps newlines apart from other white space.
 QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
+MAX_ID = 2**24  # no vocabulary is larger; a damaged file may have an id for which no memory is enough
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Byte-level files spell each byte of a token as one printable letter, by GPT-2's table. Printable bytes are
@@ -76,6 +83,93 @@ def gpt2_definition() -> dict[str, Any]:
     return json.loads(hf.to_str())
 
 
+# ---- Special tokens ---------------------------------------------------------------------------------------
+
+def special_tokens(definition: dict[str, Any], settings: dict[str, Any]) -> set[str]:
+    """The special tokens by the rule of transformers: those of tokenizer.json, and those that settings name.
+
+    A single letter of the vocabulary stays a letter (some files have "!" as their padding token).
+    """
+    named = [value for key, value in settings.items() if key.endswith("_token")]
+    for key in ("additional_special_tokens", "extra_special_tokens"):
+        more = settings.get(key) or []
+        named += more.values() if isinstance(more, dict) else more
+    names = {token["content"] if isinstance(token, dict) else token for token in named}
+    names |= {token["content"] for token in definition["added_tokens"] if token["special"]}
+    return {name for name in names if isinstance(name, str) and len(name) > 1}
+
+
+def text_definition(definition: dict[str, Any], special: set[str]) -> dict[str, Any]:
+    """The tokenizer.json that texts are encoded with: no text becomes a special token.
+
+    `tokenizers` finds added tokens in every text, so the special ones are left out. A special token that is
+    also a piece of the model (in Unigram, a text could become it) gets a name that begins with a space. No
+    text has such a piece, because every kind of pre-tokenizer replaces or removes spaces.
+    """
+    def hidden(piece: str) -> str:
+        return f" {piece}" if piece in special else piece
+
+    model = dict(definition["model"])
+    vocab = model["vocab"]
+    if isinstance(vocab, dict):
+        model["vocab"] = {hidden(piece): index for piece, index in vocab.items()}
+    else:  # Unigram has a list
+        model["vocab"] = [[hidden(piece), score] for piece, score in vocab]
+    if model.get("unk_token"):
+        model["unk_token"] = hidden(model["unk_token"])
+    if "merges" in model:
+        pairs = [pair.split(" ") if isinstance(pair, str) else pair for pair in model["merges"]]
+        model["merges"] = [pair for pair in pairs if special.isdisjoint([*pair, "".join(pair)])]
+    added = [token for token in definition["added_tokens"] if token["content"] not in special]
+    return definition | {"model": model, "added_tokens": added, "post_processor": None}
+
+
+def without_first_marker(definition: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json for a text in the middle of another, whose first word has no marker."""
+    text = json.dumps(definition.get("pre_tokenizer"))
+    text = text.replace('"prepend_scheme": "first"', '"prepend_scheme": "never"')
+    return definition | {"pre_tokenizer": json.loads(text)}
+
+
+def as_llama_tokenizer(definition: dict[str, Any], settings: dict[str, Any]) -> dict[str, Any]:
+    """The tokenizer.json that transformers 5 makes of a file whose tokenizer_class is LlamaTokenizer.
+
+    It replaces the file's normalizer by its own rule for the marker.
+    """
+    scheme = "always" if settings.get("legacy") else "first"
+    if settings.get("add_prefix_space") is False:
+        scheme = "never"
+    return definition | {"normalizer": None, "pre_tokenizer": {
+        "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}}
+
+
+def check_definition(definition: dict[str, Any]) -> None:
+    """Raise UserError for ids that the library would panic over, or for which no memory is enough."""
+    vocab = definition["model"]["vocab"]
+    ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
+    added = [token["id"] for token in definition["added_tokens"]]
+    if not all(type(index) is int and 0 <= index < MAX_ID for index in ids + added):
+        raise UserError(f"tokenizer.json: an id is not an integer from 0 to {MAX_ID - 1:,}")
+    if len(set(ids)) < len(ids):
+        raise UserError("tokenizer.json: two tokens have the same id")
+
+
+@contextlib.contextmanager
+def library_errors(place: object) -> Iterator[None]:
+    """Turn every error of the `tokenizers` library into a UserError of one line that names `place`.
+
+    A file that it does not expect makes it raise a bare Exception or, where its Rust code panics, a
+    BaseException.
+    """
+    try:
+        yield
+    except (UserError, OSError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise UserError(f"{place}: not a tokenizer.json ({reason})") from None
+
+
 # ---- The fast encoder -------------------------------------------------------------------------------------
 
 def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
@@ -96,6 +190,7 @@ def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
 def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     """The same byte-level BPE for tiktoken, or None if the file needs something that tiktoken does not do.
 
+    definition: a `text_definition`. Its added tokens are not found in texts.
     tiktoken merges the pair whose merged token has the lowest id. `tokenizers` merges the pair that comes
     first in its list of merges. Both agree if the merged tokens are numbered in the order of their merges,
     which is checked here.
@@ -107,11 +202,12 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     if model.get("type") != "BPE" or has_extras or pattern is None:
         return None
     added = {token["content"] for token in definition["added_tokens"]}
-    vocab = {token: index for token, index in model["vocab"].items() if token not in added}
+    vocab = {token: index for token, index in model["vocab"].items()
+             if token not in added and " " not in token}  # a space: the hidden name of a special token
     if not set().union(*vocab) <= LETTER_TO_BYTE.keys() <= vocab.keys():  # tokens are not spelled in bytes
         return None
-    merged = [vocab["".join(pair.split(" ") if isinstance(pair, str) else pair)] for pair in model["merges"]]
-    if merged != sorted(merged) or len(merged) + 256 != len(vocab):
+    merged = [vocab.get("".join(pair), -1) for pair in model["merges"]]
+    if merged != sorted(merged) or -1 in merged or len(merged) + 256 != len(vocab):
         return None
     ranks = {bytes(LETTER_TO_BYTE[letter] for letter in token): index for token, index in vocab.items()}
     return tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
@@ -136,30 +232,45 @@ class Tokenizer:
     end_ids: eot_id or, with a chat template, the list of the ids that end a turn or a text.
     bos_id: the id that begins a text, or None.
     special_ids: the ids that no text is encoded to.
-    prefix_ids: the ids that the file's post-processor puts before a text: Llama's <s>; none for ours.
+    prefix_ids: the ids that every text and conversation begins with: Llama's <s>; none for ours.
     """
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
         """definition, settings: the content of the two files. UserError if there is no end-of-text token."""
-        self.definition = definition
+        # Truncation and padding are of the program that wrote the file; transformers ignores them too.
+        self.definition = definition | {key: None for key in ("truncation", "padding") if key in definition}
         self.settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
                                      "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
-        self.hf = tokenizers.Tokenizer.from_str(json.dumps(definition))
-        # The library finds added tokens in every text, so texts are encoded by a copy without added tokens.
-        plain = definition | {"added_tokens": [], "post_processor": None}
+        self.hf = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
+        special = special_tokens(self.definition, self.settings)
+        plain = text_definition(self.definition, special)
+        inside = without_first_marker(plain)
         self.plain = tokenizers.Tokenizer.from_str(json.dumps(plain))
-        self.fast = tiktoken_encoding(definition)
-        self.special_ids = frozenset(self.hf.get_added_tokens_decoder())
-        self.prefix_ids = list(takewhile(self.special_ids.__contains__, self.hf.encode("a").ids))
+        self.inside = self.plain if inside == plain else tokenizers.Tokenizer.from_str(json.dumps(inside))
+        self.fast = tiktoken_encoding(plain)
+        # Added tokens that are not special, such as GPT-NeoX's runs of spaces, are found in texts. Their ids
+        # may differ in `plain`, which has fewer added tokens.
+        self.added = [token["content"] for token in plain["added_tokens"]]
+        ids = {self.plain.token_to_id(name): self.hf.token_to_id(name) for name in self.added}
+        self.moved = {theirs: index for theirs, index in ids.items() if theirs != index}
+        self.special_ids = frozenset(map(self.hf.token_to_id, special)) - {None}
         self.vocab_size = 1 + max(self.hf.get_vocab().values())
         begin, end = self.named_token("bos_token"), self.named_token("eos_token") or END_OF_TEXT
         self.bos_id = self.hf.token_to_id(begin) if begin else None
         eot_id = self.hf.token_to_id(end)
         if eot_id is None:
             raise UserError(f"tokenizer: the end-of-text token {end!r} is not in the vocabulary")
+        if eot_id not in self.special_ids:
+            raise UserError(f"tokenizer: the end-of-text token {end!r} is a letter, which texts contain")
         self.eot_id: int = eot_id
         turn = self.hf.token_to_id(END_OF_TURN) if "chat_template" in self.settings else None
         self.end_ids = self.eot_id if turn in (None, self.eot_id) else [turn, self.eot_id]
+        encoding = self.hf.encode("a")  # with what the post-processor adds, which the mask marks
+        self.prefix_ids = encoding.ids[:encoding.special_tokens_mask.index(0)]
+        # Byte-level tokens are letters for bytes. Other decoders drop the first space of a text, so `decode`
+        # puts this token in front where the text has no beginning.
+        self.is_byte_level = '"ByteLevel"' in json.dumps(self.definition.get("decoder"))
+        self.anchor = [] if self.is_byte_level else self.plain.encode("a").ids[-1:]
 
     def named_token(self, key: str) -> str | None:
         """The token of a setting such as eos_token, or None. Some files store an object, not a string."""
@@ -179,21 +290,24 @@ class Tokenizer:
             return cls(gpt2_definition())
         path = Path(source)
         path = path / "tokenizer.json" if path.is_dir() else path
-        config, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
-        try:
-            definition = json.loads(path.read_text(encoding="utf-8"))
-            settings = json.loads(config.read_text(encoding="utf-8")) if config.is_file() else None
-            if settings is not None and template.is_file():  # transformers 5 saves it here and reads it first
-                settings["chat_template"] = template.read_text(encoding="utf-8")
-            return cls(definition, settings)
-        except FileNotFoundError:
+        if not path.is_file():
             hint = ("copy the model's into its folder" if Path(source).is_dir() else
                     "give gpt2, or a folder with tokenizer.json")
-            raise UserError(f"{path}: no tokenizer there ({hint})") from None
-        except UserError:
-            raise
-        except Exception as error:  # the tokenizers library raises bare Exception for a file it cannot read
-            raise UserError(f"{path}: not a tokenizer.json: {error}") from None
+            raise UserError(f"{path}: no tokenizer there ({hint})")
+        config, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
+        definition, settings = read_json(path), read_json(config)
+        if settings and template.is_file():  # transformers 5 saves it here and reads it first
+            settings["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
+        with library_errors(path):
+            check_definition(definition)
+            kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
+            is_mistral = read_json(path.with_name("config.json")).get("model_type") == "mistral"
+            is_byte_level = "ByteLevel" in json.dumps(definition.get("decoder"))
+            if kind == "LlamaTokenizer" and not is_byte_level and not is_mistral:
+                definition = as_llama_tokenizer(definition, settings)
+            if settings:  # so that transformers reads the files that we save, and no class changes them
+                settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+            return cls(definition, settings)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
@@ -218,28 +332,53 @@ class Tokenizer:
         hf.add_special_tokens(special_tokens)
         return Tokenizer(json.loads(hf.to_str()), self.settings | settings)
 
-    def encode(self, text: str) -> list[int]:
-        """The ids of a text, none of them special. Raises UnicodeEncodeError for a lone surrogate."""
-        text.encode("utf-8")
-        if self.fast is not None and not has_long_blank(text):
-            return self.fast.encode_ordinary(text)
-        return self.plain.encode(text, add_special_tokens=False).ids
+    def encode(self, text: str, inside: bool = False) -> list[int]:
+        """The ids of a text, none of them special, except for unk_token if the vocabulary needs it.
 
-    def decode(self, ids: Sequence[int]) -> str:
-        """The text of ids, with special tokens by name. Bytes that are not UTF-8 become U+FFFD."""
-        return self.hf.decode(list(ids), skip_special_tokens=False)
+        inside: the text follows other tokens, as in a chat. Some tokenizers of the sentencepiece kind put a
+        marker before the first word of a text only. Raises UnicodeEncodeError for a lone surrogate.
+        """
+        text.encode("utf-8")
+        has_added = any(token in text for token in self.added)
+        if self.fast is not None and not has_added and not has_long_blank(text):
+            return self.fast.encode_ordinary(text)
+        with library_errors("tokenizer"):
+            ids = (self.inside if inside else self.plain).encode(text, add_special_tokens=False).ids
+        return [self.moved.get(index, index) for index in ids] if self.moved else ids
+
+    def decode(self, ids: Sequence[int], inside: bool = False) -> str:
+        """The text of ids, with special tokens by name. Bytes that are not UTF-8 become U+FFFD.
+
+        inside: the ids follow others, as a completion follows its prompt, so a space before them is kept.
+        """
+        if not inside or not self.anchor:
+            return self.hf.decode(list(ids), skip_special_tokens=False)
+        before = self.hf.decode(self.anchor, skip_special_tokens=False)
+        return self.hf.decode([*self.anchor, *ids], skip_special_tokens=False).removeprefix(before)
+
+    def piece_bytes(self, piece: str, index: int) -> bytes:
+        """The bytes that a token adds to a text. "\u2581the" is b" the", and "<0xE2>" is b"\\xe2"."""
+        if piece in self.added:
+            return piece.encode()
+        if self.is_byte_level:
+            is_spelled = LETTER_TO_BYTE.keys() >= set(piece)
+            return bytes(map(LETTER_TO_BYTE.__getitem__, piece)) if is_spelled else piece.encode()
+        if self.definition["model"].get("byte_fallback") and re.fullmatch("<0x[0-9A-F]{2}>", piece):
+            return bytes([int(piece[3:5], 16)])
+        return self.decode([index], inside=True).encode()
 
     def token_bytes(self) -> list[bytes]:
         """The bytes of every id, empty for special and unused ids. "Bits per byte" counts these bytes."""
         table = [b""] * self.vocab_size
-        for token, index in self.hf.get_vocab().items():
-            if index in self.special_ids:
-                continue
-            if self.fast:
-                table[index] = bytes(LETTER_TO_BYTE[letter] for letter in token)
-            else:
-                table[index] = self.hf.decode([index]).encode()
+        for piece, index in self.hf.get_vocab().items():
+            if index not in self.special_ids:
+                table[index] = self.piece_bytes(piece, index)
         return table
+
+    def require_rows(self, rows: int, place: object) -> None:
+        """Raise UserError if a model with `rows` rows in its embedding table lacks an id."""
+        if self.vocab_size > rows:
+            raise UserError(f"{place}: its tokenizer has {self.vocab_size:,} ids, the model {rows:,}")
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""

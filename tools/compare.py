@@ -1,6 +1,6 @@
 """Compare a teacher and its student on one Markdown page: size, loss, speed, agreement, and what they write.
 
-    python -m tools.compare --teacher=out/base --student=out/distilled
+    python -m tools.compare out/base out/distilled       # the teacher, then the student
     python -m tools.compare --teacher=out/base --student=out/free --prompts=prompts.txt --out=compare.md
 
 The losses are those of distill.py's log, if block_size, eval_tokens, packing and document_mask are the same.
@@ -111,7 +111,7 @@ def continuations(cfg: CompareConfig, sampling: Sampling, model: GPT, tokenizer:
     for tokens in generate(model, ids, cfg.max_new_tokens, sampling, lambda row, new: new[-1] in end_ids,
                            Options(vocab_size=tokenizer.vocab_size)):
         append_tokens(new, tokens)
-    return [tokenizer.decode([i for i in row if i not in end_ids]) for row in new]
+    return [tokenizer.decode([i for i in row if i not in end_ids], inside=True) for row in new]
 
 
 def fenced(text: str) -> str:
@@ -160,8 +160,8 @@ def load(cfg: CompareConfig, folder: Path, tokenizer: Tokenizer) -> GPT:
     """The model of a folder. Raises UserError if its token ids are not those of the data."""
     model, own = GPT.from_pretrained(folder, pick_device(cfg.device)).eval(), Tokenizer.load(folder)
     if pieces(own) != pieces(tokenizer) or model.config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"{folder}: its token ids are not those of dataset={cfg.dataset}; give a data "
-                        "set made with its tokenizer")
+        raise UserError(f"{folder}: its token ids are not those of dataset={cfg.dataset}; name its "
+                        "own with --dataset=")
     return model
 
 
@@ -181,7 +181,12 @@ def page(cfg: CompareConfig, command: str) -> str:
 
 
 def main(argv: list[str]) -> int:
-    cfg, _ = configure(CompareConfig, argv, usage=__doc__)
+    # Two arguments without -- are the models; a name that ends in .py is a config file.
+    folders = [arg for arg in argv if not arg.startswith("-") and not arg.endswith(".py")]
+    if len(folders) not in (0, 2):
+        raise UserError("name two models: python -m tools.compare TEACHER STUDENT")
+    models = [f"--{key}={folder}" for key, folder in zip(("teacher", "student"), folders, strict=False)]
+    cfg, _ = configure(CompareConfig, [*models, *(arg for arg in argv if arg not in folders)], usage=__doc__)
     if not cfg.out and not Path(cfg.student).is_dir():
         raise UserError(f"student={cfg.student}: not a folder here; give the place of the page with --out=")
     out = Path(cfg.out) if cfg.out else Path(cfg.student) / "compare.md"

@@ -65,7 +65,7 @@ def test_decoding_the_last_tokens_finds_every_stop(base, monkeypatch):
         monkeypatch.setattr(evals.lm, "generate", scripted(ids))
         assert base.generate_ids([[1]], stops, 100) == [ids[:first]]
     decoded = []
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: decoded.append(len(ids)) or decode(ids))
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, inside: decoded.append(len(ids)) or decode(ids))
     monkeypatch.setattr(evals.lm, "generate", scripted([tokenizer.encode("a")[0]] * 500))
     base.generate_ids([[1]], ["Question:"], 500)
     assert len(decoded) == 500 and max(decoded) == 1 + len("Question:"), "only the last tokens are decoded"

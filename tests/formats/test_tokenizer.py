@@ -183,7 +183,7 @@ def test_the_prefix_of_a_post_processor_is_known(trained_bpe):
 
 @pytest.mark.parametrize(
     "content, message",
-    [(None, "there .copy the model's"), ("{", "not a tokenizer.json"), ("{}", "not a tokenizer.json")],
+    [(None, "there .copy the model's"), ("{", "tokenizer.json: damaged"), ("{}", "not a tokenizer.json")],
 )
 def test_a_file_that_is_not_a_tokenizer_is_one_line(tmp_path, content, message):
     if content is not None:
