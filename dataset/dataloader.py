@@ -13,6 +13,8 @@ Shapes: B rows, T block_size.
 """
 
 import math
+import os
+import shlex
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ import torch
 
 from configurator import UserError
 from dataset.shards import DataFolder
+from dataset.sources import TEXT_KINDS, file_kind
 from formats.files import file_sha256
 from formats.tokenizer import Tokenizer
 
@@ -47,7 +50,13 @@ def parse_mix(spec: str) -> list[tuple[Path, float]]:
 
 
 def dataset_folder(name: str) -> Path:
-    """data/<name> if it exists or if no folder `name` does, else the path itself."""
+    """data/<name> if it exists or if no folder `name` does, else the path itself. UserError for a file."""
+    if os.path.isfile(name):
+        folder = Path("data") / Path(name).name.split(".")[0]
+        rows = "" if file_kind(Path(name)) in TEXT_KINDS else (
+            " (chats and preferences: add --kind= and --tokenizer=MODEL)")
+        raise UserError(f"dataset={name}: is a file; first run: python prepare.py "
+                        f"--source={shlex.quote(name)} --out={shlex.quote(str(folder))}{rows}")
     return Path("data") / name if (Path("data") / name).is_dir() or not Path(name).is_dir() else Path(name)
 
 
@@ -107,6 +116,10 @@ class Mix:
         if len(set(tokenizers)) > 1:
             raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
+        for data in self.folders:
+            if data.meta["vocab_size"] > self.tokenizer.vocab_size:
+                raise UserError(f"{data.folder}: meta.json says {data.meta['vocab_size']} ids, "
+                                f"tokenizer.json has {self.tokenizer.vocab_size}")
         self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed
         self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest (folder, epoch)s only

@@ -137,7 +137,7 @@ class Benchmark(NamedTuple):
 
 
 def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
-    """(evaluation sets, number of ignored files of other kinds) of a comma-separated list.
+    """(evaluation sets, number of ignored files and folders) of a comma-separated list.
 
     An entry is a file, folder or glob (one set per file), a data folder or its name below data/ (one set), or
     hf:NAME. Sets are named after their files, or by their paths if two have the same name. Raises UserError

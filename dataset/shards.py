@@ -19,6 +19,8 @@ meta.json is written last, by rename. A folder without it is no data set, whatev
 """
 
 import json
+import re
+from collections import Counter
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,9 +32,11 @@ from formats.files import HashedFile, file_sha256
 from formats.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
+SPLITS = ("train", "val")
 META_KEYS = {"format_version": int, "kind": str, "vocab_size": int, "dtype": str, "shards": list,
              "bytes": dict, "inputs": dict}  # the keys that reading needs, and their types
 SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # the same for each entry of "shards"
+SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
 SHARD_TOKENS = 2**27  # a shard is closed once it holds this many: 256 MiB of uint16
 
 
@@ -88,7 +92,7 @@ class ShardWriter:
 
 def open_writers(folder: Path, vocab_size: int, masked: bool = False) -> dict[str, ShardWriter]:
     """A writer for each split of a new data folder. masked: it will hold chats or preferences."""
-    return {split: ShardWriter(folder, split, token_dtype(vocab_size), masked) for split in ("train", "val")}
+    return {split: ShardWriter(folder, split, token_dtype(vocab_size), masked) for split in SPLITS}
 
 
 def describe(writers: dict[str, ShardWriter], kind: str, tokenizer: Tokenizer, name: str) -> dict[str, Any]:
@@ -110,21 +114,43 @@ def describe(writers: dict[str, ShardWriter], kind: str, tokenizer: Tokenizer, n
 
 # ---- Reading ----------------------------------------------------------------------------------------------
 
+def require_types(values: Any, types: dict[str, type]) -> None:
+    """Raises ValueError or TypeError unless a JSON object has these keys, with values of these types."""
+    for key, kind in types.items():
+        if type(values[key]) is not kind:  # True is an int for isinstance
+            raise ValueError(f"{key} is {str(values[key])[:60]}")
+        if kind is int and values[key] < 0:
+            raise ValueError(f"{key} is negative")
+
+
+def check_meta(meta: Any) -> None:
+    """Raises ValueError, TypeError or KeyError if meta.json cannot be that of a data folder."""
+    require_types(meta, META_KEYS)
+    require_types(meta["bytes"], dict.fromkeys(SPLITS, int))
+    if meta["kind"] not in ("text", "chat", "preference"):
+        raise ValueError(f"kind is {meta['kind'][:60]}")
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"dtype is {meta['dtype'][:60]}, not uint16 or uint32")
+    for shard in meta["shards"]:
+        require_types(shard, SHARD_KEYS if meta["kind"] == "text" else SHARD_KEYS | {"mask_sha256": str})
+        if not SHARD_NAME.fullmatch(shard["name"]) or not shard["tokens"]:
+            raise ValueError(f"{shard['name'][:60]} of {shard['tokens']} tokens is no shard")
+    for name, count in Counter(shard["name"] for shard in meta["shards"]).items():
+        if count > 1:
+            raise ValueError(f"{name} is listed twice")
+
+
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The content of meta.json, its types checked. Raises UserError if it is missing or not ours."""
+    """The content of meta.json, checked. Raises UserError if it is missing or not ours."""
     path = folder / "meta.json"
     try:
         meta = json.loads(path.read_text(encoding="utf-8"))
-        for key, kind in META_KEYS.items():
-            if type(meta[key]) is not kind:
-                raise TypeError(f"{key} is {meta[key]!r}")
-        np.dtype(meta["dtype"])
-        keys = SHARD_KEYS if meta["kind"] == "text" else SHARD_KEYS | {"mask_sha256": str}
-        meta["shards"] = [{key: kind(shard[key]) for key, kind in keys.items()} for shard in meta["shards"]]
-        meta["bytes"] = {split: int(meta["bytes"][split]) for split in ("train", "val")}
+        check_meta(meta)
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"{folder}: no data set here (no meta.json); prepare.py makes one") from None
-    except (ValueError, KeyError, TypeError) as error:
+        names = ", ".join(sorted(each.parent.name for each in Path("data").glob("*/meta.json")))
+        here = f"; data/ has {names}" if names else ""
+        raise UserError(f"{folder}: no data set here (no meta.json); prepare.py makes one{here}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: not a data set's ({type(error).__name__}: {error})") from None
     if meta["format_version"] != FORMAT_VERSION:
         raise UserError(f"{folder}: format version {meta['format_version']}; this program reads version "
@@ -162,7 +188,7 @@ class DataFolder:
     def mapped(self, names: Iterable[str], dtype: np.dtype) -> dict[str, list[np.memmap]]:
         """{"train": the memory-mapped files whose names begin with train, "val": ..}."""
         return {split: [np.memmap(self.folder / name, dtype, "r") for name in names if name.startswith(split)]
-                for split in ("train", "val")}
+                for split in SPLITS}
 
     def require_kind(self, kind: str) -> None:
         """UserError unless the folder holds rows of this kind: text, chat or preference."""

@@ -3,6 +3,7 @@ fault is a one-line message."""
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -350,8 +351,6 @@ def test_two_prepares_of_one_folder(tmp_path):
 
 @pytest.fixture
 def copy(data, tmp_path):
-    import shutil
-
     return Path(shutil.copytree(data, tmp_path / "copy"))
 
 
@@ -381,10 +380,24 @@ def test_every_fault_of_a_folder_is_one_line(copy):
     meta = json.loads((copy / "meta.json").read_text())
     for key, value in (("vocab_size", None), ("vocab_size", "x"), ("bytes", {"train": 5}), ("bytes", 3),
                        ("inputs", []), ("kind", 3), ("shards", [{"name": "train_00000.bin", "tokens": 5}]),
-                       ("shards", [{"name": 3, "tokens": "x", "sha256": ""}]), ("dtype", "x"), ("shards", 3)):
+                       ("shards", [{"name": 3, "tokens": "x", "sha256": ""}]), ("dtype", "x"), ("shards", 3),
+                       ("dtype", "float16"), ("dtype", "uint8"), ("dtype", "int64"), ("dtype", ">u2"),
+                       ("dtype", "object"), ("kind", "texts"), ("vocab_size", True), ("vocab_size", -1),
+                       ("bytes", {"train": 5, "val": -5}), ("bytes", {"train": 5, "val": float("nan")}),
+                       ("shards", meta["shards"] * 2), ("shards", [meta["shards"][0] | {"tokens": 0}]),
+                       ("shards", [meta["shards"][0] | {"tokens": True}]), ("shards", [None]),
+                       ("shards", [meta["shards"][0] | {"name": "../copy/train_00000.bin"}]),
+                       ("shards", [meta["shards"][0] | {"name": "test_00000.bin"}])):
         (copy / "meta.json").write_text(json.dumps(meta | {key: value}))
         with pytest.raises(UserError, match="meta.json: not a data set's"):
             DataFolder(copy)
+    for text in ("[" * 100_000 + "]" * 100_000, '{"kind": ' * 5000, "[]", "null", "\ud800", "\xff"):
+        (copy / "meta.json").write_bytes(text.encode("latin-1", "backslashreplace"))
+        with pytest.raises(UserError, match="meta.json: not a data set's"):
+            DataFolder(copy)
+    (copy / "meta.json").write_text(json.dumps(meta | {"vocab_size": 501}))
+    with pytest.raises(UserError, match="meta.json says 501 ids, tokenizer.json has 500"):
+        Mix(str(copy), 64, seed=0)
     (copy / "meta.json").write_text(json.dumps(meta | {"kind": "chat"}))
     with pytest.raises(UserError, match="not a data set's .KeyError: .mask_sha256"):
         Mix(str(copy), 64, seed=0)
@@ -461,6 +474,26 @@ def test_parse_mix(tmp_path, monkeypatch):
     for spec in ("a:0,b:1", "a:-1", "a:nan", "a:inf"):
         with pytest.raises(UserError, match="must be positive"):
             parse_mix(spec)
+
+
+def test_a_data_set_that_is_not_there(tmp_path, monkeypatch, data):
+    """A file is answered with the command that makes a data set of it; else, the data sets are listed."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data/nosuch: no data set here .*; prepare.py makes one$"):
+        Mix("nosuch", 64, seed=0)
+    for name in ("books", "code"):
+        shutil.copytree(data, tmp_path / "data" / name)
+    with pytest.raises(UserError, match="no data set here .*; data/ has books, code$"):
+        Mix("nosuch", 64, seed=0)
+    (tmp_path / "my notes.txt").write_text("x")
+    (tmp_path / "data" / "chats.jsonl").write_text("x")
+    for spec, message in (
+        ("my notes.txt", r"^dataset=my notes.txt: is a file; first run: python prepare.py "
+                         r"--source='my notes.txt' --out='data/my notes'$"),
+        (f"{tmp_path}/data/chats.jsonl:0.5,books:0.5", r"--out=data/chats \(chats and .*: add --kind= and"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=message):
+            Mix(spec, 64, seed=0)
 
 
 def test_interleave_by_hand(data):
