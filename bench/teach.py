@@ -91,13 +91,6 @@ def run_arm(cfg: TeachConfig, name: str, seed: int) -> list[dict[str, Any]]:
     return log
 
 
-def measure(cfg: TeachConfig) -> dict[str, Any]:
-    """Run the arms: {"steps", "seeds", "arms": the result of `summarize`}."""
-    logs = run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
-                    map(int, cfg.seeds.split(",")))
-    return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": summarize(logs)}
-
-
 def summarize(logs: Logs) -> dict[str, Any]:
     """{arm: {"bits": one value per seed, "speeds": tokens per second, "agreement": one value per seed}}."""
     arms: dict[str, Any] = {}
@@ -112,6 +105,13 @@ def summarize(logs: Logs) -> dict[str, Any]:
                 ratio = event["val_teacher_loss"] / event["val_loss"]
                 arms[TEACHER] = {"bits": [event["val_bits_per_byte"] * ratio], "speeds": [], "agreement": []}
     return arms
+
+
+def measure(cfg: TeachConfig) -> dict[str, Any]:
+    """Run the arms: {"steps", "seeds", "arms": the result of `summarize`}."""
+    logs = run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
+                    map(int, cfg.seeds.split(",")))
+    return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": summarize(logs)}
 
 
 def report(results: dict[str, Any]) -> str:
