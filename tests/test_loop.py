@@ -58,7 +58,7 @@ def test_two_ranks_change_nothing(data, reference, tmp_path, two_ranks, parallel
         run, data, tmp_path, *ADAMW, "--document_mask=True", "--micro_batch_size=2", f"--parallel={parallel}"
     )
     assert_close(losses(events(tmp_path)), losses(events(reference)))
-    assert_close(norms(events(tmp_path)), norms(events(reference)))
+    assert_close(norms(events(tmp_path)), norms(events(reference)), 1e-5)
     last, expected = events(tmp_path)[-1], events(reference)[-1]
     assert last["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
     assert last["val_bits_per_byte"] == pytest.approx(expected["val_bits_per_byte"], rel=1e-5)

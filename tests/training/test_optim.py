@@ -184,12 +184,12 @@ def test_the_norm_is_that_of_float64(limit):
 def sharded_norm(limit):
     """(the norm, the clipped gradients) of `large_gradients` in shards of two ranks."""
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.tensor import distribute_tensor
+    from torch.distributed.tensor import Shard, distribute_tensor
 
     mesh, parameters = init_device_mesh("cpu", (2,)), []
     for parameter in large_gradients():
-        parameters.append(torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh)))
-        parameters[-1].grad = distribute_tensor(parameter.grad, mesh)
+        parameters.append(torch.nn.Parameter(distribute_tensor(parameter.detach(), mesh, [Shard(0)])))
+        parameters[-1].grad = distribute_tensor(parameter.grad, mesh, [Shard(0)])
     norm = clip_gradients(parameters, limit)
     return norm.item(), [parameter.grad.full_tensor() for parameter in parameters]
 
