@@ -19,6 +19,7 @@ token ids differ from the student's.
 
 import dataclasses
 import math
+import shlex
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_r
 from model import GPT, GPTConfig
 from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
+from training.curves import print_end
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
 
 CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
@@ -373,8 +375,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
 
 # ---- main -------------------------------------------------------------------------------------------------
 
-def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run,
-                  kind: str) -> None:
+def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run) -> None:
     """How good the student is, compared with its teacher, and what to do next."""
     if run.rank > 0 or not results:  # no results: the run was finished before
         return
@@ -385,9 +386,12 @@ def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float
         run.print(f"            teacher  loss {loss:.4f}, perplexity {math.exp(min(loss, 700)):.2f}\n"
                   f"            KL {results['val_kl']:.4f} nats per token; same most likely token at "
                   f"{100 * results['val_agreement']:.1f} % of positions")
-    prompt = "--chat=True" if kind == "chat" else '--prompt="import os"'
-    run.print(f"next        python sample.py --model={run.out_dir} {prompt}\n"
-              f"            python -m tools.compare --teacher={cfg.teacher} --student={run.out_dir}")
+    # compare measures both models on the data of the last stage.
+    dataset = stage_configs(cfg)[-1].dataset
+    more = "" if dataset == "pystdlib" else f" --dataset={shlex.quote(dataset)}"
+    teacher = shlex.quote(cfg.teacher)
+    print_end(run, f"python -m tools.compare {teacher} {run.quoted}{more}",
+              f"python eval.py --model={run.quoted} --compare={teacher} --tasks=embedded")
 
 
 def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
@@ -417,7 +421,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
     loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, end_ids)
     results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
-    print_summary(cfg, student, results, run, kind.kind)
+    print_summary(cfg, student, results, run)
 
 
 def main(argv: list[str]) -> int:

@@ -24,6 +24,7 @@ Left out: sampling new pairs from the model during training.
 
 import hashlib
 import io
+import shlex
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -37,10 +38,12 @@ from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
 from formats import hf
 from formats.files import file_sha256, write_bytes
+from generation.samples import log_text, sample_answers
 from loop import Run, fit, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
 from prepare import prepare_problems
+from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.lora import AdaptedGPT
 from training.losses import linear_log_probs, preference_loss
@@ -262,8 +265,12 @@ class PreferenceEvaluation:
         """The number of pairs in a folder's first cfg.eval_tokens; a pair counts as two rows."""
         return validation_rows(rows, self.cfg.eval_tokens and max(1, self.cfg.eval_tokens // 2))
 
-    def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
+    def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         """{"val_loss", "val_accuracy", "val_margin"}: means over the folders, by their weights in the mix."""
+        rows = self.rows[0]
+        prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
+        for text in sample_answers(model, self.mix.tokenizer, prompts):
+            self.run.print(log_text("sample    ", text))
         results = {"val_loss": 0.0, "val_accuracy": 0.0, "val_margin": 0.0}
         for rows, weight in zip(self.rows, self.mix.weights, strict=True):
             *totals, pairs = self.sums(model, rows)
@@ -320,8 +327,9 @@ def main(argv: list[str]) -> int:
             write_merged(run, data.tokenizer)
         if results:
             run.print(f"\nvalidation  loss {results['val_loss']:.4f}, the chosen answer is preferred in "
-                      f"{100 * results['val_accuracy']:.1f} % of pairs"
-                      f"\nnext        python eval.py --model={cfg.init_from} --compare={run.out_dir}")
+                      f"{100 * results['val_accuracy']:.1f} % of pairs")
+            print_end(run, f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",
+                      f"python export.py --model={run.quoted} --format=gguf --quantize=q8_0")
     return 0
 
 

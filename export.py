@@ -59,7 +59,7 @@ class ExportConfig:
             raise UserError(f"quantize={self.quantize}: {unknown[0]!r} is not a type (choose from {known})")
         if len(set(self.kinds)) < len(self.kinds):
             raise UserError(f"quantize={self.quantize}: names a type twice")
-        if self.name is not None and Path(self.name).name != self.name:
+        if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise UserError(f"name={self.name}: must be a plain name, without a folder")
 
     # The next four are derived from the keys; they are properties, so they are not keys themselves.
@@ -79,6 +79,7 @@ class ExportConfig:
         """The name of the model: --name, or the name of its folder, or of the run that the folder is in."""
         # resolve() turns "." into a name; a hub id has nothing to resolve.
         path = Path(self.model).resolve() if Path(self.model).exists() else Path(self.model)
+        path = path.with_suffix("") if path.suffix == ".gguf" else path
         # out/dpo/step_000060 and out/dpo/merged are both called dpo.
         is_inside_run = checkpoint.NAME.fullmatch(path.name) or path.name == "merged"
         return self.name or (path.parent.name if is_inside_run else path.name)
@@ -212,8 +213,10 @@ def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
     inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "license")}
     inputs["quantize"] = ",".join(cfg.kinds)
     # manifest.json and README.md say what the model is; they are not the model.
-    files = [path for path in sorted(source.folder.iterdir())
+    files = [path for path in sorted(hf.home(source.folder).iterdir())
              if path.is_file() and path.name not in ("manifest.json", "README.md")]
+    if source.folder.is_file():  # one GGUF file of several
+        files = [path for path in files if path.suffix != ".gguf" or path == source.folder]
     return inputs | {"name": cfg.title, "card": hashlib.sha256(content.encode()).hexdigest(),
                      "model": {path.name: file_sha256(path) for path in files}}
 
@@ -250,7 +253,7 @@ def main(argv: list[str]) -> int:
         if key in provenance and cfg.format != format:
             raise UserError(f"{provenance[key]}: {key} only works with --format={format}")
     source = Source(cfg)
-    if source.folder.resolve() == cfg.folder.resolve():
+    if hf.home(source.folder).resolve() == cfg.folder.resolve():
         raise UserError(f"out={cfg.folder}: is the model itself; give another folder")
     card = card_text(cfg, source)
     inputs = inputs_of(cfg, source, card)

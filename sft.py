@@ -27,8 +27,11 @@ from torch import Tensor, nn
 from configurator import configure, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
 from dataset.dataloader import Mix, validation_rows
+from generation.samples import log_text, sample_answers
 from loop import Run, fit, start_run
+from model import GPT
 from prepare import prepare_problems
+from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, in_epochs, prepare_default
@@ -82,7 +85,11 @@ class ChatEvaluation:
         self.cfg, self.mix, self.run = cfg, mix, run
         self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 
-    def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
+    def __call__(self, model: GPT, last: bool) -> dict[str, float]:
+        rows = self.rows[0]
+        prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
+        for text in sample_answers(model, self.mix.tokenizer, prompts):
+            self.run.print(log_text("sample    ", text))
         # The folders' losses with their weights in training, whatever their sizes are.
         loss = sum(weight * self.loss(model, rows)
                    for rows, weight in zip(self.rows, self.mix.weights, strict=True))
@@ -127,10 +134,10 @@ def main(argv: list[str]) -> int:
         if cfg.merge:
             write_merged(run, data.tokenizer)
         if results:
-            run.print(f"""
-validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
-next        python sample.py --model={run.out_dir} --chat=True
-            python eval.py --model={run.out_dir}""")
+            run.print(f"\nvalidation  loss {results['val_loss']:.4f}, "
+                      f"perplexity {results['val_perplexity']:.2f}")
+            print_end(run, f"python sample.py --model={run.quoted} --chat=True",
+                      run.next_stage("dpo.py", "out/sft"))
     return 0
 
 

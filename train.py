@@ -28,9 +28,11 @@ from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, generate
+from generation.samples import log_text
 from loop import Run, RunConfig, fit, stage_configs, start_run
 from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
+from training.curves import print_end
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
 from training.validation import validation_sums
@@ -47,6 +49,8 @@ class TrainConfig(RunConfig, GPTConfig):
     z_loss: float = 0.0  # weight of logsumexp^2, which keeps logits small; PaLM uses 1e-4
     document_mask: bool = False  # attend only within a document
     sample_tokens: int = 64  # length of the sample printed with each evaluation; 0 prints none
+
+    resume_free = frozenset({"sample_tokens"})
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -120,7 +124,8 @@ class TextEvaluation:
         """
         # The sample shows progress better than a number. The last one is longer, and part of the summary.
         if self.cfg.sample_tokens and not last:
-            self.run.print(f"sample    {sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)!r}")
+            text = sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)
+            self.run.print(log_text("sample    ", text))
         results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
         for rows, weight in zip(self.rows, self.mix.weights, strict=True):
             nll, targets, text_bytes = self.sums(model, rows)
@@ -213,10 +218,10 @@ trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens 
 ({event["tokens"] / max(event["seconds"], 1e-9):,.0f} tokens/s)
 validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
 bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}
-sample      {sample}
-
-next        python sample.py --model={run.out_dir} --prompt="import os"
-            python train.py --help""")
+{log_text("sample      ", sample)}""")
+    prompt = ' --prompt="import os"' if folder.folder.name == "pystdlib" else ""
+    print_end(run, f"python -m tools.plot {run.quoted}", f"python sample.py --model={run.quoted}{prompt}",
+              run.next_stage("sft.py", "out/base"))
 
 
 def main(argv: list[str]) -> int:

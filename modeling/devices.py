@@ -116,12 +116,13 @@ def use_threads(threads: int | None) -> str:
         return ""
     cores = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     limit = min(len(cores), cgroup_cores())
-    torch.set_num_threads(min(torch.get_num_threads(), max(1, int(limit))))
-    busy = busy_cores(cores) if torch.get_num_threads() > 1 else 0.0
-    if torch.get_num_threads() + busy < limit + 0.5:
+    threads = min(torch.get_num_threads(), max(1, int(limit)))
+    torch.set_num_threads(threads)
+    busy = busy_cores(cores) if threads > 1 else 0.0
+    if threads == 1 or threads + busy < limit + 0.5:
         return ""
-    return (f"other programs keep {busy:.1f} of {len(cores)} cores busy; if this is slow, try "
-            f"--threads={max(1, round(limit - busy))}")
+    return (f"other programs keep {busy:.1f} of {len(cores)} cores busy, so threads wait for each other; "
+            f"--threads={max(1, round(limit - busy))} may be several times faster")
 
 
 def emulates_bfloat16(device: torch.device) -> bool:

@@ -13,6 +13,8 @@ import itertools
 from dataclasses import dataclass
 from pathlib import Path
 
+from matplotlib.figure import Figure
+
 from configurator import UserError, configure, run_script
 from formats.files import write_json
 from tools.arms import run_once
@@ -26,7 +28,7 @@ class SweepConfig:
     metric: str = "val_loss"  # the key of metrics.jsonl to compare
     out_dir: str = "out/sweep"  # one folder per run is made here
     json: str | None = None  # write the results to this file
-    png: str | None = None  # draw the results to this file (needs matplotlib)
+    png: str | None = None  # draw the results to this file
 
     @property
     def axes(self) -> dict[str, list[str]]:
@@ -46,11 +48,7 @@ def run_point(cfg: SweepConfig, point: dict[str, str]) -> float:
 
 
 def draw(axes: dict[str, list[str]], results: list[dict], cfg: SweepConfig) -> None:
-    """Save the picture as cfg.png. Raises UserError if matplotlib is missing."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UserError("png: needs matplotlib (pip install matplotlib)") from None
+    """Save the picture as cfg.png."""
     x_key, line_key, panel_key = [*axes, None, None][:3]
     panels = axes.get(panel_key, [None])
     values = [result["value"] for result in results]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:  # imported where it is used, because the import takes half a 
 MOST_POINTS = 1000  # per curve in a picture; more take longer to draw and look the same
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"  # for a terminal that has no block characters
-TEXT_WIDTH = 48  # characters of a text curve
+TEXT_WIDTH = 48  # characters of a text curve, at most
 
 
 def curve(events: list[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:
@@ -87,12 +87,16 @@ def redraw(run: Run) -> None:
 def text_curves(events: list[dict[str, Any]]) -> list[str]:
     """One line each for the training and the validation loss, on the same scale; [] without losses.
 
-    Each character is the mean over 1/48 of the steps, and blank if nothing was logged there.
+    Each character is the mean over a part of the steps, and blank if nothing was logged there.
     """
     points = {name: curve(events, key) for name, key in (("training", "loss"), ("validation", "val_loss"))}
     points = {name: (steps, values) for name, (steps, values) in points.items() if values}
     everything = [value for _, values in points.values() for value in values]
-    last = max((steps[-1] for steps, _ in points.values()), default=0)
+    if not everything:
+        return []
+    low, high = min(everything), max(everything)
+    last = max(steps[-1] for steps, _ in points.values())
+    width = min(TEXT_WIDTH, max(len(values) for _, values in points.values()))
     try:
         bars = BARS
         bars.encode(sys.stdout.encoding or "ascii")
@@ -100,12 +104,20 @@ def text_curves(events: list[dict[str, Any]]) -> list[str]:
         bars = ASCII_BARS
     lines = []
     for name, (steps, values) in points.items():
-        columns: list[list[float]] = [[] for _ in range(TEXT_WIDTH)]
+        columns: list[list[float]] = [[] for _ in range(width)]
         for step, value in zip(steps, values, strict=True):
-            columns[max(step - 1, 0) * TEXT_WIDTH // max(last, 1)].append(value)
-        low, high = min(everything), max(everything)
+            columns[max(step - 1, 0) * width // max(last, 1)].append(value)
         heights = [round((sum(c) / len(c) - low) / (high - low or 1) * (len(bars) - 1)) if c else None
                    for c in columns]
         line = "".join(" " if height is None else bars[height] for height in heights)
         lines.append(f"{name:10}  {line}  {values[0]:.4f} to {values[-1]:.4f}")
     return lines
+
+
+def print_end(run: Run, *commands: str) -> None:
+    """End a run's output: its loss curves, and the commands that make sense next, one per line."""
+    if run.rank > 0:
+        return
+    if lines := text_curves(run.events()):
+        run.print("curves      " + "\n            ".join([*lines, f"{run.out_dir / 'loss.png'}"]))
+    run.print("\nnext        " + "\n            ".join(commands))

@@ -33,6 +33,7 @@ class PostTrainingConfig(RunConfig):
 
     init_from: str = "out/base"  # model folder, out_dir or hub id to start from
     block_size: int = 128  # tokens per training row; the model's own context does not change
+    sample_answers: int = 2  # validation prompts answered at each evaluation, to be read; 0 prints none
     # ---- Adapter
     lora_rank: int = 0  # rank of a LoRA adapter, the only part that is then trained; 0 trains all weights
     lora_alpha: float = 16.0  # the adapter's output is scaled by lora_alpha / lora_rank
@@ -44,11 +45,11 @@ class PostTrainingConfig(RunConfig):
 
     stage_fixed = frozenset({"lora_rank", "lora_alpha", "lora_dropout", "lora_targets", "rslora",
                              "quantize_base", "merge"})
-    resume_free = frozenset({"merge"})
+    resume_free = frozenset({"merge", "sample_answers"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        require_not_negative(self, "lora_rank")
+        require_not_negative(self, "lora_rank", "sample_answers")
         require_positive(self, "lora_alpha")
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
         for key in ("merge", "quantize_base"):

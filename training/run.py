@@ -16,6 +16,7 @@ import json
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 from collections.abc import Callable, Iterator
@@ -107,9 +108,17 @@ class Run:
         """The newest event of metrics.jsonl that has `key`, or {}."""
         return next((event for event in reversed(self.events()) if key in event), {})
 
-    def print_next(self, *commands: str) -> None:
-        """Print the commands that make sense next, one per line, at the end of a summary."""
-        self.print("\nnext        " + "\n            ".join(commands))
+    @property
+    def quoted(self) -> str:
+        """out_dir for a shell command."""
+        return shlex.quote(str(self.out_dir))
+
+    def next_stage(self, script: str, default: str) -> str:
+        """The command that continues with this run's model. default: the script's own init_from."""
+        if str(self.out_dir) == default:
+            return f"python {script}"
+        out_dir = shlex.quote(f"{self.out_dir}_{Path(script).stem}")
+        return f"python {script} --init_from={self.quoted} --out_dir={out_dir}"
 
     def sum(self, values: list[float]) -> list[float]:
         """Sum numbers over all ranks, in float64 on the CPU, so that nothing waits for the accelerator."""
@@ -255,24 +264,20 @@ def require_own_folder(cfg: RunConfig, out_dir: Path) -> None:
                                     "give another --out_dir")
 
 
-def refuse_out_dir(out_dir: Path) -> None:
-    """Raises UserError if out_dir cannot be a folder of checkpoints."""
+def make_folder(out_dir: Path) -> None:
+    """Make out_dir. Raises UserError if that is not possible, or if it is no place for a run."""
     path = out_dir.resolve()
     if path in {Path("/"), Path.home().resolve(), ROOT, *ROOT.parents}:
         raise UserError(f"out_dir={out_dir}: a run needs a folder of its own, such as out/base")
-    for each in (path, *path.parents):
-        if each.exists():
-            if not each.is_dir():
-                raise UserError(f"out_dir={out_dir}: {each} is a file, not a folder")
-            if not os.access(each, os.W_OK):
-                raise UserError(f"out_dir={out_dir}: no permission to write in {each}")
-            return
+    try:
+        out_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:  # a file, or a place where we may not write
+        raise UserError(f"out_dir={out_dir}: this folder cannot be made ({error.strerror})") from None
 
 
 def claim_folder(cfg: RunConfig, run: Run) -> None:
     """Lock out_dir, and compare this configuration with the run in it, if there is one. Rank 0 only."""
-    refuse_out_dir(run.out_dir)
-    run.out_dir.mkdir(parents=True, exist_ok=True)
+    make_folder(run.out_dir)
     run.lock = lock_path(run.out_dir / ".lock")
     if run.lock is None:
         raise UserError(f"out_dir={cfg.out_dir}: another process is training here")

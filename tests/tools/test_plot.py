@@ -1,4 +1,4 @@
-"""tools.plot: the right numbers in the right panel, and its refusals."""
+"""tools.plot: the picture of one or more runs, and its refusals."""
 
 import json
 import sys
@@ -21,17 +21,6 @@ def run(tmp_path):
     lines = [json.dumps(event) for event in EVENTS] + ['{"step": 30, "lo']  # a line that a kill cut
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))
     return tmp_path / "run"
-
-
-def test_a_curve_is_the_logged_numbers():
-    assert plot.curve(EVENTS, "loss") == ([10, 20], [4.0, 3.0])
-    assert plot.curve(EVENTS, "val_loss") == ([20], [3.5])
-    pytest.importorskip("matplotlib")
-    loss, rate, speed = plot.draw({"a": EVENTS, "b": EVENTS[:1]}).axes
-    assert [line.get_xydata().tolist() for line in loss.lines] == [
-        [[10, 4], [20, 3]], [[20, 3.5]], [[10, 4]], []]
-    assert rate.lines[0].get_xydata().tolist() == [[10, 0.1], [20, 0.05]]
-    assert speed.lines[0].get_xydata().tolist() == [[10, 100], [20, 120]]
 
 
 def test_the_picture_is_written_into_the_run(run, tmp_path, capsys):

@@ -14,14 +14,15 @@ import torch
 import modeling.devices
 import train
 import training.run
-from configurator import UserError, configure
+from configurator import UserError, configure, version
 from formats import checkpoint, hf
 from formats.files import write_json
+from formats.model_card import commit
 from formats.peft import AdapterSpec
 from formats.tokenizer import Tokenizer
 from loop import RunConfig, plan_stages, start_run
 from model import GPT
-from tests.conftest import TINY_RUN
+from tests.conftest import ROOT, TINY_RUN
 from tests.runs import events, losses, run, stop_at_step
 from training.lora import AdaptedGPT
 from training.stages import with_steps
@@ -81,7 +82,10 @@ def test_the_log_has_every_field(trained):
         "memory_gb",
         "seconds",
     }
-    assert found[-1].keys() == {"step", "val_loss", "val_perplexity", "val_bits_per_byte"}
+    assert found[-1].keys() == {"step", "seconds", "eval_seconds", "memory_gb", "val_loss", "val_perplexity",
+                                "val_bits_per_byte"}
+    assert found[-1]["seconds"] == pytest.approx(found[-2]["seconds"], abs=0.5)
+    assert found[-1]["eval_seconds"] > 0 and found[-1]["memory_gb"] >= found[-2]["memory_gb"] > 0.01
     assert [event["step"] for event in found if "loss" in event] == list(range(1, 61))
     assert found[-1]["val_perplexity"] == pytest.approx(np.exp(found[-1]["val_loss"]))
 
@@ -237,23 +241,97 @@ def refusal(data, out, *words):
         return str(error)
 
 
-def test_wandb_mirrors_the_log(data, tmp_path, monkeypatch):
-    logged = []
-    fake = types.ModuleType("wandb")
-    fake.Error = type("Error", (Exception,), {})
-    fake.init = lambda **options: types.SimpleNamespace(
-        log=lambda event, step: logged.append((step, event)), **options
-    )
+def test_run_json_says_what_made_the_run(data, trained):
+    content = json.loads((trained / "run.json").read_text())
+    meta = json.loads((data / "meta.json").read_text())
+    assert content["dataset_tokens"] == {str(data): meta["tokens"]["train"]}
+    assert content["version"] == version() and content["commit"] == commit()
+    assert "wandb" not in content
+
+
+@pytest.mark.parametrize("out_dir", ["/", "~", ROOT, ROOT.parent, __file__, f"{__file__}/more", "/proc/run"])
+def test_impossible_out_dirs_are_refused(out_dir, data):
+    with pytest.raises(UserError, match="out_dir=.*(a folder of its own|cannot be made)") as error:
+        run(data, Path(out_dir).expanduser(), "--max_steps=1")
+    assert "\n" not in str(error.value)
+
+
+class FakeWandb(types.ModuleType):
+    """Keeps every wandb.init, and drops an event as wandb does: if its own step counter would go back."""
+
+    Error = type("Error", (Exception,), {})
+
+    def __init__(self):
+        super().__init__("wandb")
+        self.runs, self.logged, self.metrics = [], [], []
+
+    def init(self, **options):
+        self.runs.append(options)
+        return types.SimpleNamespace(
+            id=options["id"], url=f"https://wandb.example/{options['id']}", log=self.logged.append,
+            define_metric=lambda *names, **options: self.metrics.append((*names, options)))
+
+
+def test_wandb_has_one_run_per_folder(data, tmp_path, monkeypatch):
+    fake = FakeWandb()
     monkeypatch.setitem(sys.modules, "wandb", fake)
-    found = run(data, tmp_path, "--max_steps=2", "--wandb=True")
-    assert [{"step": step, **event} for step, event in logged] == found
+    found = run(data, tmp_path, "--max_steps=2", "--schedule=constant", "--wandb=True")
+    assert fake.logged == found and fake.metrics == [("step", {}), ("*", {"step_metric": "step"})]
+    entry = json.loads((tmp_path / "run.json").read_text())["wandb"]
+    assert entry == {"id": fake.runs[0]["id"], "url": f"https://wandb.example/{fake.runs[0]['id']}"}
+    # A resume, also after one without wandb, is the same run.
+    run(data, tmp_path, "--max_steps=3", "--schedule=constant")
+    found = run(data, tmp_path, "--max_steps=4", "--schedule=constant", "--wandb=True")
+    assert [options["id"] for options in fake.runs] == [entry["id"]] * 2
+    assert all(options["resume"] == "allow" for options in fake.runs)
+    assert json.loads((tmp_path / "run.json").read_text())["wandb"] == entry
+    assert fake.logged[-2:] == found[-2:]
+    # A run that starts over is another one, and so is one in another folder.
+    run(data, tmp_path, "--max_steps=1", "--wandb=True", "--overwrite=True")
+    run(data, tmp_path / "b", "--max_steps=1", "--wandb=True")
+    assert len({options["id"] for options in fake.runs}) == 3
+
+
+def test_wandb_mistakes_are_one_line(data, tmp_path, monkeypatch):
+    fake = FakeWandb()
+    monkeypatch.setitem(sys.modules, "wandb", fake)
 
     def without_key(**options):
         raise fake.Error("api_key not configured\nmore")
 
     fake.init = without_key
+    run(data, tmp_path, "--max_steps=2")
     with pytest.raises(UserError, match="api_key not configured .WANDB_MODE=offline"):
-        run(data, tmp_path / "b", "--max_steps=2", "--wandb=True")
+        run(data, tmp_path, "--max_steps=2", "--wandb=True", "--overwrite=True")
+    assert (tmp_path / "step_000002").is_dir()  # nothing was deleted
+
+
+def test_tensorboard_mirrors_the_log(data, tmp_path, monkeypatch):
+    writers = []
+
+    class Writer:
+        def __init__(self, folder, purge_step):
+            self.folder, self.purge_step, self.scalars = folder, purge_step, []
+            writers.append(self)
+
+        def add_scalar(self, key, value, step):
+            self.scalars.append((key, value, step))
+
+        def flush(self):
+            pass
+
+    fake = types.ModuleType("torch.utils.tensorboard")
+    fake.SummaryWriter = Writer
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", fake)
+    found = run(data, tmp_path, "--max_steps=2", "--schedule=constant", "--tensorboard=True")
+    assert writers[0].scalars == [(key, value, event["step"]) for event in found
+                                  for key, value in event.items() if key != "step" and value is not None]
+    run(data, tmp_path, "--max_steps=3", "--schedule=constant", "--tensorboard=True")
+    assert [(writer.folder, writer.purge_step) for writer in writers] == [
+        (str(tmp_path / "tensorboard"), 1), (str(tmp_path / "tensorboard"), 3)]
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    with pytest.raises(UserError, match="pip install tensorboard"):
+        run(data, tmp_path / "b", "--max_steps=2", "--tensorboard=True")
 
 
 @pytest.mark.parametrize("how", ["out_dir", "step", "best step of a link", "linked step", "relative", "base"])
