@@ -71,6 +71,7 @@ class DPOConfig(PostTrainingConfig):
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}
+    log_line_without = frozenset({"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,9 +110,6 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
 
     The preference loss looks only at the difference between the answers, so it may make both less likely. The
     second term, the chosen answer's NLL per token, keeps it likely (RPO, arXiv 2404.19733, equation 1).
-
-    kl is log p_reference - log p, averaged over the two answers, in nats per answer. It estimates
-    KL(reference || policy) if the reference wrote the answers; for other answers it can be negative.
     """
     log_probs, lengths = answer_log_probs(model, batch, vocab_size), batch["lengths"].T  # (2, n) each
     # How much more likely the policy finds each answer than the reference does, in nats. They start equal, so
@@ -120,15 +118,15 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], reference: Tensor, cfg: DPO
     losses = preference_loss(ratios, lengths, cfg.beta, cfg.label_smoothing, cfg.loss)  # (n,)
     # Per token, as in fine-tuning, so that long answers do not count more.
     nll = -log_probs[0] / lengths[0]  # (n,)
-    losses = losses + cfg.nll_weight * nll
+    total = (losses + cfg.nll_weight * nll).sum()
     # The reward that a policy implies: equation 5 of the paper, up to a term that all answers share.
     rewards = cfg.beta * ratios.detach()  # (2, n)
     margins = rewards[0] - rewards[1]  # (n,)
-    return losses.sum(), {
-        "loss": losses.sum(), "accuracy": (margins > 0).float().sum(), "margin": margins.sum(),
-        "nll": nll.detach().sum(), "kl": -ratios.detach().mean(0).sum(), "rewards/chosen": rewards[0].sum(),
-        "rewards/rejected": rewards[1].sum(), "logps/chosen": log_probs[0].sum(),
-        "logps/rejected": log_probs[1].sum()}
+    return total, {
+        "loss": total, f"loss/{cfg.loss}": losses.sum(), "loss/nll": nll.sum(),
+        "rewards/accuracies": (margins > 0).float().sum(), "rewards/margins": margins.sum(),
+        "rewards/chosen": rewards[0].sum(), "rewards/rejected": rewards[1].sum(),
+        "logps/chosen": log_probs[0].sum(), "logps/rejected": log_probs[1].sum()}
 
 
 # ---- The reference ----------------------------------------------------------------------------------------
@@ -255,23 +253,24 @@ def batches_at(data: StagedData[DPOConfig], reference: Reference, step: int) -> 
 
 
 class PreferenceEvaluation:
-    """Loss, accuracy and margin over the validation pairs of the last stage's mix."""
+    """Losses, accuracy and margin over the validation pairs of the last stage's mix."""
 
     def __init__(self, cfg: DPOConfig, mix: Mix, reference: Reference, run: Run):
         self.cfg, self.run, self.reference, self.mix = cfg, run, reference, mix
         self.rows = [PairRows(folder, "val", cfg.block_size) for folder in mix.folders]
+        self.names = ("loss", f"loss/{cfg.loss}", "loss/nll", "rewards/accuracies", "rewards/margins")
 
     def pairs(self, rows: PairRows) -> int:
         """The number of pairs in a folder's first cfg.eval_tokens; a pair counts as two rows."""
         return validation_rows(rows, self.cfg.eval_tokens and max(1, self.cfg.eval_tokens // 2))
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """{"val_loss", "val_accuracy", "val_margin"}: means over the folders, by their weights in the mix."""
+        """{"val_loss": ..., "val_loss/dpo": ...}: means over the folders, by their weights in the mix."""
         rows = self.rows[0]
         prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
         for text in sample_answers(model, self.mix.tokenizer, prompts):
             self.run.print(log_text("sample    ", text))
-        results = {"val_loss": 0.0, "val_accuracy": 0.0, "val_margin": 0.0}
+        results = dict.fromkeys((f"val_{name}" for name in self.names), 0.0)
         for rows, weight in zip(self.rows, self.mix.weights, strict=True):
             *totals, pairs = self.sums(model, rows)
             for name, total in zip(results, totals, strict=True):
@@ -279,13 +278,13 @@ class PreferenceEvaluation:
         return results
 
     def sums(self, model: nn.Module, rows: PairRows) -> list[float]:
-        """[loss, accuracy, margin, pairs] of one folder, summed over its pairs and all ranks."""
+        """The metrics `names` of one folder and its pairs: sums over its pairs and all ranks."""
         def make_batch(numbers: np.ndarray) -> dict[str, Any]:
             return self.reference.batch([(rows, number) for number in numbers])
 
-        def measure(batch: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor, int]:
+        def measure(batch: dict[str, Any]) -> list[Tensor | int]:
             metrics = pair_loss(model, batch, self.reference, self.cfg)[1]
-            return metrics["loss"], metrics["accuracy"], metrics["margin"], batch["count"]
+            return [*(metrics[name] for name in self.names), batch["count"]]
 
         return validation_sums(self.run, self.pairs(rows), self.cfg.micro_batch_size, make_batch, measure)
 
@@ -327,7 +326,7 @@ def main(argv: list[str]) -> int:
             write_merged(run, data.tokenizer)
         if results:
             run.print(f"\nvalidation  loss {results['val_loss']:.4f}, the chosen answer is preferred in "
-                      f"{100 * results['val_accuracy']:.1f} % of pairs")
+                      f"{100 * results['val_rewards/accuracies']:.1f} % of pairs")
             print_end(run, f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",
                       f"python export.py --model={run.quoted} --format=gguf --quantize=q8_0")
     return 0

@@ -418,7 +418,7 @@ def log_interval(state: TrainState, context: int) -> None:
     """Log and print the metrics since the last log line. context: tokens per sequence, for the MFU."""
     event = state.metrics.read(state.progress, state.learning_rate, context)
     state.run.log(event)
-    state.run.print(log_line(event, state.total))
+    state.run.print(log_line(event, state.total, state.cfg.log_line_without))
 
 
 def note_best(state: TrainState, results: dict[str, float]) -> None:

@@ -17,7 +17,7 @@ from formats.peft import weights_sha256
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses, stopped_in_step
-from tests.test_sft import assert_equal
+from tests.test_sft import assert_equal, edited
 from training.losses import linear_log_probs, preference_loss
 
 SIZES = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
@@ -171,7 +171,7 @@ def test_the_chosen_answers_nll_is_added(chat_model, pairs):
     expected = -(log_probs[0] / batch["lengths"][:, 0]).sum().item()
     found = {weight: dpo.loss_fn(model, batch, log_probs.detach(), configure(
         dpo.DPOConfig, [f"--nll_weight={weight}"])[0], 506) for weight in (0.0, 2.0)}
-    assert found[0.0][1]["nll"].item() == pytest.approx(expected, rel=1e-5)
+    assert found[0.0][1]["loss/nll"].item() == pytest.approx(expected, rel=1e-5)
     assert found[0.0][0].item() == pytest.approx(6 * math.log(2), rel=1e-5)
     assert found[2.0][0].item() - found[0.0][0].item() == pytest.approx(2 * expected, rel=1e-5)
     assert found[2.0][1]["loss"].item() == found[2.0][0].item()
@@ -185,12 +185,42 @@ def test_it_learns_to_prefer(chat_model, pairs, tmp_path):
     found = run(chat_model, pairs, tmp_path / "a", "--max_steps=30", "--learning_rate=3e-3")
     first, last = found[0], found[-2]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
-    assert abs(first["margin"]) < 1e-5 and abs(first["kl"]) < 1e-4
+    assert first["loss/dpo"] == first["loss"] and abs(first["rewards/margins"]) < 1e-5
     assert np.mean(losses(found)[-10:]) < 0.6
-    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected", "margin"} <= last.keys()
-    assert last["rewards/chosen"] - last["rewards/rejected"] == pytest.approx(last["margin"], abs=1e-5)
+    assert {"rewards/chosen", "rewards/rejected", "logps/chosen", "logps/rejected"} <= last.keys()
+    margin = last["rewards/chosen"] - last["rewards/rejected"]
+    assert margin == pytest.approx(last["rewards/margins"], abs=1e-5)
     assert weights_sha256(hf.find_folder(chat_model)) == before
     assert found[-1]["val_loss"] < 0.65
+
+
+@pytest.mark.parametrize("words", [[], ["--loss=ipo"]])
+def test_both_parts_of_the_loss_are_logged(chat_model, pairs, tmp_path, capsys, words):
+    """nll_weight does not hide where the preference loss starts: at ln 2, for ipo at 1 / (2 beta)^2 = 25."""
+    log = run(chat_model, pairs, tmp_path / "a", "--max_steps=2", "--nll_weight=10", *words)
+    kind, start = ("ipo", 25.0) if words else ("dpo", math.log(2))
+    assert log[0][f"loss/{kind}"] == pytest.approx(start, abs=1e-5)
+    for event, before in ((log[0], ""), (log[-1], "val_")):
+        parts = event[f"{before}loss/{kind}"] + 10 * event[f"{before}loss/nll"]
+        assert event[f"{before}loss"] == pytest.approx(parts, rel=1e-6)
+        assert {f"{before}rewards/accuracies", f"{before}rewards/margins"} <= event.keys()
+        assert not {"kl", "accuracy", "margin"} & event.keys()
+    line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("step 1/2"))
+    assert f"{kind} {start:6.3f}" in line and "accuracies" in line and "chosen" not in line
+
+
+def test_a_base_with_another_config_has_another_table(chat_model, pairs, tmp_path):
+    """Another rope_theta in the base's config.json: the reference is computed again, and ln 2 stays ln 2."""
+    pairs = shutil.copytree(pairs, tmp_path / "pairs", ignore=shutil.ignore_patterns("reference_*"))
+    base = shutil.copytree(hf.find_folder(chat_model), tmp_path / "base")
+    run(base, pairs, tmp_path / "a", "--max_steps=1")
+    tables = set(pairs.glob("reference_*"))
+    edited(base, "config.json", rope_theta=200.0)
+    log = run(base, pairs, tmp_path / "b", "--max_steps=1")
+    assert log[0]["loss"] == pytest.approx(math.log(2), abs=1e-6)
+    assert len(set(pairs.glob("reference_*")) - tables) == len(tables) > 0
+    with pytest.raises(UserError, match="other settings: base_config was"):
+        run(base, pairs, tmp_path / "a", "--max_steps=2")
 
 
 def test_every_reference_is_the_same(chat_model, pairs, tmp_path):
@@ -292,7 +322,7 @@ def test_a_failed_write_leaves_the_old_table(tmp_path, monkeypatch):
         (["--label_smoothing=0.1", "--loss=ipo"], "label_smoothing: only works with loss=dpo"),
         (["--reference=adapter_off"], "reference=adapter_off: needs an adapter; set lora_rank"),
         (["--lora_rank=2", "--quantize_base=nf4"], "with quantize_base set reference=adapter_off"),
-        (["--lora_rank=2", "--lora_dropout=0.1"], "policy and reference must compute the same"),
+        (["--lora_rank=2", "--lora_dropout=0.1"], "must be 0, because dropout"),
         (["--block_size=8"], "train preferences fits block_size=8"),
     ],
 )

@@ -69,6 +69,7 @@ class RunConfig:
     # Class attributes, not config fields: a script lists its own keys here.
     model_keys: ClassVar[tuple[str, ...]] = ("init_from",)  # keys that name a model which the run reads
     stage_fixed: ClassVar[Set[str]] = frozenset()  # keys that a stage may not change
+    log_line_without: ClassVar[Set[str]] = frozenset()  # metrics that are in metrics.jsonl only
     resume_free: ClassVar[Set[str]] = frozenset()  # keys that may change when a run is resumed
 
     def __post_init__(self) -> None:

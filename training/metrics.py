@@ -15,7 +15,7 @@ import re
 import resource
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,10 +150,11 @@ def time_left(event: dict[str, Any], total: int) -> float:
     return tokens / max(event["tokens_per_second"], 1e-9)
 
 
-def log_line(event: dict[str, Any], total: int) -> str:
-    """A training event on one line. Metrics with a / in their name are in metrics.jsonl only."""
+def log_line(event: dict[str, Any], total: int, left_out: Collection[str] = ()) -> str:
+    """A training event on one line, without the metrics `left_out`. "loss/dpo" is printed as "dpo"."""
     metrics = list(event)[1:list(event).index("lr")]  # between "step" and "lr"
-    others = "".join(f"{name} {event[name]:6.3f}  " for name in metrics if name != "loss" and "/" not in name)
+    others = "".join(f"{name.rpartition('/')[2]} {event[name]:6.3f}  " for name in metrics
+                     if name != "loss" and name not in left_out)
     loss = f"loss {event['loss']:7.4f}  " if "loss" in event else ""
     used = f"  mfu {event['mfu']:5.1%}" if event["mfu"] is not None else ""
     return (f"{step_text(event['step'], total)}  {loss}{others}lr {event['lr']:.2e}  "
