@@ -49,7 +49,7 @@ from model import GPT, GPTConfig
 from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
-from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
+from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
 
 CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
@@ -412,6 +412,9 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     if isinstance(teacher, GPT) and compiles(cfg, student, run):
         for block in teacher.model["layers"]:
             block.compile()
+    for rows, _ in data.used():
+        if isinstance(rows, ChatRows):
+            run.print(chat_rows_text(rows))
     # One evaluation for the whole run, so that the results of different stages can be compared.
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.

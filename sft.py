@@ -18,8 +18,10 @@ With --lora_rank the model's weights are frozen, and a checkpoint is an adapter 
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
 import numpy as np
 from torch import Tensor, nn
@@ -34,7 +36,7 @@ from prepare import prepare_problems
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
-from training.staged_data import StagedData, in_epochs, prepare_default
+from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default
 from training.validation import validation_sums
 
 
@@ -48,8 +50,9 @@ class SFTConfig(PostTrainingConfig):
     eval_interval: int = 400  # steps between evaluations; 0 evaluates only at the end of each stage
     save_interval: int = 400  # steps between checkpoints; 0 saves only at the end of each stage
     packing: bool = True  # pack several conversations into a row; none sees another. False: one per row
+    overlong: Literal["cut", "drop"] = "cut"  # cut conversations at block_size, or leave them out
 
-    stage_fixed = PostTrainingConfig.stage_fixed | {"packing"}
+    stage_fixed = PostTrainingConfig.stage_fixed | {"packing", "overlong"}
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
@@ -81,7 +84,7 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[T
 class ChatEvaluation:
     """Loss and perplexity of the validation conversations: the weighted mean over a mix's folders."""
 
-    def __init__(self, cfg: SFTConfig, mix: Mix, kind: type[ChatRows], run: Run):
+    def __init__(self, cfg: SFTConfig, mix: Mix, kind: Callable[..., ChatRows], run: Run):
         self.cfg, self.mix, self.run = cfg, mix, run
         self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 
@@ -114,7 +117,7 @@ def main(argv: list[str]) -> int:
         # Data: the embedded problems are tokenized for this model. Stages may count epochs, fit counts steps.
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))
         # Packing fills rows with whole conversations; without it most of a row is padding.
-        kind = ChatRows if cfg.packing else UnpackedChatRows
+        kind = partial(ChatRows if cfg.packing else UnpackedChatRows, overlong=cfg.overlong)
         user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
@@ -123,9 +126,7 @@ def main(argv: list[str]) -> int:
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
         run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
-            run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows")
-            if rows.left_out:
-                run.print(f"          {rows.left_out:,} conversations left out: no answer in {rows.T} tokens")
+            run.print(chat_rows_text(rows, "; --overlong=drop leaves them out"))
         # Train. With an adapter, everything else is frozen. The lambdas bind arguments that the loop does not
         # know.
         results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, step),

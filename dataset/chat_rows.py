@@ -114,7 +114,7 @@ class ChatRows:
         """overlong: what happens to a conversation of more than block_size tokens. Raises UserError if the
         folder is of another kind, or if no conversation can be used."""
         data.require_kind(self.kind)
-        self.data, self.split, self.T = data, split, block_size
+        self.data, self.split, self.T, self.overlong = data, split, block_size, overlong
         self.documents = docs = Documents(data, split, last=1)
         lengths = docs.end - docs.begin - 1  # (conversations,) inputs: the last token is no input
         self.lengths = np.minimum(lengths, block_size)

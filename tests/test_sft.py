@@ -12,6 +12,7 @@ import sft
 from configurator import UserError, configure
 from dataset.chat_rows import ChatRows, UnpackedChatRows
 from dataset.dataloader import IGNORE
+from dataset.shards import DataFolder
 from formats import checkpoint, hf
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
@@ -225,6 +226,25 @@ def test_a_finished_adapter_can_be_merged_later(trained, chats, tmp_path):
     (tmp_path / "a" / ".merged.tmp").mkdir()  # a merge that was killed
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1", "--merge=True")
     assert GPT.from_pretrained(tmp_path / "a" / "merged").config.vocab_size == 506
+
+
+@pytest.mark.parametrize("overlong", ["cut", "drop"])
+def test_conversations_that_are_too_long_are_counted(trained, chats, tmp_path, capsys, overlong):
+    """The counts by hand: inputs of each conversation up to its last answer, compared with block_size."""
+    rows = ChatRows(DataFolder(chats), "train", 64)
+    lengths = rows.documents.end - rows.documents.begin - 1
+    short = int((lengths[rows.usable] <= 48).sum())
+    assert 0 < short < len(rows.usable)
+    run(trained, chats, tmp_path / "a", "--block_size=48", "--max_steps=1", f"--overlong={overlong}")
+    out = capsys.readouterr().out
+    if overlong == "cut":
+        usable = int((rows.documents.first_target - rows.documents.begin <= 48).sum())
+        cut = usable - int((lengths <= 48).sum())
+        assert f"{cut:,} of {usable:,} conversations are cut at 48 tokens; a larger --block_size keeps" in out
+        assert "train.py --block_size=512, or an open model); --overlong=drop leaves them out" in out
+    else:
+        assert f"{len(lengths) - short:,} conversations left out: longer than 48 tokens" in out
+        assert "are cut" not in out
 
 
 def edited(folder, name, **changes):

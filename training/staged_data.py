@@ -19,6 +19,7 @@ from typing import Any, Generic
 import numpy as np
 
 from configurator import UserError
+from dataset.chat_rows import ChatRows
 from dataset.dataloader import Mix, Rows
 from formats import hf
 from formats.tokenizer import Tokenizer
@@ -79,6 +80,22 @@ def in_epochs(cfg: Config, kind: Callable[..., Any] = Rows) -> Config:
     """`cfg` with the epochs of its stages turned into steps."""
     return with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind).epoch_samples()
                       / stage.global_batch_size)
+
+
+def chat_rows_text(rows: ChatRows, remedy: str = "") -> str:
+    """What a run reads from one folder, for its first lines: rows, and the conversations that do not fit.
+
+    remedy: what a script can do about conversations that are cut, besides longer rows.
+    """
+    text = f"data      {rows.data.folder}: {len(rows):,} {rows.split} rows"
+    if rows.left_out:
+        reason = "no answer in" if rows.overlong == "cut" else "longer than"
+        text += f"\n          {rows.left_out:,} conversations left out: {reason} {rows.T} tokens"
+    if rows.cut:
+        text += (f"\n          {rows.cut:,} of {len(rows.usable):,} conversations are cut at {rows.T} tokens"
+                 "; a larger --block_size keeps them whole, in a model\n          with that context "
+                 f"(train.py --block_size=512, or an open model){remedy}")
+    return text
 
 
 def prepare_default(cfg: RunConfig, run: Run, name: str, make: Callable[[], object]) -> None:
