@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from dataset.dataloader import IGNORE
 from distillation import layer_losses
 from formats import hf
+from formats.files import write_tensors
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
@@ -87,7 +88,7 @@ class Student(GPT):
         own = {name: tensor.cpu() for name, tensor in state.items() if name.startswith("projections.")}
         super().save_pretrained(path, {name: state[name] for name in state.keys() - own.keys()}, eos_token_id)
         if own:
-            save_file(own, Path(path) / PROJECTIONS)
+            write_tensors(Path(path) / PROJECTIONS, own)
 
 
 class ActivationHooks:

@@ -11,6 +11,7 @@ a folder that does not.
 """
 
 import json
+import math
 import os
 import re
 import shutil
@@ -52,7 +53,7 @@ def find_corruption(folder: Path, model_only: bool = False) -> str | None:
         for name, digest in digests.items():
             if not name.startswith(skipped) and file_sha256(folder / name) != digest:
                 return f"{name} does not match its sha256"
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         return f"{type(error).__name__}: {error}"
     return None
 
@@ -119,11 +120,20 @@ def clean_tmp(out_dir: Path) -> None:
 # ---- Pointers ---------------------------------------------------------------------------------------------
 
 def read_pointers(out_dir: Path) -> dict[str, Any]:
-    """The content of checkpoints.json, or {} if it is missing. Raises UserError if it is damaged."""
+    """The content of checkpoints.json, or {} if it is missing. Raises UserError if it is damaged.
+
+    Every value is the name of a checkpoint, except best_val_loss, which is a finite number.
+    """
+    path = out_dir / "checkpoints.json"
     try:
-        return read_json(out_dir / "checkpoints.json")
+        pointers = read_json(path)
+        for key, value in pointers.items():
+            is_number = type(value) in (int, float) and abs(value) < math.inf
+            if not (is_number if key == "best_val_loss" else NAME.fullmatch(str(value))):
+                raise UserError(f"{path}: damaged ({key} is {str(value)[:40]!r})")
     except UserError as error:
         raise UserError(f"{error}; delete it, and the next save writes a new one") from None
+    return pointers
 
 
 def update_pointers(out_dir: Path, keep: int, **pointers: Any) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from safetensors.torch import save_file
+from torch import Tensor
 
 from configurator import UserError
 
@@ -98,6 +100,14 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """Write a safetensors file with the umask's mode; the library alone gives it to its owner only."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(tensors, path, metadata={"format": "pt"})
+    path.chmod(mode)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or {} if the file is missing. Raises UserError for anything else."""
     try:
@@ -116,7 +126,7 @@ def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """
     events = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
             events += [event] if isinstance(event, dict) else []
     return events

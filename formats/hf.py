@@ -1,6 +1,6 @@
 """Hugging Face's layout on disk: config.json, tensor names and safetensors, for the architectures we know.
 
-    folder = find_folder("out/base")            # a model folder, an out_dir of ours, or a hub id
+    folder = find_folder("out/base")            # a model folder, an out_dir, a GGUF file of ours, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
     save_folder(folder, config, state, ids)     # what transformers' from_pretrained reads
@@ -21,12 +21,11 @@ from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from configurator import UserError
 from formats import checkpoint, peft
-from formats.files import file_sha256, read_json
+from formats.files import file_sha256, read_json, write_tensors
 from modeling import ternary
 
 GPTConfig: TypeAlias = Any  # model.GPTConfig, which this folder must not import: model.py imports this folder
@@ -59,11 +58,22 @@ DEFAULTS: dict[str, dict[str, Any]] = {
              "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
 # Sizes that transformers derives from other sizes if they are left out. All other sizes are required.
 DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"}}
+SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
+         "block_size"}
+MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for which no memory is enough
 # {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses q, k and v into c_attn.
 GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
 GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
                     "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
                     "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+
+
+# The masks and tables that old files of transformers contain.
+BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
+# {a dtype in the header of a safetensors file: its name}
+DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
+               "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
+               "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 # ---- Folders ----------------------------------------------------------------------------------------------
@@ -76,15 +86,25 @@ def best_checkpoint(out_dir: Path) -> Path:
     """The best checkpoint of a run or, if none was evaluated, the last. Raises UserError if it is missing."""
     pointers = checkpoint.read_pointers(out_dir)
     name = pointers.get("best") or pointers.get("last")
-    if not isinstance(name, str) or not is_model(out_dir / name):
+    if name is None or not is_model(out_dir / name):
         raise UserError(f"{out_dir / 'checkpoints.json'}: names no existing checkpoint; give a step's folder")
     return out_dir / name
 
 
+def home(model: Path) -> Path:
+    """The folder of a model's config.json and tokenizer: the model itself or, for a GGUF file, its folder."""
+    return model.parent if model.suffix == ".gguf" and model.is_file() else model
+
+
 def find_folder(path: str | Path) -> Path:
-    """The folder of a model: `path` itself, the best checkpoint of an out_dir, or a download from the hub."""
+    """The folder of a model: `path` itself, the best checkpoint of an out_dir, or a download from the hub.
+
+    A GGUF file that export.py wrote is returned as it is; functions that take a model's folder take it too.
+    """
     path = Path(path)
-    if is_model(path):
+    if path.suffix == ".gguf" and path.is_file() and not (path.parent / "config.json").is_file():
+        raise UserError(f"{path}: no config.json next to it; only the GGUF files of export.py are read")
+    if is_model(home(path)):
         return path
     if (path / "checkpoints.json").is_file():
         return best_checkpoint(path)
@@ -96,7 +116,7 @@ def find_folder(path: str | Path) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         return Path(snapshot_download(str(path), allow_patterns=["*.json", "*.jinja", "*.safetensors"]))
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: no such folder, and the hub does not give it: {reason}") from None
 
@@ -123,6 +143,7 @@ def base_folder(folder: Path, verify: bool = False) -> Path:
 
 def require_intact(folder: Path) -> None:
     """Raise UserError if the folder has a manifest and a file does not match it."""
+    folder = home(folder)
     has_manifest = (folder / "manifest.json").is_file()
     if has_manifest and (problem := checkpoint.find_corruption(folder, model_only=True)):
         raise UserError(f"{folder}: damaged: {problem} (if you changed it on purpose, delete manifest.json)")
@@ -130,7 +151,7 @@ def require_intact(folder: Path) -> None:
 
 def is_packed(folder: Path) -> bool:
     """True if a folder holds the rounded ternary weights only, without the weights they were rounded from."""
-    return "packing" in read_json(folder / "config.json")
+    return "packing" in read_json(home(folder) / "config.json")
 
 
 def config_sha256(folder: Path) -> str:
@@ -140,7 +161,7 @@ def config_sha256(folder: Path) -> str:
     include the scale, and the whole base model.
     """
     if not peft.is_adapter(folder):
-        return file_sha256(folder / "config.json")
+        return file_sha256(home(folder) / "config.json")
     parts = file_sha256(folder / peft.CONFIG) + model_sha256(base_folder(folder))
     return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -180,7 +201,7 @@ def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     derived = DERIVED.get(kind, set()) - config.keys()
     fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs not in derived}
     # Newer files keep all rotary keys in rope_parameters; older files have rope_theta at the top level.
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     theta = rope.get("rope_theta", config.get("rope_theta", 10000.0))
     scaling = {"rope_type": rope_type} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
@@ -197,6 +218,27 @@ def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
     return fields | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"}
 
 
+def with_sizes(fields: dict[str, Any], path: Path) -> dict[str, Any]:
+    """The fields, if every size is an integer that a model can have, or None. Raises UserError.
+
+    path: of config.json. If weights are next to it, sizes that they cannot fill are refused too, so that no
+    memory is allocated for them.
+    """
+    for key in SIZES & fields.keys():
+        value = fields[key]
+        if value is not None and not (type(value) is int and 0 < value <= MAX_SIZE):
+            raise UserError(f"{path}: {key}={str(value)[:40]}: must be an integer from 1 to {MAX_SIZE:,}")
+    size = {key: fields.get(key) or 1 for key in SIZES}
+    rows = size["vocab_size"] + (size["block_size"] if fields.get("position") == "learned" else 0)
+    layer = size["n_head"] * size["head_dim"] + 2 * size["intermediate_size"]
+    weights = size["n_embd"] * (rows + size["n_layer"] * layer)  # at least
+    files = [file for kind in ("*.safetensors", "*.gguf") for file in path.parent.glob(kind)]
+    stored = sum(file.stat().st_size for file in files)
+    if files and weights > 4 * stored:  # no format has more than 4 weights per byte
+        raise UserError(f"{path}: describes {weights:,} weights or more, but its files have {stored:,} bytes")
+    return fields
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """GPTConfig's fields from config.json. Raises UserError that names the first unsupported setting.
 
@@ -207,17 +249,19 @@ def read_config(folder: Path) -> dict[str, Any]:
                   if name in VOCABULARY_TABLES]
         fields = read_config(base_folder(folder))
         return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
-    path = folder / "config.json"
+    path = home(folder) / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
     if kind == "nanollama" and isinstance(config.get("gpt_config"), dict):
-        return config["gpt_config"]
+        return with_sizes(config["gpt_config"], path)
     if kind not in list(DEFAULTS):  # a list, because a damaged file may have an unhashable value here
         raise UserError(f"{path}: model_type {kind!r} is not supported (use {', '.join(DEFAULTS)})")
     config = DEFAULTS[kind] | config
-    refuse_unsupported(config, path)
     try:
-        return gpt2_fields(config) if kind == "gpt2" else llama_fields(config)
+        refuse_unsupported(config, path)
+        return with_sizes(gpt2_fields(config) if kind == "gpt2" else llama_fields(config), path)
+    except UserError:
+        raise
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         reason = f"needs the key {error}" if isinstance(error, KeyError) else error
         raise UserError(f"{path}: {reason}") from None
@@ -226,12 +270,13 @@ def read_config(folder: Path) -> dict[str, Any]:
 def end_ids(folder: Path) -> list[int]:
     """The EOS ids in generation_config.json or, if it has none, in config.json: none, one or several."""
     for name in ("generation_config.json", "config.json"):
-        ids = read_json(folder / name).get("eos_token_id")
+        path = home(folder) / name
+        ids = read_json(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if ids in ([], [None]):
             continue
         if not all(type(each) is int for each in ids):
-            raise UserError(f"{folder / name}: eos_token_id={ids}: must be an integer or a list of integers")
+            raise UserError(f"{path}: eos_token_id={str(ids)[:40]}: must be an integer or a list of integers")
         return ids
     return []
 
@@ -314,10 +359,8 @@ def split_name(name: str) -> tuple[str, str, str]:
 
 
 def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield one stored tensor under our names: none for a buffer of an old file, three for GPT-2's c_attn."""
+    """Yield one stored tensor under our names: three for GPT-2's c_attn."""
     name = name.removeprefix("transformer.")
-    if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
-        return
     match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name)
     if match is None:  # no name of ours either: loading refuses it
         yield name, tensor
@@ -360,7 +403,7 @@ def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a model folder. Raises UserError if one is missing or lies elsewhere."""
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
-    if index.is_file():
+    if index.is_file() and not (folder / names[0]).is_file():  # transformers prefers the single file
         try:
             names = sorted(set(read_json(index)["weight_map"].values()))
         except (KeyError, TypeError, AttributeError) as error:
@@ -373,16 +416,23 @@ def weight_files(folder: Path) -> list[Path]:
     return [folder / name for name in names]
 
 
-def read_file(file: Path) -> Iterator[tuple[str, Tensor]]:
-    """Yield (our name, tensor) for every weight of one safetensors file; packed matrices are unpacked."""
+def read_file(file: Path, packed: bool) -> Iterator[tuple[str, Tensor]]:
+    """Yield (our name, tensor) for every weight of one safetensors file.
+
+    packed: the matrices of uint8 are packed ternary weights, each with a scale; they are unpacked.
+    """
     try:
         with safe_open(file, framework="pt") as stored:
             for name in stored.keys():
-                if name.endswith(".weight_scale"):
-                    continue  # read together with its matrix
-                tensor = stored.get_tensor(name)
-                if tensor.dtype == torch.uint8:
-                    tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
+                if BUFFER.search(name) or (packed and name.endswith(".weight_scale")):
+                    continue  # a buffer of an old file; a scale is read together with its matrix
+                dtype = DTYPE_NAMES.get(stored.get_slice(name).get_dtype(), "another type")
+                if packed and dtype == "uint8":
+                    codes, scale = stored.get_tensor(name), stored.get_tensor(f"{name}_scale")
+                    tensor = ternary.unpack_codes(codes) * scale
+                else:
+                    peft.require_float(file, name, dtype)
+                    tensor = stored.get_tensor(name)
                 yield from from_hf(name, tensor)
     except SafetensorError as error:
         raise UserError(f"{file}: damaged: {error}") from None
@@ -398,16 +448,16 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
         yield from peft.merge_adapter(folder, read_tensors(base_folder(folder, verify=True)))
         return
     for file in weight_files(folder):
-        yield from read_file(file)
+        yield from read_file(file, is_packed(folder))
 
 
 def gguf_of(folder: Path) -> Path | None:
     """The GGUF file of a folder without safetensors, or None. Raises UserError if there are several."""
-    files = sorted(folder.glob("*.gguf"))
+    files = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:
-        raise UserError(f"{folder}: holds several .gguf files; to load one, export it to a folder of its own")
+        raise UserError(f"{folder}: holds several .gguf files; give the path of one, such as {files[0]}")
     require_intact(folder)
     return files[0]
 
@@ -426,4 +476,4 @@ def save_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor], ids: 
     state = to_gpt2(state) if architecture(config) == "gpt2" else state
     state = {name: tensor.to("cpu", None if tensor.dtype == torch.uint8 else dtype).contiguous()
              for name, tensor in state.items()}
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    write_tensors(folder / "model.safetensors", state)

@@ -21,13 +21,14 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from configurator import UserError
-from formats.files import file_sha256, read_json
+from formats.files import file_sha256, read_json, write_tensors
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
+FLOATS = ("float32", "bfloat16", "float16", "float64")  # the dtypes of weights that are read
 PREFIX = "base_model.model."  # PEFT puts it before every name
 # Settings of PEFT that change what an adapter computes. We support none of them.
 UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
@@ -56,6 +57,7 @@ def is_adapter(folder: Path) -> bool:
 def weights_sha256(folder: Path) -> str:
     """The hash of a model's weights: of all its safetensors files or, if it has none, of its GGUF files."""
     files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("*.gguf"))
+    files = [folder] if folder.is_file() else files  # the path of a GGUF file
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
@@ -70,24 +72,48 @@ def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, bas
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stored = {f"{PREFIX}{name}.weight" if name.endswith(("lora_A", "lora_B")) else PREFIX + name:
               tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
-    save_file(stored, folder / WEIGHTS, metadata={"format": "pt"})
+    write_tensors(folder / WEIGHTS, stored)
+
+
+def require_float(file: Path, name: str, dtype: str) -> None:
+    """Raise UserError for a tensor that is not a plain float: it would be read without its scale."""
+    if dtype not in FLOATS:
+        raise UserError(f"{file}: {name} is stored as {dtype}; only {', '.join(FLOATS)} are read, so convert "
+                        "a quantized model first")
+
+
+def check_spec(spec: AdapterSpec, path: Path) -> None:
+    """Raise UserError for settings that no adapter has."""
+    is_number = {key: type(value) in (int, float) and abs(value) < 2**20
+                 for key, value in (("lora_alpha", spec.alpha), ("lora_dropout", spec.dropout))}
+    checks = {"r": type(spec.rank) is int and 0 < spec.rank < 2**20,
+              "lora_alpha": is_number["lora_alpha"],
+              "lora_dropout": is_number["lora_dropout"] and 0 <= spec.dropout < 1,
+              "target_modules": all(isinstance(name, str) for name in spec.targets),
+              "modules_to_save": all(isinstance(name, str) for name in spec.tables)}
+    if wrong := [key for key, fits in checks.items() if not fits]:
+        raise UserError(f"{path}: {wrong[0]} is not a setting that an adapter can have")
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     """An adapter's tensors by our names, and its settings. Raises UserError for files it cannot read."""
     try:
-        config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
+        config = read_json(folder / CONFIG)
         problems = [key for key in UNSUPPORTED if config.get(key)]
         if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or problems:
             raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are supported: peft_type=LORA, "
                             f"bias=none, and no {', '.join(problems or UNSUPPORTED)}")
+        targets = config["target_modules"]
         spec = AdapterSpec(config["r"], config["lora_alpha"], config.get("lora_dropout", 0.0),
-                           tuple(config["target_modules"]), bool(config.get("use_rslora")),
-                           tuple(config.get("modules_to_save") or ()))
+                           (targets,) if isinstance(targets, str) else tuple(targets),
+                           bool(config.get("use_rslora")), tuple(config.get("modules_to_save") or ()))
+        check_spec(spec, folder / CONFIG)
         stored = load_file(folder / WEIGHTS)
+        for name, tensor in stored.items():
+            require_float(folder / WEIGHTS, name, str(tensor.dtype).removeprefix("torch."))
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise UserError(f"{folder}: not an adapter ({type(error).__name__}: {error})") from None
     # PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
     names = [name.removeprefix(PREFIX) for name in stored]

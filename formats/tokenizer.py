@@ -289,6 +289,7 @@ class Tokenizer:
         if str(source) == "gpt2":
             return cls(gpt2_definition())
         path = Path(source)
+        path = path.parent if path.suffix == ".gguf" else path  # a file of export.py, next to its tokenizer
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             hint = ("copy the model's into its folder" if Path(source).is_dir() else

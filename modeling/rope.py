@@ -27,6 +27,35 @@ from modeling.attention import Positions
 Rope = tuple[Tensor, Tensor]  # rows of the two tables: (T, D) each, or (B, 1, T, D)
 
 
+# {rope_type: (required keys, optional keys)}, all of them positive numbers. An optional key may also be 0 or
+# None, which means its default.
+KEYS = {"llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+        "yarn": (("factor", "original_max_position_embeddings"),
+                 ("beta_fast", "beta_slow", "attention_factor", "mscale", "mscale_all_dim"))}
+
+
+def require_valid(theta: float, scaling: dict | None) -> None:
+    """Raise UserError for settings that no model can have, such as those with frequencies of infinity or NaN.
+    """
+    if not 1 < theta < 1e30:
+        raise UserError(f"rope_theta={theta}: must be above 1 (and below 1e30)")
+    if scaling is None:
+        return
+    kind = scaling.get("rope_type")
+    if kind not in list(KEYS):  # a list, because a damaged file may have an unhashable value here
+        raise UserError(f"rope_scaling={str(scaling)[:200]}: rope_type must be llama3 or yarn")
+    required, optional = KEYS[kind]
+    for key in (*required, *optional):
+        value = scaling.get(key)
+        if key in required and key not in scaling:
+            raise UserError(f"rope_scaling={str(scaling)[:200]}: the key {key!r} is missing")
+        is_default = key in optional and (value is None or (value == 0 and key != "attention_factor"))
+        if not is_default and not (type(value) in (int, float) and 0 < value < 1e12):
+            raise UserError(f"rope_scaling: {key}={str(value)[:40]}: must be a positive number")
+    if kind == "llama3" and scaling["low_freq_factor"] >= scaling["high_freq_factor"]:
+        raise UserError("rope_scaling: low_freq_factor must be below high_freq_factor")
+
+
 def llama3(frequencies: Tensor, scaling: dict) -> Tensor:
     """Keep high frequencies, divide low ones by the factor, and interpolate in between.
 
@@ -53,7 +82,7 @@ def yarn(frequencies: Tensor, theta: float, scaling: dict) -> Tensor:
         first, last = math.floor(first), math.ceil(last)
     first, last = max(first, 0), min(last, 2 * pairs - 1)
     # (D/2,): 0 up to the pair `first` keeps the frequency, 1 from the pair `last` divides it by the factor.
-    slow = ((torch.arange(pairs, device="cpu") - first) / max(last - first, 1e-3)).clamp(0, 1)
+    slow = ((torch.arange(pairs, device="cpu") - first) / (last - first or 1e-3)).clamp(0, 1)
     return frequencies * (1 - slow + slow / scaling["factor"])
 
 
@@ -75,20 +104,15 @@ def yarn_factor(scaling: dict) -> float:
 def rope_frequencies(head_dim: int, theta: float, scaling: dict | None) -> tuple[Tensor, float]:
     """Return the angle per position of each pair, (head_dim / 2,), and the factor for cos and sin.
 
-    The frequencies are float32 on the CPU, in radians. Raises UserError for an unknown rope_type or a missing
-    key.
+    The frequencies are float32 on the CPU, in radians. Raises UserError as `require_valid`.
     """
+    require_valid(theta, scaling)
     frequencies = theta ** -(torch.arange(0, head_dim, 2, device="cpu").float() / head_dim)  # (D/2,)
     if scaling is None:
         return frequencies, 1.0
-    try:
-        if scaling["rope_type"] == "llama3":
-            return llama3(frequencies, scaling), 1.0
-        if scaling["rope_type"] == "yarn":
-            return yarn(frequencies, theta, scaling), yarn_factor(scaling)
-    except KeyError as error:
-        raise UserError(f"rope_scaling={scaling}: the key {error} is missing") from None
-    raise UserError(f"rope_scaling={scaling}: rope_type must be llama3 or yarn")
+    if scaling["rope_type"] == "llama3":
+        return llama3(frequencies, scaling), 1.0
+    return yarn(frequencies, theta, scaling), yarn_factor(scaling)
 
 
 class RotaryTables(nn.Module):

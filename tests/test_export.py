@@ -423,7 +423,7 @@ def test_killed_at_any_moment(format, tokenizer, tmp_path, monkeypatch):
 
                 return call
 
-            for module, name in ((os, "fsync"), (os, "replace"), (hf, "save_file"), (gguf_file, "encode"),
+            for module, name in ((os, "fsync"), (os, "replace"), (hf, "write_tensors"), (gguf_file, "encode"),
                                  (shutil, "rmtree")):
                 setattr(module, name, killing(getattr(module, name)))
             export.main([f"--model={folder}", f"--out={out}", "--overwrite=True", *args])

@@ -39,7 +39,7 @@ class Disk:
 
     def __init__(self, monkeypatch, k=None):
         self.count, self.k = 0, k
-        watched = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (torch, "save"), (hf, "save_file"))
+        watched = ((os, "fsync"), (os, "replace"), (os, "mkdir"), (torch, "save"), (hf, "write_tensors"))
         for module, name in watched:
             monkeypatch.setattr(module, name, self.failing(getattr(module, name), half=module in (torch, hf)))
         opened = self.failing(builtins.open)
