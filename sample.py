@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configurator import UserError, configure, require, run_script
-from dataset.conversations import listed
+from dataset.conversations import first_value, listed
 from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usable_rows
 from formats import hf
 from formats.chat_format import end_of_turn, require_chat
@@ -89,7 +89,7 @@ def prompt_keys(row: Row) -> dict[str, Any]:
     keys = row_value(row)
     if isinstance(keys, dict) and isinstance(keys.get("prompt"), str):
         require_utf8(keys["prompt"])
-    elif not isinstance(keys, dict) or "messages" not in keys:
+    elif not isinstance(keys, dict) or first_value(keys, "messages") is None:
         raise Skip('needs the key "prompt" with a text, or "messages"')
     return keys
 
@@ -272,8 +272,8 @@ def main(argv: list[str]) -> int:
         return 0
     # Continuations, or answers: if one row of the file has messages, all rows must have them.
     begin = time.perf_counter()
-    work = answer_conversations if any("messages" in row.content for row in rows) else complete_prompts
-    tokens = work(sampler, rows)
+    has_messages = any(first_value(row.content, "messages") is not None for row in rows)
+    tokens = (answer_conversations if has_messages else complete_prompts)(sampler, rows)
     seconds = time.perf_counter() - begin
     note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")
     if not cfg.prompt_file:

@@ -273,4 +273,4 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_token
     for tokens in generate(model, rows, max_new_tokens, sampling, lambda row, ids: ids[-1] in ends,
                            Options(vocab_size=tokenizer.vocab_size)):
         append_tokens(new, tokens)
-    return [tokenizer.decode([token for token in row if token not in ends]) for row in new]
+    return [tokenizer.decode([token for token in row if token not in ends], inside=True) for row in new]

@@ -196,7 +196,8 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     with pytest.raises(UserError, match="stop only works with prompts"):
         sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--stop=x"])
     for bad, message in (
-        ('{"messages": []}', "p.jsonl:1: 'messages' is no list of messages"),
+        ('{"messages": []}', 'p.jsonl:1: needs the key "prompt" with a text, or "messages"'),
+        ('{"messages": "x"}', "p.jsonl:1: 'messages' is no list of messages"),
         ('{"messages": [{"role": "x", "content": "a"}]}', "p.jsonl:1: unknown role"),
         (json.dumps(rows[0]) + '\n{"prompt": "a"}', 'p.jsonl:2: has no "messages"'),
     ):

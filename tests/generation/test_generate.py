@@ -27,6 +27,7 @@ from generation.generate import (
 )
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
+from tests.formats.test_tokenizer_kinds import llama2
 
 GREEDY = Sampling(temperature=0)
 
@@ -312,6 +313,26 @@ def test_complete_returns_the_texts_of_the_command(capsys, trained, tmp_path):
     texts = complete(model, tokenizer, ["def ", "", "import os"], 20, Sampling(seed=5))
     assert texts == [json.loads(line)["completion"] for line in lines]
     assert complete(model, tokenizer, ["def "], 0) == [""]
+
+
+def test_a_completion_keeps_its_first_space(capsys, tmp_path):
+    """Llama 2's tokenizer removes the space of a text's first token: right for a text, wrong within one."""
+    hf, settings = llama2()
+    tokenizer = Tokenizer(json.loads(hf.to_str()), settings)
+    model, folder = busy_model(tiny_config(vocab_size=tokenizer.vocab_size)), tmp_path / "llama"
+    model.save_pretrained(folder)
+    tokenizer.save(folder)
+    (tmp_path / "p.jsonl").write_text('{"prompt": "def f"}\n')
+    lines = call(capsys, folder, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=4",
+                 "--temperature=50", "--num_samples=40").out.splitlines()
+    completions, sampling = [json.loads(line)["completion"] for line in lines], Sampling(temperature=50.0)
+    ids = tokenizer.encode("def f")
+    rows = run(model.eval(), [tokenizer.prefix_ids + ids] * 40, 4, sampling,
+               lambda row, new: new[-1] == tokenizer.eot_id)
+    whole = [tokenizer.decode(ids + [token for token in row if token != tokenizer.eot_id]) for row in rows]
+    assert whole == [f"def f{completion}" for completion in completions]
+    assert complete(model, tokenizer, ["def f"] * 40, 4, sampling) == completions
+    assert sum(completion.startswith(" ") for completion in completions) > 4
 
 
 def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
