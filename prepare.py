@@ -2,6 +2,7 @@
 
     python prepare.py                                    # the standard library -> data/pystdlib
     python prepare.py --source=books/,notes.jsonl.zst --tokenizer=gpt2 --out=data/books
+    python prepare.py --source=https://example.com/notes.txt
     python prepare.py --source=hf:HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2 --max_tokens=1e9
     python prepare.py --out=data/books --verify=True     # do the shards still have their hashes?
     python prepare.py --kind=chat --source=alpaca.json,chats.jsonl --tokenizer=out/base --out=data/chats
@@ -20,6 +21,7 @@ run that fails or is killed leaves an existing folder as it was."""
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import time
@@ -34,6 +36,7 @@ from tqdm import tqdm
 
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset import decontaminate, problems
+from dataset.download import download, is_url, url_name
 from dataset.encoding import Batch, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
@@ -53,7 +56,7 @@ BPE_SAMPLE_BYTES = 64 * 2**20
 
 @dataclass(frozen=True, kw_only=True)
 class PrepareConfig:
-    source: str = "pystdlib"  # files, folders, globs; hf:NAME[:CONFIG[:SPLIT]]; or problems, mistakes
+    source: str = "pystdlib"  # files, folders, globs, a URL, hf:NAME[:CONFIG[:SPLIT]], problems or mistakes
     out: str | None = None  # data folder to write; None is data/<name of the source>
     kind: Literal["text", "chat", "preference"] = "text"  # what a row is
     text_key: str = "text"  # key or column that holds the text of a .jsonl, .json, .parquet or hub row
@@ -95,7 +98,8 @@ class PrepareConfig:
     def folder(self) -> Path:
         """The data folder to write."""
         # books/,notes.jsonl -> books; hf:some/set:config -> set; a/notes.txt.gz -> notes
-        name = self.source.removeprefix("hf:").split(",")[0].split(":")[0].rstrip("/*")
+        name = url_name(self.source) if is_url(self.source) else (
+            self.source.removeprefix("hf:").split(",")[0].split(":")[0].rstrip("/*"))
         return Path(self.out) if self.out else Path("data") / Path(name).name.split(".")[0]
 
 
@@ -103,7 +107,15 @@ class PrepareConfig:
 
 def source_rows(cfg: PrepareConfig, files: list[Path],
                 progress: Callable[[int], Any] | None = None) -> Iterator[Row]:
-    """All rows of the source, in the same order at each call. progress: as for `read_rows`."""
+    """All rows of the source, in the same order at each call.
+
+    progress: as for `read_rows`; if there are no files, it is called with 1 after each row.
+    """
+    if not files and progress:
+        for row in source_rows(cfg, files):
+            yield row
+            progress(1)
+        return
     if cfg.source in EMBEDDED:
         kind = "mistakes" if cfg.source == "mistakes" else cfg.kind
         # The seed is fixed: everybody's embedded data is the same, and evaluation draws from another split.
@@ -115,11 +127,12 @@ def source_rows(cfg: PrepareConfig, files: list[Path],
         yield from hub_rows(cfg.source.removeprefix("hf:"), text_key)
         return
     # The split is by document. A few large text files would leave validation empty, so they are cut into
-    # smaller pieces, of which about ten are for validation.
+    # smaller pieces, of which about ten are for validation. At least two are needed, one for each split.
     piece = PIECE_BYTES
     if len(files) * cfg.val_fraction < 10:
         size = sum(path.stat().st_size for path in files)
-        piece = min(piece, max(int(size * cfg.val_fraction / 10), 2**10))
+        smallest = 2**10 if size > 2**10 else max(size // 2, 8)
+        piece = min(piece, max(int(size * cfg.val_fraction / 10), smallest))
     yield from read_rows(files, text_key, piece, progress)
 
 
@@ -137,7 +150,30 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
-def training_texts(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> Iterator[str]:
+def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int:
+    """The hash below which documents are for validation, so that both splits get a document if there are two.
+
+    Usually that is val_fraction of all hashes. If no document falls to a split, it gets the document whose
+    hash is nearest to this limit.
+    """
+    limit, lowest, highest = int(val_fraction * 2**64), 2**64, -1
+    if not limit:
+        return 0  # no validation split is wanted
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, 64)):
+        contents, _, _ = parse_rows(batch, recipe)
+        hashes = [text_hash(identity_bytes(content)) for content in contents if content is not None]
+        lowest, highest = min([lowest, *hashes]), max([highest, *hashes])
+        if lowest < limit <= highest:  # nearly always after the first batch
+            return limit
+    if lowest >= highest:
+        return limit  # no two documents; `require_documents` says so
+    split = "validation" if lowest >= limit else "training"
+    print(f"split     few documents for val_fraction={val_fraction}: {split} gets one, chosen by its hash")
+    return min(max(limit, lowest + 1), highest)
+
+
+def training_texts(rows: Iterable[Row], recipe: Recipe, val_limit: int) -> Iterator[str]:
     """The first BPE_SAMPLE_BYTES of text, to train a tokenizer on."""
     total = 0
     for batch in in_batches(rows):
@@ -147,7 +183,7 @@ def training_texts(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> 
                 continue
             data = identity_bytes(content)
             # Validation text must not shape the vocabulary, or its loss would look better than it is.
-            if text_hash(data) >= val_fraction * 2**64:
+            if text_hash(data) >= val_limit:
                 yield from encoded_texts(content)
                 total += len(data)
             if total > BPE_SAMPLE_BYTES:
@@ -209,28 +245,27 @@ class Tally:
             self.places[reason].append(row.place)
 
     def report(self) -> str:
-        lines = [f"rows    {self.rows_in:,} in = {self.kept:,} kept + {self.skipped.total():,} skipped"]
+        lines = [f"rows      {self.rows_in:,} in = {self.kept:,} kept + {self.skipped.total():,} skipped"]
         for reason, count in self.skipped.most_common():  # the most frequent reason first
             more = ", ..." if count > 3 else ""
-            lines.append(f"        {count:,} skipped: {reason} ({', '.join(self.places[reason])}{more})")
+            lines.append(f"          {count:,} skipped: {reason} ({', '.join(self.places[reason])}{more})")
         return "\n".join(lines)
 
 
 # ---- Shards out -------------------------------------------------------------------------------------------
 
-def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter],
-                val_fraction: float) -> None:
+def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter], val_limit: int) -> None:
     """Append the documents to keep, (rows,) bool, to the shards of their split."""
-    is_val = batch.hashes < np.uint64(val_fraction * 2**64)  # (rows,) hashes are uniform
+    is_val = batch.hashes < np.uint64(val_limit)  # (rows,) hashes are uniform
     for split, chosen in (("train", keep & ~is_val), ("val", keep & is_val)):
         tokens = np.repeat(chosen, batch.lengths)  # (tokens,) from documents to their tokens
         mask = batch.mask[tokens] if len(batch.mask) else None
         writers[split].write(batch.ids[tokens], int(chosen.sum()), int(batch.byte_counts[chosen].sum()), mask)
 
 
-def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfig,
+def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfig, val_limit: int,
                  writers: dict[str, ShardWriter], tally: Tally) -> None:
-    """Tokenize all rows, count them, and write them to the train and val shards."""
+    """Tokenize all rows, count them, and write them to the train and val shards. val_limit: `split_limit`."""
     seen, tokens = SeenHashes(), 0
     for rows, batch in tokenize_all(batches, recipe, cfg.num_proc or os.cpu_count() or 1):
         keep = batch.lengths > 0  # (rows,) bool
@@ -245,7 +280,7 @@ def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfi
         # Counting in the order of the source makes the listed places the first ones.
         for i, row in enumerate(rows[:used]):
             tally.count(row, bool(keep[i]), batch.reasons[i], batch.overlaps[i])
-        write_batch(batch, keep, writers, cfg.val_fraction)
+        write_batch(batch, keep, writers, val_limit)
         tokens = total[used - 1]
         if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
             return  # this ends the generators too: no more rows are read
@@ -258,7 +293,7 @@ def make_tokenizer(texts: Iterable[str], cfg: PrepareConfig) -> Tokenizer:
     if cfg.tokenizer == "bpe":
         begin = time.perf_counter()
         tokenizer = Tokenizer.train(texts, cfg.vocab_size)
-        print(f"tokens  BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")
+        print(f"tokens    BPE of {tokenizer.vocab_size:,} trained in {time.perf_counter() - begin:.1f} s")
     else:
         path = Path(cfg.tokenizer)
         # Qwen/Qwen3-0.6B is a hub id unless there is a folder Qwen/ here; out/base is an out_dir.
@@ -272,7 +307,7 @@ def make_index(benchmarks: list[Benchmark]) -> decontaminate.Index:
     """An index of the items of all benchmarks."""
     begin = time.perf_counter()
     index = decontaminate.Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
-    print(f"items   {len(index.places):,} of {len(benchmarks)} evaluation sets indexed in "
+    print(f"items     {len(index.places):,} of {len(benchmarks)} evaluation sets indexed in "
           f"{time.perf_counter() - begin:.1f} s ({index.megabytes():,.0f} MB)")
     return index
 
@@ -300,22 +335,33 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
                             f"val_fraction={cfg.val_fraction}: give more text, or another share")
 
 
+def progress_bar(cfg: PrepareConfig, files: list[Path]) -> tqdm:
+    """A bar for a terminal: bytes of the (packed) files, or else rows. Anywhere, a line that work begins."""
+    size = sum(path.stat().st_size for path in files)
+    total = size if files else problems.ROWS if cfg.source in EMBEDDED else None
+    amount = f"{size / 1e6:,.1f} MB in {len(files):,} files" if files else (
+        f"up to {total:,} rows" if total else "rows as they arrive")
+    print(f"reading   {cfg.source}: {amount}")
+    return tqdm(total=total, unit="B" if files else "row", unit_scale=True, leave=False, disable=None)
+
+
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Write shards and tokenizer into an empty folder; returns meta.json's content but for its inputs."""
     index = make_index(benchmarks) if benchmarks else None
     recipe = Recipe(cfg.kind, cfg.text_key, cfg.key_names, index)
-    # The source is read twice if a tokenizer is trained: once for its sample, once to encode.
-    tokenizer = make_tokenizer(training_texts(source_rows(cfg, files), recipe, cfg.val_fraction), cfg)
+    val_limit = split_limit(source_rows(cfg, files), recipe, cfg.val_fraction)
+    # The source is read again if a tokenizer is trained, for its sample, and once more to encode.
+    tokenizer = make_tokenizer(training_texts(source_rows(cfg, files), recipe, val_limit), cfg)
     recipe = recipe._replace(tokenizer=tokenizer)  # until here, rows were parsed but not encoded
     writers = open_writers(folder, tokenizer.vocab_size, masked=cfg.kind != "text")
-    # The bar, on a terminal only, counts bytes of packed files: how many they unpack to is not known.
-    size, begin, tally = sum(path.stat().st_size for path in files), time.perf_counter(), Tally(cfg.strict)
-    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        write_shards(in_batches(source_rows(cfg, files, bar.update)), recipe, cfg, writers, tally)
+    begin, tally = time.perf_counter(), Tally(cfg.strict)
+    with progress_bar(cfg, files) as bar:
+        batches = in_batches(source_rows(cfg, files, bar.update))
+        write_shards(batches, recipe, cfg, val_limit, writers, tally)
     meta = describe(writers, cfg.kind, tokenizer, cfg.tokenizer)
     seconds, megabytes = time.perf_counter() - begin, sum(meta["bytes"].values()) / 1e6
     print(tally.report())
-    print(f"speed   {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
+    print(f"speed     {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
     require_documents(cfg, tally, meta["tokens"])  # after the report, which shows why
     if index:
         overlaps = decontaminate.contamination(index, tally.removed)
@@ -359,7 +405,7 @@ def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
     if different := changed_inputs(data, inputs):
         raise UserError(f"{folder}: made from other inputs ({', '.join(different)} differ); "
                         "--overwrite=True replaces it, --out= makes another")
-    print(f"data    {folder} is up to date")
+    print(f"data      {folder} is up to date")
     return data
 
 
@@ -370,7 +416,8 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     """
     # Rows that are generated or streamed have no files: their inputs are known by the source's name alone.
     has_files = cfg.source not in EMBEDDED and not cfg.source.startswith("hf:")
-    files, ignored = find_files(cfg.source) if has_files else ([], 0)
+    source = str(download(cfg.source)) if is_url(cfg.source) else cfg.source
+    files, ignored = find_files(source) if has_files else ([], 0)
     benchmarks, others = find_benchmarks(cfg.decontaminate) if cfg.decontaminate else ([], 0)
     inputs = describe_inputs(cfg, files, benchmarks)
     # meta.json is written last, so a folder that has one is complete.
@@ -381,8 +428,9 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
         meta = build(cfg, folder, files, benchmarks)
         write_json(folder / "meta.json", meta | {"files_ignored": ignored, "inputs": inputs})
     tokens = meta["tokens"]
-    note = f"; {ignored + others:,} files of other kinds ignored" if ignored + others else ""
-    print(f"data    {cfg.folder}: {tokens['train']:,} training and {tokens['val']:,} validation tokens{note}")
+    note = f"; {ignored + others:,} other files and folders ignored" if ignored + others else ""
+    counts = f"{tokens['train']:,} training and {tokens['val']:,} validation tokens"
+    print(f"data      {cfg.folder}: {counts}{note}")
     return DataFolder(cfg.folder)
 
 

@@ -239,6 +239,6 @@ def report(counts: dict[str, dict[str, int]]) -> str:
     lines = []
     for name, count in counts.items():
         note = f"; {count['too_short']:,} of its {count['items']:,} items are too short to be found"
-        lines.append(f"overlap {count['documents']:,} rows with {name}: {count['ngram']:,} by equal "
+        lines.append(f"overlap   {count['documents']:,} rows with {name}: {count['ngram']:,} by equal "
                      f"words, {count['minhash']:,} as near-duplicates{note if count['too_short'] else ''}")
     return "\n".join(lines)

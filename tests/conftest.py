@@ -34,8 +34,9 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
 FAST = """
     test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
     bench/test_learn.py bench/test_teach.py
-    dataset/test_chat_rows.py dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py
-    dataset/test_sources.py dataset/test_words.py
+    dataset/test_chat_rows.py dataset/test_conversations.py dataset/test_download.py
+    dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py dataset/test_sources.py
+    dataset/test_words.py faults/test_command_lines.py
     distillation/test_divergences.py distillation/test_layer_losses.py distillation/test_layer_maps.py
     distillation/test_on_policy.py distillation/test_pruning.py
     evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py

@@ -1,6 +1,7 @@
 """prepare.py, dataset/shards.py and dataset/dataloader.py: what is on disk, what a step reads, and that every
 fault is a one-line message."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -187,22 +188,56 @@ def test_strict_stops_at_the_first_bad_row(tmp_path):
         DataFolder(tmp_path / "d")
 
 
+def hashes_of(texts):
+    return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
+
+
+@pytest.mark.parametrize("name, count", [("a.txt", 600), ("a.txt", 20), ("a.jsonl", 8), ("a.jsonl", 2)])
+def test_a_small_first_file_has_a_document_on_each_side(tmp_path, capsys, name, count):
+    """If no document falls to validation, the one with the smallest hash is taken: a function of the hash."""
+    for seed in range(20):  # with the default val_fraction=0.03
+        texts = documents(count, start=1000 * seed)
+        if name == "a.txt":
+            (tmp_path / name).write_text("".join(texts))
+        else:
+            write_jsonl(tmp_path / name, texts)
+        out = tmp_path / str(seed)
+        assert main([f"--source={tmp_path / name}", f"--out={out}", "--vocab_size=300", "--num_proc=1"]) == 0
+        train, val = decoded(out, "train"), decoded(out, "val")
+        assert not set(train) & set(val) and sorted("".join(train + val)) == sorted("".join(texts))
+        limit = 0.03 * 2**64
+        if min(hashes_of(train + val)) < limit:
+            assert set(val) == {text for text in train + val if hashes_of([text])[0] < limit}
+            assert "split " not in capsys.readouterr().out
+        else:
+            assert val == [min(train + val, key=lambda text: hashes_of([text])[0])]
+            assert "0.03: validation gets one, chosen by its hash" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text", ["One line, and no more.", "a word " * 500, "\u00e9\u4e2d\U0001f600" * 300])
+def test_a_text_of_one_line(tmp_path, text):
+    (tmp_path / "a.txt").write_text(text, encoding="utf-8")
+    main([f"--source={tmp_path / 'a.txt'}", f"--out={tmp_path / 'd'}", "--vocab_size=257", "--num_proc=1"])
+    train, val = decoded(tmp_path / "d", "train"), decoded(tmp_path / "d", "val")
+    assert train and val and set("".join(train + val)) == set(text)
+
+
+def test_training_gets_a_document_too(tmp_path, capsys):
+    source = write_jsonl(tmp_path / "a.jsonl", texts := documents(2))
+    args = [f"--source={source}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    main([*args, "--val_fraction=0.999999"])
+    assert decoded(tmp_path / "d", "train") == [max(texts, key=lambda text: hashes_of([text])[0])]
+    assert "split     few documents for val_fraction=0.999999: training gets one" in capsys.readouterr().out
+
+
 def test_too_little_text_says_so(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "alone"}\n')
-    with pytest.raises(UserError, match=r"none of 1 documents fell to (train|val) with"):
-        main([f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}", "--num_proc=1"])
+    for content in ('{"text": "alone"}\n', '{"text": "alone"}\n' * 9):
+        (tmp_path / "a.jsonl").write_text(content)
+        with pytest.raises(UserError, match=r"none of 1 documents fell to (train|val) with"):
+            main([f"--source={tmp_path / 'a.jsonl'}", f"--out={tmp_path / 'd'}", "--num_proc=1"])
     (tmp_path / "b.txt").write_text("".join(f"a single small file, line {i}\n" for i in range(900)))
-    assert (
-        main(
-            [
-                f"--source={tmp_path / 'b.txt'}",
-                f"--out={tmp_path / 'e'}",
-                "--num_proc=1",
-                "--val_fraction=0.2",
-            ]
-        )
-        == 0
-    )
+    args = [f"--source={tmp_path / 'b.txt'}", f"--out={tmp_path / 'e'}", "--num_proc=1"]
+    assert main([*args, "--val_fraction=0.2"]) == 0
 
 
 @pytest.mark.parametrize(
@@ -215,6 +250,7 @@ def test_too_little_text_says_so(tmp_path):
         ("--tokenizer=nowhere", "no tokenizer there"),
         ("--source=hf:no/such:data", "source=hf:no/such"),
         ("--source=hf:", "give the name of a data set"),
+        ("--source=wikitext", "write --source=hf:wikitext"),
         ("--vocab_size=1e9", "at most 1,000,000"),
         ("--out=", "no value"),
     ],

@@ -205,7 +205,7 @@ def main(argv: list[str]) -> int:
     with atomic_folder(out) as folder:
         meta = build(cfg, teacher, Tokenizer.load(teacher), folder)
         write_json(folder / "meta.json", meta | {"inputs": inputs})
-    print(f"data    {out}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation "
+    print(f"data      {out}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation "
           f"tokens in {meta['rows']['kept']:,} documents; {meta['rows']['in']:,} were generated")
     return 0
 

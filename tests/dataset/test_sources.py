@@ -23,6 +23,7 @@ from dataset.sources import (
     read_rows,
     standard_library,
 )
+from prepare import main as prepare_main
 
 
 def texts_and_reasons(rows, key="text"):
@@ -332,6 +333,22 @@ def test_a_data_set_through_datasets(tmp_path):
     assert texts_and_reasons(hub_rows(str(tmp_path), "body"), "body")[1][0][1] == "no key 'body'"
     with pytest.raises(UserError, match="source=hf:"):
         list(hub_rows(str(tmp_path / "nothing"), "text"))
+
+
+def test_a_hub_source_is_read_twice_and_copied_never(tmp_path, monkeypatch):
+    """Once for the tokenizer and once to encode. The only file with the text is the source itself."""
+    datasets = pytest.importorskip("datasets")
+    for name in ("HF_DATASETS_CACHE", "DOWNLOADED_DATASETS_PATH", "EXTRACTED_DATASETS_PATH"):
+        monkeypatch.setattr(datasets.config, name, str(tmp_path / "cache"))
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    source = tmp_path / "hub" / "train.jsonl"
+    source.parent.mkdir()
+    texts = [f"a text that is easy to find, {i}" for i in range(99)]
+    source.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    args = [f"--source=hf:{source.parent}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    assert prepare_main(args) == 0
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert [path for path in files if texts[42].encode() in path.read_bytes()] == [source]
 
 
 def test_strictness_of_parse_json():
