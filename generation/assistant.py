@@ -48,14 +48,15 @@ class Assistant:
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
     def reply(self, conversations: list[list[Message]], show: Callable[[int], None] | None = None,
-              prefix: PrefixCache | None = None, first: int = 0,
-              most_calls: int = MOST_CALLS) -> list[list[Message]]:
+              prefix: PrefixCache | None = None, first: int = 0, most_calls: int = MOST_CALLS,
+              show_result: Callable[[str], None] | None = None) -> list[list[Message]]:
         """Return the messages that follow each conversation: tool calls with their results, then an answer.
 
         show(id): called with each token of the first conversation as it is generated. prefix: for a single
         conversation, so that its earlier turns are not read again. first: row number of the first
         conversation; each draws its random numbers by its row number. most_calls: rounds of tool calls that
-        get a result. A message that was not finished has "cut": True.
+        get a result. show_result(text): called with each tool result of the first conversation. A message that
+        was not finished has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
         open_rows = list(range(len(conversations)))  # the conversations that still need an answer
@@ -72,7 +73,11 @@ class Assistant:
                 if unfinished or (calls and turn == most_calls):
                     message["cut"] = True
                 elif calls:  # append the results, and let the model go on in the next round
-                    replies[row] += [{"role": "tool", "content": call_tool(call)} for call in calls]
+                    results = [call_tool(call) for call in calls]
+                    replies[row] += [{"role": "tool", "content": result} for result in results]
+                    if row == 0 and show_result is not None:
+                        for result in results:
+                            show_result(result)
                     still_open.append(row)
             open_rows = still_open
             if not open_rows:

@@ -88,14 +88,12 @@ def answer(assistant: Assistant, messages: list[Message], prefix: PrefixCache, w
     """Print the answer to the last message, and append it; after Ctrl-C remove the question instead."""
     dim, plain = (DIM, PLAIN) if styled else ("", "")
     try:
-        replies = assistant.reply([messages], Printer(assistant.tokenizer, write, styled), prefix)[0]
+        replies = assistant.reply([messages], Printer(assistant.tokenizer, write, styled), prefix,
+                                  show_result=lambda result: write(f"{dim}= {result}{plain}\n"))[0]
     except KeyboardInterrupt:
         write(f"{plain}\n")
         messages.pop()
         return
-    for reply in replies:
-        if reply["role"] == "tool":
-            write(f"{dim}= {reply['content']}{plain}\n")
     if replies[-1].pop("cut", False):
         write(f"{plain} [...]\n")
     messages += replies
