@@ -27,7 +27,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, require, require_not_negative, run_script
+from configurator import UserError, require, require_not_negative, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
 from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
@@ -50,6 +50,7 @@ from modeling.devices import DTYPES
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
+from training.stages import configure_run
 
 CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
@@ -375,7 +376,8 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
 
 # ---- main -------------------------------------------------------------------------------------------------
 
-def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run) -> None:
+def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run,
+                  kind: str) -> None:
     """How good the student is, compared with its teacher, and what to do next."""
     if run.rank > 0 or not results:  # no results: the run was finished before
         return
@@ -391,7 +393,8 @@ def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float
     more = "" if dataset == "pystdlib" else f" --dataset={shlex.quote(dataset)}"
     teacher = shlex.quote(cfg.teacher)
     print_end(run, f"python -m tools.compare {teacher} {run.quoted}{more}",
-              f"python eval.py --model={run.quoted} --compare={teacher} --tasks=embedded")
+              f"python eval.py --model={run.quoted} --compare={teacher} --tasks=embedded",
+              f"python sample.py --model={run.quoted}" + (" --chat=True" if kind == "chat" else ""))
 
 
 def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
@@ -424,11 +427,11 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
     loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, end_ids)
     results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
-    print_summary(cfg, student, results, run)
+    print_summary(cfg, student, results, run, kind.kind)
 
 
 def main(argv: list[str]) -> int:
-    cfg, provenance = configure(DistillConfig, argv, usage=__doc__)
+    cfg, provenance = configure_run(DistillConfig, argv, usage=__doc__)
     cfg, layers = with_architecture(cfg, provenance)
     with start_run(cfg, provenance) as run:
         distill(cfg, layers, run)

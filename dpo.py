@@ -33,7 +33,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
+from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
 from formats import hf
@@ -48,6 +48,7 @@ from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.lora import AdaptedGPT
 from training.losses import linear_log_probs, preference_loss
 from training.staged_data import StagedData, in_epochs, prepare_default
+from training.stages import configure_run
 from training.validation import validation_sums
 
 
@@ -292,7 +293,7 @@ class PreferenceEvaluation:
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
-    cfg, provenance = configure(DPOConfig, argv, usage=__doc__)
+    cfg, provenance = configure_run(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded pairs are tokenized for this model. Stages may count epochs, fit counts steps.
         prepare_default(cfg, run, "problems_preference",

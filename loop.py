@@ -184,6 +184,20 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.am
     return norm
 
 
+def follows_rollback(state: TrainState, step: int) -> bool:
+    """Whether the lower rate and clip of a rollback hold in this step."""
+    progress, length = state.progress, state.cfg.rollback_steps
+    return progress.rollbacks > 0 and (length is None or step <= progress.bad_step + length)
+
+
+def scheduled_rate(state: TrainState, step: int) -> float:
+    """The learning rate of a step. Every rollback halves it."""
+    # Schedule steps count from the start of the run, or of the stage that restarts the schedule.
+    stage = stage_at(state.stages, step)
+    rate = optim.learning_rate_at(stage.cfg, step - stage.begin, stage.end - stage.begin)
+    return rate * 0.5 ** state.progress.rollbacks if follows_rollback(state, step) else rate
+
+
 def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     """One optimizer step: forward and backward passes, clipping, update, metrics."""
     cfg, run, progress = state.cfg, state.run, state.progress
@@ -191,15 +205,15 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     set_rope(state.model, state.stages, progress.step)
     # Dropout, too, is a function of (seed, step, rank), so no random state has to be saved.
     torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
-    # Schedule steps count from the start of the run, or of the stage that restarts the schedule. Every
-    # rollback halves the rate.
-    rate = optim.learning_rate_at(stage.cfg, progress.step - stage.begin, stage.end - stage.begin)
-    state.learning_rate = rate * 0.5 ** progress.rollbacks
+    state.learning_rate = scheduled_rate(state, progress.step)
     optim.set_learning_rate(state.optimizers, state.learning_rate)
     # We want the gradient of (sum of all losses) / count. DDP and FSDP average over the ranks: that divides
     # by world_size as well, so multiply by it.
     sums = backward(state, data.batches, loss_fn, run.world_size / max(data.count, 1))
-    norm = update(state.model, state.optimizers, state.scaler, stage.cfg.grad_clip)
+    clip = stage.cfg.grad_clip
+    if cfg.rollback_grad_clip is not None and follows_rollback(state, progress.step):
+        clip = cfg.rollback_grad_clip
+    norm = update(state.model, state.optimizers, state.scaler, clip)
     state.metrics.add(progress.step, sums, data.count, data.tokens, norm)
     progress.step += 1
     progress.tokens += int(data.tokens)
@@ -368,6 +382,7 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None) -> TrainSt
         if saved.get("scaler"):  # only dtype=float16 has one
             state.scaler.load_state_dict(saved["scaler"])
     state.progress.rollbacks = run.rollbacks = max(state.progress.rollbacks, run.rollbacks)
+    state.progress.bad_step = run.bad_step = max(state.progress.bad_step, run.bad_step)
     set_rope(model, state.stages, max(state.progress.step - 1, 0))
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
     run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
@@ -397,12 +412,15 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
     dump = run.out_dir / f"not_finite_{step:06d}.json"
     run.run_on_rank0(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))
     folder = newest_checkpoint(run)
-    if folder is None or run.rollbacks >= cfg.max_rollbacks:
-        raise UserError(f"the loss or its gradient was not finite in step {step:,} (its batch: {dump}); the "
-                        "last checkpoint is intact. --max_rollbacks=3 continues from it at half the learning "
-                        "rate. A lower --learning_rate or --dtype=float32, in another out_dir, may help too")
-    # The run keeps the number, since the checkpoint that is loaded next may have a smaller one.
-    run.rollbacks += 1
+    fault = f"the loss or its gradient was not finite in step {step:,} (its batch: {dump})"
+    remedy = "A lower --learning_rate or --dtype=float32, in another out_dir, may help"
+    if folder is None:
+        raise UserError(f"{fault}; there is no checkpoint to return to. {remedy}")
+    if run.rollbacks >= cfg.max_rollbacks:
+        raise UserError(f"{fault}; {folder} is intact. --max_rollbacks={run.rollbacks + 3} continues from it "
+                        f"at half the learning rate. {remedy} too")
+    # The run keeps both numbers, since the checkpoint that is loaded next may have smaller ones.
+    run.rollbacks, run.bad_step = run.rollbacks + 1, step
     saved_step = checkpoint.folder_step(folder)
     run.run_on_rank0(lambda: run.truncate_log(saved_step))
     run.log({"step": saved_step, "rollbacks": run.rollbacks, "not_finite_step": step})
@@ -450,6 +468,34 @@ def measure(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
     return results
 
 
+def is_out_of_patience(state: TrainState) -> bool:
+    """Whether the newest cfg.patience evaluations all have no lower val_loss than an earlier one."""
+    def is_over() -> bool:
+        losses = [event["val_loss"] for event in state.run.events() if "val_loss" in event]
+        losses = [loss if math.isfinite(loss) else math.inf for loss in losses]
+        return bool(losses) and len(losses) - 1 - losses.index(min(losses)) >= state.cfg.patience
+
+    return state.cfg.patience > 0 and state.run.run_on_rank0(is_over)
+
+
+def end_early(state: TrainState) -> None:
+    """Save the last step of a run that is out of patience."""
+    step = state.progress.step
+    if state.saved_step != step:
+        save(state)
+    state.run.print(f"stopped   early, at step {step:,}: no lower val_loss in {state.cfg.patience} "
+                    "evaluations (a larger patience continues)")
+
+
+def note_longer_schedule(state: TrainState) -> None:
+    """Print a line if a larger max_steps has stretched a decaying schedule, so that the rate rises again."""
+    run, step = state.run, state.progress.step
+    event = run.last_event("lr") if run.rank == 0 else {}
+    if event and step < state.total and scheduled_rate(state, event["step"] - 1) > 1.000001 * event["lr"]:
+        run.print(f"note      the schedule now ends at step {state.total:,}: the learning rate rises again, "
+                  f"from {event['lr']:.2e} to {scheduled_rate(state, step):.2e}")
+
+
 def missed_evaluation(state: TrainState) -> bool:
     """Whether the run was stopped after it saved this step and before it evaluated it."""
     run, step = state.run, state.progress.step
@@ -475,10 +521,11 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
         results = measure(state, evaluate)
     if progress.step >= state.total and not results:
         run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps continues it)")
+    is_over = is_out_of_patience(state)  # a run that has ended early, started again
     with run.signals(), ThreadPoolExecutor(1) as pool, progress_bar(state) as bar:
         upcoming = prefetch(pool, batches_at, progress.step, state.total)
         state.model.train()
-        while progress.step < state.total:
+        while progress.step < state.total and not is_over:
             # Stage: each one has its own optimizers, since it may train other parameters at other rates.
             if state.stage is not stage_at(stages, progress.step):
                 enter_stage(state)
@@ -499,6 +546,9 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
                 save(state)
             if is_due(progress.step, cfg.eval_interval, stages):
                 results = measure(state, evaluate)
+                is_over = is_out_of_patience(state)
+    if is_over and progress.step < state.total:
+        end_early(state)
     return results
 
 
@@ -518,10 +568,13 @@ def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, eval
     # A disk that is too small should stop the run now, not after hours of training.
     size = CHECKPOINT_BYTES * model.num_saved()
     run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
+    for stage in plan_stages(cfg):
+        optim.multipliers(model, stage.cfg.lr_multipliers)  # raises UserError now, not when the stage begins
     place(model, cfg, run, folder)
     # Once through, unless a loss is not finite: then again from the newest checkpoint, at a lower rate.
     while True:
         state = resume(cfg, model, run, folder)
+        note_longer_schedule(state)
         try:
             return train(state, batches_at, loss_fn, evaluate)
         except NotFinite as fault:

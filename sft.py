@@ -26,7 +26,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import Tensor, nn
 
-from configurator import configure, run_script
+from configurator import run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
 from dataset.dataloader import Mix, validation_rows
 from generation.samples import log_text, sample_answers
@@ -37,6 +37,7 @@ from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default
+from training.stages import configure_run
 from training.validation import validation_sums
 
 
@@ -112,7 +113,7 @@ class ChatEvaluation:
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> int:
-    cfg, provenance = configure(SFTConfig, argv, usage=__doc__)
+    cfg, provenance = configure_run(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded problems are tokenized for this model. Stages may count epochs, fit counts steps.
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, configure, require_not_negative, run_script
+from configurator import UserError, require_not_negative, run_script
 from dataset.dataloader import Mix, Rows, rank_batches, text_batch, validation_rows
 from dataset.shards import DataFolder
 from formats import hf
@@ -35,6 +35,7 @@ from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
+from training.stages import configure_run
 from training.validation import validation_sums
 
 
@@ -225,7 +226,7 @@ bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}
 
 
 def main(argv: list[str]) -> int:
-    cfg, provenance = configure(TrainConfig, argv, usage=__doc__)
+    cfg, provenance = configure_run(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, provenance)
     with start_run(cfg, provenance) as run:

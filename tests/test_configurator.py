@@ -185,7 +185,7 @@ def test_help_has_the_sections_of_the_source():
     page = help_text(SFTConfig, "")
     sections = {block.strip().partition(":\n")[0]: re.findall(r"^  --(\w+)=", block, re.MULTILINE)
                 for block in page.split("\n\n")[1:]}
-    assert sections["Adapter"][0] == "lora_rank" and sections["This script only"] == ["packing"]
+    assert sections["Adapter"][0] == "lora_rank" and sections["This script only"] == ["packing", "overlong"]
     assert "max_steps" in sections["Batches and steps"]
     assert sorted(sum(sections.values(), [])) == sorted(f.name for f in fields(SFTConfig))
     _, keys = help_text(Base, "usage").split("file):\n")

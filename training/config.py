@@ -36,7 +36,7 @@ class RunConfig:
     activation_checkpointing: bool = False  # recompute blocks in the backward pass to save memory
     # ---- Batches and steps
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
-    micro_batch_size: int = 16  # sequences per forward pass on one rank
+    micro_batch_size: int = 16  # sequences per forward pass on one rank; changes the dropout masks
     max_steps: int = 550  # optimizer steps; if stages are listed, the sum of their steps counts instead
     # ---- Optimizer and stages
     learning_rate: float = 6e-3  # peak learning rate
@@ -56,7 +56,11 @@ class RunConfig:
     eval_tokens: int | None = None  # validation tokens per evaluation, always the first ones; None uses all
     save_interval: int = 275  # steps between checkpoints; 0 saves only at the end of each stage
     keep_checkpoints: int = 2  # newest checkpoints to keep; the best and each stage's last are kept as well
+    patience: int = 0  # end the run after so many evaluations without a lower val_loss; 0 never does
     max_rollbacks: int = 0  # times to return to a checkpoint, at half the rate, when the loss is not finite
+    rollback_grad_clip: float | None = None  # grad_clip after a rollback; None keeps grad_clip
+    rollback_steps: int | None = None  # steps after the bad one with lower rate and clip; None is the rest
+    on_end: str | None = None  # shell command to run at the end, with NANOLLAMA_OUTCOME and others set
     # ---- Log
     log_interval: int = 10  # steps between log lines
     wandb: bool = False  # also log to Weights & Biases
@@ -77,15 +81,21 @@ class RunConfig:
         require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "max_steps",
                          "learning_rate", "keep_checkpoints", "log_interval", "threads")
         require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval",
-                             "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks")
+                             "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks",
+                             "patience", "rollback_grad_clip", "rollback_steps")
+        require(self, "min_lr", self.min_lr <= self.learning_rate,
+                f"at most learning_rate={self.learning_rate}")
         for key in ("beta1", "beta2"):
             require(self, key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
 
 
-# A resumed run may change these keys. They change where, how fast and how long the run computes; the results
-# differ at most by rounding (bfloat16 on a GPU). A larger max_steps stretches the schedule.
+# A resumed run may change these keys. They change where, how fast and how long the run computes. The results
+# differ at most by rounding (bfloat16 on a GPU), with two exceptions. Dropout is drawn per rank and
+# micro-batch, so another micro_batch_size draws other masks. On-policy distillation samples text, and
+# rounding may change a sampled token. A larger max_steps stretches the schedule.
 RESUMABLE_CHANGES = {"device", "parallel", "micro_batch_size", "compile", "reshard_after_forward",
                      "activation_checkpointing", "max_steps", "eval_interval", "save_interval",
-                     "keep_checkpoints", "max_rollbacks", "log_interval", "wandb", "wandb_project",
+                     "keep_checkpoints", "patience", "max_rollbacks", "rollback_grad_clip",
+                     "rollback_steps", "on_end", "log_interval", "wandb", "wandb_project",
                      "tensorboard", "threads",
                      "run_name", "out_dir", "overwrite"}

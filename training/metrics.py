@@ -38,6 +38,7 @@ class Progress:
     tokens: int = 0  # input tokens so far, over all ranks
     seconds: float = 0.0  # training time, without evaluating and saving
     rollbacks: int = 0  # times the run returned to a checkpoint; each one halves the learning rate
+    bad_step: int = -1  # the newest step (from 0) that was not finite
 
 
 class NotFinite(Exception):

@@ -116,6 +116,8 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
     if unused := [pattern for pattern in patterns if pattern not in used]:
         raise UserError(f"lr_multipliers: pattern {unused[0]!r} matches no parameter (or an earlier pattern "
                         "took them all)")
+    if not any(table.values()):
+        raise UserError("lr_multipliers: freezes every parameter; leave a factor above 0 for at least one")
     return table
 
 

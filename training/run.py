@@ -18,6 +18,7 @@ import re
 import secrets
 import shlex
 import signal
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -57,12 +58,29 @@ class Run:
     lock: int | None = None  # `lock_path` of out_dir, while this process holds it
     stop_signal: int = 0  # SIGINT or SIGTERM after one arrived; the loop then saves and exits
     rollbacks: int = 0  # times this process returned to a checkpoint
+    bad_step: int = -1  # the newest step that was not finite
+    on_end: str | None = None  # the user's command, for `run_on_end`
 
     def __enter__(self) -> "Run":
         return self
 
-    def __exit__(self, *exception: Any) -> None:
+    def __exit__(self, kind: Any = None, error: BaseException | None = None, trace: Any = None) -> None:
         self.release()
+        if self.on_end and self.rank == 0:
+            self.run_on_end(error)
+
+    def run_on_end(self, error: BaseException | None) -> None:
+        """Run the user's own command, cfg.on_end, with the run's outcome in environment variables."""
+        outcome = "finished"
+        if error is not None:
+            outcome = "stopped" if isinstance(error, SystemExit | KeyboardInterrupt) else "failed"
+        values = {"OUT_DIR": self.out_dir, "OUTCOME": outcome, "ERROR": error if outcome == "failed" else "",
+                  "STEP": self.last_event("step").get("step", 0),
+                  "VAL_LOSS": self.last_event("val_loss").get("val_loss", "")}
+        names = {f"NANOLLAMA_{name}": str(value) for name, value in values.items()}
+        code = subprocess.run(str(self.on_end), shell=True, env=os.environ | names).returncode
+        if code:
+            self.print(f"note      on_end: the command ended with exit code {code}")
 
     def release(self) -> None:
         """Unlock out_dir for other processes."""
@@ -147,7 +165,8 @@ class Run:
         def compare_and_write() -> None:
             path = self.out_dir / "run.json"
             if can_resume(self.out_dir) and not cfg.overwrite:
-                refuse_changes(self.out_dir, read_run(path)["identity"], identity)
+                # An old run lacks the hashes that were added since.
+                refuse_changes(self.out_dir, identity | read_run(path)["identity"], identity)
             content = {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
                 "python": sys.version.split()[0], "torch": torch.__version__},
                 "version": version(), "commit": commit(), "dataset_tokens": dataset_tokens}
@@ -211,7 +230,7 @@ def read_run(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         return content | {"config": dict(content["config"]), "identity": dict(content["identity"])}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to continue with the "
                         "configuration of this command") from None
 
@@ -236,7 +255,9 @@ def refuse_changed_keys(cfg: RunConfig, out_dir: Path) -> None:
         defaults = json.loads(json.dumps(dataclasses.asdict(type(cfg)())))
         old = defaults | read_run(out_dir / "run.json")["config"]
         free = RESUMABLE_CHANGES | cfg.resume_free
-        if new["max_steps"] < old.get("max_steps", 0) and not cfg.stages:
+        lists_steps = any(entry.get("steps") or entry.get("epochs") for entry in cfg.stages)
+        before = old["max_steps"]
+        if isinstance(before, int | float) and new["max_steps"] < before and not lists_steps:
             free = free - {"max_steps"}  # max_steps may only grow
         refuse_changes(out_dir, {k: v for k, v in old.items() if k not in free},
                        {k: v for k, v in new.items() if k not in free})
@@ -363,9 +384,7 @@ def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:
     provenance: where each explicit key comes from (`configure`). Raises UserError if out_dir is in use or
     holds another run, if the device is missing, or if keys contradict each other or the number of ranks.
     """
-    if cfg.stages and "max_steps" in provenance:
-        raise UserError(f"{provenance['max_steps']}: max_steps is the sum of the stages' steps; remove it")
-    run = Run(Path(cfg.out_dir), pick_device(cfg.device))
+    run = Run(Path(cfg.out_dir), pick_device(cfg.device), on_end=cfg.on_end)
     if "RANK" in os.environ:  # set by torchrun
         join_processes(cfg, run)
     check_ranks(cfg, run)

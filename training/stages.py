@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from configurator import UserError, coerce, override
+from configurator import UserError, coerce, configure, override
 from model import GPTConfig
 from training.config import RunConfig
 
@@ -60,13 +60,15 @@ def plan_stages(cfg: Config) -> list[Stage[Config]]:
     stages, begins, first = [], [0], 0
     for number, entry in enumerate(cfg.stages):
         stage_cfg, changes = stage_config(cfg, number)
-        if type(entry["steps"]) is not int or not 0 < entry["steps"] < 2**63:
-            raise UserError(f"stages[{number}]: steps={entry['steps']}: must be a positive whole number")
+        # None, which configure_run sets, is max_steps. That makes sense for a single stage only.
+        steps = cfg.max_steps if entry["steps"] is None and len(cfg.stages) == 1 else entry["steps"]
+        if type(steps) is not int or not 0 < steps < 2**63:
+            raise UserError(f"stages[{number}]: steps={steps}: must be a positive whole number")
         if entry.get("restart") and first:
             begins.append(first)
         # The end of the schedule is known only after the last stage.
-        stages.append(Stage(stage_cfg, changes, first, first + entry["steps"], begins[-1], 0))
-        first += entry["steps"]
+        stages.append(Stage(stage_cfg, changes, first, first + steps, begins[-1], 0))
+        first += steps
     ends = [*begins[1:], first]  # a schedule ends where the next one begins
     return [dataclasses.replace(stage, end=ends[begins.index(stage.begin)]) for stage in stages]
 
@@ -82,6 +84,8 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
     if not isinstance(entry, dict) or not all(isinstance(key, str) for key in entry) or \
             ("steps" in entry) == ("epochs" in entry):
         raise UserError(f"{place}: must be a dict with steps or epochs, such as dict(steps=100, key=value)")
+    if type(entry.get("restart", False)) is not bool:
+        raise UserError(f"{place}: restart={entry['restart']!r}: must be True or False")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     shared = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
     if forbidden := (shared - STAGE_OVERRIDABLE | cfg.stage_fixed) & changes.keys():
@@ -112,12 +116,25 @@ def with_steps(cfg: Config, steps_in_epoch: Callable[[Config], float]) -> Config
     for number, entry in enumerate(cfg.stages):
         stage_cfg, _ = stage_config(cfg, number)
         if "epochs" in entry:
-            if not isinstance(entry["epochs"], int | float) or not 0 < entry["epochs"] < 2**31:
+            if type(entry["epochs"]) not in (int, float) or not 0 < entry["epochs"] < 2**31:
                 raise UserError(f"stages[{number}]: epochs={entry['epochs']}: must be a positive number")
             steps = max(1, round(entry["epochs"] * steps_in_epoch(stage_cfg)))
             entry = {key: value for key, value in entry.items() if key != "epochs"} | {"steps": steps}
         stages.append(entry)
     return dataclasses.replace(cfg, stages=stages)
+
+
+def configure_run(schema: type[Config], argv: list[str], usage: str) -> tuple[Config, dict[str, str]]:
+    """`configure`, with --max_steps in place of the steps or epochs of a config file's only stage."""
+    cfg, provenance = configure(schema, argv, usage)
+    place = provenance.get("max_steps")
+    if not cfg.stages or not place:
+        return cfg, provenance
+    if len(cfg.stages) > 1 or place != "command line":
+        raise UserError(f"{place}: max_steps is the sum of the stages' steps; remove it")
+    stage_config(cfg, 0)  # raises UserError if the entry is no stage
+    entry = {key: value for key, value in cfg.stages[0].items() if key != "epochs"} | {"steps": None}
+    return dataclasses.replace(cfg, stages=[entry]), provenance
 
 
 def stage_at(stages: list[Stage[Config]], step: int) -> Stage[Config]:

@@ -111,3 +111,34 @@ def test_all_ranks_stop_and_roll_back_together(data, tmp_path, two_ranks, parall
 
 def on_the_second_rank(*arguments):
     return train_with_a_bad_step(*arguments, rank=1)
+
+
+def test_without_a_checkpoint_none_is_promised(data, tmp_path):
+    message = train_with_a_bad_step(data, tmp_path, "--save_interval=0", "--max_rollbacks=3")
+    assert "there is no checkpoint to return to" in message and "intact" not in message
+
+
+def test_the_lower_rate_and_clip_last_rollback_steps(data, tmp_path, monkeypatch):
+    """Bad step 6, rollback_steps=3: steps 4 to 9 have half the rate and the other clip."""
+    clips, original = {}, loop.update
+
+    def update(model, optimizers, scaler, clip):
+        step = int(optimizers[0].param_groups[0]["lr"] < 3e-3)
+        clips.setdefault(step, set()).add(clip)
+        return original(model, optimizers, scaler, clip)
+
+    monkeypatch.setattr(loop, "update", update)
+    words = ["--max_rollbacks=1", "--rollback_grad_clip=0.5", "--rollback_steps=3", "--log_interval=1"]
+    train_with_a_bad_step(data, tmp_path, *words)
+    assert rates(tmp_path) == pytest.approx([3e-3] * 4 + [1.5e-3] * 6 + [3e-3] * 6)
+    assert clips == {0: {1.0}, 1: {0.5}}
+
+
+def test_rollback_steps_survive_a_stop(data, tmp_path):
+    words = ["--max_rollbacks=1", "--rollback_steps=4", "--rollback_grad_clip=0.1", "--log_interval=1"]
+    train_with_a_bad_step(data, tmp_path / "whole", *words)
+    with pytest.raises(SystemExit):
+        train_with_a_bad_step(data, tmp_path / "cut", *words, stop_at=8)
+    train_with_a_bad_step(data, tmp_path / "cut", *words, times=0)
+    assert rates(tmp_path / "cut") == rates(tmp_path / "whole")
+    assert_same_run(tmp_path / "cut", tmp_path / "whole")

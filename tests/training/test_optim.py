@@ -126,6 +126,8 @@ def test_groups():
         ({"mlp": -1.0}, "a factor of at least 0"),
         ({"mlp": "a"}, "a factor of at least 0"),
         ({1: 2.0}, "must be a regular expression"),
+        ({"": 0.0}, "freezes every parameter"),
+        ({"mlp": 0.0, ".": 0.0}, "freezes every parameter"),
         ({"mlp": 1.0, "mlp.up": 0.5}, "'mlp.up' matches no parameter .or an earlier pattern took them all"),
     ],
 )

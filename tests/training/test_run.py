@@ -1,8 +1,10 @@
 """training/run.py: stages, a run's folder, its log, and what it refuses."""
 
+import contextlib
 import json
 import re
 import shutil
+import signal
 import sys
 import types
 from pathlib import Path
@@ -11,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 
+import loop
 import modeling.devices
 import train
 import training.run
@@ -23,7 +26,7 @@ from formats.tokenizer import Tokenizer
 from loop import RunConfig, plan_stages, start_run
 from model import GPT
 from tests.conftest import ROOT, TINY_RUN
-from tests.runs import events, losses, run, stop_at_step
+from tests.runs import events, losses, run, signal_in_step, stop_at_step
 from training.lora import AdaptedGPT
 from training.stages import with_steps
 
@@ -336,7 +339,7 @@ def test_tensorboard_mirrors_the_log(data, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("how", ["out_dir", "step", "best step of a link", "linked step", "relative", "base"])
 def test_a_model_to_start_from_is_never_removed(trained, data, tmp_path, monkeypatch, how):
-    """With overwrite=True too. init_from names the out_dir, a step in it, a link, or an adapter of its model."""
+    """With overwrite=True too. init_from is the out_dir, a step in it, a link, or an adapter of its model."""
     own = shutil.copytree(trained, tmp_path / "own", symlinks=True)
     step = checkpoint.step_folders(own)[-1]
     source, out = str(own), str(own)
@@ -376,3 +379,99 @@ def test_a_run_needs_a_folder_that_is_no_model(trained, data):
         with pytest.raises(UserError, match="holds a model; a run needs a folder of its own"):
             train.main([*words, f"--dataset={data}", f"--init_from={folder}", f"--out_dir={folder}", *more])
     assert checkpoint.find_corruption(folder) is None
+
+
+# ---- Run control ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("entry, message", [
+    (dict(steps=3, restart="no"), "restart='no': must be True or False"),
+    (dict(steps=3, restart=1), "restart=1: must be True or False"),
+    (dict(epochs=True), "epochs=True: must be a positive number"),
+    (dict(steps=True), "steps=True: must be a positive whole number"),
+    (dict(steps=1, min_lr=1.0), "min_lr=1.0: must be at most learning_rate=0.006"),
+])
+def test_values_of_a_stage_that_cannot_be_right(entry, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        plan_stages(with_steps(RunConfig(stages=[entry]), lambda stage: 10))
+
+
+def test_a_lowest_rate_above_the_peak_is_refused():
+    with pytest.raises(UserError, match="min_lr=0.01: must be at most learning_rate=0.006"):
+        configure(train.TrainConfig, ["--min_lr=0.01"])
+
+
+def test_max_steps_overrides_a_single_stage(data, tmp_path):
+    """Its steps or epochs; a larger one continues the run. Several stages, or both in a file, are refused."""
+    one, two, both = (tmp_path / name for name in ("one.py", "two.py", "both.py"))
+    one.write_text("stages = [dict(epochs=3, learning_rate=1e-3)]\n")
+    two.write_text("stages = [dict(steps=1), dict(steps=1)]\n")
+    both.write_text("stages = [dict(steps=1)]\nmax_steps = 3\n")
+    found = run(data, tmp_path / "a", str(one), "--max_steps=2", "--schedule=constant", "--warmup_steps=0")
+    assert [event["step"] for event in found if "lr" in event] == [1, 2] and found[0]["lr"] == 1e-3
+    found = run(data, tmp_path / "a", str(one), "--max_steps=4", "--schedule=constant", "--warmup_steps=0")
+    assert found[-1]["step"] == 4
+    with pytest.raises(UserError, match="max_steps was 4, is 3"):
+        run(data, tmp_path / "a", str(one), "--max_steps=3", "--schedule=constant", "--warmup_steps=0")
+    for words in ([str(two), "--max_steps=2"], [str(both)]):
+        with pytest.raises(UserError, match="max_steps is the sum of the stages' steps; remove it"):
+            run(data, tmp_path / "b", *words)
+
+
+def test_a_longer_schedule_says_that_the_rate_rises(data, tmp_path, capsys):
+    """Linear decay, finished at step 6 with 1/6 of the peak; at step 12 of 12 steps it is half the peak."""
+    words = ["--warmup_steps=0", "--schedule=linear"]
+    run(data, tmp_path / "a", *words, "--max_steps=6")
+    run(data, tmp_path / "a", *words, "--max_steps=6")
+    assert "rises again" not in capsys.readouterr().out
+    run(data, tmp_path / "a", *words, "--max_steps=12")
+    assert ("the schedule now ends at step 12: the learning rate rises again, from 5.00e-04 to 1.50e-03"
+            in capsys.readouterr().out)
+    run(data, tmp_path / "b", *words, "--max_steps=6", "--save_interval=3")
+    shutil.rmtree(tmp_path / "b" / "step_000006")  # as if killed: the same schedule goes on
+    run(data, tmp_path / "b", *words, "--max_steps=6", "--save_interval=3")
+    assert "rises again" not in capsys.readouterr().out
+
+
+def test_patience_ends_a_run(data, tmp_path, monkeypatch, capsys):
+    """val_loss 5, 4, 6, 4, ..: the second evaluation is the best, and two without a lower one end the run."""
+    losses_of = iter([5.0, 4.0, 6.0, 4.0, 3.0, 2.0, 1.0])
+    monkeypatch.setattr(train.TextEvaluation, "__call__", lambda self, model, last: {
+        "val_loss": next(losses_of), "val_perplexity": 1.0, "val_bits_per_byte": 1.0})
+    words = ["--max_steps=12", "--eval_interval=2", "--save_interval=4", "--patience=2"]
+    found = run(data, tmp_path, *words)
+    assert [event["val_loss"] for event in found if "val_loss" in event] == [5, 4, 6, 4]
+    assert found[-1]["step"] == 8 and checkpoint.step_folders(tmp_path)[-1].name == "step_000008"
+    assert "stopped   early, at step 8: no lower val_loss in 2 evaluations" in capsys.readouterr().out
+    assert checkpoint.read_pointers(tmp_path)["best"] == "step_000004"
+    assert run(data, tmp_path, *words) == found  # the same command again trains no further
+    found = run(data, tmp_path, *words[:-1], "--patience=3")
+    assert found[-1]["step"] == 12
+
+
+def outcome(data, out, *words):
+    """What the on_end command sees: the values of NANOLLAMA_*."""
+    path = out.with_suffix(".txt")
+    names = ("OUTCOME", "OUT_DIR", "STEP", "VAL_LOSS", "ERROR")
+    command = " ".join(["printf '%s\\n'", *(f'"$NANOLLAMA_{name}"' for name in names), f"> '{path}'"])
+    with contextlib.suppress(UserError, SystemExit):
+        run(data, out, "--max_steps=4", *words, f"--on_end={command}")
+    return dict(zip(names, path.read_text().splitlines(), strict=True))
+
+
+def test_on_end_gets_the_outcome(data, tmp_path, monkeypatch):
+    found = outcome(data, tmp_path / "a")
+    val_loss = str(events(tmp_path / "a")[-1]["val_loss"])
+    assert found == {"OUTCOME": "finished", "OUT_DIR": str(tmp_path / "a"), "STEP": "4", "VAL_LOSS": val_loss,
+                     "ERROR": ""}
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "backward", signal_in_step(signal.SIGTERM, 2))
+        found = outcome(data, tmp_path / "b")
+    assert (found["OUTCOME"], found["STEP"]) == ("stopped", "2")
+    found = outcome(data, tmp_path / "c", "--lr_multipliers={'xyz': 2.0}")
+    assert found["OUTCOME"] == "failed" and "'xyz' matches no parameter" in found["ERROR"]
+
+
+def test_a_command_that_fails_is_named(data, tmp_path, capsys):
+    run(data, tmp_path / "a", "--max_steps=1", "--on_end=exit 7")
+    assert "on_end: the command ended with exit code 7" in capsys.readouterr().out
