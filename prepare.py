@@ -242,7 +242,7 @@ class Tally:
         reason = reason or "duplicate document"
         self.skipped[reason] += 1
         if len(self.places[reason]) < 3:  # enough to look at, and little memory for millions of bad rows
-            self.places[reason].append(row.place)
+            self.places[reason].append(printable(row.place))
 
     def report(self) -> str:
         lines = [f"rows      {self.rows_in:,} in = {self.kept:,} kept + {self.skipped.total():,} skipped"]
@@ -335,18 +335,12 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
                             f"val_fraction={cfg.val_fraction}: give more text, or another share")
 
 
-def progress_bar(cfg: PrepareConfig, files: list[Path]) -> tqdm:
-    """A bar for a terminal: bytes of the (packed) files, or else rows. Anywhere, a line that work begins."""
-    size = sum(path.stat().st_size for path in files)
-    total = size if files else problems.ROWS if cfg.source in EMBEDDED else None
-    amount = f"{size / 1e6:,.1f} MB in {len(files):,} files" if files else (
-        f"up to {total:,} rows" if total else "rows as they arrive")
-    print(f"reading   {cfg.source}: {amount}")
-    return tqdm(total=total, unit="B" if files else "row", unit_scale=True, leave=False, disable=None)
-
-
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Write shards and tokenizer into an empty folder; returns meta.json's content but for its inputs."""
+    size = sum(path.stat().st_size for path in files)
+    rows = problems.ROWS if cfg.source in EMBEDDED else None  # about: nobody knows how many the hub has
+    amount = f": {size / 1e6:,.1f} MB in {len(files):,} files" if files else ""
+    print(f"reading   {cfg.source}{amount}")
     index = make_index(benchmarks) if benchmarks else None
     recipe = Recipe(cfg.kind, cfg.text_key, cfg.key_names, index)
     val_limit = split_limit(source_rows(cfg, files), recipe, cfg.val_fraction)
@@ -355,7 +349,9 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     recipe = recipe._replace(tokenizer=tokenizer)  # until here, rows were parsed but not encoded
     writers = open_writers(folder, tokenizer.vocab_size, masked=cfg.kind != "text")
     begin, tally = time.perf_counter(), Tally(cfg.strict)
-    with progress_bar(cfg, files) as bar:
+    # The bar, on a terminal only, counts bytes of packed files: how many they unpack to is not known.
+    with tqdm(total=size or rows, unit="B" if files else "row", unit_scale=True, leave=False,
+              disable=None) as bar:
         batches = in_batches(source_rows(cfg, files, bar.update))
         write_shards(batches, recipe, cfg, val_limit, writers, tally)
     meta = describe(writers, cfg.kind, tokenizer, cfg.tokenizer)

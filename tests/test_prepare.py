@@ -188,6 +188,38 @@ def test_strict_stops_at_the_first_bad_row(tmp_path):
         DataFolder(tmp_path / "d")
 
 
+def test_names_that_are_not_utf8(tmp_path, monkeypatch, capsys):
+    """Linux allows them. Places in messages and in contaminated.json have escapes."""
+    folder = Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9"))
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", [*documents(100), " "])
+    (folder / os.fsdecode(b"\xff.txt")).write_text("".join(documents(50, start=200)))
+    write_jsonl(folder / "eval.jsonl", documents(20)[9:])
+    monkeypatch.chdir(folder)
+    args = ["--source=.", "--out=d", "--vocab_size=300", "--num_proc=1", "--decontaminate=eval.jsonl"]
+    assert main(args) == 0
+    assert "1 skipped: empty text" in capsys.readouterr().out
+    main(["--out=d", "--verify=True"])
+    removed = json.loads((folder / "d" / "contaminated.json").read_text("utf-8"))["removed"]
+    assert len(removed) > 9 and {each["row"].split(":")[0] for each in removed} == {"a.jsonl", "eval.jsonl"}
+    assert Mix("d", 64, seed=0).samples(0, 4).shape == (4, 65)
+    assert main(["--source=..", "--out=e", *args[2:]]) == 0
+    removed = json.loads((folder / "e" / "contaminated.json").read_text("utf-8"))["removed"]
+    assert any("caf\udce9/a.jsonl" in each["row"] for each in removed)
+
+
+def test_names_beyond_ascii_in_the_c_locale(tmp_path):
+    folder = tmp_path / "\u00fcn\u00ef \u4e2d"
+    folder.mkdir()
+    write_jsonl(folder / "\u00e4.jsonl", [*documents(100), " "])
+    command = [sys.executable, str(ROOT / "prepare.py"), f"--source={folder}", f"--out={folder / 'd'}",
+               "--vocab_size=300", "--num_proc=1"]  # fmt: skip
+    process = subprocess.run(command, env=os.environ | {"LC_ALL": "C"}, capture_output=True)
+    assert process.returncode == 0, process.stderr
+    assert "\u4e2d/\u00e4.jsonl:101" in process.stdout.decode("utf-8")
+    assert DataFolder(folder / "d").meta["source"] == str(folder)
+
+
 def hashes_of(texts):
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
 
