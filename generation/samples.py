@@ -21,7 +21,7 @@ def log_text(label: str, text: str) -> str:
 
     Control characters are escaped, because a model may write any, and a terminal would obey them.
     """
-    text = text.replace("\r\n", "\n").strip("\n")
+    text = text.replace("\r\n", "\n").strip("\n").rstrip()
     shown = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
     return label + (shown.replace("\n", "\n" + " " * len(label)) or "(empty)")
 

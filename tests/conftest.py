@@ -42,9 +42,10 @@ FAST = """
     evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py
     evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_likelihood.py evals/test_lm.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
-    modeling/test_attention.py modeling/test_kv_cache.py modeling/test_ternary.py
+    generation/test_samples.py
+    modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_ternary.py
     tools/test_compare.py tools/test_plot.py
-    training/test_lora.py training/test_losses.py training/test_optim.py
+    training/test_curves.py training/test_lora.py training/test_losses.py training/test_optim.py
 """.split()
 TRAINED = {"trained", "chats", "pairs", "two_ranks"}
 NOT_FAST = {"test_exit_codes", "test_arrow_keys_edit_the_line_in_a_chat",

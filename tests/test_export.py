@@ -158,6 +158,16 @@ def test_an_adapter_is_merged(chat_model, tokenizer, tmp_path):
     assert (merged - logits(model)).abs().max() > 0.1
 
 
+def test_the_next_commands(tmp_path, tokenizer):
+    folder = tmp_path / "my export"
+    folder.mkdir()
+    plain = Tokenizer.train(PIECES, 300)
+    assert export.next_commands(folder, plain) == [f"python sample.py --model='{folder}'"]
+    (folder / "a.gguf").touch()
+    assert export.next_commands(folder, tokenizer) == [
+        f"llama-server -m '{folder}/a.gguf' --jinja", f"python sample.py --model='{folder}' --chat=True"]
+
+
 # ---- GGUF -------------------------------------------------------------------------------------------------
 
 def test_every_type_in_one_folder(tokenizer, tmp_path, capsys):
@@ -168,6 +178,9 @@ def test_every_type_in_one_folder(tokenizer, tmp_path, capsys):
     assert sizes == sorted(sizes, reverse=True) and sizes[-1] < 0.25 * sizes[0]
     printed = capsys.readouterr().out
     assert "mine-q4_k_m.gguf\n  type" in printed and "Q4_K" in printed and f"{sizes[-1]:,} bytes" in printed
+    first = min(out.glob("*.gguf"))  # several types: our scripts need the file's name
+    assert f"\nnext    llama-server -m {first} --jinja\n" in printed
+    assert printed.endswith(f"        python sample.py --model={first} --chat=True\n")
     import gguf
 
     fields = gguf.GGUFReader(out / "mine-q8_0.gguf").fields

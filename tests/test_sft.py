@@ -74,6 +74,20 @@ def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
     assert theirs.generation_config.eos_token_id == tokenizer.end_ids
 
 
+def test_what_it_prints(trained, chats, tmp_path, capsys):
+    """Answers to read at each evaluation; the next commands, also for a folder with a space in its name."""
+    out = tmp_path / "my run"
+    run(trained, chats, out, "--max_steps=2", "--eval_interval=1")
+    printed = capsys.readouterr().out
+    assert printed.count("\nsample    user: ") == 4 and printed.count("\n          assistant:") == 4
+    assert "\ncurves      training    █" in printed and f"\n            {out / 'loss.png'}\n" in printed
+    assert printed.endswith(f"\nnext        python sample.py --model='{out}' --chat=True\n"
+                            f"            python dpo.py --init_from='{out}' --out_dir='{out}_dpo'\n")
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    run(trained, chats, tmp_path / "b", "--max_steps=1", "--sample_answers=0")
+    assert "sample    " not in capsys.readouterr().out
+
+
 def test_an_adapter_learns_and_its_base_does_not_change(trained, chats, tmp_path):
     before = weights_sha256(hf.find_folder(trained))
     found = run(trained, chats, tmp_path / "a", *LORA, "--merge=True")

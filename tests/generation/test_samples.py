@@ -10,7 +10,7 @@ from model import GPT
 def test_a_sample_is_indented_text():
     text = log_text("sample    ", "\ndef a():\r\n\treturn 'é'\n\n")
     assert text == "sample    def a():\n          \treturn 'é'"
-    assert log_text("s ", "\x1b[2Ja\x00\u2028\r") == "s \\x1b[2Ja\\x00\\u2028\\r"
+    assert log_text("s ", "\x1b[2Ja\x00\u2028\r.  ") == "s \\x1b[2Ja\\x00\\u2028\\r."
     assert log_text("s ", "\n") == "s (empty)"
 
 

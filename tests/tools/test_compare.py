@@ -118,6 +118,17 @@ def test_the_page_is_replaced_in_one_step(trained, data, distilled, tmp_path, mo
     assert target.read_text() == "new"
 
 
+def test_two_folders_are_the_teacher_and_the_student(trained, data, distilled):
+    out, _ = distilled
+    before = cells(page(trained, out, data))
+    assert compare.main([str(trained), f"--dataset={data}", *MORE, str(out)]) == 0
+    after = cells((out / "compare.md").read_text(encoding="utf-8"))
+    del before["greedy tokens/s"], after["greedy tokens/s"]
+    assert after == before
+    with pytest.raises(UserError, match="name two models"):
+        compare.main([str(trained)])
+
+
 def test_mistakes_are_one_line(trained, data, distilled, tmp_path):
     out, _ = distilled
     (tmp_path / "blank.txt").write_text("\n \n")

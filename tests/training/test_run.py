@@ -20,7 +20,6 @@ import training.run
 from configurator import UserError, configure, version
 from formats import checkpoint, hf
 from formats.files import write_json
-from formats.model_card import commit
 from formats.peft import AdapterSpec
 from formats.tokenizer import Tokenizer
 from loop import RunConfig, plan_stages, start_run
@@ -248,7 +247,8 @@ def test_run_json_says_what_made_the_run(data, trained):
     content = json.loads((trained / "run.json").read_text())
     meta = json.loads((data / "meta.json").read_text())
     assert content["dataset_tokens"] == {str(data): meta["tokens"]["train"]}
-    assert content["version"] == version() and content["commit"] == commit()
+    assert content["version"] == version()
+    assert re.fullmatch("[0-9a-f]{40}(, modified)?|not in a git checkout", content["commit"])
     assert "wandb" not in content
 
 
