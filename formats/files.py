@@ -122,13 +122,13 @@ def read_json(path: Path) -> dict[str, Any]:
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
     """The JSON objects of a log, one per line, or [] if the file is missing.
 
-    Skips a line that is no JSON object: a kill or a power cut may leave half a line.
+    Skips a line that is no JSON object with an integer "step": a kill or a power cut may leave half a line.
     """
     events = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:
         with contextlib.suppress(ValueError, RecursionError):
             event = json.loads(line)
-            events += [event] if isinstance(event, dict) else []
+            events += [event] if isinstance(event, dict) and type(event.get("step", 0)) is int else []
     return events
 
 

@@ -60,6 +60,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"}}
 SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
          "block_size"}
+DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
 MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for which no memory is enough
 # {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses q, k and v into c_attn.
 GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
@@ -224,9 +225,10 @@ def with_sizes(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     path: of config.json. If weights are next to it, sizes that they cannot fill are refused too, so that no
     memory is allocated for them.
     """
-    for key in SIZES & fields.keys():
-        value = fields[key]
-        if value is not None and not (type(value) is int and 0 < value <= MAX_SIZE):
+    for key in sorted(SIZES):
+        value = fields.get(key)
+        is_derived = value is None and key in DERIVED_SIZES
+        if not is_derived and not (type(value) is int and 0 < value <= MAX_SIZE):
             raise UserError(f"{path}: {key}={str(value)[:40]}: must be an integer from 1 to {MAX_SIZE:,}")
     size = {key: fields.get(key) or 1 for key in SIZES}
     rows = size["vocab_size"] + (size["block_size"] if fields.get("position") == "learned" else 0)

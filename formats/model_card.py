@@ -91,7 +91,9 @@ class RunSummary:
 def read_run(out_dir: Path, step: int | None) -> RunSummary:
     """Summarize a run up to `step`; None is its end. Raises UserError for a damaged run.json."""
     run = read_json(out_dir / "run.json")
-    if not all(isinstance(run.get(key), dict) for key in ("config", "identity")):
+    identity = run.get("identity")
+    parts = [run.get("config"), identity, identity.get("data", {}) if isinstance(identity, dict) else None]
+    if not all(isinstance(part, dict) for part in parts):
         raise UserError(f"{out_dir / 'run.json'}: damaged (no config or no identity)")
     events = [event for event in read_jsonl(out_dir / "metrics.jsonl")
               if step is None or event.get("step", 0) <= step]

@@ -31,7 +31,8 @@ CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "bas
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # the dtypes of weights that are read
 PREFIX = "base_model.model."  # PEFT puts it before every name
 # Settings of PEFT that change what an adapter computes. We support none of them.
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication")
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication",
+               "layers_to_transform", "exclude_modules", "use_qalora", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
@@ -118,6 +119,11 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     # PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
     names = [name.removeprefix(PREFIX) for name in stored]
     names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]
+    # PEFT leaves out what target_modules does not list. It may also be a regular expression, a string.
+    ends = tuple(f".{target}" for target in spec.targets)
+    for module in {name.partition(".lora_")[0] for name in names if ".lora_" in name}:
+        if isinstance(targets, list) and not f".{module}".endswith(ends):
+            raise UserError(f"{folder / CONFIG}: target_modules does not list {module}, which has weights")
     return dict(zip(names, stored.values(), strict=True)), spec
 
 

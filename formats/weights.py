@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from configurator import UserError
 from formats import gguf, hf
-from modeling.devices import shard_like
+from modeling.devices import gather_full, shard_like
 from modeling.ternary import TernaryLinear
 
 
@@ -44,13 +44,17 @@ def load_into(model: nn.Module, config: Any, folder: Path, tensors: Iterable[tup
     """Fill the model's parameters, or this rank's shards of them, from `tensors`, one tensor at a time.
 
     config: the model's GPTConfig. folder: where the tensors come from. Raises UserError for a parameter that
-    is missing, unknown or of another shape.
+    is missing, unknown or of another shape, and for an output table that is not the input table's copy where
+    config ties both.
     """
-    missing = dict(model.named_parameters())
+    tied = None
+    parameters = dict(model.named_parameters())
+    missing = parameters.copy()
     stored_rows = hf.read_config(folder)["vocab_size"]
     for name, tensor in tensors:
         if name == "lm_head.weight" and config.tie_embeddings:
-            continue  # some files hold the tied table twice
+            tied = tensor  # some files hold the tied table twice
+            continue
         parameter = missing.pop(name, None)
         if name in hf.VOCABULARY_TABLES:
             tensor = fit_table(tensor, stored_rows, config)
@@ -59,6 +63,11 @@ def load_into(model: nn.Module, config: Any, folder: Path, tensors: Iterable[tup
         parameter.copy_(shard_like(parameter, tensor))
     if missing:
         raise UserError(f"{folder}: {min(missing)} is missing ({len(missing)} missing in all)")
+    if tied is not None:
+        table = gather_full(parameters["model.embed_tokens.weight"])
+        if not torch.equal(table, fit_table(tied, stored_rows, config).to(table)):
+            raise UserError(f"{folder}: tie_word_embeddings is true, but lm_head.weight is not the table of "
+                            "model.embed_tokens.weight")
     # Packed ternary weights are rounded already: they must be neither rounded again nor trained.
     for module in model.modules():
         if isinstance(module, TernaryLinear):
