@@ -12,9 +12,12 @@ from pathlib import Path
 
 import pytest
 
+import distill
+import sft
 from dataset.shards import DataFolder
 from formats import checkpoint
 from tests.conftest import ROOT
+from tests.runs import assert_same_run, events, kill_in_step
 
 
 @pytest.mark.slow
@@ -112,3 +115,53 @@ def test_a_killed_prepare_is_never_seen_and_runs_again(tmp_path, text_folder):
 
 def digests(folder):
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in folder.iterdir()}
+
+
+# ---- On-policy runs ---------------------------------------------------------------------------------------
+
+
+def kill_in_rollout(number, argv):
+    """Run distill.py in a fork. SIGKILL ends it while it has the `number`-th rollout, before its loss."""
+    child = os.fork()
+    if child == 0:
+        original, calls = distill.rollout_batch, []
+
+        def rollout_batch(*args):
+            batch = original(*args)
+            calls.append(None)
+            if len(calls) == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return batch
+
+        distill.rollout_batch = rollout_batch
+        distill.main(argv)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+
+@pytest.mark.parametrize("words", [["--on_policy=1"], ["--on_policy=0.5", "--dropout=0.1"],
+                                   ["--on_policy=1", "--packing=False"]])
+def test_an_on_policy_run_is_killed_while_it_trains(trained, data, chats, tmp_path, words):
+    """In a rollout, in a backward pass and again after each resume: same losses, weights and optimizer."""
+    source = chats if "--packing=False" in words else data
+    teacher = trained
+    if source == chats:  # the teacher has to know the chat tokens
+        teacher = tmp_path / "teacher"
+        sft.main([f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={teacher}", "--block_size=64",
+                  "--max_steps=2", "--eval_tokens=512", "--device=cpu"])
+    base = """--n_layer=1 --n_embd=32 --n_head=2 --intermediate_size=64 --block_size=64 --global_batch_size=8
+        --micro_batch_size=4 --max_steps=10 --learning_rate=3e-3 --eval_tokens=512 --device=cpu
+        --log_interval=1 --eval_interval=5 --save_interval=3""".split()
+    argv = [*base, *words, f"--teacher={teacher}", f"--dataset={source}"]
+    distill.main([*argv, f"--out_dir={tmp_path / 'whole'}"])
+    argv.append(f"--out_dir={tmp_path / 'killed'}")
+    kill_in_rollout(3, argv)  # before the first checkpoint: two micro-batches per step
+    kill_in_step(5, distill.main, argv)  # in step 5; step 3 is saved
+    kill_in_rollout(2, argv)
+    kill_in_step(5, distill.main, argv)  # from step 3: in step 8; step 6 is saved
+    distill.main(argv)
+    assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    whole, killed = ([event for event in events(tmp_path / name) if "own_divergence" in event]
+                     for name in ("whole", "killed"))
+    assert len(whole) > 2 and [event["own_divergence"] for event in whole] == [
+        event["own_divergence"] for event in killed]
