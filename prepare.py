@@ -119,8 +119,8 @@ def source_rows(cfg: PrepareConfig, files: list[Path],
     if cfg.source in EMBEDDED:
         kind = "mistakes" if cfg.source == "mistakes" else cfg.kind
         # The seed is fixed: everybody's embedded data is the same, and evaluation draws from another split.
-        for number, row in enumerate(problems.problem_rows(kind, problems.ROWS, seed=1), 1):
-            yield Row(f"{cfg.source}:{number}", "value", row["text"] if cfg.kind == "text" else row)
+        for number, value in enumerate(problems.problem_rows(kind, problems.ROWS, seed=1), 1):
+            yield Row(f"{cfg.source}:{number}", "value", value["text"] if cfg.kind == "text" else value)
         return
     text_key = cfg.text_key if cfg.kind == "text" else None  # chats and preferences need the whole row
     if not files:

@@ -119,8 +119,8 @@ def require_types(values: Any, types: dict[str, type]) -> None:
     for key, kind in types.items():
         if type(values[key]) is not kind:  # True is an int for isinstance
             raise ValueError(f"{key} is {str(values[key])[:60]}")
-        if kind is int and values[key] < 0:
-            raise ValueError(f"{key} is negative")
+        if kind is int and not 0 <= values[key] < 2**63:
+            raise ValueError(f"{key} is out of range")
 
 
 def check_meta(meta: Any) -> None:

@@ -451,6 +451,7 @@ def test_every_fault_of_a_folder_is_one_line(copy):
                        ("shards", [{"name": 3, "tokens": "x", "sha256": ""}]), ("dtype", "x"), ("shards", 3),
                        ("dtype", "float16"), ("dtype", "uint8"), ("dtype", "int64"), ("dtype", ">u2"),
                        ("dtype", "object"), ("kind", "texts"), ("vocab_size", True), ("vocab_size", -1),
+                       ("vocab_size", 2**63), ("bytes", {"train": 5, "val": 10**400}),
                        ("bytes", {"train": 5, "val": -5}), ("bytes", {"train": 5, "val": float("nan")}),
                        ("shards", meta["shards"] * 2), ("shards", [meta["shards"][0] | {"tokens": 0}]),
                        ("shards", [meta["shards"][0] | {"tokens": True}]), ("shards", [None]),
