@@ -62,6 +62,7 @@ from formats.files import write_bytes, write_json, write_text
 from formats.markdown import table
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
+from modeling.devices import pick_device, use_threads
 
 
 class Task(NamedTuple):
@@ -131,6 +132,7 @@ class EvalConfig:
     batch_size: int = 64  # prompts that are generated together
     out_dir: str | None = None  # folder for the results; None is the model's folder
     device: str | None = None  # cpu, cuda, mps; None picks the best one of this machine
+    threads: int | None = None  # CPU threads; None takes every core the process may use
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
 
     def __post_init__(self) -> None:
@@ -379,6 +381,8 @@ def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(EvalConfig, argv, usage=__doc__)
     # Everything that can be wrong is checked before the first model is measured.
+    if pick_device(cfg.device).type == "cpu" and (note := use_threads(cfg.threads)):
+        print(note, file=sys.stderr)
     questions, absent = load_all(cfg)
     require_models(cfg)
     default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")  # a hub id has no folder here

@@ -41,7 +41,7 @@ from generation.assistant import Assistant
 from generation.generate import MOST_NEW_TOKENS, Options, Sampling, append_tokens, generate
 from generation.terminal import converse
 from model import GPT
-from modeling.devices import DTYPES, pick_device
+from modeling.devices import DTYPES, pick_device, use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +56,7 @@ class SampleConfig(Sampling):
     stop: list | str | None = None  # text that ends a sample, or a list of texts: '["\\n\\n", "def "]'
     batch_size: int = 16  # number of samples generated together
     device: str | None = None  # cpu, cuda or mps; None is the best available
+    threads: int | None = None  # CPU threads; None takes every core the process may use
     dtype: Literal["float32", "bfloat16", "float16"] | None = None  # of the weights; None is bfloat16 on cuda
     compile: bool = False  # compile the step of one token; pays in long runs of one or a few rows
 
@@ -129,6 +130,8 @@ class Sampler:
     def __init__(self, cfg: SampleConfig):
         self.cfg = cfg
         device = pick_device(cfg.device)
+        if device.type == "cpu" and (text := use_threads(cfg.threads)):
+            note(text)
         folder = hf.find_folder(cfg.model)  # an out_dir's best checkpoint, or a download
         self.tokenizer = Tokenizer.load(folder)
         dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")

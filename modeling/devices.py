@@ -27,6 +27,7 @@ from configurator import UserError
 
 # The dtypes that configuration keys may name.
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+MOST_THREADS = 1024  # more cores than a machine has; torch would start any number of threads
 
 
 def gather_full(tensor: Tensor) -> Tensor:
@@ -107,10 +108,13 @@ def busy_cores(cores: set[int], seconds: float = 0.2) -> float:
 def use_threads(threads: int | None) -> str:
     """Set the number of CPU threads; None keeps OMP_NUM_THREADS, else lowers it to the cores we may use.
 
-    Returns a note if other programs are using those cores: on a busy machine two threads can be five times
-    slower than one. The number is not chosen by the load, because it decides the last bits of a sum.
+    Raises UserError for an impossible number. Returns a note if other programs are using those cores: on a
+    busy machine two threads can be five times slower than one. The number is not chosen by the load, because
+    it decides the last bits of a sum.
     """
-    if threads:
+    if threads is not None:
+        if not 1 <= threads <= MOST_THREADS:
+            raise UserError(f"threads={threads}: must be from 1 to {MOST_THREADS}")
         torch.set_num_threads(threads)
     if threads or "OMP_NUM_THREADS" in os.environ:
         return ""

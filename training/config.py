@@ -79,7 +79,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
         require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "max_steps",
-                         "learning_rate", "keep_checkpoints", "log_interval", "threads")
+                         "learning_rate", "keep_checkpoints", "log_interval")
         require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval",
                              "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks",
                              "patience", "rollback_grad_clip", "rollback_steps")
@@ -97,5 +97,4 @@ RESUMABLE_CHANGES = {"device", "parallel", "micro_batch_size", "compile", "resha
                      "activation_checkpointing", "max_steps", "eval_interval", "save_interval",
                      "keep_checkpoints", "patience", "max_rollbacks", "rollback_grad_clip",
                      "rollback_steps", "on_end", "log_interval", "wandb", "wandb_project",
-                     "tensorboard", "threads",
-                     "run_name", "out_dir", "overwrite"}
+                     "tensorboard", "threads", "run_name", "out_dir", "overwrite"}

@@ -176,7 +176,8 @@ class Run:
             wandb_run = None if cfg.overwrite else saved_wandb(path)
             if cfg.wandb:
                 self.wandb = start_wandb(cfg, wandb_run)
-                wandb_run = {"id": self.wandb.id, "url": self.wandb.url}
+                url = None if self.wandb.offline else self.wandb.url
+                wandb_run = {"id": self.wandb.id, "url": url}
             if cfg.overwrite:
                 remove_checkpoints(self.out_dir)
             write_json(path, content | ({"wandb": wandb_run} if wandb_run else {}))

@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from configurator import UserError
 from modeling import devices
 
 
@@ -48,6 +49,9 @@ def test_threads(four_cores):
     assert "keep 3.2 of 4 cores busy" in (note := devices.use_threads(None)) and "--threads=1 " in note
     assert torch.get_num_threads() == 4  # never chosen by the load
     assert devices.use_threads(2) == "" and torch.get_num_threads() == 2
+    for threads in (0, -1, 10**9):
+        with pytest.raises(UserError, match=f"threads={threads}: must be from 1 to 1024"):
+            devices.use_threads(threads)
     four_cores.setattr(devices, "busy_cores", lambda cores: 1.9)
     assert devices.use_threads(None) == ""  # two of four are free
 

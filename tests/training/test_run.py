@@ -260,7 +260,7 @@ def test_impossible_out_dirs_are_refused(out_dir, data):
 
 
 class FakeWandb(types.ModuleType):
-    """Keeps every wandb.init, and drops an event as wandb does: if its own step counter would go back."""
+    """Records how a run uses wandb. `log` takes no step of its own: wandb drops events if that goes back."""
 
     Error = type("Error", (Exception,), {})
 
@@ -271,7 +271,8 @@ class FakeWandb(types.ModuleType):
     def init(self, **options):
         self.runs.append(options)
         return types.SimpleNamespace(
-            id=options["id"], url=f"https://wandb.example/{options['id']}", log=self.logged.append,
+            id=options["id"], offline=False, url=f"https://wandb.example/{options['id']}",
+            log=self.logged.append,
             define_metric=lambda *names, **options: self.metrics.append((*names, options)))
 
 
