@@ -220,6 +220,23 @@ def test_names_beyond_ascii_in_the_c_locale(tmp_path):
     assert DataFolder(folder / "d").meta["source"] == str(folder)
 
 
+@pytest.mark.parametrize("source", ["a.jsonl", "problems", "hf:hub"])
+def test_what_is_printed_lines_up_and_begins_at_once(tmp_path, monkeypatch, capsys, source):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(problems, "ROWS", 300)
+    (tmp_path / "hub").mkdir()
+    for name in ("a.jsonl", "hub/train.jsonl"):
+        write_jsonl(tmp_path / name, [*documents(100), " "])
+    write_jsonl(tmp_path / "eval.jsonl", documents(9)[6:])
+    main([f"--source={source}", "--out=d", "--vocab_size=300", "--num_proc=1", "--decontaminate=eval.jsonl",
+          "--val_fraction=0.3"])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    labels = [line.split()[0] for line in lines if line[0] != " "]
+    assert labels == ["reading", "items", "tokens", "rows", "speed", "overlap", "data"]
+    assert lines[0].split()[1].rstrip(":") == source
+    assert all(line[:10].endswith("  ") and line[10] != " " for line in lines)
+
+
 def hashes_of(texts):
     return [int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") for text in texts]
 

@@ -301,7 +301,7 @@ def test_the_rest_becomes_what_it_would_be_without_the_copies(dirty, monkeypatch
                      "ngram": words_of([ITEMS[2]]).spelled(0, 13).decode()}]  # fmt: skip
     assert report["settings"]["ngram"] == 13 and report["settings"]["threshold"] == 0.8
     printed = capsys.readouterr().out
-    assert "overlap 4 rows with held: 4 by equal words, 3 as near-duplicates\n" in printed
+    assert "overlap   4 rows with held: 4 by equal words, 3 as near-duplicates\n" in printed
     assert "1 of its 2 items are too short to be found" in printed
     assert not (dirty / "clean" / "contaminated.json").exists()
 
