@@ -144,14 +144,19 @@ def as_llama_tokenizer(definition: dict[str, Any], settings: dict[str, Any]) -> 
 
 
 def check_definition(definition: dict[str, Any]) -> None:
-    """Raise UserError for ids that the library would panic over, or for which no memory is enough."""
-    vocab = definition["model"]["vocab"]
+    """Raise UserError for values that end the process inside the library, or that no memory is enough for."""
+    model = definition["model"]
+    vocab, prefix = model["vocab"], model.get("continuing_subword_prefix")
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     added = [token["id"] for token in definition["added_tokens"]]
     if not all(type(index) is int and 0 <= index < MAX_ID for index in ids + added):
         raise UserError(f"tokenizer.json: an id is not an integer from 0 to {MAX_ID - 1:,}")
     if len(set(ids)) < len(ids):
         raise UserError("tokenizer.json: two tokens have the same id")
+    if prefix and "merges" in model:
+        seconds = [pair.split(" ")[1] if isinstance(pair, str) else pair[1] for pair in model["merges"]]
+        if not all(second.startswith(prefix) for second in seconds):
+            raise UserError("tokenizer.json: a merge does not have continuing_subword_prefix")
 
 
 @contextlib.contextmanager

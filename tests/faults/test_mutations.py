@@ -27,6 +27,7 @@ from formats.peft import AdapterSpec, write_adapter
 from formats.tokenizer import Tokenizer
 from model import GPT
 from tests.conftest import TINY_RUN, busy_model, tiny_config
+from tests.formats.test_tokenizer_kinds import files_of, llama2, neox, ours, unigram
 from training.run import refuse_changed_keys, saved_wandb
 
 LEAVES = [None, True, -1, 0, 1e308, float("nan"), "", "0", [], {}, "deep"]
@@ -52,9 +53,10 @@ MODELS = {
 # ---- Mutations --------------------------------------------------------------------------------------------
 
 def places(node, at=()):
-    """The path of every leaf and key below the top. Of a list, only the first three elements."""
-    items = node.items() if isinstance(node, dict) else enumerate(node[:3]) if isinstance(node, list) else ()
-    for key, value in items:
+    """The path of every leaf and key below the top: three elements of a list, and eight of a large table."""
+    items = list(node.items()) if isinstance(node, dict) else []
+    items = list(enumerate(node[:3])) if isinstance(node, list) else items
+    for key, value in items[::len(items) // 8] if len(items) > 40 else items:
         yield (*at, key)
         yield from places(value, (*at, key))
 
@@ -218,10 +220,14 @@ def test_generation_config(models):
     assert mutate(folder / "generation_config.json", lambda: use_model(folder)) > 40
 
 
-def test_tokenizer(models):
-    folder = models / "llama"
-    assert mutate(folder / "tokenizer.json", lambda: use_tokenizer(folder), 400) > 300
-    assert mutate(folder / "tokenizer_config.json", lambda: use_tokenizer(folder)) > 50
+@pytest.mark.parametrize("kind", [ours, neox, llama2, unigram], ids=lambda kind: kind.__name__)
+def test_tokenizer(kind, tmp_path):
+    definition, settings = files_of(kind)
+    (tmp_path / "tokenizer.json").write_text(definition)
+    (tmp_path / "tokenizer_config.json").write_text(settings)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert mutate(tmp_path / "tokenizer.json", lambda: use_tokenizer(tmp_path), 400) > 300
+    assert mutate(tmp_path / "tokenizer_config.json", lambda: use_tokenizer(tmp_path)) > 50
 
 
 def test_index_of_weights(models, tmp_path):
