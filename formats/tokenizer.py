@@ -204,7 +204,7 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     pattern = split_pattern(definition.get("pre_tokenizer"))
     extras = ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     has_extras = any(model.get(key) for key in extras) or definition.get("normalizer") is not None
-    if model.get("type") != "BPE" or has_extras or pattern is None:
+    if model.get("type") != "BPE" or has_extras or not pattern:
         return None
     added = {token["content"] for token in definition["added_tokens"]}
     vocab = {token: index for token, index in model["vocab"].items()
@@ -215,7 +215,15 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     if merged != sorted(merged) or -1 in merged or len(merged) + 256 != len(vocab):
         return None
     ranks = {bytes(LETTER_TO_BYTE[letter] for letter in token): index for token, index in vocab.items()}
-    return tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    with library_errors("tokenizer.json"):  # a pattern that is no regular expression
+        encoding = tiktoken.Encoding("tokenizer.json", pat_str=pattern, mergeable_ranks=ranks,
+                                     special_tokens={})
+        # tiktoken drops what the pattern does not match, where `tokenizers` keeps it.
+        if pattern not in (GPT2_SPLIT, QWEN2_SPLIT):
+            letters = "".join(map(chr, [*range(0xD800), *range(0xE000, 0x10000)]))
+            if encoding.decode_bytes(encoding.encode_ordinary(letters)) != letters.encode():
+                return None
+    return encoding
 
 
 def has_long_blank(text: str, window: int = 65536) -> bool:

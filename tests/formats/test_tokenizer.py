@@ -195,3 +195,13 @@ def test_a_file_that_is_not_a_tokenizer_is_one_line(tmp_path, content, message):
 def test_a_lone_surrogate_is_not_text(trained_bpe):
     with pytest.raises(UnicodeEncodeError):
         trained_bpe.encode("\ud800")
+
+
+def test_a_pattern_that_leaves_letters_out_uses_the_slower_back_end(trained_bpe):
+    """tiktoken would drop what the pattern does not match."""
+    definition = json.loads(json.dumps(trained_bpe.definition))
+    for pattern, is_fast in ((r"\w+|\s+", False), ("0", False), ("", False), (r"\p{L}+|[^\p{L}]", True)):
+        definition["pre_tokenizer"]["pretokenizers"][0]["pattern"] = {"Regex": pattern}
+        tokenizer = Tokenizer(definition)
+        assert (tokenizer.fast is not None) == is_fast
+        assert tokenizer.decode(tokenizer.encode("a, b.")) == "a, b."
