@@ -331,7 +331,12 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
     if source in ("scratch", "resume") and not Path(source).exists():  # values of nanoGPT
         raise UserError(f"{provenance['init_from']}: init_from={source}: leave the key out; a new run starts "
                         "from random weights, and the same command again resumes a run")
-    return schema(**values), provenance  # __post_init__ checks ranges and combinations
+    try:
+        return schema(**values), provenance  # __post_init__ checks ranges and combinations
+    except UserError as error:
+        # "max_steps=0: must be positive" of a config file needs the file's name, too.
+        place = provenance.get(str(error).partition("=")[0], "command line")
+        raise UserError(str(error) if place == "command line" else f"{place}: {error}") from None
 
 
 # ---- Help for schemas -------------------------------------------------------------------------------------
@@ -374,7 +379,8 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
     """Run `main(argv)` as a program and exit with its return code.
 
     Other exit codes: 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, 1 for a bug of ours (with
-    its traceback). An OSError is a user's mistake too: a missing or unreadable file, or a full disk.
+    its traceback). An OSError is a user's mistake too: a missing or unreadable file, or a full disk. So is a
+    model or a batch that does not fit into memory.
     """
     first_rank = os.environ.get("RANK", "0") == "0"  # only one of torchrun's processes prints the message
     for name in ("stdout", "stderr"):
@@ -392,6 +398,13 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
         # All ranks raise the same UserError, but an OSError may concern one rank's machine only.
         if first_rank or not isinstance(error, UserError):
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, whose text tells
+        reason = str(error).split("\n")[0]
+        if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
+            raise
+        print(f"{Path(sys.argv[0]).name}: out of memory: use smaller sizes or batches ({reason})",
+              file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)  # 128 + SIGINT

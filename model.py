@@ -74,8 +74,10 @@ class GPTConfig:
             coerce_field(type(self), each.name, getattr(self, each.name), "model")
         require_positive(self, "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim",
                          "intermediate_size", "block_size", "rope_theta", "norm_eps")
-        # Above this limit the rotary tables alone would fill gigabytes.
-        require(self, "block_size", self.block_size <= 2**24, f"at most {2**24:,}")
+        # Far above any model: a mistyped size must not fill the memory, or build blocks for hours.
+        for key, most in (("n_layer", 2**12), ("n_head", 2**24), ("n_embd", 2**24), ("vocab_size", 2**24),
+                          ("block_size", 2**24)):
+            require(self, key, getattr(self, key) <= most, f"at most {most:,}")
         require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
         fits = self.head_dim is not None or self.n_embd % self.n_head == 0
         require(self, "n_embd", fits, f"divisible by n_head={self.n_head} (or set head_dim)")
@@ -89,6 +91,8 @@ class GPTConfig:
         if self.position == "rope":
             require(self, "head_dim", self.head_dim % 2 == 0, "even, because rotary positions rotate pairs")
             rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # raises for a bad scaling
+        else:
+            require(self, "rope_scaling", self.rope_scaling is None, "None with position=learned")
 
     @classmethod
     def from_keys(cls, keys: Any, **changes: Any) -> "GPTConfig":

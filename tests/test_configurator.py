@@ -140,6 +140,7 @@ def test_a_wrong_argument_is_one_line(arg, parts):
         ("steps = = 3\n", [":1", "not a config file"]),
         ("steps = 1 / 0\n", ["ZeroDivisionError"]),
         ("mode = 'x'\n", ["fast|slow"]),
+        ("rate = 2\nsteps = 0\n", ["c.py:2: steps=0: must be positive"]),
     ],
 )
 def test_wrong_files_name_the_line(tmp_path, text, parts):
@@ -217,6 +218,11 @@ def test_override_checks_like_a_file():
             "s.py: [Errno 28] No space left on device: 'x.bin'\n",
         ),
         ("raise KeyboardInterrupt", 130, ""),
+        ("raise MemoryError('Unable to allocate 9 TiB')", 2,
+         "s.py: out of memory: use smaller sizes or batches (Unable to allocate 9 TiB)\n"),
+        ("raise RuntimeError('CUDA out of memory. Tried to allocate 2 GiB.\\nSee')", 2,
+         "s.py: out of memory: use smaller sizes or batches (CUDA out of memory. Tried to allocate 2 GiB.)"
+         "\n"),
         ("raise RuntimeError('ours')", 1, None),
     ],
 )

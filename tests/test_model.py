@@ -259,6 +259,9 @@ def test_more_tokens_than_the_context_is_an_error():
         (dict(head_dim=15), "even"),
         (dict(dropout=1.0), "dropout"),
         (dict(rope_scaling={}), "rope_type"),
+        (dict(position="learned", rope_scaling={}), "rope_scaling={}: must be None with position=learned"),
+        (dict(n_layer=2**12 + 1), "n_layer=4097: must be at most 4,096"),
+        (dict(n_embd=2**26), "must be at most 16,777,216"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(changes, message):

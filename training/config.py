@@ -85,6 +85,8 @@ class RunConfig:
                              "patience", "rollback_grad_clip", "rollback_steps")
         require(self, "min_lr", self.min_lr <= self.learning_rate,
                 f"at most learning_rate={self.learning_rate}")
+        for key in ("global_batch_size", "block_size"):  # a mistyped size must not fill the memory
+            require(self, key, getattr(self, key) <= 2**24, f"at most {2**24:,}")
         for key in ("beta1", "beta2"):
             require(self, key, 0 <= getattr(self, key) < 1, "at least 0 and below 1")
 

@@ -1,0 +1,505 @@
+"""Wrong command lines of every script and tool: exit code 2, one or two lines on stderr, never a traceback.
+
+Each test runs a program with a valid command line (VALID) and a wrong argument at the end (KINDS). The message
+must name the wrong key, its value or the file. The programs run in this process. No command line may train, and
+none may change a model or a data set.
+"""
+
+import importlib
+import shlex
+import sys
+
+import pytest
+
+import loop
+from configurator import run_script
+from formats.chat_format import with_chat_tokens
+from formats.tokenizer import Tokenizer
+from prepare import PrepareConfig, prepare
+from tests.conftest import ROOT, busy_model, tiny_config
+
+SET_UP = loop.TrainState.__init__  # a fast test replaces it
+SIZES = "--n_layer=1 --n_embd=32 --n_head=2 --block_size=32"
+VALID = {
+    "prepare": "--source=file.txt --out=made --num_proc=1 --vocab_size=300",
+    "train": f"--dataset=text --out_dir=run --device=cpu {SIZES}",
+    "distill": f"--dataset=text --out_dir=run --device=cpu --teacher=base {SIZES}",
+    "sft": "--dataset=chats --out_dir=run --device=cpu --init_from=model --block_size=64",
+    "dpo": "--dataset=pairs --out_dir=run --device=cpu --init_from=model --block_size=256",
+    "sample": "--model=base --device=cpu --max_new_tokens=2",
+    "eval": "--model=base --device=cpu --tasks=perplexity --data=perplexity=file.txt --limit=1 "
+            "--out_dir=scores",
+    "export": "--model=base --out=exported",
+    "tools.cache_teacher": "--teacher=base --dataset=text --block_size=32 --device=cpu",
+    "tools.compare": "--teacher=base --student=base --dataset=text --eval_tokens=64 --max_new_tokens=2 "
+                     "--out=page.md --device=cpu",
+    "tools.make_pairs": "--model=model --out=own.jsonl --count=1 --samples=1 --max_new_tokens=2 --device=cpu",
+    "tools.plot": "log --out=curves.png",
+    "tools.sweep": "--grid=seed=1 --out_dir=sweep",
+    "tools.synthesize": "--teacher=base --out=free --tokens=200 --length=8 --val_fraction=0.3 --device=cpu",
+}
+TRAINING = "train distill sft dpo"
+MODELS = "sample eval export tools.make_pairs"
+TEACHERS = "distill tools.cache_teacher tools.compare tools.synthesize"
+ALL = " ".join(VALID)
+
+# {kind: [(programs, wrong arguments), ..]}; " + " joins two arguments that are wrong together.
+KINDS = {
+    # ---- Keys
+    "unknown key": [
+        (ALL, ["--nosuch=1"]),
+    ],
+    "unknown flag": [
+        (ALL, ["--nosuch"]),
+    ],
+    "no key": [
+        ("train sample eval", ["--=1", "--"]),
+    ],
+    "misspelled key": [
+        (TRAINING, ["--max_step=3", "--learning_rat=1"]),
+        ("sample", ["--temprature=1"]),
+    ],
+    "key with dashes": [
+        (TRAINING, ["--max-steps=3"]),
+        ("sample", ["--top-k=3"]),
+        ("prepare", ["--num-proc=1"]),
+    ],
+    "key of another tool": [
+        (TRAINING, ["--lr=1e-3", "--epochs=2", "--batch_size=8", "--ctx_len=64"]),
+        ("sample", ["--start=x", "--n=3"]),
+        ("eval", ["--num_fewshot=3"]),
+        ("export", ["--outtype=f16"]),
+        ("prepare", ["--num_workers=2"]),
+    ],
+    "key of another script": [
+        ("train", ["--lora_rank=8", "--beta=0.1", "--prompt=x"]),
+        ("sft", ["--n_layer=3"]),
+        ("sample", ["--learning_rate=1"]),
+        ("eval", ["--max_steps=3"]),
+    ],
+    "key in unicode": [
+        ("train sample prepare", ["--größe=3", "--max_steрs=3"]),
+    ],
+    "key without value": [
+        ("train", ["--max_steps", "--dataset", "--lr_multipliers"]),
+        ("sample", ["--model"]),
+        ("prepare", ["--source"]),
+        ("export", ["--format"]),
+    ],
+    "value after a space": [
+        ("train", ["--max_steps + 3", "--compile + true"]),
+        ("sample", ["--prompt + hello"]),
+    ],
+    "one dash": [
+        ("train sample eval export", ["-m + base"]),
+    ],
+    "empty value": [
+        (TRAINING, ["--dataset=", "--out_dir=", "--max_steps=", "--optimizer="]),
+        (MODELS, ["--model="]),
+        ("prepare", ["--source=", "--tokenizer="]),
+        ("tools.sweep", ["--grid="]),
+    ],
+    "value of nanoGPT": [
+        (TRAINING, ["--init_from=scratch", "--init_from=resume"]),
+    ],
+    # ---- Types
+    "word for a number": [
+        (TRAINING, ["--max_steps=many", "--learning_rate=fast"]),
+        ("sample", ["--top_k=all"]),
+        ("prepare", ["--max_tokens=1M"]),
+        ("eval", ["--limit=all"]),
+    ],
+    "fraction for a whole number": [
+        (TRAINING, ["--max_steps=1.5"]),
+        ("sample", ["--num_samples=0.5"]),
+    ],
+    "number for a boolean": [
+        (TRAINING, ["--wandb=1"]),
+        ("sample", ["--chat=0"]),
+        ("prepare", ["--strict=2"]),
+    ],
+    "word for a boolean": [
+        (TRAINING, ["--overwrite=yes", "--compile=on"]),
+        ("export", ["--overwrite=y"]),
+    ],
+    "boolean for a number": [
+        (TRAINING, ["--seed=True"]),
+        ("eval", ["--limit=False"]),
+    ],
+    "unknown choice": [
+        (TRAINING, ["--optimizer=sgd", "--schedule=step", "--dtype=fp16", "--dtype=BFLOAT16"]),
+        ("export", ["--format=onnx"]),
+        ("prepare", ["--kind=image"]),
+        ("dpo", ["--loss=kto"]),
+        ("distill", ["--divergence=l2"]),
+        ("tools.synthesize", ["--kind=other"]),
+    ],
+    "wrong container": [
+        ("train", ["--lr_multipliers=[1]", "--stages={}", "--stages=3", "--rope_scaling=[]"]),
+        ("sample", ["--stop=[1]", "--stop=['']"]),
+    ],
+    "expression": [
+        ("train", ["--max_steps=2**3", "--stages=[dict(steps=3)]", "--max_steps=__import__('os').getpid()"]),
+    ],
+    "brackets without end": [
+        ("train", ["--stages=[[[[", "--lr_multipliers={'a'", "--stages=" + "[" * 3000]),
+    ],
+    "None where none is allowed": [
+        ("train", ["--max_steps=None", "--seed=None", "--optimizer=None"]),
+    ],
+    # ---- Numbers
+    "zero": [
+        (TRAINING, ["--max_steps=0", "--global_batch_size=0", "--micro_batch_size=0", "--log_interval=0"]),
+        ("train distill", ["--n_layer=0", "--n_head=0"]),
+        ("sample", ["--num_samples=0"]),
+        ("prepare", ["--vocab_size=0", "--num_proc=0"]),
+        ("tools.cache_teacher", ["--block_size=0"]),
+    ],
+    "negative": [
+        (TRAINING, ["--learning_rate=-1", "--eval_interval=-1", "--seed=-1", "--warmup_steps=-5"]),
+        ("sample", ["--temperature=-1", "--max_new_tokens=-1", "--top_k=-1"]),
+        ("dpo", ["--beta=-0.1"]),
+        ("prepare", ["--max_tokens=-1", "--val_fraction=-0.1"]),
+        ("eval", ["--shots=-1"]),
+    ],
+    "NaN": [
+        (TRAINING, ["--learning_rate=nan", "--weight_decay=NaN"]),
+        ("sample", ["--temperature=nan"]),
+    ],
+    "infinite": [
+        (TRAINING, ["--learning_rate=inf", "--grad_clip=1e400"]),
+        ("sample", ["--top_p=inf"]),
+    ],
+    "huge": [
+        (TRAINING, ["--max_steps=1e30", "--seed=999999999999999999999999999999999999999999999999999999999999",
+                    "--max_steps=" + "9" * 5000]),
+        ("sample", ["--top_k=1e300", "--max_new_tokens=1e12"]),
+        ("prepare", ["--vocab_size=1e9"]),
+    ],
+    "out of range": [
+        (TRAINING, ["--beta1=1", "--beta2=1.5"]),
+        ("train distill", ["--dropout=1.5"]),
+        ("sample", ["--top_p=1.5", "--min_p=2", "--repetition_penalty=0"]),
+        ("distill", ["--alpha=2", "--on_policy=3", "--jsd_beta=1", "--temperature=0"]),
+        ("dpo", ["--label_smoothing=0.5", "--beta=0"]),
+        ("sft", ["--lora_dropout=1"]),
+        ("prepare", ["--val_fraction=1", "--vocab_size=10"]),
+        ("tools.synthesize", ["--val_fraction=1", "--tokens=0"]),
+    ],
+    "sizes that do not divide": [
+        ("train distill", ["--n_head=3", "--n_kv_head=3", "--head_dim=3"]),
+        (TRAINING, ["--micro_batch_size=5", "--global_batch_size=7"]),
+    ],
+    # ---- Keys that contradict each other
+    "contradiction": [
+        ("train", ["--position=learned + --rope_scaling={'rope_type':'yarn','factor':2.0}",
+                   "--stages=[{'steps':3},{'steps':3}] + --max_steps=4", "--init_from=base + --n_layer=4"]),
+        ("sample", ["--chat=True + --prompt=x", "--prompt=x + --prompt_file=rows.jsonl",
+                    "--system=x + --prompt=y", "--chat=True + --num_samples=2"]),
+        ("prepare", ["--kind=text + --keys=question=q", "--kind=chat + --text_key=body",
+                     "--tokenizer=gpt2 + --vocab_size=500", "--source=mistakes + --kind=chat"]),
+        ("sft dpo", ["--merge=True + --lora_rank=0", "--quantize_base=nf4 + --lora_rank=0"]),
+        ("dpo", ["--loss=ipo + --label_smoothing=0.1", "--reference=adapter_off + --lora_rank=0",
+                 "--lora_rank=4 + --lora_dropout=0.1"]),
+        ("distill", ["--cache=topk + --on_policy=0.5", "--cache=topk + --divergence=mse",
+                     "--student_layers=first:1 + --init_from=base"]),
+        ("export", ["--format=hf + --quantize=q8_0", "--format=gguf + --dtype=float16"]),
+        ("tools.synthesize", ["--kind=uniform + --temperature=1", "--kind=unlike + --seed_tokens=3"]),
+    ],
+    "stage": [
+        ("train", ["--stages=[3]", "--stages=[{}]", "--stages=[{'steps':0}]", "--stages=[{'steps':'3'}]",
+                   "--stages=[{'steps':3,'epochs':1}]", "--stages=[{'epochs':-1}]",
+                   "--stages=[{'steps':3,'lr':1}]", "--stages=[{'steps':3,'optimizer':'adamw'}]",
+                   "--stages=[{'steps':3,'rope_theta':[1]}]", "--stages=[{1:3}]",
+                   "--stages=[{'steps':3,'learning_rate':'x'}]"]),
+    ],
+    "pattern": [
+        ("train", ["--lr_multipliers={'(':1}", "--lr_multipliers={'nosuch':1}",
+                   "--lr_multipliers={'embed':'x'}", "--lr_multipliers={'embed':-1}",
+                   "--lr_multipliers={3:1}"]),
+        ("sft", ["--lora_rank=2 + --lora_targets=(", "--lora_rank=2 + --lora_targets=nosuch"]),
+    ],
+    # ---- Names in a list
+    "unknown name in a list": [
+        ("eval", ["--tasks=nosuch", "--tasks=problems,nosuch", "--data=nosuch=file.txt"]),
+        ("export", ["--format=gguf + --quantize=q9", "--format=gguf + --quantize=q8_0,"]),
+        ("tools.make_pairs", ["--families=nosuch", "--families=add,"]),
+        ("distill", ["--student_layers=middle:2", "--student_layers=5", "--student_layers=first:9"]),
+        ("tools.sweep", ["--grid=seed", "--grid==1", "--grid=a=1 b=1 c=1 d=1"]),
+    ],
+    "name twice": [
+        ("export", ["--format=gguf + --quantize=q8_0,q8_0", "--format=gguf + --quantize=q8_0,Q8_0"]),
+    ],
+    "bad weight": [
+        ("train", ["--dataset=text:0", "--dataset=text:-1", "--dataset=text:nan", "--dataset=,",
+                   "--dataset=:1", "--dataset=text:inf"]),
+    ],
+    "bad name": [
+        ("export", ["--name=a/b", "--name=.."]),
+    ],
+    "unknown device": [
+        (TRAINING, ["--device=gpu"]),
+        ("train sample", ["--device=cuda:99", "--device=meta"]),
+        ("eval", ["--device=tpu"]),
+    ],
+    # ---- Paths
+    "missing data set": [
+        (TRAINING, ["--dataset=nosuch", "--dataset=data/nosuch", "--dataset=/nosuch"]),
+        ("tools.cache_teacher tools.compare", ["--dataset=nosuch"]),
+    ],
+    "missing source": [
+        ("prepare", ["--source=nosuch", "--source=nosuch/*.txt", "--source=file.txt,nosuch",
+                     "--decontaminate=nosuch", "--tokenizer=nosuch/tokenizer.json"]),
+    ],
+    "missing model": [
+        (MODELS, ["--model=nosuch/model", "--model=/nosuch/model"]),
+        (TEACHERS, ["--teacher=/nosuch/model"]),
+        ("train sft dpo", ["--init_from=/nosuch/model"]),
+    ],
+    "model that no hub has": [
+        ("sample", ["--model=nosuch"]),
+        ("sft", ["--init_from=nosuch/nosuch"]),
+    ],
+    "missing file": [
+        ("sample", ["--prompt_file=nosuch.jsonl"]),
+        ("export", ["--results=nosuch.json"]),
+        ("tools.compare", ["--prompts=nosuch.txt"]),
+        ("tools.synthesize", ["--seeds=nosuch.txt"]),
+        ("eval", ["--data=perplexity=nosuch.txt", "--data=nosuch + --tasks=mmlu"]),
+    ],
+    "missing run": [
+        ("tools.plot", ["nosuch", "empty", "base", "file.txt"]),
+    ],
+    "file instead of a model": [
+        (MODELS, ["--model=file.txt"]),
+        (TEACHERS, ["--teacher=file.txt"]),
+        ("train sft dpo", ["--init_from=file.txt"]),
+    ],
+    "file instead of a data set": [
+        (TRAINING, ["--dataset=file.txt", "--dataset=data/text/meta.json"]),
+    ],
+    "file instead of a folder": [
+        (TRAINING, ["--out_dir=file.txt", "--out_dir=file.txt/run"]),
+        ("prepare export tools.synthesize", ["--out=file.txt", "--out=file.txt/x"]),
+        ("eval", ["--out_dir=file.txt"]),
+    ],
+    "folder instead of a file": [
+        ("sample", ["--prompt_file=base"]),
+        ("tools.compare", ["--prompts=base"]),
+        ("tools.make_pairs", ["--out=empty"]),
+        ("tools.plot", ["--out=empty"]),
+        ("tools.compare", ["--out=empty"]),
+        ("export", ["--results=base"]),
+    ],
+    "data set instead of a model": [
+        (MODELS, ["--model=data/text"]),
+        (TEACHERS, ["--teacher=data/chats"]),
+        ("train sft dpo", ["--init_from=data/text"]),
+    ],
+    "model instead of a data set": [
+        (TRAINING, ["--dataset=base"]),
+    ],
+    "data set of another kind": [
+        ("train", ["--dataset=chats", "--dataset=pairs"]),
+        ("sft", ["--dataset=text"]),
+        ("dpo", ["--dataset=chats"]),
+        ("distill", ["--dataset=pairs"]),
+        ("tools.cache_teacher", ["--dataset=pairs"]),
+    ],
+    "base without chat tokens": [
+        ("tools.make_pairs", ["--model=base"]),
+        ("sample", ["--chat=True"]),
+    ],
+    "empty folder": [
+        (MODELS, ["--model=empty"]),
+        (TRAINING, ["--dataset=empty"]),
+        ("prepare", ["--source=empty"]),
+    ],
+    "occupied folder": [
+        (TRAINING, ["--out_dir=data/text", "--out_dir=base"]),
+        ("prepare export tools.synthesize", ["--out=full", "--out=."]),
+    ],
+    "root folder": [
+        (TRAINING, ["--out_dir=/"]),
+        ("prepare export tools.synthesize", ["--out=/"]),
+    ],
+    "very long path": [
+        ("train", ["--out_dir=" + "x" * 300, "--dataset=" + "x" * 5000]),
+        ("sample", ["--model=" + "x" * 5000]),
+    ],
+    "files that cannot be read": [
+        ("prepare", ["--source=binary.txt", "--source=broken.jsonl", "--source=empty.txt",
+                     "--source=noparquet.parquet", "--source=file.unknown"]),
+        ("sample", ["--prompt_file=broken.jsonl", "--prompt_file=binary.txt", "--prompt_file=empty.txt"]),
+        ("tools.compare", ["--prompts=binary.txt", "--prompts=empty.txt"]),
+    ],
+    # ---- Lengths
+    "longer than the context": [
+        ("sft dpo", ["--block_size=4096"]),
+        ("distill", ["--block_size=4096"]),
+        ("tools.cache_teacher", ["--block_size=4096"]),
+    ],
+    "longer than the data": [
+        ("train", ["--block_size=100000"]),
+    ],
+    "not UTF-8": [
+        ("sample", ["--prompt=\udcff", "--chat=True + --system=\udcff", "--model=\udcff"]),
+        (TRAINING, ["--dataset=\udcff", "--out_dir=\udcff"]),
+        ("prepare", ["--source=\udcff"]),
+    ],
+    "unicode": [
+        ("train", ["--dataset=größe", "--dataset=a\u2028b", "--optimizer=АdamW", "--max_steps=٣x"]),
+        ("sample export", ["--model=模型/模型"]),
+        ("prepare", ["--source=資料.txt"]),
+    ],
+    "line break in a value": [
+        ("train", ["--dataset=a\nb", "--optimizer=a\nb"]),
+        ("sample", ["--model=./a/\nb"]),
+        ("prepare", ["--source=a\nb"]),
+    ],
+    "no rate": [
+        (TRAINING, ["--min_lr=1", "--learning_rate=1e-400"]),
+    ],
+    "absurd size": [
+        ("train distill", ["--vocab_size=1e15", "--n_embd=1e12", "--n_layer=1e9"]),
+        (TRAINING, ["--global_batch_size=1e15 + --micro_batch_size=1e15", "--block_size=1e12"]),
+        ("sample", ["--batch_size=1e15 + --num_samples=1e15"]),
+        ("tools.synthesize", ["--length=1e15"]),
+    ],
+    "wrong for this model": [
+        ("export", ["--format=ternary + --model=base"]),
+        ("train", ["--vocab_size=300"]),
+        ("distill", ["--layer_map=all + --hidden_weight=1", "--student_layers=last:3"]),
+        ("tools.compare", ["--student=model"]),
+        ("sft", ["--dataset=data/chats:1,text:1"]),
+    ],
+    "missing cache": [
+        ("distill", ["--cache=topk", "--cache=sample"]),
+    ],
+    "the model is the output": [
+        ("export", ["--out=base"]),
+        ("train", ["--init_from=base + --out_dir=base + --overwrite=True",
+                   "--init_from=data/../base + --out_dir=base + --overwrite=True"]),
+        ("sft dpo", ["--out_dir=model + --overwrite=True"]),
+    ],
+    "made from other inputs": [
+        ("prepare", ["--out=data/text + --val_fraction=0.3", "--out=data/chats"]),
+    ],
+    "nothing to verify": [
+        ("prepare", ["--verify=True + --out=nosuch", "--verify=True + --out=empty"]),
+    ],
+    "out of range in a task": [
+        ("eval", ["--context_length=0", "--stride=0", "--compare=/nosuch/model", "--limit=0",
+                  "--tasks=problems + --chat=True", "--stride=1e9"]),
+    ],
+    "cache": [
+        ("tools.cache_teacher", ["--k=0", "--method=none", "--temperature=0", "--values=int8"]),
+    ],
+    # ---- Config files
+    "missing config file": [
+        (TRAINING, ["nosuch.py", "config/nosuch.py"]),
+        ("sample", ["nosuch.py"]),
+    ],
+    "config file": [
+        ("train", ["syntax.py", "binary.txt", "key.py", "type.py", "choice.py", "raises.py", "exits.py",
+                   "imports.py", "returns.py", "zero.py", "bom.py", "latin.py", "deep.py", "file.txt",
+                   "empty", "base", "function.py", "lr.py"]),
+    ],
+}
+LINES = [(kind, program, argument) for kind, rows in KINDS.items() for programs, arguments in rows
+         for program in programs.split() for argument in arguments]
+
+FILES = {
+    "syntax.py": "max_steps = = 3\n", "key.py": "max_step = 3\n", "type.py": "max_steps = '3'\n",
+    "choice.py": "optimizer = 'sgd'\n", "raises.py": "max_steps = 1 / 0\n", "exits.py": "raise SystemExit\n",
+    "imports.py": "import nosuch\n", "returns.py": "return\n", "zero.py": "max_steps = 0\n",
+    "bom.py": "\ufeffmax_step = 3\n", "deep.py": "stages = " + "[" * 300 + "]" * 300 + "\n",
+    "function.py": "def helper():\n    return 3\n", "lr.py": "lr = 1e-3\n", "empty.txt": "",
+    "broken.jsonl": '{"text": \n', "file.unknown": "text", "noparquet.parquet": "text",
+    "full/note.txt": "mine", "rows.jsonl": '{"prompt": "x"}\n',
+    "log/metrics.jsonl": '{"step": 1, "loss": 2.0}\n',
+}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with models, data sets of all kinds, and files that are wrong for most uses."""
+    folder = tmp_path_factory.mktemp("world")
+    for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(text, encoding="utf-8")
+    (folder / "empty").mkdir()
+    (folder / "binary.txt").write_bytes(bytes(range(256)) * 4)
+    (folder / "latin.py").write_bytes(b"run_name = 'gr\xf6\xdfe'\n")
+    (folder / "file.txt").write_text((ROOT / "configurator.py").read_text() * 3)
+    text = prepare(PrepareConfig(source=str(folder / "file.txt"), out=str(folder / "data/text"),
+                                 vocab_size=400, val_fraction=0.2, num_proc=1))
+    base = Tokenizer.load(text.folder)
+    for name, tokenizer in (("base", base), ("model", with_chat_tokens(base))):
+        busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=256)).save_pretrained(
+            folder / name, eos_token_id=tokenizer.end_ids)
+        tokenizer.save(folder / name)
+    for name, kind in (("chats", "chat"), ("pairs", "preference")):
+        prepare(PrepareConfig(source="problems", kind=kind, out=str(folder / "data" / name), num_proc=1,
+                              tokenizer=str(folder / "model"), max_tokens=20_000))
+    before = contents(folder)
+    yield folder
+    assert before.items() <= contents(folder).items(), "a command line changed or deleted a file"
+
+
+def contents(folder):
+    """{file: (size, time of its last change)} of the models and data sets."""
+    # A refused run may leave its lock file.
+    return {path: (path.stat().st_size, path.stat().st_mtime_ns)
+            for name in ("base", "model", "data", "full") for path in (folder / name).rglob("*")
+            if path.is_file() and path.name != ".lock"}
+
+
+class Started(BaseException):
+    """Raised where training would start."""
+
+
+def run(program, argv, folder, monkeypatch):
+    """Run a program as from the command line, in a folder; returns its exit code."""
+    def train(*args):
+        raise Started
+
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr("loop.TrainState.__init__", SET_UP)  # checks lr_multipliers; the next line trains
+    monkeypatch.setattr("loop.backward", train)
+    monkeypatch.setattr("tools.sweep.run_once", train)
+    for module in ("formats.model_card", "training.run"):
+        monkeypatch.setattr(f"{module}.commit", lambda: "")  # would start git
+    monkeypatch.setattr(sys, "argv", [f"{program}.py", *argv])
+    with pytest.raises(SystemExit) as leaving:
+        run_script(importlib.import_module(program).main)
+    return leaving.value.code
+
+
+def test_there_are_many():
+    assert len(set(LINES)) == len(LINES) >= 300 and len(KINDS) >= 40
+    assert {program for _, program, _ in LINES} == VALID.keys()
+
+
+@pytest.mark.parametrize("kind, program, argument", LINES)
+def test_a_wrong_command_line_is_a_message(kind, program, argument, world, monkeypatch, capsys):
+    wrong = argument.split(" + ")
+    assert run(program, [*shlex.split(VALID[program]), *wrong], world, monkeypatch) == 2
+    message = capsys.readouterr().err
+    lines = message.splitlines()
+    assert 1 <= len(lines) <= 2 and "Traceback" not in message, message
+    assert len(message) < 1000 or len(argument) > 1000, message
+    assert lines[-1].startswith(f"{program}.py: "), message
+    names = [part.removesuffix("/x") for each in wrong for part in each.lstrip("-").split("=", 1)]
+    # stderr has no line breaks in a value, and "\\udcff" for a byte that is not UTF-8.
+    names = [" ".join(name.encode(errors="backslashreplace").decode().split()) for name in names]
+    assert any(name and name in message for name in [*names, "''", "out of memory"]), message
+
+
+@pytest.mark.parametrize("program", VALID)
+def test_without_the_wrong_argument_it_is_accepted(program, world, monkeypatch, capsys):
+    """Otherwise the lines above would be refused for another reason."""
+    try:
+        assert run(program, shlex.split(VALID[program]), world, monkeypatch) == 0, capsys.readouterr().err
+    except Started:
+        assert program in [*TRAINING.split(), "tools.sweep"]
