@@ -32,7 +32,7 @@ from safetensors import SafetensorError
 from configurator import UserError, configure, run_script
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
-from formats.files import atomic_folder, file_sha256, read_json, sibling_path
+from formats.files import atomic_folder, file_sha256, read_json, require_utf8_name, sibling_path
 from formats.gguf_tokenizer import vocabulary
 from formats.model_card import Card
 from formats.tokenizer import Tokenizer
@@ -95,6 +95,7 @@ class Source:
     def __init__(self, cfg: ExportConfig):
         """Raises UserError for a model that the format cannot hold, before anything large is read."""
         self.cfg, self.folder = cfg, hf.find_folder(cfg.model)
+        require_utf8_name(cfg.title, "give another with --name=")
         self.config, self.tokenizer = GPTConfig.read(self.folder), Tokenizer.load(self.folder)
         self.tokenizer.require_rows(self.config.vocab_size, cfg.model)
         # The model's own EOS ids win over the tokenizer's. One id is written as a number, several as a list.

@@ -108,6 +108,12 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     path.chmod(mode)
 
 
+def require_utf8_name(name: str, remedy: str) -> None:
+    """Raise UserError with the remedy for the name of a file or folder that no JSON file can hold."""
+    if name.encode("utf-8", "ignore").decode() != name:
+        raise UserError(f"{name}: this name is not UTF-8; {remedy}")
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or {} if the file is missing. Raises UserError for anything else."""
     try:

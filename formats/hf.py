@@ -25,7 +25,7 @@ from torch import Tensor
 
 from configurator import UserError
 from formats import checkpoint, peft
-from formats.files import file_sha256, read_json, write_tensors
+from formats.files import file_sha256, read_json, require_utf8_name, write_tensors
 from modeling import ternary
 
 GPTConfig: TypeAlias = Any  # model.GPTConfig, which this folder must not import: model.py imports this folder
@@ -103,6 +103,7 @@ def find_folder(path: str | Path) -> Path:
     A GGUF file that export.py wrote is returned as it is; functions that take a model's folder take it too.
     """
     path = Path(path)
+    require_utf8_name(str(path), "rename the folder")
     if path.suffix == ".gguf" and path.is_file() and not (path.parent / "config.json").is_file():
         raise UserError(f"{path}: no config.json next to it; only the GGUF files of export.py are read")
     if is_model(home(path)):

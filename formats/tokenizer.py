@@ -157,6 +157,12 @@ def check_definition(definition: dict[str, Any]) -> None:
         seconds = [pair.split(" ")[1] if isinstance(pair, str) else pair[1] for pair in model["merges"]]
         if not all(second.startswith(prefix) for second in seconds):
             raise UserError("tokenizer.json: a merge does not have continuing_subword_prefix")
+    post = definition.get("post_processor") or {}
+    for step in post.get("processors") or [post]:
+        used = {item["SpecialToken"]["id"] for key in ("single", "pair") for item in step.get(key) or []
+                if "SpecialToken" in item}
+        if not used <= (step.get("special_tokens") or {}).keys():
+            raise UserError("tokenizer.json: the post_processor uses a token that it does not define")
 
 
 @contextlib.contextmanager

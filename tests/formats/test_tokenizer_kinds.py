@@ -34,8 +34,9 @@ from formats.gguf_tokenizer import special_ids
 from formats.tokenizer import QWEN2_SPLIT, Tokenizer
 
 CORPUS = [open(__file__, encoding="utf-8").read()] * 3
-TEXTS = ["Hello world", " two  spaces ", "def f(x):\n    return 12345\n", "caf\u00e9 \u4e2d\u6587 \U0001f600", "",
-         " ", "\n\nx\n", "a" * 70, "e\u0301 \u2581 x", "user\nHello", "<s> is text", "no<unk>no", "!", "<0x41>"]
+TEXTS = ["Hello world", " two  spaces ", "def f(x):\n    return 12345\n", "caf\u00e9 \u4e2d\u6587 \U0001f600",
+         "", " ", "\n\nx\n", "a" * 70, "e\u0301 \u2581 x", "user\nHello", "<s> is text", "no<unk>no", "!",
+         "<0x41>"]
 BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 CHAT = [
     {"role": "system", "content": "Be brief. "},
