@@ -1,8 +1,8 @@
 """Wrong command lines of every script and tool: exit code 2, one or two lines on stderr, never a traceback.
 
-Each test runs a program with a valid command line (VALID) and a wrong argument at the end (KINDS). The message
-must name the wrong key, its value or the file. The programs run in this process. No command line may train, and
-none may change a model or a data set.
+Each test runs a program with a valid command line (VALID) and a wrong argument at the end (KINDS). The
+message must name the wrong key, its value or the file. The programs run in this process. No command line may
+train, and none may change a model or a data set.
 """
 
 import importlib
