@@ -118,7 +118,7 @@ GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "ha
 
 @dataclass(frozen=True, kw_only=True)
 class EvalConfig:
-    model: str = "out/sft"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    model: str = "out/sft"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     compare: str = ""  # more models to measure, separated by commas
     tasks: str = "problems,calculator"  # tasks, separated by commas; "embedded" and "all" are groups
     data: str = ""  # folder with the benchmarks' files, and TASK=PLACE, separated by commas; "" reads the hub

@@ -5,7 +5,7 @@
     python export.py --model=out/ternary --format=ternary                     # 2 bits per weight
 
 Reads every model folder that the other scripts read; an adapter is merged into its base. The other scripts
-can read the export too (a GGUF export only if it contains one type), so eval.py can measure exactly what is
+can read the export too, one of several GGUF files by its path, so eval.py can measure exactly what is
 published. Writes a folder that is complete or absent: the model's files, README.md (the model card: data,
 settings, scores, hashes) and manifest.json (the sha256 of each file). The same command again does nothing if
 the export is intact. If the inputs have changed, the command stops unless --overwrite=True is given.
@@ -43,7 +43,7 @@ from modeling.devices import DTYPES
 
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig:
-    model: str = "out/dpo"  # model folder, out_dir (its best checkpoint, else its last) or hub id
+    model: str = "out/dpo"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     format: Literal["hf", "gguf", "ternary"] = "hf"  # what to write
     dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16"  # of the weights; for format=hf
     quantize: str = "q8_0"  # comma-separated types for format=gguf: f32, f16, bf16, q8_0, q6_k, q4_k_m

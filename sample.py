@@ -46,7 +46,7 @@ from modeling.devices import DTYPES, pick_device, use_threads
 
 @dataclass(frozen=True, kw_only=True)
 class SampleConfig(Sampling):
-    model: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    model: str = "out/base"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     prompt: str = ""  # the text to continue
     prompt_file: str | None = None  # JSON lines, each with a "prompt" or "messages", in place of prompt
     chat: bool = False  # hold a conversation in the terminal

@@ -270,7 +270,7 @@ class Tokenizer:
         # Added tokens that are not special, such as GPT-NeoX's runs of spaces, are found in texts. Their ids
         # may differ in `plain`, which has fewer added tokens.
         self.added = [token["content"] for token in plain["added_tokens"]]
-        ids = {self.plain.token_to_id(name): self.hf.token_to_id(name) for name in self.added}
+        ids = {self.plain.token_to_id(name): self.token_id(name) for name in self.added}
         self.moved = {theirs: index for theirs, index in ids.items() if theirs != index}
         self.special_ids = frozenset(map(self.hf.token_to_id, special)) - {None}
         self.vocab_size = 1 + max(self.hf.get_vocab().values())

@@ -55,8 +55,8 @@ class Assistant:
         show(id): called with each token of the first conversation as it is generated. prefix: for a single
         conversation, so that its earlier turns are not read again. first: row number of the first
         conversation; each draws its random numbers by its row number. most_calls: rounds of tool calls that
-        get a result. show_result(text): called with each tool result of the first conversation. A message that
-        was not finished has "cut": True.
+        get a result. show_result(text): called with each tool result of the first conversation. An unfinished
+        message has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
         open_rows = list(range(len(conversations)))  # the conversations that still need an answer

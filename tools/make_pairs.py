@@ -29,7 +29,7 @@ from modeling.devices import pick_device
 
 @dataclass(frozen=True, kw_only=True)
 class PairsConfig(Sampling):
-    model: str = "out/sft"  # model folder, out_dir (its best checkpoint, else the last) or hub id
+    model: str = "out/sft"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     out: str = "data/own_pairs.jsonl"  # write the pairs to this file, as JSON lines
     families: str = "add,subtract,multiply,story"  # families of problems, separated by commas
     count: int = 1000  # number of problems

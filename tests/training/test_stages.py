@@ -110,8 +110,9 @@ def test_a_resumed_run_is_the_same_run(data, curriculum, tmp_path, step):
     run(data, out, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=99")
     assert_same_run(curriculum / "out", out)
     assert thetas(out) == thetas(curriculum / "out")
-    found, expected = ([{key: event[key] for key in event if key == "step" or key.startswith("val_")}
-                        for event in events(each) if "val_loss" in event] for each in (out, curriculum / "out"))
+    found, expected = (
+        [{key: event[key] for key in event if key == "step" or key.startswith("val_")}
+         for event in events(each) if "val_loss" in event] for each in (out, curriculum / "out"))
     assert found == expected and [event["step"] for event in found] == [4, 9, 13, 17]  # each stage's end
 
 
