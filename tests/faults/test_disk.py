@@ -89,7 +89,8 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
         assert_same_run(out, folder / "whole")
         assert not list(out.glob("*.tmp")) + list(out.glob(".step*"))
         shutil.rmtree(out)
-    assert lost == 0 and failed == disk.count - 2  # two of the folders exist already
+    # Two of the folders exist already. If one of the four operations on loss.png fails, the run goes on.
+    assert lost == 0 and failed == disk.count - 2 - 4
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3_000, 100_000, 400_000, 800_000])
