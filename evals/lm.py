@@ -110,7 +110,7 @@ class LM:
                      max_new_tokens: int) -> list[list[int]]:
         """The ids generated after each prompt, up to an end token or, outside chats, a stop text."""
         answers: list[list[int]] = [[] for _ in prompts]
-        # A stop text that the last token completes spans at most as many tokens as it has bytes. One token
+        # A stop text that the last token completes spans at most one token per byte. One token
         # more, because a tokenizer may drop a space from the first token that it decodes.
         window = 1 + max((len(stop.encode()) for stop in stops), default=0)
 
