@@ -111,7 +111,7 @@ def per_character(likelihoods: list[Likelihood], choices: Sequence[str]) -> list
 
 
 def credit(scores: Sequence[float], gold: Sequence[int]) -> float:
-    """1 if a right choice has the highest score, else 0. If k choices have equal scores, each counts 1 / k."""
+    """1 if a right choice has the highest score, else 0. If k choices tie, each counts 1 / k."""
     best = [index for index, score in enumerate(scores) if score == max(scores)]
     return len(set(best) & set(gold)) / len(best)
 
