@@ -38,12 +38,18 @@ def call_tool(call: dict[str, Any]) -> str:
 
 
 class Assistant:
-    """A model, its tokenizer, and how it samples. `tokens` counts the tokens it has generated."""
+    """A model, its tokenizer, and how it samples.
+
+    tokens: number of tokens generated so far. Of each conversation of the last call of `reply`, rows: the ids
+    that were read and written until its end, and lengths: the number of those that were generated.
+    """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int):
         tokenizer.require_rows(model.config.vocab_size, model.source)
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_new_tokens, self.tokens = max_new_tokens, 0
+        self.rows: list[list[int]] = []
+        self.lengths: list[int] = []
         ends = tokenizer.end_ids
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
@@ -59,13 +65,15 @@ class Assistant:
         message has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
+        self.rows, self.lengths = [[] for _ in conversations], [0] * len(conversations)
         open_rows = list(range(len(conversations)))  # the conversations that still need an answer
         for turn in range(most_calls + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
             numbers = [first + row + turn * ROUND_STRIDE for row in open_rows]
             written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix)
             still_open = []
-            for row, ids in zip(open_rows, written, strict=True):
+            for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
+                self.rows[row], self.lengths[row] = prompt + ids, self.lengths[row] + len(ids)
                 message = read_answer(self.tokenizer, ids)
                 replies[row].append(message)
                 calls = message.get("tool_calls", [])
