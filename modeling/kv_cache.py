@@ -86,6 +86,13 @@ class KVCache:
         """Set the number of tokens in each row, after a forward pass. Later slots count as empty."""
         self.lengths, self.used, self.even = lengths, max(lengths), len(set(lengths)) == 1
 
+    def select_rows(self, rows: list[int]) -> None:
+        """Keep only these rows, in this order. A row that is listed twice is copied."""
+        index = torch.tensor(rows, device=self.rows.device)
+        self.k, self.v = ([slots[index] for slots in each] for each in (self.k, self.v))
+        self.rows = torch.arange(len(rows), device=index.device)[:, None]  # (B, 1)
+        self.set_lengths([self.lengths[row] for row in rows])
+
 
 class StepCache(KVCache):
     """A cache for compiled steps of one token: their shapes change only once in STEP_SLOTS steps.
