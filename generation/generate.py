@@ -7,7 +7,8 @@
 
 Each row's tokens are those that it would have alone: rows see no padding, and each has its own random
 numbers. When a row's context is full, its last block_size // 2 tokens are read again and the older ones are
-forgotten.
+forgotten. With Sampling.sinks or .window, the cache drops one old token per new token instead
+(modeling/sinks.py).
 
 `model.compiled_steps = True` compiles the step of one token. The first step then takes half a minute. On a
 CPU a single row becomes 1.5 to 2 times as fast, and many rows no faster; on a GPU a step is one CUDA graph.
@@ -19,15 +20,17 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from configurator import UserError, require, require_not_negative
+from configurator import UserError, require, require_not_negative, require_positive
 from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache, StepCache
+from modeling.sinks import SinkCache, cache_limits
 
 MIN_SHARED_PREFIX = 64  # tokens: a shorter prefix of all rows is not worth a forward pass of its own
 SEED_STRIDE = 2**20  # a row's generator is seeded with seed * SEED_STRIDE + row number
@@ -46,13 +49,16 @@ class Sampling:
     min_p: float = 0.0  # drop tokens less likely than min_p times the most likely token
     repetition_penalty: float = 1.0  # above 1 makes tokens that are in the row less likely (CTRL)
     seed: int = 1337  # random numbers depend on this seed and on the number of the row
+    sinks: int = 0  # first tokens of a text that always stay in the cache; 4 lets a text outgrow the context
+    window: int | None = None  # last tokens that stay in the cache; None fills the context if sinks is set
 
     def __post_init__(self) -> None:
         # torch seeds have 63 bits, and SEED_STRIDE takes 20 of them.
         for key, low, high in (("temperature", 0, float("inf")), ("top_p", 0, 1), ("min_p", 0, 1),
                                ("repetition_penalty", 0.01, 100), ("seed", 0, 2**43 - 1)):
             require(self, key, low <= getattr(self, key) <= high, f"between {low} and {high}")
-        require_not_negative(self, "top_k")
+        require_not_negative(self, "top_k", "sinks")
+        require_positive(self, "window")
 
 
 @dataclass
@@ -66,6 +72,16 @@ class PrefixCache:
     ids: list[int] = field(default_factory=list)
 
 
+class Guide(Protocol):
+    """What constrains the tokens of a batch (generation/constraints.py)."""
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """logits (B, V), with -inf for the tokens that may not come next."""
+
+    def advance(self, tokens: Sequence[int | None]) -> None:
+        """Called with the token of each row; None for a row that has ended before."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Options:
     """What a call of `generate` may need besides prompts and sampling."""
@@ -73,6 +89,7 @@ class Options:
     vocab_size: int | None = None  # ids from here on, unknown to the tokenizer, are never chosen
     row_numbers: Sequence[int] | None = None  # one per prompt, for the random numbers; None is 0, 1, 2, ...
     prefix: PrefixCache | None = None  # of a single prompt: reuse what an earlier call read, and update it
+    guide: Guide | None = None  # masks the tokens that a grammar does not allow, before sampling
 
 
 # ---- From logits to a token -------------------------------------------------------------------------------
@@ -149,8 +166,8 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
         return last_logits(model, ids, cache, last)
 
 
-def prefill(model: GPT, context: list[list[int]], steps_left: int,
-            prefix: PrefixCache | None) -> tuple[KVCache, list[list[int]]]:
+def prefill(model: GPT, context: list[list[int]], steps_left: int, prefix: PrefixCache | None,
+            limits: tuple[int, int] | None) -> tuple[KVCache, list[list[int]]]:
     """Make a cache for these rows; return it and the tokens of each row that it does not hold yet.
 
     A long prefix that all rows share, such as worked examples before a question, is computed once and copied
@@ -161,7 +178,8 @@ def prefill(model: GPT, context: list[list[int]], steps_left: int,
     slots = longest if prefix is None else model.config.block_size
     kind = StepCache if model.compiled_steps else KVCache
     device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
-    cache = kind(model.config, len(context), slots, device, dtype)
+    cache = (kind(model.config, len(context), slots, device, dtype) if limits is None else
+             SinkCache(model.config, len(context), limits, model.rope, dtype))
     shared = min(len(os.path.commonprefix(context)), *(len(row) - 1 for row in context))
     if len(context) == 1 or shared < MIN_SHARED_PREFIX:
         return cache, context
@@ -179,6 +197,14 @@ def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor
     """Draw the random numbers of each row, in [0, 1): (B, steps). They depend on seed and row number only."""
     generators = [torch.Generator().manual_seed(seed * SEED_STRIDE + number) for number in row_numbers]
     return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
+
+
+def sink_limits(model: GPT, sampling: Sampling) -> tuple[int, int] | None:
+    """Return (sinks, window), or None without them. Raises UserError if this model cannot have them."""
+    limits = cache_limits(model.config, sampling.sinks, sampling.window)
+    if limits and model.compiled_steps:
+        raise UserError("compile=True does not work with sinks or window")
+    return limits
 
 
 def shift_context(context: list[list[int]], block_size: int) -> bool:
@@ -206,38 +232,46 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
     """`generate` without inference_mode, for on-policy training: the autograd mode is the caller's."""
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
-    block_size, prefix = model.config.block_size, options.prefix
-    context = [prompt[-block_size:] for prompt in prompts]  # the tokens that each row attends to
+    prefix, limits = options.prefix, sink_limits(model, sampling)
+    sinks, block_size = (0, model.config.block_size) if limits is None else (limits[0], sum(limits))
+    # The tokens that each row attends to: all, or the sinks and the last ones.
+    context = [prompt[:] if len(prompt) <= block_size else prompt[:sinks] + prompt[sinks - block_size:]
+               for prompt in prompts]
     new: list[list[int]] = [[] for _ in prompts]  # the tokens that each row has generated
     live = [True] * len(prompts)  # False for a row that has ended
     numbers = options.row_numbers or range(len(prompts))
     uniform = uniform_numbers(sampling.seed, numbers, max_new_tokens).to(model.head_weight.device)
     cache, unread = None, context  # unread: the tokens of each row that the cache does not hold
-    if prefix is not None and prefix.cache is not None:
+    # A cache that has dropped tokens cannot go back, so it is not used again.
+    if prefix and prefix.cache and max(prefix.cache.used, len(context[0])) <= block_size:
         shared = len(os.path.commonprefix([prefix.ids, context[0][:-1]]))
         cache, unread = prefix.cache, [context[0][shared:]]
         cache.set_lengths([shared])
     for step in range(max_new_tokens):
         # At the start, and after a shift of the context, there is no cache: read every row from its start.
         if cache is None:
-            cache, unread = prefill(model, context, max_new_tokens - step, prefix)
+            cache, unread = prefill(model, context, max_new_tokens - step, prefix, limits)
         logits = forward_last(model, unread, cache)  # (B, V)
         if prefix is not None:
             prefix.cache, prefix.ids = cache, context[0].copy()
         logits = logits[:, :options.vocab_size].float()
         broken = ~logits.amax(dim=-1).isfinite()  # (B,): NaN, or an infinity; the maximum passes both on
         logits = penalize(logits, context, sampling.repetition_penalty)
+        if options.guide is not None:
+            logits = options.guide.mask(logits)
         chosen = choose(logits, uniform[:, step], sampling).masked_fill(broken, NO_TOKEN).tolist()
         if NO_TOKEN in chosen:
             raise UserError(f"{model.source}: its logits are not finite, so its weights are broken")
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
+        if options.guide is not None:
+            options.guide.advance(tokens)
         append_tokens(new, tokens)
         append_tokens(context, tokens)
         for row, token in enumerate(tokens):
             if token is not None and is_done is not None and is_done(row, new[row]):
                 live[row], context[row] = False, [token]  # the row stays in the batch, with one token
         unread = [row[-1:] for row in context]
-        if shift_context(context, block_size):
+        if limits is None and shift_context(context, block_size):
             cache = None
         else:
             cache.set_lengths([len(row) - 1 for row in context])  # all but the tokens just chosen
@@ -252,7 +286,8 @@ def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling
              options: Options = Options()) -> Iterator[list[int | None]]:
     """Yield one token per row and step, None for rows that have ended, for at most max_new_tokens steps.
 
-    prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read.
+    prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read
+        (and the sinks).
     is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
         every row reach max_new_tokens.
     Raises ValueError for an empty prompt, and UserError if the logits of the model are not finite.
