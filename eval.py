@@ -80,8 +80,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     "perplexity": Task(perplexity, keys=("model", "stride"), falls=True),  # by a sliding window
     "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride"), falls=True),  # WikiText-2
     # Loss by position, and after shorter and longer contexts.
-    "context_length": Task(context_length, keys=("model", "context_length"), draw=context_length.draw,
-                           falls=True),
+    "context_length": Task(context_length, keys=("model", "context_length", "sinks", "window"),
+                           draw=context_length.draw, falls=True),
 
     # Multiple choice: the most likely choice is the answer.
     "mmlu": Task(mmlu),  # 57 subjects of school and university
@@ -128,6 +128,8 @@ class EvalConfig:
     chat: bool = False  # put each question in the model's chat format
     stride: int | None = None  # perplexity: tokens between two windows; None is half the context
     context_length: int | None = None  # longest prompt (needle) or row (context_length); None fits the model
+    sinks: int = 0  # context_length: first tokens that stay in a small cache, such as 4 (modeling/sinks.py)
+    window: int | None = None  # context_length: last tokens in that cache; None fills the context
     num_tests: int = 100  # needle: number of tests over all lengths and depths
     batch_size: int = 64  # prompts that are generated together
     out_dir: str | None = None  # folder for the results; None is the model's folder
@@ -136,11 +138,13 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
 
     def __post_init__(self) -> None:
-        require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests")
+        require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests", "window")
         for key, most in (("limit", 100_000), ("batch_size", 2**14), ("context_length", 2**20),
                           ("num_tests", 100_000)):
             require(self, key, (getattr(self, key) or 0) <= most, f"at most {most:,}")
-        require_not_negative(self, "shots")
+        require_not_negative(self, "shots", "sinks")
+        if (self.sinks or self.window is not None) and set(self.task_names) != {"context_length"}:
+            raise UserError("sinks and window only work with --tasks=context_length")
         for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
                                   ("data", self.places[1], [*TASKS]),
                                   ("target", self.targets, [*TASKS])):

@@ -4,6 +4,7 @@
 
     python eval.py --model=out/x/step_000600 --compare=out/x/step_000800 --tasks=context_length \\
         --data=context_length=data/books --context_length=512
+    python eval.py --model=out/x --tasks=context_length --context_length=2048 --sinks=4 --window=124
 
 The text is the one of evals/tasks/perplexity.py. It is cut into rows of --context_length tokens, each within
 one document, so that all tokens of a row are about the same thing. The default length is twice the model's
@@ -16,13 +17,18 @@ context (for learned positions: the context itself). --shots and --chat have no 
   and after all of them. The targets are the same each time, so "extra_loss", the mean difference from the
   loss after all tokens, has a small standard error. The figure extra_loss_after_N is the one for the largest
   N of at most a quarter of the row: above 0 means that the model uses more context than N tokens.
+
+With --sinks or --window the rows are read one token at a time through a cache of that size
+(modeling/sinks.py), at the same positions as in generation. loss_by_context is then left out.
 """
 
+import contextlib
 import itertools
 import math
 from typing import Any
 
 import numpy as np
+import torch
 
 from configurator import UserError
 from evals.likelihood import token_losses
@@ -30,10 +36,15 @@ from evals.lm import LM
 from evals.results import Figure, Result, mean
 from evals.texts import Texts, read_texts
 from model import GPT
+from modeling.devices import autocast_dtype
+from modeling.sinks import SinkCache, cache_limits
+from training.losses import linear_log_probs
+
+STREAMED_ROWS = 64  # rows that are read together through a cache of sinks and a window
 
 
 def load(source: str | None, limit: int, shots: int | None, model: str,
-         context_length: int | None = None) -> Texts:
+         context_length: int | None = None, sinks: int = 0, window: int | None = None) -> Texts:
     """The first `limit` KiB of the text."""
     return read_texts(source, model, 1024 * limit)
 
@@ -49,6 +60,25 @@ def cut_rows(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
         raise UserError(f"{texts.place}: no document of {length + 1:,} tokens (give a smaller "
                         "--context_length, or longer documents with --data=context_length=FILE)")
     return rows
+
+
+@torch.inference_mode()
+def streamed_losses(model: GPT, rows: list[np.ndarray], limits: tuple[int, int]) -> np.ndarray:
+    """As `token_losses`, of all targets of equally long rows, through a SinkCache: (rows, T) float64."""
+    ids = torch.from_numpy(np.stack(rows)).long().to(model.head_weight.device)  # (rows, T + 1)
+    V, size, losses = model.config.vocab_size, min(sum(limits), ids.shape[1] - 1), []
+    for part in ids.split(STREAMED_ROWS):
+        cache = SinkCache(model.config, len(part), limits, model.rope, autocast_dtype(model.head_weight))
+        row = []
+        # The first tokens fit the cache and are read at once, the others one at a time.
+        for begin, end in [(0, size), *((n, n + 1) for n in range(size, ids.shape[1] - 1))]:
+            targets = part[:, begin + 1:end + 1]
+            values = model(part[:, begin:end], cache=cache, head=lambda hidden, weight, targets=targets:
+                           linear_log_probs(hidden.flatten(0, 1), weight, targets.flatten(), V))
+            row.append(-values.view(targets.shape))
+            cache.set_lengths([end] * len(part))
+        losses.append(torch.cat(row, dim=1).double().cpu().numpy())
+    return np.concatenate(losses)
 
 
 def perplexity(losses: np.ndarray) -> Figure:
@@ -86,15 +116,18 @@ def loss_by_context(model: GPT, rows: list[np.ndarray], losses: np.ndarray) -> l
     return results
 
 
-def score(lm: LM, texts: Texts, model: str, context_length: int | None = None) -> Result:
+def score(lm: LM, texts: Texts, model: str, context_length: int | None = None, sinks: int = 0,
+          window: int | None = None) -> Result:
     """The perplexity of the trained context and of the longest one; the three measurements as details."""
+    limits = cache_limits(lm.model.config, sinks, window)
     config = lm.model.config
     trained = config.block_size
     longest = context_length or (trained if config.position == "learned" else 2 * trained)
     rows = cut_rows(lm, texts, longest)
-    with lm.extended_context(longest):
-        losses = np.array(token_losses(lm.model, rows, [longest] * len(rows)))  # (rows, longest)
-        contexts = loss_by_context(lm.model, rows, losses)
+    with lm.extended_context(longest) if limits is None else contextlib.nullcontext():
+        losses = (np.array(token_losses(lm.model, rows, [longest] * len(rows))) if limits is None else
+                  streamed_losses(lm.model, rows, limits))  # (rows, longest)
+        contexts = loss_by_context(lm.model, rows, losses) if limits is None else []
     lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
     perplexities = {length: perplexity(losses[:, :length]) for length in lengths if length <= longest}
     shown = sorted({min(trained, longest), longest})

@@ -81,6 +81,21 @@ def test_loss_after_shorter_contexts(lm, data):
     assert result.figures["extra_loss_after_16"]._asdict() == found[0]["extra_loss"]
 
 
+def test_through_a_cache_of_sinks_and_a_window(lm, data):
+    """Up to the size of the cache nothing changes; after that the loss stays near that of the context."""
+    texts = read_texts(str(data), "", 30_000)
+    plain = context_length.score(lm, texts, "", 192)
+    sinks = context_length.score(lm, texts, "", 192, sinks=4, window=44)
+    assert lm.model.config.block_size == 64, "as it was"
+    pairs = list(zip(plain.details["loss_by_position"], sinks.details["loss_by_position"], strict=True))
+    for each, other in pairs:
+        assert other["value"] == pytest.approx(each["value"], abs=1e-4) or other["last"] >= 48
+    assert any(abs(each["value"] - other["value"]) > 1e-3 for each, other in pairs)
+    assert [*sinks.figures] == ["perplexity_64", "perplexity_192"] and not sinks.details["loss_by_context"]
+    with pytest.raises(UserError, match="only work with --tasks=context_length"):
+        evaluation.EvalConfig(tasks="context_length,problems", sinks=4)
+
+
 def test_rows_by_hand():
     """Documents of 9, 5, 12 and 4 tokens as rows of 4 + 1: no row holds two documents."""
     lm = types.SimpleNamespace(tokenizer=types.SimpleNamespace(encode=lambda text: list(map(int, text))))
