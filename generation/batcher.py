@@ -50,7 +50,7 @@ class Row:
     sampling: Sampling
     number: int = 0  # decides the random numbers, with the seed
     is_done: Callable[[list[int]], bool]  # called with `new` after each token; True ends the row
-    wake: Callable[[], Any]  # called in the batcher's thread after each token, and at the end
+    wake: Callable[["Row"], Any]  # called in the batcher's thread after each token, and at the end
     top: int | None = None  # keep the scores of each new token, with this many of the likeliest
     echo: bool = False  # ... and those of the prompt's tokens but the first
     first: "Row | None" = None  # a row with the same prompt, which is read before this row gets a slot
@@ -211,7 +211,7 @@ class Batcher:
         """Take the row from its slot, which keeps the keys and values."""
         row, slot.row, slot.last_use = slot.row, None, next(self.clock)
         row.error, row.ended = error, True
-        row.wake()
+        row.wake(row)
 
     # ---- Steps --------------------------------------------------------------------------------------------
 
@@ -286,4 +286,4 @@ class Batcher:
             return
         if len(slot.context) > self.context_length:
             slot.context, slot.ids = slot.context[-max(1, self.context_length // 2):], []
-        row.wake()
+        row.wake(row)

@@ -16,7 +16,7 @@ ORDER = [
     ["training", "generation"],
     ["loop", "distillation", "evals"],
     ["prepare"],
-    ["train", "distill", "sft", "dpo", "sample", "eval", "export"],
+    ["train", "distill", "sft", "dpo", "sample", "serve", "eval", "export"],
     ["tools"],
     ["bench"],
 ]

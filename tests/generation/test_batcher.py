@@ -32,7 +32,7 @@ class Run:
         self.steps = threading.Semaphore(0)
 
     def row(self, prompt, count, sampling=GREEDY, **more):
-        options = dict(is_done=lambda new: new[-1] == 7, wake=self.steps.release) | more
+        options = dict(is_done=lambda new: new[-1] == 7, wake=lambda row: self.steps.release()) | more
         return Row(prompt=prompt, max_new_tokens=count, sampling=sampling, **options)
 
     def start(self, *rows):
