@@ -38,6 +38,7 @@ from formats import hf
 from formats.chat_format import end_of_turn, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant
+from generation.constraints import ConstraintKeys, constraint_of
 from generation.generate import MOST_NEW_TOKENS, Options, Sampling, append_tokens, generate
 from generation.terminal import converse
 from model import GPT
@@ -45,7 +46,7 @@ from modeling.devices import DTYPES, pick_device, use_threads
 
 
 @dataclass(frozen=True, kw_only=True)
-class SampleConfig(Sampling):
+class SampleConfig(Sampling, ConstraintKeys):
     model: str = "out/base"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     prompt: str = ""  # the text to continue
     prompt_file: str | None = None  # JSON lines, each with a "prompt" or "messages", in place of prompt
@@ -139,7 +140,8 @@ class Sampler:
         self.model.compiled_steps = cfg.compile
         # A chat model may name several end tokens: one ends a turn, another a text.
         self.end_ids = {self.tokenizer.eot_id, *hf.end_ids(folder)}
-        self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens)  # answers messages
+        self.constraint = constraint_of(self.tokenizer, self.end_ids, cfg)
+        self.assistant = Assistant(self.model, self.tokenizer, cfg, cfg.max_new_tokens, self.constraint)
 
     def encode(self, row: Row) -> list[int]:
         """Return the ids of a prompt, at least one; print a note if the model cannot read all of them."""
@@ -182,7 +184,8 @@ class Sampler:
         new: list[list[int]] = [[] for _ in prompts]
         printed = ""  # the text that is on the screen already
         numbers = range(first, first + len(prompts))
-        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers)
+        guide = self.constraint and self.constraint.guide([None] * len(prompts))
+        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers, guide=guide)
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done, options):
             append_tokens(new, tokens)
             if stream:

@@ -17,7 +17,8 @@ from typing import Any
 from formats.chat_format import encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.calculator import calculate
-from generation.generate import Options, PrefixCache, Sampling, append_tokens, generate
+from generation.constraints import Constraint
+from generation.generate import Guide, Options, PrefixCache, Sampling, append_tokens, generate
 from model import GPT
 
 TOOLS: dict[str, Callable[..., str]] = {"calculator": calculate}
@@ -44,10 +45,11 @@ class Assistant:
     that were read and written until its end, and lengths: the number of those that were generated.
     """
 
-    def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int):
+    def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,
+                 constraint: Constraint | None = None):
         tokenizer.require_rows(model.config.vocab_size, model.source)
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
-        self.max_new_tokens, self.tokens = max_new_tokens, 0
+        self.max_new_tokens, self.tokens, self.constraint = max_new_tokens, 0, constraint
         self.rows: list[list[int]] = []
         self.lengths: list[int] = []
         ends = tokenizer.end_ids
@@ -70,7 +72,9 @@ class Assistant:
         for turn in range(most_calls + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
             numbers = [first + row + turn * ROUND_STRIDE for row in open_rows]
-            written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix)
+            guide = self.constraint and self.constraint.guide([conversations[row] + replies[row]
+                                                               for row in open_rows])
+            written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix, guide)
             still_open = []
             for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
                 self.rows[row], self.lengths[row] = prompt + ids, self.lengths[row] + len(ids)
@@ -93,9 +97,10 @@ class Assistant:
         return replies
 
     def write(self, prompts: list[list[int]], row_numbers: list[int], show: Callable[[int], None] | None,
-              prefix: PrefixCache | None) -> list[list[int]]:
+              prefix: PrefixCache | None, guide: Guide | None = None) -> list[list[int]]:
         """Generate until every row has ended its turn; return the new ids of each row."""
-        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=row_numbers, prefix=prefix)
+        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=row_numbers, prefix=prefix,
+                          guide=guide)
         new: list[list[int]] = [[] for _ in prompts]
         for tokens in generate(self.model, prompts, self.max_new_tokens, self.sampling,
                                lambda row, ids: ids[-1] in self.end_ids, options):

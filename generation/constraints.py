@@ -1,0 +1,203 @@
+"""Constrained decoding: only tokens that keep an answer inside a grammar can be chosen.
+
+    python sample.py --model=out/base --json_schema=person.json     # JSON that fits the schema
+    python eval.py --model=out/sft --tasks=bfcl_simple --constrain=tools    # a call of an offered tool
+
+    constraint = Constraint(tokenizer, end_ids, ConstraintKeys(json_schema="person.json"))
+    row = constraint.row(messages)                 # the state of one answer, at its beginning
+    row.allowed(vocab_size)                        # (V,) bool: the tokens that may come next
+    row.advance(token)                             # the token that was chosen
+    guide = constraint.guide([messages, ...])      # the rows of a batch, for Options(guide=...) of `generate`
+
+The package llguidance (github.com/guidance-ai/llguidance) follows the grammar. The mask is applied before
+temperature and filters, and it only removes tokens: the order of the legal ones stays, and a legal word may
+be spelled with any tokens. An end token is legal where the answer is complete, so an answer that ends by
+itself always fits. An answer that max_new_tokens cuts may not; it is marked as cut ("length").
+
+Legal JSON has the keys of an object in the order of the schema and unknown keys last. Between its parts is
+nothing, a space, or a line's end with an indent. A thought is legal with constrain=auto only. A schema with a
+keyword that llguidance cannot enforce is refused: not, if, contains, uniqueItems, propertyNames, look-ahead,
+formats that it does not know.
+"""
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from configurator import UserError
+from dataset.tool_problems import offered_functions
+from formats.chat_format import CALL, THOUGHT, THOUGHT_END, end_of_turn
+from formats.files import read_json
+from formats.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+# Without no_forcing, llguidance allows only the usual tokens of a word that has to follow.
+HEADER = '%llguidance {"no_forcing": true}\n'
+WHITE_SPACE = r" |\n[ \t]{0,40}"  # between the parts of JSON; without a limit, a model may write it forever
+# The names of types in BFCL's descriptions that are not JSON schema's. "any" is any value.
+JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConstraintKeys:
+    """The keys of constrained decoding."""
+
+    constrain: Literal["tools", "auto"] | None = None  # tools: a call of an offered tool; auto: also text
+    json_schema: str | None = None  # file with a JSON schema; answers are JSON that fits it
+
+
+# ---- Grammars ---------------------------------------------------------------------------------------------
+
+def argument_schema(described: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a parameter as BFCL and OpenAI describe it: type, enum, items, properties."""
+    kind = JSON_TYPES.get(described.get("type", "any"), described.get("type", "any"))
+    schema = {key: described[key] for key in ("enum", "required") if key in described}
+    schema |= {"type": kind} if kind != "any" else {}
+    if "items" in described:
+        schema["items"] = argument_schema(described["items"])
+    if "properties" in described:
+        properties = {name: argument_schema(each) for name, each in described["properties"].items()}
+        schema |= {"properties": properties, "additionalProperties": False}
+    return schema
+
+
+def call_schema(function: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a call of a function, as formats/chat_format.py writes it."""
+    arguments = argument_schema({"properties": {}, **function["parameters"], "type": "object"})
+    return {"type": "object", "properties": {"name": {"const": function["name"]}, "arguments": arguments},
+            "required": ["name", "arguments"], "additionalProperties": False}
+
+
+def grammar(start: str, schema: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
+    """A grammar in llguidance's form of Lark. start: what an answer is, made of json; with the tokenizer of a
+    chat model, also of call, thought and TEXT."""
+    schema |= {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}  # takes the place of a user's own options
+    rules = f"{HEADER}start: {start}\njson: %json {json.dumps(schema)}\n"
+    if tokenizer is None:
+        return rules
+    thought, thought_end, call = map(tokenizer.token_id, (THOUGHT, THOUGHT_END, CALL))
+    return f"{rules}call: <[{call}]> json\nthought: <[{thought}]> TEXT <[{thought_end}]>\nTEXT: /(.|\\n)*/\n"
+
+
+# ---- Answers ----------------------------------------------------------------------------------------------
+
+class RowGuide:
+    """The state of one answer: which tokens may come next."""
+
+    def __init__(self, matcher: Any, end_ids: set[int]):
+        self.matcher, self.end_ids = matcher, sorted(end_ids)
+
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """(vocab_size,) bool. Raises UserError if no token of the vocabulary can come next."""
+        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool)
+        allowed[self.end_ids] = self.matcher.is_accepting()
+        if not allowed.any():
+            reason = self.matcher.get_error().split("\n")[0] or "no token can come next"
+            raise UserError(f"the answer cannot be constrained: {reason}")
+        return allowed
+
+    def advance(self, token: int) -> None:
+        """Go on after an allowed token. An end token ends the answer; nothing may follow it."""
+        if token not in self.end_ids and not self.matcher.consume_token(token):
+            raise ValueError(f"token {token} is not allowed")
+
+
+class BatchGuide:
+    """The answers of a batch, for Options(guide=...) of generation/generate.py."""
+
+    def __init__(self, rows: list[RowGuide]):
+        self.rows, self.live = rows, [True] * len(rows)  # live: False for a row that has ended
+
+    def mask(self, logits: Tensor) -> Tensor:
+        """logits (B, V), with -inf for the tokens that may not come next, but for rows that have ended."""
+        size = logits.shape[1]
+        allowed = np.stack([row.allowed(size) if live else np.ones(size, bool)
+                            for row, live in zip(self.rows, self.live, strict=True)])
+        return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+
+    def advance(self, tokens: Sequence[int | None]) -> None:
+        """Pass each row its token; None ends a row."""
+        for number, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
+            self.live[number] &= token is not None and token not in row.end_ids
+            if self.live[number]:
+                row.advance(token)
+
+
+# ---- A tokenizer's grammars -------------------------------------------------------------------------------
+
+class Vocabulary:
+    """A tokenizer as llguidance reads it: the bytes of each id, and which ids are not text."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokens, self.tokenizer = tokenizer.token_bytes(), tokenizer
+        self.special_token_ids = [index for index, token in enumerate(self.tokens) if not token]
+        for index in self.special_token_ids:  # a token without bytes would be legal everywhere
+            self.tokens[index] = f"<|{index}|>".encode()
+        self.eos_token_id, self.bos_token_id = tokenizer.eot_id, None
+
+    def __call__(self, text: bytes) -> list[int]:
+        return self.tokenizer.encode(text.decode(), inside=True)
+
+
+class Constraint:
+    """The grammars of a tokenizer. Raises UserError if llguidance is absent or cannot enforce the schema."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: set[int], keys: ConstraintKeys):
+        try:
+            import llguidance
+        except ImportError:
+            raise UserError("constrain and json_schema need llguidance (pip install llguidance)") from None
+        self.matcher, self.tokenizer, self.end_ids, self.keys = llguidance.LLMatcher, tokenizer, end_ids, keys
+        if keys.constrain and (keys.json_schema or end_of_turn(tokenizer) is None):
+            raise UserError(f"constrain={keys.constrain}: does not work with json_schema, or for a model "
+                            "without our tokens for tool calls")
+        self.vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary(tokenizer)))
+        self.checked: set[str] = set()  # grammars without a fault
+        if keys.json_schema:
+            self.schema = read_json(Path(keys.json_schema))
+            if not self.schema:
+                raise UserError(f"json_schema={keys.json_schema}: not a file with a JSON schema")
+            self.row()
+
+    def rules(self, messages: list[Message] | None) -> str:
+        """The grammar of an answer. Raises UserError if a call is due and no tool is offered."""
+        if self.keys.json_schema:
+            return grammar("json", self.schema)
+        try:
+            schemas = [call_schema(function) for function in offered_functions(messages or [])]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"a tool's description is damaged ({type(error).__name__}: {error})") from None
+        # After a result, the model has to be able to answer in words.
+        forced = self.keys.constrain == "tools" and not (messages and messages[-1]["role"] == "tool")
+        if forced and not schemas:
+            raise UserError('constrain=tools: no tool is offered; a system message "You can call '
+                            'calculator(expression)." offers one')
+        start = "call+" if forced else "thought? TEXT call*" if schemas else "thought? TEXT"
+        return grammar(start, {"anyOf": schemas} if schemas else {}, self.tokenizer)
+
+    def row(self, messages: list[Message] | None = None) -> RowGuide:
+        """The answer to messages, or a text (None), at its beginning. Raises UserError as `rules` does."""
+        rules = self.rules(messages)
+        if rules not in self.checked:
+            _, faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)
+            if faults:
+                place = f"json_schema={self.keys.json_schema}" if self.keys.json_schema else "an offered tool"
+                raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
+            self.checked.add(rules)
+        return RowGuide(self.matcher(self.vocabulary, rules), self.end_ids)
+
+    def guide(self, conversations: Sequence[list[Message] | None]) -> BatchGuide:
+        """A row for each conversation, or for each text (None)."""
+        return BatchGuide([self.row(messages) for messages in conversations])
+
+
+def constraint_of(tokenizer: Tokenizer, end_ids: set[int], keys: ConstraintKeys | None) -> Constraint | None:
+    """The constraint that the keys ask for, or None."""
+    return Constraint(tokenizer, end_ids, keys) if keys and (keys.constrain or keys.json_schema) else None
