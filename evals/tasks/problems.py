@@ -57,6 +57,7 @@ def score(lm: LM, questions: list[Problem], calculator: bool = False, family: st
     families = {name: [each for problem, each in zip(questions, right, strict=True) if problem.family == name]
                 for name in sorted({problem.family for problem in questions})}
     answers = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
-                "right": each} for (problem, message), each in zip(pairs, right, strict=True)]
+                "vote": "" if "malformed" in message else message["content"], "right": each}
+               for (problem, message), each in zip(pairs, right, strict=True)]
     return Result({"accuracy": mean(right), "well_formed": mean(formed)}, answers,
                   {"families": {name: sum(each) / len(each) for name, each in families.items()}})
