@@ -54,6 +54,10 @@ class Rollout:
     log_probs: list[float] = field(default_factory=list)  # at the sampling temperature; 0 if not sampled
     messages: list[Message] = field(default_factory=list)  # the last one has "cut": True if it has no end
 
+    @property
+    def num_sampled(self) -> int:
+        return sum(self.sampled)
+
     def append(self, ids: list[int], log_probs: list[float] | None = None) -> None:
         """Append tokens: sampled ones with their log-probabilities, or those of a tool's result."""
         self.ids += ids
@@ -119,7 +123,7 @@ class RolloutSampler:
 
     def room(self, rollout: Rollout) -> int:
         """The number of tokens that may still be sampled."""
-        return min(self.limits.max_new_tokens - sum(rollout.sampled),
+        return min(self.limits.max_new_tokens - rollout.num_sampled,
                    self.limits.block_size + 1 - len(rollout.prompt) - len(rollout.ids))
 
     def goes_on(self, rollout: Rollout, may_call: bool) -> bool:

@@ -161,3 +161,43 @@ def preference_loss(log_ratios: Tensor, lengths: Tensor, beta: float, label_smoo
         return (chosen - rejected - 1 / (2 * beta)).square()
     margin = beta * (log_ratios[0] - log_ratios[1])  # (n,)
     return -(1 - label_smoothing) * F.logsigmoid(margin) - label_smoothing * F.logsigmoid(-margin)
+
+
+# ---- Reinforcement learning -------------------------------------------------------------------------------
+
+def group_advantages(rewards: Tensor, kind: Literal["mean", "grpo", "rloo", "reinforce"],
+                     batch_mean: float) -> Tensor:
+    """How much better each answer is than the others to its prompt: rewards (P, G) -> (P, G).
+
+    mean: minus the group's mean, without dividing by the standard deviation (Dr. GRPO, arXiv 2503.20783).
+    grpo: divided by it, plus 1e-4 (arXiv 2402.03300). rloo: minus the mean of the other answers (arXiv
+    2402.14740). reinforce: minus batch_mean, the mean over all prompts of the step.
+    """
+    if kind == "reinforce":
+        return rewards - batch_mean
+    even = rewards.amax(dim=1, keepdim=True) == rewards.amin(dim=1, keepdim=True)  # (P, 1)
+    # Rounding in the mean must not turn a group of equal rewards into a gradient.
+    centered = (rewards - rewards.mean(dim=1, keepdim=True)).masked_fill(even, 0)  # (P, G)
+    if kind == "grpo":
+        return centered / (rewards.std(dim=1, keepdim=True) + 1e-4)
+    return centered * rewards.shape[1] / (rewards.shape[1] - 1) if kind == "rloo" else centered
+
+
+def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+    """PPO's clipped loss of each token (arXiv 1707.06347, equation 7), and whether it is clipped: (N,) each.
+
+    log_probs, old: log-probabilities of the sampled tokens now and when they were sampled, (N,) each.
+    advantages: of the answer that each token is in, (N,). A clipped token has no gradient.
+    """
+    ratio = (log_probs - old).exp()
+    clipped = ratio.clamp(1 - clip, 1 + clip)
+    return -torch.minimum(ratio * advantages, clipped * advantages), ratio * advantages > clipped * advantages
+
+
+def kl_estimate(log_probs: Tensor, reference: Tensor) -> Tensor:
+    """The KL divergence from the reference, estimated at each sampled token, (N,): never negative.
+
+    The estimator "k3", r - 1 - log r with r = p_reference / p (Schulman, joschu.net/blog/kl-approx, 2020).
+    """
+    log_ratio = reference - log_probs
+    return log_ratio.exp() - 1 - log_ratio

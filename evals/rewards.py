@@ -1,0 +1,147 @@
+"""What an answer is worth in reinforcement learning: whether it is right, or a user's own measure.
+
+    reward = Reward("answer")
+    reward.terms(prompt, message)                    # {"answer": 1.0}; the reward is the sum of the terms
+    reward = Reward("my_reward.py:score")            # def score(prompt, answer, row): return 1.0
+
+`score` gets the messages of the prompt, the model's last message ({"role", "content"} and perhaps "thought")
+and the row, and returns a number or {name: number}. It must be a pure function. The file is executed, so use
+only files that you trust. An exception, a value that is no finite number, or a call that takes longer than
+reward_seconds ends the run with one line. An answer that was cut by the length limit is worth 0.
+"""
+
+import copy
+import math
+import numbers
+import re
+import runpy
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+from configurator import UserError
+from dataset.conversations import Message
+from dataset.prompts import LETTERS, Prompt
+from dataset.sources import Skip
+from evals.tasks.gsm8k import flexible, strict
+from formats.files import file_sha256
+
+BUILT_IN = "answer"
+
+
+# ---- Right answers ----------------------------------------------------------------------------------------
+
+def right_letter(row: dict[str, Any]) -> str:
+    """The letter of the right choice: `answer` is its index, its letter or its text. Raises ValueError."""
+    choices, answer = row["choices"], row.get("answer")
+    if type(answer) is not int:
+        answer = choices.index(answer) if answer in choices else LETTERS.index(str(answer))
+    if not 0 <= answer < min(len(choices), len(LETTERS)):
+        raise ValueError(f"the answer {answer} is no choice")
+    return LETTERS[answer]
+
+
+def require_reference(row: dict[str, Any]) -> None:
+    """Raise Skip unless `is_right` can check answers to this row."""
+    answer = row.get("answer")
+    try:
+        if row.get("choices"):
+            right_letter(row)
+        elif "regex" in row:
+            re.compile(row["regex"])
+        elif not isinstance(answer, str | int | float) or not str(answer).strip():
+            raise ValueError("no answer, regex or choices")
+        elif "####" in str(answer) and strict(str(answer)) is None:
+            raise ValueError("no number after ####")
+    except (ValueError, TypeError, re.error) as error:
+        raise Skip(f"no reference answer ({error})") from None
+
+
+def is_right(row: dict[str, Any], message: Message) -> bool:
+    """Whether an answer agrees with the reference in the row (dataset/prompts.py lists the forms)."""
+    content, answer = message["content"], str(row.get("answer")).strip()
+    if {"cut", "malformed"} & message.keys():
+        return False
+    if row.get("choices"):
+        letter = re.match(r"\W*([A-Z])\b", content)
+        return letter is not None and letter[1] == right_letter(row)
+    if "regex" in row:
+        return re.fullmatch(row["regex"], content) is not None
+    if "####" in answer:
+        return flexible(content) == strict(answer)
+    return content == answer
+
+
+def is_well_formed(row: dict[str, Any], message: Message) -> bool:
+    """Whether an answer, right or wrong, has an end, closed thoughts, and content of the right kind."""
+    if {"cut", "malformed"} & message.keys():
+        return False
+    if row.get("choices"):
+        return re.match(r"\W*([A-Z])\b", message["content"]) is not None
+    if "####" in str(row.get("answer")):
+        return flexible(message["content"]) is not None
+    return bool(message["content"])
+
+
+# ---- The reward -------------------------------------------------------------------------------------------
+
+def load_function(spec: str) -> Any:
+    """The function of "file.py:function". Raises UserError if there is none."""
+    path, _, name = spec.rpartition(":")
+    if not path.endswith(".py") or not Path(path).is_file():
+        raise UserError(f"reward={spec}: must be {BUILT_IN} or an existing file.py:function")
+    try:
+        function = runpy.run_path(path).get(name)
+    except (Exception, SystemExit) as error:
+        raise UserError(f"reward={spec}: {type(error).__name__}: {error}") from None
+    if not callable(function):
+        raise UserError(f"reward={spec}: {path} has no function {name!r}")
+    return function
+
+
+class Reward:
+    """Compares answers with references, or calls the user's function. `identity` is the hash of its file."""
+
+    def __init__(self, spec: str = BUILT_IN, seconds: float = 10.0):
+        """spec: "answer" or "file.py:function". seconds: that a call of the user's function may take."""
+        self.spec, self.seconds = spec, seconds
+        self.function = None if spec == BUILT_IN else load_function(spec)
+        self.identity = file_sha256(Path(spec.rpartition(":")[0])) if self.function else ""
+
+    def terms(self, prompt: Prompt, message: Message) -> dict[str, float]:
+        """{name: value}, whose sum is the reward of an answer."""
+        if self.function is None:
+            return {"answer": float(is_right(prompt.row, message))}
+        return {} if "cut" in message else self.custom(prompt, message)
+
+    def custom(self, prompt: Prompt, message: Message) -> dict[str, float]:
+        """What the user's function returns. Raises UserError, in one line, if it fails."""
+        try:
+            value = self.call(prompt, message)
+            terms = value if isinstance(value, dict) else {"custom": value}
+            for name, each in terms.items():
+                if not isinstance(name, str) or not isinstance(each, numbers.Real) or not math.isfinite(each):
+                    raise TypeError(f"returned {value!r}, which is no finite number or dict of them")
+        except (Exception, SystemExit) as error:
+            question = " ".join(prompt.messages[-1]["content"].split())[:60]
+            reason = " ".join(str(error).split())[:300]
+            raise UserError(f"reward={self.spec}: {type(error).__name__}: {reason} (prompt: {question})") \
+                from None
+        return {name: float(each) for name, each in terms.items()}
+
+    def call(self, prompt: Prompt, message: Message) -> Any:
+        """The user's function on copies, so that it cannot change the data. Raises TimeoutError."""
+        def stop(number: int, frame: Any) -> None:
+            raise TimeoutError(f"took longer than reward_seconds={self.seconds:g}")
+
+        arguments = copy.deepcopy((prompt.messages, message, prompt.row))
+        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
+            return self.function(*arguments)  # only the main thread on Unix can be interrupted
+        before = signal.signal(signal.SIGALRM, stop)
+        signal.setitimer(signal.ITIMER_REAL, self.seconds)
+        try:
+            return self.function(*arguments)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)

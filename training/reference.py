@@ -1,0 +1,49 @@
+"""The frozen reference of a policy: the model that it starts from, for DPO and for a KL penalty.
+
+    reference = ReferenceModel(policy, "out/sft", "device", run.device, torch.float32)
+    log_probs = reference.compute(lambda model: answer_log_probs(model, batch))
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from formats import hf
+from model import GPT
+from training.lora import AdaptedGPT
+
+
+class ReferenceModel:
+    """A second model in memory, or the policy itself with its adapter switched off."""
+
+    def __init__(self, policy: GPT, source: str, adapter_off: bool, device: torch.device,
+                 dtype: torch.dtype):
+        """source: the folder or hub id that the policy starts from. device, dtype: where the second model
+        is, and the dtype of its matrix products."""
+        self.policy, self.source, self.adapter_off = policy, source, adapter_off
+        self.device, self.dtype = device, dtype
+        self.model: GPT | None = None  # loaded when it is needed
+
+    def load(self) -> GPT:
+        """The frozen model, with the policy's vocabulary."""
+        if self.model is None:
+            with torch.device("meta"):
+                model = GPT(self.policy.config)
+            model.to_empty(device=self.device)
+            model.load(hf.find_folder(self.source))
+            self.model = model.eval().requires_grad_(False)
+        return self.model
+
+    @torch.no_grad()
+    def compute(self, function: Callable[[GPT], Any]) -> Any:
+        """function(reference), without gradients."""
+        if isinstance(self.policy, AdaptedGPT) and self.adapter_off:
+            self.policy.use_adapter(False)
+            try:
+                return function(self.policy)
+            finally:
+                self.policy.use_adapter(True)
+        # The same precision as in training: a difference would look like a preference.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return function(self.load())
