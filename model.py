@@ -29,10 +29,10 @@ from torch.utils.checkpoint import checkpoint
 
 from configurator import UserError, coerce_field, require, require_positive
 from formats import hf
-from formats.weights import load_into, save_model, stored_tensors
+from formats.weights import load_into, save_model
 from modeling.attention import Mask, attend, mask_and_positions
 from modeling.devices import named_generator, shard_like
-from modeling.kv_cache import KVCache
+from modeling.kv_cache import KVCache, Store
 from modeling.rope import Rope, RotaryTables, rope_frequencies
 from modeling.ternary import TernaryLinear
 
@@ -144,8 +144,7 @@ def rotate(x: Tensor, rope: Rope) -> Tensor:
 class Attention(nn.Module):
     """Causal self-attention with grouped queries (GQA, arXiv 2305.13245): H / K query heads share k and v."""
 
-    def __init__(self, config: GPTConfig, layer: int):
-        """layer: this block's number, under which the cache keeps its keys and values."""
+    def __init__(self, config: GPTConfig):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
         self.q_proj = make_linear(config, C, H * D, bias=config.bias != "none")
@@ -154,15 +153,15 @@ class Attention(nn.Module):
         self.o_proj = make_linear(config, H * D, C, bias=config.bias == "all")
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.layer, self.head_dim, self.dropout = layer, D, config.dropout
+        self.head_dim, self.dropout = D, config.dropout
         self.qkv_hook: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
     def register_qkv_hook(self, hook: Callable[[Tensor, Tensor, Tensor], None]) -> None:
         """Call hook(q, k, v), (B, heads, T, D) each, in every forward pass. Layer losses need these heads."""
         self.qkv_hook = hook
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None) -> Tensor:
-        """x (B, T, C) -> (B, T, C)."""
+    def forward(self, x: Tensor, rope: Rope | None, mask: Mask, store: Store | None) -> Tensor:
+        """x (B, T, C) -> (B, T, C). store: this layer's part of the cache in generation."""
         B, T, _ = x.shape
         # Queries, keys and values of all heads. The kernel wants the head dimension before time.
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
@@ -172,8 +171,8 @@ class Attention(nn.Module):
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         # In generation, the cache adds the keys and values of the tokens it has already seen.
-        if cache is not None:
-            k, v = cache.update(self.layer, k, v)  # (B, K, S, D)
+        if store is not None:
+            k, v = store(k, v)  # (B, K, S, D)
         if self.qkv_hook is not None:
             self.qkv_hook(q, k, v)
         # Each query takes a weighted mean of the values: softmax(q k^T / sqrt(D)) v.
@@ -204,16 +203,16 @@ class Block(nn.Module):
     Both are residual branches: they read the normalised stream and add their output to it.
     """
 
-    def __init__(self, config: GPTConfig, layer: int):
+    def __init__(self, config: GPTConfig):
         super().__init__()
         self.input_layernorm = make_norm(config)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
         self.mlp = MLP(config)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x: Tensor, rope: Rope | None, mask: Mask, cache: KVCache | None) -> Tensor:
-        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, cache))
+    def forward(self, x: Tensor, rope: Rope | None, mask: Mask, store: Store | None) -> Tensor:
+        x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, store))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
 
@@ -233,7 +232,7 @@ class GPT(nn.Module):
         self.source = "the model"  # the folder of its weights, for messages
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
-            "layers": nn.ModuleList(Block(config, layer) for layer in range(config.n_layer)),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
             "norm": make_norm(config)})
         if config.position == "learned":
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
@@ -275,11 +274,12 @@ class GPT(nn.Module):
         rope = self.rope(positions) if self.rope is not None else None
         x = self.dropout(x)
         # The residual stream x passes through the blocks; each adds to it.
-        for block in self.model["layers"]:
+        for layer, block in enumerate(self.model["layers"]):
+            store = None if cache is None else cache.layer(layer)
             if self.checkpoint_activations and self.training:
-                x = checkpoint(block, x, rope, mask, cache, use_reentrant=False)
+                x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
             else:
-                x = block(x, rope, mask, cache)
+                x = block(x, rope, mask, store)
         x = self.model["norm"](x)
         # The loss head of training never materialises the (B, T, V) logits.
         if head is not None:
@@ -379,7 +379,7 @@ class GPT(nn.Module):
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """Yield the (parameter name, tensor) pairs that `load` copies; subclasses add theirs."""
-        return stored_tensors(folder, self.config)
+        return hf.read_tensors(folder)
 
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:

@@ -17,13 +17,18 @@ StepCache gives compiled decoding steps equal shapes. Shapes: B rows, T tokens o
 slots that queries see, D head_dim.
 """
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from modeling.attention import Positions
+
+# Stores the k and v of new tokens in one layer, (B, K, T, D) each; returns what to attend to, (B, K, S, D) each.
+Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STEP_SLOTS = 128  # StepCache: the visible slots are a multiple of this number
 
@@ -68,6 +73,10 @@ class KVCache:
         self.slots = lengths[:, None] + torch.arange(T, device=device)  # (B, T)
         keys = torch.arange(self.used + T, device=device)  # (S,)
         return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
+
+    def layer(self, layer: int) -> Store:
+        """Return what a layer calls to store its keys and values."""
+        return functools.partial(self.update, layer)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, K, T, D), in the reserved slots; return what to attend to, (B, K, S, D) each."""
