@@ -28,6 +28,7 @@ from evals.benchmarks import read
 from evals.lm import LM
 from formats import hf
 from formats.tokenizer import Tokenizer
+from model import GPT
 
 NEAR_TIE = 1e-4  # nats between the two best choices
 
@@ -80,9 +81,13 @@ def run_ours(model: str, folder: str, task: str) -> dict[str, Any]:
 # ---- The comparison ---------------------------------------------------------------------------------------
 
 def write_model(cfg: Config, folder: Path) -> None:
-    """Copy the user's model, or write a random Llama with a tokenizer trained on English."""
+    """Copy the user's model, as float32 if it is a GGUF file, or write a random Llama with a tokenizer."""
+    if cfg.model and (source := hf.find_folder(cfg.model)).is_dir():
+        shutil.copytree(source, folder)
+        return
     if cfg.model:
-        shutil.copytree(hf.find_folder(cfg.model), folder)
+        GPT.from_pretrained(source).save_pretrained(folder, eos_token_id=hf.end_ids(source))
+        Tokenizer.load(source).save(folder)
         return
     tokenizer = Tokenizer.train([row["question"] for row in read(cfg.data, "mmlu", "")], 8192)
     post.write_model(folder, tokenizer, n_layer=6, n_embd=320, block_size=cfg.block_size)

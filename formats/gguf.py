@@ -2,13 +2,12 @@
 
     require_supported(config)                                # UserError names what llama.cpp cannot compute
     infos = write(path, config, state, metadata, "q4_k_m")   # state: by our names; metadata: of the tokenizer
-    for name, tensor in read_tensors(path, config): ...      # our names again, in float32
 
 A GGUF file (docs/gguf.md of ggml) contains metadata, then named tensors, each in blocks of one type. The
 package gguf writes the container. An architecture says how to read the tensors. For example, llama.cpp's
 `llama` rotates neighbouring rows of q and k, where ours, like Hugging Face's, rotates row i with row i + D/2.
-So these rows are reordered. formats/gguf_tokenizer.py has the tokenizer and formats/kquants.py the types of 4
-to 6 bits.
+So these rows are reordered. formats/gguf_reader.py reads files, formats/gguf_tokenizer.py has the tokenizer,
+and formats/kquants.py the types of 4 to 6 bits.
 
     f32, f16, bf16, q8_0, q6_k    all matrices have that type
     q4_k_m                        Q4_K; Q6_K for the table that makes the logits and for half of the layers'
@@ -35,6 +34,7 @@ from tqdm import tqdm
 from configurator import UserError
 from formats import hf, kquants
 from formats.files import path_in_errors
+from formats.gguf_reader import FUSED, GPT2_KEYS, LAYER_NAMES, LLAMA_KEYS, NAMES
 from formats.hf import GPTConfig
 from modeling.rope import rope_frequencies, yarn_factor
 
@@ -45,16 +45,6 @@ KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "
 BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q5_0": (32, 22), "Q5_1": (32, 24),
           "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # from blocks of 256 to blocks of 32
-# {our module: GGUF's}, outside and inside a layer
-NAMES = {"model.embed_tokens": "token_embd", "model.embed_positions": "position_embd",
-         "model.norm": "output_norm", "lm_head": "output"}
-LAYER_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-               "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-               "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-               "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-               "mlp.down_proj": "ffn_down"}
-OUR_NAMES = {theirs: ours for ours, theirs in (NAMES | LAYER_NAMES).items()}
-FUSED = ("attn_q", "attn_k", "attn_v")  # in gpt2 these are one tensor, attn_qkv
 
 
 # ---- Header -----------------------------------------------------------------------------------------------
@@ -80,16 +70,10 @@ def model_metadata(config: GPTConfig, kind: str) -> dict[str, Any]:
     """The header entries of the model: its sizes, its positions, and the type of most tensors."""
     import gguf
     arch = hf.architecture(config)
-    sizes = {"vocab_size": config.vocab_size, "context_length": config.block_size,
-             "embedding_length": config.n_embd, "block_count": config.n_layer,
-             "feed_forward_length": config.intermediate_size, "attention.head_count": config.n_head,
-             "attention.head_count_kv": config.n_kv_head}
-    if arch == "gpt2":
-        sizes["attention.layer_norm_epsilon"] = config.norm_eps
-    else:
-        sizes |= {"attention.layer_norm_rms_epsilon": config.norm_eps, "rope.freq_base": config.rope_theta,
-                  "rope.dimension_count": config.head_dim, "attention.key_length": config.head_dim,
-                  "attention.value_length": config.head_dim}
+    keys = GPT2_KEYS if arch == "gpt2" else LLAMA_KEYS
+    sizes = {key: getattr(config, ours) for key, ours in keys.items()} | {"vocab_size": config.vocab_size}
+    if arch != "gpt2":
+        sizes |= {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
     if config.rope_scaling and config.rope_scaling["rope_type"] == "yarn":
         factor = float(config.rope_scaling["factor"])
         usual = yarn_factor({"factor": factor})  # llama.cpp computes this one itself
@@ -110,11 +94,6 @@ def interleave_pairs(tensor: Tensor, head_dim: int) -> Tensor:
     With D = 4, rows 0 1 2 3 | 4 5 6 7 of two heads become 0 2 1 3 | 4 6 5 7.
     """
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
-
-
-def separate_pairs(tensor: Tensor, head_dim: int) -> Tensor:
-    """The inverse of `interleave_pairs`."""
-    return tensor.unflatten(0, (-1, head_dim // 2, 2)).transpose(1, 2).reshape(tensor.shape)
 
 
 def rename_tensors(config: GPTConfig, state: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -141,20 +120,6 @@ def rename_tensors(config: GPTConfig, state: dict[str, Tensor]) -> Iterator[tupl
         plain, _ = rope_frequencies(config.head_dim, config.rope_theta, None)
         scaled, _ = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         yield "rope_freqs.weight", plain / scaled  # (D/2,)
-
-
-def our_tensors(name: str, tensor: Tensor, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield one tensor of a file under our names: the inverse of `rename_tensors`."""
-    theirs, _, kind = name.rpartition(".")
-    layer = re.match(r"blk\.(\d+)\.", theirs)
-    prefix, theirs = (f"model.layers.{layer[1]}.", theirs[layer.end():]) if layer else ("", theirs)
-    parts = {theirs: tensor}
-    if theirs == "attn_qkv":
-        parts = dict(zip(FUSED, tensor.chunk(3), strict=True))  # (3 C, ..) -> three (C, ..)
-    elif hf.architecture(config) == "llama" and theirs in ("attn_q", "attn_k"):
-        parts = {theirs: separate_pairs(tensor, config.head_dim)}
-    for part, values in parts.items():
-        yield f"{prefix}{OUR_NAMES.get(part, part)}.{kind}", values  # loading refuses an unknown name
 
 
 # ---- Types ------------------------------------------------------------------------------------------------
@@ -243,23 +208,6 @@ def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dic
         finally:
             writer.close()
     return infos
-
-
-def read_tensors(path: Path, config: GPTConfig) -> Iterator[tuple[str, Tensor]]:
-    """Yield (our name, float32 tensor) for everything in a file that `write` made.
-
-    The inverse of `write`, except for the rounding of its types. config: the model's configuration. Raises
-    UserError for a file that is not a GGUF file.
-    """
-    import gguf
-    try:
-        stored = gguf.GGUFReader(path).tensors
-    except (ValueError, KeyError, IndexError) as error:
-        raise UserError(f"{path}: not a GGUF file ({error})") from None
-    for each in stored:
-        if each.name != "rope_freqs.weight":  # follows from config
-            values = gguf.quants.dequantize(each.data, each.tensor_type).reshape(tuple(reversed(each.shape)))
-            yield from our_tensors(each.name, torch.from_numpy(np.array(values, dtype=np.float32)), config)
 
 
 def type_table(infos: list[TensorInfo]) -> str:

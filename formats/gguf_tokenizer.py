@@ -10,12 +10,11 @@ from typing import Any
 
 from configurator import UserError
 from formats.chat_format import chat_prefix, end_of_turn
-from formats.tokenizer import GPT2_SPLIT, QWEN2_SPLIT, Tokenizer, split_pattern
+from formats.splits import SPLITS
+from formats.tokenizer import Tokenizer, split_pattern
 
-# Llama 3 splits as Qwen2 does, but keeps up to three digits together.
-LLAMA3_SPLIT = QWEN2_SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|", 1)
 # {pattern: llama.cpp's name}. Only llama-bpe ignores the merges for a word that is a token itself.
-SPLITS = {GPT2_SPLIT: "gpt-2", QWEN2_SPLIT: "qwen2", LLAMA3_SPLIT: "llama-bpe"}
+NAMES = {SPLITS[name][0]: name for name in ("gpt-2", "qwen2", "llama-bpe")}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
@@ -31,10 +30,10 @@ def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:
         raise UserError(f"{place}: cannot export a tokenizer of type {kind} to GGUF; only byte-level BPE is "
                         "supported")
     pattern = split_pattern(definition.get("pre_tokenizer"))
-    name = SPLITS.get(pattern or "")
+    name = NAMES.get(pattern or "")
     if name is None or bool(model.get("ignore_merges")) != (name == "llama-bpe"):
         raise UserError(f"{place}: its tokenizer splits text in a way that llama.cpp does not know (only "
-                        f"{', '.join(SPLITS.values())}): {pattern or definition.get('pre_tokenizer')}")
+                        f"{', '.join(NAMES.values())}): {pattern or definition.get('pre_tokenizer')}")
     return name
 
 
@@ -44,7 +43,7 @@ def special_ids(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
     add_bos_token makes it begin every prompt with bos_token, as our texts and conversations begin.
     """
     pad = tokenizer.hf.token_to_id(tokenizer.named_token("pad_token") or "")
-    ids = {"eos": tokenizer.eot_id, "bos": tokenizer.bos_id, "pad": pad, "eot": end_of_turn(tokenizer)}
+    ids = {"eos": tokenizer.eot_id, "bos": tokenizer.bos_id, "padding": pad, "eot": end_of_turn(tokenizer)}
     if tokenizer.prefix_ids not in ([], [tokenizer.bos_id]):
         raise UserError(f"{place}: its tokenizer puts {tokenizer.prefix_ids} before a text; GGUF allows only "
                         "one token there, bos_token")

@@ -1,6 +1,6 @@
 """Hugging Face's layout on disk: config.json, tensor names and safetensors, for the architectures we know.
 
-    folder = find_folder("out/base")            # a model folder, an out_dir, a GGUF file of ours, or a hub id
+    folder = find_folder("out/base")            # a model folder, an out_dir, a GGUF file, or a hub id
     fields = read_config(folder)                # GPTConfig's fields; UserError names what is not supported
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
     save_folder(folder, config, state, ids)     # what transformers' from_pretrained reads
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from configurator import UserError
-from formats import checkpoint, peft
+from formats import checkpoint, gguf_reader, peft
 from formats.files import file_sha256, read_json, require_utf8_name, write_tensors
 from modeling import ternary
 
@@ -100,14 +100,15 @@ def home(model: Path) -> Path:
 def find_folder(path: str | Path) -> Path:
     """The folder of a model: `path` itself, the best checkpoint of an out_dir, or a download from the hub.
 
-    A GGUF file that export.py wrote is returned as it is; functions that take a model's folder take it too.
+    A GGUF file is returned as it is, and for a folder with nothing but a GGUF file that file is returned:
+    functions that take a model's folder take it too.
     """
     path = Path(path)
     require_utf8_name(str(path), "rename the folder")
-    if path.suffix == ".gguf" and path.is_file() and not (path.parent / "config.json").is_file():
-        raise UserError(f"{path}: no config.json next to it; only the GGUF files of export.py are read")
-    if is_model(home(path)):
+    if is_model(home(path)) or gguf_reader.is_alone(path):
         return path
+    if path.is_dir() and (file := gguf_of(path)):
+        return file
     if (path / "checkpoints.json").is_file():
         return best_checkpoint(path)
     # A hub id is "name" or "owner/name". If the parent folder exists, the path is a typing mistake instead.
@@ -163,7 +164,7 @@ def config_sha256(folder: Path) -> str:
     include the scale, and the whole base model.
     """
     if not peft.is_adapter(folder):
-        return file_sha256(home(folder) / "config.json")
+        return file_sha256(folder if gguf_reader.is_alone(folder) else home(folder) / "config.json")
     parts = file_sha256(folder / peft.CONFIG) + model_sha256(base_folder(folder))
     return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -223,8 +224,8 @@ def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
 def with_sizes(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     """The fields, if every size is an integer that a model can have, or None. Raises UserError.
 
-    path: of config.json. If weights are next to it, sizes that they cannot fill are refused too, so that no
-    memory is allocated for them.
+    path: of config.json or a GGUF file. If weights are next to it, sizes that they cannot fill are refused
+    too, so that no memory is allocated for them.
     """
     for key in sorted(SIZES):
         value = fields.get(key)
@@ -237,7 +238,7 @@ def with_sizes(fields: dict[str, Any], path: Path) -> dict[str, Any]:
     weights = size["n_embd"] * (rows + size["n_layer"] * layer)  # at least
     files = [file for kind in ("*.safetensors", "*.gguf") for file in path.parent.glob(kind)]
     stored = sum(file.stat().st_size for file in files)
-    if files and weights > 4 * stored:  # no format has more than 4 weights per byte
+    if files and weights > 6 * stored:  # no format has more than 6 weights per byte
         raise UserError(f"{path}: describes {weights:,} weights or more, but its files have {stored:,} bytes")
     return fields
 
@@ -252,6 +253,8 @@ def read_config(folder: Path) -> dict[str, Any]:
                   if name in VOCABULARY_TABLES]
         fields = read_config(base_folder(folder))
         return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
+    if gguf_reader.is_alone(folder):
+        return with_sizes(gguf_reader.read_config(folder), folder)
     path = home(folder) / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
@@ -272,6 +275,8 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def end_ids(folder: Path) -> list[int]:
     """The EOS ids in generation_config.json or, if it has none, in config.json: none, one or several."""
+    if gguf_reader.is_alone(folder):
+        return gguf_reader.end_ids(folder)
     for name in ("generation_config.json", "config.json"):
         path = home(folder) / name
         ids = read_json(path).get("eos_token_id")
@@ -449,6 +454,9 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
     require_intact(folder)
     if peft.is_adapter(folder):
         yield from peft.merge_adapter(folder, read_tensors(base_folder(folder, verify=True)))
+        return
+    if file := gguf_of(folder):
+        yield from gguf_reader.read_tensors(file)
         return
     for file in weight_files(folder):
         yield from read_file(file, is_packed(folder))

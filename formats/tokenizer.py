@@ -26,16 +26,13 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configurator import UserError
+from formats import gguf_reader
 from formats.files import read_json
+from formats.splits import GPT2_SPLIT, QWEN2_SPLIT
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"  # in chats (formats/chat_format.py)
-# How a text is split before merging. Qwen2 splits off each digit, allows one punctuation mark in front of a
-# word, and keeps newlines apart from other white space.
-QWEN2_SPLIT = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-               r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 MAX_ID = 2**24  # no vocabulary is larger; a damaged file may have an id for which no memory is enough
-GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 # Byte-level files spell each byte of a token as one printable letter, by GPT-2's table. Printable bytes are
 # their own letter; the n-th of the other bytes is the letter with code 256 + n.
@@ -304,15 +301,18 @@ class Tokenizer:
 
     @classmethod
     def load(cls, source: str | Path) -> "Tokenizer":
-        """Load `gpt2`, a folder that contains tokenizer.json, or such a file. Raises UserError otherwise."""
+        """Load `gpt2`, a folder with tokenizer.json, such a file, or a GGUF file. UserError otherwise."""
         if str(source) == "gpt2":
             return cls(gpt2_definition())
         path = Path(source)
+        if gguf_reader.is_alone(path):
+            with library_errors(path):
+                return cls(*gguf_reader.tokenizer(path))
         path = path.parent if path.suffix == ".gguf" else path  # a file of export.py, next to its tokenizer
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             hint = ("copy the model's into its folder" if Path(source).is_dir() else
-                    "give gpt2, or a folder with tokenizer.json")
+                    "give gpt2, a .gguf file, or a folder with tokenizer.json")
             raise UserError(f"{path}: no tokenizer there ({hint})")
         config, template = path.with_name("tokenizer_config.json"), path.with_name("chat_template.jinja")
         definition, settings = read_json(path), read_json(config)

@@ -1,14 +1,14 @@
 """Load and save a model's parameters, for GPT.load and GPT.save_pretrained.
 
-    load_into(model, model.config, folder, stored_tensors(folder, model.config))
+    load_into(model, model.config, folder, hf.read_tensors(folder))
     save_model(model, model.config, folder, eos_token_id=7)
 
-Reads a folder's safetensors (formats/hf.py; a LoRA adapter is merged into its base) or its one GGUF file
-(formats/gguf.py). Writes config.json, generation_config.json and model.safetensors as transformers does.
+formats/hf.py reads the tensors, from safetensors or a GGUF file; a LoRA adapter is merged into its base.
+`save_model` writes config.json, generation_config.json and model.safetensors as transformers does.
 In memory the tables of token ids are padded to P rows; files hold the V rows that are token ids.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,15 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from configurator import UserError
-from formats import gguf, hf
+from formats import hf
 from modeling.devices import gather_full, shard_like
 from modeling.ternary import TernaryLinear
-
-
-def stored_tensors(folder: Path, config: Any) -> Iterator[tuple[str, Tensor]]:
-    """Yield (our parameter name, tensor) for everything that a model folder stores. config: its GPTConfig."""
-    file = hf.gguf_of(folder)
-    return gguf.read_tensors(file, config) if file else hf.read_tensors(folder)
 
 
 def fit_table(table: Tensor, stored_rows: int, config: Any) -> Tensor:

@@ -17,7 +17,9 @@ from configurator import UserError
 from formats import gguf as gguf_file
 from formats import hf
 from formats.chat_format import CHAT_TOKENS, encode_prompt, with_chat_tokens
-from formats.gguf_tokenizer import LLAMA3_SPLIT, vocabulary
+from formats.gguf_reader import read_tensors, separate_pairs
+from formats.gguf_tokenizer import vocabulary
+from formats.splits import LLAMA3_SPLIT
 from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
 from model import GPT
@@ -106,7 +108,7 @@ def test_every_weight_comes_back(name, tokenizer, tmp_path):
     model = model_of(**SHAPES[name])
     gguf_file.require_supported(model.config)  # must not raise
     write(tmp_path / "m.gguf", model, tokenizer)
-    read = dict(gguf_file.read_tensors(tmp_path / "m.gguf", model.config))
+    read = dict(read_tensors(tmp_path / "m.gguf"))
     expected = state_of(model)
     assert read.keys() == expected.keys()
     for key, value in expected.items():
@@ -117,7 +119,7 @@ def test_rows_of_a_head_by_hand():
     """The pairs (0, 2) and (1, 3) of each head of four rows become neighbours."""
     rows = torch.arange(8.0)
     assert gguf_file.interleave_pairs(rows, 4).tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
-    assert gguf_file.separate_pairs(gguf_file.interleave_pairs(rows, 4), 4).tolist() == rows.tolist()
+    assert separate_pairs(gguf_file.interleave_pairs(rows, 4), 4).tolist() == rows.tolist()
 
 
 def test_only_llamas_rows_are_reordered(tokenizer, tmp_path):
@@ -207,7 +209,7 @@ def test_the_table_of_types(tokenizer, tmp_path):
     table = gguf_file.type_table(infos)
     assert "ffn_down.weight (1 x): rows of 40 do not divide into blocks of Q6_K, so F16" in table
     assert f"{sum(each.bytes for each in infos):,}" in table.splitlines()[5]
-    for name, tensor in gguf_file.read_tensors(tmp_path / "m.gguf", model.config):
+    for name, tensor in read_tensors(tmp_path / "m.gguf"):
         expected = model.state_dict()[name][:len(tensor)]
         assert (tensor - expected).norm() < 0.05 * expected.norm(), name
 
@@ -250,7 +252,7 @@ def test_more_tokens_than_rows(tokenizer):
 def test_a_file_that_is_not_gguf(tmp_path):
     (tmp_path / "m.gguf").write_bytes(b"not a model" * 9)
     with pytest.raises(UserError, match="not a GGUF file"):
-        list(gguf_file.read_tensors(tmp_path / "m.gguf", tiny_config()))
+        list(read_tensors(tmp_path / "m.gguf"))
 
 
 # ---- A real llama.cpp -------------------------------------------------------------------------------------
@@ -286,7 +288,7 @@ def test_llama_cpp_computes_every_type(kind, most, tokenizer, tmp_path):
         theirs = log_probs(server, ids, 500)
     rounded = GPT(model.config).eval()
     with torch.no_grad():
-        for key, tensor in gguf_file.read_tensors(tmp_path / "m.gguf", model.config):
+        for key, tensor in read_tensors(tmp_path / "m.gguf"):
             rounded.get_parameter(key)[:len(tensor)] = tensor
         ours = rounded(torch.tensor([ids]))[0, -1].log_softmax(-1).numpy()
     assert abs(theirs - ours).max() < most and ours.std() > 0.8

@@ -179,9 +179,12 @@ def test_the_path_of_a_gguf_file_is_a_model(trained, tmp_path, capsys):
         assert torch.equal(GPT.from_pretrained(tmp_path / "again").eval()(IDS), two)
     with pytest.raises(UserError, match="made from other inputs"):
         export.main([f"--model={full}", f"--out={tmp_path / 'again'}", "--dtype=float32"])
+    # Without the other files of the export, its header has all that is needed.
     shutil.copy(full, tmp_path / "alone.gguf")
-    with pytest.raises(UserError, match="no config.json next to it; only the GGUF files of export.py"):
-        find_folder(tmp_path / "alone.gguf")
+    with torch.no_grad():
+        assert torch.equal(GPT.from_pretrained(tmp_path / "alone.gguf").eval()(IDS), expected)
+    assert sample.main([f"--model={tmp_path / 'alone.gguf'}", *words]) == 0
+    assert capsys.readouterr().out.endswith(texts[0])
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(folder):
