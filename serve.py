@@ -22,8 +22,8 @@ import asyncio
 import contextlib
 import hmac
 import ipaddress
+import itertools
 import json
-import os
 import secrets
 import signal
 import socket
@@ -206,7 +206,7 @@ class Server:
         body = await read_json(request)
         try:
             prompt, *sides = ([read_message(each) for each in body[key]] for key in ("prompt", "chosen", "rejected"))
-            shared = len(os.path.commonprefix(sides))
+            shared = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))])
             row = {"prompt": prompt + sides[0][:shared], "chosen": sides[0][shared:][:1],
                    "rejected": sides[1][shared:][:1]}
             preference(row)  # raises Skip for a row that prepare.py would not use

@@ -267,22 +267,23 @@ class Job:
     def is_done(self, new: list[int]) -> bool:
         if new[-1] in self.ends or not self.asked.stops:
             return new[-1] in self.ends
-        content = self.read(new)["content"]  # a stop text may begin or end within a token
+        content = self.read(new, False)["content"]  # a stop text may begin or end within a token
         return any(stop in content for stop in self.asked.stops)
 
-    def read(self, new: list[int]) -> Message:
+    def read(self, new: list[int], finished: bool) -> Message:
         """Generated ids as a message in our form. A completion has content only."""
         tokenizer = self.served.tokenizer
         if not self.is_chat:
             return {"content": tokenizer.decode([i for i in new if i not in self.ends], inside=True)}
-        # A thought that has not ended yet is a thought already.
+        # A thought that has not ended yet is a thought already. A call that has not may become one.
         message = read_answer(tokenizer, [*new, tokenizer.token_id(THOUGHT_END)])
-        return message | {"content": message["content"] + "".join(message.get("malformed", []))}
+        malformed = "".join(message.get("malformed", [])) if finished else ""
+        return message | {"content": message["content"] + malformed}
 
     def message(self, index: int, finished: bool) -> tuple[Message, str | None]:
         """A row's message so far in OpenAI's form, and its finish_reason once it is finished."""
         row, stops = self.rows[index], self.asked.stops
-        message = self.read(row.new)
+        message = self.read(row.new, finished)
         stopped = row.new[-1:] and row.new[-1] in self.ends or any(stop in message["content"] for stop in stops)
         reason = ("tool_calls" if message.get("tool_calls") else "stop") if stopped else "length"
         sent = {"role": "assistant", "content": visible_text(message["content"], stops, finished)}
