@@ -31,9 +31,9 @@ Left out: a value function, rewards from a model, sampling on other machines, pa
 
 import shlex
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -42,21 +42,19 @@ from torch import Tensor, nn
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.problems import FAMILIES
 from dataset.prompts import EMBEDDED, VALIDATION, Prompt, PromptSource
-from dataset.sources import find_files
 from evals.rewards import BUILT_IN, Reward, is_well_formed, require_reference
 from formats import hf
-from formats.chat_format import encode_prompt, require_chat
+from formats.chat_format import require_chat
 from formats.checkpoint import folder_step, step_folders
-from formats.files import file_sha256, read_json, write_json
+from formats.files import read_json, write_json
 from formats.tokenizer import Tokenizer
-from generation.rollouts import Limits, Rollout, RolloutSampler
+from generation.rollouts import Group, Limits, Rollout, RolloutSampler, group_batch
 from generation.samples import log_text
 from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
-from training.lora import AdaptedGPT
 from training.losses import group_advantages, kl_estimate, linear_log_probs, policy_loss
 from training.reference import ReferenceModel
 from training.stages import Stage, configure_run, with_steps
@@ -159,130 +157,35 @@ def loss_fn(log_probs: Tensor, batch: dict[str, Any], reference: Tensor | None,
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-class Group(NamedTuple):
-    """The answers to one prompt, and the advantage of each."""
-
-    rollouts: list[Rollout]
-    advantages: list[float]
-
-
-def group_batch(groups: list[Group]) -> dict[str, Any]:
-    """Groups of answers as one row without padding, each prompt followed by its answers, as in pair_batch.
-
-    Returns {"input_ids": (1, N), "paths": (answers, S), "positions", "targets", "old", "advantages":
-    (targets,)}. Targets are the sampled tokens only; "old" has their log-probabilities when they were
-    sampled. One prompt p with the answers a, where a tool writes t after a0, and b:
-
-        slot         0   1   2   3   4   5
-        input_ids   p0  p1  a0  t0  t1  b0      an answer's last token is no input
-        paths       0 1 2 3 4                   positions   1  4   1  5
-                    0 1 5 5 5                   targets    a0 a1  b0 b1
-    """
-    inputs, paths, positions, targets, old, advantages = [], [], [], [], [], []
-    for group in groups:
-        prompt = group.rollouts[0].prompt
-        shared = list(range(len(inputs), len(inputs) + len(prompt)))
-        inputs += prompt
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
-            path = shared + list(range(len(inputs), len(inputs) + len(rollout.ids) - 1))
-            inputs += rollout.ids[:-1]
-            paths.append(path)
-            sampled = [place for place, is_sampled in enumerate(rollout.sampled) if is_sampled]
-            positions += [path[len(prompt) - 1 + place] for place in sampled]  # the token before predicts it
-            targets += [rollout.ids[place] for place in sampled]
-            old += [rollout.log_probs[place] for place in sampled]
-            advantages += [advantage] * len(sampled)
-    longest = max(map(len, paths))
-    paths = [path + path[-1:] * (longest - len(path)) for path in paths]
-    return {"input_ids": torch.tensor([inputs]), "paths": torch.tensor(paths),
-            "positions": torch.tensor(positions), "targets": torch.tensor(targets),
-            "old": torch.tensor(old), "advantages": torch.tensor(advantages)}  # float32 both
-
-
-class Prompts:
-    """The prompts of a run, with their token ids. Prompts of files that do not fit are left out."""
-
-    def __init__(self, cfg: GRPOConfig, tokenizer: Tokenizer):
-        """Raises UserError if a file cannot be read, or if no prompt fits block_size."""
-        check = require_reference if cfg.reward == BUILT_IN else lambda row: None
-        self.cfg, self.tokenizer = cfg, tokenizer
-        self.source = PromptSource(cfg.dataset, cfg.seed, check)
-        self.hashes, self.text = {}, f"data      prompts of {cfg.dataset}"
-        if cfg.dataset == EMBEDDED:
-            return
-        self.hashes = {str(path): file_sha256(path) for path in find_files(cfg.dataset, "dataset")[0]}
-        counts = self.source.keep(lambda prompt: len(self.encode(prompt)) <= cfg.block_size)
-        self.text += ": {:,} for training, {:,} for validation, {:,} left out".format(*counts)
-        self.text += f": longer than {cfg.block_size} tokens" if counts[2] else ""
-        if not all(counts[:2]):
-            raise UserError(f"dataset={cfg.dataset}: no prompts that fit block_size={cfg.block_size}")
-
-    def encode(self, prompt: Prompt) -> list[int]:
-        return encode_prompt(self.tokenizer, prompt.messages)
-
-    def at(self, number: int, cfg: GRPOConfig) -> tuple[Prompt, list[int]]:
-        """Prompt `number` and its ids. Raises UserError if it does not fit block_size."""
-        prompt = self.source.prompt(number, cfg.families, cfg.calculator)
-        ids = self.encode(prompt)
-        if len(ids) > cfg.block_size:
-            raise UserError(f"block_size={cfg.block_size}: a prompt has {len(ids)} tokens")
-        return prompt, ids
-
-    def steps_in_epoch(self, cfg: GRPOConfig) -> float:
-        """Steps that read every prompt once. Raises UserError for the embedded ones, which have no end."""
-        if cfg.dataset == EMBEDDED:
-            raise UserError("stages: the embedded problems have no epochs; count steps")
-        return len(self.source.train) / cfg.global_batch_size
-
-
-def first_prompt(stages: list[Stage[GRPOConfig]], step: int) -> int:
-    """The number of the first prompt of a step."""
-    return sum((min(step, stage.last) - stage.first) * stage.cfg.global_batch_size
-               for stage in stages if stage.first < step)
-
-
-def batches_at(stages: list[Stage[GRPOConfig]], prompts: Prompts, run: Run,
+def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
                step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step. The answers are sampled in the loss, with the current weights."""
     cfg = stage_at(stages, step).cfg
     begin = step - step % cfg.updates_per_rollout  # the step in which the answers are sampled
-    count = cfg.global_batch_size // run.world_size
-    first = first_prompt(stages, begin) + run.rank * count
-    numbers = list(range(first, first + count))
+    earlier = sum((min(begin, stage.last) - stage.first) * stage.cfg.global_batch_size
+                  for stage in stages if stage.first < begin)
+    count, size = cfg.global_batch_size // run.world_size, cfg.micro_batch_size
+    numbers = list(range(earlier + run.rank * count, earlier + (run.rank + 1) * count))
     batches = []
-    for start in range(0, count, cfg.micro_batch_size):
-        ids = [prompts.at(number, cfg)[1] for number in numbers[start:start + cfg.micro_batch_size]]
-        batches.append({"input_ids": torch.tensor([sum(ids, [])]), "count": len(ids) * cfg.group_size,
-                        "context": cfg.block_size, "step": step, "numbers": numbers,
-                        "part": start // cfg.micro_batch_size, "parts": count // cfg.micro_batch_size})
+    for part, start in enumerate(range(0, count, size)):
+        prompts = [source.prompt(number, cfg.families, cfg.calculator)
+                   for number in numbers[start:start + size]]
+        ids = torch.tensor([sum((prompt.ids for prompt in prompts), [])])  # (1, tokens)
+        batches.append({"input_ids": ids, "count": size * cfg.group_size, "context": cfg.block_size,
+                        "step": step, "numbers": numbers, "part": part, "parts": count // size})
     return batches
 
 
 # ---- Sampling and learning --------------------------------------------------------------------------------
 
-class Sampled(NamedTuple):
-    """One prompt, its answers, and the terms of each answer's reward."""
-
-    prompt: Prompt
-    rollouts: list[Rollout]
-    terms: list[dict[str, float]]
-
-    @property
-    def rewards(self) -> list[float]:
-        return [sum(terms.values()) for terms in self.terms]
-
-    @property
-    def is_even(self) -> bool:
-        return len(set(self.rewards)) == 1
-
-
 class PolicyGradient:
     """The loss of a batch. The first micro-batch of a step samples the answers for all of them."""
 
-    def __init__(self, stages: list[Stage[GRPOConfig]], model: GPT, prompts: Prompts, reward: Reward,
+    def __init__(self, stages: list[Stage[GRPOConfig]], model: GPT, source: PromptSource,
                  reference: ReferenceModel, run: Run):
-        self.stages, self.model, self.prompts, self.reward = stages, model, prompts, reward
-        self.reference, self.run = reference, run
+        self.stages, self.model, self.source, self.reference, self.run = stages, model, source, reference, run
+        self.tokenizer, cfg = source.tokenizer, stages[0].cfg
+        self.reward = Reward(cfg.reward, cfg.reward_seconds)
         self.begin = -1  # the step in which the answers below were sampled
         self.groups: list[Group] = []  # this rank's groups
         self.scale = 0.0  # answers per sampled token, over all ranks
@@ -309,47 +212,43 @@ class PolicyGradient:
     def log_probs(self, model: nn.Module, batch: dict[str, Any], cfg: GRPOConfig) -> Tensor:
         """`token_log_probs`, (targets,), returned where the batch is."""
         there = to_device(batch, next(model.parameters()).device)  # a reference may be on the CPU
-        found = token_log_probs(model, there, cfg.temperature, self.prompts.tokenizer.vocab_size)
+        found = token_log_probs(model, there, cfg.temperature, self.tokenizer.vocab_size)
         return found.to(batch["targets"].device)
 
     def begin_step(self, cfg: GRPOConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Sample the answers of a step, or keep those of an earlier one. Returns the sampling's metrics."""
-        updates, run = cfg.updates_per_rollout, self.run
-        begin = batch["step"] - batch["step"] % updates
-        path = run.out_dir / "rollouts" / f"{begin:06d}.json"
+        begin = batch["step"] - batch["step"] % cfg.updates_per_rollout
+        path, run, metrics = self.run.out_dir / "rollouts" / f"{begin:06d}.json", self.run, {}
         if batch["step"] == begin:
             metrics = self.roll_out(cfg, batch)
             # A run that is resumed between two updates no longer has the weights that sampled the answers.
-            if updates > 1:
-                ranks = run.gather([rollout_json(group) for group in self.groups])
-                run.run_on_rank0(lambda: save_rollouts(path, {"scale": self.scale, "ranks": ranks}, updates))
+            if cfg.updates_per_rollout > 1:
+                ranks = run.gather([asdict(group) for group in self.groups])
+                run.run_on_rank0(lambda: save_rollouts(path, {"scale": self.scale, "ranks": ranks}))
         elif self.begin != begin:
-            metrics, content = {}, run.run_on_rank0(lambda: read_json(path))
+            content = run.run_on_rank0(lambda: read_json(path))
             if len(content.get("ranks", [])) != run.world_size:
-                raise UserError(f"{path}: is missing or from another number of processes; "
-                                f"updates_per_rollout={updates} needs it to continue between two updates")
-            self.scale = content["scale"]
-            self.groups = [Group([Rollout(**each) for each in group["rollouts"]], group["advantages"])
-                           for group in content["ranks"][run.rank]]
-        else:
-            metrics = {}
+                raise UserError(f"{path}: is missing, or of another number of processes; a run with "
+                                "updates_per_rollout needs it to continue between two updates")
+            self.scale, groups = content["scale"], content["ranks"][run.rank]
+            self.groups = [Group([Rollout(**each) for each in group["rollouts"]], group["terms"],
+                                 group["advantages"]) for group in groups]
         self.begin = begin
         return metrics
 
-    def sample(self, cfg: GRPOConfig, numbers: list[int], group_size: int,
-               temperature: float) -> list[Sampled]:
+    def sample(self, cfg: GRPOConfig, numbers: list[int], group_size: int, temperature: float) -> list[Group]:
         """Answers to these prompts, with their rewards."""
-        prompts, ids = zip(*(self.prompts.at(number, cfg) for number in numbers), strict=True)
+        prompts = [self.source.prompt(number, cfg.families, cfg.calculator) for number in numbers]
         limits = Limits(max_new_tokens=cfg.max_new_tokens, block_size=cfg.block_size,
                         temperature=temperature, seed=cfg.seed)
         rows = [number * group_size + place for number in numbers for place in range(group_size)]
-        rollouts = RolloutSampler(self.model, self.prompts.tokenizer, limits).sample(
-            list(ids), rows, group_size, [prompt.offers_calculator for prompt in prompts])
+        rollouts = RolloutSampler(self.model, self.tokenizer, limits).sample(
+            [prompt.ids for prompt in prompts], rows, group_size, [prompt.has_tools for prompt in prompts])
         groups = [rollouts[first:first + group_size] for first in range(0, len(rollouts), group_size)]
-        return [Sampled(prompt, group, [self.terms(cfg, prompt, rollout) for rollout in group])
+        return [Group(group, [self.reward_terms(cfg, prompt, rollout) for rollout in group])
                 for prompt, group in zip(prompts, groups, strict=True)]
 
-    def terms(self, cfg: GRPOConfig, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
+    def reward_terms(self, cfg: GRPOConfig, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
         """{name: value}, whose sum is the reward of an answer."""
         terms = self.reward.terms(prompt, rollout.messages[-1])
         if cfg.format_weight:
@@ -358,71 +257,59 @@ class PolicyGradient:
             terms["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
         return terms
 
-    def sample_step(self, cfg: GRPOConfig, numbers: list[int]) -> tuple[list[Sampled], list[Sampled]]:
-        """(the samples of this rank's prompts, these and all that a refill has replaced)."""
-        samples = self.sample(cfg, numbers, cfg.group_size, cfg.temperature)
-        everything = list(samples)
-        for attempt in range(1, MOST_REFILLS + 1 if cfg.refill else 1):
-            even = [place for place, sample in enumerate(samples) if sample.is_even]
-            if not even:
-                break
-            others = self.sample(cfg, [numbers[place] + attempt * REFILL_STRIDE for place in even],
-                                 cfg.group_size, cfg.temperature)
-            everything += others
-            for place, sample in zip(even, others, strict=True):
-                samples[place] = sample
-        return samples, everything
-
     def roll_out(self, cfg: GRPOConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
         """Sample this rank's answers of a step, and compute their advantages. Returns metrics."""
-        begin = time.perf_counter()
-        learning = begin - self.sampling_ended if self.sampling_ended else 0.0
-        samples, everything = self.sample_step(cfg, batch["numbers"])
-        self.sampling_ended = time.perf_counter()
-        rewards = torch.tensor([sample.rewards for sample in samples], dtype=torch.float64)  # (P, G)
-        tokens = sum(rollout.num_sampled for sample in samples for rollout in sample.rollouts)
+        start, numbers = time.perf_counter(), batch["numbers"]
+        groups = self.sample(cfg, numbers, cfg.group_size, cfg.temperature)
+        replaced: list[Group] = []
+        for attempt in range(1, MOST_REFILLS + 1 if cfg.refill else 1):
+            if even := [place for place, group in enumerate(groups) if group.is_even]:
+                replaced += [groups[place] for place in even]
+                others = self.sample(cfg, [numbers[place] + attempt * REFILL_STRIDE for place in even],
+                                     cfg.group_size, cfg.temperature)
+                for place, group in zip(even, others, strict=True):
+                    groups[place] = group
+        end = time.perf_counter()
+        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # (P, G)
+        tokens = sum(rollout.num_sampled for group in groups for rollout in group.rollouts)
         all_tokens, reward, answers = self.run.sum([tokens, rewards.sum().item(), rewards.numel()])
-        self.scale = answers / all_tokens
+        self.scale, self.groups = answers / all_tokens, groups
         advantages = group_advantages(rewards, cfg.advantage, reward / answers).tolist()
-        self.groups = [Group(sample.rollouts, each) for sample, each in zip(samples, advantages, strict=True)]
-        seconds = {"sampling": self.sampling_ended - begin, "learning": learning}
-        return to_device(self.sampling_metrics(samples, everything, seconds), batch["input_ids"].device)
+        for group, values in zip(groups, advantages, strict=True):
+            group.advantages = values
+        learning = start - self.sampling_ended if self.sampling_ended else 0.0
+        self.sampling_ended = end
+        metrics = self.sampling_metrics(replaced, {"sampling": end - start, "learning": learning})
+        return to_device(metrics, batch["input_ids"].device)
 
-    def sampling_metrics(self, samples: list[Sampled], everything: list[Sampled],
-                         seconds: dict[str, float]) -> dict[str, Tensor]:
+    def sampling_metrics(self, replaced: list[Group], seconds: dict[str, float]) -> dict[str, Tensor]:
         """Metrics as sums over the answers, because the loop divides by the number of answers."""
-        rollouts = [rollout for sample in samples for rollout in sample.rollouts]
-        terms = [each for sample in samples for each in sample.terms]
+        rollouts = [rollout for group in self.groups for rollout in group.rollouts]
+        terms, sampled = [terms for group in self.groups for terms in group.terms], self.groups + replaced
         n, names = len(rollouts), sorted({name for each in terms for name in each})
-        sums = {"reward": sum(sum(sample.rewards) for sample in samples)}
+        sums = {"reward": sum(sum(each.values()) for each in terms)}
         sums |= {f"reward/{name}": sum(each.get(name, 0.0) for each in terms) for name in names}
-        sums |= {
-            "even": n * sum(sample.is_even for sample in everything) / len(everything),
-            "length": sum(rollout.num_sampled for rollout in rollouts),
-            "cut": sum("cut" in rollout.messages[-1] for rollout in rollouts),
-            "calls": sum(message["role"] == "tool" for rollout in rollouts for message in rollout.messages),
-            # The mean of -log p over samples from p is an unbiased estimate of the entropy per token.
-            "entropy": -self.scale * sum(sum(rollout.log_probs) for rollout in rollouts)}
-        written = sum(rollout.num_sampled for sample in everything for rollout in sample.rollouts)
+        sums |= {"even": n * sum(group.is_even for group in sampled) / len(sampled),
+                 "length": sum(rollout.num_sampled for rollout in rollouts),
+                 "cut": sum("cut" in rollout.messages[-1] for rollout in rollouts),
+                 "calls": sum(each["role"] == "tool" for rollout in rollouts for each in rollout.messages),
+                 # The mean of -log p over samples from p is an unbiased estimate of the entropy per token.
+                 "entropy": -self.scale * sum(sum(rollout.log_probs) for rollout in rollouts)}
+        written = sum(rollout.num_sampled for group in sampled for rollout in group.rollouts)
         sums |= {f"{name}_seconds": n * value for name, value in seconds.items()}
         sums["sampled_per_second"] = n * written / seconds["sampling"]
         return {name: torch.tensor(float(value)) for name, value in sums.items()}
 
 
-def rollout_json(group: Group) -> dict[str, Any]:
-    """A group for the file of a rollout, without the messages, which learning does not need."""
-    rollouts = [{"prompt": each.prompt, "ids": each.ids, "sampled": each.sampled,
-                 "log_probs": each.log_probs} for each in group.rollouts]
-    return {"rollouts": rollouts, "advantages": group.advantages}
-
-
-def save_rollouts(path: Path, content: dict[str, Any], updates: int) -> None:
-    """Write the file of a rollout, and delete those that no checkpoint needs any more."""
+def save_rollouts(path: Path, content: dict[str, Any]) -> None:
+    """Write the file of a rollout, and delete the files that are older than every checkpoint needs."""
     path.parent.mkdir(exist_ok=True)
     write_json(path, content)
     oldest = min([folder_step(folder) for folder in step_folders(path.parent.parent)], default=0)
-    for old in path.parent.glob("*.json"):
-        if int(old.stem) + updates <= oldest:
+    files = sorted(path.parent.glob("*.json"))
+    needed = [old for old in files if int(old.stem) <= oldest][-1:]
+    for old in files:
+        if needed and old < needed[0]:
             old.unlink()
 
 
@@ -435,24 +322,24 @@ class PromptEvaluation:
         self.cfg, self.learner, self.run = cfg, learner, run
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """{"val_loss": minus the reward, "val_reward", "val_reward/answer", ..., "val_length"}: means."""
-        cfg, run = self.cfg, self.run
-        count = min(cfg.eval_prompts, len(self.learner.prompts.source.val) or cfg.eval_prompts)
+        """{"val_loss": minus the reward, "val_reward", "val_length", "val_reward/answer", ..}: means."""
+        cfg, run, val = self.cfg, self.run, self.learner.source.val
+        count = min(cfg.eval_prompts, len(val)) if val else cfg.eval_prompts
         mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
-        samples = self.learner.sample(cfg, mine, 1, 0.0) if mine else []
+        groups = self.learner.sample(cfg, mine, 1, 0.0) if mine else []
         self.learner.sampling_ended = None  # the time from here on is not spent on learning
-        for sample in samples[:cfg.sample_answers]:
-            text = [sample.prompt.messages[-1]["content"], self.learner.prompts.tokenizer.decode(
-                sample.rollouts[0].ids)]
-            run.print(log_text("sample    ", "\n".join(text)))
-        sums = [sum(sample.rewards[0] for sample in samples),
-                sum(sample.rollouts[0].num_sampled for sample in samples)]
-        names = sorted({name for ranks in run.gather([list(sample.terms[0]) for sample in samples])
-                        for terms in ranks for name in terms})
-        sums += [sum(sample.terms[0].get(name, 0.0) for sample in samples) for name in names]
-        reward, length, *terms = [value / count for value in run.sum(sums)]
-        return {"val_loss": -reward, "val_reward": reward, "val_length": length} | {
-            f"val_reward/{name}": value for name, value in zip(names, terms, strict=True)}
+        for rollout in [group.rollouts[0] for group in groups[:cfg.sample_answers]]:
+            text = self.learner.tokenizer.decode(rollout.prompt + rollout.ids)
+            run.print(log_text("sample    ", text))
+        # {name: sum over all ranks}; a term of a user's reward may be missing in some answers.
+        sums: dict[str, float] = {"val_reward": 0.0, "val_length": 0.0}
+        answers = [(group.terms[0], group.rollouts[0].num_sampled) for group in groups]
+        for terms, length in sum(run.gather(answers), []):
+            named = {"val_reward": sum(terms.values()), "val_length": length} | {
+                f"val_reward/{name}": value for name, value in terms.items()}
+            sums |= {name: sums.get(name, 0.0) + value for name, value in named.items()}
+        means = {name: value / count for name, value in sums.items()}
+        return {"val_loss": -means["val_reward"]} | means
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -460,31 +347,32 @@ class PromptEvaluation:
 def main(argv: list[str]) -> int:
     cfg, provenance = configure_run(GRPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
-        # The prompts, in the chat format of the model.
+        # Data: the prompts, in the chat format of the model. Stages may count epochs; fit counts steps.
         tokenizer = run.tokenizer = Tokenizer.load(hf.find_folder(cfg.init_from))
         require_chat(tokenizer, f"init_from={cfg.init_from}")
-        prompts, reward = Prompts(cfg, tokenizer), Reward(cfg.reward, cfg.reward_seconds)
-        user_cfg, cfg = cfg, with_steps(cfg, prompts.steps_in_epoch)
+        check = require_reference if cfg.reward == BUILT_IN else lambda row: None
+        source = PromptSource(cfg.dataset, tokenizer, cfg.block_size, cfg.seed, check)
+        user_cfg = cfg
+        cfg = with_steps(cfg, lambda stage: source.epoch_size / stage.global_batch_size)
         stages = plan_stages(cfg)
         # The model. With dropout, the policy that learns would not be the one that samples.
         model, identity = chat_model(cfg, tokenizer, run, dropout=0.0)
-        if cfg.reference == "adapter_off" and isinstance(model, AdaptedGPT) and model.spec.tables:
-            raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so new embeddings "
-                            "are trained, which cannot be switched off; start from a model of sft.py")
         device = torch.device("cpu") if cfg.reference == "cpu" else run.device
         reference = ReferenceModel(model, cfg.init_from, cfg.reference == "adapter_off", device,
                                    training_dtype(cfg, run))
-        learner = PolicyGradient(stages, model, prompts, reward, reference, run)
-        run.write_run_json(user_cfg, {}, data=prompts.hashes, reward=reward.identity, **identity)
-        run.print(prompts.text)
+        learner = PolicyGradient(stages, model, source, reference, run)
+        run.write_run_json(user_cfg, {}, data=source.hashes, reward=learner.reward.identity, **identity)
+        if source.train:
+            run.print(f"data      {len(source.train):,} prompts for training, {len(source.val):,} for "
+                      f"validation, {source.left_out:,} left out: longer than {cfg.block_size} tokens")
         results = fit(cfg.frozen_but_adapters(model), model,
-                      lambda step: batches_at(stages, prompts, run, step), learner,
+                      lambda step: batches_at(stages, source, run, step), learner,
                       PromptEvaluation(stages[-1].cfg, learner, run), run)
         if cfg.merge:
             write_merged(run, tokenizer)
         if results:
             run.print(f"\nvalidation  reward {results['val_reward']:.3f}, {results['val_length']:.1f} tokens "
-                      f"per answer")
+                      "per answer")
             print_end(run, f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)} "
                            "--tasks=problems,calculator,hard_calculator",
                       f"python sample.py --model={run.quoted} --chat=True")

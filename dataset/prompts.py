@@ -1,8 +1,8 @@
 """Prompts with reference answers, for reinforcement learning: the embedded problems, or rows of files.
 
-    source = PromptSource("problems", seed=1337)
+    source = PromptSource("problems", tokenizer, block_size=128, seed=1337)
     prompt = source.prompt(5, families="", calculator=0.5)        # always the same prompt for number 5
-    prompt.messages, prompt.row["answer"]
+    prompt.ids, prompt.row["answer"]
 
 A row of a file has a question in one of the forms of dataset/conversations.py, and what its answer is checked
 against (evals/rewards.py):
@@ -28,77 +28,89 @@ from configurator import UserError
 from dataset.conversations import Message, opening
 from dataset.problems import ARITHMETIC, FAMILIES, problems, prompt_of
 from dataset.sources import Row, Skip, find_files, read_rows, row_value, usable_rows
+from formats.chat_format import encode_prompt
+from formats.files import file_sha256
+from formats.tokenizer import Tokenizer
 
 EMBEDDED = "problems"  # the name of the embedded problems
 EASY = tuple(name for name in FAMILIES if name != "hard")  # what a small model can work out itself
 LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 VALIDATION = 2**62  # numbers from here on are validation prompts
-MOST_VALIDATION = 0.1  # share of a file's rows that validation may take
+VAL_FRACTION = 0.1  # of the rows of files
 
 
 class Prompt(NamedTuple):
     messages: list[Message]
+    ids: list[int]
     row: dict[str, Any]  # the row of the file, or the fields of the embedded problem
-    offers_calculator: bool  # whether a system message offers the calculator
+    has_tools: bool  # whether a system message offers the calculator
 
 
-def read_prompt(row: Row, check: Callable[[dict[str, Any]], None]) -> Prompt:
-    """The prompt of a row. Raises Skip, with the reason, if it has none."""
+def read_question(row: Row, check: Callable[[dict[str, Any]], None]) -> tuple[list[Message], dict[str, Any]]:
+    """The messages of a row, and the row. Raises Skip, with the reason, if it has no question."""
     value = row_value(row)
-    if not isinstance(value, dict):
-        raise Skip("not an object")
-    messages = opening(value)
+    messages = opening(value) if isinstance(value, dict) else []
     if not messages or messages[-1]["role"] != "user":
         raise Skip("no question")
     check(value)
-    choices = value.get("choices") or []
-    if choices:
-        lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
-        messages[-1] = {**messages[-1], "content": "\n".join([messages[-1]["content"], *lines])}
-    return Prompt(messages, value, any(message["role"] == "system" and "calculator" in message["content"]
-                                       for message in messages))
+    choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, value.get("choices") or [], strict=False)]
+    messages[-1] = {**messages[-1], "content": "\n".join([messages[-1]["content"], *choices])}
+    return messages, value
 
 
 class PromptSource:
     """Maps a number to a prompt: a pure function of the source, the seed and the number."""
 
-    def __init__(self, source: str, seed: int, check: Callable[[dict[str, Any]], None] = lambda row: None):
-        """source: "problems", or files as in prepare.py. check(row) raises Skip for a row without a reference
-        answer. Raises UserError for a file that cannot be read, with the place of the first bad row."""
-        self.source, self.seed = source, seed
-        self.train: list[Prompt] = []
-        self.val: list[Prompt] = []
-        if source == EMBEDDED:
-            return
-        rows = read_rows(find_files(source, "dataset")[0], None, piece=2**20)
-        prompts = [prompt for _, prompt in usable_rows(rows, lambda row: read_prompt(row, check))]
-        if len(prompts) < 2:
-            raise UserError(f"dataset={source}: {len(prompts)} prompts; at least 2 are needed")
-        prompts.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True).encode()))
-        held_out = max(1, int(MOST_VALIDATION * len(prompts)))
-        self.val, self.train = prompts[:held_out], prompts[held_out:]
+    def __init__(self, source: str, tokenizer: Tokenizer, block_size: int, seed: int,
+                 check: Callable[[dict[str, Any]], None] = lambda row: None):
+        """source: "problems", or files as in prepare.py, whose prompts of more than block_size tokens are
+        left out. check(row) raises Skip for a row without a reference answer. Raises UserError for a file
+        that cannot be read, with the place of the first bad row, and if there are too few prompts."""
+        self.source, self.tokenizer, self.T, self.seed = source, tokenizer, block_size, seed
+        files = [] if source == EMBEDDED else find_files(source, "dataset")[0]
+        self.hashes = {str(path): file_sha256(path) for path in files}
+        rows = usable_rows(read_rows(files, None, piece=2**20), lambda row: read_question(row, check))
+        prompts = [self.encode(*question) for _, question in rows]
+        fits = [prompt for prompt in prompts if len(prompt.ids) <= block_size]
+        fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True).encode()))
+        held_out = max(1, int(VAL_FRACTION * len(fits)))
+        self.val, self.train = fits[:held_out], fits[held_out:]
+        self.left_out = len(prompts) - len(fits)  # longer than block_size
+        if files and not self.train:
+            raise UserError(f"dataset={source}: {len(fits)} of {len(prompts)} prompts fit block_size="
+                            f"{block_size}; at least 2 are needed")
 
-    def keep(self, fits: Callable[[Prompt], bool]) -> tuple[int, int, int]:
-        """Leave out the prompts of a file that do not fit. Returns the numbers of training prompts, of
-        validation prompts, and of those that were left out."""
-        before = len(self.train) + len(self.val)
-        self.train, self.val = (list(filter(fits, prompts)) for prompts in (self.train, self.val))
-        return len(self.train), len(self.val), before - len(self.train) - len(self.val)
+    def encode(self, messages: list[Message], row: dict[str, Any]) -> Prompt:
+        has_tools = any(each["role"] == "system" and "calculator(" in each["content"] for each in messages)
+        return Prompt(messages, encode_prompt(self.tokenizer, messages), row, has_tools)
+
+    @property
+    def epoch_size(self) -> int:
+        """Training prompts of an epoch. Raises UserError for the embedded problems, which have no end."""
+        if self.source == EMBEDDED:
+            raise UserError("stages: the embedded problems have no epochs; count steps")
+        return len(self.train)
 
     @lru_cache(maxsize=2)  # noqa: B019
     def order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, (training rows,)."""
+        """The permutation of an epoch, (training prompts,)."""
         return np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
 
     def prompt(self, number: int, families: str, calculator: float) -> Prompt:
-        """Prompt `number`. families, calculator: of the embedded problems (grpo.py)."""
+        """Prompt `number`. families, calculator: of the embedded problems, as in grpo.py.
+
+        Raises UserError if an embedded prompt does not fit block_size.
+        """
         if self.source == EMBEDDED:
             draw = random.Random(f"prompts/{self.seed}/{number}")
             offers, names = draw.random() < calculator, tuple(filter(None, families.split(","))) or EASY
             if offers:  # half of these prompts need the calculator; for the others it is an offer
                 names = ("hard",) if draw.random() < 0.5 else tuple(sorted(ARITHMETIC | {"story": 0}))
             problem = next(problems("train", draw.randrange(2**62), names))
-            return Prompt(prompt_of(problem, offers), problem._asdict(), offers)
+            prompt = self.encode(prompt_of(problem, offers), problem._asdict())
+            if len(prompt.ids) > self.T:
+                raise UserError(f"block_size={self.T}: a prompt has {len(prompt.ids)} tokens")
+            return prompt
         if number >= VALIDATION:
             return self.val[number - VALIDATION]
         epoch, place = divmod(number, len(self.train))

@@ -106,7 +106,7 @@ class Reward:
     def __init__(self, spec: str = BUILT_IN, seconds: float = 10.0):
         """spec: "answer" or "file.py:function". seconds: that a call of the user's function may take."""
         self.spec, self.seconds = spec, seconds
-        self.function = None if spec == BUILT_IN else load_function(spec)
+        self.function: Any = None if spec == BUILT_IN else load_function(spec)
         self.identity = file_sha256(Path(spec.rpartition(":")[0])) if self.function else ""
 
     def terms(self, prompt: Prompt, message: Message) -> dict[str, float]:

@@ -14,11 +14,12 @@ writing, so `sampled` is False for its tokens:
     sampled      1         1          1     0    0     0     0    0       0           1     1
 
 A rollout depends on the weights, the seed and its row number. Other rows in the batch change it by rounding
-only. Shapes: P prompts, B rows, V vocab_size.
+only. Shapes: P prompts, B rows, V vocab_size, S tokens of the longest prompt and answer.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,6 +64,58 @@ class Rollout:
         self.ids += ids
         self.sampled += [log_probs is not None] * len(ids)
         self.log_probs += log_probs or [0.0] * len(ids)
+
+
+@dataclass
+class Group:
+    """The answers to one prompt, the terms of each answer's reward, and its advantage."""
+
+    rollouts: list[Rollout]
+    terms: list[dict[str, float]]
+    advantages: list[float] = field(default_factory=list)
+
+    @property
+    def rewards(self) -> list[float]:
+        return [sum(terms.values()) for terms in self.terms]
+
+    @property
+    def is_even(self) -> bool:
+        return len(set(self.rewards)) == 1
+
+
+def group_batch(groups: list[Group]) -> dict[str, Any]:
+    """Groups of answers as one row without padding, each prompt followed by its answers, as in pair_batch.
+
+    Returns {"input_ids": (1, N), "paths": (answers, S), "positions", "targets", "old", "advantages":
+    (targets,)}. Targets are the sampled tokens only; "old" has their log-probabilities when they were
+    sampled. One prompt p with the answers a, where a tool writes t after a0, and b:
+
+        slot         0   1   2   3   4   5
+        input_ids   p0  p1  a0  t0  t1  b0      an answer's last token is no input
+        paths       0 1 2 3 4                   positions   1  4   1  5
+                    0 1 5 5 5                   targets    a0 a1  b0 b1
+    """
+    inputs: list[int] = []
+    paths: list[list[int]] = []
+    positions, targets, old, advantages = list[int](), list[int](), list[float](), list[float]()
+    for group in groups:
+        prompt = group.rollouts[0].prompt
+        shared = list(range(len(inputs), len(inputs) + len(prompt)))
+        inputs += prompt
+        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+            path = shared + list(range(len(inputs), len(inputs) + len(rollout.ids) - 1))
+            inputs += rollout.ids[:-1]
+            paths.append(path)
+            sampled = [place for place, is_sampled in enumerate(rollout.sampled) if is_sampled]
+            positions += [path[len(prompt) - 1 + place] for place in sampled]  # the token before predicts it
+            targets += [rollout.ids[place] for place in sampled]
+            old += [rollout.log_probs[place] for place in sampled]
+            advantages += [advantage] * len(sampled)
+    longest = max(map(len, paths))
+    paths = [path + path[-1:] * (longest - len(path)) for path in paths]
+    return {"input_ids": torch.tensor([inputs]), "paths": torch.tensor(paths),
+            "positions": torch.tensor(positions), "targets": torch.tensor(targets),
+            "old": torch.tensor(old), "advantages": torch.tensor(advantages)}  # float32 both
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
