@@ -1,0 +1,73 @@
+"""Prompts by number: a pure function, every row counted, and the forms of rows."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from configurator import UserError
+from dataset.prompts import VALIDATION, PromptSource
+from evals.rewards import require_reference
+from formats.tokenizer import Tokenizer
+
+
+@pytest.fixture
+def tokenizer(chat_folder):
+    return Tokenizer.load(chat_folder)
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_embedded_prompts_are_a_function_of_the_number(tokenizer):
+    one, two = (PromptSource("problems", tokenizer, 200, seed=3) for _ in range(2))
+    assert [one.prompt(n, "", 0.5) for n in range(50)] == [two.prompt(n, "", 0.5) for n in reversed(range(50))][::-1]
+    assert PromptSource("problems", tokenizer, 200, seed=4).prompt(0, "", 0.5) != one.prompt(0, "", 0.5)
+    found = [one.prompt(n, "", 0.5) for n in range(1000)]
+    offered = [prompt for prompt in found if prompt.has_tools]
+    assert 450 < len(offered) < 550 and all("calculator(" in p.messages[0]["content"] for p in offered)
+    families = Counter(prompt.row["family"] for prompt in offered)
+    assert 0.4 < families["hard"] / len(offered) < 0.6 and families["add"] and not families["sort"]
+    assert all(prompt.row["family"] != "hard" for prompt in found if not prompt.has_tools)
+    assert not any(one.prompt(n, "", 0.0).has_tools for n in range(20))
+    assert {one.prompt(n, "sort,date", 0.0).row["family"] for n in range(20)} == {"sort", "date"}
+    with pytest.raises(UserError, match="block_size=10: a prompt has"):
+        PromptSource("problems", tokenizer, 10, seed=3).prompt(0, "", 0.5)
+
+
+def test_rows_of_a_file(tokenizer, tmp_path):
+    """Every epoch reads all training rows once, validation rows are apart, and long rows are counted."""
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(39)]
+    source = PromptSource(write(tmp_path / "a.jsonl", [*rows, {"question": "x y " * 99, "answer": "1"}]),
+                          tokenizer, 60, 1, require_reference)
+    assert (len(source.train), len(source.val), source.left_out) == (36, 3, 1) and source.epoch_size == 36
+    epochs = [[source.prompt(n + 36 * epoch, "", 0.5).row["answer"] for n in range(36)] for epoch in (0, 1)]
+    assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    held_out = [source.prompt(VALIDATION + n, "", 0.5).row["answer"] for n in range(3)]
+    assert sorted([*epochs[0], *held_out], key=int) == [str(n) for n in range(39)]
+    assert list(source.hashes) == [str(tmp_path / "a.jsonl")]
+    with pytest.raises(UserError, match="have no epochs; count steps"):
+        PromptSource("problems", tokenizer, 60, 1).epoch_size  # noqa: B018
+
+
+def test_forms_of_rows(tokenizer, tmp_path):
+    rows = [{"question": "Which?", "choices": ["x", "y"], "answer": 0},
+            {"system": "You can call calculator(expression).", "prompt": "2 * 3?", "answer": "6"},
+            {"messages": [{"role": "user", "content": "Hi"}], "regex": "h.*"}]
+    source = PromptSource(write(tmp_path / "a.jsonl", rows), tokenizer, 200, 1, require_reference)
+    found = {prompt.messages[-1]["content"]: prompt for prompt in source.train + source.val}
+    assert set(found) == {"Which?\nA. x\nB. y", "2 * 3?", "Hi"}
+    assert found["2 * 3?"].has_tools and not found["Hi"].has_tools
+
+
+@pytest.mark.parametrize("rows, message", [
+    ([{"question": "x", "answer": "1"}, {"question": "y"}], "a.jsonl:2: no reference answer"),
+    ([{"text": "x"}], "a.jsonl:1: no question"), ([3], "a.jsonl:1: no question"), ([], "0 of 0 prompts fit"),
+    ([{"question": "x", "answer": "1"}], "1 of 1 prompts fit block_size=200; at least 2 are needed"),
+    ([{"messages": [{"role": "assistant", "content": "x"}], "answer": "1"}], "a.jsonl:1: no question"),
+])  # fmt: skip
+def test_bad_rows_are_one_line(tokenizer, tmp_path, rows, message):
+    with pytest.raises(UserError, match=message):
+        PromptSource(write(tmp_path / "a.jsonl", rows), tokenizer, 200, 1, require_reference)
