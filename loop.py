@@ -45,6 +45,7 @@ from formats import checkpoint
 from formats.files import write_json
 from formats.hf import find_folder
 from model import GPT
+from modeling import moe
 from modeling.devices import DTYPES, gather_full, to_device
 from training import curves, optim
 from training.config import RunConfig
@@ -209,11 +210,17 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     optim.set_learning_rate(state.optimizers, state.learning_rate)
     # We want the gradient of (sum of all losses) / count. DDP and FSDP average over the ranks: that divides
     # by world_size as well, so multiply by it.
-    sums = backward(state, data.batches, loss_fn, run.world_size / max(data.count, 1))
+    scale = run.world_size / max(data.count, 1)
+    loss_scale = state.scaler.scale(torch.tensor(scale, device=run.device))
+    moe.begin_step(state.model, loss_scale, progress.expert_load)
+    sums = backward(state, data.batches, loss_fn, scale)
     clip = stage.cfg.grad_clip
     if cfg.rollback_grad_clip is not None and follows_rollback(state, progress.step):
         clip = cfg.rollback_grad_clip
     norm = update(state.model, state.optimizers, state.scaler, clip)
+    progress.expert_load = load = moe.end_step(state.model)
+    if load is not None:  # for the log: the largest load over the mean; like all sums, divided by the count
+        sums["expert_load"] = load.max() * load.shape[1] / scale
     state.metrics.add(progress.step, sums, data.count, data.tokens, norm)
     progress.step += 1
     progress.tokens += int(data.tokens)

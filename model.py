@@ -18,7 +18,7 @@ P rows of the token table in memory (V and padding), L layers.
 
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -33,7 +33,9 @@ from formats.weights import load_into, save_model
 from modeling.attention import Mask, attend, mask_and_positions
 from modeling.devices import named_generator, shard_like
 from modeling.kv_cache import KVCache, Store
+from modeling.moe import MoE, check_experts
 from modeling.rope import Rope, RotaryTables, rope_frequencies
+from modeling.sinks import attend_with_sink
 from modeling.ternary import TernaryLinear
 
 # A size that may be left at None: GPTConfig fills it in, so type checkers need not expect None.
@@ -62,18 +64,27 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and both residual branches
     tie_embeddings: bool = True  # use one table for input and output
     qk_norm: bool = False  # normalise every query and key head with RMSNorm (Qwen3)
-    position: Literal["rope", "learned"] = "rope"  # how positions are encoded; learned is GPT-2's table
+    position: Literal["rope", "learned", "none"] = "rope"  # learned is GPT-2's table; none: the mask alone
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm, with a bias, is GPT-2's
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu, in its tanh form, is GPT-2's
     bias: Literal["none", "qkv", "all"] = "none"  # linear layers with a bias: qkv is Qwen2's, all is GPT-2's
     ternary: bool = False  # 1.58-bit weights in the blocks' linear layers: -1, 0 or 1 times a scale
+    sink_logits: bool = False  # a learned logit per head for attending to nothing (modeling/sinks.py)
+    n_expert: int = 0  # MLPs per block, of which a token uses a few (modeling/moe.py); 0 is one MLP, dense
+    n_expert_per_token: int = 2  # experts that a token uses
+    expert_size: Derived = None  # width of an expert; None is intermediate_size
+    dense_layers: list = field(default_factory=list)  # blocks (from 0) with one MLP in place of experts
+    norm_topk: bool = True  # divide the weights of a token's experts by their sum
+    balance: Literal["aux", "bias"] = "aux"  # equal load of the experts by a loss, or by a bias when choosing
+    balance_weight: float = 0.01  # weight of that loss, or step of the bias
+    router_z_loss: float = 0.001  # weight of the router's logsumexp^2
 
     def __post_init__(self) -> None:
         """Derive what is None; raise UserError for wrong types and for sizes that do not fit together."""
         for each in fields(self):
             coerce_field(type(self), each.name, getattr(self, each.name), "model")
         require_positive(self, "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim",
-                         "intermediate_size", "block_size", "rope_theta", "norm_eps")
+                         "intermediate_size", "block_size", "rope_theta", "norm_eps", "expert_size")
         # Far above any model: a mistyped size must not fill the memory, or build blocks for hours.
         for key, most in (("n_layer", 2**12), ("n_head", 2**24), ("n_embd", 2**24), ("vocab_size", 2**24),
                           ("block_size", 2**24)):
@@ -83,16 +94,18 @@ class GPTConfig:
         require(self, "n_embd", fits, f"divisible by n_head={self.n_head} (or set head_dim)")
         width = 4 * self.n_embd if self.mlp == "gelu" else 8 * self.n_embd / 3
         derived = {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head,
-                   "intermediate_size": 256 * math.ceil(width / 256)}
+                   "intermediate_size": self.intermediate_size or 256 * math.ceil(width / 256)}
+        derived["expert_size"] = derived["intermediate_size"]
         for key, value in derived.items():
             if getattr(self, key) is None:
                 object.__setattr__(self, key, value)  # a frozen dataclass refuses a plain assignment
+        check_experts(self)
         require(self, "n_head", self.n_head % self.n_kv_head == 0, f"divisible by n_kv_head={self.n_kv_head}")
         if self.position == "rope":
             require(self, "head_dim", self.head_dim % 2 == 0, "even, because rotary positions rotate pairs")
             rope_frequencies(self.head_dim, self.rope_theta, self.rope_scaling)  # raises for a bad scaling
         else:
-            require(self, "rope_scaling", self.rope_scaling is None, "None with position=learned")
+            require(self, "rope_scaling", self.rope_scaling is None, f"None with position={self.position}")
 
     @classmethod
     def from_keys(cls, keys: Any, **changes: Any) -> "GPTConfig":
@@ -153,6 +166,7 @@ class Attention(nn.Module):
         self.o_proj = make_linear(config, H * D, C, bias=config.bias == "all")
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.sinks = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
         self.head_dim, self.dropout = D, config.dropout
         self.qkv_hook: Callable[[Tensor, Tensor, Tensor], None] | None = None
 
@@ -176,7 +190,9 @@ class Attention(nn.Module):
         if self.qkv_hook is not None:
             self.qkv_hook(q, k, v)
         # Each query takes a weighted mean of the values: softmax(q k^T / sqrt(D)) v.
-        y = attend(q, k, v, mask, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        dropout = self.dropout if self.training else 0.0
+        y = (attend(q, k, v, mask, dropout) if self.sinks is None else
+             attend_with_sink(q, k, v, mask, dropout, self.sinks))  # (B, H, T, D)
         # Concatenate the heads, then mix them.
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))  # (B, T, C)
 
@@ -184,9 +200,10 @@ class Attention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU, down(silu(gate(x)) * up(x)) (arXiv 2002.05202), or GPT-2's GELU, down(gelu(up(x)))."""
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, inner: int):
+        """inner: the width of the hidden layer."""
         super().__init__()
-        C, inner, bias = config.n_embd, config.intermediate_size, config.bias == "all"
+        C, bias = config.n_embd, config.bias == "all"
         self.gate_proj = make_linear(config, C, inner, bias=bias) if config.mlp == "swiglu" else None
         self.up_proj = make_linear(config, C, inner, bias=bias)
         self.down_proj = make_linear(config, inner, C, bias=bias)
@@ -203,12 +220,14 @@ class Block(nn.Module):
     Both are residual branches: they read the normalised stream and add their output to it.
     """
 
-    def __init__(self, config: GPTConfig):
+    def __init__(self, config: GPTConfig, is_dense: bool):
+        """is_dense: one MLP, also if the config has experts."""
         super().__init__()
         self.input_layernorm = make_norm(config)
         self.self_attn = Attention(config)
         self.post_attention_layernorm = make_norm(config)
-        self.mlp = MLP(config)
+        self.mlp = (MLP(config, config.intermediate_size) if is_dense else
+                    MoE(config, [MLP(config, config.expert_size) for _ in range(config.n_expert)]))
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, store: Store | None) -> Tensor:
@@ -232,7 +251,8 @@ class GPT(nn.Module):
         self.source = "the model"  # the folder of its weights, for messages
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
-            "layers": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
+            "layers": nn.ModuleList(Block(config, not config.n_expert or layer in config.dense_layers)
+                                    for layer in range(config.n_layer)),
             "norm": make_norm(config)})
         if config.position == "learned":
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
@@ -300,7 +320,7 @@ class GPT(nn.Module):
         for name, parameter in self.named_parameters():
             value = torch.empty(parameter.shape, device="cpu")
             if parameter.ndim == 1:
-                value.fill_(0.0 if name.endswith("bias") else 1.0)
+                value.fill_(0.0 if name.endswith(("bias", "sinks")) else 1.0)
             else:
                 std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
                 value.normal_(0.0, std, generator=named_generator(seed, name))
@@ -329,16 +349,19 @@ class GPT(nn.Module):
         if not changes:
             return
         if self.rope is None or not changes.keys() <= {"block_size", "rope_theta", "rope_scaling"}:
-            reason = " with learned positions" if self.rope is None else ""
+            reason = f" with position={self.config.position}" if self.rope is None else ""
             raise UserError(f"{', '.join(changes)}: cannot change in a trained model{reason}")
         self.config = replace(self.config, **changes)
         self.rebuild_rope()
 
-    def num_parameters(self) -> int:
-        """Count all weights: a tied table once, padding rows not at all."""
+    def num_parameters(self, active: bool = False) -> int:
+        """Count all weights: a tied table once, padding rows not at all. active: without the experts that a
+        token does not use."""
+        c, experts = self.config, sum(p.numel() for n, p in self.named_parameters() if ".experts." in n)
+        idle = experts - experts * c.n_expert_per_token // max(c.n_expert, 1) if active else 0
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         tables = 1 if self.config.tie_embeddings else 2
-        return sum(parameter.numel() for parameter in self.parameters()) - tables * padding
+        return sum(parameter.numel() for parameter in self.parameters()) - tables * padding - idle
 
     def num_saved(self) -> int:
         """Count the parameters that a checkpoint stores; a LoRA run overrides this."""
@@ -352,6 +375,7 @@ class GPT(nn.Module):
         """
         weights = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and "embed_" not in n)
         weights += self.head_weight.numel() if self.config.tie_embeddings else 0
+        weights -= self.num_parameters() - self.num_parameters(active=True)  # experts that a token skips
         return 6 * weights + 6 * self.config.n_layer * self.config.n_head * self.config.head_dim * T
 
     # ---- Folders (formats/weights.py) ---------------------------------------------------------------------

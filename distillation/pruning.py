@@ -58,6 +58,8 @@ def pruned_config(teacher: GPTConfig, layers: list[int], widths: dict[str, Any])
 
     Raises UserError if the widths do not fit the teacher.
     """
+    if teacher.n_expert or teacher.sink_logits:
+        raise UserError("n_expert, sink_logits: a model with experts or sink logits cannot be pruned")
     for key, value in widths.items():
         if value > getattr(teacher, key):
             raise UserError(f"{key}={value}: wider than the teacher, which has {getattr(teacher, key)}")

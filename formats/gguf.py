@@ -54,6 +54,8 @@ def require_supported(config: GPTConfig) -> None:
     arch, scaling = hf.architecture(config), config.rope_scaling or {}
     if arch == "nanollama":
         raise UserError(f"format=gguf: llama.cpp has no architecture with {hf.unusual(config)}")
+    if config.n_expert:
+        raise UserError(f"format=gguf: models with experts (n_expert={config.n_expert}) are not written")
     if arch == "qwen2" and config.n_head * config.head_dim != config.n_embd:
         raise UserError(f"format=gguf: llama.cpp's qwen2 needs n_embd = n_head * head_dim, this model has "
                         f"{config.n_embd} and {config.n_head} * {config.head_dim}")

@@ -48,16 +48,27 @@ LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_hea
 GPT2_KEYS = {"vocab_size": "vocab_size", "n_layer": "n_layer", "n_head": "n_head", "n_embd": "n_embd",
              "intermediate_size": "n_inner", "block_size": "n_positions", "norm_eps": "layer_norm_epsilon",
              "dropout": "resid_pdrop", "tie_embeddings": "tie_word_embeddings"}
+# {model_type of a mixture of experts: {GPTConfig's field: the key in config.json}}
+SHARED_EXPERT_KEYS = {"n_expert_per_token": "num_experts_per_tok", "balance_weight": "router_aux_loss_coef"}
+EXPERT_KEYS = {"mixtral": SHARED_EXPERT_KEYS | {"n_expert": "num_local_experts"},
+               "qwen3_moe": SHARED_EXPERT_KEYS | {
+                   "n_expert": "num_experts", "expert_size": "moe_intermediate_size",
+                   "norm_topk": "norm_topk_prob", "dense_layers": "mlp_only_layers"}}
 # {model_type: the values that transformers assumes for keys that a config.json leaves out}
 LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
                   "tie_word_embeddings": False}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS | {"sliding_window": 4096}, "qwen2": LLAMA_DEFAULTS,
     "qwen3": LLAMA_DEFAULTS,
+    "mixtral": LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
+                                 "router_aux_loss_coef": 0.001},
+    "qwen3_moe": LLAMA_DEFAULTS | {"num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": [],
+                                   "norm_topk_prob": False, "router_aux_loss_coef": 0.001},
     "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
              "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
 # Sizes that transformers derives from other sizes if they are left out. All other sizes are required.
-DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"}}
+DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"},
+           "mixtral": {"head_dim"}}
 SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
          "block_size"}
 DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
@@ -68,6 +79,10 @@ GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2
                     "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
                     "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
 
+
+# {a part of Mixtral's names: ours}
+MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
+                 ".w3.": ".up_proj."}
 
 # The masks and tables that old files of transformers contain.
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -179,14 +194,15 @@ def model_sha256(folder: Path) -> str:
 def refuse_unsupported(config: dict[str, Any], path: Path) -> None:
     """Raise UserError for a known setting that our model does not compute: its logits would be wrong."""
     kind, window = config["model_type"], config.get("sliding_window")
-    if kind in ("qwen2", "qwen3") and not config.get("use_sliding_window"):
-        window = None  # these two state a window even where it is not used
+    if kind in ("qwen2", "qwen3", "qwen3_moe") and not config.get("use_sliding_window"):
+        window = None  # these state a window even where it is not used
     biases = config.get("attention_bias", False), config.get("mlp_bias", False)
     unsupported = {
         "quantization_config": config.get("quantization_config") is not None,
         "hidden_act": kind != "gpt2" and config["hidden_act"] != "silu",
         "activation_function": kind == "gpt2" and config["activation_function"] != "gelu_new",
         "sliding_window": window is not None and window < config.get("max_position_embeddings", 0),
+        "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
         "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
         "attention_bias": biases[0] != biases[1] or (any(biases) and kind != "llama"),
         "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False),
@@ -210,9 +226,12 @@ def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {"rope_type": rope_type} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
     if rope_type == "yarn":  # transformers' default
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
+    # Qwen's own files say num_experts; transformers 5 writes num_local_experts in its place.
+    config = config | {"num_experts": config.get("num_local_experts", config.get("num_experts"))}
+    fields |= {ours: config[theirs] for ours, theirs in EXPERT_KEYS.get(kind, {}).items()}
     bias = "all" if config.get("mlp_bias") else "none"
     return fields | {"rope_theta": float(theta), "rope_scaling": None if rope_type == "default" else scaling,
-                     "qk_norm": kind == "qwen3", "bias": "qkv" if kind == "qwen2" else bias}
+                     "qk_norm": kind in ("qwen3", "qwen3_moe"), "bias": "qkv" if kind == "qwen2" else bias}
 
 
 def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
@@ -295,6 +314,12 @@ def architecture(config: GPTConfig) -> str:
     """transformers' model_type that computes exactly this model, or "nanollama" if there is none."""
     settings = (config.position, config.norm, config.mlp, config.bias, config.qk_norm, config.ternary)
     arch = ARCHITECTURES.get(settings, "nanollama")
+    if config.n_expert:
+        has_one_width = not config.dense_layers and config.expert_size == config.intermediate_size
+        mixtral = "mixtral" if has_one_width and config.norm_topk else "nanollama"
+        arch = {"llama": mixtral, "qwen3": "qwen3_moe"}.get(arch, "nanollama")
+    if config.sink_logits or (config.n_expert and config.balance == "bias"):
+        return "nanollama"
     has_plain_heads = config.n_kv_head == config.n_head and config.head_dim * config.n_head == config.n_embd
     return "nanollama" if arch == "gpt2" and not has_plain_heads else arch
 
@@ -302,7 +327,7 @@ def architecture(config: GPTConfig) -> str:
 def unusual(config: GPTConfig) -> str:
     """The settings that keep a "nanollama" model from being one of the other architectures, for a message."""
     usual = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False,
-             "ternary": False}
+             "ternary": False, "sink_logits": False, "n_expert": 0}
     if config.position == "learned":  # GPT-2 has no choice of heads
         usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
     return ", ".join(f"{key}={getattr(config, key)}" for key, value in usual.items()
@@ -331,7 +356,8 @@ def config_content(config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype) -
         name, keys, fixed = "GPT2LMHeadModel", GPT2_KEYS, {
             "activation_function": "gelu_new", "attn_pdrop": config.dropout, "embd_pdrop": config.dropout}
     else:
-        name, keys, fixed = f"{arch.capitalize()}ForCausalLM", LLAMA_KEYS, {
+        name = f"{arch.title().replace('_', '')}ForCausalLM"
+        keys, fixed = LLAMA_KEYS | EXPERT_KEYS.get(arch, {}), {
             "hidden_act": "silu", "attention_bias": config.bias == "all", "mlp_bias": config.bias == "all",
             "rope_theta": config.rope_theta, "rope_scaling": config.rope_scaling}
     sizes = {theirs: getattr(config, ours) for ours, theirs in keys.items()}
@@ -369,6 +395,9 @@ def split_name(name: str) -> tuple[str, str, str]:
 def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     """Yield one stored tensor under our names: three for GPT-2's c_attn."""
     name = name.removeprefix("transformer.")
+    if ".block_sparse_moe." in name:
+        for theirs, ours in MIXTRAL_NAMES.items():
+            name = name.replace(theirs, ours)
     match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name)
     if match is None:  # no name of ours either: loading refuses it
         yield name, tensor
@@ -485,6 +514,9 @@ def save_folder(folder: Path, config: GPTConfig, state: dict[str, Tensor], ids: 
     state = {name: tensor[:config.vocab_size] if name in VOCABULARY_TABLES else tensor  # (P, C) -> (V, C)
              for name, tensor in state.items()}
     state = to_gpt2(state) if architecture(config) == "gpt2" else state
+    if architecture(config) == "mixtral":
+        for theirs, ours in MIXTRAL_NAMES.items():
+            state = {name.replace(ours, theirs): tensor for name, tensor in state.items()}
     state = {name: tensor.to("cpu", None if tensor.dtype == torch.uint8 else dtype).contiguous()
              for name, tensor in state.items()}
     write_tensors(folder / "model.safetensors", state)

@@ -40,6 +40,12 @@ ARCHITECTURES = {
     ),
     "qwen2": ("Qwen2ForCausalLM", dict(bias="qkv")),
     "qwen3": ("Qwen3ForCausalLM", dict(qk_norm=True)),
+    "mixtral": ("MixtralForCausalLM", dict(n_expert=4)),
+    "qwen3 moe": ("Qwen3MoeForCausalLM", dict(n_expert=8, qk_norm=True, expert_size=48, dense_layers=[1])),
+    "qwen3 moe, top 1": (
+        "Qwen3MoeForCausalLM",
+        dict(n_expert=4, n_expert_per_token=1, norm_topk=False, qk_norm=True),
+    ),
     "gpt2": ("GPT2LMHeadModel", GPT2),
     "gpt2 untied": ("GPT2LMHeadModel", GPT2 | dict(tie_embeddings=False)),
 }
@@ -228,7 +234,7 @@ def test_context_may_change_in_a_trained_model(tmp_path):
     assert hf.read_config(tmp_path)["rope_theta"] == 5e5 and hf.read_config(tmp_path)["block_size"] == 128
     with pytest.raises(UserError, match="n_layer: cannot change"):
         model.reconfigure(n_layer=5)
-    with pytest.raises(UserError, match="learned positions"):
+    with pytest.raises(UserError, match="with position=learned"):
         GPT(tiny_config(**GPT2)).reconfigure(block_size=128)
 
 

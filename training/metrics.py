@@ -39,6 +39,7 @@ class Progress:
     seconds: float = 0.0  # training time, without evaluating and saving
     rollbacks: int = 0  # times the run returned to a checkpoint; each one halves the learning rate
     bad_step: int = -1  # the newest step (from 0) that was not finite
+    expert_load: Tensor | None = None  # of the last step: each expert's share of the tokens (modeling/moe.py)
 
 
 class NotFinite(Exception):

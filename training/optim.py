@@ -112,6 +112,8 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
     for name, _ in model.named_parameters():
         first = next((pattern for pattern in patterns if re.search(pattern, name)), None)
         table[name] = 1.0 if first is None else float(patterns[first])
+        if name.endswith("expert_bias"):
+            table[name] = 0.0  # modeling/moe.py moves it, not a gradient
         used.add(first)
     if unused := [pattern for pattern in patterns if pattern not in used]:
         raise UserError(f"lr_multipliers: pattern {unused[0]!r} matches no parameter (or an earlier pattern "
