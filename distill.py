@@ -4,6 +4,7 @@
     python distill.py --student_layers=every:2 --n_embd=128 --n_head=2     # start from half of the teacher
     python distill.py config/distill_two_stage.py
     python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
+    python distill.py --teacher=path/to/SmolLM2 --align=bytes        # a teacher with another tokenizer
     python distill.py --cache=sample                     # read the teacher's predictions from disk
 
 Reads data/<dataset>/, text or chats, made with the teacher's tokenizer. Writes out_dir as train.py does.
@@ -11,8 +12,8 @@ Reads data/<dataset>/, text or chats, made with the teacher's tokenizer. Writes 
 The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher, with both models
 at temperature T (arXiv 1503.02531; distillation/divergences.py). Optional: losses between layers
 (distillation/layer_losses.py), a student pruned from the teacher (distillation/pruning.py), and text that the
-student writes itself (distillation/on_policy.py). The teacher is never changed. Left out: teachers whose
-token ids differ from the student's.
+student writes itself (distillation/on_policy.py). A teacher with another tokenizer needs --align=bytes
+(distillation/alignment.py). The teacher is never changed.
 """
 # mypy: disable-error-code="assignment"
 # (here vocab_size may be None, which GPTConfig does not allow)
@@ -32,13 +33,14 @@ from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
 from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation import divergences
+from distillation.alignment import Aligner, cached_spans
 from distillation.divergences import DenseTeacher, Kind, Objective, SparseTeacher, Teacher, select_targets
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import Strategy, layer_map, map_text
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, kept_layers, prune, pruned_config
 from distillation.student import ActivationHooks, LayerLosses, Student, feature_loss
-from distillation.teacher import load_teacher, shard_teacher
+from distillation.teacher import context_of, load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, identity_of
 from formats import hf
 from formats.chat_format import end_of_turn
@@ -46,7 +48,7 @@ from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
 from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_run, training_dtype
 from model import GPT, GPTConfig
-from modeling.devices import DTYPES
+from modeling.devices import DTYPES, to_device
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
@@ -67,6 +69,7 @@ class DistillConfig(RunConfig, GPTConfig):
     out_dir: str = "out/distilled"  # checkpoints and logs go here; the same command again continues the run
     teacher: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
     teacher_dtype: Literal["float32", "bfloat16"] | None = None  # of its weights; None is the run's dtype
+    align: Literal["ids", "bytes"] = "ids"  # bytes: a teacher with another tokenizer reads the same text
     student_layers: str | None = None  # prune the student from the teacher: every:2, first:3, last:3 or 0,2,5
     alpha: float = 0.9  # weight of the divergence; the cross-entropy with the text has the weight 1 - alpha
     temperature: float = 1.0  # of student and teacher in the divergence
@@ -85,7 +88,8 @@ class DistillConfig(RunConfig, GPTConfig):
     document_mask: bool = False  # text: attend within documents only
 
     model_keys = ("init_from", "teacher")
-    stage_fixed = frozenset({"teacher", "teacher_dtype", "student_layers", "cache", "layer_map", "packing"})
+    stage_fixed = frozenset({"teacher", "teacher_dtype", "align", "student_layers", "cache", "layer_map",
+                             "packing"})
     resume_free = frozenset({"teacher_dtype"})
 
     def __post_init__(self) -> None:
@@ -102,6 +106,13 @@ class DistillConfig(RunConfig, GPTConfig):
                 if getattr(self, key) != getattr(DistillConfig, key):
                     raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, so it only works "
                                     "with cache=none")
+        if self.align == "bytes":  # the teacher has other ids, at other positions
+            for key, value in (("divergence", "mse"), ("cache", "sample")):
+                require(self, key, getattr(self, key) != value, f"anything but {value} with align=bytes")
+            for key in ("student_layers", "hidden_weight", "attention_weight"):
+                if getattr(self, key):
+                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher's tokenizer, so it only "
+                                    "works with align=ids")
         if self.on_policy and self.document_mask:
             raise UserError(f"on_policy={self.on_policy}: does not work with document_mask=True")
         if self.student_layers and self.init_from:
@@ -151,10 +162,10 @@ def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> 
     # The command must have the settings of this run.
     hint = (f"python -m tools.cache_teacher --teacher={cfg.teacher} --dataset={rows.data.folder} "
             f"--block_size={rows.T} --method={cfg.cache} --temperature={cfg.temperature}")
-    for key in ("packing", "document_mask"):
+    for key in ("packing", "document_mask", "align"):
         if getattr(cfg, key) != getattr(DistillConfig, key):
             hint += f" --{key}={getattr(cfg, key)}"
-    identity = identity_of(rows, teacher_hash, cfg.document_mask)
+    identity = identity_of(rows, teacher_hash, cfg.document_mask, cfg.align)
     return TeacherCache(rows, identity, cfg.cache, cfg.temperature, hint)
 
 
@@ -179,19 +190,23 @@ def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.n
                        batch: dict[str, Any]) -> dict[str, Tensor]:
     """The teacher's predictions for the targets of a batch, whose rows are row[i] of folder[i].
 
-    Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,).
+    Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,); for a teacher with
+    another tokenizer, the keys of `cached_spans`.
     """
     # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
     # compute logits at the targets only.
     T = batch["input_ids"].shape[1]
     records = np.stack([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B, T, width)
     records = records.reshape(-1, records.shape[-1])  # (B T, width)
+    if caches[0].records.aligned:
+        return cached_spans(batch, caches[0].records.lengths(records), caches[0].records.decode(records))
     if "positions" in batch:
         records = records[batch["positions"].numpy()]  # (N, width)
     return caches[0].records.decode(records)  # all caches have the same format
 
 
-def batches_at(data: StagedData, caches: Caches, step: int) -> list[dict[str, Any]]:
+def batches_at(data: StagedData, caches: Caches, step: int,
+               aligner: Aligner | None = None) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step, with cached predictions, or with prompts if it is on-policy."""
     cfg, mix, first, count = data.shard_for_step(step)
     folder, row = mix.locate(first, count)  # (count,) each: where each sample is, to find its cached records
@@ -210,6 +225,8 @@ def batches_at(data: StagedData, caches: Caches, step: int) -> list[dict[str, An
             prompts, lengths = prompt_lengths(rows)
             numbers = list(range(first + start, first + start + len(rows)))
             batch |= {"prompts": prompts, "lengths": lengths, "numbers": numbers, "count": sum(lengths)}
+        elif aligner and cfg.alpha > 0:
+            batch = aligner.align(batch)
         # The loss reads its weights and temperature from the config of the stage.
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
     return batches
@@ -234,11 +251,11 @@ class Distillation:
     """
 
     def __init__(self, student: Student, teacher: nn.Module | None, configs: list[DistillConfig],
-                 vocab_size: int, end_ids: set[int | None]):
+                 end_ids: set[int | None], vocab_size: int, aligner: Aligner | None = None):
         """configs: one per stage. teacher: None if batches carry cached predictions. end_ids: the tokens that
-        end what the student writes."""
+        end what the student writes. aligner: for a teacher with another tokenizer."""
         self.student, self.teacher, self.vocab_size = student, teacher, vocab_size
-        self.configs, self.end_ids = configs, end_ids
+        self.configs, self.end_ids, self.aligner = configs, end_ids, aligner
         # They stay for the whole run: a stage may turn the layer losses on or off.
         self.hooks: tuple[ActivationHooks, ActivationHooks] | None = None
         if student.pairs and isinstance(teacher, GPT):
@@ -254,22 +271,35 @@ class Distillation:
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            return self.student_loss(forward, batch, cached)
+            if "borders" not in batch:
+                return self.student_loss(forward, batch, cached)
+            aligned = divergences.AlignedTeacher(cached, batch["span_of"], batch["span_log_q"],
+                                                 batch["borders"], None)
+            return self.student_loss(forward, batch, aligned)
         # From the text alone: no need to run the teacher.
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
         # From the teacher. It builds no graph; teacher_head turns gradients on again for the student.
         assert self.teacher is not None
+        if self.aligner and "borders" not in batch:  # the student has just written this text
+            batch = to_device(self.aligner.align(batch), batch["input_ids"].device)
+        prefix = "teacher_" if self.aligner else ""
         with torch.no_grad():
-            return self.teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
+            return self.teacher(batch[f"{prefix}input_ids"], document_ids=batch.get(f"{prefix}document_ids"),
                                 head=lambda hidden, weight: self.teacher_head(forward, batch, hidden, weight))
 
     def teacher_head(self, forward: nn.Module, batch: dict[str, Any], hidden: Tensor,
                      weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
+        teacher: Teacher
+        if self.aligner:
+            dense = DenseTeacher(hidden.flatten(0, 1), weight)  # (B T', C)
+            teacher = self.aligner.teacher_of(batch, dense, self.configs[batch["stage"]].temperature)
+        else:
+            teacher = DenseTeacher(select_targets(hidden, batch), weight)
         # Run the student now, while the teacher's output matrix is gathered.
         with torch.enable_grad():
-            return self.student_loss(forward, batch, DenseTeacher(select_targets(hidden, batch), weight))
+            return self.student_loss(forward, batch, teacher)
 
     def student_loss(self, forward: nn.Module, batch: dict[str, Any],
                      teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
@@ -285,6 +315,8 @@ class Distillation:
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
+        if "borders" in batch:
+            metrics["aligned"] = torch.tensor(float(batch["borders"][-1]))
         if self.student.pairs:
             metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         return loss, metrics
@@ -338,6 +370,8 @@ def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Modul
     # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
     dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
     longest = max(stage.block_size for stage in stage_configs(cfg))
+    if cfg.align == "bytes":  # it reads its own ids
+        tokenizer = Tokenizer.load(hf.find_folder(cfg.teacher))
     teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
     shard_teacher(teacher, cfg.parallel, run)
     return teacher
@@ -410,6 +444,11 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     teacher_hash = run.run_on_rank0(lambda: model_sha256(hf.find_folder(cfg.teacher)))
     caches = open_caches(cfg, data, teacher_hash)
     teacher = None if caches else make_teacher(cfg, tokenizer, run)
+    aligner = None
+    if cfg.align == "bytes" and teacher is not None:
+        aligner = Aligner(tokenizer, hf.find_folder(cfg.teacher), context_of(teacher), run.device)
+        run.print(f"align     {len(aligner.pieces.ours):,} of {tokenizer.vocab_size:,} token ids are the "
+                  "teacher's too")
     student = make_student(cfg, layers, data, run)
     # Compile the teacher's blocks if fit compiles the student's. A model of transformers stays as it is.
     if isinstance(teacher, GPT) and compiles(cfg, student, run):
@@ -419,14 +458,17 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
         if isinstance(rows, ChatRows):
             run.print(chat_rows_text(rows))
     # One evaluation for the whole run, so that the results of different stages can be compared.
-    evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, teacher, run)
+    # A teacher with other ids has no prediction for the student's, so only the student is measured.
+    judge = teacher if cfg.align == "ids" else None
+    evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
     run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
     # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
-    loss_fn = Distillation(student, teacher, stage_configs(cfg), tokenizer.vocab_size, end_ids)
-    results = fit(cfg, student, lambda step: batches_at(data, caches, step), loss_fn, evaluation, run)
+    loss_fn = Distillation(student, teacher, stage_configs(cfg), end_ids, tokenizer.vocab_size, aligner)
+    results = fit(cfg, student, lambda step: batches_at(data, caches, step, aligner), loss_fn, evaluation,
+                  run)
     print_summary(cfg, student, results, run, kind.kind)
 
 

@@ -18,6 +18,8 @@ Shapes: N positions, n positions of a chunk, C width of the student, V vocab_siz
 """
 
 import math
+from bisect import bisect_left
+from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -53,6 +55,9 @@ class DenseTeacher(NamedTuple):
             hidden = hidden @ self.weight[:vocab_size].to(hidden.dtype).T  # (n, V)
         return hidden[:, :vocab_size].float()
 
+    def take(self, positions: Tensor) -> "DenseTeacher":
+        return DenseTeacher(self.hidden[positions], self.weight)
+
 
 class SparseTeacher(NamedTuple):
     """A cached teacher at N positions, at temperature T: a few tokens and their probabilities.
@@ -71,7 +76,53 @@ class SparseTeacher(NamedTuple):
         return SparseTeacher(self.ids[chunk], self.probs[chunk], tail)
 
 
-Teacher = DenseTeacher | SparseTeacher
+class SharedPieces(NamedTuple):
+    """The K pieces that two vocabularies have in common, and the other ids of both."""
+
+    ours: Tensor  # (K,) ids of the student
+    theirs: Tensor  # (K,) ids of the teacher for the same pieces
+    our_rest: Tensor  # (V - K,)
+    their_rest: Tensor  # (size of the teacher's vocabulary - K,)
+
+    def teacher_classes(self, log_q: Tensor) -> Tensor:
+        """The teacher's log-probabilities, (n, its vocabulary) -> (n, K + 1): the pieces, and all others.
+
+        A student without other pieces cannot follow the last class: then the others are left out, (n, K).
+        """
+        if not len(self.our_rest):
+            return log_q[:, self.theirs].log_softmax(-1)
+        return torch.cat((log_q[:, self.theirs], log_q[:, self.their_rest].logsumexp(-1, keepdim=True)), 1)
+
+    @property
+    def teacher_size(self) -> int:
+        return len(self.theirs) + len(self.their_rest)
+
+
+class AlignedTeacher(NamedTuple):
+    """A teacher with another tokenizer, at N targets of the student (distillation/alignment.py).
+
+    The first E targets are compared one by one. The next ones are the tokens of S longer spans, span by span.
+    The last ones are not compared.
+    """
+
+    exact: DenseTeacher | SparseTeacher  # at the first E targets; a SparseTeacher has ids of the student
+    span_of: Tensor  # (tokens of longer spans,) int64: the span of each, from 0 to S - 1
+    span_log_q: Tensor  # (S,) float32: the teacher's log-probability of each span's text
+    borders: list[int]  # E, then the end of each longer span among the targets
+    pieces: SharedPieces | None  # None for a SparseTeacher
+
+    def chunks(self, rows: int, count: int) -> list[slice]:
+        """Cut `count` targets into chunks of about `rows` that are of one kind and cut no span."""
+        edges = [*range(0, self.borders[0], rows)]
+        place = self.borders[0]
+        while place < self.borders[-1]:
+            edges.append(place)
+            place = self.borders[min(bisect_left(self.borders, place + rows), len(self.borders) - 1)]
+        edges += [*range(place, count, rows), count]
+        return [slice(begin, end) for begin, end in pairwise(edges)]
+
+
+Teacher = DenseTeacher | SparseTeacher | AlignedTeacher
 
 
 def dot(a: Tensor, b: Tensor) -> Tensor:
@@ -134,12 +185,78 @@ def sparse_kl(log_p: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
     return loss, p.mul_((1 - tail / p_other)[:, None]).scatter_(1, ids, p_kept - probs)
 
 
+def token_log_probs(teacher: DenseTeacher, targets: Tensor, vocab_size: int, temperature: float) -> Tensor:
+    """The teacher's log-probabilities of `targets` (N,) at a temperature, (N,) float32."""
+    rows, parts = chunk_rows(teacher.hidden, vocab_size), [teacher.hidden.new_zeros(0, dtype=torch.float32)]
+    for start in range(0, len(targets), rows):
+        chunk = slice(start, start + rows)
+        log_q = (teacher.logits(chunk, vocab_size) / temperature).log_softmax(-1)  # (n, vocab_size)
+        parts.append(log_q.gather(1, targets[chunk, None])[:, 0])
+    return torch.cat(parts)
+
+
+def shared_divergence(log_p: Tensor, log_q: Tensor, pieces: SharedPieces, kind: Kind,
+                      beta: float) -> tuple[Tensor, Tensor]:
+    """`divergence` over the pieces that both vocabularies have and one class of all others.
+
+    log_p: (n, V), log_q: (n, the teacher's vocabulary), both normalized. Returns (n,), and (n, V).
+    """
+    theirs, ours = pieces.teacher_classes(log_q), log_p[:, pieces.ours]  # (n, K + 1), (n, K)
+    rest = log_p[:, pieces.our_rest]  # (n, V - K)
+    log_other = rest.logsumexp(-1, keepdim=True)  # (n, 1)
+    if len(pieces.our_rest):
+        ours = torch.cat((ours, log_other), 1)  # (n, K + 1)
+    loss, by_class = divergence(ours, theirs, kind, beta)
+    gradient = torch.empty_like(log_p)
+    gradient[:, pieces.ours] = by_class[:, :len(pieces.ours)]
+    # A class shares its gradient among its pieces by their probabilities within the class.
+    gradient[:, pieces.our_rest] = (rest - log_other).exp() * by_class[:, -1:]
+    return loss, gradient
+
+
+def span_divergence(log_p: Tensor, targets: Tensor, span_of: Tensor, span_log_q: Tensor, kind: Kind,
+                    beta: float) -> tuple[Tensor, Tensor]:
+    """`divergence` of two outcomes per span, its text and any other text: (n,), and the gradient (n, V).
+
+    log_p: (n, V), of the tokens of whole spans. span_of: (n,), the span of each token. span_log_q: (S,). The
+    loss of a span is divided among its tokens. Let P be the probability of the text, the product of its
+    tokens' probabilities, and (g, -g) the gradient by the logits of the two outcomes. As log(1 - P) has the
+    derivative -P / (1 - P) by log P, the gradient by log P is g / (1 - P). Each token's logits move log P by
+    1 - p at the target, and by -p elsewhere.
+    """
+    log_target, ones = log_p.gather(1, targets[:, None])[:, 0], torch.ones_like(log_p[:, 0])  # (n,) each
+    sums = span_log_q.new_zeros((2, len(span_log_q))).index_add(1, span_of, torch.stack((log_target, ones)))
+    log_text, tokens = sums[0].clamp(max=-1e-6), sums[1]  # (S,) each; 1 - P keeps some digits in float32
+    other, their_other = (-torch.expm1(x) for x in (log_text, span_log_q))
+    loss, gradient = divergence(torch.stack((log_text, other.log()), 1),
+                                torch.stack((span_log_q, their_other.log()), 1), kind, beta)  # (S,), (S, 2)
+    slope = (gradient[:, 0] / other)[span_of, None]  # (n, 1)
+    return (loss / tokens)[span_of], log_p.exp().mul_(-slope).scatter_add_(1, targets[:, None], slope)
+
+
+def aligned_loss(log_p: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: slice,
+                 objective: Objective) -> tuple[Tensor, Tensor]:
+    """The divergence of one chunk of `AlignedTeacher.chunks`, (n,), and its gradient by z / T, (n, V)."""
+    first, end = teacher.borders[0], teacher.borders[-1]
+    if chunk.start >= end:
+        return torch.zeros_like(log_p[:, 0]), torch.zeros_like(log_p)
+    if chunk.start >= first:
+        span_of = teacher.span_of[chunk.start - first:chunk.stop - first]
+        return span_divergence(log_p, targets, span_of, teacher.span_log_q, objective.kind, objective.beta)
+    if isinstance(teacher.exact, SparseTeacher):
+        return sparse_kl(log_p, teacher.exact.take(chunk))
+    assert teacher.pieces is not None
+    log_q = teacher.exact.logits(chunk, teacher.pieces.teacher_size) / objective.temperature
+    return shared_divergence(log_p, log_q.log_softmax(-1), teacher.pieces, objective.kind, objective.beta)
+
+
 def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objective,
-              log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
+              log_p: Tensor | None = None, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """T^2 * divergence from the teacher, (n,), and its gradient by the student's logits, (n, V).
 
-    logits: (n, V) float32. log_p: their log-softmax, if the caller has it. With kind "mse" the loss is the
-    squared difference of the logits, averaged over V, without a temperature.
+    logits: (n, V) float32. log_p: their log-softmax, if the caller has it. targets: (n,), which an
+    AlignedTeacher needs. With kind "mse" the loss is the squared difference of the logits, averaged over V,
+    without a temperature.
     """
     T, V = objective.temperature, logits.shape[1]
     if objective.kind == "mse" and isinstance(teacher, DenseTeacher):
@@ -149,6 +266,9 @@ def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objecti
         log_p = (logits / T).log_softmax(-1)
     if isinstance(teacher, SparseTeacher):
         loss, gradient = sparse_kl(log_p, teacher.take(chunk))
+    elif isinstance(teacher, AlignedTeacher):
+        assert targets is not None
+        loss, gradient = aligned_loss(log_p, targets, teacher, chunk, objective)
     else:
         log_q = (teacher.logits(chunk, V) / T).log_softmax(-1)
         loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
@@ -174,7 +294,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: 
     kd, gradient = torch.zeros_like(ce), torch.zeros_like(ce)
     if alpha > 0:
         assert teacher is not None
-        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
+        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p, target[:, 0])
         kd = torch.where(is_target, loss, 0).sum()
         gradient.mul_(alpha)
     if alpha < 1:  # the gradient of the cross-entropy is p - 1 at the target, and p elsewhere
@@ -218,8 +338,8 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         matrix, rows = weight[:vocab_size].to(dtype), chunk_rows(hidden, vocab_size)  # (V, C)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        chunks = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
+        for chunk in teacher.chunks(rows, len(hidden)) if isinstance(teacher, AlignedTeacher) else chunks:
             is_target = targets[chunk, None] != IGNORE  # (n, 1)
             h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
             chunk_ce, chunk_kd, d_logits = chunk_loss((h @ matrix.T).float(), targets[chunk], teacher, chunk,

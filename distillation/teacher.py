@@ -83,7 +83,14 @@ def check_teacher_ids(folder: Path, tokenizer: Tokenizer) -> None:
         shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours[i]!r} in the data"
                           for i in different[:3])
         raise UserError(f"teacher={folder}: {len(different):,} token ids mean something else: {shown} "
-                        f"(prepare.py --tokenizer={folder} makes data with its ids)")
+                        f"(prepare.py --tokenizer={folder} makes data with its ids; with --align=bytes they "
+                        "may differ)")
+
+
+def context_of(teacher: Any) -> int:
+    """The most tokens that a teacher reads; a large number for a model of transformers without a limit."""
+    config = teacher.config
+    return getattr(config, "block_size", None) or getattr(config, "max_position_embeddings", None) or 2**24
 
 
 def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, dtype: torch.dtype,
@@ -101,9 +108,9 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, 
     if config.vocab_size < tokenizer.vocab_size:
         raise UserError(f"teacher={source}: the model has {config.vocab_size:,} token ids, its tokenizer "
                         f"{tokenizer.vocab_size:,}")
-    context = getattr(config, "block_size", None) or getattr(config, "max_position_embeddings", None)
-    if context is not None and context < block_size:
-        raise UserError(f"block_size={block_size}: teacher={source} has a context of {context} tokens")
+    if context_of(teacher) < block_size:
+        raise UserError(f"block_size={block_size}: teacher={source} has a context of {context_of(teacher)} "
+                        "tokens")
     return teacher.eval().requires_grad_(False)
 
 

@@ -15,6 +15,10 @@ sample  the ids of k tokens drawn from the teacher, 2 bytes each (4 for more tha
         token among the samples is an unbiased estimate of its probability (Random Sampling KD, arXiv
         2503.16870).
 
+For a teacher with another tokenizer (--align=bytes; topk only), a record begins with 2 bytes: 0 if nothing is
+compared here, 1 for one token on both sides, 1 + n at the first of n tokens whose probability is stored. The
+ids are then the student's, and "all other tokens" includes the teacher's pieces that the student lacks.
+
 A cache belongs to one teacher, data set, row length and temperature. The name of its folder is the hash of
 these, so a cache is never used for anything else.
 """
@@ -33,12 +37,16 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
+from distillation.alignment import AlignedRows
 from distillation.divergences import DenseTeacher
 from formats.files import HashedFile, file_sha256, lock_path, sync_folder, write_json
 from training.losses import chunk_rows
 
 VERSION = 1
 SHARD_BYTES = 2**28  # about 256 MiB
+
+
+RunTeacher = Callable[[np.ndarray], DenseTeacher | AlignedRows]
 
 
 @dataclass(frozen=True)
@@ -51,10 +59,12 @@ class CacheSpec:
     values: Literal["float32", "float16"] = "float16"  # dtype of the log-probabilities of topk
 
 
-def identity_of(rows: Any, teacher_hash: str, document_mask: bool) -> dict[str, Any]:
+def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = "ids") -> dict[str, Any]:
     """What a cache depends on besides its spec: the teacher, the data, and how the data is cut into rows."""
-    return {"version": VERSION, "teacher": teacher_hash, "data": file_sha256(rows.data.folder / "meta.json"),
-            "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
+    identity = {"version": VERSION, "teacher": teacher_hash,
+                "data": file_sha256(rows.data.folder / "meta.json"),
+                "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
+    return identity | ({} if align == "ids" else {"align": align})  # older caches have no such key
 
 
 def as_bytes(values: np.ndarray) -> np.ndarray:
@@ -65,11 +75,13 @@ def as_bytes(values: np.ndarray) -> np.ndarray:
 class Records:
     """Converts between predictions and records. A record is the k ids, then, for topk, k + 1 values."""
 
-    def __init__(self, spec: CacheSpec, vocab_size: int):
+    def __init__(self, spec: CacheSpec, vocab_size: int, aligned: bool = False):
+        """aligned: True if a record begins with the length of its span."""
+        self.aligned, self.V, self.begin = aligned, vocab_size, 2 * aligned
         self.spec, self.k = spec, min(spec.k, vocab_size) if spec.method == "topk" else spec.k
         self.ids = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
         self.values = np.dtype(spec.values).newbyteorder("<")
-        self.split = self.k * self.ids.itemsize  # bytes of the ids
+        self.split = self.begin + self.k * self.ids.itemsize  # end of the ids
         self.width = self.split
         if spec.method == "topk":
             self.width += (self.k + 1) * self.values.itemsize
@@ -79,15 +91,20 @@ class Records:
         if self.spec.method == "sample":
             ids = torch.multinomial(log_probs.exp(), self.k, replacement=True, generator=generator)  # (n, k)
             return as_bytes(ids.cpu().numpy().astype(self.ids))
-        top, ids = log_probs.topk(self.k, dim=-1)  # (n, k) each
+        top, ids = log_probs[:, :self.V].topk(self.k, dim=-1)  # (n, k) each; a column V is no token
         tail = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf if k = V
         values = torch.cat((top, tail), dim=1).cpu().numpy().astype(self.values)  # (n, k + 1)
         return np.concatenate((as_bytes(ids.cpu().numpy().astype(self.ids)), as_bytes(values)), axis=1)
 
+    def lengths(self, records: np.ndarray) -> np.ndarray:
+        """The first number of aligned records, (n,)."""
+        return np.ascontiguousarray(records[:, :self.begin]).view("<u2")[:, 0].astype(np.int64)
+
     def decode(self, records: np.ndarray) -> dict[str, Tensor]:
         """Records (n, width) -> {"teacher_ids": (n, k) int64, "teacher_probs": (n, k) float32} and, for topk,
         "teacher_tail": (n,) float32, the probability of all other tokens."""
-        ids = np.ascontiguousarray(records[:, :self.split]).view(self.ids).astype(np.int64)  # (n, k)
+        kept = np.ascontiguousarray(records[:, self.begin:self.split])
+        ids = kept.view(self.ids).astype(np.int64)  # (n, k)
         if self.spec.method == "sample":
             return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": torch.full(ids.shape, 1 / self.k)}
         values = np.ascontiguousarray(records[:, self.split:]).view(self.values).astype(np.float32)
@@ -158,7 +175,7 @@ class CacheWriter:
         identity = identity | asdict(spec)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = rows.data.folder / f"teacher_{digest[:12]}"
-        self.records = Records(spec, rows.data.meta["vocab_size"])
+        self.records = Records(spec, rows.data.meta["vocab_size"], "align" in identity)
         row_bytes = rows.T * self.records.width
         self.rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // row_bytes)
         self.folder.mkdir(exist_ok=True)
@@ -180,7 +197,7 @@ class CacheWriter:
         """Rows in complete shards."""
         return rows_done(self.meta)
 
-    def fill(self, run_teacher: Callable[[np.ndarray], DenseTeacher], batch_size: int,
+    def fill(self, run_teacher: RunTeacher, batch_size: int,
              progress: Callable[[int], None] = lambda rows: None) -> None:
         """Write all shards that are missing, and release the lock.
 
@@ -193,7 +210,7 @@ class CacheWriter:
         finally:
             os.close(self.lock)
 
-    def write_shard(self, run_teacher: Callable[[np.ndarray], DenseTeacher], batch_size: int,
+    def write_shard(self, run_teacher: RunTeacher, batch_size: int,
                     progress: Callable[[int], None]) -> None:
         """Write the next shard under a temporary name, rename it, and enter it in meta.json."""
         first, last = self.done, min(len(self.rows), self.done + self.rows_per_shard)
@@ -213,16 +230,22 @@ class CacheWriter:
         self.meta["shards"].append({"name": name, "rows": last - first, "sha256": digest})
         write_json(self.folder / "meta.json", self.meta)
 
-    def encode_row(self, teacher: DenseTeacher, place: int, number: int) -> Iterator[np.ndarray]:
+    def encode_row(self, teacher: DenseTeacher | AlignedRows, place: int,
+                   number: int) -> Iterator[np.ndarray]:
         """The records of row `number`, chunk by chunk; the row is at index `place` of the teacher's batch."""
         # The samples depend on the row alone, so a cache has the same bytes for any batch and shard size.
         generator = torch.Generator(teacher.hidden.device).manual_seed(number)
         V, end = self.rows.data.meta["vocab_size"], (place + 1) * self.rows.T
         step = chunk_rows(teacher.hidden, V)
         for start in range(place * self.rows.T, end, step):
-            logits = teacher.logits(slice(start, min(start + step, end)), V)  # (n, V), never (B T, V)
-            log_probs = (logits / self.spec.temperature).log_softmax(-1)
-            yield self.records.encode(log_probs, generator)
+            chunk = slice(start, min(start + step, end))
+            if isinstance(teacher, AlignedRows):
+                records = self.records.encode(teacher.log_probs(chunk), None)
+                yield np.concatenate((as_bytes(teacher.lengths[chunk, None].astype("<u2")), records), axis=1)
+            else:
+                logits = teacher.logits(chunk, V)  # (n, V), never (B T, V)
+                log_probs = (logits / self.spec.temperature).log_softmax(-1)
+                yield self.records.encode(log_probs, generator)
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------
@@ -240,7 +263,7 @@ def find_cache(rows: Any, wanted: dict[str, Any], hint: str) -> tuple[Path, dict
             others.append(str(error))
             continue
         identity, done = meta["identity"], rows_done(meta)
-        if differs := [key for key, value in wanted.items() if identity.get(key) != value]:
+        if differs := [key for key in (*wanted, "align") if identity.get(key) != wanted.get(key)]:
             others.append(f"{folder.name} has another {', '.join(differs)}")
         elif done < len(rows):
             others.append(f"{folder.name} (--k={identity['k']} --values={identity['values']}) has {done:,} "
@@ -267,7 +290,7 @@ class TeacherCache:
         """
         wanted = identity | {"method": method, "temperature": temperature}
         self.folder, meta = find_cache(rows, wanted, hint)
-        self.records = Records(spec_of(meta), rows.data.meta["vocab_size"])
+        self.records = Records(spec_of(meta), rows.data.meta["vocab_size"], "align" in identity)
         shape = (-1, rows.T, self.records.width)
         self.shards = [np.memmap(self.folder / shard["name"], np.uint8, "r").reshape(shape)
                        for shard in meta["shards"]]

@@ -11,7 +11,6 @@ the cache is complete, the same command verifies it.
 
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -24,9 +23,10 @@ from configurator import UserError, configure, require_positive, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows
 from dataset.dataloader import Rows, parse_mix, text_batch
 from dataset.shards import DataFolder
+from distillation.alignment import AlignedRows, Aligner
 from distillation.divergences import DenseTeacher
-from distillation.teacher import load_teacher
-from distillation.teacher_cache import CacheSpec, CacheWriter, identity_of, verify
+from distillation.teacher import context_of, load_teacher
+from distillation.teacher_cache import CacheSpec, CacheWriter, RunTeacher, identity_of, verify
 from formats import hf
 from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
@@ -44,12 +44,15 @@ class CacheConfig:
     temperature: float = 1.0  # of the teacher, as in distill.py
     packing: bool = True  # chats: several conversations per row, as in distill.py
     document_mask: bool = False  # text: attend within documents only, as in distill.py
+    align: Literal["ids", "bytes"] = "ids"  # bytes: the teacher has another tokenizer, as in distill.py
     batch_size: int = 16  # rows that the teacher reads together
     device: str | None = None  # cpu, cuda, mps; None is the best one available
     dtype: Literal["float32", "bfloat16"] | None = None  # of the teacher's weights; None is bfloat16 on cuda
 
     def __post_init__(self) -> None:
         require_positive(self, "block_size", "k", "temperature", "batch_size")
+        if self.align == "bytes" and self.method == "sample":
+            raise UserError("align=bytes: does not work with method=sample; use --method=topk")
 
     @property
     def spec(self) -> CacheSpec:
@@ -67,26 +70,33 @@ def open_rows(cfg: CacheConfig, folder: DataFolder) -> Rows | ChatRows:
     raise UserError(f"{folder.folder}: holds {folder.meta['kind']} rows; a cache needs text or chats")
 
 
-def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> Callable[[np.ndarray], DenseTeacher]:
+def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     """Load the teacher. Returns a function that lets it read rows, by their numbers."""
-    tokenizer = Tokenizer.load(rows.data.folder)
-    device = pick_device(cfg.device)
+    tokenizer, folder = Tokenizer.load(rows.data.folder), hf.find_folder(cfg.teacher)
+    device, aligner = pick_device(cfg.device), None
     dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-    teacher = load_teacher(cfg.teacher, tokenizer, device, DTYPES[dtype], cfg.block_size)
-    eot_id = tokenizer.eot_id if cfg.document_mask else None
+    own_tokenizer = Tokenizer.load(folder) if cfg.align == "bytes" else tokenizer
+    teacher = load_teacher(cfg.teacher, own_tokenizer, device, DTYPES[dtype], cfg.block_size)
+    if cfg.align == "bytes":
+        aligner = Aligner(tokenizer, folder, context_of(teacher), device)
+    eot_id, prefix = tokenizer.eot_id if cfg.document_mask else None, "teacher_" if aligner else ""
 
     @torch.inference_mode()
-    def run_teacher(numbers: np.ndarray) -> DenseTeacher:
+    def run_teacher(numbers: np.ndarray) -> DenseTeacher | AlignedRows:
         values = rows.read(numbers)
         if values.ndim == 3:  # chats, (n, 3, T): inputs, targets, conversations
-            batch = {"input_ids": torch.from_numpy(values[:, 0])}
-            if cfg.packing:
-                batch["document_ids"] = torch.from_numpy(values[:, 2])
+            batch = dict(zip(("input_ids", "targets", "document_ids"), torch.from_numpy(values).unbind(1),
+                             strict=True))
+            if not cfg.packing:
+                del batch["document_ids"]
         else:  # text, (n, T + 1)
             batch = text_batch(values, eot_id)
-        batch = to_device(batch, device)
-        return teacher(batch["input_ids"], document_ids=batch.get("document_ids"),
-                       head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))  # (n T, C)
+        batch = to_device(aligner.align(batch) if aligner else batch, device)
+        dense = teacher(batch[f"{prefix}input_ids"], document_ids=batch.get(f"{prefix}document_ids"),
+                        head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))  # (n T, C)
+        if aligner is None:
+            return dense
+        return AlignedRows.of(aligner.teacher_of(batch, dense, cfg.temperature), batch, cfg.temperature)
 
     return run_teacher
 
@@ -94,7 +104,7 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> Callable[[np.nda
 def write_cache(cfg: CacheConfig, path: Path) -> None:
     """Write the cache of one data folder, or verify it if it is complete."""
     rows = open_rows(cfg, DataFolder(path))
-    identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask)
+    identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask, cfg.align)
     writer = CacheWriter(rows, cfg.spec, identity)
     done, start = writer.done, time.perf_counter()
     text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"

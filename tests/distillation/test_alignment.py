@@ -1,0 +1,262 @@
+"""A teacher with another tokenizer: spans by hand, the loss and its gradient in float64 by hand, equal
+tokenizers against ordinary distillation, hostile text, chats, a cache, and mistakes of the user."""
+
+import json
+import math
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+import distill
+from configurator import UserError, configure
+from dataset.chat_rows import ChatRows, batch_of, chat_batch
+from dataset.dataloader import IGNORE, Rows, text_batch
+from dataset.shards import DataFolder
+from distillation.alignment import Aligner, AlignedRows, cached_spans, match_spans
+from distillation.divergences import DenseTeacher, Objective, SparseTeacher, linear_distillation
+from distillation.divergences import select_targets
+from distillation.teacher_cache import CacheSpec, Records
+from formats import hf
+from formats.tokenizer import Tokenizer
+from model import GPT
+from tests.runs import events, losses
+from tests.test_distill import TINY, arguments, cache, run
+
+CPU = torch.device("cpu")
+TEXT = "def main(args):\n    return args + 1234  # naïve 日本\n" * 4
+CUT = TEXT.encode()
+
+
+def bpe(vocab, text=TEXT):
+    return Tokenizer.train([text], vocab)
+
+
+def saved(tokenizer, folder):
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    """(student's tokenizer, aligner to a teacher whose tokenizer has fewer merges)."""
+    student = bpe(330)
+    return student, Aligner(student, saved(bpe(280, TEXT[::-1] + TEXT), tmp_path_factory.mktemp("t")), 512, CPU)
+
+
+def sentencepiece(scheme="always", normalizer=None):
+    """A BPE that spells spaces as the marker and unknown bytes as <0x..>."""
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁",
+              *sorted(set("defmain(args):return+1234#b") | {"▁a", "ar"})]
+    hf_tokenizer = HFTokenizer(models.BPE(vocab={piece: k for k, piece in enumerate(pieces)},
+                                          merges=[("▁", "a"), ("a", "r")], byte_fallback=True,
+                                          unk_token="<unk>", fuse_unk=False))
+    if normalizer:
+        hf_tokenizer.normalizer = normalizer
+    hf_tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme, split=False)
+    hf_tokenizer.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(),
+                                              decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    hf_tokenizer.add_special_tokens(["<s>", "</s>"])
+    definition = json.loads(hf_tokenizer.to_str())
+    return Tokenizer(definition, {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>",
+                                  "eos_token": "</s>"})
+
+
+# ---- Spans ------------------------------------------------------------------------------------------------
+
+@pytest.mark.fast
+def test_spans_by_hand():
+    """def|_main|() :  against  def|_ma|in|()|_:  and bytes 5 to 7 that the teacher lacks."""
+    ours = [(0, 0, 3), (1, 3, 8), (2, 8, 12)]
+    theirs = [(9, 0, 0), (0, 0, 3), (1, 3, 6), (2, 6, 8), (3, 8, 10), (4, 10, 12)]
+    assert match_spans(ours, theirs) == [(0, 1, 1, 2), (1, 2, 2, 4), (2, 3, 4, 6)]
+    gap = [(0, 0, 3), (1, 3, 5), (2, 7, 8), (3, 8, 12)]
+    assert match_spans(ours, gap) == [(0, 1, 0, 1), (2, 3, 3, 4)]
+    assert match_spans([(0, 0, 2)], [(0, 0, 1)]) == [] == match_spans([], theirs)
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("scheme", ["always", "first", "never"])
+def test_tokens_tile_the_text(tmp_path, scheme):
+    """Both sides' tokens spell the same bytes, also with a sentencepiece marker and cut characters."""
+    student = bpe(300)
+    aligner = Aligner(student, saved(sentencepiece(scheme), tmp_path), 512, CPU)
+    ids = [student.eot_id, *student.encode(TEXT[:90])]
+    ours, theirs = aligner.tokens(ids)
+    assert [index for index, _, _ in ours] == ids
+    text = student.decode(ids[1:]).encode()
+    assert ours[-1][2] == theirs[-1][2] == 1 + len(text)
+    for index, begin, end in theirs:
+        if end > begin > 0 and index not in aligner.teacher.special_ids:
+            assert aligner.theirs[index].endswith(text[begin - 1:end - 1])
+    spans = match_spans(ours, theirs)
+    assert spans[0] == (0, 1, 0, 1), "the end-of-text tokens are a span"
+    assert sum(b - a for a, b, _, _ in spans) == len(ids), "every token is in a span"
+    # A row that begins and ends within characters: their bytes have no token of the teacher.
+    broken = [student.token_id(letter) for letter in "¥æ"] + student.encode(" ab")
+    ours, theirs = aligner.tokens(broken)
+    assert len(ours) == len(broken) and match_spans(ours, theirs)[0][0] == 2
+
+
+@pytest.mark.fast
+def test_random_ids_always_align(pair):
+    """Any ids at all: spans are in order, tile on both sides, and no batch raises."""
+    student, aligner = pair
+    for seed in range(20):
+        ids = torch.randint(student.vocab_size, (3, 33), generator=torch.Generator().manual_seed(seed)).numpy()
+        batch = aligner.align(text_batch(ids, student.eot_id if seed % 2 else None))
+        assert sorted(batch["positions"].tolist()) == list(range(96))
+        assert batch["targets"].tolist() == ids[:, 1:].flatten()[batch["positions"]].tolist()
+        assert (batch["longer_slots"] < batch["teacher_input_ids"].numel()).all()
+        assert batch["borders"][-1] + 0 <= 96
+
+
+# ---- The loss ---------------------------------------------------------------------------------------------
+
+def by_hand(z, y, batch, aligner, T, alpha):
+    """The loss in float64, from student logits z (B T, V) and teacher logits y (B T', V'), span by span."""
+    log_p, log_q = (z / T).log_softmax(-1), (y / T).log_softmax(-1)
+    ours, theirs = aligner.pieces.ours, aligner.pieces.theirs
+    first, kd = batch["borders"][0], 0.0
+    for k in range(first):
+        p, q = log_p[batch["positions"][k]].exp(), log_q[batch["exact_slots"][k]].exp()
+        p = torch.cat((p[ours], 1 - p[ours].sum()[None]))
+        q = torch.cat((q[theirs], 1 - q[theirs].sum()[None]))
+        kd = kd + (q * (q / p).log()).sum()
+    for s, (begin, end) in enumerate(zip(batch["borders"], batch["borders"][1:], strict=False)):
+        p = log_p[batch["positions"][begin:end], batch["targets"][begin:end]].sum().exp()
+        mine = batch["longer_span"] == s
+        q = log_q[batch["longer_slots"][mine], batch["longer_targets"][mine]].sum().exp()
+        kd = kd + q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
+    ce = -z.log_softmax(-1)[batch["positions"], batch["targets"]].sum()
+    return (1 - alpha) * ce + alpha * T**2 * kd
+
+
+@pytest.mark.parametrize("T,alpha", [(1.0, 0.9), (2.0, 1.0)])
+@pytest.mark.fast
+def test_loss_and_gradient_are_those_of_float64_by_hand(pair, T, alpha):
+    student, aligner = pair
+    ids = np.array(student.encode(TEXT))[:66].reshape(2, 33)
+    batch = aligner.align(text_batch(ids))
+    assert batch["borders"][0] > 5 and len(batch["borders"]) > 5
+    g = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2, 32, 16, generator=g, requires_grad=True)
+    weight = torch.randn(student.vocab_size + 10, 16, generator=g, requires_grad=True)
+    y = 2 * torch.randn(*batch["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
+    teacher = aligner.teacher_of(batch, DenseTeacher(y.flatten(0, 1), None), T)
+    loss, _, _ = linear_distillation(select_targets(hidden, batch), weight, batch["targets"], teacher,
+                                     student.vocab_size, Objective(alpha, T))
+    loss.backward()
+    h, w = (x.detach().double().requires_grad_() for x in (hidden, weight))
+    expected = by_hand(h.flatten(0, 1) @ w[:student.vocab_size].T, y.flatten(0, 1).double(), batch, aligner,
+                       T, alpha)
+    expected.backward()
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
+    torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.fast
+def test_chunks_cut_no_span(pair, monkeypatch):
+    student, aligner = pair
+    batch = aligner.align(text_batch(np.array(student.encode(TEXT))[:66].reshape(2, 33)))
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 32, 8, generator=g), torch.randn(student.vocab_size, 8, generator=g)
+    y = torch.randn(*batch["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
+    teacher = aligner.teacher_of(batch, DenseTeacher(y.flatten(0, 1), None), 1.0)
+    results = []
+    for rows in (1, 3, 7, 1000):
+        monkeypatch.setattr("distillation.divergences.chunk_rows", lambda *_, rows=rows: rows)
+        chunks = teacher.chunks(rows, 64)
+        assert [k for chunk in chunks for k in range(chunk.start, chunk.stop)] == list(range(64))
+        results.append(linear_distillation(select_targets(hidden, batch), weight, batch["targets"], teacher,
+                                           student.vocab_size, Objective(0.9))[0].item())
+    np.testing.assert_allclose(results, results[0], rtol=1e-5)
+
+
+def permuted(source, folder, seed=5):
+    """A copy of a model folder whose token ids are shuffled: another tokenizer.json, the same function."""
+    shutil.copytree(source, folder)
+    order = np.random.default_rng(seed).permutation(Tokenizer.load(source).vocab_size)
+    definition = json.loads((folder / "tokenizer.json").read_text())
+    vocab = definition["model"]["vocab"]
+    definition["model"]["vocab"] = {piece: int(order[index]) for piece, index in vocab.items()}
+    for token in definition["added_tokens"]:
+        token["id"] = int(order[token["id"]])
+    (folder / "tokenizer.json").write_text(json.dumps(definition))
+    tensors = load_file(folder / "model.safetensors")
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        if name in tensors:
+            moved = tensors[name].clone()
+            moved[torch.tensor(order)] = tensors[name]
+            tensors[name] = moved
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+    return folder
+
+
+def test_equal_tokenizers_are_ordinary_distillation(trained, own_data, tmp_path):
+    """The same loss and gradient from the same tokenizer, and from one with other ids for the same pieces."""
+    folder, tokenizer = hf.find_folder(trained), Tokenizer.load(own_data)
+    rows = Rows(DataFolder(own_data), "train", 64).read(np.arange(4))
+    student = GPT.from_pretrained(folder)
+    with torch.no_grad():
+        for parameter in student.parameters():
+            parameter.mul_(1.1)
+    results = []
+    for source in (None, folder, permuted(folder, tmp_path / "p")):
+        batch = text_batch(rows, tokenizer.eot_id)
+        teacher = GPT.from_pretrained(source or folder).eval()
+        with torch.no_grad():
+            if source is None:
+                dense = teacher(batch["input_ids"], document_ids=batch["document_ids"], head=DenseTeacher)
+                dense = DenseTeacher(dense.hidden.flatten(0, 1), dense.weight)
+                batch["targets"] = batch["targets"].flatten()
+            else:
+                aligner = Aligner(tokenizer, source, 64, CPU)
+                batch = aligner.align(batch)
+                whole = teacher(batch["teacher_input_ids"], document_ids=batch["teacher_document_ids"],
+                                head=DenseTeacher)
+                dense = aligner.teacher_of(batch, DenseTeacher(whole.hidden.flatten(0, 1), whole.weight), 2.0)
+        student.zero_grad()
+        loss, ce, kd = student(batch["input_ids"], document_ids=batch["document_ids"], head=lambda h, w: (
+            linear_distillation(select_targets(h, batch), w, batch["targets"], dense, tokenizer.vocab_size,
+                                Objective(0.7, 2.0))))
+        loss.backward()
+        results.append((loss.item(), ce.item(), kd.item(), student.head_weight.grad.clone(),
+                        batch.get("borders")))
+    ordinary, same, other = results
+    assert same[4] == [256], "all targets are exact"
+    np.testing.assert_allclose(same[:3], ordinary[:3], rtol=1e-5)
+    torch.testing.assert_close(same[3], ordinary[3], rtol=1e-4, atol=1e-5)
+    # A row may begin within a word, which is then split in another way: here nearly all targets are exact.
+    assert other[4][0] > 240
+    np.testing.assert_allclose(other[:3], ordinary[:3], rtol=0.05)
+
+
+def test_a_cache_has_the_same_loss(pair):
+    """With all shared pieces in float32 records, the loss is that of the teacher itself."""
+    student, aligner = pair
+    batch = text_batch(np.array(student.encode(TEXT))[:66].reshape(2, 33))
+    aligned = aligner.align(batch)
+    g = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(2, 32, 8, generator=g), torch.randn(student.vocab_size, 8, generator=g)
+    y = torch.randn(*aligned["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
+    teacher = aligner.teacher_of(aligned, DenseTeacher(y.flatten(0, 1), None), 1.5)
+    shared = len(aligner.pieces.ours)
+    records = Records(CacheSpec("topk", 1.5, shared, "float32"), student.vocab_size, aligned=True)
+    stored = AlignedRows.of(teacher, aligned, 1.5)
+    raw = np.concatenate((stored.lengths[:, None].astype("<u2").view(np.uint8),
+                          records.encode(stored.log_probs(slice(0, 64)), None)), axis=1)
+    assert raw.shape == (64, records.width)
+    again = batch | cached_spans(batch, records.lengths(raw), records.decode(raw))
+    assert again["borders"] == aligned["borders"] and torch.equal(again["positions"], aligned["positions"])
+    cached = teacher._replace(exact=SparseTeacher(again["teacher_ids"], again["teacher_probs"],
+                                                  again["teacher_tail"]), span_log_q=again["span_log_q"])
+    one, two = (linear_distillation(select_targets(hidden, aligned), weight, aligned["targets"], each,
+                                    student.vocab_size, Objective(0.9, 1.5)) for each in (teacher, cached))
+    np.testing.assert_allclose(one[0].item(), two[0].item(), rtol=1e-4)
