@@ -15,6 +15,9 @@ the reason.
 --target=needle:0.85,perplexity:12 names the least that --model has to reach in the first figure of a task
 (for a perplexity: the most). The table then has a column "target", and a missed target is exit code 3.
 
+--num_samples=8 also samples answers to questions that are answered in text, and measures votes and choices by
+a --verifier (evals/votes.py): a second table and a picture of accuracy against tokens.
+
 Writes to out_dir: results.json (each figure with its n and standard error, the settings, the hashes of data
 and weights), results.md (the same table), answers/<task>.jsonl (one line per question and model), pictures.
 All files are written again after each task, so an interrupted run keeps what is finished.
@@ -32,12 +35,14 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
+from evals import votes
 from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
@@ -56,12 +61,15 @@ from evals.tasks import (
     summarize,
     truthfulqa,
 )
+from evals.votes import Asker, VoteSettings, add_votes, method_rows
 from formats import hf
 from formats.chat_format import require_chat
 from formats.files import write_bytes, write_json, write_text
 from formats.markdown import table
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
+from generation.constraints import ConstraintKeys
+from generation.verifier import Verifier
 from modeling.devices import pick_device, use_threads
 
 
@@ -72,6 +80,7 @@ class Task(NamedTuple):
     settings: dict[str, Any] = {}  # arguments with fixed values
     keys: tuple[str, ...] = ()  # keys of EvalConfig that are arguments as well
     draw: Callable[[dict[str, Any]], Any] | None = None  # {model: details} -> a matplotlib Figure
+    votes: bool = False  # answers can be sampled and voted on (evals/votes.py)
     falls: bool = False  # a better model has a lower first figure: a perplexity, not a share of right answers
 
 
@@ -97,15 +106,15 @@ TASKS = {  # in the order of the table and of --tasks=all
     "rte_few": Task(glue, {"name": "rte", "few": 8}),
 
     # The embedded problems, which need no data: arithmetic, dates, lists.
-    "problems": Task(problems),
-    "calculator": Task(problems, {"calculator": True}),  # the model may call the calculator
-    "hard": Task(problems, {"family": "hard"}),  # arithmetic that is hard without a calculator
-    "hard_calculator": Task(problems, {"family": "hard", "calculator": True}),
+    "problems": Task(problems, votes=True),
+    "calculator": Task(problems, {"calculator": True}, votes=True),  # the model may call the calculator
+    "hard": Task(problems, {"family": "hard"}, votes=True),  # arithmetic that is hard without a calculator
+    "hard_calculator": Task(problems, {"family": "hard", "calculator": True}, votes=True),
 
     # Answers that are generated.
-    "gsm8k": Task(gsm8k),  # word problems with a chain of thought
-    "hotpotqa": Task(open_qa, {"name": "hotpotqa"}),  # questions answered from memory
-    "triviaqa": Task(open_qa, {"name": "triviaqa"}),
+    "gsm8k": Task(gsm8k, votes=True),  # word problems with a chain of thought
+    "hotpotqa": Task(open_qa, {"name": "hotpotqa"}, votes=True),  # questions answered from memory
+    "triviaqa": Task(open_qa, {"name": "triviaqa"}, votes=True),
     "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function
     "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
@@ -117,7 +126,7 @@ GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "ha
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvalConfig:
+class EvalConfig(VoteSettings, ConstraintKeys):
     model: str = "out/sft"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     compare: str = ""  # more models to measure, separated by commas
     tasks: str = "problems,calculator"  # tasks, separated by commas; "embedded" and "all" are groups
@@ -138,6 +147,9 @@ class EvalConfig:
     dtype: Literal["float32", "bfloat16"] = "float32"  # dtype of the weights
 
     def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_samples and (self.constrain or self.json_schema):
+            raise UserError("num_samples does not work with constrain or json_schema")
         require_positive(self, "limit", "batch_size", "stride", "context_length", "num_tests", "window")
         for key, most in (("limit", 100_000), ("batch_size", 2**14), ("context_length", 2**20),
                           ("num_tests", 100_000)):
@@ -239,14 +251,18 @@ def require_models(cfg: EvalConfig) -> None:
 def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
             measured: dict[str, Any]) -> Iterator[tuple[str, Result]]:
     """Measure a model task by task, filling in `measured`; yields (task, result) after each task."""
-    lm = LM(path, cfg.device, cfg.dtype, cfg.chat, cfg.batch_size)
+    lm = LM(path, cfg.device, cfg.dtype, cfg.chat, cfg.batch_size, cfg)
+    verifier = (Verifier.load(cfg.verifier, lm.tokenizer, pick_device(cfg.device)) if cfg.verifier else None)
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
     for name, loaded in questions.items():
         print(f"{path}: {name}", file=sys.stderr)  # progress; only the table goes to stdout
         begin, tokens = time.perf_counter(), lm.tokens
         try:
-            result = TASKS[name].module.score(lm, loaded, **cfg.arguments(name))
+            score = partial(TASKS[name].module.score, **cfg.arguments(name))
+            result = score(lm, loaded)
+            if cfg.num_samples and TASKS[name].votes:
+                add_votes(Asker(lm, score, loaded, cfg, verifier), result)
         except UserError as reason:  # this model cannot do the task; its context may be too short
             if name in cfg.tasks.split(","):
                 raise
@@ -339,7 +355,9 @@ def save_results(out: Path, results: dict[str, Any], targets: dict[str, str]) ->
     """Write results.json and results.md with all that is finished. targets: see `target_cells`."""
     rows = table_rows(results["models"], results["not_run"], targets)
     lines = [f"- {note}" for note in notes(results["models"], results["not_run"])]
-    lines = [table(rows[0], rows[1:]), *([""] if lines else []), *lines]  # "": a blank line before the list
+    methods = method_rows(results["models"])
+    lines = [table(rows[0], rows[1:]), *(["", table(methods[0], methods[1:])] if methods else []),
+             *([""] if lines else []), *lines]  # "": a blank line before the list
     write_json(out / "results.json", results | {"targets": targets})
     write_text(out / "results.md", "\n".join(lines) + "\n")
 
@@ -354,7 +372,7 @@ def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
 
 def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
     """Draw <task>.png with all models so far, if the task has a picture and matplotlib is installed."""
-    draw = TASKS[task].draw
+    draw = votes.draw if TASKS[task].votes else TASKS[task].draw
     if draw is None:
         return
     try:
@@ -362,6 +380,8 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
                         for model in models if task in model["tasks"]})
     except ImportError:  # matplotlib is optional
         print(f"{task}.png: not drawn, it needs matplotlib (pip install matplotlib)", file=sys.stderr)
+        return
+    if picture is None:  # no answers were sampled
         return
     picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is then replaced in one step
     write_bytes(out / f"{task}.png", content.getvalue())
@@ -411,7 +431,9 @@ def main(argv: list[str]) -> int:
     # "complete" tells a reader of results.json that no task was cut off.
     targets = target_cells(cfg, models[0])
     save_results(out, results | {"complete": True}, targets)
-    print("\n".join([aligned(table_rows(models, absent, targets)), *notes(models, absent)]))
+    methods = method_rows(models)
+    print("\n".join([aligned(table_rows(models, absent, targets)), *notes(models, absent),
+                     *(["", aligned(methods)] if methods else [])]))
     print(f"next        python export.py --model={shlex.quote(cfg.model)} --format=gguf", file=sys.stderr)
     return 3 if any(cell.startswith("missed") for cell in targets.values()) else 0
 

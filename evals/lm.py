@@ -5,7 +5,7 @@
     lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1), ..]]
 
 The method names are those of the package `lm_eval`. With chat=True, a prompt becomes a user's message, and
-the text or the choice is read as the assistant's answer. Decoding is always greedy.
+the text or the choice is read as the assistant's answer. Decoding is greedy unless `temperature` is set.
 """
 
 import contextlib
@@ -16,12 +16,14 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from configurator import UserError
-from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs, turn_frame
+from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs
 from formats import hf
-from formats.chat_format import encode_content, encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_format import encode_content, encode_prompt, end_of_turn, read_answer, require_chat, turn_frame
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
+from generation.constraints import ConstraintKeys, constraint_of
 from generation.generate import Options, Sampling, generate
+from generation.rollouts import Limits, Rollout, RolloutSampler
 from model import GPT
 from modeling.devices import DTYPES, pick_device
 
@@ -37,11 +39,18 @@ class LM:
     """A model folder, loaded for evaluation.
 
     tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
-    its beginning. prefix, suffix: ids that the chat format puts around a prompt.
+    its beginning. prefix, suffix: ids that the chat format puts around a prompt. rows, sampled: for each
+    prompt of the last call that generated, the ids that were read and generated, and True for the generated.
+    replies: after a greedy `reply`, the messages that follow each conversation.
+
+    evals/votes.py sets the following. temperature, seed: of samples; temperature 0 is greedy. copies: each
+    prompt comes this often in a row. budget: factor of all limits of new tokens. attempts: replies after
+    which each conversation's last message, the question, comes again; only with temperature 0.
     """
 
     def __init__(self, path: str, device: str | None = None,
-                 dtype: Literal["float32", "bfloat16"] = "float32", chat: bool = False, batch_size: int = 64):
+                 dtype: Literal["float32", "bfloat16"] = "float32", chat: bool = False, batch_size: int = 64,
+                 keys: ConstraintKeys | None = None):
         """Load the model. Raises UserError if there is none, or if chat=True and it has no chat tokens."""
         self.folder, self.chat, self.batch_size = hf.find_folder(path), chat, batch_size
         self.tokenizer = Tokenizer.load(self.folder)
@@ -52,7 +61,11 @@ class LM:
         self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
         self.tokenizer.require_rows(self.model.config.vocab_size, path)
+        self.constraint = constraint_of(self.tokenizer, self.end_ids, keys)
         self.tokens, self.truncated = 0, []
+        self.rows, self.sampled, self.replies = list[list[int]](), list[list[bool]](), list[list[Message]]()
+        self.temperature, self.seed, self.copies, self.budget = 0.0, 1337, 1, 1
+        self.attempts: list[list[Message]] = []
 
     @contextlib.contextmanager
     def extended_context(self, length: int) -> Iterator[None]:
@@ -106,10 +119,14 @@ class LM:
                 bar.update(len(batch))
         return answers
 
-    def generate_ids(self, prompts: list[list[int]], stops: list[str],
-                     max_new_tokens: int) -> list[list[int]]:
-        """The ids generated after each prompt, up to an end token or, outside chats, a stop text."""
+    def generate_ids(self, prompts: list[list[int]], stops: list[str], max_new_tokens: int,
+                     numbers: Sequence[int] | None = None) -> list[list[int]]:
+        """The ids generated after each prompt, up to an end token or, outside chats, a stop text.
+
+        numbers: of the prompts, for their random numbers.
+        """
         answers: list[list[int]] = [[] for _ in prompts]
+        guide = self.constraint and self.constraint.guide([[] if self.chat else None] * len(prompts))
         # A stop text that the last token completes spans at most one token per byte. One token
         # more, because a tokenizer may drop a space from the first token that it decodes.
         window = 1 + max((len(stop.encode()) for stop in stops), default=0)
@@ -120,8 +137,10 @@ class LM:
             tail = self.tokenizer.decode(new[-window:], inside=True)
             return any(stop in tail for stop in stops)
 
-        for tokens in generate(self.model, prompts, max_new_tokens, Sampling(temperature=0), is_done,
-                               Options(vocab_size=self.tokenizer.vocab_size)):
+        for tokens in generate(self.model, prompts, max_new_tokens,
+                               Sampling(temperature=self.temperature, seed=self.seed), is_done,
+                               Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers,
+                                       guide=guide)):
             for row, token in enumerate(tokens):
                 answers[row] += [] if token is None else [token]  # None: this row was done before
         self.tokens += sum(map(len, answers))
@@ -141,10 +160,14 @@ class LM:
         its beginning, but keeps at least half of the context. In chats a stop text does not end generation:
         the whole answer is generated and then cut.
         """
-        self.truncated = []
+        self.truncated, max_new_tokens = [], max_new_tokens * self.budget
         prompts = [self.prompt_ids(prompt, max_new_tokens) for prompt in prompts]
         answers = self.in_batches([len(ids) for ids in prompts], lambda batch: self.generate_ids(
-            [prompts[index] for index in batch], stops, max_new_tokens))
+            [prompts[index] for index in batch], stops, max_new_tokens, batch))
+        self.rows = [prompt + answer for prompt, answer in zip(prompts, answers, strict=True)]
+        self.sampled = [[False] * len(prompt) + [True] * len(answer)
+                        for prompt, answer in zip(prompts, answers, strict=True)]
+        self.replies = []
         return [cut_at_stop(self.answer_text(ids), stops) for ids in answers]
 
     # ---- Conversations ------------------------------------------------------------------------------------
@@ -156,13 +179,46 @@ class LM:
         There are at most `most_calls` rounds of calls (generation/assistant.py). With most_calls=0 the first
         answer is returned as it is, with its calls.
         """
-        assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens)
+        max_new_tokens *= self.budget
+        if self.temperature:
+            return self.sample_replies(conversations, max_new_tokens)
+        earlier = [[*attempt, conversation[-1]]  # the question again, after an attempt
+                   for conversation, attempt in zip(conversations, self.attempts, strict=False)]
+        if earlier:
+            conversations = [one + more for one, more in zip(conversations, earlier, strict=True)]
+        assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens,
+                              self.constraint)
         lengths = [len(encode_prompt(self.tokenizer, conversation)) for conversation in conversations]
-        replies = self.in_batches(lengths, lambda batch: assistant.reply(
-            [conversations[index] for index in batch], most_calls=most_calls))
+
+        def answer(batch: list[int]) -> list[Any]:
+            replies = assistant.reply([conversations[index] for index in batch], most_calls=most_calls)
+            return list(zip(replies, assistant.rows, assistant.sampled, strict=True))
+
+        replies, self.rows, self.sampled = map(list, zip(*self.in_batches(lengths, answer), strict=True))
+        self.replies = [one + more for one, more in zip(earlier or [[]] * len(replies), replies, strict=True)]
         self.tokens += assistant.tokens
         self.truncated = [length > self.model.config.block_size for length in lengths]
         return replies
+
+    def sample_replies(self, conversations: list[list[Message]],
+                       max_new_tokens: int) -> list[list[dict[str, Any]]]:
+        """`reply` with sampling; max_new_tokens is for a whole reply, with its calls."""
+        limits = Limits(max_new_tokens=max_new_tokens, block_size=self.model.config.block_size,
+                        temperature=self.temperature, seed=self.seed)
+        sampler, n = RolloutSampler(self.model, self.tokenizer, limits), self.copies
+        prompts = [encode_prompt(self.tokenizer, each) for each in conversations[::n]]  # the copies are equal
+
+        def answer(batch: list[int]) -> list[list[Rollout]]:
+            numbers = [index * n + copy for index in batch for copy in range(n)]
+            rollouts = sampler.sample([prompts[index] for index in batch], numbers, n, [True] * len(batch))
+            return [rollouts[first:first + n] for first in range(0, len(rollouts), n)]
+
+        groups = self.in_batches(list(map(len, prompts)), answer)
+        rollouts = [rollout for group in groups for rollout in group]
+        self.tokens += sampler.tokens
+        self.rows = [each.prompt + each.ids for each in rollouts]
+        self.sampled = [[False] * len(each.prompt) + each.sampled for each in rollouts]
+        return [each.messages for each in rollouts]
 
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
         """How likely each continuation is after its context, for each (context, continuations).

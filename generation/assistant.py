@@ -42,7 +42,7 @@ class Assistant:
     """A model, its tokenizer, and how it samples.
 
     tokens: number of tokens generated so far. Of each conversation of the last call of `reply`, rows: the ids
-    that were read and written until its end, and lengths: the number of those that were generated.
+    that were read and generated until its end, and sampled: True for those that were generated.
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,
@@ -51,7 +51,7 @@ class Assistant:
         self.model, self.tokenizer, self.sampling = model, tokenizer, sampling
         self.max_new_tokens, self.tokens, self.constraint = max_new_tokens, 0, constraint
         self.rows: list[list[int]] = []
-        self.lengths: list[int] = []
+        self.sampled: list[list[bool]] = []
         ends = tokenizer.end_ids
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
@@ -67,7 +67,7 @@ class Assistant:
         message has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
-        self.rows, self.lengths = [[] for _ in conversations], [0] * len(conversations)
+        self.rows, self.sampled = ([[] for _ in conversations] for _ in range(2))
         open_rows = list(range(len(conversations)))  # the conversations that still need an answer
         for turn in range(most_calls + 1):
             prompts = [encode_prompt(self.tokenizer, conversations[row] + replies[row]) for row in open_rows]
@@ -77,7 +77,8 @@ class Assistant:
             written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix, guide)
             still_open = []
             for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
-                self.rows[row], self.lengths[row] = prompt + ids, self.lengths[row] + len(ids)
+                before = (self.sampled[row] + [False] * len(prompt))[:len(prompt)]
+                self.rows[row], self.sampled[row] = prompt + ids, before + [True] * len(ids)
                 message = read_answer(self.tokenizer, ids)
                 replies[row].append(message)
                 calls = message.get("tool_calls", [])

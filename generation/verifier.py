@@ -4,20 +4,21 @@
     scores = verifier.score(prompt_ids, [answer_ids, ...])     # (n,) float32, each the probability of "right"
     best = answers[int(scores.argmax())]
 
-verifier.py trains it. A verifier's folder is an adapter in PEFT's format (formats/peft.py) whose table `score`
-is the head, and verifier.json with the bias. The head reads the hidden state after the answer's last token, as
-transformers' LlamaForSequenceClassification does:
+verifier.py trains it. Its folder is an adapter in PEFT's format (formats/peft.py) whose table `score` is the
+head, and verifier.json with the bias. The head reads two things: the hidden state after the answer's last
+token, and how likely the answer is to the adapted model:
 
-    probability = sigmoid(score . hidden + bias)
+    log-odds = score[:C] . hidden + score[C] * (sum of log p(token) over the answer) + bias
 
-The verifier of "Training Verifiers to Solve Math Word Problems" (arXiv 2110.14168) is of this kind; it also
-learns a value at every token. That is left out.
+Verifiers for word problems (arXiv 2110.14168) have the hidden state alone. In a model of three layers that is
+not enough (docs/reasoning.md): a slip is a token that the model did not expect, and only its output knows
+what it expects. The adapter is trained through both terms. Left out: a value at every token, as in the paper.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,9 +29,11 @@ from formats import hf, peft
 from formats.files import read_json
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from modeling.devices import to_device
 
 FILE = "verifier.json"  # {"bias": log-odds that are added to the head's output}
 BATCH_TOKENS = 2**13  # tokens of the answers that are read together
+CHUNK = 1024  # positions whose logits are computed at once
 
 
 class ScoredGPT(GPT):
@@ -38,7 +41,7 @@ class ScoredGPT(GPT):
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__(config, seed)
-        self.score = nn.Linear(config.n_embd, 1, bias=False)
+        self.score = nn.Linear(config.n_embd + 1, 1, bias=False)
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         hf.require_intact(folder)
@@ -47,24 +50,52 @@ class ScoredGPT(GPT):
         return peft.merge_adapter(folder, chain(base, [empty]))
 
 
-def answer_rows(rows: Sequence[Sequence[int]], block_size: int) -> dict[str, Any]:
-    """Prompts with their answers as a batch: {"input_ids": (n, T), "last": (n,)}, int64.
+def answer_rows(rows: Sequence[Sequence[int]], sampled: Sequence[Sequence[bool]],
+                block_size: int) -> dict[str, Any]:
+    """Prompts with their answers as a batch of n rows, padded at the end, which causal attention hides.
 
-    rows: the ids of a prompt and its answer. Of a row longer than block_size only the end is read. last: the
-    position of each row's last token. Shorter rows are padded at their end, which causal attention hides.
+    rows: the ids of a prompt and its answer. sampled: True for the ids that the model has generated. Only the
+    last block_size tokens of a longer row are read. Returns {"input_ids": (n, T), "last": (n,) position of
+    the last token, "positions": (targets,) where in the flattened (n T) the next token is a generated one,
+    "targets": (targets,) those tokens, "owners": (targets,) their rows}, all int64.
     """
     kept = [torch.tensor(row[-block_size:]) for row in rows]
-    return {"input_ids": nn.utils.rnn.pad_sequence(kept, batch_first=True),  # (n, T)
-            "last": torch.tensor([len(row) - 1 for row in kept])}
+    ids = nn.utils.rnn.pad_sequence(kept, batch_first=True)  # (n, T)
+    marks = [torch.tensor(row[-block_size:]) for row in sampled]
+    owners, places = nn.utils.rnn.pad_sequence(marks, batch_first=True)[:, 1:].nonzero(as_tuple=True)
+    return {"input_ids": ids, "last": torch.tensor([len(row) - 1 for row in kept]), "owners": owners,
+            "positions": owners * ids.shape[1] + places, "targets": ids[owners, places + 1]}
 
 
-def answer_logits(model: nn.Module, score: nn.Linear, batch: dict[str, Any]) -> Tensor:
-    """The head's output for each row of an `answer_rows` batch: (n,) float32. Add the bias for log-odds."""
+def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+    """log p(target) for hidden (N, C) and the output matrix (P, C): (N,) float32, a chunk at a time."""
+    chunks = [F.cross_entropy((h @ weight[:vocab_size].T.to(h.dtype)).float(), t, reduction="none")
+              for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
+    return -torch.cat(chunks)
+
+
+class Scorer(Protocol):
+    """A GPT with the head `score`: a Linear from C + 1 features to one."""
+
+    config: GPTConfig
+    score: nn.Linear
+
+
+def answer_logits(forward: nn.Module, model: Scorer, batch: dict[str, Any],
+                  log_probs: Callable[..., Tensor] = token_log_probs) -> Tensor:
+    """The head's output for each row of an `answer_rows` batch: (n,) float32. Plus the bias, it is log-odds.
+
+    forward: the model, or DDP's wrapper around it. log_probs: training has a version that saves memory.
+    """
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         last = hidden[torch.arange(len(hidden), device=hidden.device), batch["last"]]  # (n, T, C) -> (n, C)
-        return F.linear(last, score.weight.to(last.dtype))[:, 0].float()  # (n,)
+        found = log_probs(hidden.flatten(0, 1)[batch["positions"]], weight, batch["targets"],
+                          model.config.vocab_size)  # (targets,)
+        sums = torch.zeros(len(hidden), device=hidden.device).index_add(0, batch["owners"], found.float())
+        features = torch.cat((last.float(), sums[:, None]), dim=1)  # (n, C + 1)
+        return F.linear(features, model.score.weight.float())[:, 0]  # (n,)
 
-    return model(batch["input_ids"], head=head)
+    return forward(batch["input_ids"], head=head)
 
 
 class Verifier:
@@ -77,8 +108,8 @@ class Verifier:
     def load(cls, path: str | Path, tokenizer: Tokenizer, device: Any = "cpu") -> "Verifier":
         """Load a verifier's folder, or the best checkpoint of an out_dir of verifier.py.
 
-        tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no verifier, or
-        if its tokenizer is another one.
+        tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no verifier,
+        or if its tokenizer is another one.
         """
         folder = hf.find_folder(path)
         bias = read_json(folder / FILE).get("bias")
@@ -95,17 +126,20 @@ class Verifier:
 
         An answer's ids are those that the model has generated, with the end of its turn.
         """
-        return self.score_rows([[*prompt_ids, *answer] for answer in answers_ids])
+        rows = [[*prompt_ids, *answer] for answer in answers_ids]
+        before = [False] * len(prompt_ids)
+        return self.score_rows(rows, [before + [True] * len(answer) for answer in answers_ids])
 
     @torch.inference_mode()
-    def score_rows(self, rows: Sequence[Sequence[int]]) -> Tensor:
-        """`score` for rows that are a prompt and its answer each; every row may have its own prompt."""
+    def score_rows(self, rows: Sequence[Sequence[int]], sampled: Sequence[Sequence[bool]]) -> Tensor:
+        """`score` for rows with prompts of their own, and results of tools; see `answer_rows`."""
         scores, device = torch.zeros(len(rows)), self.model.head_weight.device
         order = sorted(range(len(rows)), key=lambda row: -len(rows[row]))  # similar lengths: little padding
         while order:
             size = max(1, BATCH_TOKENS // len(rows[order[0]]))
             now, order = order[:size], order[size:]
-            batch = answer_rows([rows[row] for row in now], self.model.config.block_size)
-            logits = answer_logits(self.model, self.model.score, {k: v.to(device) for k, v in batch.items()})
+            batch = answer_rows([rows[row] for row in now], [sampled[row] for row in now],
+                                self.model.config.block_size)
+            logits = answer_logits(self.model, self.model, to_device(batch, device))
             scores[now] = (logits + self.bias).sigmoid().cpu()
         return scores

@@ -16,7 +16,7 @@ ORDER = [
     ["training", "generation"],
     ["loop", "distillation", "evals"],
     ["prepare"],
-    ["train", "distill", "sft", "dpo", "sample", "serve", "eval", "export"],
+    ["train", "distill", "sft", "dpo", "grpo", "verifier", "sample", "serve", "eval", "export"],
     ["tools"],
     ["bench"],
 ]

@@ -124,11 +124,11 @@ class AdaptedGPT(GPT):
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         adapter = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
                    for name, tensor in state.items() if self.is_adapter(name)}
-        write_adapter(Path(path), adapter, self.spec, self.base)
+        write_adapter(Path(path), adapter, self.spec, self.base, hf.architecture(self.config) == "gpt2")
         hf.write_generation_config(Path(path), hf.special_token_ids(eos_token_id))
 
-    def num_parameters(self) -> int:
-        return super().num_parameters() + self.num_quantized()
+    def num_parameters(self, active: bool = False) -> int:
+        return super().num_parameters(active) + self.num_quantized()
 
     def num_quantized(self) -> int:
         """The number of weights that are stored in 4 bits."""
