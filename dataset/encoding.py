@@ -20,11 +20,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from configurator import UserError
 from dataset.conversations import Message, conversation, preference, rename_keys, without_nulls
 from dataset.decontaminate import OVERLAPS, Index
-from dataset.shards import token_dtype
+from dataset.shards import SEPARATOR, token_dtype
 from dataset.sources import Row, Skip, document, row_value
-from formats.chat_format import call_text, encode_answer, encode_chat, encode_prompt, parts_of
+from dataset.tasks import conversation_of
+from formats.chat_format import call_text, encode_documents, encode_pair, parts_of
 from formats.tokenizer import Tokenizer
 
 # A row's content: a text, the messages of a chat, or a preference's (prompt, chosen answer, rejected answer).
@@ -39,6 +41,7 @@ class Recipe(NamedTuple):
     keys: dict[str, str]  # of chats and preferences: {our name of a key: its name in the rows}
     index: Index | None  # evaluation items that no row may overlap
     tokenizer: Tokenizer | None = None  # None is enough for `parse_rows`
+    task: str | None = None  # of chats: rows are those of this benchmark (dataset/tasks.py)
 
 
 class Batch(NamedTuple):
@@ -73,6 +76,8 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
     if recipe.kind == "text":
         return document(row, recipe.text_key)
     value = row_value(row)
+    if recipe.task:
+        value = conversation_of(recipe.task, value)
     # In Parquet and on the hub, all structs of a column have the same fields: an absent field is a null.
     fields = rename_keys(without_nulls(value) if row.kind == "value" else value, recipe.keys)
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
@@ -122,15 +127,17 @@ def encoded_texts(content: Content) -> Iterator[str]:
             yield from (part.text for part in parts_of(message) if not part.is_special)
 
 
-def encode(tokenizer: Tokenizer, kind: str, content: Any) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a content, without its end-of-text token. The mask of text is empty."""
+def encode(tokenizer: Tokenizer, kind: str, content: Any) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each document that a content becomes, without separators. The mask of text is empty.
+
+    Raises UserError if the model's own chat template refuses the messages.
+    """
     if kind == "text":
-        return tokenizer.encode(content), []
+        return [(tokenizer.encode(content), [])]
     if kind == "chat":
-        return encode_chat(tokenizer, content)
+        return encode_documents(tokenizer, content)
     prompt, *answers = content
-    parts = [encode_prompt(tokenizer, prompt), *(encode_answer(tokenizer, answer) for answer in answers)]
-    return sum(parts, []), [value for value, part in enumerate(parts) for _ in part]  # 0, 1 or 2 per token
+    return [encode_pair(tokenizer, prompt, answers)]
 
 
 def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
@@ -143,9 +150,16 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
     contents, reasons, overlaps = parse_rows(rows, recipe)
     for i, content in enumerate(contents):
         if content is not None:
-            tokens, mask = encode(tokenizer, recipe.kind, content)
-            ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
-            masks.append(np.array([*mask, 0] if mask else [], np.uint8))
+            try:
+                documents = encode(tokenizer, recipe.kind, content)
+            except UserError as reason:
+                reasons[i] = str(reason)
+                continue
+            # Every document ends with a separator. In masks it has a value of its own, because the end-of-text
+            # token of some models also ends the turns inside a chat.
+            tokens = [token for row, _ in documents for token in [*row, tokenizer.eot_id]]
+            ids.append(np.array(tokens, dtype))
+            masks.append(np.array([each for _, mask in documents for each in [*mask, SEPARATOR] if mask], np.uint8))
             data = identity_bytes(content)
             lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
     return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, overlaps)

@@ -24,7 +24,8 @@ import re
 from collections.abc import Iterator
 from typing import Any
 
-ROWS_VERSION = 1  # data folders record it; raise it whenever a row changes
+TOOL_ROWS = 10_000  # rows of the data set
+TOOL_ROWS_VERSION = 1  # data folders record it; raise it whenever a row changes
 NO_FUNCTION = "None of the functions can do that."
 VERBS = ("find book cancel create delete send rename open close print sort count translate convert measure "
          "rate archive share schedule estimate").split()

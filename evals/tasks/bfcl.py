@@ -29,12 +29,12 @@ have another type than the description, they are compared as they are. Files: bf
 gorilla-llm/Berkeley-Function-Calling-Leaderboard.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
+from dataset.tool_problems import offer
 from evals.benchmarks import Questions, convert, read, text_of, texts_of
 from evals.lm import LM
 from evals.results import Result, means, truncated
@@ -141,8 +141,7 @@ def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> Tool
     """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
     [messages], [function] = row["question"], row["function"]
     name, properties = text_of(function["name"]), function["parameters"]["properties"]
-    offer = f"You can call {name}({', '.join(properties)}).\n"
-    conversation = [{"role": "system", "content": offer + json.dumps(function, ensure_ascii=False)}]
+    conversation = [{"role": "system", "content": offer(function)}]
     conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
     possible = {}
     if truth is not None:

@@ -33,19 +33,11 @@ import math
 from dataclasses import replace
 from typing import Any
 
+from dataset.tasks import ANSWERS, COLUMNS, LABELS, PROMPTS
 from evals.benchmarks import convert, label_number, text_of
 from evals.lm import LM
 from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Figure, Result
-
-PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-           "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
-           "rte": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:"}
-ANSWERS = {"sst2": ("negative", "positive"), "cola": ("no", "yes"), "rte": ("True", "False")}  # labels 0, 1
-COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "sentence"),
-           "rte": ("index", "sentence1", "sentence2", "label")}
-LABELS = {"sst2": {"0": 0, "1": 1}, "cola": {"0": 0, "1": 1},  # as texts, in a .tsv
-          "rte": {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}}
 
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:

@@ -27,7 +27,8 @@ from decimal import Decimal
 from typing import Any, NamedTuple
 
 from configurator import UserError
-from evals.benchmarks import Questions, convert, read
+from dataset.tasks import question_prompt
+from evals.benchmarks import Questions, convert, read, text_of
 from evals.lm import LM
 from evals.multiple_choice import split_of
 from evals.results import Result, means, truncated
@@ -69,7 +70,7 @@ def problem_of(row: dict[str, Any]) -> Problem:
     match = re.search(rf"{STRICT}\s*$", row["answer"])
     if match is None:
         raise ValueError("no number after ####, or more after it")
-    return Problem("Question: " + row["question"] + "\nAnswer:", row["answer"], parse_number(match[1]))
+    return Problem(question_prompt(text_of(row["question"])), row["answer"], parse_number(match[1]))
 
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
@@ -92,6 +93,7 @@ def score(lm: LM, questions: Questions) -> Result:
     prompts = [shots + problem.prompt for problem in questions.asked]
     texts = lm.generate_until(prompts, STOPS, MAX_NEW_TOKENS)
     answers = [{"prompt": problem.prompt, "answer": str(problem.number), "said": text,
+                "vote": "" if strict(text) is None else str(strict(text).normalize()),
                 "strict": strict(text) == problem.number, "flexible": flexible(text) == problem.number}
                for problem, text in zip(questions.asked, texts, strict=True)]
     return Result(means(answers, ("strict", "flexible")) | truncated(lm.truncated), answers,

@@ -26,6 +26,7 @@ from collections import Counter
 from typing import Any, Literal, NamedTuple
 
 from configurator import UserError
+from dataset.tasks import question_prompt
 from evals.benchmarks import Questions, answer_text, convert, read, text_of, texts_of
 from evals.lm import LM
 from evals.results import Result, means, truncated
@@ -75,7 +76,7 @@ def question_of(row: dict[str, Any]) -> OpenQuestion:
         aliases = [text for text in texts_of(answer["aliases"]) if text.strip()]  # a blank one says nothing
         answer = answer["value"]
     kind = None if row.get("type") is None else text_of(row["type"])
-    return OpenQuestion("Question: " + row["question"] + "\nAnswer:", [answer_text(answer), *aliases], kind)
+    return OpenQuestion(question_prompt(text_of(row["question"])), [answer_text(answer), *aliases], kind)
 
 
 def load(source: str | None, limit: int, shots: int | None,
@@ -99,7 +100,7 @@ def score(lm: LM, questions: Questions, name: str) -> Result:
         exact, overlap = (max(metric(text, answer) for answer in question.answers)
                           for metric in (exact_match, f1))
         answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
-                        "exact_match": exact, "f1": overlap})
+                        "vote": normalized(text), "exact_match": exact, "f1": overlap})
         types.setdefault(question.kind, []).append(exact)
     details = {"shots": len(questions.shots), "first_prompt": prompts[0],
                "types": {kind: sum(each) / len(each) for kind, each in types.items() if kind}}

@@ -11,7 +11,7 @@ ROUGE is the F-measure of the package rouge_score, without stemming. Words are r
 counts common words, rouge2 common pairs of words. rougeL is the longest common subsequence of the two texts,
 each as one sequence (the sentence level). rougeLsum takes lines for sentences (the summary level, which
 papers on CNN/DailyMail report): each line of the reference counts the union of its common subsequences with
-all lines of the summary. Files: summarize*, with document and summary or article and highlights; hub:
+all lines of the summary. Files: summarize*, with document, article or dialogue; hub:
 abisee/cnn_dailymail, 3.0.0, test.
 """
 
@@ -20,6 +20,7 @@ from collections import Counter
 from typing import Any
 
 from configurator import UserError
+from dataset.tasks import ASK_SUMMARY, summary_of
 from evals.benchmarks import Questions, answer_text, convert, read
 from evals.lm import LM
 from evals.results import Result, means, truncated
@@ -27,7 +28,7 @@ from evals.results import Result, means, truncated
 HUB = "abisee/cnn_dailymail:3.0.0:test"
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MAX_NEW_TOKENS = 128
-ASK, ASK_CHAT = "\n\nTL;DR:", "\n\nSummarize this text in a few sentences."
+ASK = "\n\nTL;DR:"
 
 
 # ---- ROUGE ------------------------------------------------------------------------------------------------
@@ -85,8 +86,7 @@ def rouge(summary: str, reference: str) -> dict[str, float]:
 # ---- The task -------------------------------------------------------------------------------------------
 
 def texts_of(row: dict[str, Any]) -> tuple[str, str]:
-    keys = ("article", "highlights") if "article" in row else ("document", "summary")
-    document, summary = (row[key].strip() for key in keys)
+    document, summary = summary_of(row)
     return document, answer_text(summary)
 
 
@@ -101,7 +101,7 @@ def load(source: str | None, limit: int, shots: int | None) -> Questions:
 
 def score(lm: LM, questions: Questions) -> Result:
     """The four kinds of ROUGE, each the mean over the summaries."""
-    request = ASK_CHAT if lm.chat else ASK
+    request = ASK_SUMMARY if lm.chat else ASK
     shots = lm.tokenizer.encode("".join(f"{document}{request} {summary}\n\n\n"
                                         for document, summary in questions.shots))
     documents = [lm.tokenizer.encode(document) for document, _ in questions.asked]
