@@ -38,6 +38,7 @@ class Config(BenchConfig):
     data: str = "../data"  # folder with the files of the benchmarks
     tasks: str = "mmlu"  # task names, separated by commas
     limit: int = 1000  # number of questions per task
+    shots: int | None = None  # worked examples before each question; None takes the number of the task
     model: str | None = None  # model folder or out_dir; None: a random one of 11 M parameters
     block_size: int = 2048  # context length of the random model
     batch_sizes: str = "1,4,16"  # batch sizes that lm-evaluation-harness chooses from
@@ -68,11 +69,11 @@ class TimedLM(LM):
         return rows
 
 
-def run_ours(model: str, folder: str, task: str) -> dict[str, Any]:
+def run_ours(model: str, folder: str, task: str, shots: int | None) -> dict[str, Any]:
     """Our task on the rows of a folder: answers, seconds, and the results of the task."""
     lm, begin = TimedLM(model), time.process_time()
     settings, module = TASKS[task].settings, TASKS[task].module
-    result = module.score(lm, module.load(folder, 10**9, None, **settings), **settings)
+    result = module.score(lm, module.load(folder, 10**9, shots, **settings), **settings)
     seconds = {"asking": lm.seconds, "whole": time.process_time() - begin}
     return {"answers": lm.answers, "seconds": seconds,
             "figures": {key: figure._asdict() for key, figure in result.figures.items()}}
@@ -99,8 +100,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     names = cfg.tasks.split(",")
     with tempfile.TemporaryDirectory() as scratch:
         few, full, model = (Path(scratch) / name for name in ("few", "full", "model"))
-        few_tasks = harness.write_tasks(few, cfg.data, names, min(cfg.limit, 24))
-        tasks = harness.write_tasks(full, cfg.data, names, cfg.limit)
+        few_tasks = harness.write_tasks(few, cfg.data, names, min(cfg.limit, 24), cfg.shots)
+        tasks = harness.write_tasks(full, cfg.data, names, cfg.limit, cfg.shots)
         write_model(cfg, model)
         parameters = LM(str(model), "cpu").model.num_parameters()
         results = {}
@@ -109,13 +110,14 @@ def measure(cfg: Config) -> dict[str, Any]:
                      ["seconds"]["asking"] for size in numbers(cfg, "batch_sizes")}
             best = min(tried, key=tried.__getitem__)
             runs = in_turns({
-                "ours": functools.partial(run_child, run_ours, str(model), str(full), name),
+                "ours": functools.partial(run_child, run_ours, str(model), str(full), name, cfg.shots),
                 "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks[name], best),
             }, cfg.rounds)
             results[name] = compare(runs["ours"][0]["answers"], runs["theirs"][0]["answers"]) | {
                 "figures": runs["ours"][0]["figures"], "batch_size": best, "seconds_of_few": tried,
                 **{f"{side}_seconds": [run["seconds"] for run in runs[side]] for side in runs}}
-    return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "tasks": results}
+    return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "shots": cfg.shots,
+            "tasks": results}
 
 
 def compare(ours: list[tuple[str, list[str], list[float]]],

@@ -88,9 +88,11 @@ def is_example(name: str, row: Row) -> bool:
 
 # ---- Task files -------------------------------------------------------------------------------------------
 
-def write_tasks(folder: Path, data: str, names: list[str], limit: int) -> dict[str, list[str]]:
+def write_tasks(folder: Path, data: str, names: list[str], limit: int,
+                shots: int | None = None) -> dict[str, list[str]]:
     """Write rows and YAML files into a folder; returns {our task: the package's task names}.
 
+    shots: number of worked examples; None takes the number of the task.
     The rows are also written as <task>_<split>.jsonl, so our load() can read the folder.
     """
     package = Path(import_package().__file__).parent / "tasks"
@@ -100,9 +102,10 @@ def write_tasks(folder: Path, data: str, names: list[str], limit: int) -> dict[s
         if name not in INCLUDED:
             raise UserError(f"tasks={name}: must be one of {', '.join(INCLUDED)}")
         splits = dict(zip(("train", "test"), question_rows(name, data, limit), strict=True))
+        count = SHOTS.get(name, 0) if shots is None else shots
         settings = {"include": str(package / INCLUDED[name]), "dataset_path": "json", "dataset_name": None,
-                    "num_fewshot": SHOTS.get(name, 0), "test_split": "test", "validation_split": None,
-                    "training_split": None, "fewshot_split": "train" if name in SHOTS else None,
+                    "num_fewshot": count, "test_split": "test", "validation_split": None,
+                    "training_split": None, "fewshot_split": "train" if count else None,
                     "fewshot_config": {"sampler": "first_n"}}
         if name == "mmlu":
             made[name] = write_mmlu(folder, splits, settings)

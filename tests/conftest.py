@@ -115,6 +115,14 @@ def shared(name):
     return path
 
 
+def smollm2():
+    """The file that tools/get_smollm2.py downloads. Skips the test if it is missing."""
+    folder = Path(os.environ.get("SMOLLM2", ROOT / "out" / "smollm2"))
+    if not (files := sorted(folder.glob("*.gguf"))):
+        pytest.skip("SmolLM2 is missing (python -m tools.get_smollm2; or its folder in SMOLLM2)")
+    return files[0]
+
+
 @pytest.fixture(scope="session")
 def text_folder():
     """Real text that every machine has: two packages of the standard library, about 0.7 MB."""
