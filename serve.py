@@ -7,13 +7,13 @@
     curl http://127.0.0.1:8000/v1/chat/completions -H 'Content-Type: application/json' \\
         -d '{"messages": [{"role": "user", "content": "12 * 30?"}]}'
 
-Requests that arrive while others run join the batch at its next step (generation/batcher.py). The answers are
-those of sample.py with the same seed (generation/api.py). The page is generation/chat.html. A vote in it, between
-two answers, becomes a line of --votes, which prepare.py --kind=preference reads.
+Requests that arrive while others run join the batch at its next step (generation/batcher.py). The answers
+are those of sample.py with the same seed (generation/api.py). The page is generation/chat.html. A vote in it,
+between two answers, becomes a line of --votes, which prepare.py --kind=preference reads.
 
-Other computers are served only with an api_key. Requests with a foreign Host or Origin are refused, so a page of
-another site cannot use the server. Bodies, prompts, waiting requests and time are limited. The only tool that
-runs is the calculator. SIGTERM or Ctrl-C ends the server after the running requests.
+Other computers are served only with an api_key. Requests with a foreign Host or Origin are refused, so a page
+of another site cannot use the server. Bodies, prompts, waiting requests and time are limited. The only tool
+that runs is the calculator. SIGTERM or Ctrl-C ends the server after the running requests.
 
 Left out: HTTPS (put a proxy in front), several processes, and users.
 """
@@ -24,12 +24,13 @@ import hmac
 import ipaddress
 import itertools
 import json
+import re
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Callable
-from dataclasses import asdict, dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ try:
     from starlette.requests import ClientDisconnect, Request
     from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
     from starlette.routing import Route
+    from uvicorn.protocols.http.h11_impl import H11Protocol
 except ImportError:
     raise SystemExit("serve.py needs two more packages: pip install starlette uvicorn") from None
 
@@ -54,8 +56,10 @@ MOST_BODY = 4 * 2**20  # bytes of a request; 4 MiB are a million tokens of Engli
 BODY_SECONDS = 10  # until a request has arrived
 PAGE = Path(__file__).parent / "generation" / "chat.html"
 # The page may run its own script and style, and talk to this server; nothing else, and no text becomes HTML.
-POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; img-src data:; "
-          "base-uri 'none'; form-action 'none'; frame-ancestors 'none'; require-trusted-types-for 'script'")
+POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
+          "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+          "require-trusted-types-for 'script'")
+Handler = Callable[[Request], Awaitable[Response]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,8 +83,8 @@ class ServeConfig(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "context_length", "slots", "max_waiting", "timeout", "max_new_tokens")
-        require(self, "slots", self.slots <= 1024, "at most 1,024")
-        require(self, "max_new_tokens", self.max_new_tokens <= MOST_NEW_TOKENS, f"at most {MOST_NEW_TOKENS:,}")
+        for key, most in (("slots", 1024), ("max_new_tokens", MOST_NEW_TOKENS), ("context_length", 2**24)):
+            require(self, key, getattr(self, key) <= most, f"at most {most:,}")
         require(self, "port", 0 <= self.port < 2**16, "from 0 to 65,535")
         if not self.api_key and not is_loopback(self.host):
             raise UserError(f"host={self.host}: other computers could use the model; set --api_key=")
@@ -89,50 +93,28 @@ class ServeConfig(Sampling):
 # ---- Who may ask ------------------------------------------------------------------------------------------
 
 def is_loopback(host: str) -> bool:
-    """True for a name or an address of this computer that no other computer can reach."""
+    """True for a name or an address that no other computer can reach."""
     with contextlib.suppress(ValueError):
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     return host == "localhost"
 
 
-def refusal(cfg: ServeConfig, headers: dict[str, str], path: str) -> tuple[int, str] | None:
-    """(status, reason) for a request that is refused by its headers, or None.
+def check_headers(cfg: ServeConfig, request: Request) -> None:
+    """Raise Refused for a request that comes from elsewhere, or without the key.
 
     A page of another site can make a browser send requests to this computer. Such a request has the other
     site's Origin, or its Host if the site's name was made to point here (DNS rebinding).
     """
-    host = headers.get("host", "")
-    name = host.rpartition(":")[0] if host.rpartition(":")[2].isdigit() else host
-    if cfg.host not in ("0.0.0.0", "::") and name != cfg.host and not is_loopback(name):
-        return 403, f"the Host {name!r} is not served"
-    if headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
-        return 403, "requests from pages of other sites are refused"
-    key = headers.get("authorization", "").removeprefix("Bearer ")
-    if cfg.api_key and path != "/" and not hmac.compare_digest(key.encode(), cfg.api_key.encode()):
-        return 401, "the api_key is missing or wrong"
-    return None
-
-
-def guarded(cfg: ServeConfig, app: Any) -> Any:
-    """The application, which gets only the requests that are not refused."""
-    async def guard(scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http":
-            headers = {key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]}
-            if refused := refusal(cfg, headers, scope["path"]):
-                return await failure(*refused)(scope, receive, send)
-        await app(scope, receive, send)
-    return guard
-
-
-def error_body(status: int, message: str) -> dict[str, Any]:
-    kind = "server_error" if status == 500 else "invalid_request_error"
-    return {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
-
-
-def failure(status: int, message: str) -> JSONResponse:
-    """An error as OpenAI's clients read it."""
-    headers = {"Retry-After": "1"} if status == 429 else {"WWW-Authenticate": "Bearer"} if status == 401 else None
-    return JSONResponse(error_body(status, message), status, headers)
+    host = request.headers.get("host", "")
+    name = re.sub(r":\d+$", "", host)
+    if cfg.host not in ("0.0.0.0", "::") and name.strip("[]") != cfg.host and not is_loopback(name):
+        raise Refused(403, f"the Host {name!r} is not served")
+    if request.headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
+        raise Refused(403, "requests from pages of other sites are refused")
+    key = request.headers.get("authorization", "").removeprefix("Bearer ")
+    is_right = not cfg.api_key or hmac.compare_digest(key.encode(), cfg.api_key.encode())
+    if not is_right and request.url.path != "/":  # the page holds no secret; it asks for the key, and sends it
+        raise Refused(401, "the api_key is missing or wrong")
 
 
 async def read_json(request: Request) -> Any:
@@ -142,15 +124,38 @@ async def read_json(request: Request) -> Any:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                data += chunk if size <= MOST_BODY else b""  # read on: a client that is sending hears no answer
+                data += chunk if size <= MOST_BODY else b""  # read on: a client that sends does not listen yet
     except TimeoutError:
         raise Refused(408, f"the request did not arrive within {BODY_SECONDS} seconds") from None
     if size > MOST_BODY:
-        raise Refused(413, f"the body has more than {MOST_BODY:,} bytes")
+        raise Refused(413, f"the body has {size:,} bytes; at most {MOST_BODY:,} are read")
     try:
         return json.loads(data)
     except (ValueError, RecursionError):
         raise UserError("the body is not JSON") from None
+
+
+def error_body(error: Exception, status: int) -> dict[str, Any]:
+    """An error as OpenAI's clients read it."""
+    kind = "server_error" if status == 500 else "invalid_request_error"
+    return {"error": {"message": str(error), "type": kind, "param": None, "code": str(status)}}
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """The answer to a request that raised an error."""
+    if isinstance(error, ClientDisconnect):
+        return Response(status_code=499)  # nobody reads it
+    is_users = isinstance(error, UserError | UnicodeEncodeError)  # the second: half of a surrogate pair
+    status = getattr(error, "status", 400 if is_users else 500)
+    return JSONResponse(error_body(error, status), status, {"Retry-After": "1"} if status == 429 else None)
+
+
+class Protocol(H11Protocol):
+    """uvicorn's connection, which also ends if no request arrives on it."""
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        self.loop.call_later(BODY_SECONDS, lambda: self.cycle or transport.close())
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
@@ -163,13 +168,10 @@ class Server:
         if device.type == "cpu" and (text := use_threads(cfg.threads)):
             print(text, file=sys.stderr)
         dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+        self.defaults = Asked(max_tokens=cfg.max_new_tokens, **{
+            field.name: getattr(cfg, field.name) for field in fields(Sampling)})
         names = list(dict.fromkeys(filter(None, (cfg.model, cfg.compare))))
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
-
-    def served(self, name: str | None) -> Served:
-        if name is not None and name not in self.models:
-            raise Refused(404, f"no model {name!r} is served, but {', '.join(self.models)}")
-        return self.models[name or self.cfg.model]
 
     async def page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -177,16 +179,14 @@ class Server:
             "Content-Security-Policy": POLICY.format(nonce), "X-Content-Type-Options": "nosniff",
             "Referrer-Policy": "no-referrer", "Cache-Control": "no-store"})
 
-    async def settings(self, request: Request) -> Response:
-        """What the page has to know."""
-        keys = ("system", "max_new_tokens", "temperature", "top_p", "top_k", "timeout")
-        return JSONResponse({key: getattr(self.cfg, key) for key in keys} | {
-            "models": [{"name": name, "chat": served.is_chat, "context": served.context_length}
-                       for name, served in self.models.items()], "votes": self.cfg.votes is not None})
-
     async def list_models(self, request: Request) -> Response:
-        return JSONResponse({"object": "list", "data": [
-            {"id": name, "object": "model", "created": 0, "owned_by": "nanollama"} for name in self.models]})
+        """The models, and under "page" what the page has to know."""
+        keys = ("system", "max_new_tokens", "temperature", "top_p")
+        page = {key: getattr(self.cfg, key) for key in keys} | {"votes": self.cfg.votes is not None}
+        models = [{"id": name, "object": "model", "created": 0, "owned_by": "nanollama",
+                   "is_chat": served.is_chat, "context_length": served.context_length}
+                  for name, served in self.models.items()]
+        return JSONResponse({"object": "list", "data": models, "page": page})
 
     async def tool(self, request: Request) -> Response:
         """The result of a tool call, {"name", "arguments"}. The calculator is the only tool that runs."""
@@ -196,74 +196,70 @@ class Server:
         return JSONResponse({"content": call_tool(call)})
 
     async def vote(self, request: Request) -> Response:
-        """Append a preference: {"prompt": messages, "chosen": messages, "rejected": messages}.
+        """Append a preference. The body has lists of messages: prompt, chosen, rejected.
 
-        If the answers begin alike, as with the same tool call, what they share belongs to the prompt. The first
-        messages that differ are chosen and rejected.
+        If both answers begin alike, as with the same tool call, what they share belongs to the prompt. The
+        first messages that differ are chosen and rejected.
         """
         if self.cfg.votes is None:
             raise Refused(404, "votes are kept only with --votes=FILE")
         body = await read_json(request)
         try:
-            prompt, *sides = ([read_message(each) for each in body[key]] for key in ("prompt", "chosen", "rejected"))
+            prompt, *sides = ([read_message(each) for each in body[key]]
+                              for key in ("prompt", "chosen", "rejected"))
             shared = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))])
             row = {"prompt": prompt + sides[0][:shared], "chosen": sides[0][shared:][:1],
                    "rejected": sides[1][shared:][:1]}
             preference(row)  # raises Skip for a row that prepare.py would not use
-        except (KeyError, TypeError) as error:
-            raise UserError(f"a vote has prompt, chosen and rejected ({error})") from None
-        except Skip as error:
-            raise UserError(str(error)) from None
-        row |= {key: str(body[key]) for key in ("chosen_model", "rejected_model") if key in body}
+            row |= {key: str(body[key]) for key in ("chosen_model", "rejected_model") if key in body}
+        except (KeyError, TypeError, Skip) as error:
+            raise UserError(f"not a vote: {error}") from None
         with open(self.cfg.votes, "a", encoding="utf-8") as file:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        return JSONResponse({"votes": 1})
+        return JSONResponse({})
 
-    async def chat(self, request: Request) -> Response:
-        return await self.answer(request, is_chat=True)
-
-    async def text(self, request: Request) -> Response:
-        return await self.answer(request, is_chat=False)
-
-    async def answer(self, request: Request, is_chat: bool) -> Response:
-        asked = parse(await read_json(request))
-        served = self.served(asked.model)
-        if len(served.batcher.waiting) >= self.cfg.max_waiting:
+    async def complete(self, request: Request) -> Response:
+        """An answer of a model: to a chat, or to a text."""
+        is_chat = "chat" in request.url.path
+        asked = parse(await read_json(request), self.defaults, is_chat)
+        name = self.cfg.model if asked.model is None else asked.model
+        if name not in self.models:
+            raise Refused(404, f"no model {name!r} is served, but {', '.join(self.models)}")
+        if len(self.models[name].batcher.waiting) >= self.cfg.max_waiting:
             raise Refused(429, "too many requests are waiting; try again later")
-        job = served.start(asked, is_chat, self.cfg, self.cfg.max_new_tokens)
+        job = self.models[name].start(asked, is_chat)
         if asked.stream:
             return StreamingResponse(self.stream(job), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
+        tasks = [asyncio.ensure_future(job.response()), asyncio.ensure_future(request.receive())]
         try:
-            async with asyncio.timeout(self.cfg.timeout):
-                return JSONResponse(await self.unless_gone(request, job))
-        except TimeoutError:
-            raise Refused(408, f"the answer took more than {self.cfg.timeout:g} seconds") from None
+            # The second task ends when the client closes its connection.
+            await asyncio.wait(tasks, timeout=self.cfg.timeout, return_when=asyncio.FIRST_COMPLETED)
+            if not tasks[0].done():
+                raise ClientDisconnect if tasks[1].done() else self.too_slow
+            return JSONResponse(tasks[0].result())
         finally:
             job.cancel()
+            for task in tasks:
+                task.cancel()
 
-    async def unless_gone(self, request: Request, job: Job) -> Any:
-        """The response; ends with ClientDisconnect if the client closes its connection first."""
-        response, gone = asyncio.ensure_future(job.response()), asyncio.ensure_future(request.receive())
-        try:
-            await asyncio.wait((response, gone), return_when=asyncio.FIRST_COMPLETED)
-            if not response.done():
-                raise ClientDisconnect
-            return response.result()
-        finally:
-            response.cancel()
-            gone.cancel()
+    @property
+    def too_slow(self) -> Refused:
+        return Refused(408, f"the answer took more than {self.cfg.timeout:g} seconds")
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
-        """The pieces of an answer as server-sent events. An error is an event too, since the status is sent."""
+        """The pieces of an answer as server-sent events. An error is an event, too: the status is sent."""
+        def event(content: Any) -> str:
+            return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
+
         try:
             async with asyncio.timeout(self.cfg.timeout):
                 async for chunk in job.chunks():
-                    yield f"data: {json.dumps(chunk, ensure_ascii=False)}\n\n"
+                    yield event(chunk)
         except TimeoutError:
-            yield f"data: {json.dumps(error_body(408, 'the answer took too long'))}\n\n"
-        except UserError as error:
-            yield f"data: {json.dumps(error_body(500, str(error)))}\n\n"
+            yield event(error_body(self.too_slow, 408))
+        except Exception as error:  # of the model, such as no memory
+            yield event(error_body(error, 500))
         finally:  # also when the client has gone
             job.cancel()
         yield "data: [DONE]\n\n"
@@ -274,19 +270,20 @@ class Server:
         for served in self.models.values():
             served.batcher.close()
 
-    def app(self) -> Any:
-        """The ASGI application."""
-        async def failed(request: Request, error: Exception) -> Response:
-            if isinstance(error, ClientDisconnect):
-                return Response(status_code=499)  # nobody reads it
-            return failure(error.status if isinstance(error, Refused) else 400, str(error))
+    def app(self) -> Starlette:
+        """The application: every route checks the headers first."""
+        def route(path: str, handler: Handler, method: str = "POST") -> Route:
+            async def checked(request: Request) -> Response:
+                check_headers(self.cfg, request)
+                return await handler(request)
+            return Route(path, checked, methods=[method])
 
-        get = {"/": self.page, "/settings": self.settings, "/v1/models": self.list_models}
-        post = {"/v1/chat/completions": self.chat, "/v1/completions": self.text, "/tool": self.tool, "/vote": self.vote}
-        routes = [Route(path, handler, methods=[method]) for method, handlers in (("GET", get), ("POST", post))
-                  for path, handler in handlers.items()]
-        return guarded(self.cfg, Starlette(routes=routes, lifespan=self.lifespan, exception_handlers={
-            UserError: failed, ClientDisconnect: failed}))
+        return Starlette(lifespan=self.lifespan, routes=[
+            route("/", self.page, "GET"), route("/v1/models", self.list_models, "GET"),
+            route("/v1/chat/completions", self.complete), route("/v1/completions", self.complete),
+            route("/tool", self.tool), route("/vote", self.vote)],
+            exception_handlers=dict.fromkeys(
+                (UserError, UnicodeEncodeError, ClientDisconnect, Exception), failed))
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -294,8 +291,8 @@ class Server:
 def main(argv: list[str]) -> int:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    listening = socket.create_server((cfg.host, cfg.port), family=family)  # before the model: a busy port fails now
-    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), log_level="warning", timeout_keep_alive=30))
+    listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
+    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_level="warning"))
     host = f"[{cfg.host}]" if family == socket.AF_INET6 else cfg.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
     # uvicorn ends after the running requests, then raises the signal again; SIGTERM is exit code 0.

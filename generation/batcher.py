@@ -12,9 +12,9 @@ Every step first reads a piece of the new prompts, then generates one token for 
     slot 2               P t t t t        P: held by slot 1 already (a shared system message), so it is copied
 
 A slot keeps the keys and values of its text after the end, so that the next turn of the same conversation
-reads only what is new. The tokens of a row are those that `generate` chooses for the same prompt, sampling and
-row number: rows do not see each other, and each has its own random numbers. When a context is full, its last
-half is read again, as in generation/generate.py.
+reads only what is new. The tokens of a row are those that `generate` chooses for the same prompt, sampling
+and row number: rows do not see each other, and each has its own random numbers. When a context is full, its
+last half is read again, as in generation/generate.py.
 
 Shapes: B rows of a step, T tokens of a piece, V vocab_size, S slots of the cache that queries see.
 """
@@ -38,7 +38,8 @@ from modeling.kv_cache import KVCache
 
 PIECE_TOKENS = 128  # prompt tokens per step, of all rows together: running rows wait no longer than for these
 
-Scores = tuple[float, dict[int, float]]  # a token's log-probability, and {id: log-probability} of the likeliest
+# A token's log-probability, and {id: log-probability} of the likeliest tokens in its place.
+Scores = tuple[float, dict[int, float]]
 
 
 @dataclass(eq=False, kw_only=True)
@@ -113,7 +114,7 @@ class SlotCache(KVCache):
 
 
 def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The model's head: hidden (.., C), weight (P, C) -> logits (.., P), whose columns from V on are padding."""
+    """The model's head: hidden (.., C), weight (P, C) -> logits (.., P); columns from V on are padding."""
     return hidden @ weight.T.to(hidden.dtype)
 
 
@@ -130,7 +131,7 @@ class Batcher:
     """A model with its slots, and the thread that runs it."""
 
     def __init__(self, model: GPT, vocab_size: int, slots: int, context_length: int):
-        """vocab_size: ids from here on are never chosen. context_length: tokens per slot, at most block_size."""
+        """vocab_size: ids from here on are never chosen. context_length: tokens per slot, up to block_size."""
         self.model, self.vocab_size, self.context_length = model, vocab_size, context_length
         self.device = model.head_weight.device
         self.cache = SlotCache(model.config, slots, context_length, self.device,
@@ -165,7 +166,7 @@ class Batcher:
 
     @torch.inference_mode()
     def run(self) -> None:
-        """The thread: admit and step until the batcher is closed. An error ends the rows that were running."""
+        """The thread: admit and step until the batcher is closed. An error ends the rows that run."""
         while True:
             with self.changed:
                 self.changed.wait_for(lambda: self.closed or self.waiting or self.live)
@@ -256,8 +257,8 @@ class Batcher:
         chosen = self.choose_tokens(slots, logits)
         for number, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
             if not finite[number]:
-                self.end(slot, UserError(f"{self.model.source}: its logits are not finite, so its weights are "
-                                         "broken"))
+                self.end(slot, UserError(f"{self.model.source}: its logits are not finite, so its weights "
+                                         "are broken"))
                 continue
             if slot.row.top is not None:
                 slot.row.scores += token_scores(logits[number:number + 1], [token], slot.row.top)
