@@ -33,6 +33,7 @@ from formats.weights import load_into, save_model
 from modeling.attention import Mask, attend, mask_and_positions
 from modeling.devices import named_generator, shard_like
 from modeling.kv_cache import KVCache, Store
+from modeling.linear import Linear, products
 from modeling.moe import MoE, check_experts
 from modeling.rope import Rope, RotaryTables, rope_frequencies
 from modeling.sinks import attend_with_sink
@@ -134,7 +135,7 @@ class GPTConfig:
 def make_linear(config: GPTConfig, n_in: int, n_out: int, bias: bool) -> nn.Linear:
     if config.ternary:
         return TernaryLinear(n_in, n_out, bias, eps=config.norm_eps)
-    return nn.Linear(n_in, n_out, bias)
+    return Linear(n_in, n_out, bias)
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
@@ -178,9 +179,10 @@ class Attention(nn.Module):
         """x (B, T, C) -> (B, T, C). store: this layer's part of the cache in generation."""
         B, T, _ = x.shape
         # Queries, keys and values of all heads. The kernel wants the head dimension before time.
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
+        q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))
+        q = self.q_norm(q.view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(k.view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        v = v.view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, D)
         # After the rotation, q . k depends on the positions only through their difference.
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
@@ -210,7 +212,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
-            return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+            gate, up = products(x, (self.gate_proj, self.up_proj))
+            return self.down_proj(F.silu(gate) * up)
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
 

@@ -40,7 +40,7 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
 
 def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
     """Positions per chunk: enough to fill a GPU; on a CPU at most 16 MB of logits, to stay near its cache."""
-    return 2048 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
+    return 4096 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -51,6 +51,46 @@ def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
     """
     probabilities = logits.softmax(dim=-1, dtype=torch.float32)  # (n, V)
     return probabilities, logits.amax(dim=-1).float() - probabilities.amax(dim=-1).log()
+
+
+def softmax_gradient(logits: Tensor, target: Tensor, weight: Tensor | None, vocab_size: int,
+                     z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Return the gradient of the loss with respect to the logits, and the logsumexp (n,) in float32.
+
+    The loss is the sum of weight * (nll + z_loss * logsumexp^2). logits: (n, P), which may be overwritten.
+    target: (n,) int64. weight: (n,) float32; None is 1. The gradient has the logits' shape and dtype.
+    """
+    if logits.is_cuda:
+        from modeling.kernels import softmax_gradient_  # needs Triton, which CPU builds of torch lack
+        weight = torch.ones_like(target, dtype=torch.float32) if weight is None else weight
+        return logits, softmax_gradient_(logits, target, weight, vocab_size, z_loss)
+    logits[:, vocab_size:] = -torch.inf
+    gradient, log_z = softmax(logits)  # (n, P), (n,)
+    # d nll / d logits = softmax - one_hot;  d z / d logits = 2 z_loss log_z softmax
+    if z_loss:
+        gradient.mul_(1 + 2 * z_loss * log_z[:, None])
+    if weight is not None:
+        gradient.mul_(weight[:, None])
+    one = gradient.new_ones(len(logits), 1) if weight is None else weight[:, None]
+    return gradient.scatter_add_(1, target[:, None], -one).to(logits.dtype), log_z
+
+
+def log_sum_exp(logits: Tensor, vocab_size: int) -> Tensor:
+    """logsumexp of the first vocab_size columns: (n, P) -> (n,) float32. The others may be overwritten."""
+    if logits.is_cuda:
+        from modeling.kernels import softmax_gradient_
+        return softmax_gradient_(logits, None, None, vocab_size)
+    logits[:, vocab_size:] = -torch.inf
+    return softmax(logits)[1]
+
+
+def add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> Tensor:
+    """Return total + d_logits^T hidden in float32: (P, C), (n, P), (n, C) -> (P, C). `total` may change."""
+    if d_logits.dtype == torch.float32:
+        return total.addmm_(d_logits.T, hidden)
+    if d_logits.is_cuda:
+        return torch.addmm(total, d_logits.T, hidden, out_dtype=torch.float32)  # without a rounded temporary
+    return total.add_(d_logits.T @ hidden)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -70,23 +110,18 @@ class LinearCrossEntropy(torch.autograd.Function):
             chunk = slice(start, start + rows)
             wanted = targets[chunk] != IGNORE  # (n,)
             h = torch.where(wanted[:, None], hidden[chunk].to(dtype), 0)  # (n, C), 0 adds no gradient
-            target = torch.where(wanted, targets[chunk], 0)[:, None]  # (n, 1)
+            target = torch.where(wanted, targets[chunk], 0)  # (n,)
             logits = h @ matrix.T  # (n, P)
-            logits[:, vocab_size:] = -torch.inf
-            probabilities, log_z = softmax(logits)  # (n, P), (n,)
-            nll += torch.where(wanted, log_z - logits.gather(1, target)[:, 0], 0.0).sum()
-            z_term += z_loss * torch.where(wanted, log_z.square(), 0.0).sum()
+            target_logits = logits.gather(1, target[:, None])[:, 0]  # (n,), before they are overwritten
             if grad_hidden is None:
-                continue
-            # d nll / d logits = softmax - one_hot;  d z / d logits = 2 z_loss log_z softmax
-            d_logits = probabilities.mul_(1 + 2 * z_loss * log_z[:, None]) if z_loss else probabilities
-            d_logits.scatter_add_(1, target, d_logits.new_full((len(h), 1), -1.0))
-            d_logits = d_logits.to(dtype)  # (n, P)
-            grad_hidden[chunk] = torch.where(wanted[:, None], d_logits @ matrix, 0)  # (n, C)
-            if grad_weight is not None and dtype == torch.float32:
-                grad_weight.addmm_(d_logits.T, h)  # (P, C), added without a temporary
-            elif grad_weight is not None:
-                grad_weight += d_logits.T @ h  # (P, C)
+                log_z = log_sum_exp(logits, vocab_size)
+            else:
+                d_logits, log_z = softmax_gradient(logits, target, None, vocab_size, z_loss)
+                grad_hidden[chunk] = torch.where(wanted[:, None], d_logits @ matrix, 0)  # (n, C)
+                if grad_weight is not None:
+                    grad_weight = add_product(grad_weight, d_logits, h)
+            nll += torch.where(wanted, log_z - target_logits, 0.0).sum()
+            z_term += z_loss * torch.where(wanted, log_z.square(), 0.0).sum()
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.mark_non_differentiable(nll)
         return nll + z_term, nll
@@ -116,12 +151,13 @@ class LinearLogProbs(torch.autograd.Function):
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
                 dtype: torch.dtype) -> Tensor:
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
-        matrix = weight.to(dtype)[:vocab_size]  # (V, C)
+        matrix = weight.to(dtype)  # (P, C)
         rows = chunk_rows(hidden, vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            logits = hidden[chunk].to(dtype) @ matrix.T  # (n, V)
-            log_probs[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - softmax(logits)[1]
+            logits = hidden[chunk].to(dtype) @ matrix.T  # (n, P)
+            target_logits = logits.gather(1, targets[chunk, None])[:, 0]  # (n,)
+            log_probs[chunk] = target_logits - log_sum_exp(logits, vocab_size)
         ctx.save_for_backward(hidden, weight, targets)
         ctx.vocab_size, ctx.dtype = vocab_size, dtype
         return log_probs
@@ -129,20 +165,18 @@ class LinearLogProbs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple:
         hidden, weight, targets = ctx.saved_tensors
-        matrix = weight.to(ctx.dtype)[:ctx.vocab_size]  # (V, C)
+        matrix = weight.to(ctx.dtype)  # (P, C)
         grad_hidden = torch.empty_like(hidden)  # (N, C)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         rows = chunk_rows(hidden, ctx.vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            h, g = hidden[chunk].to(ctx.dtype), grad[chunk, None]  # (n, C), (n, 1)
-            # d log p(target) / d logits = one_hot - softmax
-            d_logits = (h @ matrix.T).softmax(dim=-1, dtype=torch.float32).mul_(-g)  # (n, V)
-            d_logits.scatter_add_(1, targets[chunk, None], g)
-            d_logits = d_logits.to(ctx.dtype)
+            h = hidden[chunk].to(ctx.dtype)  # (n, C)
+            # The gradient of log p is that of -nll.
+            d_logits, _ = softmax_gradient(h @ matrix.T, targets[chunk], -grad[chunk], ctx.vocab_size)  # (n, P)
             grad_hidden[chunk] = d_logits @ matrix  # (n, C)
             if grad_weight is not None:
-                grad_weight[:ctx.vocab_size] += d_logits.T @ h  # (V, C)
+                grad_weight = add_product(grad_weight, d_logits, h)
         return grad_hidden, grad_weight, None, None, None
 
 

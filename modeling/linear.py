@@ -1,0 +1,39 @@
+"""Linear layers, and products of several layers with the same input.
+
+    q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))     # model.py
+
+A decoding step on a GPU multiplies every matrix by a single row, so its time is that of reading the weights.
+cuBLAS reaches a third of the memory's speed there. `row_products` (modeling/kernels.py) reaches more, and
+needs one launch for all layers of a call. Everywhere else these are plain linear layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+
+def is_single_row(x: Tensor, weight: Tensor) -> bool:
+    """True if x is one row, on a GPU, in the dtype of the weight, and needs no gradient."""
+    return (x.is_cuda and x.numel() == x.shape[-1] and x.dtype == weight.dtype
+            and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
+
+
+class Linear(nn.Linear):
+    """nn.Linear, with another kernel for a single row on a GPU."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return row_outputs(x, (self,))[0] if is_single_row(x, self.weight) else super().forward(x)
+
+
+def row_outputs(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
+    from modeling.kernels import row_products  # needs Triton, which CPU builds of torch lack
+    return row_products(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+
+
+def products(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
+    """Return the outputs of the layers for the same input x (..., K), one (..., n) for each layer."""
+    linears = [layer for layer in layers if type(layer) is Linear]  # a subclass computes something else
+    if len(linears) == len(layers) and is_single_row(x, linears[0].weight):
+        return row_outputs(x, linears)
+    return [layer(x) for layer in layers]
