@@ -20,7 +20,7 @@ import torch
 
 from configurator import UserError
 from dataset.dataloader import IGNORE, more_rows_hint, text_batch
-from dataset.shards import DataFolder
+from dataset.shards import SEPARATOR, DataFolder
 from formats.tokenizer import Tokenizer
 
 
@@ -50,11 +50,13 @@ class Documents:
         eot_id = Tokenizer.load(data.folder).eot_id
         tables = [np.empty((5, 0), np.int64)]
         for number, (ids, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
-            ends = np.flatnonzero(ids == eot_id)  # (documents of this shard,)
+            ends = np.flatnonzero(mask == SEPARATOR)  # (documents of this shard,)
+            if not len(ends):  # a folder of an earlier version
+                ends = np.flatnonzero(ids == eot_id)
             begins = np.append(0, ends[:-1] + 1)
             at = np.arange(len(ids))  # (tokens,) positions; reduceat then takes one document at a time
             tables.append(np.stack((np.full(len(ends), number), begins,
-                                    np.minimum.reduceat(np.where(mask > 0, at, len(ids)), begins),
+                                    np.minimum.reduceat(np.where(mask % SEPARATOR > 0, at, len(ids)), begins),
                                     np.add.reduceat(mask == 1, begins, dtype=np.int64),
                                     np.maximum.reduceat(np.where(mask == last, at, -1), begins) + 1)))
         self.shard, self.begin, self.first_target, self.ones, self.end = np.concatenate(tables, axis=1)

@@ -28,14 +28,15 @@ Preferences (--kind=preference):
     chosen, rejected: "\\n\\nHuman: ..           the same, from transcripts as text (HH-RLHF)
       \\n\\nAssistant: .."
 
-In both, "system" and "tools" (texts) become a system message at the beginning. All other keys are ignored,
-and --keys maps other names to these. A row in any other form raises Skip; its message is the reason under
+In both, "system" and "tools" (texts; tools may be a list of functions) become a system message at the
+beginning. A model's own chat template gets such a list as its `tools`. All other keys are ignored, and --keys maps other names to these. A row in any other form raises Skip; its message is the reason under
 which the row is counted.
 
 Values: null, [] and {} count as if the key were absent. A number is a text: 0 is "0", 2.0 is "2". NaN and
 infinity, and other values where a text belongs, raise Skip. docs/data.md has the whole table.
 """
 
+import contextlib
 import json
 import math
 import os
@@ -78,11 +79,25 @@ def first_value(row: dict[str, Any], *keys: str) -> Any:
 
 
 def optional_text(row: dict[str, Any], *keys: str) -> str:
-    """The text of the first of these keys that has a value, or ""."""
+    """The text of the first of these keys that has a value, or "". A list of text parts is one text."""
     for key in keys:
-        if (value := first_value(row, key)) is not None:
+        value = first_value(row, key)
+        if is_list_of_dicts(value) and all(part.get("type") == "text" for part in value):
+            return "".join(require_text(part.get("text"), f"a part of {key!r}") for part in value)
+        if value is not None:
             return require_text(value, repr(key))
     return ""
+
+
+def tools_text(row: dict[str, Any]) -> tuple[str, bool]:
+    """The key "tools" of a row as text, and whether it is JSON: a list of functions that templates can show."""
+    value = first_value(row, "tools")
+    if is_list_of_dicts(value):
+        return require_utf8(json.dumps(value, ensure_ascii=False)), True
+    text = optional_text(row, "tools")
+    with contextlib.suppress(ValueError, RecursionError):
+        return text, is_list_of_dicts(json.loads(text))
+    return text, False
 
 
 def without_nulls(value: Any) -> Any:
@@ -166,8 +181,10 @@ def listed(row: dict[str, Any]) -> list[Message] | None:
 
 def system_message(row: dict[str, Any]) -> list[Message]:
     """The system message that the keys "system" and "tools" make, as a list of at most one message."""
-    texts = [*filter(None, (optional_text(row, "system"), optional_text(row, "tools")))]
-    return [{"role": "system", "content": "\n\n".join(texts)}] if texts else []
+    tools, is_json = tools_text(row)
+    texts = [*filter(None, (optional_text(row, "system"), tools))]
+    message = {"role": "system", "content": "\n\n".join(texts)} | ({"tools": tools} if is_json else {})
+    return [message] if texts else []
 
 
 def opening(row: dict[str, Any]) -> list[Message]:

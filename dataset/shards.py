@@ -11,9 +11,9 @@ A shard such as train_00000.bin holds little-endian ids without a header, so np.
 document ends with an end-of-text token. In a folder of chats or preferences, each shard has a second file
 that ends in .mask, with one uint8 per token:
 
-    kind          0                        1                      2
-    chat          not trained on           an assistant's token
-    preference    prompt, end of text      chosen answer          rejected answer
+    kind          0                  1                      2                   3
+    chat          not trained on     an assistant's token                       after a document
+    preference    prompt             chosen answer          rejected answer     after a document
 
 meta.json is written last, by rename. A folder without it is no data set, whatever else it holds.
 """
@@ -33,6 +33,7 @@ from formats.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
+SEPARATOR = 3  # in masks: the end-of-text token after a document
 META_KEYS = {"format_version": int, "kind": str, "vocab_size": int, "dtype": str, "shards": list,
              "bytes": dict, "inputs": dict}  # the keys that reading needs, and their types
 SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # the same for each entry of "shards"

@@ -43,7 +43,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from configurator import UserError
-from formats.chat_format import encode_content, encode_prompt, end_of_turn
+from formats.chat_format import encode_content, end_of_turn, turn_frame
 from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.devices import autocast_dtype
@@ -102,13 +102,6 @@ def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -
         if not targets[-1]:
             raise UserError(f"{continuation!r} after {context[-40:]!r} has no token of its own")
     return Request(context_ids or [opening_id(tokenizer)], targets)
-
-
-def turn_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids before and after the text of a user's message, up to where the assistant's answer begins."""
-    empty_turn = encode_prompt(tokenizer, [{"role": "user", "content": ""}])
-    end = empty_turn.index(end_of_turn(tokenizer))
-    return empty_turn[:end], empty_turn[end:]
 
 
 def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:

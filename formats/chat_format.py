@@ -27,14 +27,19 @@ The text between two special tokens is encoded on its own, so no text of a messa
 whatever it contains. A Jinja template cannot do that: TEMPLATE gives the same ids only if no message contains
 the name of a special token.
 Training targets are everything in an assistant's turn after its first line, including <|im_end|>.
+
+A model that comes with a chat template of its own keeps its format. All functions here then give the ids of
+transformers' apply_chat_template (formats/chat_template.py), and text stays text there, too.
 """
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from configurator import UserError
+from formats.chat_template import TemplateChat, answer_pieces, encode_framed, own_end_of_turn, own_template
 from formats.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
 START, END = "<|im_start|>", END_OF_TURN
@@ -69,12 +74,14 @@ TEMPLATE = """\
 """
 
 
-def with_chat_tokens(tokenizer: Tokenizer) -> Tokenizer:
+def with_chat_tokens(tokenizer: Tokenizer, ours: bool = False) -> Tokenizer:
     """The tokenizer with the six special tokens after its vocabulary, and with our chat template.
 
-    Tokens that exist keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and
+    A tokenizer with a chat template of its own is returned as it is, unless `ours` is True. Tokens that exist keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and
     a turn, <|endoftext|> ends a text from now on: the end of a turn must not look like the end of a text.
     """
+    if own_template(tokenizer) and not ours:
+        return tokenizer
     prefix = "".join(f"{{{{- {tokenizer.hf.id_to_token(index)!r} -}}}}" for index in tokenizer.prefix_ids)
     if tokenizer.eot_id != tokenizer.hf.token_to_id(END):
         return tokenizer.extended(CHAT_TOKENS, {"chat_template": prefix + TEMPLATE})
@@ -88,14 +95,21 @@ def chat_prefix(tokenizer: Tokenizer) -> list[int]:
 
 
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a turn, or None for a tokenizer that lacks a chat token."""
+    """The id that ends a turn, or None for a tokenizer that lacks a chat token or has a broken template."""
+    if own_template(tokenizer):
+        try:
+            return own_end_of_turn(tokenizer)
+        except UserError:
+            return None
     ids = [tokenizer.hf.token_to_id(name) for name in CHAT_TOKENS]
     return None if None in ids else ids[CHAT_TOKENS.index(END)]
 
 
 def require_chat(tokenizer: Tokenizer, place: str) -> None:
-    """Raise UserError unless the tokenizer has the chat tokens."""
-    if end_of_turn(tokenizer) is None:
+    """Raise UserError unless the tokenizer has the chat tokens, or a chat template that works."""
+    if own_template(tokenizer):
+        own_end_of_turn(tokenizer)
+    elif end_of_turn(tokenizer) is None:
         raise UserError(f"{place}: its tokenizer has no chat tokens; sft.py makes a chat model of a base")
 
 
@@ -170,8 +184,11 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int]
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
     """(ids, mask) of a conversation, of equal length. mask is 1 for training targets, else 0.
 
-    The tokenizer comes from `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate.
+    The tokenizer comes from `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate, UserError if
+    the model's own template refuses the messages.
     """
+    if own_template(tokenizer):
+        return TemplateChat(tokenizer, messages).documents()[0]
     ids, mask = encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
     prefix = chat_prefix(tokenizer)
     return prefix + ids, [0] * len(prefix) + mask
@@ -179,6 +196,8 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[l
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """The ids of a conversation, followed by the opening of an assistant's turn."""
+    if own_template(tokenizer):
+        return TemplateChat(tokenizer, messages).encode_prompt()
     opening = (Part(START, True, False), Part("assistant\n", False, False))
     return encode_chat(tokenizer, messages)[0] + encode_parts(tokenizer, opening)[0]
 
@@ -189,10 +208,45 @@ def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
     return [index for index, is_target in zip(ids, mask, strict=True) if is_target]
 
 
+def encode_documents(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each document that a conversation becomes in training.
+
+    That is one, unless the model's own template changes earlier turns (formats/chat_template.py).
+    """
+    if own_template(tokenizer):
+        return TemplateChat(tokenizer, messages).documents()
+    return [encode_chat(tokenizer, messages)]
+
+
+def encode_pair(tokenizer: Tokenizer, prompt: list[dict[str, Any]],
+                answers: tuple[dict[str, Any], dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of a prompt and two answers to it. mask is 0, 1 or 2 for the ids of each of them."""
+    if own_template(tokenizer):
+        sides = [TemplateChat(tokenizer, [*prompt, answer]).encode_last() for answer in answers]
+        ids = [ids[:len(mask) - mask[::-1].index(1)] for ids, mask in sides]  # without what follows an answer
+        # The prompt ends where the first answer begins, or before, if an answer's first token differs there.
+        shared = min(len(os.path.commonprefix(ids)), *(mask.index(1) for _, mask in sides))
+        parts = [ids[0][:shared], *(each[shared:] for each in ids)]
+    else:
+        parts = [encode_prompt(tokenizer, prompt), *(encode_answer(tokenizer, answer) for answer in answers)]
+    return sum(parts, []), [value for value, part in enumerate(parts) for _ in part]
+
+
 def encode_content(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
     """The ids of a text as the content of a turn, without those of the role before it."""
+    if own_template(tokenizer):
+        return encode_framed(tokenizer, role, text)[1]
     ids, mask = encode_texts(tokenizer, [Part(f"{role}\n", False, False), Part(text, False, True)])
     return ids[mask.index(1):] if 1 in mask else []
+
+
+def turn_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """The ids before and after the text of a user's message, up to where the assistant's answer begins."""
+    if own_template(tokenizer):
+        return encode_framed(tokenizer, "user", "x")[::2]
+    empty_turn = encode_prompt(tokenizer, [{"role": "user", "content": ""}])
+    end = empty_turn.index(tokenizer.token_id(END))
+    return empty_turn[:end], empty_turn[end:]
 
 
 # ---- Ids -> messages --------------------------------------------------------------------------------------
@@ -208,12 +262,8 @@ def read_call(text: str) -> dict[str, Any] | None:
     return call if isinstance(call["name"], str) else None
 
 
-def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
-    """An assistant's ids, up to the end of its turn, as a message: the inverse of `encode_answer`.
-
-    "thought" and "tool_calls" are present only if the answer has them. A tool call that is not a JSON object
-    with a name and arguments, and a thought without an end, are listed as texts in "malformed" instead.
-    """
+def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> dict[str, list[str]]:
+    """The texts in an assistant's ids, up to the end of its turn: "content", "thought", "calls", "malformed"."""
     pieces: dict[str, list[str]] = {"content": [], "thought": [], "calls": [], "malformed": []}
     kind, run = "content", list[int]()  # the kind of piece that is being read, and its ids so far
     names = {tokenizer.token_id(name): name for name in CHAT_TOKENS}
@@ -228,6 +278,16 @@ def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
         kind, run = {THOUGHT: "thought", CALL: "calls"}.get(name, "content"), []
         if name == END:
             break
+    return pieces
+
+
+def read_answer(tokenizer: Tokenizer, ids: list[int]) -> dict[str, Any]:
+    """An assistant's ids, up to the end of its turn, as a message: the inverse of `encode_answer`.
+
+    "thought" and "tool_calls" are present only if the answer has them. A tool call that is not a JSON object
+    with a name and arguments, and a thought without an end, are listed as texts in "malformed" instead.
+    """
+    pieces = answer_pieces(tokenizer, ids) if own_template(tokenizer) else pieces_of(tokenizer, ids)
     calls = [read_call(text) for text in pieces["calls"]]
     pieces["malformed"] += [text for text, call in zip(pieces["calls"], calls, strict=True) if call is None]
     message: dict[str, Any] = {"role": "assistant", "content": "".join(pieces["content"]).strip()}

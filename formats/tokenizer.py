@@ -31,7 +31,8 @@ from formats.files import read_json
 from formats.splits import GPT2_SPLIT, QWEN2_SPLIT
 
 END_OF_TEXT = "<|endoftext|>"
-END_OF_TURN = "<|im_end|>"  # in chats (formats/chat_format.py)
+END_OF_TURN = "<|im_end|>"  # in our chats (formats/chat_format.py)
+TURN_ENDS = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>", "<|end|>")  # the same in other models' chat templates
 MAX_ID = 2**24  # no vocabulary is larger; a damaged file may have an id for which no memory is enough
 
 # Byte-level files spell each byte of a token as one printable letter, by GPT-2's table. Printable bytes are
@@ -279,8 +280,10 @@ class Tokenizer:
         if eot_id not in self.special_ids:
             raise UserError(f"tokenizer: the end-of-text token {end!r} is a letter, which texts contain")
         self.eot_id: int = eot_id
-        turn = self.hf.token_to_id(END_OF_TURN) if "chat_template" in self.settings else None
-        self.end_ids = self.eot_id if turn in (None, self.eot_id) else [turn, self.eot_id]
+        template = str(self.settings.get("chat_template", ""))
+        known = self.hf.get_vocab()
+        ends = {known[name] for name in TURN_ENDS if name in template and name in known} - {self.eot_id}
+        self.end_ids = [*sorted(ends), self.eot_id] if ends else self.eot_id
         encoding = self.hf.encode("a")  # with what the post-processor adds, which the mask marks
         self.prefix_ids = encoding.ids[:encoding.special_tokens_mask.index(0)]
         # Byte-level tokens are letters for bytes. Other decoders drop the first space of a text, so `decode`

@@ -27,12 +27,13 @@ class Printer:
         self.tokenizer, self.write = tokenizer, write
         dim, plain = (DIM, PLAIN) if styled else ("", "")
         spelled = {THOUGHT: dim, THOUGHT_END: f"{plain}\n", CALL: dim, END: f"{plain}\n", RESPONSE: ""}
+        spelled |= {"<think>": dim, "</think>": plain, "<tool_call>": dim, "</tool_call>": plain}  # of other models
         self.styles = {tokenizer.hf.token_to_id(name): style for name, style in spelled.items()}
         self.ids: list[int] = []  # the tokens since the last special token
         self.written = 0  # the number of their characters that are on the screen
 
     def __call__(self, token: int) -> None:
-        if token in self.styles or token == self.tokenizer.eot_id:
+        if token in self.styles or token in self.tokenizer.special_ids:
             self.write(self.styles.get(token, "\n"))
             self.ids, self.written = [], 0
             return

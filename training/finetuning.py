@@ -84,7 +84,7 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
     """
     folder = hf.find_folder(cfg.init_from)
     before = Tokenizer.load(folder)
-    if tokenizer.definition not in (before.definition, with_chat_tokens(before).definition):
+    if tokenizer.definition not in (before.definition, with_chat_tokens(before, ours=True).definition):
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
                         f"init_from={cfg.init_from} (prepare.py --tokenizer={cfg.init_from})")
     fields = hf.read_config(folder)

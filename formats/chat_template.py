@@ -1,0 +1,230 @@
+"""The format of a model that comes with a chat template: ids, training mask, and generated ids -> message.
+
+    chat = TemplateChat(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+    ids, mask = chat.documents()[0]       # the ids of transformers' apply_chat_template
+    ids = chat.encode_prompt()            # with add_generation_prompt
+
+formats/chat_format.py calls this for every tokenizer with such a template. The template is Jinja and is filled
+in by formats/template_process.py.
+
+Which tokens are the assistant's? A template may mark them with {% generation %}. Otherwise it is rendered
+three times for each turn, and the differences show where the turn is:
+
+    prompt   <user>Hi<end><assistant>            the messages before it, and the opening of an answer
+    text     <user>Hi<end><assistant>Ho<end>     with the turn
+    twin     <user>Hi<end><assistant>@<end>      with another content: what follows it is the end of a turn
+                                     ^^^^^^^     the target: up to the first special token after the content
+
+Some templates write an earlier turn in another way than the last one: Qwen3 drops its thought. Such a turn is no
+target in the whole conversation. `documents` adds a shorter conversation that ends with it, because that is what
+the model reads and writes when it answers.
+
+Control tokens in messages stay text. A mark, which is removed later, is put into each of them before rendering.
+Added tokens that are not
+special, such as Qwen3's <think>, are found in every text, as transformers does.
+"""
+
+import contextlib
+import json
+import os
+import re
+from bisect import bisect_left, bisect_right
+from functools import lru_cache
+from itertools import accumulate, islice
+from typing import Any
+
+import tokenizers
+
+from configurator import UserError
+from formats.template_process import GENERATION, render
+from formats.tokenizer import Tokenizer
+
+Message = dict[str, Any]
+Span = tuple[int, int]
+
+
+def own_template(tokenizer: Tokenizer, tools: Any = None) -> str | None:
+    """The chat template that came with the model; None if there is none, or if its format is ours.
+
+    Of several templates with names, it is "default" or, if there are tools, "tool_use".
+    """
+    template = tokenizer.settings.get("chat_template")
+    if isinstance(template, list):
+        named = {each["name"]: each["template"] for each in template}
+        template = (named.get("tool_use") if tools else None) or named.get("default")
+    return None if not template or "'<|start_thought|>'" in template else template
+
+
+@lru_cache(maxsize=8)
+def special_pattern(tokenizer: Tokenizer, as_json: bool = False) -> re.Pattern[str]:
+    """Finds the names of special tokens in a text, or in JSON. A longer name comes before its beginning."""
+    names = [tokenizer.hf.id_to_token(index) for index in tokenizer.special_ids]
+    names = [json.dumps(name, ensure_ascii=False)[1:-1] if as_json else name for name in names]
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+
+
+@lru_cache(maxsize=8)
+def guarded_tokenizer(tokenizer: Tokenizer, guard: str) -> tokenizers.Tokenizer:
+    """The tokenizer for texts with guards: it looks for special tokens first, and then drops the guards."""
+    steps = [{"type": "Replace", "pattern": {"String": guard}, "content": ""}]
+    steps += [step for step in (tokenizer.definition.get("normalizer"),) if step]
+    added = [token | {"normalized": token["normalized"] and not token["special"]}
+             for token in tokenizer.definition["added_tokens"]]
+    return tokenizers.Tokenizer.from_str(json.dumps(tokenizer.definition | {
+        "normalizer": {"type": "Sequence", "normalizers": steps}, "added_tokens": added}))
+
+
+def template_message(message: Message, template: str) -> Message:
+    """A message with the keys that templates of transformers read.
+
+    Raises UserError for tool calls if the template has none, because they would be lost. A thought becomes a
+    paragraph before the answer if the template has no thoughts.
+    """
+    form = {key: value for key, value in message.items() if value is not None and key not in ("tools", "thought")}
+    if calls := form.get("tool_calls"):
+        if "tool_calls" not in template:
+            raise UserError("chat template: has no tool calls")
+        form["tool_calls"] = [{"type": "function", "function": call.get("function") or call} for call in calls]
+    thought = form.get("reasoning_content") or message.get("thought")
+    if thought and ("reasoning_content" in template or "thinking" in template):
+        return form | {"thinking": thought, "reasoning_content": thought}
+    if thought and "</think>" in template:
+        thought = f"<think>\n{thought}\n</think>"
+    return form | {"content": f"{thought}\n\n{form.get('content', '')}"} if thought else form
+
+
+class TemplateChat:
+    """A conversation in the format of its model's template. The first message may have the key "tools"."""
+
+    def __init__(self, tokenizer: Tokenizer, messages: list[Message]):
+        """Raises UserError for tool calls that the template cannot write."""
+        tools = messages[0].get("tools") if messages else None  # JSON, at the end of a system message's content
+        if tools:
+            content = messages[0]["content"].removesuffix(tools).rstrip()
+            messages = ([messages[0] | {"content": content}] if content else []) + messages[1:]
+        self.tokenizer, self.template = tokenizer, own_template(tokenizer, tools) or ""
+        values = json.dumps([[template_message(each, self.template) for each in messages],
+                             json.loads(tools) if tools else None], ensure_ascii=False)
+        # Characters that occur nowhere, from a block of Unicode that has no characters.
+        free = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in values + self.template)
+        self.guard, self.filling, *self.marks = islice(free, 4)
+        self.messages, self.tools = json.loads(special_pattern(tokenizer, as_json=True).sub(
+            lambda found: found[0][0] + self.guard + found[0][1:], values))
+
+    # ---- Text ---------------------------------------------------------------------------------------------
+
+    def render(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
+        """(text, spans that {% generation %} encloses) of some messages. opened: an answer begins after them.
+
+        Raises UserError if the template refuses them.
+        """
+        settings = self.tokenizer.settings
+        names = {key: self.tokenizer.named_token(key) for key in settings
+                 if key.endswith("_token") and isinstance(settings[key], str | dict)}
+        text = render(self.template, {**names, "messages": messages, "add_generation_prompt": opened,
+                                      "tools": self.tools, "documents": None, "marks": self.marks})
+        parts = re.split("|".join(self.marks), text)
+        ends = list(accumulate(map(len, parts)))
+        return "".join(parts), list(zip(ends[::2], ends[1::2], strict=False))  # every second part is enclosed
+
+    def turn(self, number: int) -> tuple[str, Span]:
+        """The text up to and including an assistant's message, and where in it the model writes."""
+        before, prompt, content = self.messages[:number], self.filling, self.messages[number].get("content")
+        text = self.render(self.messages[:number + 1])[0]
+        other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
+        twin = self.render([*before, {"role": "assistant", "content": other}])[0]
+        with contextlib.suppress(UserError):  # a template may refuse a prompt without messages
+            prompt = self.render(before, opened=True)[0]
+        content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
+        special = special_pattern(self.tokenizer).search(text, content_end)
+        begin = len(prompt if text.startswith(prompt) else os.path.commonprefix((text, twin)))
+        return text, (begin, special.end() if special else len(text))
+
+    # ---- Ids ----------------------------------------------------------------------------------------------
+
+    def encode(self, text: str, targets: list[Span]) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a rendered text. A token that is partly in a span of targets is a target."""
+        guarded = self.guard in text
+        encoder = guarded_tokenizer(self.tokenizer, self.guard) if guarded else self.tokenizer.hf
+        encoding = encoder.encode(text, add_special_tokens=False)
+        mask = [0] * len(encoding.ids)
+        for begin, end in targets:
+            first = bisect_right(encoding.offsets, begin, key=lambda span: span[1])
+            last = bisect_left(encoding.offsets, end, key=lambda span: span[0])
+            mask[first:last] = [1] * max(0, last - first)
+        return encoding.ids, mask
+
+    def encode_prompt(self) -> list[int]:
+        """The ids of the conversation, followed by the opening of an answer."""
+        return self.encode(self.render(self.messages, opened=True)[0], [])[0]
+
+    def encode_last(self) -> tuple[list[int], list[int]]:
+        """(ids, mask) of a conversation that ends with an answer, the only target."""
+        text, span = self.turn(len(self.messages) - 1)
+        return self.encode(text, [span])
+
+    def documents(self) -> list[tuple[list[int], list[int]]]:
+        """(ids, mask) of the whole conversation, before shorter ones for the turns that it has in another form."""
+        found, end = [], len(self.messages)
+        missing = {n for n, message in enumerate(self.messages) if message["role"] == "assistant"}
+        while missing or not found:
+            text, targets = self.render(self.messages[:end])
+            if GENERATION.search(self.template):
+                return [self.encode(text, targets)]
+            turns = {number: self.turn(number) for number in missing if number < end}
+            written = {n: span for n, (before, span) in turns.items() if text.startswith(before[:span[1]])}
+            found.append(self.encode(text, sorted(written.values())))
+            missing -= written.keys()
+            end = max(missing, default=0) + 1
+        return found
+
+
+# ---- Turns ------------------------------------------------------------------------------------------------
+
+@lru_cache(maxsize=8)
+def own_end_of_turn(tokenizer: Tokenizer) -> int:
+    """The id that ends an answer: a special token, or else the end-of-text token.
+
+    Raises UserError if the template fails in the simplest conversation.
+    """
+    hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    ids, mask = TemplateChat(tokenizer, hello).encode_last()
+    last = [index for index, is_target in zip(ids, mask, strict=True) if is_target][-1]
+    return last if last in tokenizer.special_ids else tokenizer.eot_id
+
+
+@lru_cache(maxsize=8)
+def frame(tokenizer: Tokenizer) -> tuple[str, str]:
+    """The texts before and after a user's message, up to where the answer begins."""
+    chat = TemplateChat(tokenizer, [])
+    before, _, after = chat.render([{"role": "user", "content": chat.filling}], opened=True)[0].partition(
+        chat.filling)
+    return before, after
+
+
+def encode_framed(tokenizer: Tokenizer, role: str, text: str) -> tuple[list[int], list[int], list[int]]:
+    """The ids before, of and after a user's message, or before, of and after (none) a beginning of an answer."""
+    before, after = frame(tokenizer)
+    if role == "assistant":
+        before, after = f"{before}x{after}", ""
+    chat = TemplateChat(tokenizer, [{"role": role, "content": text}])
+    end = len(before) + len(chat.messages[0]["content"])
+    ids, mask = chat.encode(before + chat.messages[0]["content"] + after, [(len(before), end)])
+    first = mask.index(1) if any(mask) else len(ids)
+    return ids[:first], ids[first:first + sum(mask)], ids[first + sum(mask):]
+
+
+def answer_pieces(tokenizer: Tokenizer, ids: list[int]) -> dict[str, list[str]]:
+    """The texts in an assistant's ids, up to the end of its turn: "content", "thought", "calls", "malformed".
+
+    Thoughts and calls are read as most models write them: <think>..</think>, <tool_call>{..}</tool_call>.
+    """
+    ends = {tokenizer.eot_id, own_end_of_turn(tokenizer)}
+    stop = next((n for n, index in enumerate(ids) if index in ends), len(ids))
+    text = tokenizer.decode([i for i in ids[:stop] if i not in tokenizer.special_ids], inside=True)
+    thought, closed, content = text.rpartition("</think>")
+    if not closed and content.lstrip().startswith("<think>"):  # it never ended
+        return {"content": [], "thought": [], "calls": [], "malformed": [content]}
+    parts = re.split(r"<tool_call>(.*?)</tool_call>", content, flags=re.DOTALL)
+    return {"content": parts[::2], "thought": [thought.strip().removeprefix("<think>")], "calls": parts[1::2],
+            "malformed": []}
