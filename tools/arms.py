@@ -6,7 +6,7 @@
     mean_and_range([log[-1]["val_loss"] for log in logs["small lr"]])     # "1.234 (1.210 - 1.260)"
 
 A log is the list of the events in metrics.jsonl. The same call again repeats no finished run, and continues a
-run that was killed. Used by tools/sweep.py and by the experiments in bench/.
+run that was killed. Used by tools/sweep.py, tools/task_table.py and the experiments in bench/.
 """
 
 import os
@@ -25,6 +25,19 @@ ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
 
 
+def run_process(script: str, argv: list[str], threads: int | None = None) -> None:
+    """Run a script of the root in a process of its own. Raises UserError if it fails.
+
+    threads: OpenMP threads of the process.
+    """
+    command = [sys.executable, str(ROOT / script), *argv]
+    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
+    process = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True)
+    if process.returncode:
+        raise UserError(f"{' '.join(command[1:])}: exit code {process.returncode}: "
+                        f"{process.stderr.strip()[-600:]}")
+
+
 def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_loss",
              steps: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
     """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
@@ -37,12 +50,7 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
     log = read_jsonl(path)
     if is_finished(log, metric, steps):
         return log
-    command = [sys.executable, str(ROOT / script), *argv, f"--out_dir={out_dir}"]
-    limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
-    process = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True)
-    if process.returncode:
-        raise UserError(f"{' '.join(command[1:])}: exit code {process.returncode}: "
-                        f"{process.stderr.strip()[-600:]}")
+    run_process(script, [*argv, f"--out_dir={out_dir}"], threads)
     log = read_jsonl(path)
     if not is_finished(log, metric, steps):
         raise UserError(f"{path}: the last event has no {metric}")

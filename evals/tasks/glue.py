@@ -19,17 +19,18 @@ followed by " negative" or " positive". The prompt of CoLA asks "Does this sente
     Question: Weapons of Mass Destruction Found in Iraq. True or False?
     Answer:
 
-followed by " True" or " False". The figure is accuracy. CoLA has Matthews' correlation first, which is 0 for
-a model that always gives the same answer. The prompts are those of lm-evaluation-harness (tasks sst2, cola,
-rte), the questions those of the validation split. The examples are the first ones of the train split, taking
-the two answers in turn. On the hub: nyu-mll/glue. Lines of tab-separated values have the columns of GLUE's
-files: sentence, label (SST-2); source, label, mark, sentence (CoLA); index, two sentences, entailment or
-not_entailment (RTE).
+followed by " True" or " False". The figures are accuracy and F1 of the second answer. CoLA has Matthews'
+correlation first, which is 0 for a model that always gives the same answer. The prompts (dataset/tasks.py)
+are those of lm-evaluation-harness (tasks sst2, cola, rte), the questions those of the validation split. The
+examples are the first ones of the train split, taking the two answers in turn. On the hub: nyu-mll/glue.
+Lines of tab-separated values have the columns of GLUE's files: sentence, label (SST-2); source, label,
+mark, sentence (CoLA); index, two sentences, entailment or not_entailment (RTE).
 """
 
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -38,6 +39,8 @@ from evals.benchmarks import convert, label_number, text_of
 from evals.lm import LM
 from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Figure, Result
+
+Statistic = Callable[[dict[tuple[int, int], int]], float]
 
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -78,26 +81,32 @@ def correlation(counts: dict[tuple[int, int], int]) -> float:
     return (tp * tn - fp * fn) / size if size else 0.0
 
 
-def matthews(gold: list[int], said: list[int]) -> Figure:
-    """Matthews' correlation of two columns of 0 and 1, with its jackknife standard error.
+def f1(counts: dict[tuple[int, int], int]) -> float:
+    """F1 of the label 1 from the counts of (gold, said): 2 tp / (2 tp + fp + fn), 0 if there is none."""
+    total = 2 * counts[1, 1] + counts[0, 1] + counts[1, 0]
+    return 2 * counts[1, 1] / total if total else 0.0
+
+
+def jackknife(gold: list[int], said: list[int], statistic: Statistic) -> Figure:
+    """A statistic of two columns of 0 and 1, `correlation` or `f1`, with its jackknife standard error.
 
     The jackknife leaves out each question once. Questions with the same pair (gold, said) have the same
-    correlation without them, so there are four values at most.
+    statistic without them, so there are four values at most.
     """
     n = len(gold)
     counts = {pair: 0 for pair in itertools.product((0, 1), repeat=2)}
     for pair in zip(gold, said, strict=True):
         counts[pair] += 1
-    without = {pair: correlation(counts | {pair: count - 1}) for pair, count in counts.items() if count}
+    without = {pair: statistic(counts | {pair: count - 1}) for pair, count in counts.items() if count}
     average = sum(counts[pair] * value for pair, value in without.items()) / n
     spread = sum(counts[pair] * (value - average) ** 2 for pair, value in without.items())
-    return Figure(correlation(counts), math.sqrt(spread * (n - 1) / n), n)
+    return Figure(statistic(counts), math.sqrt(spread * (n - 1) / n), n)
 
 
 def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
     result = score_by_log_prob(lm, questions)
+    columns = [question.gold[0] for question in questions], [answer["said"] for answer in result.answers]
     if name == "cola":
-        said = [answer["said"] for answer in result.answers]
-        figure = matthews([question.gold[0] for question in questions], said)
-        result.figures = {"matthews": figure} | result.figures
+        result.figures = {"matthews": jackknife(*columns, correlation)} | result.figures
+    result.figures["f1"] = jackknife(*columns, f1)
     return result

@@ -223,13 +223,17 @@ def test_equal_choices_share_the_point():
 
 def test_matthews_correlation():
     gold, said = [1, 1, 1, 0, 0, 1, 0, 1], [1, 0, 1, 0, 1, 1, 0, 1]
-    found = glue.matthews(gold, said)
+    found = glue.jackknife(gold, said, glue.correlation)
     # By hand: tp 4, tn 2, fp 1, fn 1: (8 - 1) / sqrt(5 * 5 * 3 * 3) = 7 / 15.
     assert found.value == pytest.approx(7 / 15) and found.n == 8
-    without = [glue.matthews(gold[:i] + gold[i + 1:], said[:i] + said[i + 1:]).value for i in range(8)]
+    without = [glue.jackknife(gold[:i] + gold[i + 1:], said[:i] + said[i + 1:], glue.correlation).value
+               for i in range(8)]
     average = sum(without) / 8
     assert found.stderr == pytest.approx((7 / 8 * sum((each - average) ** 2 for each in without)) ** 0.5)
-    assert glue.matthews([1, 0, 1], [1, 1, 1]) == (0, 0, 3) and glue.matthews([1, 0], [0, 1]).value == -1
+    assert glue.jackknife([1, 0, 1], [1, 1, 1], glue.correlation) == (0, 0, 3)
+    assert glue.jackknife([1, 0], [0, 1], glue.correlation).value == -1
+    assert glue.jackknife(gold, said, glue.f1).value == pytest.approx(8 / 10), "2 * 4 / (2 * 4 + 1 + 1)"
+    assert glue.jackknife([0, 0], [0, 0], glue.f1) == (0, 0, 2)
 
 
 # ---- Guessing and knowing ---------------------------------------------------------------------------------
