@@ -33,7 +33,7 @@ from formats.weights import load_into, save_model
 from modeling.attention import Mask, attend, mask_and_positions
 from modeling.devices import named_generator, shard_like
 from modeling.kv_cache import KVCache, Store
-from modeling.linear import Linear, products
+from modeling.linear import Linear, linear, products
 from modeling.moe import MoE, check_experts
 from modeling.rope import Rope, RotaryTables, rope_frequencies
 from modeling.sinks import attend_with_sink
@@ -307,7 +307,11 @@ class GPT(nn.Module):
         # The loss head of training never materialises the (B, T, V) logits.
         if head is not None:
             return head(x, self.head_weight)
-        return F.linear(x, self.head_weight)[..., :self.config.vocab_size]  # (B, T, V)
+        return self.logits(x)  # (B, T, V)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """The output layer: hidden states after the last norm (..., C) -> logits (..., V)."""
+        return linear(x, self.head_weight)[..., :self.config.vocab_size]
 
     # ---- Weights ------------------------------------------------------------------------------------------
 

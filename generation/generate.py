@@ -10,8 +10,9 @@ numbers. When a row's context is full, its last block_size // 2 tokens are read 
 forgotten. With Sampling.sinks or .window, the cache drops one old token per new token instead
 (modeling/sinks.py).
 
-`model.compiled_steps = True` compiles the step of one token. The first step then takes half a minute. On a
-CPU a single row becomes 1.5 to 2 times as fast, and many rows no faster; on a GPU a step is one CUDA graph.
+`model.compiled_steps = True` compiles the step of one token. On a CPU the first step then takes half a
+minute; a single row becomes 1.5 to 2 times as fast, and many rows no faster. On a GPU a step becomes one CUDA
+graph (generation/step_graph.py).
 
 Shapes: B rows, T tokens fed in one forward pass, V vocab_size, K key/value heads, D head_dim.
 """
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from configurator import UserError, require, require_not_negative, require_positive
 from formats.tokenizer import Tokenizer
+from generation.step_graph import SPARE_SLOTS, StepGraph
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache, StepCache
@@ -130,6 +132,12 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return order.gather(-1, place.clamp(max=mass.shape[-1] - 1))[:, 0]
 
 
+def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
+    """`choose`, with NO_TOKEN for a row whose logits are not finite: NaN, or an infinity."""
+    broken = ~logits.amax(dim=-1).isfinite()  # (B,): the maximum passes both on
+    return choose(logits, uniform, sampling).masked_fill(broken, NO_TOKEN)
+
+
 # ---- Forward passes ---------------------------------------------------------------------------------------
 
 def last_logits(model: GPT, ids: Tensor, cache: KVCache, last: list[int] | None = None) -> Tensor:
@@ -139,20 +147,15 @@ def last_logits(model: GPT, ids: Tensor, cache: KVCache, last: list[int] | None 
     """
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         hidden = hidden[:, 0] if last is None else hidden[range(len(last)), last]  # (B, T, C) -> (B, C)
-        return hidden @ weight.T.to(hidden.dtype)  # (B, P)
+        return model.logits(hidden)  # (B, V)
 
-    return model(ids, cache=cache, head=head)[:, :model.config.vocab_size]
+    return model(ids, cache=cache, head=head)
 
 
 @functools.cache
-def compiled_step(device: str) -> Callable[[GPT, Tensor, KVCache], Tensor]:
-    """Compile `last_logits` for a type of device: into C++ for a CPU, into a CUDA graph for a GPU.
-
-    coordinate_descent_tuning finds kernels for products with a single row, which are most of a step.
-    """
-    options = {"cpu": {"cpp_wrapper": True},
-               "cuda": {"triton.cudagraphs": True, "coordinate_descent_tuning": True}}
-    return torch.compile(last_logits, options=options.get(device))
+def compiled_step() -> Callable[[GPT, Tensor, KVCache], Tensor]:
+    """Compile `last_logits` for a CPU, into C++."""
+    return torch.compile(last_logits, options={"cpp_wrapper": True})
 
 
 def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
@@ -160,7 +163,7 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
     longest = max(map(len, rows))
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=cache.rows.device)  # (B, T)
     if longest == 1 and isinstance(cache, StepCache):
-        return compiled_step(cache.rows.device.type)(model, ids, cache)
+        return compiled_step()(model, ids, cache)
     last = None if longest == 1 else [len(row) - 1 for row in rows]
     with torch.compiler.set_stance("force_eager"):  # each new length would be compiled again
         return last_logits(model, ids, cache, last)
@@ -176,8 +179,9 @@ def prefill(model: GPT, context: list[list[int]], steps_left: int, prefix: Prefi
     # A row may grow by one token per step. With `prefix`, a later call may fill the whole context.
     longest = min(model.config.block_size, max(map(len, context)) + steps_left)
     slots = longest if prefix is None else model.config.block_size
-    kind = StepCache if model.compiled_steps else KVCache
     device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
+    kind = StepCache if model.compiled_steps and device.type == "cpu" else KVCache
+    slots += SPARE_SLOTS if model.compiled_steps else 0
     cache = (kind(model.config, len(context), slots, device, dtype) if limits is None else
              SinkCache(model.config, len(context), limits, model.rope, dtype))
     shared = min(len(os.path.commonprefix(context)), *(len(row) - 1 for row in context))
@@ -189,6 +193,15 @@ def prefill(model: GPT, context: list[list[int]], steps_left: int, prefix: Prefi
         stored[:, :, :shared] = computed  # (1, K, shared, D) -> (B, K, shared, D)
     cache.set_lengths([shared] * len(context))
     return cache, [row[shared:] for row in context]
+
+
+def graph_steps(model: GPT, cache: KVCache, unread: list[list[int]], uniform: Tensor, sampling: Sampling,
+                options: Options) -> Iterator[list[int]]:
+    """Return the tokens of further steps, one list of ids per step. unread: one token per row."""
+    def choose_at(logits: Tensor, step: Tensor) -> Tensor:
+        return next_ids(logits[:, :options.vocab_size].float(), uniform.index_select(1, step)[:, 0], sampling)
+
+    return StepGraph(model, cache, [row[0] for row in unread], choose_at).tokens(uniform.shape[1])
 
 
 # ---- Generation -------------------------------------------------------------------------------------------
@@ -242,6 +255,9 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
     numbers = options.row_numbers or range(len(prompts))
     uniform = uniform_numbers(sampling.seed, numbers, max_new_tokens).to(model.head_weight.device)
     cache, unread = None, context  # unread: the tokens of each row that the cache does not hold
+    graph: Iterator[list[int]] | None = None  # the tokens of further steps, from a CUDA graph
+    uses_graph = (model.compiled_steps and uniform.is_cuda and options.guide is None
+                  and sampling.repetition_penalty == 1)
     # A cache that has dropped tokens cannot go back, so it is not used again.
     if prefix and prefix.cache and max(prefix.cache.used, len(context[0])) <= block_size:
         shared = len(os.path.commonprefix([prefix.ids, context[0][:-1]]))
@@ -251,15 +267,16 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
         # At the start, and after a shift of the context, there is no cache: read every row from its start.
         if cache is None:
             cache, unread = prefill(model, context, max_new_tokens - step, prefix, limits)
-        logits = forward_last(model, unread, cache)  # (B, V)
+        chosen = next(graph, None) if graph is not None else None
+        if chosen is None:
+            logits = forward_last(model, unread, cache)[:, :options.vocab_size].float()  # (B, V)
+            logits = penalize(logits, context, sampling.repetition_penalty)
+            if options.guide is not None:
+                logits = options.guide.mask(logits)
+            chosen = next_ids(logits, uniform[:, step], sampling).tolist()
+            graph = None
         if prefix is not None:
             prefix.cache, prefix.ids = cache, context[0].copy()
-        logits = logits[:, :options.vocab_size].float()
-        broken = ~logits.amax(dim=-1).isfinite()  # (B,): NaN, or an infinity; the maximum passes both on
-        logits = penalize(logits, context, sampling.repetition_penalty)
-        if options.guide is not None:
-            logits = options.guide.mask(logits)
-        chosen = choose(logits, uniform[:, step], sampling).masked_fill(broken, NO_TOKEN).tolist()
         if NO_TOKEN in chosen:
             raise UserError(f"{model.source}: its logits are not finite, so its weights are broken")
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
@@ -272,9 +289,11 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
                 live[row], context[row] = False, [token]  # the row stays in the batch, with one token
         unread = [row[-1:] for row in context]
         if limits is None and shift_context(context, block_size):
-            cache = None
+            cache = graph = None
         else:
             cache.set_lengths([len(row) - 1 for row in context])  # all but the tokens just chosen
+            if uses_graph and graph is None:
+                graph = graph_steps(model, cache, unread, uniform[:, step + 1:], sampling, options)
         yield tokens
         if not any(live):
             return

@@ -9,6 +9,7 @@ first reading: without documents, paths or a cache the mask is None, which means
 Shapes: B rows, T tokens of a row, S keys, H query heads, K key/value heads, D head_dim.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -60,12 +61,23 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
         return flex_attention(q, k, v, block_mask=mask, enable_gqa=grouped)
     # GQA with one query token: fold each group's query heads into the query dimension, so that k and v need
     # no copy per query head. Some CUDA kernels return a non-contiguous y; reshape handles both.
-    if grouped and q.shape[2] == 1:
+    if q.shape[2] == 1 and (grouped or q.is_cuda):
         queries = q.view(len(q), k.shape[1], -1, q.shape[3])  # (B, K, H / K, D)
+        if q.is_cuda and isinstance(mask, Tensor):
+            return attend_once(queries, k, v, mask).view(q.shape)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout)
         return y.reshape(q.shape)  # (B, H, 1, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
                                           is_causal=q.shape[2] > 1 and mask is None)
+
+
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The attention of one token per row as two products: q (B, K, H / K, D), mask (B, 1, 1, S) -> like q.
+
+    A fused kernel with a mask would leave most of a GPU idle: it splits the work by heads, not by keys.
+    """
+    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])  # (B, K, H / K, S)
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

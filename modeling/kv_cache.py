@@ -27,7 +27,7 @@ from torch import Tensor
 
 from modeling.attention import Positions
 
-# Stores the k and v of new tokens in one layer, (B, K, T, D) each; returns what to attend to, (B, K, S, D) each.
+# Stores the k and v of new tokens in one layer, (B, K, T, D) each; returns what to attend to, (B, K, S, D).
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STEP_SLOTS = 128  # StepCache: the visible slots are a multiple of this number

@@ -10,6 +10,7 @@ needs one launch for all layers of a call. Everywhere else these are plain linea
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 
@@ -19,21 +20,26 @@ def is_single_row(x: Tensor, weight: Tensor) -> bool:
             and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
 
 
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) plus bias (N,) -> (..., N)."""
+    return row_outputs(x, [weight], [bias])[0] if is_single_row(x, weight) else F.linear(x, weight, bias)
+
+
+def row_outputs(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
+    from modeling.kernels import row_products  # needs Triton, which CPU builds of torch lack
+    return row_products(x, weights, biases)
+
+
 class Linear(nn.Linear):
     """nn.Linear, with another kernel for a single row on a GPU."""
 
     def forward(self, x: Tensor) -> Tensor:
-        return row_outputs(x, (self,))[0] if is_single_row(x, self.weight) else super().forward(x)
-
-
-def row_outputs(x: Tensor, layers: Sequence[Linear]) -> list[Tensor]:
-    from modeling.kernels import row_products  # needs Triton, which CPU builds of torch lack
-    return row_products(x, [layer.weight for layer in layers], [layer.bias for layer in layers])
+        return linear(x, self.weight, self.bias)
 
 
 def products(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """Return the outputs of the layers for the same input x (..., K), one (..., n) for each layer."""
     linears = [layer for layer in layers if type(layer) is Linear]  # a subclass computes something else
     if len(linears) == len(layers) and is_single_row(x, linears[0].weight):
-        return row_outputs(x, linears)
+        return row_outputs(x, [layer.weight for layer in linears], [layer.bias for layer in linears])
     return [layer(x) for layer in layers]

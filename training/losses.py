@@ -171,9 +171,9 @@ class LinearLogProbs(torch.autograd.Function):
         rows = chunk_rows(hidden, ctx.vocab_size)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
-            h = hidden[chunk].to(ctx.dtype)  # (n, C)
-            # The gradient of log p is that of -nll.
-            d_logits, _ = softmax_gradient(h @ matrix.T, targets[chunk], -grad[chunk], ctx.vocab_size)  # (n, P)
+            h, g = hidden[chunk].to(ctx.dtype), grad[chunk]  # (n, C), (n,)
+            # log p is -nll, so its gradient has the weight -g.
+            d_logits, _ = softmax_gradient(h @ matrix.T, targets[chunk], -g, ctx.vocab_size)  # (n, P)
             grad_hidden[chunk] = d_logits @ matrix  # (n, C)
             if grad_weight is not None:
                 grad_weight = add_product(grad_weight, d_logits, h)
