@@ -14,7 +14,7 @@ the cache, so they never leave the trained range:
     cache positions        0 1 3 4 2              the newest token is always at sinks + window - 1
 
 RoPE depends on differences of positions only. So the keys of the window stay as they were stored, and only
-the sinks are rotated towards the query, a little more at each step. Once in a while (`rebase`) the window is
+the sinks are rotated towards the query, a little more at each step. Once in a while the window is
 rotated back, because the rotary table ends.
 
 The learned sink logit is that of GPT-OSS (OpenAI, 2025): one more term in the denominator of the softmax, so
@@ -54,20 +54,12 @@ def cache_limits(config: Any, sinks: int, window: int | None) -> tuple[int, int]
     return sinks, window
 
 
-def turned(k: Tensor, rope: RotaryTables, steps: Tensor, sign: int) -> Tensor:
-    """Move keys k (B, K, n, D) by sign * steps (B, 1) positions, in float32."""
-    scale = rope.cos[0, 0]  # YaRN's factor, which the keys already have
-    cos, sin = (table[steps][:, None] / scale for table in (rope.cos, rope.sin))  # (B, 1, 1, D)
-    k = k.float()
-    return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
-
-
 class SinkCache(KVCache):
     """A cache of sinks + window slots that never fills up: see the module docstring.
 
     base: text position of each row at which its window's positions count as 0, a list of B. While a row has
     at most sinks + window tokens, this is a plain KVCache. After that tokens must be fed one at a time, and
-    `set_lengths` may only count up.
+    `set_lengths` may only count up. keys: `k` of all layers in one tensor.
     """
 
     def __init__(self, config: Any, batch_size: int, limits: tuple[int, int], rope: RotaryTables,
@@ -80,6 +72,8 @@ class SinkCache(KVCache):
                              rope.cos.device)
         self.base, self.wrapped = [0] * batch_size, False
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
+        self.keys = torch.stack(self.k)  # (layers, B, K, S, D)
+        self.k, self.first = list(self.keys), self.keys[..., :0, :]  # views, one per layer
 
     def prepare(self, T: int) -> tuple[Tensor | None, Positions]:
         """As KVCache.prepare, without an end. Raises ValueError for several tokens that do not all fit."""
@@ -87,41 +81,47 @@ class SinkCache(KVCache):
             return super().prepare(T)
         if T > 1:
             raise ValueError("a full SinkCache reads one token at a time")
-        if not self.wrapped:
-            self.first = [k[:, :, :self.sinks].clone() for k in self.k]  # the sinks at positions 0, 1, ..
-            self.wrapped = True
-        device, inside = self.rows.device, [min(n, self.size - 1) for n in self.lengths]
-        # A row's new token is at n - base in the table, and its sinks are rotated by as much as that is more
-        # than its position in the cache. A row that has ended may have a length below its base.
+        # A new token is at n - base in the rotary table, and at `inside` in the cache. The sinks are rotated
+        # by the difference. A row that has ended may have a length below its base.
+        inside = [min(n, self.size - 1) for n in self.lengths]
         steps = [max(n - base - i, 0) for n, base, i in zip(self.lengths, self.base, inside, strict=True)]
         if max(steps) + self.size > len(self.rope.cos):
-            self.rebase(torch.tensor(steps, device=device)[:, None])
+            self.keys[..., self.sinks:, :] = self.turned(self.keys[..., self.sinks:, :], steps, -1)
             self.base = [base + step for base, step in zip(self.base, steps, strict=True)]
             steps = [0] * len(steps)
-        ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
-                for n in self.lengths]
-        self.slots = torch.tensor(ring, device=device)[:, None]  # (B, 1)
-        self.steps, seen = (torch.tensor(each, device=device)[:, None] for each in (steps, inside))  # (B, 1)
+        sinks, full = self.keys[..., :self.sinks, :], min(inside) == self.size - 1
+        device, self.wrapped = self.rows.device, True
+        if not self.first.numel():
+            self.first = sinks.clone()  # the sinks at positions 0, 1, ..
+        if not full:  # rows with room may still get their sinks
+            young = torch.tensor(inside, device=device).view(-1, 1, 1, 1) < self.size - 1
+            self.first = torch.where(young, sinks, self.first)
+        self.keys[..., :self.sinks, :] = self.turned(self.first, steps, 1)
+        self.ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
+                     for n in self.lengths]
+        if self.even and full:
+            return None, slice(steps[0] + inside[0], steps[0] + inside[0] + 1)
+        self.slots, seen = (torch.tensor(each, device=device)[:, None] for each in (self.ring, inside))
+        # slots, seen: (B, 1)
         mask = torch.arange(self.size, device=device) <= seen[:, None, :, None]  # (B, 1, 1, S)
-        # Rows with room may still get their sinks.
-        self.young = None if min(inside) == self.size - 1 else seen[:, :, None, None] < self.size - 1
-        return None if self.young is None else mask, self.steps + seen
+        return mask, seen + torch.tensor(steps, device=device)[:, None]
 
-    def rebase(self, steps: Tensor) -> None:
-        """Rotate the windows back by `steps` positions, (B, 1)."""
-        for k in self.k:
-            k[:, :, self.sinks:] = turned(k[:, :, self.sinks:], self.rope, steps, -1).to(k.dtype)
+    def turned(self, k: Tensor, steps: list[int], sign: int) -> Tensor:
+        """Move keys (layers, B, K, n, D) by sign * steps positions, one number per row, in float32."""
+        scale = self.rope.cos[0, 0]  # YaRN's factor, which the keys already have
+        cos, sin = (table[steps][:, None, None] / scale for table in (self.rope.cos, self.rope.sin))
+        k = k.float()  # cos, sin: (B, 1, 1, D)
+        return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         if not self.wrapped:
             return super().update(layer, k, v)
         stored = self.k[layer], self.v[layer]  # (B, K, S, D)
         for slots, new in zip(stored, (k, v), strict=True):
-            slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
-        sinks = stored[0][:, :, :self.sinks]
-        if self.young is not None:
-            self.first[layer] = torch.where(self.young, sinks, self.first[layer])
-        sinks.copy_(turned(self.first[layer], self.rope, self.steps, 1))
+            if self.even:
+                slots.narrow(2, self.ring[0], 1).copy_(new)
+            else:
+                slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
         return stored[0].to(k.dtype), stored[1].to(v.dtype)
 
 

@@ -132,6 +132,7 @@ def test_what_cannot_have_experts_refuses_them():
     for changes, message in ((dict(ternary=True), "not ternary"), (dict(mlp="gelu"), "SwiGLU"),
                              (dict(n_expert_per_token=5), "n_expert_per_token=5: must be from 1"),
                              (dict(n_expert_per_token=1), "norm_topk=True: must be False"),
-                             (dict(dense_layers=[0, 1]), "not all"), (dict(dense_layers=[7]), "dense_layers")):
+                             (dict(dense_layers=[0, 1]), "not all"),
+                             (dict(dense_layers=[7]), "dense_layers")):
         with pytest.raises(UserError, match=message):
             tiny_config(n_expert=4, **changes)
