@@ -29,7 +29,8 @@ from torch import Tensor, nn
 
 from bench.measure import PeerConfig
 from configurator import UserError
-from formats.hf import VOCABULARY_TABLES, from_hf
+from formats.hf import VOCABULARY_TABLES
+from formats.names import from_hf
 from model import GPT, GPTConfig
 
 SIZES = {  # nanoGPT's README for a CPU; about 4 M parameters; GPT-2; config/train_nanollama_1b.py

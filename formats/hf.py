@@ -26,6 +26,7 @@ from torch import Tensor
 from configurator import UserError
 from formats import checkpoint, gguf_reader, peft
 from formats.files import file_sha256, read_json, require_utf8_name, write_tensors
+from formats.names import MIXTRAL_NAMES, from_hf, to_gpt2
 from modeling import ternary
 
 GPTConfig: TypeAlias = Any  # model.GPTConfig, which this folder must not import: model.py imports this folder
@@ -73,17 +74,6 @@ SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "
          "block_size"}
 DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
 MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for which no memory is enough
-# {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses q, k and v into c_attn.
-GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
-GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-                    "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-                    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-
-
-# {a part of Mixtral's names: ours}
-MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
-                 ".w3.": ".up_proj."}
-
 # The masks and tables that old files of transformers contain.
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 # {a dtype in the header of a safetensors file: its name}
@@ -375,63 +365,6 @@ def write_config(folder: Path, config: GPTConfig, ids: dict[str, Any], dtype: to
     content = config_content(config, ids, dtype) | ({"packing": packing} if packing else {})
     (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     write_generation_config(folder, ids)
-
-
-# ---- Tensor names -----------------------------------------------------------------------------------------
-
-def split_name(name: str) -> tuple[str, str, str]:
-    """Split a name of ours into layer, module and kind.
-
-    "model.layers.3.mlp.up_proj.weight" -> ("3", "mlp.up_proj", "weight"); "model.norm.weight" ->
-    ("", "model.norm", "weight").
-    """
-    layer = ""
-    if name.startswith("model.layers."):
-        _, _, layer, name = name.split(".", 3)
-    module, _, kind = name.rpartition(".")
-    return layer, module, kind
-
-
-def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Yield one stored tensor under our names: three for GPT-2's c_attn."""
-    name = name.removeprefix("transformer.")
-    if ".block_sparse_moe." in name:
-        for theirs, ours in MIXTRAL_NAMES.items():
-            name = name.replace(theirs, ours)
-    match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name)
-    if match is None:  # no name of ours either: loading refuses it
-        yield name, tensor
-        return
-    layer, module, kind = match.groups()
-    ours = {theirs: ours for ours, theirs in (GPT2_NAMES if layer is None else GPT2_LAYER_NAMES).items()}
-    if layer is None:
-        yield f"{ours.get(module, module)}.{kind}", tensor
-        return
-    tensor = tensor.T if tensor.ndim == 2 else tensor  # GPT-2's Conv1D stores (in, out)
-    if module == "attn.c_attn":
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):  # (3 C, ..) -> three (C, ..)
-            yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", part
-        return
-    yield f"model.layers.{layer}.{ours.get(module, module)}.{kind}", tensor
-
-
-def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Rename our tensors to GPT-2's names: the inverse of `from_hf`."""
-    result = {}
-    for name, tensor in state.items():
-        layer, module, kind = split_name(name)
-        if not layer:
-            root = "" if module == "lm_head" else "transformer."
-            result[f"{root}{GPT2_NAMES.get(module, module)}.{kind}"] = tensor
-            continue
-        if module in ("self_attn.k_proj", "self_attn.v_proj"):
-            continue  # fused into c_attn
-        if module == "self_attn.q_proj":
-            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            tensor = torch.cat(parts)  # (3 C, ..)
-        tensor = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-        result[f"transformer.h.{layer}.{GPT2_LAYER_NAMES[module]}.{kind}"] = tensor
-    return result
 
 
 # ---- Weights ----------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,14 +26,15 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from configurator import UserError
+from formats import names as tensor_names
 from formats.files import file_sha256, read_json, write_tensors
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # the dtypes of weights that are read
 PREFIX = "base_model.model."  # PEFT puts it before every name
 # Settings of PEFT that change what an adapter computes. We support none of them.
-UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "fan_in_fan_out", "layer_replication",
-               "layers_to_transform", "exclude_modules", "use_qalora", "alora_invocation_tokens")
+UNSUPPORTED = ("use_dora", "rank_pattern", "alpha_pattern", "layer_replication", "layers_to_transform",
+               "exclude_modules", "use_qalora", "alora_invocation_tokens")
 
 
 @dataclass(frozen=True)
@@ -51,6 +53,12 @@ class AdapterSpec:
         return self.alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 
 
+def c_attn_settings(rank: int, alpha: float, rslora: bool) -> dict[str, Any]:
+    """PEFT's settings for GPT-2's fused q, k and v: three times the rank, and the same scale."""
+    return {"rank_pattern": {"c_attn": 3 * rank},
+            "alpha_pattern": {"c_attn": alpha * (math.sqrt(3) if rslora else 3)}}
+
+
 def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
@@ -62,13 +70,21 @@ def weights_sha256(folder: Path) -> str:
     return hashlib.sha256("".join(map(file_sha256, files)).encode()).hexdigest()
 
 
-def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, base: dict[str, str]) -> None:
+def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, base: dict[str, str],
+                  is_gpt2: bool = False) -> None:
     """Write the three files. state: every tensor of the adapter by our name. base: content of base.json."""
     folder.mkdir(parents=True, exist_ok=True)
+    targets, tables = list(spec.targets), list(spec.tables)
+    if is_gpt2:
+        state = tensor_names.adapter_to_gpt2(state)
+        targets = sorted({name.partition(".lora_")[0].split(".", 3)[3] for name in state if ".lora_" in name})
+        tables = [tensor_names.GPT2_NAMES.get(f"model.{table}", table) for table in spec.tables]
     config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base["path"],
               "r": spec.rank, "lora_alpha": spec.alpha, "lora_dropout": spec.dropout, "bias": "none",
-              "target_modules": list(spec.targets), "use_rslora": spec.rslora, "inference_mode": True,
-              "modules_to_save": list(spec.tables) or None, "fan_in_fan_out": False}
+              "target_modules": targets, "use_rslora": spec.rslora, "inference_mode": True,
+              "modules_to_save": tables or None, "fan_in_fan_out": is_gpt2}
+    if "attn.c_attn" in targets:
+        config |= c_attn_settings(spec.rank, spec.alpha, spec.rslora)
     for name, content in ((CONFIG, config), (BASE, base)):
         (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
     stored = {f"{PREFIX}{name}.weight" if name.endswith(("lora_A", "lora_B")) else PREFIX + name:
@@ -96,10 +112,28 @@ def check_spec(spec: AdapterSpec, path: Path) -> None:
         raise UserError(f"{path}: {wrong[0]} is not a setting that an adapter can have")
 
 
+def by_our_names(stored: dict[str, Tensor], spec: AdapterSpec, place: Path | None) -> dict[str, Tensor]:
+    """An adapter's tensors by our names. place: where target_modules is a list, which has to name them all.
+
+    PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
+    """
+    names = [name.removeprefix(PREFIX) for name in stored]
+    names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]
+    # PEFT leaves out what target_modules does not list. It may also be a regular expression, a string.
+    ends = tuple(f".{target}" for target in spec.targets)
+    for module in {name.partition(".lora_")[0] for name in names if ".lora_" in name}:
+        if place and not f".{module}".endswith(ends):
+            raise UserError(f"{place}: target_modules does not list {module}, which has weights")
+    return tensor_names.adapter_from_gpt2(dict(zip(names, stored.values(), strict=True)), spec.rank)
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     """An adapter's tensors by our names, and its settings. Raises UserError for files it cannot read."""
     try:
         config = read_json(folder / CONFIG)
+        if config.get("rank_pattern"):  # GPT-2 as we write it?
+            settings = c_attn_settings(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
+            config |= dict.fromkeys(settings if settings.items() <= config.items() else ())
         problems = [key for key in UNSUPPORTED if config.get(key)]
         if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or problems:
             raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are supported: peft_type=LORA, "
@@ -112,19 +146,13 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
         stored = load_file(folder / WEIGHTS)
         for name, tensor in stored.items():
             require_float(folder / WEIGHTS, name, str(tensor.dtype).removeprefix("torch."))
+        adapter = by_our_names(stored, spec, None if isinstance(targets, str) else folder / CONFIG)
     except UserError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
+            SafetensorError) as error:
         raise UserError(f"{folder}: not an adapter ({type(error).__name__}: {error})") from None
-    # PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
-    names = [name.removeprefix(PREFIX) for name in stored]
-    names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]
-    # PEFT leaves out what target_modules does not list. It may also be a regular expression, a string.
-    ends = tuple(f".{target}" for target in spec.targets)
-    for module in {name.partition(".lora_")[0] for name in names if ".lora_" in name}:
-        if isinstance(targets, list) and not f".{module}".endswith(ends):
-            raise UserError(f"{folder / CONFIG}: target_modules does not list {module}, which has weights")
-    return dict(zip(names, stored.values(), strict=True)), spec
+    return adapter, spec
 
 
 def read_base(folder: Path) -> dict[str, str]:

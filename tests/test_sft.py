@@ -314,11 +314,24 @@ def test_overwriting_does_not_delete_the_model_to_start_from(trained, chats):
     assert hf.find_folder(trained).is_dir()
 
 
-def test_gpt2_has_no_adapters(chats, tmp_path):
-    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
+def test_gpt2s_adapter_is_trained_merged_and_exported(chats, tmp_path):
+    import transformers
+
+    import export
     from tests.conftest import tiny_config
 
-    GPT(tiny_config(**gpt2, vocab_size=506)).save_pretrained(tmp_path / "g")
-    Tokenizer.load(chats).save(tmp_path / "g")
-    with pytest.raises(UserError, match="PEFT cannot represent an adapter for this architecture"):
-        run(tmp_path / "g", chats, tmp_path / "b", "--lora_rank=2")
+    gpt2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
+    GPT(tiny_config(**gpt2, vocab_size=500, block_size=128)).save_pretrained(tmp_path / "g")
+    base = Tokenizer.load(chats)
+    base.save(tmp_path / "g")
+    log = run(tmp_path / "g", chats, tmp_path / "a", "--lora_rank=2", "--max_steps=2", "--merge=True")
+    adapter, merged = (GPT.from_pretrained(tmp_path / "a" / name).eval()
+                       for name in (hf.find_folder(tmp_path / "a").name, "merged"))
+    ids = torch.arange(40)[None]
+    with torch.no_grad():
+        assert torch.equal(adapter(ids), merged(ids))
+    assert log[-1]["step"] == 2 and adapter.config.vocab_size == 506
+    assert export.main([f"--model={tmp_path / 'a'}", f"--out={tmp_path / 'e'}", "--dtype=float32"]) == 0
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "e").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(ids).logits, merged(ids), rtol=1e-5, atol=1e-5)

@@ -108,10 +108,9 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
 def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path,
                  identity: dict[str, str]) -> AdaptedGPT:
     """The model with a new adapter. Raises UserError if PEFT cannot represent one for this architecture."""
-    if hf.architecture(plain.config) in ("gpt2", "nanollama", *hf.EXPERT_KEYS):
+    if hf.architecture(plain.config) in ("nanollama", *hf.EXPERT_KEYS):
         raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
-                        "(ternary weights, experts, or GPT-2 with q, k and v in one matrix); without "
-                        "lora_rank all weights are trained")
+                        "(ternary weights, or experts); without lora_rank all weights are trained")
     if peft.is_adapter(folder):
         raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
                         "--merge=True and start from out_dir/merged")

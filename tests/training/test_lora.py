@@ -115,6 +115,74 @@ def test_an_adapter_written_by_peft_loads(base, tmp_path):
     torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+# ---- GPT-2, whose q, k and v are one matrix --------------------------------------------------------------
+
+GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
+
+
+def gpt2_adapter(folder, spec):
+    """A GPT-2 in `folder`, and a model with an adapter of it that is far from a new one."""
+    busy_model(tiny_config(**GPT2)).save_pretrained(folder, eos_token_id=0)
+    with torch.device("meta"):
+        model = AdaptedGPT(tiny_config(**GPT2), spec, {"path": str(folder)})
+    model.to_empty(device="cpu")
+    model.load(folder)
+    return busy(model.eval())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("targets, rslora", [
+    (("q_proj", "k_proj", "v_proj"), False), (("q_proj", "v_proj", "o_proj", "down_proj"), True),
+    (("up_proj",), False), (("q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"), False)])
+def test_gpt2s_adapter_is_one_of_c_attn_for_peft(targets, rslora, tmp_path):
+    import peft
+    import transformers
+
+    tuned = gpt2_adapter(tmp_path / "base", AdapterSpec(4, 8.0, 0.0, targets, rslora))
+    tuned.save_pretrained(tmp_path / "a", eos_token_id=0)
+    theirs = peft.PeftModel.from_pretrained(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "a").eval()
+    expected = tuned(IDS)
+    torch.testing.assert_close(theirs(IDS).logits, expected, rtol=0, atol=1e-5)
+    torch.testing.assert_close(GPT.from_pretrained(tmp_path / "a").eval()(IDS), expected, rtol=0, atol=1e-5)
+    tuned.use_adapter(False)
+    assert (tuned(IDS) - expected).abs().max() > 0.1
+    if "q_proj" in targets:
+        layer = theirs.base_model.model.transformer.h[0].attn.c_attn
+        assert layer.r["default"] == 12 and layer.fan_in_fan_out
+        assert layer.scaling["default"] == pytest.approx(4.0 if rslora else 2.0)
+        stored = load_file(tmp_path / "a" / "adapter_model.safetensors")
+        A, B = (stored[f"base_model.model.transformer.h.0.attn.c_attn.lora_{x}.weight"] for x in "AB")
+        assert (A.shape, B.shape) == ((12, 64), (192, 12))
+        assert torch.equal(A[:4], tuned.get_parameter("model.layers.0.self_attn.q_proj.lora_A"))
+        assert torch.equal(B[128:, 8:], tuned.get_parameter("model.layers.0.self_attn.v_proj.lora_B"))
+        assert not B[:64, 4:].any() and A[4:8].any() == ("k_proj" in targets)
+    again = gpt2_adapter(tmp_path / "base", tuned.spec)
+    again.load(tmp_path / "a")
+    assert torch.equal(again(IDS), expected)  # training continues from the same adapter
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("rank", [4, 6])
+def test_an_adapter_of_c_attn_written_by_peft_loads(rank, tmp_path):
+    """Its B is not block-diagonal, so q, k and v share A. With our settings, too."""
+    import peft
+    import transformers
+
+    busy_model(tiny_config(**GPT2)).save_pretrained(tmp_path / "base", eos_token_id=0)
+    more = {"rank_pattern": {"c_attn": 18}, "alpha_pattern": {"c_attn": 24}} if rank == 6 else {}
+    config = peft.LoraConfig(r=rank, lora_alpha=8, target_modules=["c_attn", "c_fc", "mlp.c_proj"],
+                             task_type="CAUSAL_LM", fan_in_fan_out=True, **more)
+    theirs = peft.get_peft_model(
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base"), config).eval()
+    for name, parameter in theirs.named_parameters():
+        if "lora_B" in name:
+            parameter.normal_(0, 0.1)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours = GPT.from_pretrained(tmp_path / "theirs").eval()
+    torch.testing.assert_close(ours(IDS), theirs(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_new_tokens_start_as_the_mean_and_are_saved_with_the_adapter(base, tmp_path):
     model, folder = base
