@@ -40,11 +40,12 @@ FAST = """
     distillation/test_divergences.py distillation/test_layer_losses.py distillation/test_layer_maps.py
     distillation/test_on_policy.py distillation/test_pruning.py
     evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py
-    evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_likelihood.py evals/test_lm.py
+    evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_calibration.py
+    evals/test_likelihood.py evals/test_lm.py evals/test_votes.py generation/test_verifier.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
     generation/test_samples.py
     modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_ternary.py
-    tools/test_compare.py tools/test_plot.py
+    tools/test_compare.py tools/test_make_pairs.py tools/test_plot.py
     training/test_curves.py training/test_lora.py training/test_losses.py training/test_optim.py
 """.split()
 TRAINED = {"trained", "chats", "pairs", "two_ranks"}

@@ -10,7 +10,6 @@ import pytest
 
 import sample
 from configurator import UserError
-from dataset.problems import Problem
 from formats.chat_format import encode_answer, encode_prompt, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation import assistant as assistants
@@ -222,20 +221,3 @@ def test_mistakes_are_one_line(chat_folder, words, message):
 def test_a_base_does_not_chat(trained):
     with pytest.raises(UserError, match="its tokenizer has no chat tokens; sft.py makes a chat model"):
         sample.main([f"--model={trained}", "--chat=True"])
-
-
-def test_pairs_of_a_models_own_answers(tokenizer, monkeypatch):
-    from tools.make_pairs import PairsConfig, make_pairs
-
-    cfg = PairsConfig(count=2, samples=2, families="add", seed=3)
-    from itertools import islice
-
-    from dataset.problems import problems
-
-    first, second = islice(problems("train", 3, ("add",)), 2)
-    assert isinstance(first, Problem)
-    turns = [said("no"), said(first.answer), said(second.answer), said(second.answer)]
-    rows, right = make_pairs(cfg, Scripted(tokenizer, turns, monkeypatch))
-    assert right == 0.75 and len(rows) == 1, "a problem that is always answered right yields no pair"
-    assert rows[0]["chosen"] == [said(first.answer)] and rows[0]["rejected"] == [said("no")]
-    assert rows[0]["prompt"][0]["content"] == first.question
