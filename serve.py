@@ -113,7 +113,7 @@ def check_headers(cfg: ServeConfig, request: Request) -> None:
         raise Refused(403, "requests from pages of other sites are refused")
     key = request.headers.get("authorization", "").removeprefix("Bearer ")
     is_right = not cfg.api_key or hmac.compare_digest(key.encode(), cfg.api_key.encode())
-    if not is_right and request.url.path != "/":  # the page holds no secret; it asks for the key, and sends it
+    if not is_right and request.url.path != "/":  # the page holds no secret; it asks for the key
         raise Refused(401, "the api_key is missing or wrong")
 
 
@@ -124,7 +124,7 @@ async def read_json(request: Request) -> Any:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                data += chunk if size <= MOST_BODY else b""  # read on: a client that sends does not listen yet
+                data += chunk if size <= MOST_BODY else b""  # read on: who sends does not listen yet
     except TimeoutError:
         raise Refused(408, f"the request did not arrive within {BODY_SECONDS} seconds") from None
     if size > MOST_BODY:
@@ -168,8 +168,8 @@ class Server:
         if device.type == "cpu" and (text := use_threads(cfg.threads)):
             print(text, file=sys.stderr)
         dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
-        self.defaults = Asked(max_tokens=cfg.max_new_tokens, **{
-            field.name: getattr(cfg, field.name) for field in fields(Sampling)})
+        sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
+        self.defaults = Asked(max_tokens=cfg.max_new_tokens, **sampling)
         names = list(dict.fromkeys(filter(None, (cfg.model, cfg.compare))))
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
 

@@ -131,7 +131,7 @@ class Batcher:
     """A model with its slots, and the thread that runs it."""
 
     def __init__(self, model: GPT, vocab_size: int, slots: int, context_length: int):
-        """vocab_size: ids from here on are never chosen. context_length: tokens per slot, up to block_size."""
+        """vocab_size: ids from here on are never chosen. context_length: tokens of a slot."""
         self.model, self.vocab_size, self.context_length = model, vocab_size, context_length
         self.device = model.head_weight.device
         self.cache = SlotCache(model.config, slots, context_length, self.device,
