@@ -202,14 +202,16 @@ def slipped(answer: str, draw: random.Random) -> str:
     return answer[:at] + draw.choice([d for d in "0123456789" if d != answer[at]]) + answer[at + 1:]
 
 
-def mistake(problem: Problem, draw: random.Random) -> dict[str, Any]:
-    """A plausible answer that is nearly always wrong, of a kind drawn from those that fit the problem."""
-    kinds = ["slip", "format"]
-    if problem.expression is not None:
-        kinds.append("operator")
-        if len(problem.steps) > 1:
-            kinds.append("missing")
-    kind = draw.choice(kinds)
+def mistake_kinds(problem: Problem) -> list[str]:
+    """The kinds of mistakes that fit the problem."""
+    if problem.expression is None:
+        return ["slip", "format"]
+    return ["slip", "format", "operator"] + ["missing"] * (len(problem.steps) > 1)
+
+
+def mistake(problem: Problem, draw: random.Random, kind: str | None = None) -> dict[str, Any]:
+    """A plausible answer that is nearly always wrong, of this kind or of one that is drawn."""
+    kind = kind or draw.choice(mistake_kinds(problem))
     if kind == "format":  # the steps are in the content, where only the answer belongs
         return assistant("; ".join([*problem.steps, f"so {problem.answer}"]))
     if kind == "operator":  # the right steps of another operation

@@ -39,10 +39,14 @@ def load(source: str | None, limit: int, shots: int | None, calculator: bool = F
 
 
 def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[Message]:
-    """The last message of each conversation; for a model without chat tokens, the line that is its answer."""
+    """The last message of each conversation, with the calls of all of its messages under "calls".
+
+    For a model without chat tokens it is the line that is the answer.
+    """
     if end_of_turn(lm.tokenizer) is not None:
         conversations = [prompt_of(problem, calculator) for problem in questions]
-        return [replies[-1] for replies in lm.reply(conversations, MAX_NEW_TOKENS)]
+        return [{**replies[-1], "calls": [call for each in replies for call in each.get("tool_calls", [])]}
+                for replies in lm.reply(conversations, MAX_NEW_TOKENS)]
     texts = lm.generate_until([f"{problem.question}\n" for problem in questions], [], MAX_NEW_TOKENS)
     paragraphs = [text.split("\n\n")[0].strip().splitlines() or [""] for text in texts]
     return [{"role": "assistant", "content": lines[-1].strip()} for lines in paragraphs]
@@ -57,6 +61,7 @@ def score(lm: LM, questions: list[Problem], calculator: bool = False, family: st
     families = {name: [each for problem, each in zip(questions, right, strict=True) if problem.family == name]
                 for name in sorted({problem.family for problem in questions})}
     answers = [{"question": problem.question, "answer": problem.answer, "said": message["content"],
+                "message": message, "steps": problem.steps, "expression": problem.expression,
                 "vote": "" if "malformed" in message else message["content"], "right": each}
                for (problem, message), each in zip(pairs, right, strict=True)]
     return Result({"accuracy": mean(right), "well_formed": mean(formed)}, answers,
