@@ -23,7 +23,8 @@ def write(path, rows):
 
 def test_embedded_prompts_are_a_function_of_the_number(tokenizer):
     one, two = (PromptSource("problems", tokenizer, 200, seed=3) for _ in range(2))
-    assert [one.prompt(n, "", 0.5) for n in range(50)] == [two.prompt(n, "", 0.5) for n in reversed(range(50))][::-1]
+    backwards = [two.prompt(number, "", 0.5) for number in reversed(range(50))]
+    assert [one.prompt(number, "", 0.5) for number in range(50)] == backwards[::-1]
     assert PromptSource("problems", tokenizer, 200, seed=4).prompt(0, "", 0.5) != one.prompt(0, "", 0.5)
     found = [one.prompt(n, "", 0.5) for n in range(1000)]
     offered = [prompt for prompt in found if prompt.has_tools]

@@ -1,4 +1,4 @@
-"""Rollouts: the same text as the assistant writes, its log-probabilities, tool results, and the loss's row."""
+"""Rollouts: the assistant's own text, its log-probabilities, tool results, and the row that a loss reads."""
 
 import numpy as np
 import pytest
@@ -30,7 +30,8 @@ def sample(chat, group_size=4, prompts=None, numbers=None, **limits):
     prompts = ids if prompts is None else prompts
     numbers = range(len(prompts) * group_size) if numbers is None else numbers
     limits = Limits(**dict(max_new_tokens=12, block_size=64, seed=5) | limits)
-    return RolloutSampler(model, tokenizer, limits).sample(prompts, numbers, group_size, [True] * len(prompts))
+    sampler = RolloutSampler(model, tokenizer, limits)
+    return sampler.sample(prompts, numbers, group_size, [True] * len(prompts))
 
 
 def forced(monkeypatch, chat, texts):
