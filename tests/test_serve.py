@@ -1,0 +1,368 @@
+"""serve.py over HTTP: the answers of sample.py, OpenAI's own client, refusals, and the page in Chromium."""
+
+import asyncio
+import base64
+import contextlib
+import http.client
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("starlette")
+import uvicorn
+
+import sample
+import serve
+from configurator import UserError, configure
+from dataset.conversations import preference
+from formats.chat_format import encode_answer, with_chat_tokens
+from formats.tokenizer import Tokenizer
+from generation.assistant import Assistant
+from generation.batcher import Batcher
+from generation.generate import Sampling
+from model import GPT
+from tests.conftest import ROOT, busy_model, tiny_config
+
+CALL = {"name": "calculator", "arguments": {"expression": "12 * 30"}}
+TOOL = {"type": "function", "function": {"name": "calculator", "parameters": {
+    "type": "object", "properties": {"expression": {"type": "string"}}, "required": ["expression"]}}}
+QUESTION = [{"role": "user", "content": "12 * 30?"}]
+
+
+class Running:
+    """A server in a thread. script(question) is what the model answers to a message; None leaves it alone."""
+
+    def __init__(self, *argv):
+        self.cfg, _ = configure(serve.ServeConfig, ["--device=cpu", *argv])
+        self.server = serve.Server(self.cfg)
+        self.socket = socket.create_server(("127.0.0.1", 0))
+        self.port = self.socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        config = uvicorn.Config(self.server.app(), http=serve.Protocol, log_level="critical")
+        self.uvicorn = uvicorn.Server(config)
+        self.thread = threading.Thread(target=self.uvicorn.run, kwargs={"sockets": [self.socket]})
+        self.thread.start()
+
+    @property
+    def served(self):
+        return self.server.models[self.cfg.model]
+
+    def ask(self, path, body=None, headers=None, data=None):
+        """(status, JSON or text of the answer)."""
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
+        data = json.dumps(body) if data is None and body is not None else data
+        connection.request("GET" if data is None else "POST", path, data, headers or {})
+        response = connection.getresponse()
+        text = response.read().decode()
+        with contextlib.suppress(ValueError):
+            return response.status, json.loads(text)
+        return response.status, text
+
+    def events(self, path, body):
+        """The events of a stream."""
+        status, text = self.ask(path, body | {"stream": True})
+        assert status == 200 and text.endswith("data: [DONE]\n\n")
+        return [json.loads(line[6:]) for line in text.split("\n\n")[:-2]]
+
+    def idle(self):
+        until = time.monotonic() + 10
+        while self.served.batcher.live or self.served.batcher.waiting:
+            assert time.monotonic() < until, "a slot is still in use"
+            time.sleep(0.01)
+
+    def close(self):
+        self.uvicorn.should_exit = True
+        self.thread.join(20)
+
+
+@pytest.fixture(scope="module")
+def chat_folder(tmp_path_factory):
+    """A random chat model, with a context that has room for a tool call and its result."""
+    folder = tmp_path_factory.mktemp("chat") / "model"
+    tokenizer = with_chat_tokens(Tokenizer.train([Path(__file__).read_text(encoding="utf-8")], 400))
+    busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=256)).save_pretrained(
+        folder, eos_token_id=tokenizer.end_ids)
+    tokenizer.save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def start():
+    running = []
+
+    def make(*argv):
+        running.append(Running(*argv))
+        return running[-1]
+
+    yield make
+    for each in running:
+        each.close()
+
+
+@pytest.fixture(scope="module")
+def server(start, chat_folder, tmp_path_factory):
+    votes = tmp_path_factory.mktemp("votes") / "votes.jsonl"
+    return start(f"--model={chat_folder}", "--max_new_tokens=12", "--slots=4", f"--votes={votes}")
+
+
+@pytest.fixture
+def script(monkeypatch, chat_folder):
+    """Let the model answer with these messages, by the last user's or tool's text; all else is real."""
+    tokenizer, original = Tokenizer.load(chat_folder), Batcher.choose_tokens
+    answers = {}
+
+    def choose(self, slots, logits):
+        chosen = original(self, slots, logits)
+        for number, slot in enumerate(slots):
+            asked = tokenizer.decode(slot.row.prompt)
+            text = re.findall(r"(?:user\n|<\|tool_response\|>)(.*?)<\|im_end\|>", asked, re.S)[-1:]
+            if text and text[0] in answers:
+                ids = encode_answer(tokenizer, {"role": "assistant", "content": "", **answers[text[0]]})
+                chosen[number] = ids[len(slot.row.new)]
+        return chosen
+
+    monkeypatch.setattr(Batcher, "choose_tokens", choose)
+    return answers
+
+
+# ---- Answers ----------------------------------------------------------------------------------------------
+
+
+def test_chats_have_the_answers_of_the_assistant(server, chat_folder):
+    """With a seed: those of sample.py, in a stream and whole; without one, another answer each time."""
+    sampling = Sampling(seed=5, temperature=0.9, top_k=40)
+    model, tokenizer = GPT.from_pretrained(chat_folder), Tokenizer.load(chat_folder)
+    expected = Assistant(model, tokenizer, sampling, 12).reply([QUESTION] * 3, most_calls=0)
+    body = {"messages": QUESTION, "n": 3, "seed": 5, "temperature": 0.9, "top_k": 40}
+    status, answer = server.ask("/v1/chat/completions", body)
+    assert status == 200 and answer["object"] == "chat.completion" and answer["usage"]["total_tokens"] > 12
+    texts = [choice["message"]["content"] for choice in answer["choices"]]
+    ours = [reply[0]["content"] + "".join(reply[0].get("malformed", [])) for reply in expected]
+    assert texts == ours
+    streamed = ["", "", ""]
+    for event in server.events("/v1/chat/completions", body):
+        for choice in event["choices"]:
+            streamed[choice["index"]] += choice["delta"].get("content") or ""
+    assert streamed == texts
+    unseeded = [server.ask("/v1/chat/completions", {"messages": QUESTION})[1]["choices"][0]["message"]
+                for _ in range(3)]
+    assert len({json.dumps(each) for each in unseeded}) == 3
+
+
+def test_completions_have_the_texts_of_sample(server, chat_folder, capsys):
+    argv = [f"--model={chat_folder}", "--device=cpu", "--prompt=import", "--num_samples=3", "--seed=9"]
+    sample.main([*argv, "--max_new_tokens=12", "--stop=zq"])
+    expected = capsys.readouterr().out
+    body = {"prompt": "import", "n": 3, "seed": 9, "stop": "zq"}
+    choices = server.ask("/v1/completions", body)[1]["choices"]
+    assert "".join(choice["text"] + "\n" for choice in choices) == expected
+    stop = choices[0]["text"][3:6]
+    status, cut = server.ask("/v1/completions", body | {"stop": [stop, "never"]})
+    assert cut["choices"][0]["finish_reason"] == "stop"
+    assert cut["choices"][0]["text"] == choices[0]["text"][:choices[0]["text"].index(stop)]
+    streamed = server.events("/v1/completions", body | {"stop": stop, "n": 1})
+    assert "".join(each["choices"][0]["text"] for each in streamed) == cut["choices"][0]["text"]
+
+
+def test_log_probabilities_of_prompts_as_ids(server, chat_folder):
+    """What `lm_eval --model local-completions` reads."""
+    prompts = [[5, 6, 7, 8], [9, 10, 11]]
+    body = {"prompt": prompts, "max_tokens": 1, "logprobs": 1, "echo": True, "temperature": 0}
+    choices = server.ask("/v1/completions", body)[1]["choices"]
+    model = GPT.from_pretrained(chat_folder)
+    for ids, choice in zip(prompts, choices, strict=True):
+        with torch.no_grad():
+            scores = model(torch.tensor([ids]))[0].log_softmax(-1)
+        expected = [scores[place, token].item() for place, token in enumerate(ids[1:])]
+        assert choice["logprobs"]["token_logprobs"][0] is None
+        assert choice["logprobs"]["token_logprobs"][1:-1] == pytest.approx(expected, abs=1e-5)
+        assert choice["logprobs"]["token_logprobs"][-1] == pytest.approx(scores[-1].max().item(), abs=1e-5)
+        assert choice["logprobs"]["top_logprobs"][0] is None
+        assert len(choice["logprobs"]["top_logprobs"][1]) == 1
+        assert choice["text"] == "".join(choice["logprobs"]["tokens"])
+
+
+def test_a_tool_call_and_its_result(server, script):
+    script |= {"12 * 30?": {"thought": "a tool", "tool_calls": [CALL]}, "360": {"content": "It is 360 \u00e9."}}
+    body = {"messages": QUESTION, "tools": [TOOL], "max_tokens": 60}
+    status, answer = server.ask("/v1/chat/completions", body)
+    message, reason = answer["choices"][0]["message"], answer["choices"][0]["finish_reason"]
+    assert reason == "tool_calls" and message["reasoning_content"] == "a tool"
+    assert json.loads(message["tool_calls"][0]["function"]["arguments"]) == CALL["arguments"]
+    result = {"role": "tool", "tool_call_id": message["tool_calls"][0]["id"],
+              "content": server.ask("/tool", CALL)[1]["content"]}
+    assert result["content"] == "360"
+    status, answer = server.ask("/v1/chat/completions", body | {"messages": [*QUESTION, message, result]})
+    assert answer["choices"][0]["message"] == {"role": "assistant", "content": "It is 360 \u00e9."}
+    assert answer["choices"][0]["finish_reason"] == "stop"
+
+
+def test_the_openai_client(server, script):
+    openai = pytest.importorskip("openai")
+    client = openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0)
+    script |= {"12 * 30?": {"tool_calls": [CALL]}, "360": {"thought": "so", "content": "It is 360."}}
+    (model,) = client.models.list().data
+    messages = list(QUESTION)
+    with client.chat.completions.stream(model=model.id, messages=messages, tools=[TOOL],
+                                        max_tokens=60) as stream:
+        answer = stream.get_final_completion().choices[0]
+    (call,) = answer.message.tool_calls
+    assert answer.finish_reason == "tool_calls" and json.loads(call.function.arguments) == CALL["arguments"]
+    called = answer.message.model_dump(exclude_none=True, exclude={"parsed"})
+    messages += [called, {"role": "tool", "content": "360", "tool_call_id": call.id}]
+    pieces = [chunk for chunk in client.chat.completions.create(
+        model=model.id, messages=messages, stream=True, stream_options={"include_usage": True}, max_tokens=40)]
+    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "It is 360."
+    thoughts = [getattr(piece.choices[0].delta, "reasoning_content", "") for piece in pieces if piece.choices]
+    assert "".join(filter(None, thoughts)) == "so"
+    assert pieces[-1].usage.completion_tokens > 3 and pieces[-2].choices[0].finish_reason == "stop"
+    with pytest.raises(openai.BadRequestError, match="logit_bias: not supported"):
+        client.chat.completions.create(model=model.id, messages=messages, logit_bias={"5": 1})
+
+
+# ---- Refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("status, words, change", [
+    (400, "messages: must be a list", {"messages": []}),
+    (400, "messages: unknown role 'x'", {"messages": [{"role": "x", "content": "a"}]}),
+    (400, "messages: unknown role", {"messages": [5]}),
+    (400, "only parts of type text", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}),
+    (400, "n=0: must be", {"n": 0}),
+    (400, "temperature", {"temperature": -1}),
+    (400, "body: stream = 1", {"stream": 1}),
+    (400, "frequency_penalty: not supported", {"frequency_penalty": 0.5}),
+    (400, "prompt: not supported", {"prompt": "a"}),
+    (400, "has_seed: not supported", {"has_seed": True}),
+    (400, "stop=", {"stop": [""]}),
+    (400, "tools: each needs", {"tools": [{"name": "a"}]}),
+    (400, "messages: lone surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}),
+    (404, "no model 'x' is served", {"model": "x"}),
+    (413, "the prompt has", {"messages": [{"role": "user", "content": "a b c d " * 99}]}),
+])
+def test_a_wrong_request_is_answered_with_its_reason(server, status, words, change):
+    found, answer = server.ask("/v1/chat/completions", {"messages": QUESTION} | change)
+    assert found == status and words in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_bodies_that_are_no_requests(server):
+    for data in ("", "{", "[1, 2]", "null", "[" * 100_000, b"\xff\xfe", '{"messages": NaN}'):
+        assert server.ask("/v1/chat/completions", data=data)[0] == 400
+    assert server.ask("/v1/chat/completions", data=b" " * (serve.MOST_BODY + 1))[0] == 413
+    assert server.ask("/v1/completions", {"prompt": [10**9]})[0] == 400
+    assert server.ask("/v1/completions", {"prompt": [[]]})[0] == 400
+    for prompt in ([], "\ud800", [True], 5):
+        assert server.ask("/v1/completions", {"prompt": prompt})[0] == 400
+    assert server.ask("/nothing")[0] == 404 and server.ask("/v1/chat/completions")[0] == 405
+    assert server.ask("/v1/models")[0] == 200
+
+
+def test_headers_of_other_sites(server, start, chat_folder):
+    for headers in ({"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example:8000"}, {"Host": ""},
+                    {"Origin": "https://evil.example"}, {"Origin": "null"}):
+        assert server.ask("/v1/models", headers=headers)[0] == 403
+    for host in ("localhost", "127.0.0.1:99", "[::1]:8000"):
+        assert server.ask("/v1/models", headers={"Host": host, "Origin": f"http://{host}"})[0] == 200
+    locked = start(f"--model={chat_folder}", "--api_key=s3cret", "--slots=1")
+    assert locked.ask("/")[0] == 200, "the page asks for the key"
+    for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Bearer \u00e9"}):
+        assert locked.ask("/v1/models", headers=headers)[0] == 401
+    assert locked.ask("/v1/models", headers={"Authorization": "Bearer s3cret"})[0] == 200
+
+
+@pytest.mark.parametrize("argv, words", [
+    (["--host=0.0.0.0"], "host=0.0.0.0: other computers could use the model; set --api_key="),
+    (["--host=example.org"], "set --api_key="), (["--port=70000"], "port=70000: must be from 0"),
+    (["--slots=0"], "slots=0: must be positive"), (["--timeout=0"], "timeout=0.0: must be positive"),
+])
+def test_wrong_settings(argv, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        configure(serve.ServeConfig, argv)
+
+
+def test_a_slow_request_and_a_slow_answer(server, start, chat_folder, monkeypatch):
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{")
+        assert client.recv(99).startswith(b"HTTP/1.1 408")
+    with socket.create_connection(("127.0.0.1", server.port)) as client:
+        client.sendall(b"POST /v1/comple")
+        assert client.recv(99) == b"", "a request that never begins loses its connection"
+    hasty = start(f"--model={chat_folder}", "--timeout=0.2", "--slots=1", "--max_waiting=2")
+    body = {"prompt": "a", "max_tokens": 10**6, "stop": "\0"}
+    monkeypatch.setattr(hasty.served, "ends", {True: set(), False: set()})
+    status, answer = hasty.ask("/v1/completions", body)
+    assert status == 408 and "more than 0.2 seconds" in answer["error"]["message"]
+    assert hasty.events("/v1/completions", body)[-1]["error"]["code"] == "408"
+    hasty.idle()
+
+
+def test_full_servers_and_clients_that_leave(start, chat_folder, monkeypatch):
+    busy = start(f"--model={chat_folder}", "--slots=1", "--max_waiting=2")
+    monkeypatch.setattr(busy.served, "ends", {True: set(), False: set()})
+    clients = []
+    for stream in (True, False, True):  # one runs, two wait
+        body = json.dumps({"prompt": "a", "max_tokens": 10**6, "stream": stream}).encode()
+        clients.append(socket.create_connection(("127.0.0.1", busy.port)))
+        clients[-1].sendall(b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: "
+                            + str(len(body)).encode() + b"\r\n\r\n" + body)
+        while len(busy.served.batcher.live) + len(busy.served.batcher.waiting) < len(clients):
+            time.sleep(0.01)
+    status, answer = busy.ask("/v1/completions", {"prompt": "a"})
+    assert status == 429 and "too many requests" in answer["error"]["message"]
+    for client in clients:
+        client.close()
+    busy.idle()
+    assert busy.ask("/v1/completions", {"prompt": "a", "max_tokens": 2})[0] == 200
+
+
+def test_an_error_of_the_model_is_status_500(start, chat_folder, monkeypatch):
+    broken = start(f"--model={chat_folder}", "--slots=1")
+    monkeypatch.setattr(broken.served.batcher, "step", lambda: 1 / 0)
+    status, answer = broken.ask("/v1/completions", {"prompt": "a"})
+    assert status == 500 and answer["error"]["type"] == "server_error"
+    assert broken.events("/v1/completions", {"prompt": "a"})[-1]["error"]["message"] == "division by zero"
+
+
+def test_votes_are_preferences(server):
+    said = {"role": "assistant", "content": "360"}
+    called = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "id": "c", "function": {
+        "name": "calculator", "arguments": json.dumps(CALL["arguments"])}}]}
+    result = {"role": "tool", "content": "360", "tool_call_id": "c"}
+    vote = {"prompt": QUESTION, "chosen": [called, result, said], "chosen_model": "a", "rejected_model": "b"}
+    assert server.ask("/vote", vote | {"rejected": [called, result, said | {"content": "<b>36</b>"}]})[0] == 200
+    assert server.ask("/vote", vote | {"rejected": [said]})[0] == 200
+    for bad in (vote, vote | {"rejected": vote["chosen"]}, vote | {"rejected": [QUESTION[0]]}, {}, [], 5):
+        assert server.ask("/vote", bad)[0] == 400
+    rows = [json.loads(line) for line in Path(server.cfg.votes).read_text().splitlines()]
+    parts = [preference(row) for row in rows]
+    assert [len(prompt) for prompt, _, _ in parts] == [3, 1]
+    assert parts[0][1:] == (said, said | {"content": "<b>36</b>"})
+    assert parts[1][1]["tool_calls"] == [CALL] and parts[1][2] == said
+
+
+def test_sigterm_finishes_what_runs(chat_folder):
+    command = [sys.executable, "serve.py", f"--model={chat_folder}", "--port=0", "--device=cpu"]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    url = process.stdout.readline().strip()
+    assert re.fullmatch(r"http://127\.0\.0\.1:\d+", url)
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    body = {"prompt": "a", "max_tokens": 300, "stream": True, "temperature": 0, "repetition_penalty": 2}
+    connection.request("POST", "/v1/completions", json.dumps(body))
+    response = connection.getresponse()
+    response.read(50)
+    process.send_signal(signal.SIGTERM)
+    assert response.read().endswith(b"data: [DONE]\n\n")
+    assert process.wait(20) == 0
