@@ -1,0 +1,22 @@
+# What does each part of the default architecture bring? One change at a time:
+#     python -m tools.ablate config/ablate_architecture.py --json=ablate.json --png=ablate.png
+# 39 runs of less than a minute of one CPU core. docs/architecture_studies.md shows the results.
+
+base = ["train.py --n_layer=2 --n_embd=96 --n_head=4 --n_kv_head=4 --intermediate_size=256 --block_size=64 "
+        "--max_steps=150 --sample_tokens=0 --save_interval=0 --eval_tokens=32768 --log_interval=50 "
+        "--device=cpu --threads=1"]
+changes = {
+    "no positions (NoPE)": "position=none",
+    "learned positions": "position=learned",
+    "sink logits": "sink_logits=True",
+    "GQA, 2 key/value heads": "n_kv_head=2",
+    "MQA, 1 key/value head": "n_kv_head=1",
+    "QK-norm": "qk_norm=True",
+    "4 experts, 2 per token": "n_expert=4 expert_size=128",  # the base's FLOPs: 2 x 128 = 256
+    "LayerNorm": "norm=layernorm",
+    "GELU": "mlp=gelu intermediate_size=384",  # the base's parameters: 2 x 384 = 3 x 256
+    "AdamW for Muon": "optimizer=adamw",
+    "AdamW at 2e-3": "optimizer=adamw learning_rate=2e-3",
+    "untied table": "tie_embeddings=False",
+}
+out_dir = "out/ablate_architecture"

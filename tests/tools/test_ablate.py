@@ -1,0 +1,72 @@
+"""tools.ablate: commands and table by hand, two variants and again, stages that variants share."""
+
+import json
+
+import pytest
+
+from configurator import UserError
+from model import GPT, GPTConfig
+from tests.conftest import TINY_RUN
+from tools import ablate
+from tools.ablate import AblateConfig, main, report, variant
+
+
+def test_commands_by_hand():
+    base = ["train.py --a=1", "sft.py", "dpo.py --beta=2"]
+    assert variant(base, "") == base
+    assert variant(base, "n_kv_head=1 norm=layernorm")[0] == "train.py --a=1 --n_kv_head=1 --norm=layernorm"
+    assert variant(base, "-sft.py") == ["train.py --a=1", "dpo.py --beta=2"]
+    cfg = AblateConfig(changes="position=none; n_kv_head=1")
+    assert cfg.variants == {"base": ["train.py"], "position=none": ["train.py --position=none"],
+                            "n_kv_head=1": ["train.py --n_kv_head=1"]}
+    for change in ("-grpo.py", "norm"):
+        with pytest.raises(UserError, match="must be key=value, or -SCRIPT"):
+            AblateConfig(changes=change).variants  # noqa: B018
+    for bad in ([], ["  "], [3]):
+        with pytest.raises(UserError, match="must be a list of commands"):
+            AblateConfig(base=bad)
+
+
+def test_report_by_hand():
+    def runs(*values):
+        return [{"metrics": {"val_loss": value}, "speed": 1000.0, "memory_gb": 0.5, "parameters": 10,
+                 "active": 10} for value in values]
+
+    text = report({"base": runs(2.0, 3.0), "b": runs(2.1, 3.3), "c": runs(2.0, 3.0)})
+    assert text.splitlines()[2:] == [
+        "| base | 2.500 (2.000 - 3.000) |  |  | 1,000 | 0.50 | 10 |",
+        # the differences 0.1 and 0.3 have the mean 0.2 and the standard deviation 0.1 sqrt(2)
+        "| b | 2.700 (2.100 - 3.300) | +0.200 | 1.4 | 1,000 | 0.50 | 10 |",
+        "| c | 2.500 (2.000 - 3.000) | +0.000 |  | 1,000 | 0.50 | 10 |"]
+
+
+def test_two_variants_and_again(data, tmp_path, monkeypatch, capsys):
+    base = " ".join(["train.py", *TINY_RUN, f"--dataset={data}", "--max_steps=2"])
+    argv = [f"--base={[base]!r}", "--changes={'experts': 'n_expert=4 expert_size=64'}", "--seeds=1",
+            f"--out_dir={tmp_path}", f"--json={tmp_path / 'a.json'}", f"--png={tmp_path / 'a.png'}"]
+    assert main(argv) == 0
+    results = json.loads((tmp_path / "a.json").read_text())
+    assert results["runs"].keys() == {"base", "experts"}
+    experts = results["runs"]["experts"][0]
+    assert experts["active"] < experts["parameters"] and 5 < experts["metrics"]["val_loss"] < 7
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    first = capsys.readouterr().out
+    monkeypatch.setattr("subprocess.run", None)  # a finished run is not started again
+    assert main(argv) == 0 and capsys.readouterr().out == first
+
+
+def test_stages_before_a_difference_are_shared(tmp_path, monkeypatch):
+    folders = []
+
+    def run_once(script, argv, folder):
+        folders.append(folder)
+        return [{"tokens": 1, "seconds": 1, "memory_gb": 1, "step": 1}, {"val_loss": 1.0}]
+
+    monkeypatch.setattr(ablate, "run_once", run_once)
+    monkeypatch.setattr(ablate.GPT, "from_pretrained", lambda folder: GPT(GPTConfig(n_layer=1)))
+    stages = ["train.py", "sft.py", "dpo.py"]
+    cfg = AblateConfig(base=stages, changes="-dpo.py; -sft.py", out_dir=str(tmp_path))
+    for commands in cfg.variants.values():
+        ablate.train_variant(cfg, commands, 1)
+    train, sft, _, again, sft_again, third, alone = folders
+    assert train == again == third and sft == sft_again and alone != folders[2]
