@@ -184,11 +184,14 @@ class Constraint:
 
     def row(self, messages: list[Message] | None = None) -> RowGuide:
         """The answer to messages, or a text (None), at its beginning. Raises UserError as `rules` does."""
-        rules = self.rules(messages)
+        place = f"json_schema={self.keys.json_schema}" if self.keys.json_schema else "an offered tool"
+        return self.row_of(self.rules(messages), place)
+
+    def row_of(self, rules: str, place: str) -> RowGuide:
+        """The beginning of an answer that a grammar describes. A UserError about the grammar names `place`."""
         if rules not in self.checked:
             _, faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)
             if faults:
-                place = f"json_schema={self.keys.json_schema}" if self.keys.json_schema else "an offered tool"
                 raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
             self.checked.add(rules)
         return RowGuide(self.matcher(self.vocabulary, rules), self.end_ids)
