@@ -36,10 +36,17 @@ from distillation import divergences
 from distillation.alignment import Aligner, cached_spans
 from distillation.divergences import DenseTeacher, Kind, Objective, SparseTeacher, Teacher, select_targets
 from distillation.evaluation import StudentEvaluation
-from distillation.layer_maps import Strategy, layer_map, map_text
+from distillation.layer_maps import explicit_pairs, layer_map, map_text
 from distillation.on_policy import prompt_lengths, rollout_batch
-from distillation.pruning import WIDTHS, kept_layers, prune, pruned_config
-from distillation.student import ActivationHooks, LayerLosses, Student, feature_loss
+from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
+from distillation.student import (
+    ActivationHooks,
+    LayerLosses,
+    Student,
+    feature_loss,
+    gradient_cosine,
+    noise_term,
+)
 from distillation.teacher import context_of, load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, identity_of
 from formats import hf
@@ -51,6 +58,7 @@ from model import GPT, GPTConfig
 from modeling.devices import DTYPES, to_device
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
+from training.optim import multipliers
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
 from training.stages import configure_run
 
@@ -76,11 +84,15 @@ class DistillConfig(RunConfig, GPTConfig):
     divergence: Kind = "forward_kl"  # how student and teacher are compared; mse compares the logits
     jsd_beta: float = 0.5  # weight of the teacher in the mixture of divergence=jsd
     cache: Literal["none", "topk", "sample"] = "none"  # read predictions that tools.cache_teacher wrote
-    layer_map: Strategy = "uniform_plus_last"  # which student layer learns from which teacher layers
+    new_weights: bool = False  # with student_layers, keep the architecture only and draw random weights
+    student_embeddings: Literal["own", "teacher"] = "own"  # teacher: begin with its embedding table
+    layer_map: str = "uniform_plus_last"  # student and teacher layers: a strategy, or pairs such as 0:1,1:3
     hidden_weight: float = 0.0  # weight of a loss between the outputs of mapped blocks
     hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"  # the loss of hidden_weight
     attention_weight: float = 0.0  # weight of a loss between the attention of mapped blocks
-    attention_loss: Literal["relations", "mse"] = "relations"  # relations: within q, k, v (MiniLMv2)
+    attention_loss: Literal["relations", "relations_mse", "mse"] = "relations"  # within q, k, v (MiniLMv2)
+    log_gradient_cosine: bool = False  # log the cosine between the gradients of predictions and layer losses
+    gradient_noise: float = 0.0  # norm of Gaussian noise that is added to each step's gradient
     lr_multipliers: dict = field(  # {regex of parameter names: factor}, first match wins, 0 freezes
         default_factory=lambda: {"embed_tokens": 5.0})
     on_policy: float = 0.0  # share of the steps whose text the student writes itself (lambda in GKD)
@@ -100,7 +112,16 @@ class DistillConfig(RunConfig, GPTConfig):
         require(self, "temperature", 0 < self.temperature < math.inf, "positive")
         require(self, "jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1")
         require(self, "on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")
-        require_not_negative(self, "hidden_weight", "attention_weight")
+        require_not_negative(self, "hidden_weight", "attention_weight", "gradient_noise")
+        explicit_pairs(self.layer_map)
+        if (self.gradient_noise or self.log_gradient_cosine) and self.parallel == "fsdp":
+            raise UserError("parallel=fsdp: works with neither gradient_noise nor log_gradient_cosine")
+        has_weights = self.init_from or (self.student_layers and not self.new_weights)
+        if self.student_embeddings == "teacher" and (has_weights or self.align == "bytes"):
+            raise UserError("student_embeddings=teacher: needs random weights and the teacher's token ids: "
+                            "no init_from, no align=bytes, and student_layers with new_weights only")
+        if self.new_weights and not self.student_layers:
+            raise UserError("new_weights=True: only works with student_layers")
         if self.cache != "none":  # a cache has the teacher's probabilities of the data, and nothing else
             for key in ("divergence", "on_policy", "hidden_weight", "attention_weight"):
                 if getattr(self, key) != getattr(DistillConfig, key):
@@ -228,7 +249,8 @@ def batches_at(data: StagedData, caches: Caches, step: int,
         elif aligner and cfg.alpha > 0:
             batch = aligner.align(batch)
         # The loss reads its weights and temperature from the config of the stage.
-        batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step))})
+        batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step)),
+                                "noise_seed": cfg.seed * 2**32 + step})  # the same on all ranks
     return batches
 
 
@@ -309,12 +331,19 @@ class Distillation:
         loss, ce, kd, features = forward(
             batch["input_ids"], document_ids=batch.get("document_ids"),
             head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
-        loss = loss + cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
+        layers = cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
+        metrics: dict[str, Tensor] = {}
+        trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
+        if cfg.log_gradient_cosine and self.student.pairs and layers.requires_grad:
+            metrics["cosine"] = gradient_cosine((loss, layers), trained) * batch["count"]
+        loss = loss + layers
+        if cfg.gradient_noise:  # the loop divides by the count of the whole step: all parts of it add up to 1
+            loss = loss + batch["count"] * noise_term(trained, cfg.gradient_noise, batch["noise_seed"])
         # DDP waits for a gradient of every parameter, also in a stage that does not use the projections.
         if not cfg.hidden_weight:
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
-        metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
+        metrics |= {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
         if "borders" in batch:
             metrics["aligned"] = torch.tensor(float(batch["borders"][-1]))
         if self.student.pairs:
@@ -396,7 +425,11 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
     with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
         student = Student(config, pairs, width, cfg.seed)
     text = f"student   {student.num_parameters():,} parameters"
-    if layers:
+    if cfg.student_embeddings == "teacher":
+        student.materialize("cpu", cfg.seed)
+        copy_tables(student, dict(hf.read_tensors(hf.find_folder(cfg.teacher))))
+        text += f", token tables from {cfg.teacher}"
+    if layers and not cfg.new_weights:
         # For a moment, each rank holds the whole teacher. 16 rows of data show which parts are active.
         source = GPT.from_pretrained(hf.find_folder(cfg.teacher))
         ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
@@ -461,6 +494,8 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
+    for stage in stage_configs(cfg):
+        multipliers(student, stage.lr_multipliers)  # raises UserError
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
     run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)

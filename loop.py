@@ -524,6 +524,8 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
     cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
     results: dict[str, float] = {}
     # Before the first step: an evaluation that a stopped run has missed, or nothing to do at all.
+    if state.total == 0 and state.saved_step < 0:  # max_steps=0: the model as it starts
+        save(state)
     if missed_evaluation(state):
         results = measure(state, evaluate)
     if progress.step >= state.total and not results:

@@ -71,10 +71,10 @@ def ranges(begin: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 def by_span(batch: dict[str, Any], begin: np.ndarray, length: np.ndarray,
             exact: np.ndarray) -> dict[str, Any]:
-    """A batch's "positions" and "targets" as `AlignedTeacher` orders them, and "span_of" and "borders".
+    """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of" and "borders".
 
-    begin, length, exact: of each span, (S,): the student's first slot, its tokens, and whether the span is one
-    token on both sides. A slot is a position in the flattened input ids, and predicts the next token.
+    begin, length, exact: of each span, (S,): the student's first slot, its number of tokens, and whether the
+    span is one token on both sides. A slot is a position in the flattened input ids, and predicts the next token.
     """
     targets = full_targets(batch).flatten().numpy()  # (B T,)
     members, span_of = ranges(begin[~exact], length[~exact])

@@ -110,19 +110,23 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, weights: Tensor,
-                  document_ids: Tensor | None = None) -> Tensor:
+                  document_ids: Tensor | None = None, squared: bool = False) -> Tensor:
     """KL(teacher || student) of self-relations, in nats, averaged over relation heads, summed over positions.
 
     student: (B, T, Cs), teacher: (B, T, Ct): the queries, keys or values of all heads, concatenated. Both are
     cut into `heads` relation heads again, so head counts and widths may differ. A relation is the causal
     softmax(x x^T / sqrt(D)) of a head x with itself; D is the model's own. weights: (B, T). Needs several
-    (B, R, T, T) float32 tensors. Raises ValueError if a width is not divisible by `heads`.
+    (B, R, T, T) float32 tensors. squared: in place of KL, the squared difference of the relations'
+    probabilities, averaged over the visible keys. Raises ValueError if a width is not divisible by `heads`.
     Source: MiniLMv2, arXiv 2012.15828, without its look at later positions.
     """
     student, teacher = split_heads(student, heads), split_heads(teacher, heads)  # (B, R, T, D) each
     seen = visible(student, document_ids)  # (B or 1, 1, T, T)
     student, teacher = log_attention(student, student, seen), log_attention(teacher, teacher, seen)
-    divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)  # (B, R, T)
+    if squared:
+        divergence = (student.exp() - teacher.exp()).square().sum(dim=-1) / seen.sum(dim=-1)  # (B, R, T)
+    else:
+        divergence = (teacher.exp() * (teacher - student)).sum(dim=-1)  # (B, R, T)
     return (weights * divergence.mean(dim=1)).sum()
 
 

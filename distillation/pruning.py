@@ -106,6 +106,25 @@ def measure_activity(teacher: GPT, ids: Tensor) -> dict[str, Tensor]:
     return activity
 
 
+@torch.no_grad()
+def copy_tables(student: GPT, tensors: dict[str, Tensor]) -> None:
+    """Give the student the teacher's tables of tokens. tensors: the teacher's, by name.
+
+    A narrower student gets the first principal components of the input table's rows, scaled to the same mean
+    square per entry. Raises UserError if the student is wider.
+    """
+    table = tensors["model.embed_tokens.weight"].float()  # (V, C of the teacher)
+    C, width = student.config.n_embd, table.shape[1]
+    if C > width:
+        raise UserError(f"student_embeddings=teacher: n_embd={C} is wider than the teacher's {width}")
+    basis = torch.linalg.eigh(table.T @ table).eigenvectors.flip(1)[:, :C] if C < width else torch.eye(C)
+    scale = table.norm() / (table @ basis).norm() * math.sqrt(C / width)
+    for name, parameter in student.named_parameters():
+        if name in ("model.embed_tokens.weight", "lm_head.weight"):
+            rows = tensors.get(name, table).float() @ basis * scale  # (V, C)
+            parameter[:len(rows)] = rows[:len(parameter)]
+
+
 def strongest(activity: Tensor, count: int) -> Tensor:
     """The indices of the `count` largest entries, in increasing order."""
     return activity.topk(count).indices.sort().values

@@ -43,7 +43,7 @@ class LayerLosses(NamedTuple):
     hidden_weight: float = 0.0
     hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"
     attention_weight: float = 0.0
-    attention_loss: Literal["relations", "mse"] = "relations"
+    attention_loss: Literal["relations", "relations_mse", "mse"] = "relations"
 
 
 class Student(GPT):
@@ -65,9 +65,9 @@ class Student(GPT):
         """The output of a layer, (B, T, C), mapped to the teacher's width."""
         return self.projections[str(layer)](hidden) if str(layer) in self.projections else hidden
 
-    def num_parameters(self) -> int:
+    def num_parameters(self, active: bool = False) -> int:
         """The parameters of the GPT, without the projections."""
-        return super().num_parameters() - sum(p.numel() for p in self.projections.parameters())
+        return super().num_parameters(active) - sum(p.numel() for p in self.projections.parameters())
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """The weights in a folder. A projection that is missing there, or has another shape, is redrawn."""
@@ -112,6 +112,29 @@ class ActivationHooks:
         self.heads[layer] = (q, k, v)
 
 
+def gradient_cosine(losses: tuple[Tensor, Tensor], parameters: list[nn.Parameter]) -> Tensor:
+    """The cosine of the angle between the gradients of two losses, a scalar; 0 if one of them is 0.
+
+    The graphs of the losses are kept.
+    """
+    gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
+                 for loss in losses]
+    a, b = (torch.cat([gradient.flatten() for gradient in each]).double() for each in gradients)
+    return a @ b / (a.norm() * b.norm()).clamp(min=1e-30)
+
+
+def noise_term(parameters: list[nn.Parameter], norm: float, seed: int) -> Tensor:
+    """A term of the loss whose gradient is Gaussian noise of about this norm, the same for equal seeds.
+
+    It adds to gradients what a smaller batch would, in every direction alike (arXiv 1511.06807).
+    """
+    size = sum(parameter.numel() for parameter in parameters)
+    generator = torch.Generator(parameters[0].device).manual_seed(seed)
+    draws = (torch.randn(p.shape, generator=generator, device=p.device) for p in parameters)
+    return sum(((draw * p).sum() for draw, p in zip(draws, parameters, strict=True)),
+               torch.zeros((), device=parameters[0].device)) * (norm / size ** 0.5)
+
+
 def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Tensor | None,
                    kind: str) -> Tensor:
     """The loss between the attention of two layers; relations are averaged over q, k and v."""
@@ -121,7 +144,8 @@ def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Te
     for student, teacher in zip(ours, theirs, strict=True):
         heads = math.gcd(student.shape[1], teacher.shape[1])
         student, teacher = (x.transpose(1, 2).flatten(2) for x in (student, teacher))  # (B, T, heads * D)
-        total = total + layer_losses.relation_loss(student, teacher, heads, weights, document_ids)
+        total = total + layer_losses.relation_loss(student, teacher, heads, weights, document_ids,
+                                                   squared=kind == "relations_mse")
     return total / 3
 
 

@@ -16,7 +16,7 @@ from configurator import UserError, configure
 from dataset.dataloader import Rows
 from dataset.shards import DataFolder
 from distillation.divergences import DenseTeacher
-from distillation.student import Student
+from distillation.student import Student, gradient_cosine
 from distillation.teacher import ForeignTeacher, load_teacher
 from formats import checkpoint, hf
 from formats.peft import weights_sha256
@@ -450,3 +450,87 @@ def test_mistakes_are_one_line(trained, data, tmp_path, more, message):
 def test_config_files_describe_runs(name):
     cfg = configure(distill.DistillConfig, [f"config/distill_{name}.py"])[0]
     assert cfg.teacher and loop.stage_configs(cfg)
+
+
+# ---- Layers, tables, noise --------------------------------------------------------------------------------
+
+
+def test_pairs_of_layers_embeddings_and_the_cosine(trained, data, tmp_path):
+    """Explicit pairs, relations as MSE, the teacher's table, and the angle of two gradients in one run."""
+    argv = ["--layer_map=0:1", "--attention_loss=relations_mse", "--student_embeddings=teacher", *LAYER_LOSSES]
+    log = run(trained, data, tmp_path / "a", *argv, "--log_gradient_cosine=True", "--max_steps=4")
+    cosines = [event["cosine"] for event in log if "cosine" in event]
+    assert len(cosines) == 4 and all(0 < abs(value) < 1 for value in cosines)
+    plain = run(trained, data, tmp_path / "b", *argv, "--max_steps=4")
+    assert losses(plain) == losses(log), "measuring the cosine changes nothing"
+    with pytest.raises(UserError, match="layer_map=0:2: the student has layers 0 to 0, the teacher 0 to 1"):
+        run(trained, data, tmp_path / "c", "--layer_map=0:2", *LAYER_LOSSES)
+
+
+@pytest.mark.fast
+def test_the_cosine_by_hand():
+    x, y = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))
+    assert gradient_cosine((x.sum(), x[0] + y.sum()), [x, y]).item() == pytest.approx(0.5)
+    assert gradient_cosine((x.sum(), (0 * x).sum()), [x, y]).item() == 0
+
+
+def test_a_student_begins_with_the_teachers_tables(trained, data, tmp_path):
+    """As wide: the same table. Narrower: its principal components, with the same mean square."""
+    teacher = GPT.from_pretrained(hf.find_folder(trained)).model["embed_tokens"].weight[:500]
+    for width in (64, 32):
+        run(trained, data, tmp_path / str(width), "--student_embeddings=teacher", "--max_steps=0",
+            f"--n_embd={width}")
+        table = GPT.from_pretrained(hf.find_folder(tmp_path / str(width))).model["embed_tokens"].weight[:500]
+        assert table.square().mean().item() == pytest.approx(teacher.square().mean().item(), rel=1e-4)
+        gram, theirs = table @ table.T, teacher @ teacher.T
+        if width == 64:
+            torch.testing.assert_close(table, teacher)
+        assert torch.corrcoef(torch.stack((gram.flatten(), theirs.flatten())))[0, 1] > 0.8
+    with pytest.raises(UserError, match="wider than the teacher's 64"):
+        run(trained, data, tmp_path / "w", "--student_embeddings=teacher", "--n_embd=128")
+
+
+def test_no_steps_write_the_student_as_it_starts(trained, data, tmp_path):
+    log = run(trained, data, tmp_path / "a", "--max_steps=0", sizes=PRUNED)
+    assert [event["step"] for event in log] == [0] and log[0]["val_loss"] > 0
+    kept = GPT.from_pretrained(tmp_path / "a" / "step_000000").state_dict()
+    source = GPT.from_pretrained(hf.find_folder(trained)).state_dict()
+    assert torch.equal(kept["model.layers.0.mlp.up_proj.weight"], source["model.layers.1.mlp.up_proj.weight"])
+    assert run(trained, data, tmp_path / "a", "--max_steps=0", sizes=PRUNED) == log
+    assert losses(run(trained, data, tmp_path / "a", "--max_steps=1", sizes=PRUNED)) != []
+
+
+def test_the_architecture_alone(trained, data, tmp_path):
+    """new_weights=True keeps the sizes of a pruned student, and none of its weights."""
+    run(trained, data, tmp_path / "a", "--max_steps=0", "--new_weights=True", sizes=PRUNED)
+    model, source = (GPT.from_pretrained(hf.find_folder(x)) for x in (tmp_path / "a", trained))
+    assert model.config.n_embd == source.config.n_embd and model.config.n_layer == 1
+    ours, theirs = (x.model["embed_tokens"].weight.flatten() for x in (model, source))
+    assert abs(torch.corrcoef(torch.stack((ours, theirs)))[0, 1]) < 0.1
+
+
+def test_noise_has_its_norm_and_does_not_depend_on_micro_batches(trained, data, tmp_path):
+    plain = run(trained, data, tmp_path / "a", "--max_steps=1", "--grad_clip=0")
+    logs = [run(trained, data, tmp_path / str(size), "--max_steps=2", "--grad_clip=0", "--gradient_noise=50",
+                f"--micro_batch_size={size}") for size in (2, 8)]
+    norms = [[event["grad_norm"] for event in log if "grad_norm" in event] for log in (plain, *logs)]
+    assert norms[0][0] < 3 and norms[1][0] == pytest.approx(50, rel=0.05)
+    np.testing.assert_allclose(norms[1], norms[2], rtol=1e-4)
+    np.testing.assert_allclose(losses(logs[0]), losses(logs[1]), rtol=1e-4)
+
+
+def test_bad_multipliers_leave_the_old_run(trained, data, tmp_path):
+    run(trained, data, tmp_path / "a", "--max_steps=1")
+    with pytest.raises(UserError, match="lr_multipliers"):
+        run(trained, data, tmp_path / "a", "--overwrite=True", "--lr_multipliers={'nothing': 2.0}")
+    assert (tmp_path / "a" / "step_000001").is_dir()
+
+
+@pytest.mark.fast
+def test_a_cache_says_its_size_and_many_samples_are_refused(trained, little, capsys):
+    with pytest.raises(UserError, match="k=1000000: must be at most 1,024 with method=sample"):
+        cache(trained, little, "--method=sample", "--k=1e6")
+    with pytest.raises(UserError, match="new_weights=True: only works with student_layers"):
+        configure(distill.DistillConfig, ["--new_weights=True"])
+    with pytest.raises(UserError, match="layer_map=0-1: write pairs student:teacher such as 0:1,1:3"):
+        configure(distill.DistillConfig, ["--layer_map=0-1"])

@@ -9,6 +9,7 @@ The teacher reads the data once, for any number of students. Writes data/<name>/
 the cache is complete, the same command verifies it.
 """
 
+import shutil
 import sys
 import time
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from configurator import UserError, configure, require_positive, run_script
+from configurator import UserError, configure, require, require_positive, run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows
 from dataset.dataloader import Rows, parse_mix, text_batch
 from dataset.shards import DataFolder
@@ -51,6 +52,8 @@ class CacheConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "block_size", "k", "temperature", "batch_size")
+        require(self, "k", (self.k or 0) <= 1024 or self.method == "topk",
+                "at most 1,024 with method=sample (32 are enough; they cost time and disk)")
         if self.align == "bytes" and self.method == "sample":
             raise UserError("align=bytes: does not work with method=sample; use --method=topk")
 
@@ -79,6 +82,8 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     teacher = load_teacher(cfg.teacher, own_tokenizer, device, DTYPES[dtype], cfg.block_size)
     if cfg.align == "bytes":
         aligner = Aligner(tokenizer, folder, context_of(teacher), device)
+        if cfg.spec.k > (shared := len(aligner.pieces.ours)):
+            raise UserError(f"k={cfg.spec.k}: the vocabularies share only {shared:,} pieces")
     eot_id, prefix = tokenizer.eot_id if cfg.document_mask else None, "teacher_" if aligner else ""
 
     @torch.inference_mode()
@@ -107,6 +112,9 @@ def write_cache(cfg: CacheConfig, path: Path) -> None:
     identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask, cfg.align)
     writer = CacheWriter(rows, cfg.spec, identity)
     done, start = writer.done, time.perf_counter()
+    need = (len(rows) - done) * rows.T * writer.records.width
+    free = shutil.disk_usage(writer.folder).free
+    print(f"disk      needs {need / 1e6:,.1f} MB, {free / 1e6:,.0f} MB are free")
     text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"
     if done == len(rows):
         verify(writer.folder)

@@ -37,7 +37,7 @@ class RunConfig:
     # ---- Batches and steps
     global_batch_size: int = 16  # sequences per optimizer step, over all ranks
     micro_batch_size: int = 16  # sequences per forward pass on one rank; changes the dropout masks
-    max_steps: int = 550  # optimizer steps; if stages are listed, the sum of their steps counts instead
+    max_steps: int = 550  # optimizer steps, 0 saves the start only; with stages, their sum counts instead
     # ---- Optimizer and stages
     learning_rate: float = 6e-3  # peak learning rate
     min_lr: float = 0.0  # learning rate at the end of the decay
@@ -78,11 +78,11 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
-        require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "max_steps",
-                         "learning_rate", "keep_checkpoints", "log_interval")
+        require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "learning_rate",
+                         "keep_checkpoints", "log_interval")
         require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval",
                              "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks",
-                             "patience", "rollback_grad_clip", "rollback_steps")
+                             "patience", "rollback_grad_clip", "rollback_steps", "max_steps")
         require(self, "min_lr", self.min_lr <= self.learning_rate,
                 f"at most learning_rate={self.learning_rate}")
         for key in ("global_batch_size", "block_size"):  # a mistyped size must not fill the memory

@@ -138,5 +138,5 @@ def configure_run(schema: type[Config], argv: list[str], usage: str) -> tuple[Co
 
 
 def stage_at(stages: list[Stage[Config]], step: int) -> Stage[Config]:
-    """The stage of step `step`, counted from 0. Raises StopIteration after the last one."""
-    return next(stage for stage in stages if step < stage.last)
+    """The stage of step `step`, counted from 0; the last stage after the end."""
+    return next((stage for stage in stages if step < stage.last), stages[-1])

@@ -2,7 +2,6 @@
 tokenizers against ordinary distillation, hostile text, chats, a cache, and mistakes of the user."""
 
 import json
-import math
 import shutil
 
 import numpy as np
@@ -14,22 +13,26 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 import distill
 from configurator import UserError, configure
-from dataset.chat_rows import ChatRows, batch_of, chat_batch
-from dataset.dataloader import IGNORE, Rows, text_batch
+from dataset.chat_rows import ChatRows, chat_batch
+from dataset.dataloader import Rows, text_batch
 from dataset.shards import DataFolder
-from distillation.alignment import Aligner, AlignedRows, cached_spans, match_spans
-from distillation.divergences import DenseTeacher, Objective, SparseTeacher, linear_distillation
-from distillation.divergences import select_targets
+from distillation.alignment import AlignedRows, Aligner, cached_spans, match_spans
+from distillation.divergences import (
+    DenseTeacher,
+    Objective,
+    SparseTeacher,
+    linear_distillation,
+    select_targets,
+)
 from distillation.teacher_cache import CacheSpec, Records
 from formats import hf
 from formats.tokenizer import Tokenizer
 from model import GPT
-from tests.runs import events, losses
-from tests.test_distill import TINY, arguments, cache, run
+from tests.runs import losses
+from tests.test_distill import cache, run
 
 CPU = torch.device("cpu")
 TEXT = "def main(args):\n    return args + 1234  # naïve 日本\n" * 4
-CUT = TEXT.encode()
 
 
 def bpe(vocab, text=TEXT):
@@ -45,8 +48,8 @@ def saved(tokenizer, folder):
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     """(student's tokenizer, aligner to a teacher whose tokenizer has fewer merges)."""
-    student = bpe(330)
-    return student, Aligner(student, saved(bpe(280, TEXT[::-1] + TEXT), tmp_path_factory.mktemp("t")), 512, CPU)
+    student, folder = bpe(330), saved(bpe(280, TEXT[::-1] + TEXT), tmp_path_factory.mktemp("t"))
+    return student, Aligner(student, folder, 512, CPU)
 
 
 def sentencepiece(scheme="always", normalizer=None):
@@ -108,12 +111,12 @@ def test_random_ids_always_align(pair):
     """Any ids at all: spans are in order, tile on both sides, and no batch raises."""
     student, aligner = pair
     for seed in range(20):
-        ids = torch.randint(student.vocab_size, (3, 33), generator=torch.Generator().manual_seed(seed)).numpy()
+        ids = np.random.default_rng(seed).integers(student.vocab_size, size=(3, 33))
         batch = aligner.align(text_batch(ids, student.eot_id if seed % 2 else None))
         assert sorted(batch["positions"].tolist()) == list(range(96))
         assert batch["targets"].tolist() == ids[:, 1:].flatten()[batch["positions"]].tolist()
         assert (batch["longer_slots"] < batch["teacher_input_ids"].numel()).all()
-        assert batch["borders"][-1] + 0 <= 96
+        assert batch["borders"][-1] <= 96
 
 
 # ---- The loss ---------------------------------------------------------------------------------------------
@@ -181,7 +184,7 @@ def test_chunks_cut_no_span(pair, monkeypatch):
 
 def permuted(source, folder, seed=5):
     """A copy of a model folder whose token ids are shuffled: another tokenizer.json, the same function."""
-    shutil.copytree(source, folder)
+    shutil.copytree(source, folder, ignore=shutil.ignore_patterns("manifest.json"))
     order = np.random.default_rng(seed).permutation(Tokenizer.load(source).vocab_size)
     definition = json.loads((folder / "tokenizer.json").read_text())
     vocab = definition["model"]["vocab"]
@@ -199,10 +202,10 @@ def permuted(source, folder, seed=5):
     return folder
 
 
-def test_equal_tokenizers_are_ordinary_distillation(trained, own_data, tmp_path):
+def test_equal_tokenizers_are_ordinary_distillation(trained, data, tmp_path):
     """The same loss and gradient from the same tokenizer, and from one with other ids for the same pieces."""
-    folder, tokenizer = hf.find_folder(trained), Tokenizer.load(own_data)
-    rows = Rows(DataFolder(own_data), "train", 64).read(np.arange(4))
+    folder, tokenizer = hf.find_folder(trained), Tokenizer.load(data)
+    rows = Rows(DataFolder(data), "train", 64).read(np.arange(4))
     student = GPT.from_pretrained(folder)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -223,9 +226,11 @@ def test_equal_tokenizers_are_ordinary_distillation(trained, own_data, tmp_path)
                                 head=DenseTeacher)
                 dense = aligner.teacher_of(batch, DenseTeacher(whole.hidden.flatten(0, 1), whole.weight), 2.0)
         student.zero_grad()
-        loss, ce, kd = student(batch["input_ids"], document_ids=batch["document_ids"], head=lambda h, w: (
-            linear_distillation(select_targets(h, batch), w, batch["targets"], dense, tokenizer.vocab_size,
-                                Objective(0.7, 2.0))))
+        loss, ce, kd = student(
+            batch["input_ids"], document_ids=batch["document_ids"],
+            head=lambda h, w, batch=batch, dense=dense: linear_distillation(
+                select_targets(h, batch), w, batch["targets"], dense, tokenizer.vocab_size,
+                Objective(0.7, 2.0)))
         loss.backward()
         results.append((loss.item(), ce.item(), kd.item(), student.head_weight.grad.clone(),
                         batch.get("borders")))
@@ -260,3 +265,71 @@ def test_a_cache_has_the_same_loss(pair):
     one, two = (linear_distillation(select_targets(hidden, aligned), weight, aligned["targets"], each,
                                     student.vocab_size, Objective(0.9, 1.5)) for each in (teacher, cached))
     np.testing.assert_allclose(one[0].item(), two[0].item(), rtol=1e-4)
+
+
+# ---- Whole runs -------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def other(trained, tmp_path_factory):
+    """A teacher with a tokenizer of its own: that of `trained` with other ids."""
+    return permuted(hf.find_folder(trained), tmp_path_factory.mktemp("other") / "teacher")
+
+
+@pytest.mark.parametrize("more", [[], ["--document_mask=True", "--divergence=jsd"], ["--on_policy=0.5"]])
+def test_a_student_learns_from_a_teacher_with_other_ids(other, data, tmp_path, more):
+    log = run(other, data, tmp_path / "a", "--align=bytes", *more)
+    assert losses(log)[-1] < losses(log)[0] - 0.15
+    aligned = [event["aligned"] for event in log if "aligned" in event]
+    assert 0.95 < np.mean(aligned) <= 1
+    assert "val_kl" not in log[-1], "the teacher has no predictions for the student's ids"
+
+
+def test_online_and_cached_runs_agree(other, data, tmp_path, capsys):
+    own = shutil.copytree(data, tmp_path / "data")
+    short = ["--align=bytes", "--max_steps=5", "--temperature=2"]
+    online = run(other, own, tmp_path / "a", *short)
+    with pytest.raises(UserError, match="--align=bytes"):
+        run(other, own, tmp_path / "b", *short, "--cache=topk")
+    with pytest.raises(UserError, match="k=500: the vocabularies share only"):
+        cache(other, own, "--method=topk", "--k=500", "--align=bytes")
+    cache(other, own, "--method=topk", "--k=450", "--temperature=2", "--align=bytes", "--values=float32")
+    cached = run(other, own, tmp_path / "b", *short, "--cache=topk")
+    for key in ("loss", "divergence", "aligned"):
+        ours, theirs = ([event[key] for event in log if key in event] for log in (online, cached))
+        np.testing.assert_allclose(ours, theirs, rtol=2e-3)
+    with pytest.raises(UserError, match="teacher_.* has another teacher, align|has another align"):
+        run(other, own, tmp_path / "c", *short[1:], "--cache=topk", f"--teacher={other}")
+
+
+def test_packed_chats_and_masks(chats, trained, tmp_path):
+    """Only the assistant's tokens are compared, each conversation sees itself only, packed or not."""
+    source = permuted(hf.find_folder(trained), tmp_path / "t")
+    data, tokenizer = DataFolder(chats), Tokenizer.load(chats)
+    aligner, teacher = Aligner(tokenizer, source, 64, CPU), GPT.from_pretrained(source).eval()
+    rows = ChatRows(data, "train", 64).read(np.arange(3))
+    batch = chat_batch(rows)
+    aligned = aligner.align(batch)
+    assert sorted(aligned["positions"].tolist()) == batch["positions"].tolist()
+    assert aligned["borders"][-1] >= 0.9 * len(batch["positions"])
+    # The teacher's logits at an exact span of the packed row are those of its conversation alone.
+    with torch.no_grad():
+        packed = teacher(aligned["teacher_input_ids"], document_ids=aligned["teacher_document_ids"])
+        slot, T = int(aligned["exact_slots"][-1]), aligned["teacher_input_ids"].shape[1]
+        row, place = divmod(slot, T)
+        documents = aligned["teacher_document_ids"][row]
+        alone = aligned["teacher_input_ids"][row][documents == documents[place]][None]
+        first = int((documents == documents[place]).nonzero()[0])
+        torch.testing.assert_close(packed[row, place], teacher(alone)[0, place - first], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.fast
+def test_mistakes_have_one_line(data, tmp_path):
+    for argv, text in ((["--divergence=mse"], "divergence=mse: must be anything but mse"),
+                       (["--cache=sample"], "cache=sample"),
+                       (["--student_layers=every:2"], "student_layers=every:2: needs the teacher's"),
+                       (["--hidden_weight=1"], "hidden_weight=1.0: needs the teacher's tokenizer")):
+        with pytest.raises(UserError, match=text):
+            configure(distill.DistillConfig, ["--align=bytes", *argv])
+    lower = saved(sentencepiece(normalizer=normalizers.Lowercase()), tmp_path / "lower")
+    with pytest.raises(UserError, match="so its bytes cannot be aligned"):
+        Aligner(Tokenizer.load(data), lower, 64, CPU)

@@ -149,7 +149,7 @@ KINDS = {
     ],
     # ---- Numbers
     "zero": [
-        (TRAINING, ["--max_steps=0", "--global_batch_size=0", "--micro_batch_size=0", "--log_interval=0"]),
+        (TRAINING, ["--max_steps=-1", "--global_batch_size=0", "--micro_batch_size=0", "--log_interval=0"]),
         ("train distill", ["--n_layer=0", "--n_head=0"]),
         ("sample", ["--num_samples=0"]),
         ("prepare", ["--vocab_size=0", "--num_proc=0"]),
