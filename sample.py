@@ -15,6 +15,7 @@ max_new_tokens. If the context becomes full, generation goes on from its last ha
 Each line of prompt_file is {"prompt": "..."}, or {"messages": [...]} for a chat model to answer; other keys
 are copied to the output. The output has one line per sample, in order: the input's keys, "completion" and
 "finish_reason" (stop or length); for messages also "replies", with calls of the calculator and their results.
+With a --verifier (verifier.py), only the best scored of num_samples answers is printed, with its "score".
 
 Left out: beam search.
 """
@@ -41,6 +42,7 @@ from generation.assistant import Assistant
 from generation.constraints import ConstraintKeys, constraint_of
 from generation.generate import MOST_NEW_TOKENS, Options, Sampling, append_tokens, generate
 from generation.terminal import converse
+from generation.verifier import Verifier
 from model import GPT
 from modeling.devices import DTYPES, pick_device, use_threads
 
@@ -53,6 +55,7 @@ class SampleConfig(Sampling, ConstraintKeys):
     chat: bool = False  # hold a conversation in the terminal
     system: str = ""  # the first message of a chat, from the role "system"
     num_samples: int = 1  # number of samples per prompt
+    verifier: str = ""  # out_dir of verifier.py; of num_samples answers to messages only the best is printed
     max_new_tokens: int = 200  # longest sample, in tokens
     stop: list | str | None = None  # text that ends a sample, or a list of texts: '["\\n\\n", "def "]'
     batch_size: int = 16  # number of samples generated together
@@ -227,13 +230,27 @@ def answer_conversations(sampler: Sampler, rows: list[Row]) -> int:
         raise UserError("stop only works with prompts; an answer to messages ends by itself")
     # Check all rows before the first answer, so that a bad row costs no time.
     conversations = [messages for _, messages in usable_rows(rows, row_messages)]
+    assistant, scored = sampler.assistant, dict[int, list[tuple[float, list[dict[str, Any]]]]]()
+    verifier = None
+    if cfg.verifier:
+        verifier = Verifier.load(cfg.verifier, sampler.tokenizer, sampler.model.head_weight.device)
     for first, numbers in batches(cfg, rows):
-        answers = sampler.assistant.reply([conversations[number] for number in numbers], first=first)
-        for number, replies in zip(numbers, answers, strict=True):
+        answers = assistant.reply([conversations[number] for number in numbers], first=first)
+        scores = [0.0] * len(numbers)
+        if verifier:
+            scores = verifier.score_rows(assistant.rows, assistant.sampled).tolist()
+        for number, replies, score in zip(numbers, answers, scores, strict=True):
+            if verifier:  # a row's answers may be in two batches: wait for the last one
+                row = scored.setdefault(number, [])
+                row.append((score, replies))
+                if len(row) < cfg.num_samples:
+                    continue
+                score, replies = max(scored.pop(number), key=lambda pair: pair[0])
             # "cut" marks an answer that max_new_tokens ended; it is no part of the message.
             reason = "length" if replies[-1].pop("cut", False) else "stop"
-            print_json(rows[number], completion=replies[-1]["content"], replies=replies, finish_reason=reason)
-    return sampler.assistant.tokens
+            print_json(rows[number], completion=replies[-1]["content"], replies=replies, finish_reason=reason,
+                       **({"score": score} if verifier else {}))
+    return assistant.tokens
 
 
 # ---- Output -----------------------------------------------------------------------------------------------
@@ -279,6 +296,8 @@ def main(argv: list[str]) -> int:
     # Continuations, or answers: if one row of the file has messages, all rows must have them.
     begin = time.perf_counter()
     has_messages = any(first_value(row.content, "messages") is not None for row in rows)
+    if cfg.verifier and not has_messages:
+        raise UserError(f"verifier={cfg.verifier}: scores answers to messages, in a --prompt_file")
     tokens = (answer_conversations if has_messages else complete_prompts)(sampler, rows)
     seconds = time.perf_counter() - begin
     note(f"{tokens:,} tokens in {seconds:.1f} s, {tokens / max(seconds, 1e-9):,.0f} tokens/s")

@@ -90,6 +90,7 @@ class VerifierConfig(PostTrainingConfig):
         super().__post_init__()
         require_positive(self, "num_problems", "num_samples", "max_new_tokens", "answers_batch_size")
         require(self, "temperature", 0 < self.temperature < math.inf, "positive")
+        family_names(self.families)  # raises UserError for an unknown one
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
                           ("stages", ([],))):
             require(self, key, getattr(self, key) in only, f"{only[-1]!r}: verifier.py has nothing else")
@@ -121,9 +122,6 @@ class ScoringGPT(AdaptedGPT):
 
 def scoring_model(cfg: VerifierConfig, folder: Path, bias: float) -> tuple[ScoringGPT, dict[str, str]]:
     """The model on the meta device, and the identity of its base for run.json."""
-    if peft.is_adapter(folder):
-        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
-                        "--merge=True and start from out_dir/merged")
     identity = {"base": peft.weights_sha256(folder), "base_config": hf.config_sha256(folder)}
     base = {"path": str(folder.resolve()), "sha256": identity["base"],
             "config_sha256": identity["base_config"]}
@@ -249,6 +247,9 @@ def main(argv: list[str]) -> int:
         folder = hf.find_folder(cfg.init_from)
         run.tokenizer = Tokenizer.load(folder)  # saved with every checkpoint
         require_chat(run.tokenizer, cfg.init_from)
+        if peft.is_adapter(folder):
+            raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
+                            "--merge=True and start from out_dir/merged")
         answers = load_answers(cfg, folder, run.tokenizer, run)
         model, identity = scoring_model(cfg, folder, answers.bias)
         run.print(f"model     {model.num_parameters():,} parameters; {model.num_saved():,} are trained")
