@@ -182,10 +182,11 @@ class Server:
     async def list_models(self, request: Request) -> Response:
         """The models, and under "page" what the page has to know."""
         keys = ("system", "max_new_tokens", "temperature", "top_p")
-        page = {key: getattr(self.cfg, key) for key in keys} | {"votes": self.cfg.votes is not None}
+        page: dict[str, Any] = {key: getattr(self.cfg, key) for key in keys}
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "nanollama",
                    "is_chat": served.is_chat, "context_length": served.context_length}
                   for name, served in self.models.items()]
+        page["votes"] = self.cfg.votes is not None
         return JSONResponse({"object": "list", "data": models, "page": page})
 
     async def tool(self, request: Request) -> Response:
@@ -208,8 +209,8 @@ class Server:
             prompt, *sides = ([read_message(each) for each in body[key]]
                               for key in ("prompt", "chosen", "rejected"))
             shared = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))])
-            row = {"prompt": prompt + sides[0][:shared], "chosen": sides[0][shared:][:1],
-                   "rejected": sides[1][shared:][:1]}
+            row: dict[str, Any] = {"prompt": prompt + sides[0][:shared], "chosen": sides[0][shared:][:1],
+                                   "rejected": sides[1][shared:][:1]}
             preference(row)  # raises Skip for a row that prepare.py would not use
             row |= {key: str(body[key]) for key in ("chosen_model", "rejected_model") if key in body}
         except (KeyError, TypeError, Skip) as error:

@@ -16,6 +16,7 @@ Left out: images, audio, logit_bias, and log-probabilities of chats and streams.
 """
 
 import asyncio
+import functools
 import itertools
 import json
 import time
@@ -31,10 +32,11 @@ from dataset.conversations import message_of
 from dataset.sources import Skip
 from dataset.tool_problems import offer
 from formats import hf
-from formats.chat_format import THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_format import CALL, THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
+from generation.constraints import Constraint, ConstraintKeys, RowGuide, call_schema, grammar
 from generation.generate import MOST_NEW_TOKENS, Sampling
 from model import GPT
 
@@ -146,6 +148,16 @@ def read_messages(asked: Asked) -> list[Message]:
     return messages
 
 
+def schema_of(response_format: dict[str, Any]) -> dict[str, Any]:
+    """The JSON schema of a request."""
+    schema = (response_format.get("json_schema") or {}).get("schema")
+    if response_format.get("type") == "json_object":
+        schema = {"type": "object"}
+    if not isinstance(schema, dict):
+        raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
+    return dict(schema)
+
+
 # ---- Models -----------------------------------------------------------------------------------------------
 
 class Served:
@@ -180,6 +192,28 @@ class Served:
                 not all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in prompt):
             raise UserError(f"prompt: must be a text or a list of ids below {tokenizer.vocab_size:,}")
         return prompt
+
+    @functools.cached_property
+    def constraint(self) -> Constraint:
+        """Raises UserError if llguidance is absent."""
+        return Constraint(self.tokenizer, self.ends[True], ConstraintKeys())
+
+    def guide(self, asked: Asked) -> RowGuide | None:
+        """The grammar that an answer must fit: a JSON schema, or calls if tool_choice asks for them."""
+        if asked.response_format and asked.response_format.get("type") != "text":
+            rules = grammar("json", schema_of(asked.response_format))
+            return self.constraint.row_of(rules, "response_format")
+        if asked.tool_choice in (None, "none", "auto"):
+            return None
+        choice = asked.tool_choice if isinstance(asked.tool_choice, dict) else {}
+        name = choice.get("function", {}).get("name")  # None: "required", any of the tools
+        functions = [tool["function"] for tool in asked.tools or []]
+        functions = [function for function in functions if name in (None, function["name"])]
+        if not functions or self.tokenizer.hf.token_to_id(CALL) is None:
+            raise UserError("tool_choice: no such tool, or the model has no tokens for calls")
+        schemas = [call_schema({"parameters": {}} | function) for function in functions]
+        rules = grammar("call" if name else "call+", {"anyOf": schemas}, self.tokenizer)
+        return self.constraint.row_of(rules, "tools")
 
     def start(self, asked: Asked, is_chat: bool) -> "Job":
         """Submit the rows of a request."""
@@ -242,7 +276,8 @@ class Job:
                 self.rows.append(Row(
                     prompt=prompt, max_new_tokens=asked.max_tokens, sampling=sampling, first=first,
                     number=number + len(self.rows), is_done=self.is_done, wake=self.wake, top=asked.logprobs,
-                    echo=asked.echo and asked.logprobs is not None))
+                    echo=asked.echo and asked.logprobs is not None,
+                    guide=served.guide(asked)))
                 first = first or self.rows[-1]
         served.batcher.submit(self.rows)
 

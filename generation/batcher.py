@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
+from generation.constraints import RowGuide
 from generation.generate import Sampling, choose, penalize, uniform_numbers
 from model import GPT
 from modeling.devices import autocast_dtype
@@ -55,8 +56,7 @@ class Row:
     top: int | None = None  # keep the scores of each new token, with this many of the likeliest
     echo: bool = False  # ... and those of the prompt's tokens but the first
     first: "Row | None" = None  # a row with the same prompt, which is read before this row gets a slot
-    # {token ids so far -> bool (V,)}: the tokens that may follow, for a grammar
-    allowed: Callable[[list[int]], Tensor] | None = None
+    guide: RowGuide | None = None  # the grammar that the text must fit
     # ---- Written by the batcher
     new: list[int] = field(default_factory=list)  # the generated tokens
     scores: list[Scores] = field(default_factory=list)
@@ -251,14 +251,21 @@ class Batcher:
         logits = self.forward(slots, 1, lambda hidden, weight: project(hidden[:, 0], weight))  # (B, P)
         logits = logits[:, :self.vocab_size].float()  # (B, V)
         finite = logits.amax(dim=-1).isfinite().tolist()  # NaN and infinity pass through the maximum
+        masked, errors = logits.clone(), dict[Slot, Exception]()
         for number, slot in enumerate(slots):
-            if slot.row.allowed is not None:
-                logits[number].masked_fill_(~slot.row.allowed(slot.row.new), -torch.inf)
-        chosen = self.choose_tokens(slots, logits)
-        for number, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
             if not finite[number]:
-                self.end(slot, UserError(f"{self.model.source}: its logits are not finite, so its weights "
-                                         "are broken"))
+                errors[slot] = UserError(f"{self.model.source}: its logits are not finite, so its weights "
+                                         "are broken")
+            elif slot.row.guide is not None:
+                try:
+                    allowed = torch.from_numpy(slot.row.guide.allowed(self.vocab_size))
+                    masked[number].masked_fill_(~allowed.to(self.device), -torch.inf)
+                except UserError as error:
+                    errors[slot] = error
+        chosen = self.choose_tokens(slots, masked)
+        for number, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
+            if slot in errors:
+                self.end(slot, errors[slot])
                 continue
             if slot.row.top is not None:
                 slot.row.scores += token_scores(logits[number:number + 1], [token], slot.row.top)
@@ -282,6 +289,8 @@ class Batcher:
         row = slot.row
         slot.context.append(token)
         row.new.append(token)
+        if row.guide is not None:
+            row.guide.advance(token)
         if row.is_done(row.new) or len(row.new) == row.max_new_tokens:
             self.end(slot)
             return

@@ -188,7 +188,7 @@ class Constraint:
         return self.row_of(self.rules(messages), place)
 
     def row_of(self, rules: str, place: str) -> RowGuide:
-        """The beginning of an answer that a grammar describes. A UserError about the grammar names `place`."""
+        """The beginning of an answer that a grammar describes. A UserError about it names `place`."""
         if rules not in self.checked:
             _, faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)
             if faults:

@@ -366,3 +366,27 @@ def test_sigterm_finishes_what_runs(chat_folder):
     process.send_signal(signal.SIGTERM)
     assert response.read().endswith(b"data: [DONE]\n\n")
     assert process.wait(20) == 0
+
+
+def test_schemas_and_forced_calls(server):
+    """Constrained decoding: a random model writes JSON that fits, and a call of the tool."""
+    pytest.importorskip("llguidance")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
+              "required": ["a", "b"], "additionalProperties": False}
+    shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    body = {"messages": QUESTION, "n": 3, "max_tokens": 60, "response_format": shape}
+    for choice in server.ask("/v1/chat/completions", body)[1]["choices"]:
+        value = json.loads(choice["message"]["content"])
+        assert value.keys() == {"a", "b"} and value["a"] in (1, 2) and choice["finish_reason"] == "stop"
+    tool = {"type": "function", "function": {"name": "pick", "parameters": {
+        "type": "object", "properties": {"side": {"enum": ["left", "right"]}}, "required": ["side"]}}}
+    chosen = {"type": "function", "function": {"name": "pick"}}
+    body = {"messages": QUESTION, "tools": [tool], "tool_choice": chosen, "max_tokens": 80}
+    (choice,) = server.ask("/v1/chat/completions", body)[1]["choices"]
+    (call,) = choice["message"]["tool_calls"]
+    assert call["function"]["name"] == "pick" and choice["finish_reason"] == "tool_calls"
+    assert json.loads(call["function"]["arguments"])["side"] in ("left", "right")
+    for change in ({"tool_choice": {"function": {"name": "x"}}}, {"tool_choice": "required", "tools": []},
+                   {"response_format": {"type": "x"}, "tool_choice": None},
+                   {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}):
+        assert server.ask("/v1/chat/completions", body | change)[0] == 400
