@@ -63,7 +63,7 @@ from evals.tasks import (
 )
 from evals.votes import Asker, VoteSettings, add_votes, method_rows
 from formats import hf
-from formats.chat_format import require_chat
+from formats.chat_format import end_of_turn, require_chat
 from formats.files import write_bytes, write_json, write_text
 from formats.markdown import table
 from formats.peft import weights_sha256
@@ -252,7 +252,11 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
             measured: dict[str, Any]) -> Iterator[tuple[str, Result]]:
     """Measure a model task by task, filling in `measured`; yields (task, result) after each task."""
     lm = LM(path, cfg.device, cfg.dtype, cfg.chat, cfg.batch_size, cfg)
-    verifier = (Verifier.load(cfg.verifier, lm.tokenizer, pick_device(cfg.device)) if cfg.verifier else None)
+    verifier = None
+    if cfg.verifier and end_of_turn(lm.tokenizer) is None:
+        print(f"{path}: without chat tokens, so the verifier does not score its answers", file=sys.stderr)
+    elif cfg.verifier:
+        verifier = Verifier.load(cfg.verifier, lm.tokenizer, pick_device(cfg.device))
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
     for name, loaded in questions.items():

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole pipeline on this machine: prepare, pre-train, distil, fine-tune, align, export, evaluate.
-#   ./speedrun.sh          15 minutes on two CPU cores; ends in a table of all models and exported files
+# The whole pipeline on this machine: prepare, pre-train, distil, fine-tune, align, reinforce, evaluate, export.
+#   ./speedrun.sh          at most 30 minutes on two CPU cores; ends in tables of all models and exported files
 #   ./speedrun.sh smoke    the same commands with 10 training steps each
 set -euo pipefail
 cd "$(dirname "$0")"
@@ -8,12 +8,16 @@ cd "$(dirname "$0")"
 out=out
 exports=exports
 train_flags=()
+grpo_flags=()
 eval_flags=(--tasks=problems,hard_calculator --limit=100)
+vote_flags=(--num_samples=8 --verifier=$out/verifier)
 if [ "${1:-}" = smoke ]; then
     out=out/smoke
     exports=out/smoke/exports
     train_flags=(--max_steps=10 --eval_tokens=4096 --overwrite=True)
+    grpo_flags=(--group_size=2 --max_new_tokens=8 --eval_prompts=4)
     eval_flags=(--tasks=problems --limit=4)
+    vote_flags=(--num_samples=2)
 fi
 
 # The GPUs share a batch of 16 sequences, so use a number of GPUs that divides 16.
@@ -36,12 +40,22 @@ python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
 "${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${train_flags[@]}"
 "${launch[@]}" dpo.py --init_from=$out/sft --out_dir=$out/dpo "${train_flags[@]}"
 
-# Export the last model in four formats, then evaluate every model and every export in one table.
+# Chat model -> right answers become likelier -> a verifier that scores answers.
+"${launch[@]}" grpo.py --init_from=$out/dpo --out_dir=$out/grpo "${grpo_flags[@]}" "${train_flags[@]}"
+if [ "${1:-}" != smoke ]; then  # after 10 steps no answer is right, and a verifier needs right ones
+    "${launch[@]}" verifier.py --init_from=$out/grpo --out_dir=$out/verifier "${train_flags[@]}"
+fi
+
+# Every model in one table: greedy, 8 samples, votes, and the verifier's choice.
+python eval.py --model=$out/base --compare=$out/distilled,$out/sft,$out/dpo,$out/grpo \
+    "${eval_flags[@]}" "${vote_flags[@]}"
+
+# Export the last model in four formats, and evaluate every export.
 gguf=()
 for kind in f16 q8_0 q4_k_m; do
-    python export.py --model=$out/dpo --format=gguf --quantize=$kind --out=$exports/$kind --overwrite=True
+    python export.py --model=$out/grpo --format=gguf --quantize=$kind --out=$exports/$kind --overwrite=True
     gguf+=("$exports/$kind")
 done
-python export.py --model=$out/dpo --out=$exports/hf --overwrite=True
-compare=$(IFS=,; echo "$out/distilled,$out/sft,$out/dpo,$exports/hf,${gguf[*]}")
-python eval.py --model=$out/base --compare="$compare" "${eval_flags[@]}"
+python export.py --model=$out/grpo --out=$exports/hf --overwrite=True
+compare=$(IFS=,; echo "${gguf[*]}")
+python eval.py --model=$exports/hf --compare="$compare" "${eval_flags[@]}" --out_dir=$exports
