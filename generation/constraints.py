@@ -39,7 +39,8 @@ from formats.tokenizer import Tokenizer
 Message = dict[str, Any]
 # Without no_forcing, llguidance allows only the usual tokens of a word that has to follow.
 HEADER = '%llguidance {"no_forcing": true}\n'
-WHITE_SPACE = r" |\n[ \t]{0,40}"  # between the parts of JSON; without a limit, a model may write it forever
+# White space between the parts of JSON has a limit, because a model may write it forever.
+OPTIONS = {"whitespace_pattern": r" |\n[ \t]{0,40}", "json_allow_general_unicode_escapes": True}
 # The names of types in BFCL's descriptions that are not JSON schema's. "any" is any value.
 JSON_TYPES = {"dict": "object", "float": "number", "tuple": "array"}
 
@@ -77,7 +78,7 @@ def call_schema(function: dict[str, Any]) -> dict[str, Any]:
 def grammar(start: str, schema: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
     """A grammar in llguidance's form of Lark. start: what an answer is, made of json; with the tokenizer of a
     chat model, also of call, thought and TEXT."""
-    schema |= {"x-guidance": {"whitespace_pattern": WHITE_SPACE}}  # takes the place of a user's own options
+    schema |= {"x-guidance": OPTIONS}  # takes the place of options in a user's schema
     rules = f"{HEADER}start: {start}\njson: %json {json.dumps(schema)}\n"
     if tokenizer is None:
         return rules
