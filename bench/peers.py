@@ -33,10 +33,12 @@ from formats.hf import VOCABULARY_TABLES
 from formats.names import from_hf
 from model import GPT, GPTConfig
 
-SIZES = {  # nanoGPT's README for a CPU; about 4 M parameters; GPT-2; config/train_nanollama_1b.py
+# nanoGPT's README for a CPU; about 4 M parameters; GPT-2, with the padded vocabulary of nanoGPT's train.py;
+# config/train_nanollama_1b.py
+SIZES = {
     "readme": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, vocab_size=65, batch_size=12),
     "4m": dict(n_layer=4, n_head=4, n_embd=256, block_size=512, vocab_size=4096, batch_size=1),
-    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, batch_size=12),
+    "124m": dict(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50304, batch_size=12),
     "1.1b": dict(n_layer=22, n_head=32, n_kv_head=4, n_embd=2048, block_size=4096, vocab_size=32000,
                  intermediate_size=5632, tie_embeddings=False, batch_size=4)}
 TWINS = {"nanoGPT": "our GPT-2", "transformers": "our Llama"}  # {peer: our model with its weights}

@@ -10,7 +10,8 @@ log-probabilities are computed before the clock starts. The rows are lines of th
 as the prompt, and their continuation (or a wrong one) as the answer.
 
 Time is the CPU time between the ends of two optimizer steps, after the first five. Memory is the peak of the
-process minus its memory before training, with every package loaded (Linux only). The losses of the first step
+process minus its memory before training, with every package loaded (Linux only). On a GPU, time is wall time,
+memory is that of the tensors, and all arms are compiled and compute in bfloat16. The losses of the first step
 must agree; in fine-tuning only to 10 %, because the trainers begin with different rows.
 """
 
@@ -18,16 +19,16 @@ import functools
 import random
 import statistics
 import tempfile
-import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from bench.machine import status_megabytes
-from bench.measure import DeviceConfig, children_in_turns, text_table, value_range, write_jsonl
+from bench.measure import DeviceConfig, children_in_turns, now, text_table, value_range, write_jsonl
 from bench.peers import load_transformers
 from configurator import UserError, require
 from dataset.sources import find_files
@@ -104,8 +105,8 @@ def run_ours(cfg: Config, kind: str, folder: Path, packing: bool = False) -> Run
     import sft
     argv = [*stage_argv(cfg, folder), "--learning_rate=1e-5"]
     if kind == "sft":
-        return run_stage(sft.main, [*argv, f"--packing={packing}"], folder)
-    return run_stage(dpo.main, [*argv, "--nll_weight=0"], folder)
+        return run_stage(sft.main, cfg, [*argv, f"--packing={packing}"], folder)
+    return run_stage(dpo.main, cfg, [*argv, "--nll_weight=0"], folder)
 
 
 def stage_argv(cfg: Config, folder: Path) -> list[str]:
@@ -114,21 +115,25 @@ def stage_argv(cfg: Config, folder: Path) -> list[str]:
             f"--max_steps={cfg.steps}", f"--global_batch_size={cfg.batch_size}", "--optimizer=adamw",
             f"--micro_batch_size={cfg.batch_size}", f"--block_size={cfg.block_size}", "--eval_interval=0",
             f"--device={cfg.device}", "--save_interval=0", "--eval_tokens=256", "--log_interval=1",
-            "--overwrite=True"]
+            "--overwrite=True", f"--compile={cfg.device == 'cuda'}"]
 
 
-def run_stage(main: Callable[[list[str]], int], argv: list[str], folder: Path, metric: str = "loss") -> Run:
+def run_stage(main: Callable[[list[str]], int], cfg: Config, argv: list[str], folder: Path,
+              metric: str = "loss") -> Run:
     """One of our stages as a user runs it; the losses come from its log."""
-    times = clock_steps()
+    times = clock_steps(cfg)
     main(argv)
     return {"times": times, "losses": [event[metric] for event in read_jsonl(folder / "out/metrics.jsonl")
                                        if metric in event]}
 
 
-def clock_steps() -> list[float]:
-    """A list that gets the CPU seconds of this process at the end of every optimizer step from now on."""
+def clock_steps(cfg: Config) -> list[float]:
+    """A list that gets the seconds of the clock at the end of every optimizer step from now on.
+
+    On a CPU these are CPU seconds of the process, on a GPU wall seconds after the GPU has finished.
+    """
     times: list[float] = []
-    register_optimizer_step_post_hook(lambda *_: times.append(time.process_time()))
+    register_optimizer_step_post_hook(lambda *_: times.append(now(torch.device(cfg.device))))
     return times
 
 
@@ -144,7 +149,7 @@ def run_trl(cfg: Config, kind: str, folder: Path) -> Run:
     rows = datasets.Dataset.from_list(read_jsonl(folder / "rows.jsonl"))
     trainer = make_trainer(load_transformers(folder / "model", "cpu"), args=arguments, train_dataset=rows,
                            processing_class=trl_tokenizer(folder))
-    times = clock_steps()
+    times = clock_steps(cfg)
     trainer.train()
     return {"times": times, "losses": [event["loss"] for event in trainer.state.log_history
                                        if "loss" in event]}
@@ -156,9 +161,13 @@ def trl_tokenizer(folder: Path) -> Any:
 
 
 def trl_arguments(cfg: Config, folder: Path) -> dict[str, Any]:
-    """The arguments that TRL's trainers share: float32, fused AdamW, nothing recomputed, saved or shown."""
+    """The arguments that TRL's trainers share: fused AdamW, nothing recomputed, saved or shown.
+
+    On a GPU it computes in bfloat16 and is compiled, as our stages are.
+    """
     return dict(output_dir=str(folder / "trl"), max_steps=cfg.steps, report_to=[],
-                per_device_train_batch_size=cfg.batch_size, use_cpu=cfg.device == "cpu", bf16=False,
+                per_device_train_batch_size=cfg.batch_size, use_cpu=cfg.device == "cpu",
+                bf16=cfg.device == "cuda", torch_compile=cfg.device == "cuda",
                 gradient_checkpointing=False, max_length=cfg.block_size, save_strategy="no",
                 disable_tqdm=True, optim="adamw_torch_fused")
 
@@ -168,19 +177,27 @@ ARMS = {"ours": run_ours, "ours, packed": functools.partial(run_ours, packing=Tr
 
 def run_arm(arm: str, kind: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
     """One arm in this process. keys: the fields of Config."""
-    return measure_run(functools.partial(ARMS[arm], Config(**keys), kind, Path(folder)))
+    cfg = Config(**keys)
+    return measure_run(cfg, functools.partial(ARMS[arm], cfg, kind, Path(folder)))
 
 
-def measure_run(run: Callable[[], Run]) -> dict[str, float]:
+def megabytes(cfg: Config, key: str) -> float:
+    """Memory of this process, or on a GPU of its tensors: now (VmRSS) or at its peak (VmHWM)."""
+    if cfg.device == "cpu":
+        return status_megabytes(key)
+    return (torch.cuda.memory_allocated() if key == "VmRSS" else torch.cuda.max_memory_allocated()) / 1e6
+
+
+def measure_run(cfg: Config, run: Callable[[], Run]) -> dict[str, float]:
     """Mean seconds per step after the warm-up, first and last loss, and megabytes of memory of a run."""
     import datasets  # noqa: F401  (every arm loads every package, so that memory compares)
     from transformers import LlamaForCausalLM  # noqa: F401
     from trl import DPOTrainer, SFTTrainer  # noqa: F401
-    before = status_megabytes("VmRSS")
+    before = megabytes(cfg, "VmRSS")
     result = run()
     times = result["times"][WARM_UP:]
     return {"seconds": (times[-1] - times[0]) / (len(times) - 1), "loss": result["losses"][0],
-            "last_loss": result["losses"][-1], "megabytes": status_megabytes("VmHWM") - before}
+            "last_loss": result["losses"][-1], "megabytes": megabytes(cfg, "VmHWM") - before}
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
@@ -193,7 +210,8 @@ def measure(cfg: Config, kind: str) -> dict[str, Any]:
         results = children_in_turns(run_arm, arms, kind, scratch, asdict(cfg), rounds=cfg.rounds,
                                     threads=cfg.threads)
     first = {name: runs[0]["loss"] for name, runs in results.items()}
-    if any(abs(loss / first["TRL"] - 1) > (1e-3 if kind == "dpo" else 0.1) for loss in first.values()):
+    limit = 0.1 if kind == "sft" else 1e-3 if cfg.device == "cpu" else 1e-2  # bfloat16 rounds
+    if any(abs(loss / first["TRL"] - 1) > limit for loss in first.values()):
         raise UserError(f"the first losses differ, so the arms do not compute the same: {first}")
     return {"subject": kind, "arms": results, "sizes": asdict(cfg)}
 

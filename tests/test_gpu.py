@@ -11,10 +11,12 @@ import dpo
 import sample
 import sft
 import train
+from dataset.dataloader import IGNORE
 from generation.generate import Sampling, generate
 from modeling.attention import document_mask, mask_and_positions
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.runs import events, losses
+from training.losses import linear_cross_entropy, linear_log_probs
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
@@ -83,15 +85,69 @@ def test_later_stages_follow_the_cpu(kind, trained, data, chats, pairs, tmp_path
     assert max(abs(a / b - 1) for a, b in zip(*runs, strict=True)) < 0.02
 
 
-def test_a_compiled_step_has_the_same_tokens_on_the_gpu():
+@pytest.mark.parametrize(("changes", "sampling"), [
+    ({}, Sampling(temperature=0)), (dict(n_kv_head=1, qk_norm=True, bias="qkv"), Sampling(top_p=0.9)),
+    (dict(position="learned", norm="layernorm", mlp="gelu", bias="all"), Sampling(temperature=0))])
+def test_a_compiled_step_has_the_same_tokens_on_the_gpu(changes, sampling):
     """A CUDA graph, in float32. The context becomes full, so that a second cache is made."""
     torch.set_float32_matmul_precision("highest")
-    model, prompts = busy_model(tiny_config()).cuda(), [[1, 2, 3], [4], list(range(60))]
-    texts = []
-    for model.compiled_steps in (False, True, True):
-        steps = generate(model, prompts, 40, Sampling(temperature=0))
-        texts.append([list(tokens) for tokens in steps])
-    assert texts[0] == texts[1] == texts[2]
+    model = busy_model(tiny_config(**changes)).cuda()
+    for prompts in ([[1, 2, 3], [4], list(range(60))], [[5, 6, 7]]):
+        texts = []
+        for model.compiled_steps in (False, True, True):
+            steps = generate(model, prompts, 70, sampling)
+            texts.append([list(tokens) for tokens in steps])
+        assert texts[0] == texts[1] == texts[2]
+
+
+@pytest.mark.parametrize("z_loss", [0.0, 1e-3])
+def test_the_softmax_kernel_equals_float64(z_loss):
+    from modeling.kernels import softmax_gradient_
+    n, P, V = 37, 10_048, 10_001
+    logits = 3 * torch.randn(n, P, device="cuda")
+    targets, weights = torch.randint(V, (n,), device="cuda"), torch.randn(n, device="cuda")
+    exact = logits[:, :V].double().requires_grad_()
+    log_z = exact.logsumexp(-1)
+    nll = log_z - exact.gather(1, targets[:, None])[:, 0]
+    (weights * (nll + z_loss * log_z.square())).sum().backward()
+    assert (softmax_gradient_(logits, targets, weights, V, z_loss) - log_z).abs().max() < 1e-5
+    assert (logits[:, :V] - exact.grad).abs().max() < 1e-5
+    assert not logits[:, V:].any()
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_the_loss_heads_equal_those_on_the_cpu(frozen):
+    """Cross-entropy and log-probabilities in float32, values and gradients, with positions without target."""
+    torch.set_float32_matmul_precision("highest")
+    results = []
+    for device in ("cpu", "cuda"):
+        generator = torch.Generator().manual_seed(0)
+        hidden = torch.randn(50, 32, generator=generator).to(device)
+        weight = torch.randn(576, 32, generator=generator).to(device)
+        targets = torch.randint(550, (50,), generator=generator).to(device)
+        hidden.requires_grad_()
+        weight.requires_grad_(not frozen)
+        log_probs = linear_log_probs(hidden, weight, targets, 550)
+        (log_probs * torch.arange(50, device=device)).sum().backward()
+        targets[::3] = IGNORE
+        loss, nll = linear_cross_entropy(hidden, weight, targets, 550, z_loss=1e-3)
+        loss.backward()
+        results.append([log_probs, loss, nll, hidden.grad, *([] if frozen else [weight.grad])])
+    assert all(torch.allclose(one, two.cpu(), 1e-4, 1e-4) for one, two in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("sizes", [(300,), (256, 64, 40), (128, 96)])
+@pytest.mark.parametrize("with_bias", [False, True])
+@torch.no_grad()
+def test_products_with_one_row(sizes, with_bias):
+    from modeling.kernels import row_products
+    x = torch.randn(1, 1, 700, device="cuda")
+    weights = [torch.randn(size, 700, device="cuda") for size in sizes]
+    biases = [torch.randn(size, device="cuda") if with_bias else None for size in sizes]
+    expected = [x.double() @ weight.double().T + (0 if bias is None else bias)
+                for weight, bias in zip(weights, biases, strict=True)]
+    outputs = row_products(x, weights, biases)
+    assert all((one - two).abs().max() < 1e-4 for one, two in zip(outputs, expected, strict=True))
 
 
 def test_sampling_on_the_gpu(trained, capsys):
