@@ -113,6 +113,7 @@ def main(argv: list[str]) -> int:
     folder = hf.find_folder(cfg.model)
     tokenizer, model = Tokenizer.load(folder), GPT.from_pretrained(folder).eval()
     L, H = model.config.n_layer, model.config.n_head
+    require(cfg, "out", cfg.out.endswith(".png"), "the name of a picture, such as attention.png")
     require(cfg, "layer", 0 <= cfg.layer < L, f"from 0 to {L - 1}")
     require(cfg, "head", 0 <= cfg.head < H, f"from 0 to {H - 1}")
     text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt

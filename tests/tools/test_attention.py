@@ -86,6 +86,7 @@ def test_blocks_by_hand():
 
 def test_refusals(trained):
     for argv, message in ((["--layer=2"], "layer=2: must be from 0 to 1"), (["--head=9"], "head=9: must be"),
+                          (["--out=docs"], "must be the name of a picture"),
                           (["--prompt=a"], "needs at least 5")):
         with pytest.raises(UserError, match=message):
             main([f"--model={trained}", *argv])
