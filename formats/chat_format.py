@@ -77,8 +77,9 @@ TEMPLATE = """\
 def with_chat_tokens(tokenizer: Tokenizer, ours: bool = False) -> Tokenizer:
     """The tokenizer with the six special tokens after its vocabulary, and with our chat template.
 
-    A tokenizer with a chat template of its own is returned as it is, unless `ours` is True. Tokens that exist keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and
-    a turn, <|endoftext|> ends a text from now on: the end of a turn must not look like the end of a text.
+    A tokenizer with a chat template of its own is returned as it is, unless `ours` is True. Tokens that exist
+    keep their ids (Qwen's tokenizer has two of the six). If one token ends both a text and a turn,
+    <|endoftext|> ends a text from now on: the end of a turn must not look like the end of a text.
     """
     if own_template(tokenizer) and not ours:
         return tokenizer
@@ -208,7 +209,8 @@ def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
     return [index for index, is_target in zip(ids, mask, strict=True) if is_target]
 
 
-def encode_documents(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+def encode_documents(tokenizer: Tokenizer,
+                     messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
     """(ids, mask) of each document that a conversation becomes in training.
 
     That is one, unless the model's own template changes earlier turns (formats/chat_template.py).
@@ -263,7 +265,7 @@ def read_call(text: str) -> dict[str, Any] | None:
 
 
 def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> dict[str, list[str]]:
-    """The texts in an assistant's ids, up to the end of its turn: "content", "thought", "calls", "malformed"."""
+    """The texts in an assistant's ids, up to the end of its turn, by the kind of piece."""
     pieces: dict[str, list[str]] = {"content": [], "thought": [], "calls": [], "malformed": []}
     kind, run = "content", list[int]()  # the kind of piece that is being read, and its ids so far
     names = {tokenizer.token_id(name): name for name in CHAT_TOKENS}

@@ -1,30 +1,29 @@
 """The format of a model that comes with a chat template: ids, training mask, and generated ids -> message.
 
-    chat = TemplateChat(tokenizer, [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}])
+    chat = TemplateChat(tokenizer, messages)
     ids, mask = chat.documents()[0]       # the ids of transformers' apply_chat_template
     ids = chat.encode_prompt()            # with add_generation_prompt
 
-formats/chat_format.py calls this for every tokenizer with such a template. The template is Jinja and is filled
-in by formats/template_process.py.
+formats/chat_format.py calls this for every tokenizer with such a template. The template is Jinja and is
+filled in by formats/template_process.py.
 
 Which tokens are the assistant's? A template may mark them with {% generation %}. Otherwise it is rendered
 three times for each turn, and the differences show where the turn is:
 
     prompt   <user>Hi<end><assistant>            the messages before it, and the opening of an answer
     text     <user>Hi<end><assistant>Ho<end>     with the turn
-    twin     <user>Hi<end><assistant>@<end>      with another content: what follows it is the end of a turn
-                                     ^^^^^^^     the target: up to the first special token after the content
+    twin     <user>Hi<end><assistant>@<end>      with another content; what follows it is the end of a turn
+                                     ^^^^^^      the target: up to the first special token after the content
 
-Some templates write an earlier turn in another way than the last one: Qwen3 drops its thought. Such a turn is no
-target in the whole conversation. `documents` adds a shorter conversation that ends with it, because that is what
-the model reads and writes when it answers.
+Some templates write an earlier turn in another way than the last one: Qwen3 drops its thought. Such a turn
+is no target in the whole conversation. `documents` adds a shorter conversation that ends with it, because
+that is what the model reads and writes when it answers.
 
-Control tokens in messages stay text. A mark, which is removed later, is put into each of them before rendering.
-Added tokens that are not
-special, such as Qwen3's <think>, are found in every text, as transformers does.
+Control tokens in messages stay text. A character that occurs nowhere, the guard, is put into each of them
+before rendering, and is dropped after the real control tokens are found. Added tokens that are not special,
+such as Qwen3's <think>, are found in every text, as transformers does.
 """
 
-import contextlib
 import json
 import os
 import re
@@ -58,9 +57,9 @@ def own_template(tokenizer: Tokenizer, tools: Any = None) -> str | None:
 @lru_cache(maxsize=8)
 def special_pattern(tokenizer: Tokenizer, as_json: bool = False) -> re.Pattern[str]:
     """Finds the names of special tokens in a text, or in JSON. A longer name comes before its beginning."""
-    names = [tokenizer.hf.id_to_token(index) for index in tokenizer.special_ids]
+    names = [name for name, index in tokenizer.hf.get_vocab().items() if index in tokenizer.special_ids]
     names = [json.dumps(name, ensure_ascii=False)[1:-1] if as_json else name for name in names]
-    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))))
+    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
 
 
 @lru_cache(maxsize=8)
@@ -80,11 +79,13 @@ def template_message(message: Message, template: str) -> Message:
     Raises UserError for tool calls if the template has none, because they would be lost. A thought becomes a
     paragraph before the answer if the template has no thoughts.
     """
-    form = {key: value for key, value in message.items() if value is not None and key not in ("tools", "thought")}
+    form = {key: value for key, value in message.items()
+            if value is not None and key not in ("tools", "thought")}
     if calls := form.get("tool_calls"):
         if "tool_calls" not in template:
             raise UserError("chat template: has no tool calls")
-        form["tool_calls"] = [{"type": "function", "function": call.get("function") or call} for call in calls]
+        calls = [call.get("function") or call for call in calls]
+        form["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     thought = form.get("reasoning_content") or message.get("thought")
     if thought and ("reasoning_content" in template or "thinking" in template):
         return form | {"thinking": thought, "reasoning_content": thought}
@@ -93,12 +94,20 @@ def template_message(message: Message, template: str) -> Message:
     return form | {"content": f"{thought}\n\n{form.get('content', '')}"} if thought else form
 
 
+def required(result: tuple[str | None, Any]) -> tuple[str, Any]:
+    """A text that was rendered, with its spans. Raises UserError if the template refused."""
+    if result[0] is None:
+        raise UserError(f"chat template: {result[1]}")
+    return result[0], result[1]
+
+
 class TemplateChat:
     """A conversation in the format of its model's template. The first message may have the key "tools"."""
 
     def __init__(self, tokenizer: Tokenizer, messages: list[Message]):
         """Raises UserError for tool calls that the template cannot write."""
-        tools = messages[0].get("tools") if messages else None  # JSON, at the end of a system message's content
+        # JSON, which is also the end of the system message's content.
+        tools = messages[0].get("tools") if messages else None
         if tools:
             content = messages[0]["content"].removesuffix(tools).rstrip()
             messages = ([messages[0] | {"content": content}] if content else []) + messages[1:]
@@ -113,32 +122,48 @@ class TemplateChat:
 
     # ---- Text ---------------------------------------------------------------------------------------------
 
-    def render(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans that {% generation %} encloses) of some messages. opened: an answer begins after them.
+    def render(self, *jobs: tuple[list[Message], bool]) -> list[tuple[str | None, Any]]:
+        """(text, spans that {% generation %} encloses) or (None, error) for each job.
 
-        Raises UserError if the template refuses them.
+        A job is (messages, whether the opening of an answer follows them).
         """
         settings = self.tokenizer.settings
         names = {key: self.tokenizer.named_token(key) for key in settings
                  if key.endswith("_token") and isinstance(settings[key], str | dict)}
-        text = render(self.template, {**names, "messages": messages, "add_generation_prompt": opened,
-                                      "tools": self.tools, "documents": None, "marks": self.marks})
-        parts = re.split("|".join(self.marks), text)
-        ends = list(accumulate(map(len, parts)))
-        return "".join(parts), list(zip(ends[::2], ends[1::2], strict=False))  # every second part is enclosed
+        shared = {**names, "tools": self.tools, "documents": None, "marks": self.marks}
+        results: list[tuple[str | None, Any]] = []
+        variables = [{**shared, "messages": messages, "add_generation_prompt": opened}
+                     for messages, opened in jobs]
+        for text, error in render(self.template, variables):
+            parts = re.split("|".join(self.marks), text or "")
+            ends = list(accumulate(map(len, parts)))  # every second part is enclosed
+            results.append((None, error) if text is None else
+                           ("".join(parts), list(zip(ends[::2], ends[1::2], strict=False))))
+        return results
 
-    def turn(self, number: int) -> tuple[str, Span]:
-        """The text up to and including an assistant's message, and where in it the model writes."""
-        before, prompt, content = self.messages[:number], self.filling, self.messages[number].get("content")
-        text = self.render(self.messages[:number + 1])[0]
-        other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
-        twin = self.render([*before, {"role": "assistant", "content": other}])[0]
-        with contextlib.suppress(UserError):  # a template may refuse a prompt without messages
-            prompt = self.render(before, opened=True)[0]
-        content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
-        special = special_pattern(self.tokenizer).search(text, content_end)
-        begin = len(prompt if text.startswith(prompt) else os.path.commonprefix((text, twin)))
-        return text, (begin, special.end() if special else len(text))
+    def text(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
+        """(text, spans) of some messages. Raises UserError if the template refuses them."""
+        return required(self.render((messages, opened))[0])
+
+    def turns(self, numbers: list[int]) -> dict[int, tuple[str, Span]]:
+        """For each of these messages of the assistant: the text up to and including it, and where in it the
+        model writes."""
+        jobs = []
+        for number in numbers:
+            before, content = self.messages[:number], self.messages[number].get("content")
+            other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
+            answer = {"role": "assistant", "content": other}
+            jobs += [(self.messages[:number + 1], False), (before, True), ([*before, answer], False)]
+        results, found = iter(self.render(*jobs) if jobs else []), {}
+        for number, whole, (prompt, _), twin in zip(numbers, results, results, results, strict=False):
+            text, changed = required(whole)[0], required(twin)[0]
+            content_end = len(text) - len(os.path.commonprefix((text[::-1], changed[::-1])))
+            special = special_pattern(self.tokenizer).search(text, content_end)
+            # A template may refuse a prompt without messages, or open an answer in another way.
+            is_prefix = prompt is not None and text.startswith(prompt)
+            begin = len(str(prompt) if is_prefix else os.path.commonprefix((text, changed)))
+            found[number] = text, (begin, special.end() if special else len(text))
+        return found
 
     # ---- Ids ----------------------------------------------------------------------------------------------
 
@@ -156,26 +181,27 @@ class TemplateChat:
 
     def encode_prompt(self) -> list[int]:
         """The ids of the conversation, followed by the opening of an answer."""
-        return self.encode(self.render(self.messages, opened=True)[0], [])[0]
+        return self.encode(self.text(self.messages, opened=True)[0], [])[0]
 
     def encode_last(self) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation that ends with an answer, the only target."""
-        text, span = self.turn(len(self.messages) - 1)
+        number = len(self.messages) - 1
+        text, span = self.turns([number])[number]
         return self.encode(text, [span])
 
     def documents(self) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of the whole conversation, before shorter ones for the turns that it has in another form."""
-        found, end = [], len(self.messages)
-        missing = {n for n, message in enumerate(self.messages) if message["role"] == "assistant"}
+        """(ids, mask) of the whole conversation, then of shorter ones for turns that it writes differently."""
+        if GENERATION.search(self.template):
+            return [self.encode(*self.text(self.messages))]
+        turns = self.turns([n for n, message in enumerate(self.messages) if message["role"] == "assistant"])
+        found, missing, last = list[tuple[list[int], list[int]]](), set(turns), len(self.messages) - 1
         while missing or not found:
-            text, targets = self.render(self.messages[:end])
-            if GENERATION.search(self.template):
-                return [self.encode(text, targets)]
-            turns = {number: self.turn(number) for number in missing if number < end}
-            written = {n: span for n, (before, span) in turns.items() if text.startswith(before[:span[1]])}
-            found.append(self.encode(text, sorted(written.values())))
-            missing -= written.keys()
-            end = max(missing, default=0) + 1
+            text = turns[last][0] if last in turns else self.text(self.messages)[0]
+            written = {number for number in missing if number <= last
+                       and text.startswith(turns[number][0][:turns[number][1][1]])}
+            found.append(self.encode(text, sorted(turns[number][1] for number in written)))
+            missing -= written
+            last = max(missing, default=0)
         return found
 
 
@@ -197,19 +223,21 @@ def own_end_of_turn(tokenizer: Tokenizer) -> int:
 def frame(tokenizer: Tokenizer) -> tuple[str, str]:
     """The texts before and after a user's message, up to where the answer begins."""
     chat = TemplateChat(tokenizer, [])
-    before, _, after = chat.render([{"role": "user", "content": chat.filling}], opened=True)[0].partition(
-        chat.filling)
+    text = chat.text([{"role": "user", "content": chat.filling}], opened=True)[0]
+    before, _, after = text.partition(chat.filling)
     return before, after
 
 
 def encode_framed(tokenizer: Tokenizer, role: str, text: str) -> tuple[list[int], list[int], list[int]]:
-    """The ids before, of and after a user's message, or before, of and after (none) a beginning of an answer."""
+    """The ids before, of and after a text: a user's message, or the beginning of an answer (none after)."""
     before, after = frame(tokenizer)
     if role == "assistant":
         before, after = f"{before}x{after}", ""
     chat = TemplateChat(tokenizer, [{"role": role, "content": text}])
-    end = len(before) + len(chat.messages[0]["content"])
-    ids, mask = chat.encode(before + chat.messages[0]["content"] + after, [(len(before), end)])
+    content = chat.messages[0]["content"]  # with guards
+    # A space before a word is a part of its token.
+    span = len(before.rstrip(" ")), len(before) + len(content)
+    ids, mask = chat.encode(before + content + after, [span] if content else [])
     first = mask.index(1) if any(mask) else len(ids)
     return ids[:first], ids[first:first + sum(mask)], ids[first + sum(mask):]
 

@@ -1,14 +1,14 @@
 """Chat templates of other models, filled in by jinja2's sandbox in a process with limits.
 
-    text = render(template, {"messages": [{"role": "user", "content": "Hi"}], "add_generation_prompt": True})
+    text, error = render(template, [{"messages": [{"role": "user", "content": "Hi"}]}])[0]
 
 A template comes from a stranger. The sandbox lets it reach nothing but the values that it is given. It could
 still loop forever or fill the memory, inside one C function too, and only the operating system can stop that.
 So a second Python process renders, with limits on its time and memory. It serves all requests of this process
 over pipes, one line of JSON each, and ends when its input closes:
 
-    parent -> ["template", {"messages": [..], "add_generation_prompt": true, ..}]
-    child  -> ["text", null] or [null, "error"]
+    parent -> ["template", [{"messages": [..], "add_generation_prompt": true, ..}, ..]]
+    child  -> [["text", null], [null, "error"], ..]
 
 A request costs about 0.1 ms, the first one 0.2 s. The settings of the sandbox, its filter `tojson` and its
 functions `raise_exception` and `strftime_now` are those that transformers offers to templates. Left out:
@@ -30,10 +30,10 @@ from typing import Any
 
 from configurator import UserError
 
-SECONDS = 5.0  # of CPU time per request; the templates of known models take about a millisecond
+SECONDS = 2.0  # of CPU time per request; the templates of known models take about a millisecond
 MEMORY = 2**30  # bytes that the child may use
 LONGEST = 2**26  # characters of a rendered text
-GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # the marks of what the assistant writes
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks what the assistant writes
 
 
 # ---- The child --------------------------------------------------------------------------------------------
@@ -78,7 +78,8 @@ def serve() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
         signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)  # SIGVTALRM, which ends this process
-        print(json.dumps(answer(*json.loads(line))), flush=True)
+        template, jobs = json.loads(line)
+        print(json.dumps([answer(template, variables) for variables in jobs]), flush=True)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
 
 
@@ -96,26 +97,24 @@ def start_child() -> subprocess.Popen:
                             start_new_session=True)
 
 
-def render(template: str, variables: dict[str, Any]) -> str:
-    """The rendered template. variables["marks"]: texts that {% generation %} and its end print.
+def render(template: str, jobs: list[dict[str, Any]]) -> list[tuple[str | None, str | None]]:
+    """(text, None) or (None, error) for each job: the variables of the template.
 
-    Raises UserError with the template's reason, or if it takes more than SECONDS or MEMORY.
+    "marks" in a job are the texts that {% generation %} and {% endgeneration %} print. Raises UserError if
+    all jobs together take more than SECONDS or MEMORY.
     """
     with lock:
         child = children.pop(os.getpid(), None) or start_child()
         assert child.stdin and child.stdout
         line = b""
         with contextlib.suppress(BrokenPipeError):
-            child.stdin.write(json.dumps([template, variables]).encode() + b"\n")
+            child.stdin.write(json.dumps([template, jobs]).encode() + b"\n")
             child.stdin.flush()
             line = child.stdout.readline()
         if not line.endswith(b"\n"):
             raise UserError(f"chat template: takes more than {SECONDS:.0f} s or {MEMORY >> 20:,} MB")
         children[os.getpid()] = child  # only now, so that nobody reads the answer of an interrupted request
-    text, error = json.loads(line)
-    if error is not None:
-        raise UserError(f"chat template: {error}")
-    return text
+    return json.loads(line)
 
 
 if __name__ == "__main__":
