@@ -215,8 +215,8 @@ def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor
 def sink_limits(model: GPT, sampling: Sampling) -> tuple[int, int] | None:
     """Return (sinks, window), or None without them. Raises UserError if this model cannot have them."""
     limits = cache_limits(model.config, sampling.sinks, sampling.window)
-    if limits and model.compiled_steps:
-        raise UserError("compile=True does not work with sinks or window")
+    if model.compiled_steps and (limits or model.config.n_expert):
+        raise UserError("compile=True does not work with experts, sinks or window")
     return limits
 
 

@@ -20,7 +20,8 @@ def test_slots_worked_by_hand():
 
 
 @pytest.mark.parametrize("lengths", [[20, 7, 13], [20, 20, 20]])
-@pytest.mark.parametrize("changes", [{}, GPT2, dict(rope_scaling=YARN)])
+@pytest.mark.parametrize("changes", [{}, GPT2, dict(rope_scaling=YARN), dict(position="none", n_expert=4),
+                                     dict(sink_logits=True)])
 def test_cached_logits_equal_uncached(changes, lengths):
     """Rows of different and of equal length, fed in three parts."""
     config = tiny_config(**changes)

@@ -123,10 +123,11 @@ def test_what_cannot_have_sinks_is_refused():
         Sampling(window=0)
     with pytest.raises(UserError, match="sinks=-1"):
         Sampling(sinks=-1)
-    model = busy_model(tiny_config())
-    model.compiled_steps = True
-    with pytest.raises(UserError, match="compile=True"):
-        next(generate(model, [[1]], 1, Sampling(sinks=4)))
+    for changes, sinks in (({}, 4), (dict(n_expert=2), 0)):
+        model = busy_model(tiny_config(**changes))
+        model.compiled_steps = True
+        with pytest.raises(UserError, match="compile=True does not work with experts, sinks or window"):
+            next(generate(model, [[1]], 1, Sampling(sinks=sinks)))
 
 
 def test_nothing_is_read_again(monkeypatch):
