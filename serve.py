@@ -85,6 +85,8 @@ class ServeConfig(Sampling):
         require_positive(self, "context_length", "slots", "max_waiting", "timeout", "max_new_tokens")
         for key, most in (("slots", 1024), ("max_new_tokens", MOST_NEW_TOKENS), ("context_length", 2**24)):
             require(self, key, getattr(self, key) <= most, f"at most {most:,}")
+        if self.sinks or self.window is not None:
+            raise UserError("sinks and window do not work in the server, whose rows share one cache")
         require(self, "port", 0 <= self.port < 2**16, "from 0 to 65,535")
         if not self.api_key and not is_loopback(self.host):
             raise UserError(f"host={self.host}: other computers could use the model; set --api_key=")
