@@ -120,7 +120,11 @@ def server(start, chat_folder, tmp_path_factory):
 def script(monkeypatch, chat_folder):
     """Let the model answer with these messages, by the last user's or tool's text; all else is real."""
     tokenizer, original = Tokenizer.load(chat_folder), Batcher.choose_tokens
-    answers = {}
+
+    class Answers(dict):
+        pass
+
+    answers = Answers()
 
     def choose(self, slots, logits):
         chosen = original(self, slots, logits)
@@ -132,6 +136,7 @@ def script(monkeypatch, chat_folder):
                 chosen[number] = ids[len(slot.row.new)]
         return chosen
 
+    answers.choose = choose
     monkeypatch.setattr(Batcher, "choose_tokens", choose)
     return answers
 
@@ -390,3 +395,171 @@ def test_schemas_and_forced_calls(server):
                    {"response_format": {"type": "x"}, "tool_choice": None},
                    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}):
         assert server.ask("/v1/chat/completions", body | change)[0] == 400
+
+
+# ---- The page in a browser --------------------------------------------------------------------------------
+
+
+class Browser:
+    """Chromium without a window, driven through its DevTools protocol."""
+
+    async def __aenter__(self):
+        aiohttp = pytest.importorskip("aiohttp")
+        self.profile = Path(os.environ.get("TMPDIR", "/tmp")) / f"chromium_{os.getpid()}_{time.monotonic_ns()}"
+        self.process = subprocess.Popen(
+            [shutil.which("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
+             "--disable-dev-shm-usage", "--remote-debugging-port=0", f"--user-data-dir={self.profile}",
+             "about:blank"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        file, until = self.profile / "DevToolsActivePort", time.monotonic() + 60
+        while not (file.exists() and "\n" in file.read_text()):
+            assert time.monotonic() < until, "chromium does not start"
+            await asyncio.sleep(0.05)
+        self.session = aiohttp.ClientSession()
+        async with self.session.get(f"http://127.0.0.1:{file.read_text().split()[0]}/json") as answer:
+            page = next(each for each in await answer.json() if each["type"] == "page")
+        self.socket = await self.session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
+        self.number, self.faults = 0, []
+        for domain in ("Page", "Runtime", "Log"):
+            await self.call(f"{domain}.enable")
+        return self
+
+    async def __aexit__(self, *error):
+        await self.session.close()
+        self.process.kill()
+        self.process.wait()
+        shutil.rmtree(self.profile, ignore_errors=True)
+
+    async def call(self, method, **parameters):
+        self.number += 1
+        await self.socket.send_json({"id": self.number, "method": method, "params": parameters})
+        while (message := await self.socket.receive_json()).get("id") != self.number:
+            if message["method"] in ("Runtime.exceptionThrown", "Log.entryAdded"):
+                self.faults.append(json.dumps(message["params"]))
+        assert "error" not in message, message
+        return message["result"]
+
+    async def js(self, code):
+        result = await self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in result, result
+        return result["result"].get("value")
+
+    async def until(self, code):
+        until = time.monotonic() + 30
+        while not (value := await self.js(f"(() => {{ try {{ return {code} }} catch {{ return false }} }})()")):
+            assert time.monotonic() < until, f"{code}: {await self.js('document.body.innerText')}"
+            await asyncio.sleep(0.05)
+        return value
+
+    async def size(self, width, height):
+        await self.call("Emulation.setDeviceMetricsOverride", width=width, height=height, deviceScaleFactor=1,
+                        mobile=width < 500)
+
+    async def write(self, text):
+        """Type into the message box and press Enter."""
+        await self.js("document.querySelector('#input').focus()")
+        await self.call("Input.insertText", text=text)
+        await self.press("Enter", 13, text="\r")
+
+    async def press(self, key, number, **more):
+        for kind in ("keyDown", "keyUp"):
+            await self.call("Input.dispatchKeyEvent", type=kind, key=key, windowsVirtualKeyCode=number,
+                            **(more if kind == "keyDown" else {}))
+
+    async def picture(self, name):
+        if folder := os.environ.get("SERVE_SCREENSHOTS"):
+            data = (await self.call("Page.captureScreenshot"))["data"]
+            Path(folder, f"{name}.png").write_bytes(base64.b64decode(data))
+
+    async def click(self, text):
+        await self.js(f"[...document.querySelectorAll('button')].find((b) => b.textContent === {text!r} && "
+                      "b.offsetParent).click()")
+
+
+HOSTILE = "<img src=x onerror=alert(1)> <script>alert(1)</script> **bold** `a < b`\n\n```py\nprint('<b>')\n```\n" \
+          "[site](https://example.org) [bad](javascript:alert(1))"
+
+
+async def visit(server, script, monkeypatch):
+    """Send, stream, tool call, markup, stop, edit, compare, vote, phone."""
+    done = "document.querySelectorAll('[aria-busy=false]').length >= {} && !document.querySelector('[aria-busy=true]')"
+    async with Browser() as page:
+        await page.size(1280, 800)
+        await page.call("Page.navigate", url=server.url)
+        await page.until("!!state.server && !!document.querySelector('#empty')")
+        # A tool call, its result, and the answer after it; the thought is folded.
+        script["12 * 30?"] = {"thought": "a tool helps", "tool_calls": [CALL]}
+        script["360"] = {"content": "It is 360."}
+        await page.js("state.choices.calculator = true; state.choices.max_new_tokens = 120")
+        await page.write("12 * 30?")
+        await page.until(done.format(1))
+        assert await page.js("document.querySelector('.call').innerText") == "calculator\n12 * 30\n= 360"
+        assert await page.js("document.querySelector('.assistant .md').innerText") == "It is 360."
+        assert not await page.js("document.querySelector('.thought').open")
+        await page.picture("tool")
+        # Markup of a model and of a person stays text; Markdown becomes elements.
+        await page.js("state.choices.calculator = false; state.choices.max_new_tokens = 200")
+        await page.click("New chat")
+        script[HOSTILE] = {"content": HOSTILE}
+        await page.write(HOSTILE)
+        await page.until(done.format(1))
+        assert await page.js("document.querySelectorAll('#turns img, #turns script').length") == 0
+        assert await page.js("document.querySelector('.bubble').textContent") == HOSTILE
+        assert await page.js("document.querySelector('.md strong').textContent") == "bold"
+        assert await page.js("document.querySelector('.md pre').textContent") == "print('<b>')"
+        assert await page.js("[...document.querySelectorAll('.md a')].map((a) => a.href).join()") == \
+            "https://example.org/"
+        await page.picture("markup")
+        # Stop with Escape, then edit the question: two branches.
+        monkeypatch.setattr(server.served, "ends", {True: set(), False: set()})
+        await page.js("state.choices.max_new_tokens = 100000")
+        await page.click("New chat")
+        await page.write("never ends")
+        await page.until("!document.querySelector('#stop').hidden && chat().turns[1]?.messages[0]?.content")
+        await page.press("Escape", 27)
+        await page.until("document.querySelector('.assistant').innerText.includes('Stopped.')")
+        server.idle()
+        monkeypatch.undo()
+        script.clear()
+        monkeypatch.setattr(Batcher, "choose_tokens", script.choose)
+        await page.js("state.choices.max_new_tokens = 8")
+        await page.click("Edit")
+        await page.js("document.querySelector('.edit').value = 'ends soon'")
+        await page.click("Send")
+        await page.until(done.format(1))
+        assert "2 / 2" in await page.js("document.querySelector('.user').innerText")
+        await page.js("document.querySelector('[aria-label=\"Previous branch\"]').click()")
+        assert "never ends" in await page.js("document.querySelector('.bubble').innerText")
+        # Compare two answers and vote. (With one model, they differ in their random numbers.)
+        await page.click("New chat")
+        await page.click("Compare")
+        await page.write("which?")
+        await page.until(done.format(2))
+        assert await page.js("document.querySelectorAll('.pair .turn').length") == 2
+        shown = "[...document.querySelectorAll('.pair .turn .md')].map((e) => e.innerText).join()"
+        assert await page.js(shown)
+        await page.picture("compare")
+        votes = Path(server.cfg.votes)
+        before = len(votes.read_text().splitlines()) if votes.exists() else 0
+        await page.click("This one is better")
+        await page.until("!!document.querySelector('.chosen')")
+        rows = [json.loads(line) for line in votes.read_text().splitlines()][before:]
+        assert len(rows) == 1 and preference(rows[0])[0][-1] == {"role": "user", "content": "which?"}
+        # A phone: nothing is wider than the screen, and the list opens and closes.
+        await page.size(390, 844)
+        assert await page.js("document.documentElement.scrollWidth") <= 390
+        await page.picture("phone")
+        await page.js("document.querySelector('#menu').click()")
+        await page.until("getComputedStyle(document.querySelector('#side')).visibility === 'visible'")
+        await page.press("Escape", 27)
+        await page.until("getComputedStyle(document.querySelector('#side')).visibility === 'hidden'")
+        # Every control has a name; a reload shows the same conversations.
+        assert await page.js("[...document.querySelectorAll('button, input, textarea, select')].every((e) => "
+                             "e.textContent.trim() || e.ariaLabel || e.labels?.length)")
+        await page.call("Page.reload")
+        await page.until("!!state.server && document.querySelectorAll('#list li').length === 4")
+        assert not page.faults, page.faults
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_the_page_in_a_browser(server, script, monkeypatch):
+    asyncio.run(visit(server, script, monkeypatch))
