@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
-from formats import hf
 from formats.files import file_sha256, write_bytes
 from generation.samples import log_text, sample_answers
 from loop import Run, fit, start_run, training_dtype
@@ -45,8 +44,8 @@ from modeling.devices import to_device
 from prepare import prepare_problems
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
-from training.lora import AdaptedGPT
 from training.losses import linear_log_probs, preference_loss
+from training.reference import ReferenceModel
 from training.staged_data import StagedData, in_epochs, prepare_default
 from training.stages import configure_run
 from training.validation import validation_sums
@@ -161,9 +160,9 @@ class Reference:
 
     def __init__(self, cfg: DPOConfig, policy: GPT, base: dict[str, str], vocab_size: int, run: Run):
         """base: the identity of the model that the policy starts from. vocab_size: the tokenizer's."""
-        self.cfg, self.run, self.policy, self.base = cfg, run, policy, base
+        self.cfg, self.run, self.base = cfg, run, base
         self.vocab_size, self.dtype = vocab_size, training_dtype(cfg, run)
-        self.model: GPT | None = None  # loaded when it is needed
+        self.frozen = ReferenceModel(policy, cfg.init_from, cfg.reference, run.device, self.dtype)
         self.tables: dict[tuple[Path, str, int], Tensor] = {}  # by `key`: (rows, 2) float32
 
     @staticmethod
@@ -171,33 +170,12 @@ class Reference:
         """What a table is for: the folder, the split, and block_size, which decides which pairs are used."""
         return rows.data.folder, rows.split, rows.T
 
-    def load(self) -> GPT:
-        """The frozen reference, with the policy's vocabulary, on the device that computes it."""
-        if self.model is None:
-            # On the CPU it costs no GPU memory, and time instead.
-            device = "cpu" if self.cfg.reference == "cpu" else self.run.device
-            with torch.device("meta"):
-                model = GPT(self.policy.config)
-            model.to_empty(device=device)
-            model.load(hf.find_folder(self.cfg.init_from))
-            self.model = model.eval().requires_grad_(False)
-        return self.model
-
-    @torch.no_grad()
     def compute(self, batch: dict[str, Any]) -> Tensor:
         """(2, n) for a batch, whose tensors may be on any device."""
-        if isinstance(self.policy, AdaptedGPT) and self.cfg.reference == "adapter_off":
-            self.policy.use_adapter(False)
-            try:
-                return answer_log_probs(self.policy, batch, self.vocab_size)
-            finally:
-                self.policy.use_adapter(True)
-        # The same precision as in training: a difference would look like a preference.
-        model = self.load()
-        device = model.head_weight.device
-        batch = to_device(batch, device)
-        with torch.autocast(device.type, self.dtype, enabled=self.dtype != torch.float32):
-            return answer_log_probs(model, batch, self.vocab_size)
+        def log_probs(model: GPT) -> Tensor:
+            return answer_log_probs(model, to_device(batch, model.head_weight.device), self.vocab_size)
+
+        return self.frozen.compute(log_probs)
 
     def precompute(self, rows: PairRows, indices: np.ndarray) -> None:
         """Fill the table of these rows at `indices`: from the file in the data folder, the rest computed now.
@@ -303,9 +281,6 @@ def main(argv: list[str]) -> int:
         run.tokenizer = data.tokenizer  # saved with every checkpoint
         # The model. Dropout would make the policy differ from the reference before the first step.
         model, identity = chat_model(cfg, data.tokenizer, run, dropout=0.0)
-        if cfg.reference == "adapter_off" and isinstance(model, AdaptedGPT) and model.spec.tables:
-            raise UserError(f"reference=adapter_off: {cfg.init_from} has no chat tokens, so new embeddings "
-                            "are trained, which cannot be switched off; start from a model of sft.py")
         # The policy and the reference start from the same model, which `identity` names.
         reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
@@ -319,7 +294,7 @@ def main(argv: list[str]) -> int:
             if rows.left_out:
                 run.print(f"          {rows.left_out:,} pairs left out: longer than {rows.T} tokens")
         if cfg.reference == "precomputed":
-            reference.model = None  # free its memory
+            reference.frozen.model = None  # free its memory
         # Train. With an adapter, everything else is frozen.
         results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, reference, step),
                       lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)

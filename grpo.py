@@ -357,9 +357,7 @@ def main(argv: list[str]) -> int:
         stages = plan_stages(cfg)
         # The model. With dropout, the policy that learns would not be the one that samples.
         model, identity = chat_model(cfg, tokenizer, run, dropout=0.0)
-        device = torch.device("cpu") if cfg.reference == "cpu" else run.device
-        reference = ReferenceModel(model, cfg.init_from, cfg.reference == "adapter_off", device,
-                                   training_dtype(cfg, run))
+        reference = ReferenceModel(model, cfg.init_from, cfg.reference, run.device, training_dtype(cfg, run))
         learner = PolicyGradient(stages, model, source, reference, run)
         run.write_run_json(user_cfg, {}, data=source.hashes, reward=learner.reward.identity, **identity)
         if source.train:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from configurator import UserError
 from formats import hf
 from model import GPT
 from training.lora import AdaptedGPT
@@ -17,12 +18,15 @@ from training.lora import AdaptedGPT
 class ReferenceModel:
     """A second model in memory, or the policy itself with its adapter switched off."""
 
-    def __init__(self, policy: GPT, source: str, adapter_off: bool, device: torch.device,
-                 dtype: torch.dtype):
-        """source: the folder or hub id that the policy starts from. device, dtype: where the second model
-        is, and the dtype of its matrix products."""
-        self.policy, self.source, self.adapter_off = policy, source, adapter_off
-        self.device, self.dtype = device, dtype
+    def __init__(self, policy: GPT, source: str, kind: str, device: torch.device, dtype: torch.dtype):
+        """source: the folder or hub id that the policy starts from. kind: adapter_off needs no second model;
+        cpu keeps it there, which costs time and no GPU memory; anything else keeps it on `device`. dtype: of
+        its matrix products. Raises UserError if the policy's adapter cannot be switched off."""
+        if kind == "adapter_off" and isinstance(policy, AdaptedGPT) and policy.spec.tables:
+            raise UserError(f"reference=adapter_off: {source} has no chat tokens, so new embeddings are "
+                            "trained, which cannot be switched off; start from a model of sft.py")
+        self.policy, self.source, self.adapter_off = policy, source, kind == "adapter_off"
+        self.device, self.dtype = torch.device("cpu") if kind == "cpu" else device, dtype
         self.model: GPT | None = None  # loaded when it is needed
 
     def load(self) -> GPT:
