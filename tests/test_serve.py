@@ -289,6 +289,7 @@ def test_headers_of_other_sites(server, start, chat_folder):
 @pytest.mark.parametrize("argv, words", [
     (["--host=0.0.0.0"], "host=0.0.0.0: other computers could use the model; set --api_key="),
     (["--host=example.org"], "set --api_key="), (["--port=70000"], "port=70000: must be from 0"),
+    (["--sinks=4"], "sinks and window do not work in the server"),
     (["--slots=0"], "slots=0: must be positive"), (["--timeout=0"], "timeout=0.0: must be positive"),
 ])
 def test_wrong_settings(argv, words):
