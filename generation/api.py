@@ -102,7 +102,8 @@ def parse(body: Any, defaults: Asked, is_chat: bool) -> Asked:
     keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
     if "max_completion_tokens" in keys:  # OpenAI's newer name
         keys["max_tokens"] = keys.pop("max_completion_tokens")
-    known = {field.name for field in fields(Asked)} - {"has_seed", "sinks", "window"} - (TEXT_ONLY if is_chat else CHAT_ONLY)
+    known = {field.name for field in fields(Asked)} - {"has_seed", "sinks", "window"}
+    known -= TEXT_ONLY if is_chat else CHAT_ONLY
     if unknown := sorted(keys.keys() - known):
         raise UserError(f"{unknown[0]}: not supported")
     given = {key: coerce_field(Asked, key, value, "body") for key, value in keys.items()}
