@@ -44,7 +44,8 @@ FAST = """
     evals/test_likelihood.py evals/test_lm.py evals/test_votes.py generation/test_verifier.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
     generation/test_samples.py
-    modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_ternary.py
+    modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_sinks.py
+    modeling/test_ternary.py
     tools/test_compare.py tools/test_make_pairs.py tools/test_plot.py
     training/test_curves.py training/test_lora.py training/test_losses.py training/test_optim.py
 """.split()
