@@ -6,10 +6,11 @@
 
 Every arm is distill.py with other arguments, run once per seed. The "quarter" students have a quarter of the
 parameters of the default model, as the teacher above. The "half" students have half the layers of any
-teacher, like DistilGPT-2. Finished runs are kept, so the command may be stopped and started again. Prints
-validation bits per byte (mean and range over the seeds); how much of the gap between the first arm and the
-teacher is closed; how often student and teacher have the same most likely token; and tokens per second. The
-arms with a cached teacher need its caches (tools/cache_teacher.py, --method=topk and --method=sample).
+teacher, like DistilGPT-2. The "tokenizer" students have a teacher with another tokenizer. The "details" are
+quarter students with other losses, maps and batches. Finished runs are kept, so the command may be stopped
+and started again. Prints validation bits per byte (mean and range over the seeds); how much of the gap between
+the first arm and the teacher is closed; how often student and teacher have the same most likely token; and
+tokens per second. The arms with a cached teacher need its caches (tools/cache_teacher.py).
 """
 
 import functools
@@ -44,7 +45,24 @@ ARMS = {
     "half": {
         "text alone, equal time": f"{HALF} --alpha=0",
         "teacher": HALF,
-        "teacher, inside": f"{HALF} --hidden_weight=0.5 --attention_weight=0.25"}}
+        "teacher, inside": f"{HALF} --hidden_weight=0.5 --attention_weight=0.25"},
+    "tokenizer": {  # a teacher whose tokenizer is not the data's
+        "text alone": "--alpha=0",
+        "teacher, cached top-64": "--align=bytes --cache=topk"},
+    "details": {
+        "text alone": "--alpha=0",
+        "teacher": "",
+        "teacher's embeddings": "--student_embeddings=teacher",
+        "batch of 64, a quarter of the steps": "--global_batch_size=64",
+        "batch of 64, a quarter of the steps, noise": "--global_batch_size=64 --gradient_noise=0.3",
+        "cut out, teacher": CUT,
+        "cut out, sinkhorn": f"{CUT} --hidden_weight=0.5 --hidden_loss=sinkhorn",
+        "cut out, info_nce": f"{CUT} --hidden_weight=0.5 --hidden_loss=info_nce",
+        "cut out, relations": f"{CUT} --attention_weight=0.25",
+        "cut out, relations_mse": f"{CUT} --attention_weight=25 --attention_loss=relations_mse",
+        "cut out, ternary": f"{CUT} --ternary=True",
+        **{f"cut out, map {name}": f"{CUT} --hidden_weight=0.5 --layer_map={name}"
+           for name in ("last", "last_k_uniform", "uniform_consecutive", "uniform_plus_last", "0:0,1:2")}}}
 TEACHER = "the teacher itself"
 Logs = dict[str, list[list[dict[str, Any]]]]  # {arm: one log per seed}
 
@@ -54,7 +72,7 @@ class TeachConfig:
     teacher: str = "out/teacher"  # model folder or out_dir
     dataset: str = "pystdlib"  # folder under data/ (or path)
     out_dir: str = "out/teach"  # gets one folder per run
-    students: Literal["quarter", "half"] = "quarter"  # size of the students, which also selects the arms
+    students: Literal["quarter", "half", "tokenizer", "details"] = "quarter"  # which students and arms
     seeds: str = "1,2,3"  # separated by commas
     arms: str = "all"  # numbers of the arms, from 0, separated by commas; or all
     steps: int = 300  # steps per run
@@ -68,6 +86,8 @@ class TeachConfig:
 
 
 def steps_of(cfg: TeachConfig, name: str) -> int:
+    if "quarter of the steps" in name:
+        return cfg.steps // 4
     if "equal time" in name:
         return round(cfg.equal_time * cfg.steps)
     return (5 if "5 x" in name else 1) * cfg.steps

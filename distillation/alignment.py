@@ -74,7 +74,8 @@ def by_span(batch: dict[str, Any], begin: np.ndarray, length: np.ndarray,
     """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of" and "borders".
 
     begin, length, exact: of each span, (S,): the student's first slot, its number of tokens, and whether the
-    span is one token on both sides. A slot is a position in the flattened input ids, and predicts the next token.
+    span is one token on both sides. A slot is a position in the flattened input
+    ids. It predicts the next token.
     """
     targets = full_targets(batch).flatten().numpy()  # (B T,)
     members, span_of = ranges(begin[~exact], length[~exact])
@@ -126,7 +127,8 @@ class AlignedRows(NamedTuple):
         assert isinstance(teacher.exact, DenseTeacher) and teacher.pieces is not None
         first, borders = teacher.borders[0], np.array(teacher.borders)
         begins = torch.tensor([*range(first), *borders[:-1]], dtype=torch.int64)  # (E + S,)
-        lengths, positions = np.zeros(batch["input_ids"].numel(), dtype=np.int64), batch["positions"].cpu()
+        positions = batch["positions"].cpu().numpy()
+        lengths = np.zeros(batch["input_ids"].numel(), dtype=np.int64)
         lengths[positions[:first]] = 1
         lengths[positions[borders[:-1]]] = 1 + np.diff(borders)
         return cls(teacher.exact, teacher.pieces, teacher.span_log_q, batch["positions"][begins],

@@ -457,7 +457,8 @@ def test_config_files_describe_runs(name):
 
 def test_pairs_of_layers_embeddings_and_the_cosine(trained, data, tmp_path):
     """Explicit pairs, relations as MSE, the teacher's table, and the angle of two gradients in one run."""
-    argv = ["--layer_map=0:1", "--attention_loss=relations_mse", "--student_embeddings=teacher", *LAYER_LOSSES]
+    argv = ["--layer_map=0:1", "--attention_loss=relations_mse", "--student_embeddings=teacher"]
+    argv += LAYER_LOSSES
     log = run(trained, data, tmp_path / "a", *argv, "--log_gradient_cosine=True", "--max_steps=4")
     cosines = [event["cosine"] for event in log if "cosine" in event]
     assert len(cosines) == 4 and all(0 < abs(value) < 1 for value in cosines)
@@ -502,7 +503,7 @@ def test_no_steps_write_the_student_as_it_starts(trained, data, tmp_path):
 
 def test_the_architecture_alone(trained, data, tmp_path):
     """new_weights=True keeps the sizes of a pruned student, and none of its weights."""
-    run(trained, data, tmp_path / "a", "--max_steps=0", "--new_weights=True", sizes=PRUNED)
+    run(trained, data, tmp_path / "a", "--max_steps=0", "--new_weights=True", "--seed=5", sizes=PRUNED)
     model, source = (GPT.from_pretrained(hf.find_folder(x)) for x in (tmp_path / "a", trained))
     assert model.config.n_embd == source.config.n_embd and model.config.n_layer == 1
     ours, theirs = (x.model["embed_tokens"].weight.flatten() for x in (model, source))

@@ -21,9 +21,10 @@ def test_runs_are_arms_and_seeds(monkeypatch, tmp_path):
     assert runs == [(f"{name}_{seed}", steps, f"--seed={seed}") for seed in (1, 2)
                     for name, steps in (("text-alone_equal-time", 170), ("teacher", 100))]
     assert steps_of(TeachConfig(), "as large, teacher, 5 x the steps") == 1500
+    assert steps_of(TeachConfig(), "batch of 64, a quarter of the steps") == 75
 
 
-@pytest.mark.parametrize("students", ["quarter", "half"])
+@pytest.mark.parametrize("students", ARMS)
 def test_distill_accepts_the_arguments_of_every_arm(students):
     for argv in ARMS[students].values():
         assert configure(DistillConfig, argv.split())[0]

@@ -26,6 +26,7 @@ from distillation.divergences import (
 )
 from distillation.teacher_cache import CacheSpec, Records
 from formats import hf
+from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT
 from tests.runs import losses
@@ -185,18 +186,16 @@ def test_chunks_cut_no_span(pair, monkeypatch):
 def permuted(source, folder, seed=5):
     """A copy of a model folder whose token ids are shuffled: another tokenizer.json, the same function."""
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("manifest.json"))
-    order = np.random.default_rng(seed).permutation(Tokenizer.load(source).vocab_size)
     definition = json.loads((folder / "tokenizer.json").read_text())
     vocab = definition["model"]["vocab"]
+    order = np.random.default_rng(seed).permutation(len(vocab))  # added tokens keep their ids, which follow
     definition["model"]["vocab"] = {piece: int(order[index]) for piece, index in vocab.items()}
-    for token in definition["added_tokens"]:
-        token["id"] = int(order[token["id"]])
     (folder / "tokenizer.json").write_text(json.dumps(definition))
     tensors = load_file(folder / "model.safetensors")
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         if name in tensors:
             moved = tensors[name].clone()
-            moved[torch.tensor(order)] = tensors[name]
+            moved[torch.tensor(order)] = tensors[name][:len(order)]
             tensors[name] = moved
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     return folder
@@ -205,7 +204,10 @@ def permuted(source, folder, seed=5):
 def test_equal_tokenizers_are_ordinary_distillation(trained, data, tmp_path):
     """The same loss and gradient from the same tokenizer, and from one with other ids for the same pieces."""
     folder, tokenizer = hf.find_folder(trained), Tokenizer.load(data)
-    rows = Rows(DataFolder(data), "train", 64).read(np.arange(4))
+    # A row that ends within a word would be read in another way, so the rows have whole words.
+    rows = Rows(DataFolder(data), "train", 64).read(np.arange(300))
+    rows = np.stack([row for row in rows if tokenizer.eot_id not in row
+                     and tokenizer.encode(tokenizer.decode(row)) == row.tolist()][:4])
     student = GPT.from_pretrained(folder)
     with torch.no_grad():
         for parameter in student.parameters():
@@ -238,9 +240,9 @@ def test_equal_tokenizers_are_ordinary_distillation(trained, data, tmp_path):
     assert same[4] == [256], "all targets are exact"
     np.testing.assert_allclose(same[:3], ordinary[:3], rtol=1e-5)
     torch.testing.assert_close(same[3], ordinary[3], rtol=1e-4, atol=1e-5)
-    # A row may begin within a word, which is then split in another way: here nearly all targets are exact.
-    assert other[4][0] > 240
-    np.testing.assert_allclose(other[:3], ordinary[:3], rtol=0.05)
+    assert other[4] == [256]
+    np.testing.assert_allclose(other[:3], ordinary[:3], rtol=1e-5)
+    torch.testing.assert_close(other[3], ordinary[3], rtol=1e-4, atol=1e-5)
 
 
 def test_a_cache_has_the_same_loss(pair):
@@ -280,7 +282,8 @@ def test_a_student_learns_from_a_teacher_with_other_ids(other, data, tmp_path, m
     log = run(other, data, tmp_path / "a", "--align=bytes", *more)
     assert losses(log)[-1] < losses(log)[0] - 0.15
     aligned = [event["aligned"] for event in log if "aligned" in event]
-    assert 0.95 < np.mean(aligned) <= 1
+    # What an untrained student writes is partly no UTF-8.
+    assert (0.5 if "--on_policy=0.5" in more else 0.95) < np.mean(aligned) <= 1
     assert "val_kl" not in log[-1], "the teacher has no predictions for the student's ids"
 
 
@@ -304,6 +307,7 @@ def test_online_and_cached_runs_agree(other, data, tmp_path, capsys):
 def test_packed_chats_and_masks(chats, trained, tmp_path):
     """Only the assistant's tokens are compared, each conversation sees itself only, packed or not."""
     source = permuted(hf.find_folder(trained), tmp_path / "t")
+    with_chat_tokens(Tokenizer.load(source)).save(source)
     data, tokenizer = DataFolder(chats), Tokenizer.load(chats)
     aligner, teacher = Aligner(tokenizer, source, 64, CPU), GPT.from_pretrained(source).eval()
     rows = ChatRows(data, "train", 64).read(np.arange(3))

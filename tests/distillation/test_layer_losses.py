@@ -31,6 +31,8 @@ VECTOR_LOSSES = {
     "mse": hidden_mse,
     "cosine": hidden_cosine,
     "relation": lambda student, teacher, weights: relation_loss(student, teacher, 4, weights),
+    "relation, squared": lambda student, teacher, weights: relation_loss(student, teacher, 4, weights,
+                                                                         squared=True),
     "sinkhorn": sinkhorn_loss,
     "info_nce": lambda student, teacher, weights: info_nce(student, teacher, weights, 0.1),
     "attention": attention_of_vectors,
@@ -177,6 +179,8 @@ def test_attention_and_relation_by_hand():
     x, halves = torch.tensor([[[0.0], [math.sqrt(math.log(3))]]]), torch.zeros(1, 2, 1)
     relation = relation_loss(x, halves, 1, torch.ones(1, 2))
     assert relation.item() == pytest.approx(0.5 * math.log(0.5 / 0.25) + 0.5 * math.log(0.5 / 0.75))
+    squared = relation_loss(x, halves, 1, torch.ones(1, 2), squared=True)
+    assert squared.item() == pytest.approx((1 / 16 + 1 / 16) / 2)
     attention = attention_mse(x[None], x[None], halves[None], halves[None], torch.ones(1, 2))
     assert attention.item() == pytest.approx((1 / 16 + 1 / 16) / 2)
 

@@ -64,3 +64,14 @@ def test_map_text():
     assert map_text([(0, 1), (0, 9), (1, 10)]) == (
         "student  0  <- teacher  1  9\n"
         "student  1  <- teacher 10")
+
+
+def test_pairs_are_written_out():
+    assert layer_map("1:3,0:1", 2, 4) == [(0, 1), (1, 3)]
+    assert layer_map("0:1,0:1,1:0", 2, 4) == [(0, 1), (1, 0)], "any order, each pair once"
+    for text in ("0:4", "2:0", "-1:0"):
+        with pytest.raises(UserError, match="the student has layers 0 to 1, the teacher 0 to 3"):
+            layer_map(text, 2, 4)
+    for text in ("", "0", "0:1:2", "a:b", "0:1,", "lasts"):
+        with pytest.raises(UserError, match="write pairs student:teacher such as 0:1,1:3, or one of last, "):
+            layer_map(text, 2, 4)

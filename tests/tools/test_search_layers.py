@@ -32,13 +32,13 @@ def test_a_planted_permutation_is_recovered():
     hidden = torch.randn(4, 200, 16, generator=g)
     order = [2, 0, 3, 1]
     rotation = torch.linalg.qr(torch.randn(16, 16, generator=g))[0]
-    table = torch.tensor([[linear_cka(hidden[t] @ rotation + 0.3 * torch.randn(200, 16, generator=g), hidden[j])
-                           for j in range(4)] for t in order])
+    ours = [hidden[t] @ rotation + 0.3 * torch.randn(200, 16, generator=g) for t in order]
+    table = torch.tensor([[linear_cka(a, b) for b in hidden] for a in ours])
     assert candidates(table)["similar"] == "0:2,1:0,2:3,3:1"
 
 
 def test_the_layers_of_a_pruned_student_are_found(trained, data, tmp_path, capsys):
-    """A teacher of 4 layers made of `trained` twice with larger steps; the student keeps its layers 1 and 3."""
+    """The teacher begins with the student's two layers, and has two more."""
     source, folder = hf.find_folder(trained), tmp_path / "teacher"
     shutil.copytree(source, folder, ignore=shutil.ignore_patterns("manifest.json"))
     tensors = load_file(source / "model.safetensors")
@@ -65,6 +65,6 @@ def test_short_runs_choose_the_map(monkeypatch, trained, data, tmp_path, capsys)
         return [{"val_loss": 1.0 if chosen == "--layer_map=last" else 2.0}]
 
     monkeypatch.setattr(search_layers, "run_once", run_once)
-    search_layers.main([f"--teacher={trained}", f"--student={trained}", f"--dataset={data}", "--block_size=64",
-                        "--rows=2", "--device=cpu"])
+    search_layers.main([f"--teacher={trained}", f"--student={trained}", f"--dataset={data}", "--rows=2",
+                        "--block_size=64", "--device=cpu"])
     assert capsys.readouterr().out.endswith("--layer_map=last\n")
