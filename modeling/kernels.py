@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-SOFTMAX_COLUMNS = 4096  # logits of a row that a program handles at a time
+SOFTMAX_COLUMNS = 2048  # logits of a row that a program handles at a time
 
 
 @triton.jit
@@ -64,8 +64,7 @@ def softmax_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, v
 
 
 @triton.autotune(configs=[triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=warps)
-                          for rows, columns, warps in ((1, 1024, 4), (2, 1024, 4), (4, 512, 4), (4, 1024, 4),
-                                                       (8, 512, 4), (8, 1024, 8), (16, 256, 4))],
+                          for rows, columns, warps in ((2, 1024, 4), (1, 2048, 4), (4, 2048, 8))],
                  key=["N", "K"])
 @triton.jit
 def row_kernel(x, weight_1, weight_2, weight_3, bias_1, bias_2, bias_3, y, end_1, end_2, N, K,
@@ -86,7 +85,8 @@ def row_kernel(x, weight_1, weight_2, weight_3, bias_1, bias_2, bias_3, y, end_1
         columns = start + tl.arange(0, COLUMNS)
         values = tl.load(x + columns, mask=columns < K, other=0.0).to(tl.float32)
         block = tl.load(weight + own[:, None] * K + columns[None, :],
-                        mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0)
+                        mask=(rows < N)[:, None] & (columns < K)[None, :], other=0.0,
+                        eviction_policy="evict_first")  # no weight is read twice in a step
         total += block.to(tl.float32) * values[None, :]
     result = tl.sum(total, 1)
     if WITH_BIAS:
