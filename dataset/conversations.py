@@ -29,8 +29,9 @@ Preferences (--kind=preference):
       \\n\\nAssistant: .."
 
 In both, "system" and "tools" (texts; tools may be a list of functions) become a system message at the
-beginning. A model's own chat template gets such a list as its `tools`. All other keys are ignored, and --keys maps other names to these. A row in any other form raises Skip; its message is the reason under
-which the row is counted.
+beginning. A model's own chat template gets such a list as its `tools`. All other keys are ignored, and --keys
+maps other names to these. A row in any other form raises Skip; its message is the reason under which the row
+is counted.
 
 Values: null, [] and {} count as if the key were absent. A number is a text: 0 is "0", 2.0 is "2". NaN and
 infinity, and other values where a text belongs, raise Skip. docs/data.md has the whole table.
@@ -90,7 +91,7 @@ def optional_text(row: dict[str, Any], *keys: str) -> str:
 
 
 def tools_text(row: dict[str, Any]) -> tuple[str, bool]:
-    """The key "tools" of a row as text, and whether it is JSON: a list of functions that templates can show."""
+    """The key "tools" of a row as text, and whether that is a JSON list of functions."""
     value = first_value(row, "tools")
     if is_list_of_dicts(value):
         return require_utf8(json.dumps(value, ensure_ascii=False)), True

@@ -155,13 +155,14 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
             except UserError as reason:
                 reasons[i] = str(reason)
                 continue
-            # Every document ends with a separator. In masks it has a value of its own, because the end-of-text
-            # token of some models also ends the turns inside a chat.
-            tokens = [token for row, _ in documents for token in [*row, tokenizer.eot_id]]
-            ids.append(np.array(tokens, dtype))
-            masks.append(np.array([each for _, mask in documents for each in [*mask, SEPARATOR] if mask], np.uint8))
             data = identity_bytes(content)
-            lengths[i], byte_counts[i], hashes[i] = len(ids[-1]), len(data), text_hash(data)
+            byte_counts[i], hashes[i] = len(data), text_hash(data)
+            # A document ends with a separator. In masks it has a value of its own, because some models' token
+            # for the end of a text also ends the turns inside a chat.
+            for tokens, mask in documents:
+                ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
+                masks.append(np.array([*mask, SEPARATOR] if mask else [], np.uint8))
+                lengths[i] += len(ids[-1])
     return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, overlaps)
 
 

@@ -190,7 +190,7 @@ class TemplateChat:
         return self.encode(text, [span])
 
     def documents(self) -> list[tuple[list[int], list[int]]]:
-        """(ids, mask) of the whole conversation, then of shorter ones for turns that it writes differently."""
+        """(ids, mask) of the conversation, and of shorter ones for turns that it writes in another way."""
         if GENERATION.search(self.template):
             return [self.encode(*self.text(self.messages))]
         turns = self.turns([n for n, message in enumerate(self.messages) if message["role"] == "assistant"])

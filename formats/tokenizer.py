@@ -32,7 +32,7 @@ from formats.splits import GPT2_SPLIT, QWEN2_SPLIT
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"  # in our chats (formats/chat_format.py)
-TURN_ENDS = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>", "<|end|>")  # the same in other models' chat templates
+TURN_ENDS = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>", "<|end|>")  # in chat templates, other models' too
 MAX_ID = 2**24  # no vocabulary is larger; a damaged file may have an id for which no memory is enough
 
 # Byte-level files spell each byte of a token as one printable letter, by GPT-2's table. Printable bytes are
@@ -181,19 +181,20 @@ def library_errors(place: object) -> Iterator[None]:
 
 # ---- The fast encoder -------------------------------------------------------------------------------------
 
-def split_pattern(pre_tokenizer: dict[str, Any] | None) -> str | None:
-    """The regular expression that a byte-level pre-tokenizer splits by, or None if it does anything else."""
-    steps = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
-    *before, last = steps
-    if last.get("type") != "ByteLevel" or last.get("add_prefix_space"):
-        return None
-    if not before and last.get("use_regex", True):
-        return GPT2_SPLIT
-    if len(before) != 1 or last.get("use_regex", True) or before[0].get("type") != "Split":
-        return None
-    split = before[0]
-    isolated = split.get("behavior") == "Isolated" and not split.get("invert")
-    return split["pattern"].get("Regex") if isolated else None
+def split_patterns(pre_tokenizer: dict[str, Any] | None) -> tuple[str, ...]:
+    """The regular expressions that a byte-level pre-tokenizer splits by, or () if it does anything else."""
+    *before, last = (pre_tokenizer or {}).get("pretokenizers", [pre_tokenizer or {}])
+    patterns = []
+    for step in before:
+        if step.get("type") == "Digits" and step.get("individual_digits"):
+            patterns.append(r"\p{N}")
+        elif step.get("behavior") == "Isolated" and not step.get("invert"):
+            patterns.append(step.get("pattern", {}).get("Regex"))
+        else:
+            return ()
+    patterns += [GPT2_SPLIT] if last.get("use_regex", True) else []
+    is_byte_level = last.get("type") == "ByteLevel" and not last.get("add_prefix_space")
+    return tuple(patterns) if is_byte_level and None not in patterns else ()
 
 
 def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
@@ -204,12 +205,12 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     first in its list of merges. Both agree if the merged tokens are numbered in the order of their merges,
     which is checked here.
     """
-    model = definition["model"]
-    pattern = split_pattern(definition.get("pre_tokenizer"))
+    model, patterns = definition["model"], split_patterns(definition.get("pre_tokenizer"))
     extras = ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     has_extras = any(model.get(key) for key in extras) or definition.get("normalizer") is not None
-    if model.get("type") != "BPE" or has_extras or not pattern:
+    if model.get("type") != "BPE" or has_extras or len(patterns) != 1:
         return None
+    [pattern] = patterns
     added = {token["content"] for token in definition["added_tokens"]}
     vocab = {token: index for token, index in model["vocab"].items()
              if token not in added and " " not in token}  # a space: the hidden name of a special token

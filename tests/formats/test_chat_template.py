@@ -1,9 +1,10 @@
 """Models' own chat formats: ids and masks equal those of transformers, and text stays text.
 
-The templates are those that TRL ships, which are read from the installed package, SmolLM2's, and small ones in
-the style of other models. TRL's files with {% generation %} are references for the masks.
+The templates are those that TRL ships, which are read from the installed package, SmolLM2's, and small ones
+in the style of other models. TRL's files with {% generation %} are references for the masks.
 """
 
+import io
 import json
 import os
 import random
@@ -11,10 +12,21 @@ import re
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import AddedToken
 
+import dpo
+import export
+import generation.assistant
+import prepare
+import sample
+import sft
 from configurator import UserError
+from dataset.chat_rows import ChatRows, PairRows
+from dataset.encoding import Recipe, tokenize
+from dataset.shards import SEPARATOR, DataFolder
+from dataset.sources import Row
 from formats import template_process
 from formats.chat_format import (
     encode_chat,
@@ -29,7 +41,9 @@ from formats.chat_format import (
     with_chat_tokens,
 )
 from formats.chat_template import TemplateChat, own_template
+from formats.hf import find_folder
 from formats.tokenizer import QWEN2_SPLIT, Tokenizer
+from tests.conftest import busy_model, tiny_config
 from tests.formats.test_tokenizer_kinds import LLAMA_SETTINGS, byte_level, sentencepiece
 
 TRL = pytest.importorskip("trl").__path__[0]
@@ -45,16 +59,17 @@ SMOLLM2 = (
     "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
-# In the style of other models: a BOS token per exchange, roles in plain text, a system prompt inside the first
-# user's turn, alternating roles only, and an end-of-text token that closes training texts.
+# In the style of other models: a BOS token per exchange, roles in plain text, a system prompt inside the
+# first user's turn, alternating roles only, and an end-of-text token that closes training texts.
 STYLES = {
     "smollm2": SMOLLM2,
     "llama2": """\
 {%- if messages[0].role == 'system' -%}
-    {%- set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' -%}{%- set messages = messages[1:] -%}
+    {%- set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' -%}
+    {%- set messages = messages[1:] -%}
 {%- else -%}{%- set system = '' -%}{%- endif -%}
 {%- for m in messages -%}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('roles must alternate') }}{%- endif -%}
+    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('alternate') }}{%- endif -%}
     {%- if m.role == 'user' -%}
         {{- bos_token + '[INST] ' + (system if loop.first else '') + m.content.strip() + ' [/INST]' -}}
     {%- else -%}{{- ' ' + m.content.strip() + ' ' + eos_token -}}{%- endif -%}
@@ -77,7 +92,7 @@ STYLES = {
 {% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}""",
     "gemma_style": """\
-{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}
+{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
 {% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}
 {{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}
 {% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
@@ -190,7 +205,7 @@ WORDS = [
 
 
 def draw_text(draw, more=()):
-    """A text at random. It has a control token only if `more` has: then one may also come together by chance."""
+    """A text at random. It has control tokens only if `more` has some."""
     text = "".join(draw.choice([*WORDS, *more]) for _ in range(draw.randint(0, 5)))
     return text if more or not CONTROL.search(text) else draw_text(draw)
 
@@ -297,7 +312,7 @@ def targets(tokenizer, ids, mask):
     return [tokenizer.decode(run, inside=True) for run in runs]
 
 
-# TRL also marks white space around a turn, the token that opens it, or the end-of-text token of a training text.
+# TRL also marks white space around a turn, the token that opens it, or an end-of-text token after it.
 AROUND = ("", "\n", "<\uff5cAssistant\uff5c>", "<|endoftext|>", "\n<|endoftext|>")
 
 
@@ -511,6 +526,134 @@ def test_several_templates(formats):
     assert encode_prompt(several, hello) == encode_prompt(tokenizer, hello)
     assert several.decode(encode_prompt(several, with_tools(hello, TOOLS))) == json.dumps(
         TOOLS, ensure_ascii=False
+    )
+
+
+# ---- Scripts ----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory, formats):
+    """A model with random weights and the format of SmolLM2, whose end-of-text token also ends every turn."""
+    folder, tokenizer = tmp_path_factory.mktemp("smol") / "model", formats("smollm2")[0]
+    config = tiny_config(vocab_size=tokenizer.vocab_size, block_size=256)
+    busy_model(config).save_pretrained(folder, eos_token_id=tokenizer.end_ids)
+    tokenizer.save(folder)
+    return folder
+
+
+ROWS = [
+    {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "<|im_end|>"}] * 2},
+    {
+        "messages": [
+            {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]},
+            {"role": "assistant", "content": "c"},
+        ]
+    },
+    {
+        "messages": [
+            {"role": "user", "content": "add"},
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "add", "arguments": {}}]},
+        ]
+    },
+    {"question": "d", "answer": "e", "tools": TOOLS},
+    *({"question": f"q{n}", "answer": f"a{n}"} for n in range(20)),
+]
+
+
+def test_prepare_and_train_in_the_models_format(model_folder, formats, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("chats.jsonl").write_text("\n".join(map(json.dumps, ROWS)))
+    prepare.main(["--kind=chat", "--source=chats.jsonl", f"--tokenizer={model_folder}", "--num_proc=1"])
+    printed = capsys.readouterr().out
+    assert "24 in = 23 kept + 1 skipped" in printed
+    assert "1 skipped: chat template: has no tool calls (chats.jsonl:3)" in printed
+    data, tokenizer = DataFolder("data/chats"), formats("smollm2")[0]
+    found = []
+    for split in ("train", "val"):
+        rows = ChatRows(data, split, 128)
+        for document in rows.usable:
+            length = rows.documents.end[document] - rows.documents.begin[document]
+            ids, mask = rows.documents.tokens(document, length)
+            assert tokenizer.decode(ids[:1]) == "<|im_start|>"
+            found.append("".join(targets(tokenizer, ids.tolist(), (mask == 1).tolist())))
+    answers = [
+        "<|im_end|><|im_end|>" * 2,
+        "c<|im_end|>",
+        "e<|im_end|>",
+        *(f"a{n}<|im_end|>" for n in range(20)),
+    ]
+    assert sorted(found) == sorted(answers)
+    # Training changes neither the tokenizer nor the template, and so does an export.
+    sft.main(
+        [
+            f"--init_from={model_folder}",
+            "--dataset=chats",
+            "--max_steps=1",
+            "--global_batch_size=2",
+            "--micro_batch_size=2",
+            "--out_dir=out/sft",
+            "--warmup_steps=0",
+        ]
+    )
+    assert "assistant" in capsys.readouterr().out
+    export.main(["--model=out/sft", "--out=out/hf"])
+    for folder in (find_folder("out/sft"), Path("out/hf")):
+        assert Tokenizer.load(folder).definition == tokenizer.definition
+        assert own_template(Tokenizer.load(folder)) == SMOLLM2
+
+
+def test_qwen3_documents_on_disk(formats, tmp_path):
+    tokenizer = formats("qwen3")[0]
+    chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 3}
+    recipe = Recipe("chat", "text", {}, None, tokenizer)
+    batch = tokenize([Row("a:1", "value", chat)], recipe)
+    ends = np.flatnonzero(batch.mask == SEPARATOR)
+    assert len(ends) == 3 and batch.lengths.tolist() == [len(batch.ids)] and (batch.mask == 1).sum() > 9
+    assert batch.ids[ends].tolist() == [tokenizer.eot_id] * 3
+
+
+def test_dpo_reads_pairs_in_the_models_format(model_folder, formats, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    rows = [{"prompt": f"q{n}", "chosen": f"good {n}", "rejected": f"bad {n}"} for n in range(20)]
+    Path("pairs.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    prepare.main(["--kind=preference", "--source=pairs.jsonl", f"--tokenizer={model_folder}", "--num_proc=1"])
+    pairs, tokenizer = PairRows(DataFolder("data/pairs"), "train", 128), formats("smollm2")[0]
+    for number in range(len(pairs)):
+        ids, prompt, chosen = pairs.pair(number)
+        texts = [tokenizer.decode(part) for part in np.split(ids, [prompt, prompt + chosen])]
+        assert texts[0].endswith("<|im_start|>assistant\n")
+        assert texts[1].startswith("good") and texts[2].startswith("bad") and texts[2].endswith("<|im_end|>")
+    dpo.main(
+        [
+            f"--init_from={model_folder}",
+            "--dataset=pairs",
+            "--max_steps=1",
+            "--global_batch_size=2",
+            "--micro_batch_size=2",
+            "--out_dir=out/dpo",
+            "--warmup_steps=0",
+        ]
+    )
+
+
+def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, monkeypatch, capsys):
+    tokenizer, prompts = formats("smollm2")[0], []
+    monkeypatch.setattr(
+        generation.assistant,
+        "generate",
+        lambda model, rows, *rest: (
+            prompts.extend(rows) or iter([[tokenizer.token_id("<|im_end|>")] * len(rows)])
+        ),
+    )
+    (tmp_path / "asked.jsonl").write_text('{"messages": [{"role": "user", "content": "Hi <|im_end|>"}]}')
+    sample.main([f"--model={model_folder}", f"--prompt_file={tmp_path / 'asked.jsonl'}", "--device=cpu"])
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "stop"
+    assert prompts[0] == encode_prompt(tokenizer, [{"role": "user", "content": "Hi <|im_end|>"}])
+    monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\n"))
+    sample.main([f"--model={model_folder}", "--chat=True", "--device=cpu", "--system=Be brief."])
+    assert tokenizer.decode(prompts[1]) == (
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
 
 
