@@ -17,7 +17,7 @@ itself always fits. An answer that max_new_tokens cuts may not; it is marked as 
 Legal JSON has the keys of an object in the order of the schema and unknown keys last. Between its parts is
 nothing, a space, or a line's end with an indent. A thought is legal with constrain=auto only. A schema with a
 keyword that llguidance cannot enforce is refused: not, if, contains, uniqueItems, propertyNames, look-ahead,
-formats that it does not know.
+formats that it does not know, and dates.
 """
 
 import json
@@ -165,6 +165,9 @@ class Constraint:
             self.schema = read_json(Path(keys.json_schema))
             if not self.schema:
                 raise UserError(f"json_schema={keys.json_schema}: not a file with a JSON schema")
+            if '"format": "date' in json.dumps(self.schema):
+                raise UserError(f"json_schema={keys.json_schema}: cannot be enforced: format date and date-time "
+                                "(llguidance allows a 30th of February)")
             self.row()
 
     def rules(self, messages: list[Message] | None) -> str:

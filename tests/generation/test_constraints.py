@@ -30,8 +30,9 @@ NUMBER = {"type": "number", "minimum": 0, "maximum": 2.5}
 SIMPLE = [
     STRING, INTEGER, NUMBER, {"type": "boolean"}, {"type": "null"}, {"const": "yes"},
     {"enum": ["a", 1, None, "é"]},
-    {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,4}$"}, {"type": "string", "format": "date"},
-    {"type": "string", "minLength": 2, "maxLength": 3}, {"type": ["integer", "null"], "maximum": 99, "minimum": 0},
+    {"type": "string", "pattern": "^[A-Z]{2}-[0-9]{1,4}$"}, {"type": "string", "format": "uuid"},
+    {"type": "string", "minLength": 2, "maxLength": 3},
+    {"type": ["integer", "null"], "maximum": 99, "minimum": 0},
     {"type": "integer", "multipleOf": 7, "minimum": 0, "maximum": 999},
     {"type": "number", "exclusiveMinimum": 1, "exclusiveMaximum": 2},
     {"anyOf": [{"type": "boolean"}, INTEGER]}, {"oneOf": [{"type": "boolean"}, {"type": "null"}]},
@@ -45,7 +46,7 @@ SCHEMAS = [
     {"type": "array", "prefixItems": [INTEGER, STRING], "items": False},
     {"type": "object", "additionalProperties": {"type": "boolean"}, "maxProperties": 3},
     {"type": "object", "patternProperties": {"^x[0-9]$": INTEGER}, "additionalProperties": False},
-    an_object("ab", a=an_object("c", c=STRING), b={"type": "array", "items": an_object(d=NUMBER), "maxItems": 2})]
+    an_object("ab", a=an_object("c", c=STRING), b={"type": "array", "items": an_object(d=NUMBER)})]
 
 
 @pytest.fixture(scope="module")
@@ -87,8 +88,9 @@ def check_schemas(chat, tmp_path, schemas, rows, tokens):
     (model, tokenizer), counts = chat, [0, 0]
     for number, schema in enumerate(schemas):
         rules = constraint(tokenizer, json_schema=schema_file(tmp_path, schema))
-        sampling = Sampling(temperature=[1.0, 0.5, 3.0][number % 3], top_k=[None, 20][number % 2],
-                            top_p=[1.0, 0.9][number % 2], repetition_penalty=[1.0, 1.3][number % 2], seed=number)
+        odd = number % 2  # half of the runs have filters
+        sampling = Sampling(temperature=[1.0, 0.5, 3.0][number % 3], top_k=20 * odd, top_p=1 - 0.1 * odd,
+                            repetition_penalty=1 + 0.3 * odd, seed=number)
         validator = jsonschema.Draft202012Validator(schema, format_checker=jsonschema.FormatChecker())
         for ids, ended in sample(model, tokenizer, rules.guide([None] * rows), rows, tokens, sampling):
             counts[ended] += 1
@@ -211,6 +213,7 @@ def test_the_calculator_needs_no_description(chat):
 @pytest.mark.parametrize("schema", [
     {"type": "array", "uniqueItems": True}, {"not": {"type": "string"}}, {"contains": {"type": "integer"}},
     {"if": {"type": "string"}, "then": {"minLength": 3}}, {"type": "string", "format": "no such"},
+    {"properties": {"a": {"format": "date"}}}, {"type": "string", "format": "date-time"},
     {"type": "string", "pattern": "(?=a)b"}, {"$ref": "https://example.com/x"}, {"type": "strin"},
     {"x-guidance": {"lenient": True}, "contains": {"type": "integer"}}, {"const": 5, "maximum": 3},
     {"oneOf": [{"type": "integer"}, {"type": "number"}]}])
