@@ -11,10 +11,9 @@ from typing import Any
 from configurator import UserError
 from formats.chat_format import chat_prefix, end_of_turn
 from formats.splits import SPLITS
-from formats.tokenizer import Tokenizer, split_pattern
+from formats.tokenizer import Tokenizer, split_patterns
 
-# {pattern: llama.cpp's name}. Only llama-bpe ignores the merges for a word that is a token itself.
-NAMES = {SPLITS[name][0]: name for name in ("gpt-2", "qwen2", "llama-bpe")}
+NAMES = {patterns: name for name, patterns in reversed(SPLITS.items())}  # the first name of each way
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
@@ -29,11 +28,13 @@ def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:
         kind = ", ".join([str(model.get("type")), *extras])
         raise UserError(f"{place}: cannot export a tokenizer of type {kind} to GGUF; only byte-level BPE is "
                         "supported")
-    pattern = split_pattern(definition.get("pre_tokenizer"))
-    name = NAMES.get(pattern or "")
+    patterns = split_patterns(definition.get("pre_tokenizer"))
+    name = NAMES.get(patterns)
+    # Only llama-bpe ignores the merges for a word that is a token itself.
     if name is None or bool(model.get("ignore_merges")) != (name == "llama-bpe"):
+        found = " ".join(patterns) or definition.get("pre_tokenizer")
         raise UserError(f"{place}: its tokenizer splits text in a way that llama.cpp does not know (only "
-                        f"{', '.join(NAMES.values())}): {pattern or definition.get('pre_tokenizer')}")
+                        f"{', '.join(NAMES.values())}): {found}")
     return name
 
 

@@ -208,7 +208,7 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     model, patterns = definition["model"], split_patterns(definition.get("pre_tokenizer"))
     extras = ("dropout", "byte_fallback", "unk_token", "continuing_subword_prefix", "end_of_word_suffix")
     has_extras = any(model.get(key) for key in extras) or definition.get("normalizer") is not None
-    if model.get("type") != "BPE" or has_extras or len(patterns) != 1:
+    if model.get("type") != "BPE" or has_extras or len(patterns) != 1 or not patterns[0]:
         return None
     [pattern] = patterns
     added = {token["content"] for token in definition["added_tokens"]}

@@ -18,7 +18,7 @@ from configurator import UserError
 from formats import gguf as gguf_file
 from formats import gguf_reader, hf, splits
 from formats.gguf_tokenizer import vocabulary
-from formats.tokenizer import Tokenizer
+from formats.tokenizer import Tokenizer, split_patterns
 from model import GPT
 from prepare import PrepareConfig, prepare
 from tests.conftest import busy_model, smollm2, tiny_config
@@ -126,6 +126,19 @@ def test_llama_cpp_makes_the_same_ids(name, tokenizer, tmp_path):
         for text in strings(300):
             ids = server.post("/tokenize", {"content": text, "parse_special": False})["tokens"]
             assert ids == ours.encode(text), repr(text)
+
+
+def test_a_tokenizer_of_a_file_is_exported_again(tokenizer, tmp_path):
+    for name in ("smollm", "default"):
+        model = GPT(tiny_config(n_layer=1))
+        path = write(tmp_path / "m.gguf", model, tokenizer, tokenizer__ggml__pre=name)
+        assert vocabulary(Tokenizer.load(path), 500, "here")["tokenizer.ggml.pre"] == name
+    digits = {"type": "Sequence", "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}]}
+    assert split_patterns(digits) == splits.SPLITS["smollm"]
+    assert split_patterns({"type": "Sequence", "pretokenizers": [
+        {"type": "Punctuation", "behavior": "Isolated"}, *digits["pretokenizers"]]}) == ()
 
 
 @needs_llama_cpp
