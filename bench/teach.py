@@ -4,23 +4,34 @@
     python -m bench.teach --teacher=out/teacher --json=docs/results/distill.json
     python -m bench.teach --teacher=out/gpt2 --students=half --out_dir=out/teach_half --equal_time=1.7
 
-Every arm is distill.py with other arguments, run once per seed. The "quarter" students have a quarter of the
-parameters of the default model, as the teacher above. The "half" students have half the layers of any
-teacher, like DistilGPT-2. The "tokenizer" students have a teacher with another tokenizer. The "details" are
-quarter students with other losses, maps and batches. Finished runs are kept, so the command may be stopped
-and started again. Prints validation bits per byte (mean and range over the seeds); how much of the gap between
-the first arm and the teacher is closed; how often student and teacher have the same most likely token; and
-tokens per second. The arms with a cached teacher need its caches (tools/cache_teacher.py).
+Every arm is distill.py with other arguments, run once per seed. The students of "quarter" have a quarter of
+the parameters of the default model, as the teacher above. Those of "half" have half the layers of any
+teacher, like DistilGPT-2. Those of "tokenizer" have a teacher with another tokenizer, and those of "details"
+other losses, maps and batches. Finished runs are kept, so the command may be stopped and started again.
+Prints validation bits per byte (mean and range over the seeds); how much of the gap between the first arm and
+the teacher is closed; how often student and teacher have the same most likely token; and tokens per second.
+The arms with a cached teacher need its caches (tools/cache_teacher.py).
 """
 
 import functools
+import math
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+import torch
+
 from bench.measure import run_benchmark, text_table
 from configurator import run_script
+from dataset.dataloader import Rows, dataset_folder, text_batch
+from dataset.shards import DataFolder
+from distillation.alignment import Aligner
+from distillation.divergences import DenseTeacher, token_log_probs
+from distillation.teacher import context_of, load_teacher
+from formats import hf
+from formats.tokenizer import Tokenizer
 from tools.arms import mean_and_range, run_arms, run_once
 
 CUT = "--student_layers=0,2 --n_embd=128 --n_head=2 --intermediate_size=256"
@@ -127,11 +138,36 @@ def summarize(logs: Logs) -> dict[str, Any]:
     return arms
 
 
+@torch.inference_mode()
+def aligned_bits(cfg: TeachConfig) -> float:
+    """The bits per byte of a teacher with another tokenizer, on the validation rows of its students."""
+    data, folder = DataFolder(dataset_folder(cfg.dataset)), hf.find_folder(cfg.teacher)
+    rows, tokenizer, device = Rows(data, "val", 128), Tokenizer.load(data.folder), torch.device("cpu")
+    teacher = load_teacher(cfg.teacher, Tokenizer.load(folder), device, torch.bfloat16, 128)
+    aligner, sizes = Aligner(tokenizer, folder, context_of(teacher), device), tokenizer.token_bytes()
+    theirs = dict(zip(aligner.pieces.ours.tolist(), aligner.pieces.theirs.tolist(), strict=True))
+    nats, count = 0.0, 0
+    for numbers in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 8)):
+        batch = aligner.align(text_batch(rows.read(numbers)))
+        dense = teacher(batch["teacher_input_ids"], head=lambda hidden, weight: DenseTeacher(
+            hidden.flatten(0, 1), weight))
+        exact = [theirs[index] for index in batch["targets"][:batch["borders"][0]].tolist()]
+        slots = torch.cat((batch["exact_slots"], batch["longer_slots"]))
+        targets = torch.cat((torch.tensor(exact), batch["longer_targets"]))
+        log_q = token_log_probs(dense.take(slots), targets, aligner.teacher.vocab_size, 1.0)
+        nats -= float(log_q.double().sum())
+        count += sum(len(sizes[index]) for index in batch["targets"][:batch["borders"][-1]].tolist())
+    return nats / math.log(2) / count
+
+
 def measure(cfg: TeachConfig) -> dict[str, Any]:
     """Run the arms: {"steps", "seeds", "arms": the result of `summarize`}."""
     logs = run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
                     map(int, cfg.seeds.split(",")))
-    return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": summarize(logs)}
+    arms = summarize(logs)
+    if cfg.students == "tokenizer":
+        arms[TEACHER] = {"bits": [aligned_bits(cfg)], "speeds": [], "agreement": []}
+    return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": arms}
 
 
 def report(results: dict[str, Any]) -> str:

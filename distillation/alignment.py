@@ -74,8 +74,8 @@ def by_span(batch: dict[str, Any], begin: np.ndarray, length: np.ndarray,
     """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of" and "borders".
 
     begin, length, exact: of each span, (S,): the student's first slot, its number of tokens, and whether the
-    span is one token on both sides. A slot is a position in the flattened input
-    ids. It predicts the next token.
+    span is one token on both sides. A slot is a position in the flattened input ids, whose prediction is for
+    the next token.
     """
     targets = full_targets(batch).flatten().numpy()  # (B T,)
     members, span_of = ranges(begin[~exact], length[~exact])
@@ -164,7 +164,6 @@ class Aligner:
         self.student, self.teacher, self.context = student, teacher, context
         self.same = student.definition == teacher.definition
         self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()
-        self.prefix = [] if self.same else teacher.prefix_ids
         self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"
         theirs = teacher.hf.get_vocab()
         self.names = {index: name for name, index in student.hf.get_vocab().items()
@@ -172,6 +171,9 @@ class Aligner:
         self.special = {student.eot_id: teacher.eot_id}
         self.special |= {index: theirs[name] for index, name in self.names.items()
                          if theirs.get(name) in teacher.special_ids}
+        # The teacher's BOS, unless the student's own BOS stands for it.
+        has_bos = student.prefix_ids and self.special.keys() >= set(student.prefix_ids)
+        self.prefix = [] if self.same or has_bos else teacher.prefix_ids
         read = self.bytes_of(teacher.encode(PROBE, inside=True)).decode(errors="replace")
         if read.removeprefix(" ") != PROBE:
             raise UserError(f"teacher={folder}: reads {PROBE!r} as {read!r}, so its bytes cannot be aligned")

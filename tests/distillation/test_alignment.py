@@ -53,10 +53,10 @@ def pair(tmp_path_factory):
     return student, Aligner(student, folder, 512, CPU)
 
 
-def sentencepiece(scheme="always", normalizer=None):
+def sentencepiece(scheme="always", normalizer=None, pieces=()):
     """A BPE that spells spaces as the marker and unknown bytes as <0x..>."""
     pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁",
-              *sorted(set("defmain(args):return+1234#b") | {"▁a", "ar"})]
+              *sorted(set("defmain(args):return+1234#b") | {"▁a", "ar"}), *pieces]
     hf_tokenizer = HFTokenizer(models.BPE(vocab={piece: k for k, piece in enumerate(pieces)},
                                           merges=[("▁", "a"), ("a", "r")], byte_fallback=True,
                                           unk_token="<unk>", fuse_unk=False))
@@ -118,6 +118,29 @@ def test_random_ids_always_align(pair):
         assert batch["targets"].tolist() == ids[:, 1:].flatten()[batch["positions"]].tolist()
         assert (batch["longer_slots"] < batch["teacher_input_ids"].numel()).all()
         assert batch["borders"][-1] <= 96
+
+
+@pytest.mark.fast
+def test_bos_stands_once_before_each_document(tmp_path):
+    """Ours has none: the teacher's begins rows and documents. Equal names: the student's stands for it."""
+    def with_bos(tokenizer, folder):
+        definition = tokenizer.definition | {"post_processor": {
+            "type": "TemplateProcessing", "pair": [], "special_tokens": {
+                "<s>": {"id": "<s>", "ids": [1], "tokens": ["<s>"]}},
+            "single": [{"SpecialToken": {"id": "<s>", "type_id": 0}},
+                       {"Sequence": {"id": "A", "type_id": 0}}]}}
+        return saved(Tokenizer(definition, tokenizer.settings), folder)
+
+    folder, ours = with_bos(sentencepiece(), tmp_path / "t"), bpe(300)
+    aligner = Aligner(ours, folder, 512, CPU)
+    a, end = ours.encode("a"), ours.eot_id
+    letter = aligner.teacher.encode("a", inside=True)
+    assert [k for k, _, _ in aligner.tokens([*a, end, *a])[1]] == [1, *letter, 2, 1, *letter]
+    changed = sentencepiece(pieces=["other"])
+    student = Tokenizer.load(with_bos(changed, tmp_path / "s"))
+    aligner = Aligner(student, folder, 512, CPU)
+    ids = [1, *student.encode("a"), 2]
+    assert not aligner.same and [k for k, _, _ in aligner.tokens(ids)[1]] == [1, *letter, 2]
 
 
 # ---- The loss ---------------------------------------------------------------------------------------------
