@@ -40,6 +40,7 @@ from dataset.sources import Skip
 from generation.api import Asked, Job, Refused, Served, parse, read_message
 from generation.assistant import call_tool
 from generation.generate import MOST_NEW_TOKENS, Sampling
+from generation.verifier import Verifier
 from modeling.devices import DTYPES, pick_device, use_threads
 
 try:
@@ -66,6 +67,8 @@ Handler = Callable[[Request], Awaitable[Response]]
 class ServeConfig(Sampling):
     model: str = "out/dpo"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     compare: str | None = None  # a second model, for comparisons in the page
+    verifier: str | None = None  # a model of verifier.py; it chooses among best_of answers
+    best_of: int = 1  # answers to generate for a request without best_of; needs a verifier
     host: str = "127.0.0.1"  # address to listen on; 0.0.0.0 serves the network, and needs an api_key
     port: int = 8000  # 0 takes a free port
     api_key: str = ""  # what clients must send as a bearer token; the page asks for it
@@ -88,6 +91,7 @@ class ServeConfig(Sampling):
         if self.sinks or self.window is not None:
             raise UserError("sinks and window do not work in the server, whose rows share one cache")
         require(self, "port", 0 <= self.port < 2**16, "from 0 to 65,535")
+        require(self, "best_of", self.best_of == 1 or self.verifier is not None, "1 without a verifier")
         if not self.api_key and not is_loopback(self.host):
             raise UserError(f"host={self.host}: other computers could use the model; set --api_key=")
 
@@ -171,9 +175,12 @@ class Server:
             print(text, file=sys.stderr)
         dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
-        self.defaults = Asked(max_tokens=cfg.max_new_tokens, **sampling)
+        self.defaults = Asked(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         names = list(dict.fromkeys(filter(None, (cfg.model, cfg.compare))))
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
+        if cfg.verifier is not None:
+            for served in self.models.values():
+                served.verifier = Verifier.load(cfg.verifier, served.tokenizer, device)
 
     async def page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)

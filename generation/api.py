@@ -21,7 +21,7 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -38,6 +38,7 @@ from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
 from generation.constraints import Constraint, ConstraintKeys, RowGuide, call_schema, grammar
 from generation.generate import MOST_NEW_TOKENS, Sampling
+from generation.verifier import Verifier
 from model import GPT
 
 MOST_CHOICES = 128  # answers to one prompt
@@ -69,6 +70,7 @@ class Asked(Sampling):
     prompt: str | list = ""  # a text, a list of ids, or a list of these
     max_tokens: int = 16
     n: int = 1  # answers per prompt
+    best_of: int = 1  # answers to generate per prompt; the verifier chooses the n best
     stop: str | list | None = None
     stream: bool = False
     stream_options: dict | None = None
@@ -81,8 +83,8 @@ class Asked(Sampling):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for key, low, high in (("n", 1, MOST_CHOICES), ("max_tokens", 0, MOST_NEW_TOKENS),
-                               ("logprobs", 0, 20)):
+        for key, low, high in (("n", 1, MOST_CHOICES), ("best_of", 1, MOST_CHOICES), ("logprobs", 0, 20),
+                               ("max_tokens", 0, MOST_NEW_TOKENS)):
             value = getattr(self, key)
             require(self, key, value is None or low <= value <= high, f"from {low} to {high:,}")
         fits = all(isinstance(text, str) and text for text in self.stops) and len(self.stops) <= 16
@@ -174,6 +176,7 @@ class Served:
                      False: {self.tokenizer.eot_id, *hf.end_ids(folder)}}  # by is_chat
         self.context_length = min(context_length, model.config.block_size)
         self.number = 0  # row number of the next request without a seed
+        self.verifier: Verifier | None = None
         self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length)
 
     def read_prompts(self, given: str | list) -> list[list[int]]:
@@ -230,8 +233,10 @@ class Served:
             prompts = self.read_prompts(asked.prompt)
         if (longest := max(map(len, prompts))) > self.context_length:
             raise Refused(413, f"the prompt has {longest:,} tokens, and the context {self.context_length:,}")
+        if asked.best_of > asked.n and self.verifier is None:
+            raise UserError("best_of: needs a server with --verifier=")
         number = 0 if asked.has_seed else self.number % ROUND_STRIDE
-        self.number += 0 if asked.has_seed else len(prompts) * asked.n
+        self.number += 0 if asked.has_seed else len(prompts) * max(asked.n, asked.best_of)
         return Job(self, asked, is_chat, prompts, number + rounds * ROUND_STRIDE)
 
 
@@ -260,8 +265,14 @@ def added(before: Message, now: Message) -> Message:
     return delta | ({"tool_calls": new} if new else {})
 
 
+async def each_ended(places: Iterable[int]) -> AsyncIterator[tuple[int, bool]]:
+    """What `Job.changes` yields of rows that have ended."""
+    for place in places:
+        yield place, True
+
+
 class Job:
-    """A request at work: n rows per prompt."""
+    """A request at work: n rows per prompt, or best_of."""
 
     def __init__(self, served: Served, asked: Asked, is_chat: bool, prompts: list[list[int]], number: int):
         """Submit the rows. number: row number of the first."""
@@ -273,7 +284,7 @@ class Job:
         self.rows: list[Row] = []
         for prompt in prompts:
             first = None  # the other rows of a prompt wait until it has read the prompt
-            for _ in range(asked.n):
+            for _ in range(max(asked.n, asked.best_of)):
                 self.rows.append(Row(
                     prompt=prompt, max_new_tokens=asked.max_tokens, sampling=sampling, first=first,
                     number=number + len(self.rows), is_done=self.is_done, wake=self.wake, top=asked.logprobs,
@@ -351,7 +362,7 @@ class Job:
     @property
     def usage(self) -> dict[str, Any]:
         prompt, new = sum(map(len, self.prompts)), sum(len(row.new) for row in self.rows)
-        cached = sum(row.cached for row in self.rows[::self.asked.n])
+        cached = sum(row.cached for row in self.rows if row.first is None)
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
@@ -371,26 +382,41 @@ class Job:
                     raise error
                 yield index, ended
 
-    async def response(self) -> dict[str, Any]:
-        """The body of the answer, when all rows have ended."""
+    async def best(self) -> list[int]:
+        """The numbers of the rows to return, when all have ended: those that the verifier scores highest."""
         async for _ in self.changes():
             pass
+        numbers, verifier = range(len(self.rows)), self.served.verifier
+        size = len(numbers) // len(self.prompts)
+        if verifier is None or size == self.asked.n:
+            return list(numbers)
+        best: list[int] = []
+        for prompt, first in zip(self.prompts, numbers[::size], strict=True):
+            answers = [row.new for row in self.rows[first:first + size]]
+            scores = await asyncio.to_thread(verifier.score, prompt, answers)
+            best += (first + scores.argsort(descending=True, stable=True)[:self.asked.n]).tolist()
+        return best
+
+    async def response(self) -> dict[str, Any]:
+        """The body of the answer, when all rows have ended."""
         choices = []
-        for index, row in enumerate(self.rows):
-            message, reason = self.message(index, finished=True)
+        for index, number in enumerate(await self.best()):
+            message, reason = self.message(number, finished=True)
             content = {"message": message} if self.is_chat else {"text": message["content"]}
             choices.append({"index": index, **content, "finish_reason": reason,
-                            "logprobs": self.logprobs(row)})
+                            "logprobs": self.logprobs(self.rows[number])})
         return self.envelope(choices) | {"usage": self.usage}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The pieces of the answer, as they are generated."""
-        sent: dict[int, Message] = {index: {} for index in range(len(self.rows))}
+        """The pieces of the answer, as they are generated; with best_of, whole answers at the end."""
+        places = range(len(self.prompts) * self.asked.n)  # of the choices
+        sent: dict[int, Message] = {index: {} for index in places}
         for index in sent if self.is_chat else []:
             delta = {"role": "assistant", "content": ""}
             yield self.envelope([{"index": index, "delta": delta, "finish_reason": None}], True)
-        async for index, ended in self.changes():
-            now, reason = self.message(index, ended)
+        numbers = await self.best() if len(self.rows) > len(places) else list(places)
+        async for index, ended in self.changes() if len(self.rows) == len(places) else each_ended(places):
+            now, reason = self.message(numbers[index], ended)
             delta = added(sent[index], now)
             sent[index] = now
             if delta or reason:

@@ -32,7 +32,7 @@ from torch import Tensor
 
 from configurator import UserError
 from dataset.tool_problems import offered_functions
-from formats.chat_format import CALL, THOUGHT, THOUGHT_END, end_of_turn
+from formats.chat_format import CALL, THOUGHT, THOUGHT_END
 from formats.files import read_json
 from formats.tokenizer import Tokenizer
 
@@ -156,7 +156,7 @@ class Constraint:
         except ImportError:
             raise UserError("constrain and json_schema need llguidance (pip install llguidance)") from None
         self.matcher, self.tokenizer, self.end_ids, self.keys = llguidance.LLMatcher, tokenizer, end_ids, keys
-        if keys.constrain and (keys.json_schema or end_of_turn(tokenizer) is None):
+        if keys.constrain and (keys.json_schema or tokenizer.hf.token_to_id(CALL) is None):
             raise UserError(f"constrain={keys.constrain}: does not work with json_schema, or for a model "
                             "without our tokens for tool calls")
         self.vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary(tokenizer)))

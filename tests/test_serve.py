@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -396,6 +397,25 @@ def test_schemas_and_forced_calls(server):
                    {"response_format": {"type": "x"}, "tool_choice": None},
                    {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}):
         assert server.ask("/v1/chat/completions", body | change)[0] == 400
+
+
+def test_the_best_of_several_answers(server, monkeypatch):
+    """A verifier chooses; here it prefers the answers with the most different tokens."""
+    body = {"prompt": ["import", "def"], "seed": 4, "temperature": 1.5}
+    assert server.ask("/v1/completions", body | {"best_of": 4})[0] == 400, "there is no verifier"
+    every = [choice["text"] for choice in server.ask("/v1/completions", body | {"n": 4})[1]["choices"]]
+    seen = []
+
+    def score(prompt, answers):
+        seen.extend(answers)
+        return torch.tensor([float(len(set(answer))) for answer in answers])
+
+    monkeypatch.setattr(server.served, "verifier", SimpleNamespace(score=score))
+    choices = server.ask("/v1/completions", body | {"best_of": 4})[1]["choices"]
+    best = [max(range(first, first + 4), key=lambda row: len(set(seen[row]))) for first in (0, 4)]
+    assert [choice["text"] for choice in choices] == [every[row] for row in best]
+    streamed = server.events("/v1/completions", body | {"best_of": 4})
+    assert [event["choices"][0]["text"] for event in streamed] == [choice["text"] for choice in choices]
 
 
 # ---- The page in a browser --------------------------------------------------------------------------------
