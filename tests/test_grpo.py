@@ -14,7 +14,7 @@ from formats import checkpoint, hf
 from formats.chat_format import encode_prompt
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
-from generation.rollouts import Group, Limits, RolloutSampler, group_batch
+from generation.rollouts import Group, Rollout, group_batch
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 from tests.runs import events, kill_in_step, losses, norms, stopped_in_step
@@ -96,16 +96,20 @@ def test_gradients_by_hand():
 
 
 def rollouts_of(chat, temperature=1.0):
-    """Two prompts with four answers each, with advantages, and one token marked as a tool's."""
+    """Two prompts with four answers of random tokens each, with advantages, and a token of a tool."""
     model, tokenizer = GPT.from_pretrained(chat[0]), Tokenizer.load(chat[0])
-    prompts = [encode_prompt(tokenizer, [{"role": "user", "content": text}])
-               for text in ("2 + 2?", "Sort 3 1.")]
-    limits = Limits(max_new_tokens=12, block_size=128, temperature=temperature, seed=3)
-    found = RolloutSampler(model, tokenizer, limits).sample(prompts, range(8), 4, [False, False])
-    longest = max(found, key=lambda rollout: len(rollout.ids))
-    longest.sampled[1] = False
-    values = torch.randn(2, 4, generator=torch.Generator().manual_seed(1)).tolist()
-    return model, [Group(found[:4], [{}] * 4, values[0]), Group(found[4:], [{}] * 4, values[1])]
+    generator, groups = torch.Generator().manual_seed(1), []
+    for text in ("2 + 2?", "Sort 3 1."):
+        prompt, rollouts = encode_prompt(tokenizer, [{"role": "user", "content": text}]), []
+        for length in (3, 12, 1, 7):
+            ids = torch.randint(tokenizer.vocab_size, (length,), generator=generator)
+            with torch.no_grad():
+                logits = model(torch.tensor([prompt + ids[:-1].tolist()]))[0, len(prompt) - 1:] / temperature
+            log_probs = logits.log_softmax(-1).gather(1, ids[:, None])[:, 0]
+            rollouts.append(Rollout(prompt, ids.tolist(), [place != 2 for place in range(length)],
+                                    log_probs.tolist()))
+        groups.append(Group(rollouts, [{}] * 4, torch.randn(4, generator=generator).tolist()))
+    return model, groups
 
 
 @pytest.mark.parametrize("advantage", ["mean", "rloo"])
