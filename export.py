@@ -33,6 +33,7 @@ from configurator import UserError, configure, run_script
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
 from formats.files import atomic_folder, file_sha256, read_json, require_utf8_name, sibling_path
+from formats.gguf_reader import is_alone
 from formats.gguf_tokenizer import vocabulary
 from formats.model_card import Card
 from formats.tokenizer import Tokenizer
@@ -216,7 +217,9 @@ def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
     # manifest.json and README.md say what the model is; they are not the model.
     files = [path for path in sorted(hf.home(source.folder).iterdir())
              if path.is_file() and path.name not in ("manifest.json", "README.md")]
-    if source.folder.is_file():  # one GGUF file of several
+    if is_alone(source.folder):
+        files = [source.folder]
+    elif source.folder.is_file():  # one GGUF file of several
         files = [path for path in files if path.suffix != ".gguf" or path == source.folder]
     return inputs | {"name": cfg.title, "card": hashlib.sha256(content.encode()).hexdigest(),
                      "model": {path.name: file_sha256(path) for path in files}}

@@ -106,9 +106,11 @@ def measure(cfg: Config) -> dict[str, Any]:
         parameters = LM(str(model), "cpu").model.num_parameters()
         results = {}
         for name in names:
-            tried = {size: run_child(harness.run, str(model), str(few), few_tasks[name], size)
-                     ["seconds"]["asking"] for size in numbers(cfg, "batch_sizes")}
-            best = min(tried, key=tried.__getitem__)
+            sizes, tried = numbers(cfg, "batch_sizes"), {}
+            for size in sizes if len(sizes) > 1 else []:
+                few_run = run_child(harness.run, str(model), str(few), few_tasks[name], size)
+                tried[size] = few_run["seconds"]["asking"]
+            best = min(tried, key=tried.__getitem__, default=sizes[0])
             runs = in_turns({
                 "ours": functools.partial(run_child, run_ours, str(model), str(full), name, cfg.shots),
                 "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks[name], best),

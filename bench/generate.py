@@ -3,11 +3,12 @@
     python -m bench generate --nanogpt=../nanoGPT
     python -m bench generate --nanogpt=../nanoGPT --batch_size=16 --compile=True
     python -m bench generate --device=cuda --size=124m --batch_size=1
+    python -m bench generate --model=out/smollm2 --batch_size=1 --prompt_tokens=64 --max_new_tokens=24
 
 One call reads the prompts and generates max_new_tokens for each. First checks, in float32: transformers
 generates our tokens from the folder we save, and nanoGPT (with GPT-2's GELU) generates the tokens of our
 GPT-2 settings with its weights. The weights are random, and larger than a new model's so that the tokens
-vary.
+vary. With --model, a real model is compared with transformers alone.
 
 "of peak" is the time of multiplying each of the model's matrices once by batch_size vectors (GEMV), relative
 to the time of a token. Left out: sampling, and compiled peers.
@@ -27,7 +28,9 @@ from bench.machine import copy_arm, gemv_arm
 from bench.measure import baselines, row, start, time_in_turns, timing_table
 from bench.peers import ModelConfig, count_parameters, require_equal_tokens
 from configurator import UserError
+from formats import hf
 from generation.generate import Sampling, generate
+from model import GPT
 from modeling.devices import DTYPES
 
 COMPILED = "our Llama, compiled"
@@ -37,20 +40,28 @@ TWINS = peers.TWINS | {COMPILED: "our Llama"}  # {arm: the model that must gener
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     size: Literal["readme", "4m", "124m", "1.1b"] = "4m"  # sets the defaults of n_layer .. batch_size
+    model: str | None = None  # model folder, out_dir or .gguf, instead of random weights of a size
     prompt_tokens: int = 16  # length of each prompt
     max_new_tokens: int = 256  # tokens generated per prompt
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        T = self.sizes()["block_size"]
+        fields = hf.read_config(hf.find_folder(self.model)) if self.model else self.sizes()
+        T = fields["block_size"]
         if self.prompt_tokens + self.max_new_tokens > T:
             raise UserError(f"block_size={T}: must be at least prompt_tokens + max_new_tokens")
 
 
 def make_models(cfg: Config, device: torch.device) -> tuple[dict[str, nn.Module], list[str]]:
     """{arm: its model}, all in float32 with random weights, and notes on what is left out."""
-    models, notes = peers.make_models(cfg)
-    models = {name: enlarge(model).to(device).eval() for name, model in models.items()}
+    if cfg.model:
+        ours = GPT.from_pretrained(cfg.model)
+        models: dict[str, nn.Module] = {"our Llama": ours, "transformers": peers.transformers_twin(ours)}
+        notes = [f"model: {cfg.model}"]
+    else:
+        models, notes = peers.make_models(cfg)
+        models = {name: enlarge(model) for name, model in models.items()}
+    models = {name: model.to(device).eval() for name, model in models.items()}
     if cfg.compiles(device):
         models[COMPILED] = copy.deepcopy(models["our Llama"])
         models[COMPILED].compiled_steps = True
@@ -98,7 +109,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time every arm. UserError if the tokens differ."""
     device, dtype = start(cfg)
     models, notes = make_models(cfg, device)
-    V, B = (cfg.sizes()[key] for key in ("vocab_size", "batch_size"))
+    V, B = models["our Llama"].config.vocab_size, cfg.sizes()["batch_size"]
     prompts = torch.randint(V, (B, cfg.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
     checks = check(models, prompts, cfg.max_new_tokens)
     arms = {name: functools.partial(generate_tokens, name, model.to(DTYPES[dtype]), prompts,

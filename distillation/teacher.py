@@ -57,7 +57,7 @@ class ForeignTeacher(nn.Module):
 
 def is_ours(folder: Path) -> bool:
     """True if model.py has the architecture. Raises UserError if config.json is damaged."""
-    if is_adapter(folder):
+    if is_adapter(folder) or folder.is_file():  # a GGUF file
         return True
     try:
         model_type = json.loads((folder / "config.json").read_text())["model_type"]
