@@ -211,7 +211,7 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     # We want the gradient of (sum of all losses) / count. DDP and FSDP average over the ranks: that divides
     # by world_size as well, so multiply by it.
     scale = run.world_size / max(data.count, 1)
-    loss_scale = state.scaler.scale(torch.tensor(scale, device=run.device))
+    loss_scale = state.scaler.scale(torch.full((), scale, device=run.device))
     moe.begin_step(state.model, loss_scale, progress.expert_load)
     sums = backward(state, data.batches, loss_fn, scale)
     clip = stage.cfg.grad_clip
