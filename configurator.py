@@ -87,6 +87,11 @@ OTHER_NAMES = {
     "quantize_base": "load_in_4bit qlora",
     "loss": "loss_type",
     "nll_weight": "rpo_alpha",
+    "group_size": "num_generations n_samples_per_prompt",
+    "kl_weight": "beta kl_coef",
+    "clip": "epsilon cliprange clip_ratio",
+    "updates_per_rollout": "num_iterations ppo_epochs",
+    "reward": "reward_funcs reward_model",
     # Architecture.
     "block_size": "n_ctx ctx_len ctx context_length context_size seq_len seq_length sequence_length "
                   "max_length max_seq_len max_seq_length n_positions max_position_embeddings",

@@ -33,15 +33,16 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
 # TRAINED or are named in NOT_FAST are left out. The others start no training run and no child process.
 FAST = """
     test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
-    bench/test_learn.py bench/test_teach.py
+    bench/test_learn.py bench/test_reason.py bench/test_teach.py
     dataset/test_chat_rows.py dataset/test_conversations.py dataset/test_download.py
-    dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py dataset/test_sources.py
-    dataset/test_words.py faults/test_command_lines.py
+    dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py dataset/test_prompts.py
+    dataset/test_sources.py dataset/test_words.py faults/test_command_lines.py
     distillation/test_divergences.py distillation/test_layer_losses.py distillation/test_layer_maps.py
     distillation/test_on_policy.py distillation/test_pruning.py
     evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py
     evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_calibration.py
-    evals/test_likelihood.py evals/test_lm.py evals/test_votes.py generation/test_verifier.py
+    evals/test_likelihood.py evals/test_lm.py evals/test_rewards.py evals/test_votes.py
+    generation/test_rollouts.py generation/test_verifier.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
     generation/test_samples.py
     modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_sinks.py

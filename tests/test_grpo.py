@@ -341,7 +341,13 @@ def test_a_failing_reward_ends_the_run_with_one_line(chat, tmp_path):
         run((chat[0], f"{path}:score"), tmp_path / "a", "--max_new_tokens=60")
 
 
-def test_every_key_has_a_range_or_a_type():
+@pytest.mark.parametrize("name", ["grpo_tools", "grpo_gsm8k"])
+def test_config_files_describe_runs(name):
+    cfg = config(f"config/{name}.py")
+    assert cfg.out_dir == f"out/{name}" and cfg.global_batch_size % cfg.micro_batch_size == 0
+
+
+def test_a_stage_may_change_the_prompts():
     fields = {each.name for each in dataclasses.fields(grpo.GRPOConfig)}
     assert grpo.GRPOConfig.stage_fixed <= fields
     assert {"families", "calculator", "temperature", "refill"}.isdisjoint(grpo.GRPOConfig.stage_fixed)

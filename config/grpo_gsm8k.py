@@ -1,0 +1,14 @@
+# Word problems of grade school, for an open model that sft.py has trained on chats in our format.
+#   python grpo.py config/grpo_gsm8k.py --init_from=out/sft_gsm8k --dataset=gsm8k_train.jsonl
+out_dir = "out/grpo_gsm8k"
+block_size = 512
+max_new_tokens = 300
+group_size = 16
+global_batch_size = 32  # prompts, with 16 answers each
+micro_batch_size = 4
+max_steps = 200
+optimizer = "adamw"
+learning_rate = 2e-6
+schedule = "constant"
+warmup_steps = 5
+activation_checkpointing = True
