@@ -18,7 +18,7 @@ import torch
 from matplotlib.figure import Figure
 
 from bench.measure import text_table
-from configurator import configure, require_positive, run_script
+from configurator import configure, require, require_positive, run_script
 from evals.lm import LM
 from evals.tasks import context_length
 from evals.texts import read_texts
@@ -29,6 +29,7 @@ from prepare import PrepareConfig, prepare
 from tools.arms import mean_and_range, run_once
 
 T, FACTOR = 64, 16  # training length; the rows that are measured are FACTOR times as long
+VOCABULARIES = {"bytes": 257, "BPE": 4096}
 WAYS = {"plain attention": (0, None), "window of 64": (0, T), "4 sinks, window of 60": (4, T - 4)}
 ARGV = ["--n_layer=3", "--n_embd=128", "--n_head=4", f"--block_size={T}", "--sample_tokens=0",
         "--eval_interval=0", "--save_interval=0", "--log_interval=100", "--eval_tokens=65536", "--device=cpu"]
@@ -37,14 +38,17 @@ ARGV = ["--n_layer=3", "--n_embd=128", "--n_head=4", f"--block_size={T}", "--sam
 @dataclass(frozen=True, kw_only=True)
 class SinksConfig:
     seeds: int = 3  # models per tokenizer, with seeds 1, 2, ..
-    steps: int = 800  # optimizer steps of each model
-    limit: int = 96  # KiB of validation text
+    tokenizers: str = "bytes,BPE"  # of the models, separated by commas
+    steps: int = 400  # optimizer steps of each model
+    limit: int = 64  # KiB of validation text
     out_dir: str = "out/sinks"  # folder for the models and their results
     json: str | None = None  # write the results to this file
     png: str | None = None  # draw the curves to this file
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "steps", "limit")
+        known = set(self.tokenizers.split(",")) <= VOCABULARIES.keys()
+        require(self, "tokenizers", known, "bytes, BPE or both")
 
 
 def token_times(model: GPT, sinks: int) -> dict[str, float]:
@@ -119,10 +123,10 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SinksConfig, argv, usage=__doc__)
     results: dict[str, list[dict]] = {}
-    for name, vocab_size in (("bytes", 257), ("BPE", 4096)):
+    for name in cfg.tokenizers.split(","):
         data = Path(cfg.out_dir) / f"data_{name}"
         if not (data / "meta.json").is_file():
-            prepare(PrepareConfig(out=str(data), vocab_size=vocab_size))
+            prepare(PrepareConfig(out=str(data), vocab_size=VOCABULARIES[name]))
         for seed in range(1, cfg.seeds + 1):
             folder = Path(cfg.out_dir) / f"{name}_{seed}"
             run_once("train.py", [*ARGV, f"--dataset={data}", f"--seed={seed}", f"--max_steps={cfg.steps}"],
