@@ -32,7 +32,7 @@ from configurator import UserError
 
 SECONDS = 2.0  # of CPU time per request; the templates of known models take about a millisecond
 MEMORY = 2**30  # bytes that the child may use
-LONGEST = 2**26  # characters of a rendered text
+LONGEST = 2**24  # characters of a rendered text
 GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks what the assistant writes
 
 
@@ -71,13 +71,13 @@ def answer(template: str, variables: dict[str, Any]) -> tuple[str | None, str | 
         return None, " ".join(str(error).split())[:200] or type(error).__name__
 
 
-def serve() -> None:
-    """Answer requests from stdin until it closes. The system ends the process if a request takes too long."""
+def serve(seconds: float) -> None:
+    """Answer requests from stdin until it closes. The system ends this process if one takes longer."""
     with contextlib.suppress(ImportError, ValueError, OSError):  # macOS has no such limit
         import resource
         resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     for line in sys.stdin.buffer:
-        signal.setitimer(signal.ITIMER_VIRTUAL, SECONDS)  # SIGVTALRM, which ends this process
+        signal.setitimer(signal.ITIMER_VIRTUAL, seconds)  # SIGVTALRM, which ends this process
         template, jobs = json.loads(line)
         print(json.dumps([answer(template, variables) for variables in jobs]), flush=True)
         signal.setitimer(signal.ITIMER_VIRTUAL, 0)
@@ -92,9 +92,9 @@ lock = threading.Lock()
 def start_child() -> subprocess.Popen:
     # In a session of its own, Ctrl-C does not reach it. -P keeps the current folder out of its imports.
     path = {"PYTHONPATH": str(Path(__file__).resolve().parents[1])}
-    return subprocess.Popen([sys.executable, "-P", "-m", "formats.template_process"], stdin=subprocess.PIPE,
-                            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=os.environ | path,
-                            start_new_session=True)
+    command = [sys.executable, "-P", "-m", "formats.template_process", str(SECONDS)]
+    return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+                            env=os.environ | path, start_new_session=True)
 
 
 def render(template: str, jobs: list[dict[str, Any]]) -> list[tuple[str | None, str | None]]:
@@ -112,10 +112,10 @@ def render(template: str, jobs: list[dict[str, Any]]) -> list[tuple[str | None, 
             child.stdin.flush()
             line = child.stdout.readline()
         if not line.endswith(b"\n"):
-            raise UserError(f"chat template: takes more than {SECONDS:.0f} s or {MEMORY >> 20:,} MB")
+            raise UserError(f"chat template: takes more than {SECONDS} s or {MEMORY >> 20:,} MB")
         children[os.getpid()] = child  # only now, so that nobody reads the answer of an interrupted request
     return json.loads(line)
 
 
 if __name__ == "__main__":
-    serve()
+    serve(float(sys.argv[1]))

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from formats.chat_format import END, encode_prompt, end_of_turn, read_answer
+from formats.chat_format import encode_chat, encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Message, call_tool
 from generation.generate import MIN_TEMPERATURE, NO_TOKEN, forward_last, uniform_numbers
@@ -140,8 +140,10 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
 def tool_turns(tokenizer: Tokenizer, results: list[str]) -> list[int]:
     """The ids between the end of an assistant's turn with tool calls and the beginning of its next turn."""
     turns = [{"role": "tool", "content": result} for result in results]
-    ids = encode_prompt(tokenizer, [{"role": "assistant", "content": ""}, *turns])
-    return ids[ids.index(tokenizer.token_id(END)) + 1:]
+    before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
+    ids, end = encode_prompt(tokenizer, [*before, *turns]), end_of_turn(tokenizer)
+    ends = [place for place, index in enumerate(ids) if index == end]
+    return ids[ends[encode_chat(tokenizer, before)[0].count(end) - 1] + 1:]
 
 
 class RolloutSampler:

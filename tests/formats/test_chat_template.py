@@ -9,7 +9,6 @@ import json
 import os
 import random
 import re
-import time
 from pathlib import Path
 
 import numpy as np
@@ -289,7 +288,7 @@ def compare(name, formats, count, seed):
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_ids_and_masks_of_transformers(name, formats):
-    assert compare(name, formats, 12, seed=1) > 3
+    assert compare(name, formats, 6, seed=1) > 0
 
 
 @pytest.mark.slow
@@ -666,7 +665,7 @@ def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, mo
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
         ("{{ 10 ** (10 ** 10) }}", "takes more than"),
         ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
-        ("{{ 'a' * 70000000 }}", "a text of 70,000,000 characters"),
+        ("{{ 'a' * 20000000 }}", "a text of 20,000,000 characters"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -680,12 +679,12 @@ def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, mo
 def test_a_bad_template_is_one_line(template, reason, formats, monkeypatch):
     tokenizer = formats("smollm2")[0]
     bad = Tokenizer(tokenizer.definition, tokenizer.settings | {"chat_template": template})
-    begin = time.monotonic()
+    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    monkeypatch.setattr(template_process, "children", {})
     with pytest.raises(UserError, match=reason) as error:
         require_chat(bad, "model")
     assert str(error.value).startswith("chat template: ") and "\n" not in str(error.value)
     assert end_of_turn(bad) is None, "a text model with a broken template still works"
-    assert time.monotonic() - begin < 120
     # The next conversation is answered by a new child.
     assert encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
 
