@@ -58,7 +58,7 @@ ARMS = {
         "teacher": HALF,
         "teacher, inside": f"{HALF} --hidden_weight=0.5 --attention_weight=0.25"},
     "tokenizer": {  # a teacher whose tokenizer is not the data's
-        "text alone": "--alpha=0",
+        "text alone": "--align=bytes --cache=topk --alpha=0",
         "teacher, cached top-64": "--align=bytes --cache=topk"},
     "details": {
         "text alone": "--alpha=0",

@@ -316,8 +316,8 @@ def test_online_and_cached_runs_agree(other, data, tmp_path, capsys):
     online = run(other, own, tmp_path / "a", *short)
     with pytest.raises(UserError, match="--align=bytes"):
         run(other, own, tmp_path / "b", *short, "--cache=topk")
-    with pytest.raises(UserError, match="k=500: the vocabularies share only"):
-        cache(other, own, "--method=topk", "--k=500", "--align=bytes")
+    with pytest.raises(UserError, match="k=501: the vocabularies share only 500 pieces"):
+        cache(other, own, "--method=topk", "--k=501", "--align=bytes")
     cache(other, own, "--method=topk", "--k=450", "--temperature=2", "--align=bytes", "--values=float32")
     cached = run(other, own, tmp_path / "b", *short, "--cache=topk")
     for key in ("loss", "divergence", "aligned"):
