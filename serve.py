@@ -34,6 +34,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+import uvicorn
+from starlette.applications import Starlette
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from uvicorn.protocols.http.h11_impl import H11Protocol
+
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset.conversations import preference
 from dataset.sources import Skip
@@ -42,16 +49,6 @@ from generation.assistant import call_tool
 from generation.generate import MOST_NEW_TOKENS, Sampling
 from generation.verifier import Verifier
 from modeling.devices import DTYPES, pick_device, use_threads
-
-try:
-    import uvicorn
-    from starlette.applications import Starlette
-    from starlette.requests import ClientDisconnect, Request
-    from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
-    from starlette.routing import Route
-    from uvicorn.protocols.http.h11_impl import H11Protocol
-except ImportError:
-    raise SystemExit("serve.py needs two more packages: pip install starlette uvicorn") from None
 
 MOST_BODY = 4 * 2**20  # bytes of a request; 4 MiB are a million tokens of English
 BODY_SECONDS = 10  # until a request has arrived

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -19,8 +20,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-
-pytest.importorskip("starlette")
 import uvicorn
 
 import sample
@@ -200,7 +199,8 @@ def test_log_probabilities_of_prompts_as_ids(server, chat_folder):
 
 
 def test_a_tool_call_and_its_result(server, script):
-    script |= {"12 * 30?": {"thought": "a tool", "tool_calls": [CALL]}, "360": {"content": "It is 360 \u00e9."}}
+    script |= {"12 * 30?": {"thought": "a tool", "tool_calls": [CALL]},
+               "360": {"content": "It is 360 \u00e9."}}
     body = {"messages": QUESTION, "tools": [TOOL], "max_tokens": 60}
     status, answer = server.ask("/v1/chat/completions", body)
     message, reason = answer["choices"][0]["message"], answer["choices"][0]["finish_reason"]
@@ -227,10 +227,12 @@ def test_the_openai_client(server, script):
     assert answer.finish_reason == "tool_calls" and json.loads(call.function.arguments) == CALL["arguments"]
     called = answer.message.model_dump(exclude_none=True, exclude={"parsed"})
     messages += [called, {"role": "tool", "content": "360", "tool_call_id": call.id}]
-    pieces = [chunk for chunk in client.chat.completions.create(
-        model=model.id, messages=messages, stream=True, stream_options={"include_usage": True}, max_tokens=40)]
-    assert "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices) == "It is 360."
-    thoughts = [getattr(piece.choices[0].delta, "reasoning_content", "") for piece in pieces if piece.choices]
+    pieces = list(client.chat.completions.create(
+        model=model.id, messages=messages, stream=True, max_tokens=40,
+        stream_options={"include_usage": True}))
+    deltas = [piece.choices[0].delta for piece in pieces if piece.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "It is 360."
+    thoughts = [getattr(delta, "reasoning_content", "") for delta in deltas]
     assert "".join(filter(None, thoughts)) == "so"
     assert pieces[-1].usage.completion_tokens > 3 and pieces[-2].choices[0].finish_reason == "stop"
     with pytest.raises(openai.BadRequestError, match="logit_bias: not supported"):
@@ -348,14 +350,15 @@ def test_votes_are_preferences(server):
         "name": "calculator", "arguments": json.dumps(CALL["arguments"])}}]}
     result = {"role": "tool", "content": "360", "tool_call_id": "c"}
     vote = {"prompt": QUESTION, "chosen": [called, result, said], "chosen_model": "a", "rejected_model": "b"}
-    assert server.ask("/vote", vote | {"rejected": [called, result, said | {"content": "<b>36</b>"}]})[0] == 200
+    other = said | {"content": "<b>36</b>"}
+    assert server.ask("/vote", vote | {"rejected": [called, result, other]})[0] == 200
     assert server.ask("/vote", vote | {"rejected": [said]})[0] == 200
     for bad in (vote, vote | {"rejected": vote["chosen"]}, vote | {"rejected": [QUESTION[0]]}, {}, [], 5):
         assert server.ask("/vote", bad)[0] == 400
     rows = [json.loads(line) for line in Path(server.cfg.votes).read_text().splitlines()]
     parts = [preference(row) for row in rows]
     assert [len(prompt) for prompt, _, _ in parts] == [3, 1]
-    assert parts[0][1:] == (said, said | {"content": "<b>36</b>"})
+    assert parts[0][1:] == (said, other)
     assert parts[1][1]["tool_calls"] == [CALL] and parts[1][2] == said
 
 
@@ -426,7 +429,7 @@ class Browser:
 
     async def __aenter__(self):
         aiohttp = pytest.importorskip("aiohttp")
-        self.profile = Path(os.environ.get("TMPDIR", "/tmp")) / f"chromium_{os.getpid()}_{time.monotonic_ns()}"
+        self.profile = Path(tempfile.mkdtemp())
         self.process = subprocess.Popen(
             [shutil.which("chromium"), "--headless=new", "--no-sandbox", "--disable-gpu",
              "--disable-dev-shm-usage", "--remote-debugging-port=0", f"--user-data-dir={self.profile}",
@@ -466,7 +469,8 @@ class Browser:
 
     async def until(self, code):
         until = time.monotonic() + 30
-        while not (value := await self.js(f"(() => {{ try {{ return {code} }} catch {{ return false }} }})()")):
+        tried = f"(() => {{ try {{ return {code} }} catch {{ return false }} }})()"
+        while not (value := await self.js(tried)):
             assert time.monotonic() < until, f"{code}: {await self.js('document.body.innerText')}"
             await asyncio.sleep(0.05)
         return value
@@ -496,13 +500,18 @@ class Browser:
                       "b.offsetParent).click()")
 
 
-HOSTILE = "<img src=x onerror=alert(1)> <script>alert(1)</script> **bold** `a < b`\n\n```py\nprint('<b>')\n```\n" \
-          "[site](https://example.org) [bad](javascript:alert(1))"
+HOSTILE = """<img src=x onerror=alert(1)> <script>alert(1)</script> **bold** `a < b`
+
+```py
+print('<b>')
+```
+[site](https://example.org) [bad](javascript:alert(1))"""
 
 
 async def visit(server, script, monkeypatch):
     """Send, stream, tool call, markup, stop, edit, compare, vote, phone."""
-    done = "document.querySelectorAll('[aria-busy=false]').length >= {} && !document.querySelector('[aria-busy=true]')"
+    done = ("document.querySelectorAll('[aria-busy=false]').length >= {} && "
+            "!document.querySelector('[aria-busy=true]')")
     async with Browser() as page:
         await page.size(1280, 800)
         await page.call("Page.navigate", url=server.url)

@@ -1,4 +1,4 @@
-"""batcher.py: rows that join and leave a batch have the tokens of `generate`, whatever their neighbours do."""
+"""batcher.py: rows that join and leave a batch have the tokens of `generate`, whatever the others do."""
 
 import threading
 import time
@@ -12,7 +12,8 @@ from generation.generate import Options, Sampling, append_tokens, generate
 from tests.conftest import busy_model, tiny_config
 from tests.generation.test_generate import GREEDY, prompts_of
 
-SAMPLINGS = [GREEDY, Sampling(seed=3), Sampling(seed=4, top_k=5), Sampling(seed=5, top_p=0.7, temperature=1.3),
+SAMPLINGS = [GREEDY, Sampling(seed=3), Sampling(seed=4, top_k=5),
+             Sampling(seed=5, top_p=0.7, temperature=1.3),
              Sampling(seed=6, min_p=0.1, repetition_penalty=1.3)]
 
 
