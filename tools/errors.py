@@ -1,6 +1,6 @@
 """What kinds of mistakes models make: counts by model, examples, and a picture, from the answers of eval.py.
 
-    python -m tools.errors out/sft/answers/*.jsonl                  # writes out/sft/answers/errors.md and .png
+    python -m tools.errors out/sft/answers/*.jsonl            # writes out/sft/answers/errors.md and errors.png
     python -m tools.errors a/answers/problems.jsonl b/answers/problems.jsonl --out=errors.md
 
 A wrong answer has the first of these kinds that fits:
@@ -14,16 +14,17 @@ A wrong answer has the first of these kinds that fits:
     missing step                all steps are right ones, but some are left out
     wrong operator              what another operation gives for the same numbers
     slipped digit               one digit, or the day, is wrong
-    not in the passage          a number, a name or (if there is none) a word is not in the text that was given
+    not in the passage          a number, a name or, if it has none, a word is not in the text that was given
     wrong                       anything else
 
-For multiple choice there is a table of confusions instead, one row per right choice, if all questions have the
-same choices. The rules read texts, so they are right about nearly all mistakes and not about all.
+Multiple choice has a table of confusions instead, one row per right choice, if all questions have the same
+choices. The rules only read texts, so they are right about nearly all mistakes and not about all.
 """
 
+import itertools
 import json
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,9 +39,8 @@ from formats.files import write_text
 from formats.markdown import table
 from generation.calculator import calculate
 
-KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong tool",
-         "right answer in wrong form", "missing step", "wrong operator", "slipped digit", "not in the passage",
-         "wrong")
+KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong tool", "missing step",
+         "right answer in wrong form", "wrong operator", "slipped digit", "not in the passage", "wrong")
 REFUSAL = re.compile(r"\b(can ?not|can't|unable|don't know|do not know|no comment|sorry)\b", re.I)
 VERDICTS = ("right", "accuracy", "strict", "exact_match")  # keys that say whether an answer is right
 EXAMPLES = 3  # per kind and model
@@ -61,30 +61,22 @@ def is_slip(said: str, answer: str) -> bool:
 
 
 def arithmetic_kind(row: dict[str, Any]) -> str | None:
-    """The kind of a wrong answer to an embedded problem whose steps are known."""
-    said, right, expression = row["said"], row["steps"], row["expression"]
-    steps = row["message"].get("thought", "").split("; ")
-    if steps != [""] and len(steps) < len(right) and {*steps} < {*right}:
+    """The kind of a wrong answer to an embedded problem, from its steps and the numbers of its question."""
+    steps, right = row["message"].get("thought", "").split("; "), row["steps"]
+    if len(steps) < len(right) and {*steps} < {*right}:
         return "missing step"
-    if expression:
-        a, operator, b = expression.split()
-        for other in {*"+-*"} - {operator}:
-            if str(work(int(a), int(b), other)[1]) == said:
-                return "wrong operator"
-    return None
+    a, operator, b = row["expression"].split() if row["expression"] else ("0", "", "0")
+    others = {str(work(int(a), int(b), other)[1]) for other in {*"+-*"} - {operator}} if operator else set()
+    return "wrong operator" if row["said"] in others else None
 
 
-def call_kind(row: dict[str, Any]) -> str | None:
-    """The kind of a mistake in a call: of the calculator, or of a function of BFCL."""
-    message = row["message"] if "message" in row else row["said"]
-    calls = message.get("calls") or message.get("tool_calls") or []
-    if "message" in row:
-        results = [calculate(call["arguments"].get("expression")) for call in calls
-                   if isinstance(call["arguments"], dict)]
-        return "wrong tool argument" if calls and row["answer"] not in results else None
-    if not calls:
-        return "refused"
-    return "wrong tool argument" if row.get("right_function") else "wrong tool"
+def call_kind(row: dict[str, Any], calls: list[dict[str, Any]]) -> str | None:
+    """The kind of a mistake in calls of the calculator, or of a function of BFCL."""
+    if "message" not in row:
+        return "wrong tool argument" if row.get("right_function") else "wrong tool"
+    results = [calculate(call["arguments"].get("expression")) for call in calls
+               if isinstance(call["arguments"], dict)]
+    return None if row["answer"] in results else "wrong tool argument"
 
 
 def is_unsupported(said: str, passage: str) -> bool:
@@ -96,40 +88,34 @@ def is_unsupported(said: str, passage: str) -> bool:
 
 def kind_of(row: dict[str, Any]) -> str:
     """The kind of a wrong answer, one of KINDS. row: a line of answers/TASK.jsonl."""
-    message = row["message"] if "message" in row else row["said"] if isinstance(row["said"], dict) else {}
-    said = row["said"] if isinstance(row["said"], str) else message["content"]
-    answers = [str(each) for each in row.get("answers", [row.get("answer", row.get("summary", ""))])]
-    number = flexible(said)
-    if message.get("cut"):
-        return "stopped early"
-    if "malformed" in message:
-        return "malformed"
-    if (message.get("tool_calls") or message.get("calls") or isinstance(row["said"], dict)) and (
-            kind := call_kind(row)):
-        return kind
-    if not said.strip() or REFUSAL.search(said):
-        return "refused"
-    if row.get("flexible") or any(re.search(rf"(?<![\w-]){re.escape(normalized(each))}$", normalized(said))
-                                  for each in answers if normalized(each)):
-        return "right answer in wrong form"
-    if "steps" in row or "strict" in row:  # the answer is a number, numbers or a day
-        if number is None and said not in DAYS:
-            return "malformed"
-        if "steps" in row and (kind := arithmetic_kind(row)):
-            return kind
-        return "slipped digit" if is_slip(str(number) if "strict" in row else said, answers[0]) else "wrong"
+    is_call = isinstance(row["said"], dict)  # BFCL's answers are messages
+    message = row["said"] if is_call else {"content": row["said"], **row.get("message", {})}
+    said, calls = message["content"], message.get("calls") or message.get("tool_calls") or []
+    answers = [*map(str, row.get("answers", [row.get("answer", "")]))]
+    endings = [rf"(?<![\w-]){re.escape(normalized(each))}$" for each in answers if normalized(each)]
+    right = row.get("flexible") or any(re.search(ending, normalized(said)) for ending in endings)
+    is_number = "steps" in row or "strict" in row  # the answer is a number, numbers or a day
     passage = row.get("passage") or row.get("document")
-    return "not in the passage" if passage and is_unsupported(said, passage) else "wrong"
+    rules = (("stopped early", lambda: message.get("cut")),
+             ("malformed", lambda: "malformed" in message),
+             (call_kind(row, calls) if calls else None, lambda: calls),
+             ("refused", lambda: not said.strip() or is_call or REFUSAL.search(said)),
+             ("right answer in wrong form", lambda: right),
+             ("malformed", lambda: is_number and flexible(said) is None and said not in DAYS),
+             (arithmetic_kind(row) if "steps" in row else None, lambda: True),
+             ("slipped digit", lambda: is_number and is_slip(
+                 str(flexible(said)) if "strict" in row else said, answers[0])),
+             ("not in the passage", lambda: passage and is_unsupported(said, passage)))
+    return next((kind for kind, fits in rules if kind and fits()), "wrong")
 
 
 # ---- The page ---------------------------------------------------------------------------------------------
 
 def confusion(name: str, rows: list[dict[str, Any]]) -> str:
     """A table of the right choices against those that a model took."""
-    choices = rows[0]["choices"]
-    counts = [[sum(row["said"] == said and row["gold"] == [gold] for row in rows) for said in range(len(choices))]
-              for gold in range(len(choices))]
-    lines = [[choice, *count] for choice, count in zip(choices, counts, strict=True)]
+    choices, counts = rows[0]["choices"], Counter((row["gold"][0], row["said"]) for row in rows)
+    lines = [[choice, *(counts[gold, said] for said in range(len(choices)))]
+             for gold, choice in enumerate(choices)]
     return f"## {name}: right choices in rows, the model's in columns\n\n{table(['', *choices], lines)}"
 
 
@@ -149,12 +135,12 @@ def read_answers(paths: list[str]) -> dict[str, list[dict[str, Any]]]:
 
 def draw(counts: dict[str, dict[str, list[Any]]]) -> Figure:
     """Bars of the number of mistakes of each kind, in one color per model and task."""
-    kinds = [kind for kind in KINDS if any(kind in each for each in counts.values())][::-1]
+    kinds = [kind for kind in KINDS if any(each[kind] for each in counts.values())][::-1]
     figure = Figure(figsize=(8, 1 + 0.3 * len(kinds) * len(counts)), layout="constrained")
     plot, height = figure.subplots(), 0.8 / len(counts)
     for number, (name, found) in enumerate(counts.items()):
         bars = plot.barh([at - number * height for at in range(len(kinds))],
-                         [len(found.get(kind, [])) for kind in kinds], height, label=name)
+                         [len(found[kind]) for kind in kinds], height, label=name)
         plot.bar_label(bars, padding=2)
     plot.set_yticks([at - (len(counts) - 1) * height / 2 for at in range(len(kinds))], kinds)
     plot.set(xlabel="wrong answers")
@@ -168,30 +154,28 @@ def main(argv: list[str]) -> int:
     paths = [arg for arg in argv if not arg.startswith("-")]
     if not paths:
         raise UserError("name files of answers: python -m tools.errors out/sft/answers/*.jsonl")
-    answers, parts, counts = read_answers(paths), [], {}
-    for name, rows in answers.items():
+    parts, counts = [], defaultdict(lambda: defaultdict(list))
+    for name, rows in read_answers(paths).items():
         if "choices" in rows[0]:
-            same = all(row["choices"] == rows[0]["choices"] for row in rows)
-            parts += [confusion(name, rows)] if same else []
+            if all(row["choices"] == rows[0]["choices"] for row in rows):
+                parts.append(confusion(name, rows))
             continue
         verdict = next((key for key in VERDICTS if key in rows[0]), None)
-        found = counts[f"{name} ({len(rows):,} answers)"] = defaultdict(list)
         for row in rows:
-            # A summary is never right or wrong, but it may say what its document does not.
             kind = None if verdict and row[verdict] else kind_of(row)
+            # A summary is never right or wrong, but it may say what its document does not.
             if kind and (verdict or kind == "not in the passage"):
-                found[kind].append(row)
-    lines = [[kind, *(len(found.get(kind, [])) for found in counts.values())] for kind in KINDS]
+                counts[f"{name} ({len(rows):,} answers)"][kind].append(row)
+    lines = [[kind, *(len(found[kind]) for found in counts.values())] for kind in KINDS]
     parts[:0] = [table(["mistake", *counts], [line for line in lines if any(line[1:])])] if counts else []
-    for kind in KINDS:
-        for name, found in counts.items():
-            for row in found.get(kind, [])[:EXAMPLES]:
-                texts = {key: row[key] for key in ("question", "prompt", "answer", "answers", "said", "message")
-                         if key in row}
-                parts.append(f"**{kind}**, {name}\n\n```json\n{json.dumps(texts, ensure_ascii=False)}\n```")
+    for kind, (name, found) in itertools.product(KINDS, counts.items()):
+        for row in found[kind][:EXAMPLES]:
+            shown = {key: row[key] for key in ("question", "prompt", "answer", "answers", "said", "message")
+                     if key in row}
+            parts.append(f"**{kind}**, {name}\n\n```json\n{json.dumps(shown, ensure_ascii=False)}\n```")
     out = Path(cfg.out) if cfg.out else Path(paths[0]).with_name("errors.md")
     write_text(out, "\n\n".join(["# Mistakes", *parts]) + "\n")
-    if any(counts.values()):
+    if counts:
         draw(counts).savefig(out.with_suffix(".png"), dpi=130)
     print(parts[0] if parts else "no mistakes", f"{out}: written", sep="\n\n")
     return 0
