@@ -5,8 +5,9 @@
     python eval.py --model=out/grpo --num_samples=8 --verifier=out/verifier
 
 Samples answers to the embedded problems from init_from and judges them (generation/judged.py). The answers
-are kept in data/judged and used again. A verifier is a frozen copy of that model with a LoRA adapter and a
-scalar head (generation/verifier.py). It learns to tell right answers from wrong ones (arXiv 2110.14168):
+are kept in data/judged and used again. A verifier is a frozen copy of that model with a scalar head, and with a
+LoRA adapter if lora_rank is set (generation/verifier.py). It learns to tell right answers from wrong ones
+(arXiv 2110.14168):
 
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60 / 60 <end>     ->  right
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 24; 40 + 24 = 64 / 64 <end>     ->  wrong
@@ -63,15 +64,15 @@ class VerifierConfig(PostTrainingConfig):
     out_dir: str = "out/verifier"  # folder for checkpoints and logs; the same command again continues the run
     init_from: str = "out/grpo"  # model folder, out_dir or hub id: it samples the answers, and is copied
     dataset: Literal["problems"] = "problems"  # the embedded problems
-    max_steps: int = 300  # optimizer steps
+    max_steps: int = 160  # optimizer steps
     global_batch_size: int = 32  # answers per optimizer step, over all ranks; half of them are right
     micro_batch_size: int = 32  # answers per forward pass on one rank
     optimizer: Literal["adamw", "muon"] = "adamw"  # muon trains the blocks' matrices, AdamW everything else
     learning_rate: float = 1e-3  # peak learning rate
     weight_decay: float = 0.0  # weight decay, applied to matrices only
-    eval_interval: int = 100  # steps between evaluations; 0 evaluates only at the end of each stage
-    save_interval: int = 100  # steps between checkpoints; 0 saves only at the end of each stage
-    lora_rank: int = 16  # rank of the adapter; 0 trains the scalar head alone
+    eval_interval: int = 80  # steps between evaluations; 0 evaluates only at the end of each stage
+    save_interval: int = 80  # steps between checkpoints; 0 saves only at the end of each stage
+    lora_rank: int = 0  # rank of an adapter; 0 trains the scalar head alone
     # ---- Answers
     families: str = "add,subtract,multiply,story,sort,count,date"  # problems that are answered
     calculator: bool = False  # offer the calculator
