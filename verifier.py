@@ -5,8 +5,8 @@
     python eval.py --model=out/grpo --num_samples=8 --verifier=out/verifier
 
 Samples answers to the embedded problems from init_from and judges them (generation/judged.py). The answers
-are kept in data/judged and used again. A verifier is a frozen copy of that model with a scalar head, and with a
-LoRA adapter if lora_rank is set (generation/verifier.py). It learns to tell right answers from wrong ones
+are kept in data/judged and used again. A verifier is a frozen copy of that model with a scalar head and, if
+lora_rank is set, a LoRA adapter (generation/verifier.py). It learns to tell right answers from wrong ones
 (arXiv 2110.14168):
 
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60 / 60 <end>     ->  right
