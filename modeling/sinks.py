@@ -70,6 +70,7 @@ class SinkCache(KVCache):
             with torch.inference_mode(False):  # the model may be trained later
                 rope.rebuild(2 * self.size, config.head_dim, config.rope_theta, config.rope_scaling,
                              rope.cos.device)
+        self.tables = [table / rope.cos[0, 0] for table in (rope.cos, rope.sin)]  # without YaRN's factor
         self.base, self.wrapped = [0] * batch_size, False
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
         self.keys = torch.stack(self.k)  # (layers, B, K, S, D)
@@ -108,9 +109,9 @@ class SinkCache(KVCache):
 
     def turned(self, k: Tensor, steps: list[int], sign: int) -> Tensor:
         """Move keys (layers, B, K, n, D) by sign * steps positions, one number per row, in float32."""
-        scale = self.rope.cos[0, 0]  # YaRN's factor, which the keys already have
-        cos, sin = (table[steps][:, None, None] / scale for table in (self.rope.cos, self.rope.sin))
-        k = k.float()  # cos, sin: (B, 1, 1, D)
+        rows = slice(steps[0], steps[0] + 1) if self.even else steps  # a slice is faster than an index
+        cos, sin = (table[rows][:, None, None] for table in self.tables)  # (B, 1, 1, D)
+        k = k.float()
         return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
