@@ -327,7 +327,7 @@ def test_the_folders_name(source, name):
 def test_an_interrupt_leaves_no_data_set(tmp_path):
     """Ctrl-C during the work of two workers: exit code 130, no traceback, and no folder is left."""
     with open(tmp_path / "a.jsonl", "w") as file:
-        for i in range(60_000):
+        for i in range(20_000):
             file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
     (tmp_path / "small.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in documents(200)))
     main(
@@ -362,7 +362,7 @@ def test_an_interrupt_leaves_no_data_set(tmp_path):
 def test_workers_end_with_a_parent_that_is_killed(tmp_path):
     """SIGTERM and SIGKILL end the parent before it can stop its workers."""
     with open(tmp_path / "a.jsonl", "w") as file:
-        for i in range(60_000):
+        for i in range(20_000):
             file.write(json.dumps({"text": f"{i} " + "some words in a row " * 40}) + "\n")
     args = [f"--source={tmp_path / 'a.jsonl'}", "--vocab_size=300", "--num_proc=2"]
     for received in (signal.SIGTERM, signal.SIGKILL):

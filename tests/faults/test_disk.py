@@ -62,7 +62,9 @@ class Disk:
         return call
 
 
-def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path, monkeypatch):
+@pytest.mark.parametrize("every", [4, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path, monkeypatch, every):
+    """every=4 tries a quarter of the writes, from the last one backwards."""
     folder, words = saved
     words = [*words, "--max_steps=6"]
     with monkeypatch.context() as patch:
@@ -71,7 +73,8 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
         run(data, tmp_path / "count", *words)
     assert disk.count > 20
     lost = failed = 0
-    for k in range(1, disk.count + 1):
+    tried = range(disk.count, 0, -every)
+    for k in tried:
         out = tmp_path / f"out_{k}"
         shutil.copytree(folder / "out", out)
         with monkeypatch.context() as patch:
@@ -90,7 +93,7 @@ def test_every_write_may_fail_and_the_old_checkpoints_stay(data, saved, tmp_path
         assert not list(out.glob("*.tmp")) + list(out.glob(".step*"))
         shutil.rmtree(out)
     # Two of the folders exist already. If one of the four operations on loss.png fails, the run goes on.
-    assert lost == 0 and failed == disk.count - 2 - 4
+    assert lost == 0 and (failed == disk.count - 2 - 4 if every == 1 else failed >= len(tried) - 2 - 4)
 
 
 @pytest.mark.parametrize("limit", [0, 100, 3_000, 100_000, 400_000, 800_000])
