@@ -252,7 +252,7 @@ class PolicyGradient:
         """{name: value}, whose sum is the reward of an answer."""
         terms = self.reward.terms(prompt, rollout.messages[-1])
         if cfg.format_weight:
-            terms["format"] = cfg.format_weight * is_well_formed(prompt.row, rollout.messages[-1])
+            terms["format"] = cfg.format_weight * is_well_formed(rollout.messages[-1])
         if cfg.length_weight:
             terms["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
         return terms

@@ -44,16 +44,13 @@ def right_letter(row: dict[str, Any]) -> str:
 
 def require_reference(row: dict[str, Any]) -> None:
     """Raise Skip unless `is_right` can check answers to this row."""
-    answer = row.get("answer")
     try:
-        if row.get("choices"):
-            right_letter(row)
-        elif "regex" in row:
-            re.compile(row["regex"])
-        elif not isinstance(answer, str | int | float) or not str(answer).strip():
+        text = "" if type(row.get("answer")) not in (str, int, float) else str(row["answer"]).strip()
+        if not row.get("choices") and "regex" not in row and not text:
             raise ValueError("no answer, regex or choices")
-        elif "####" in str(answer) and strict(str(answer)) is None:
+        if "####" in text and strict(text) is None:
             raise ValueError("no number after ####")
+        is_right(row, {"content": "A"})  # raises what is wrong with choices or a pattern
     except (ValueError, TypeError, re.error) as error:
         raise Skip(f"no reference answer ({error})") from None
 
@@ -61,27 +58,19 @@ def require_reference(row: dict[str, Any]) -> None:
 def is_right(row: dict[str, Any], message: Message) -> bool:
     """Whether an answer agrees with the reference in the row (dataset/prompts.py lists the forms)."""
     content, answer = message["content"], str(row.get("answer")).strip()
-    if {"cut", "malformed"} & message.keys():
+    if not is_well_formed(message):
         return False
     if row.get("choices"):
         letter = re.match(r"\W*([A-Z])\b", content)
-        return letter is not None and letter[1] == right_letter(row)
+        return right_letter(row) == (letter and letter[1])
     if "regex" in row:
         return re.fullmatch(row["regex"], content) is not None
-    if "####" in answer:
-        return flexible(content) == strict(answer)
-    return content == answer
+    return flexible(content) == strict(answer) if "####" in answer else content == answer
 
 
-def is_well_formed(row: dict[str, Any], message: Message) -> bool:
-    """Whether an answer, right or wrong, has an end, closed thoughts, and content of the right kind."""
-    if {"cut", "malformed"} & message.keys():
-        return False
-    if row.get("choices"):
-        return re.match(r"\W*([A-Z])\b", message["content"]) is not None
-    if "####" in str(row.get("answer")):
-        return flexible(message["content"]) is not None
-    return bool(message["content"])
+def is_well_formed(message: Message) -> bool:
+    """Whether an answer, right or wrong, has an end, closed thoughts, and content."""
+    return not {"cut", "malformed"} & message.keys() and bool(message["content"])
 
 
 # ---- The reward -------------------------------------------------------------------------------------------
