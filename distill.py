@@ -250,7 +250,7 @@ def batches_at(data: StagedData, caches: Caches, step: int,
             batch = aligner.align(batch)
         # The loss reads its weights and temperature from the config of the stage.
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step)),
-                                "noise_seed": cfg.seed * 2**32 + step})  # the same on all ranks
+                                "noise_seed": (cfg.seed * 2**32 + step) % 2**63})  # the same on all ranks
     return batches
 
 
@@ -427,7 +427,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
     text = f"student   {student.num_parameters():,} parameters"
     if cfg.student_embeddings == "teacher":
         student.materialize("cpu", cfg.seed)
-        copy_tables(student, dict(hf.read_tensors(hf.find_folder(cfg.teacher))))
+        copy_tables(student, GPT.from_pretrained(hf.find_folder(cfg.teacher)).state_dict())
         text += f", token tables from {cfg.teacher}"
     if layers and not cfg.new_weights:
         # For a moment, each rank holds the whole teacher. 16 rows of data show which parts are active.
