@@ -15,14 +15,17 @@ from tokenizers import models, normalizers, trainers
 import sample
 from bench import llama_cpp
 from configurator import UserError
+from distillation.teacher import load_teacher
 from formats import gguf as gguf_file
 from formats import gguf_reader, hf, splits
 from formats.gguf_tokenizer import vocabulary
+from formats.peft import AdapterSpec, weights_sha256
 from formats.tokenizer import Tokenizer, split_patterns
 from model import GPT
 from prepare import PrepareConfig, prepare
 from tests.conftest import busy_model, smollm2, tiny_config
 from tests.formats.test_gguf import bpe, needs_llama_cpp, state_of, strings
+from training.lora import AdaptedGPT
 
 # What transformers reads of each architecture: it knows neither qwen3's head_dim nor gpt2's two sizes, and
 # takes their defaults.
@@ -199,6 +202,24 @@ def test_scripts_take_the_file(tokenizer, tmp_path, capsys):
     before = hf.model_sha256(path)
     path.write_bytes(path.read_bytes() + b"x")
     assert hf.model_sha256(path) != before
+
+
+@torch.no_grad()
+def test_an_adapter_and_a_teacher_of_a_file(tokenizer, tmp_path):
+    path = write(tmp_path / "m.gguf", busy_model(tiny_config()), tokenizer, "q8_0")
+    with torch.device("meta"):
+        tuned = AdaptedGPT(GPT.from_pretrained(path).config, AdapterSpec(4, 8.0, 0.0, ("q_proj",), False),
+                           {"path": str(path), "sha256": weights_sha256(path)})
+    tuned.to_empty(device="cpu")
+    tuned.load(path)
+    for name, parameter in tuned.named_parameters():
+        parameter += 0.1 if name.endswith("lora_B") else 0
+    tuned.save_pretrained(tmp_path / "a")
+    merged = GPT.from_pretrained(tmp_path / "a").eval()
+    torch.testing.assert_close(merged(IDS), tuned.eval()(IDS), rtol=1e-5, atol=1e-5)
+    teacher = load_teacher(str(path), Tokenizer.load(path), "cpu", torch.float32, 64)
+    assert torch.equal(teacher(IDS), GPT.from_pretrained(path).eval()(IDS))
+    assert (merged(IDS) - teacher(IDS)).abs().max() > 0.1
 
 
 # ---- Bad files --------------------------------------------------------------------------------------------
