@@ -44,9 +44,10 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset.conversations import preference
 from dataset.sources import Skip
-from generation.api import Asked, Job, Refused, Served, parse, read_message
+from generation.api import Job, Served
 from generation.assistant import call_tool
 from generation.generate import MOST_NEW_TOKENS, Sampling
+from generation.requests import Asked, Refused, parse, read_message
 from generation.verifier import Verifier
 from modeling.devices import DTYPES, pick_device, use_threads
 

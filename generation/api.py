@@ -1,18 +1,13 @@
-"""OpenAI's API without HTTP: a request's body -> prompts -> rows of a batcher -> answers, whole or in pieces.
+"""OpenAI's API without HTTP: a checked request -> prompts -> rows of a batcher -> answers.
 
     served = Served("out/dpo", torch.device("cpu"), torch.float32, slots=16, context_length=2048)
-    asked = parse({"messages": [..]}, Asked(max_tokens=200), is_chat=True)
-    job = served.start(asked, is_chat=True)
-    body = await job.response()            # or, for "stream": true:  async for chunk in job.chunks(): ...
+    job = served.start(asked, is_chat=True)     # asked: generation/requests.py
+    body = await job.response()                 # the whole answer; or
+    async for chunk in job.chunks(): ...        # its pieces, for "stream": true
 
-The keys are those of /v1/chat/completions and /v1/completions (platform.openai.com/docs/api-reference), and
-top_k, min_p and repetition_penalty. A key that would change the answer and is not implemented is refused by
-name. Thoughts are "reasoning_content", as DeepSeek's API names them. A tool call is sent when it is complete.
-
-With a seed, the answers are those of sample.py with that seed. Requests without one take consecutive row
-numbers of the server's seed, so a question that is asked twice gets two answers.
-
-Left out: images, audio, logit_bias, and log-probabilities of chats and streams.
+Thoughts are "reasoning_content", as DeepSeek's API names them. A tool call is sent when it is complete. With
+a seed, the answers are those of sample.py with that seed. Requests without one take consecutive row numbers
+of the server's seed, so a question that is asked twice gets two answers.
 """
 
 import asyncio
@@ -21,144 +16,25 @@ import itertools
 import json
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterable
-from dataclasses import dataclass, fields, replace
+from collections.abc import AsyncIterator
+from dataclasses import fields
 from typing import Any
 
 import torch
 
-from configurator import UserError, coerce_field, require
-from dataset.conversations import message_of
-from dataset.sources import Skip
-from dataset.tool_problems import offer
+from configurator import UserError
 from formats import hf
 from formats.chat_format import CALL, THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
 from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
 from generation.constraints import Constraint, ConstraintKeys, RowGuide, call_schema, grammar
-from generation.generate import MOST_NEW_TOKENS, Sampling
+from generation.generate import Sampling
+from generation.requests import Asked, Message, Refused, read_messages, schema_of
 from generation.verifier import Verifier
 from model import GPT
 
-MOST_CHOICES = 128  # answers to one prompt
 MARKS = ("<think>", "<tool_call>")  # of models with their own chat format: what follows is no content
-IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
-           "prompt_cache_key"}  # keys that change no answer
-CHAT_ONLY = {"messages", "tools", "tool_choice", "response_format"}
-TEXT_ONLY = {"prompt", "echo", "logprobs"}
-
-Message = dict[str, Any]
-
-
-class Refused(UserError):
-    """A request that is answered with another HTTP status than 400."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
-
-
-# ---- Requests ---------------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, kw_only=True)
-class Asked(Sampling):
-    """The body of a request."""
-
-    model: str | None = None  # None is the first one
-    messages: list | None = None
-    prompt: str | list = ""  # a text, a list of ids, or a list of these
-    max_tokens: int = 16
-    n: int = 1  # answers per prompt
-    best_of: int = 1  # answers to generate per prompt; the verifier chooses the n best
-    stop: str | list | None = None
-    stream: bool = False
-    stream_options: dict | None = None
-    echo: bool = False  # repeat the prompt before the answer
-    logprobs: int | None = None  # log-probabilities of the tokens, and of this many of the likeliest
-    tools: list | None = None
-    tool_choice: str | dict | None = None
-    response_format: dict | None = None
-    has_seed: bool = False  # whether the request has a seed; no key of the API
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        for key, low, high in (("n", 1, MOST_CHOICES), ("best_of", 1, MOST_CHOICES), ("logprobs", 0, 20),
-                               ("max_tokens", 0, MOST_NEW_TOKENS)):
-            value = getattr(self, key)
-            require(self, key, value is None or low <= value <= high, f"from {low} to {high:,}")
-        fits = all(isinstance(text, str) and text for text in self.stops) and len(self.stops) <= 16
-        require(self, "stop", fits, "a text or a list of at most 16 texts, none of them empty")
-        if self.stream and self.logprobs is not None:
-            raise UserError("logprobs: not supported in a stream")
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
-
-
-def parse(body: Any, defaults: Asked, is_chat: bool) -> Asked:
-    """Check the body of a request. Raises UserError that names the key."""
-    if not isinstance(body, dict):
-        raise UserError("the body must be a JSON object")
-    keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
-    if "max_completion_tokens" in keys:  # OpenAI's newer name
-        keys["max_tokens"] = keys.pop("max_completion_tokens")
-    known = {field.name for field in fields(Asked)} - {"has_seed", "sinks", "window"}
-    known -= TEXT_ONLY if is_chat else CHAT_ONLY
-    if unknown := sorted(keys.keys() - known):
-        raise UserError(f"{unknown[0]}: not supported")
-    given = {key: coerce_field(Asked, key, value, "body") for key, value in keys.items()}
-    return replace(defaults, has_seed="seed" in given, **given)
-
-
-def read_message(value: Any) -> Message:
-    """A message in our form from one in OpenAI's. Raises UserError."""
-    value = value if isinstance(value, dict) else {}
-    content = value.get("content")
-    if isinstance(content, list):
-        if not all(isinstance(part, dict) and isinstance(part.get("text"), str) for part in content):
-            raise UserError("messages: only parts of type text are supported")
-        content = "".join(part["text"] for part in content)
-    role = "system" if value.get("role") == "developer" else value.get("role")
-    thought = value.get("reasoning_content")
-    try:
-        return message_of(value | {"role": role, "content": content, "thought": thought})
-    except Skip as error:
-        raise UserError(f"messages: {error}") from None
-
-
-def tools_text(tools: list) -> str:
-    """The text that offers the tools of a request: a line for each, and its description if it has one."""
-    try:
-        functions = [tool["function"] for tool in tools]
-        texts = [offer({"parameters": {"properties": {}}} | function) for function in functions]
-        return "\n".join(text if function.get("description") else text.partition("\n")[0]
-                         for text, function in zip(texts, functions, strict=True))
-    except (KeyError, TypeError):
-        raise UserError("tools: each needs a function with a name and, for parameters, properties") from None
-
-
-def read_messages(asked: Asked) -> list[Message]:
-    """The conversation of a request; its first system message also offers the tools."""
-    if not asked.messages:
-        raise UserError("messages: must be a list with at least one message")
-    messages = [read_message(value) for value in asked.messages]
-    if asked.tools and asked.tool_choice != "none":
-        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
-        content = "\n\n".join(filter(None, (system, tools_text(asked.tools))))
-        messages.insert(0, {"role": "system", "content": content})
-    return messages
-
-
-def schema_of(response_format: dict[str, Any]) -> dict[str, Any]:
-    """The JSON schema of a request."""
-    schema = (response_format.get("json_schema") or {}).get("schema")
-    if response_format.get("type") == "json_object":
-        schema = {"type": "object"}
-    if not isinstance(schema, dict):
-        raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
-    return dict(schema)
 
 
 # ---- Models -----------------------------------------------------------------------------------------------
@@ -265,12 +141,6 @@ def added(before: Message, now: Message) -> Message:
     return delta | ({"tool_calls": new} if new else {})
 
 
-async def each_ended(places: Iterable[int]) -> AsyncIterator[tuple[int, bool]]:
-    """What `Job.changes` yields of rows that have ended."""
-    for place in places:
-        yield place, True
-
-
 class Job:
     """A request at work: n rows per prompt, or best_of."""
 
@@ -322,12 +192,11 @@ class Job:
             message["content"] += malformed
         return message
 
-    def message(self, index: int, finished: bool) -> tuple[Message, str | None]:
+    def choice(self, index: int, row: Row, finished: bool) -> tuple[Message, str | None]:
         """A row's message so far in OpenAI's form, and its finish_reason once it is finished."""
-        row, stops = self.rows[index], self.asked.stops
-        message = self.read(row.new, finished)
-        sent: Message = {"role": "assistant"}
+        message, stops = self.read(row.new, finished), self.asked.stops
         hidden = [] if finished or not self.is_chat else MARKS
+        sent: Message = {"role": "assistant"}
         sent["content"] = visible_text(message["content"], [*stops, *hidden], finished)
         if not self.is_chat and self.asked.echo:
             sent["content"] = self.tokenizer.decode(row.prompt) + sent["content"]
@@ -346,11 +215,11 @@ class Job:
         """The log-probabilities of a completion's tokens; with echo also those of the prompt."""
         if row.top is None:
             return None
-        name = lambda index: self.tokenizer.decode([index], inside=True)  # noqa: E731
-        tokens = [*map(name, [*(row.prompt if row.echo else []), *row.new])]
+        name = functools.partial(self.tokenizer.decode, inside=True)
+        tokens = [name([index]) for index in [*(row.prompt if row.echo else []), *row.new]]
         scores = [*([None] if row.echo else []), *row.scores]  # nothing predicts a prompt's first token
         return {"tokens": tokens, "token_logprobs": [each and each[0] for each in scores],
-                "top_logprobs": [each and {name(index): value for index, value in each[1].items()}
+                "top_logprobs": [each and {name([index]): value for index, value in each[1].items()}
                                  for each in scores],
                 "text_offset": [0, *itertools.accumulate(map(len, tokens[:-1]))]}
 
@@ -366,58 +235,53 @@ class Job:
         return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
                 "prompt_tokens_details": {"cached_tokens": cached}}
 
-    async def changes(self) -> AsyncIterator[tuple[int, bool]]:
-        """Yield (number, has ended) of each row that may have changed, until all have ended.
+    async def best(self) -> list[Row]:
+        """The rows with the n best answers to each prompt, by the verifier."""
+        best: list[Row] = []
+        for first in range(0, len(self.rows), self.asked.best_of):
+            group = self.rows[first:first + self.asked.best_of]
+            scores = await asyncio.to_thread(
+                self.served.verifier.score, group[0].prompt, [row.new for row in group])
+            best += [group[place] for place in scores.argsort(descending=True)[:self.asked.n].tolist()]
+        return best
 
-        Raises the error of a row.
+    async def changes(self) -> AsyncIterator[tuple[int, Row, bool]]:
+        """Yield (number of the choice, its row, has ended) for each row that may have changed, until all end.
+
+        With best_of, yield the chosen rows when all have ended. Raises the error of a row.
         """
-        left = list(range(len(self.rows)))
+        left, has_best = list(self.rows), self.asked.best_of > self.asked.n
         while left:
             await self.changed.wait()
             self.changed.clear()
-            for index in list(left):
-                if ended := self.rows[index].ended:
-                    left.remove(index)
-                if (error := self.rows[index].error) is not None:
-                    raise error
-                yield index, ended
-
-    async def best(self) -> list[int]:
-        """The numbers of the rows to return, when all have ended: those that the verifier scores highest."""
-        async for _ in self.changes():
-            pass
-        numbers, verifier = range(len(self.rows)), self.served.verifier
-        size = len(numbers) // len(self.prompts)
-        if verifier is None or size == self.asked.n:
-            return list(numbers)
-        best: list[int] = []
-        for prompt, first in zip(self.prompts, numbers[::size], strict=True):
-            answers = [row.new for row in self.rows[first:first + size]]
-            scores = await asyncio.to_thread(verifier.score, prompt, answers)
-            best += (first + scores.argsort(descending=True, stable=True)[:self.asked.n]).tolist()
-        return best
+            for row in list(left):
+                if ended := row.ended:
+                    left.remove(row)
+                if row.error is not None:
+                    raise row.error
+                if not has_best:
+                    yield self.rows.index(row), row, ended
+        for index, row in enumerate(await self.best() if has_best else []):
+            yield index, row, True
 
     async def response(self) -> dict[str, Any]:
         """The body of the answer, when all rows have ended."""
-        choices = []
-        for index, number in enumerate(await self.best()):
-            message, reason = self.message(number, finished=True)
-            content = {"message": message} if self.is_chat else {"text": message["content"]}
-            choices.append({"index": index, **content, "finish_reason": reason,
-                            "logprobs": self.logprobs(self.rows[number])})
-        return self.envelope(choices) | {"usage": self.usage}
+        choices: dict[int, dict[str, Any]] = {}
+        async for index, row, ended in self.changes():
+            if ended:
+                message, reason = self.choice(index, row, True)
+                content = {"message": message} if self.is_chat else {"text": message["content"]}
+                choices[index] = {"index": index, **content, "finish_reason": reason,
+                                  "logprobs": self.logprobs(row)}
+        return self.envelope([choices[index] for index in sorted(choices)]) | {"usage": self.usage}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
         """The pieces of the answer, as they are generated; with best_of, whole answers at the end."""
-        places = range(len(self.prompts) * self.asked.n)  # of the choices
-        sent: dict[int, Message] = {index: {} for index in places}
-        for index in sent if self.is_chat else []:
-            delta = {"role": "assistant", "content": ""}
-            yield self.envelope([{"index": index, "delta": delta, "finish_reason": None}], True)
-        numbers = await self.best() if len(self.rows) > len(places) else list(places)
-        async for index, ended in self.changes() if len(self.rows) == len(places) else each_ended(places):
-            now, reason = self.message(numbers[index], ended)
-            delta = added(sent[index], now)
+        opening = {"role": "assistant", "content": ""}
+        sent: dict[int, Message] = {}
+        async for index, row, ended in self.changes():
+            now, reason = self.choice(index, row, ended)
+            delta = ({} if index in sent else opening) | added(sent.get(index, {}), now)
             sent[index] = now
             if delta or reason:
                 content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
