@@ -29,7 +29,7 @@ from configurator import UserError, configure, require_positive, run_script
 from formats.files import write_json
 from modeling.devices import device_name, pick_device
 
-TIMING = ["--rounds=3", "--seconds=1", "--device=cuda"]
+TIMING = ["--rounds=3", "--seconds=0.3", "--device=cuda"]
 GPT2 = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--vocab_size=50304", "--block_size=1024"]
 TRAINED = ["--device=cuda", "--rounds=1", "--n_layer=24", "--n_embd=1024", "--block_size=1024",
            "--batch_size=16"]
@@ -39,11 +39,13 @@ PARTS: dict[str, dict[str, tuple[int, list[str]]]] = {
     "train": {
         "loss_head": (60, ["bench", "loss", *TIMING, "--n=16384", "--d=768", "--v=50304"]),
         "124m": (110, ["bench", "train", *TIMING, "--size=124m", "--batch_size=32",
-                       "--arms=(nanoGPT|our Llama|our GPT-2), bfloat16, compiled"]),
-        "1.1b": (90, ["bench", "train", *TIMING, "--size=1.1b", "--arms=our Llama, bfloat16, compiled"])},
+                       "--transformers=False", "--arms=(nanoGPT|our Llama|our GPT-2), bfloat16, compiled"]),
+        "1.1b": (90, ["bench", "train", *TIMING, "--size=1.1b", "--transformers=False",
+                       "--arms=our Llama, bfloat16, compiled"])},
     "decode": {
         "124m": (90, ["bench", "generate", *TIMING, *GPT2, "--max_new_tokens=128"]),
-        "1.1b": (110, ["bench", "generate", *TIMING, "--size=1.1b", "--max_new_tokens=64"]),
+        "1.1b": (110, ["bench", "generate", *TIMING, "--size=1.1b", "--transformers=False",
+                        "--max_new_tokens=64"]),
         "124m_rows_64": (60, ["bench", "generate", *TIMING, *GPT2, "--max_new_tokens=64", "--batch_size=64"]),
         "124m_rows_256": (60, ["bench", "generate", *TIMING, *GPT2, "--max_new_tokens=64",
                                "--batch_size=256"])},

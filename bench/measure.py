@@ -162,19 +162,26 @@ def time_in_turns(arms: dict[str, Callable[[], Any]], rounds: int, device: torch
 
 
 def warm_up(arm: Callable[[], Any], device: torch.device, seconds: float) -> Timing:
-    """Call an arm three times: to compile, to settle, and to choose how many calls make a turn."""
+    """Call an arm three times: to compile, to settle, and to choose how many calls make a turn.
+
+    There is no third call if one takes longer than a turn.
+    """
     on_gpu = device.type == "cuda"
     begin = time.perf_counter()
     arm()
     now(device)  # waits for a GPU
     first_call = time.perf_counter() - begin
-    arm()
     if on_gpu:
         torch.cuda.reset_peak_memory_stats(device)
         before = torch.cuda.memory_allocated(device)
     begin = now(device)
     arm()
-    repeats = max(1, min(10_000, math.ceil(seconds / max(now(device) - begin, 1e-6))))
+    call = now(device) - begin
+    if call < seconds:
+        begin = now(device)
+        arm()
+        call = now(device) - begin
+    repeats = max(1, min(10_000, math.ceil(seconds / max(call, 1e-6))))
     extra = (torch.cuda.max_memory_allocated(device) - before) / 1e6 if on_gpu else None
     return Timing(first_call, repeats, extra)
 

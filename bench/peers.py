@@ -69,6 +69,7 @@ class ModelConfig(PeerConfig):
     """The keys of the subjects that compare models with nanoGPT and transformers."""
 
     nanogpt: str | None = None  # folder with nanoGPT's model.py; None leaves nanoGPT out
+    transformers: bool = True  # compare with transformers; False saves a minute with a large model
     size: Literal["readme", "4m", "124m", "1.1b"] = "readme"  # sets the defaults of the next seven keys
     n_layer: int | None = None  # number of blocks
     n_head: int | None = None  # number of query heads
@@ -217,7 +218,9 @@ def make_models(cfg: ModelConfig) -> tuple[dict[str, nn.Module], list[str]]:
     else:
         models["nanoGPT"] = nanogpt_model(load_nanogpt(cfg.nanogpt), shape)
     llama = GPT(llama_config(shape))
-    models |= {"transformers": transformers_twin(llama), "our Llama": llama}
+    if cfg.transformers:
+        models["transformers"] = transformers_twin(llama)
+    models["our Llama"] = llama
     if shape.has_twin:
         models["our GPT-2"] = gpt2_twin(models.get("nanoGPT"), shape)
     return models, notes

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import generation.generate
-from bench import distill, generate, llama_cpp, loss, peers, serve, train
+from bench import distill, generate, gpu, llama_cpp, loss, peers, serve, train
 from bench.__main__ import main
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import in_turns, run_child, text_table, time_in_turns
@@ -316,19 +316,43 @@ def test_help_lists_every_key(capsys):
     assert main(["--help"]) == 0 and "python -m bench train" in capsys.readouterr().out
 
 
+def run_gpu_part(part, out, nanogpt, *words):
+    environment = os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"}
+    return subprocess.run(["bench/gpu.sh", part, "--toy=True", f"--out={out}", *words], cwd=ROOT,
+                          capture_output=True, text=True, env=environment)
+
+
 @pytest.mark.slow
-def test_the_script_for_a_gpu_at_toy_size(tmp_path, nanogpt):
+@pytest.mark.parametrize("part", gpu.PARTS)
+def test_the_parts_for_a_gpu_at_toy_size(part, tmp_path, nanogpt):
     """The same commands on this CPU; on a GPU only the sizes differ."""
-    process = subprocess.run(
-        ["bench/h200.sh", "toy", str(tmp_path / "j")], cwd=ROOT, capture_output=True, text=True,
-        env=os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"},
-    )
+    process = run_gpu_part(part, tmp_path, nanogpt)
     assert process.returncode == 0, process.stderr
-    parts = json.loads((tmp_path / "j").read_text())
-    assert parts.keys() == {"command", "train_124m", "train_1.1b", "decode_124m", "loss"}
-    arms = [arm["arm"] for arm in parts["train_124m"]["arms"]]
-    assert arms[0] == "nanoGPT, float32" and "our Llama, float32" in arms
-    assert all(arm["median_seconds"] > 0 for part in list(parts.values())[1:] for arm in part["arms"])
+    results = json.loads((tmp_path / f"{part}.json").read_text())
+    assert results["figures"].keys() == gpu.PARTS[part].keys()
+    assert results["matmul_flops"] > 1e8 and results["copy_bytes_per_second"] > 1e8
+    before = (tmp_path / f"{part}.json").stat().st_mtime_ns
+    assert run_gpu_part(part, tmp_path, nanogpt).returncode == 0  # everything is there
+    assert (tmp_path / f"{part}.json").stat().st_mtime_ns == before
+
+
+def test_a_part_for_a_gpu_goes_on_and_survives_a_failure(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(gpu, "machine", lambda device: {"gpu": "a GPU", "commit": "1"})
+    argv = ["post", "--toy=True", f"--out={tmp_path}"]
+
+    def fail_once(words, seconds):
+        if words[1] == "sft":
+            raise UserError("exit code 1: no memory")
+        return {"arms": []}
+
+    monkeypatch.setattr(gpu, "run_figure", fail_once)
+    assert gpu.main(argv) == 1 and "missing: sft" in capsys.readouterr().out
+    monkeypatch.setattr(gpu, "run_figure", lambda words, seconds: {"arms": words[:2]})
+    assert gpu.main(argv) == 0
+    figures = json.loads((tmp_path / "post.json").read_text())["figures"]
+    assert figures["sft"]["result"] == {"arms": ["bench", "sft"]} and figures["dpo"]["result"] == {"arms": []}
+    with pytest.raises(UserError, match="name a part"):
+        gpu.main(["pots"])
 
 
 @pytest.mark.slow
