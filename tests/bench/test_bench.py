@@ -4,6 +4,7 @@ The measured values mean nothing here. The tests show that the checks refuse sid
 both sides have the same number of parameters, and that the JSON holds every number that is promised.
 """
 
+import functools
 import json
 import math
 import os
@@ -268,12 +269,14 @@ def test_our_llama_has_nanogpts_number_of_parameters(shape, parameters):
 
 
 def test_arms_take_turns():
-    """Three warm-up calls per arm; then one turn per arm in every round."""
-    calls = []
-    arms = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
-    timings = time_in_turns(arms, rounds=2, device=torch.device("cpu"), seconds=1e-9)
-    assert calls == list("aaabbb" + "abab")
-    assert all(len(timing.seconds) == 2 and timing.repeats == 1 for timing in timings.values())
+    """Three warm-up calls per arm, two if a call takes longer than a turn; then a turn per arm and round."""
+    for seconds, warm_up in ((1e-9, "aabb"), (1e-3, "aaabbb")):
+        calls = []
+        arms = {"a": functools.partial(calls.append, "a"), "b": functools.partial(calls.append, "b")}
+        timings = time_in_turns(arms, rounds=2, device=torch.device("cpu"), seconds=seconds)
+        assert "".join(calls).startswith(warm_up + "a" * timings["a"].repeats + "b")
+        assert all(len(timing.seconds) == 2 for timing in timings.values())
+        assert (timings["a"].repeats == 1) == (seconds == 1e-9)
 
 
 def test_results_of_turns_keep_their_order():
