@@ -299,7 +299,11 @@ class Server:
 def main(argv: list[str]) -> int:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
+    try:
+        listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
+    except OSError as error:
+        reason = f"{error.strerror}; --port=0 takes a free one"
+        raise UserError(f"host={cfg.host}, port={cfg.port}: {reason}") from None
     server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_level="warning"))
     host = f"[{cfg.host}]" if family == socket.AF_INET6 else cfg.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)

@@ -42,7 +42,7 @@ FAST = """
     evals/tasks/test_bfcl.py evals/tasks/test_gsm8k.py evals/tasks/test_needle.py evals/tasks/test_open_qa.py
     evals/tasks/test_perplexity.py evals/tasks/test_summarize.py evals/test_calibration.py
     evals/test_likelihood.py evals/test_lm.py evals/test_rewards.py evals/test_votes.py
-    generation/test_rollouts.py generation/test_verifier.py
+    generation/test_rollouts.py generation/test_verifier.py generation/test_batcher.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
     generation/test_samples.py
     modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_sinks.py

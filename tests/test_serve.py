@@ -300,6 +300,11 @@ def test_wrong_settings(argv, words):
         configure(serve.ServeConfig, argv)
 
 
+def test_a_port_in_use(server):
+    with pytest.raises(UserError, match=f"port={server.port}: Address already in use"):
+        serve.main([f"--port={server.port}"])
+
+
 def test_a_slow_request_and_a_slow_answer(server, start, chat_folder, monkeypatch):
     monkeypatch.setattr(serve, "BODY_SECONDS", 0.3)
     with socket.create_connection(("127.0.0.1", server.port)) as client:
