@@ -193,7 +193,7 @@ def all_methods(asker: Asker, result: Result) -> dict[str, Points]:
     found = {"greedy": Points([float(s.right) for s in greedy], [s.tokens for s in greedy])}
     for k in sorted({n, *(2**power for power in range(n.bit_length()))}):
         found[f"pass@{k}"] = Points([pass_at_k(n, c, k) for c in right], [k * each for each in tokens])
-        for method in METHODS if asker.verifier else ("maj",):
+        for method in (METHODS if asker.verifier else ("maj",)) if k > 1 or n == 1 else ():
             found[f"{method}@{k}"] = in_blocks(samples, k, method)
     found[f"oracle@{n}"] = Points([float(c > 0) for c in right], [n * each for each in tokens])
     found["longer"] = asker.longer(greedy, rows)
@@ -250,7 +250,10 @@ def draw(models: dict[str, dict[str, Any]]) -> "Figure | None":
             axes.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points],
                           [each["stderr"] for each in points], marker="o", capsize=2,
                           label=f"{curve}@k" if len(points) > 1 else curve)
-        axes.set(xscale="log", xlabel="tokens per question", ylabel="accuracy", title=name)
-        axes.legend()
+        axes.axhline(methods["greedy"]["accuracy"], color="C0", linestyle="--", linewidth=1)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.set(xlabel="tokens per question", ylabel="accuracy", title=name)
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panel
         axes.grid(alpha=0.3)
     return figure

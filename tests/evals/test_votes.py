@@ -148,7 +148,8 @@ def test_every_method_by_hand(wrapped):
     assert right["pass@1"] == [1, 0.25] and right["pass@4"] == right["oracle@4"] == [1, 1]
     assert right["pass@2"] == [1, pytest.approx(0.5)]
     assert right["maj@4"] == [1, 0] and right["weighted@4"] == [1, 0], "8 has two of four votes, and .7"
-    assert right["verified@4"] == [1, 1] and right["verified@1"] == [1, 0.25]
+    assert right["verified@4"] == [1, 1] and right["verified@2"] == [1, 0.5]
+    assert "verified@1" not in right, "one sample is no choice"
     assert right["longer"] == [1, 1], "the cut answer is generated again"
     assert right["resample"] == [1, 0], "greedy .2, then .3 and .4: none is accepted, and the best is wrong"
     assert right["revise"] == [1, 1], "the second revision is accepted"
@@ -172,8 +173,8 @@ def test_figures_gains_and_tokens():
 
 def test_without_a_verifier_only_votes_are_counted():
     _, asker, result = run([EASY, HARD], verifier=None)
-    assert set(all_methods(asker, result)) == {"greedy", "pass@1", "pass@2", "pass@4", "maj@1", "maj@2",
-                                               "maj@4", "oracle@4", "longer"}
+    assert set(all_methods(asker, result)) == {"greedy", "pass@1", "pass@2", "pass@4", "maj@2", "maj@4",
+                                               "oracle@4", "longer"}
 
 
 def test_the_picture_has_a_curve_per_method():
@@ -185,7 +186,7 @@ def test_the_picture_has_a_curve_per_method():
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(figure.axes) == 2 and labels == ["greedy", "pass@k", "maj@k", "weighted@k", "verified@k",
                                                 "longer", "resample", "revise"]
-    assert axes.containers[2].lines[0].get_xdata().tolist() == [2, 4, 8], "tokens of maj@1, 2 and 4"
+    assert axes.containers[2].lines[0].get_xdata().tolist() == [4, 8], "tokens of maj@2 and maj@4"
 
 
 @pytest.mark.parametrize("words, message", [
