@@ -94,13 +94,6 @@ def template_message(message: Message, template: str) -> Message:
     return form | {"content": f"{thought}\n\n{form.get('content', '')}"} if thought else form
 
 
-def required(result: tuple[str | None, Any]) -> tuple[str, Any]:
-    """A text that was rendered, with its spans. Raises UserError if the template refused."""
-    if result[0] is None:
-        raise UserError(f"chat template: {result[1]}")
-    return result[0], result[1]
-
-
 class TemplateChat:
     """A conversation in the format of its model's template. The first message may have the key "tools"."""
 
@@ -122,46 +115,42 @@ class TemplateChat:
 
     # ---- Text ---------------------------------------------------------------------------------------------
 
-    def render(self, *jobs: tuple[list[Message], bool]) -> list[tuple[str | None, Any]]:
-        """(text, spans that {% generation %} encloses) or (None, error) for each job.
+    def render(self, *jobs: tuple[list[Message], bool],
+               optional: bool = False) -> list[tuple[str, list[Span]]]:
+        """(text, spans that {% generation %} encloses) of each job: (messages, whether an answer is opened).
 
-        A job is (messages, whether the opening of an answer follows them).
+        Raises UserError if the template refuses a job. With `optional`, a refused opening has the filling as
+        its text instead.
         """
         settings = self.tokenizer.settings
-        names = {key: self.tokenizer.named_token(key) for key in settings
-                 if key.endswith("_token") and isinstance(settings[key], str | dict)}
-        shared = {**names, "tools": self.tools, "documents": None, "marks": self.marks}
-        results: list[tuple[str | None, Any]] = []
-        variables = [{**shared, "messages": messages, "add_generation_prompt": opened}
-                     for messages, opened in jobs]
-        for text, error in render(self.template, variables):
-            parts = re.split("|".join(self.marks), text or "")
+        shared: dict[str, Any] = {key: self.tokenizer.named_token(key) for key in settings
+                                  if key.endswith("_token") and isinstance(settings[key], str | dict)}
+        shared |= {"tools": self.tools, "documents": None, "marks": self.marks}
+        answers = render(self.template, [shared | {"messages": messages, "add_generation_prompt": opened}
+                                         for messages, opened in jobs])
+        results = []
+        for (_, opened), (text, error) in zip(jobs, answers, strict=True):
+            if error is not None and not (optional and opened):
+                raise UserError(f"chat template: {error}")
+            parts = re.split("|".join(self.marks), self.filling if text is None else text)
             ends = list(accumulate(map(len, parts)))  # every second part is enclosed
-            results.append((None, error) if text is None else
-                           ("".join(parts), list(zip(ends[::2], ends[1::2], strict=False))))
+            results.append(("".join(parts), list(zip(ends[::2], ends[1::2], strict=False))))
         return results
 
-    def text(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans) of some messages. Raises UserError if the template refuses them."""
-        return required(self.render((messages, opened))[0])
-
     def turns(self, numbers: list[int]) -> dict[int, tuple[str, Span]]:
-        """For each of these messages of the assistant: the text up to and including it, and where in it the
-        model writes."""
+        """The text up to and including each of these answers, and where in it the model writes the answer."""
         jobs = []
         for number in numbers:
             before, content = self.messages[:number], self.messages[number].get("content")
             other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
             answer = {"role": "assistant", "content": other}
             jobs += [(self.messages[:number + 1], False), (before, True), ([*before, answer], False)]
-        results, found = iter(self.render(*jobs) if jobs else []), {}
-        for number, whole, (prompt, _), twin in zip(numbers, results, results, results, strict=False):
-            text, changed = required(whole)[0], required(twin)[0]
-            content_end = len(text) - len(os.path.commonprefix((text[::-1], changed[::-1])))
+        texts, found = [text for text, _ in self.render(*jobs, optional=True)], {}
+        for number, text, prompt, twin in zip(numbers, texts[::3], texts[1::3], texts[2::3], strict=True):
+            content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
             special = special_pattern(self.tokenizer).search(text, content_end)
-            # A template may refuse a prompt without messages, or open an answer in another way.
-            is_prefix = prompt is not None and text.startswith(prompt)
-            begin = len(str(prompt) if is_prefix else os.path.commonprefix((text, changed)))
+            # A template may refuse to open an answer without messages, or open it in another way.
+            begin = len(prompt if text.startswith(prompt) else os.path.commonprefix((text, twin)))
             found[number] = text, (begin, special.end() if special else len(text))
         return found
 
@@ -181,7 +170,7 @@ class TemplateChat:
 
     def encode_prompt(self) -> list[int]:
         """The ids of the conversation, followed by the opening of an answer."""
-        return self.encode(self.text(self.messages, opened=True)[0], [])[0]
+        return self.encode(self.render((self.messages, True))[0][0], [])[0]
 
     def encode_last(self) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation that ends with an answer, the only target."""
@@ -192,11 +181,11 @@ class TemplateChat:
     def documents(self) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of the conversation, and of shorter ones for turns that it writes in another way."""
         if GENERATION.search(self.template):
-            return [self.encode(*self.text(self.messages))]
+            return [self.encode(*self.render((self.messages, False))[0])]
         turns = self.turns([n for n, message in enumerate(self.messages) if message["role"] == "assistant"])
         found, missing, last = list[tuple[list[int], list[int]]](), set(turns), len(self.messages) - 1
         while missing or not found:
-            text = turns[last][0] if last in turns else self.text(self.messages)[0]
+            text = turns[last][0] if last in turns else self.render((self.messages, False))[0][0]
             written = {number for number in missing if number <= last
                        and text.startswith(turns[number][0][:turns[number][1][1]])}
             found.append(self.encode(text, sorted(turns[number][1] for number in written)))
@@ -215,15 +204,15 @@ def own_end_of_turn(tokenizer: Tokenizer) -> int:
     """
     hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     ids, mask = TemplateChat(tokenizer, hello).encode_last()
-    last = [index for index, is_target in zip(ids, mask, strict=True) if is_target][-1]
-    return last if last in tokenizer.special_ids else tokenizer.eot_id
+    written = [index for index, is_target in zip(ids, mask, strict=True) if is_target]
+    return written[-1] if written and written[-1] in tokenizer.special_ids else tokenizer.eot_id
 
 
 @lru_cache(maxsize=8)
 def frame(tokenizer: Tokenizer) -> tuple[str, str]:
     """The texts before and after a user's message, up to where the answer begins."""
     chat = TemplateChat(tokenizer, [])
-    text = chat.text([{"role": "user", "content": chat.filling}], opened=True)[0]
+    text = chat.render(([{"role": "user", "content": chat.filling}], True))[0][0]
     before, _, after = text.partition(chat.filling)
     return before, after
 

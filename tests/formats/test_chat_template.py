@@ -445,7 +445,7 @@ def test_hostile_text_gives_no_control_token(name, formats):
                 harmless[key] = "x" if message[key].strip() else message[key]
         try:
             (ids, mask), (expected, _) = encode_chat(tokenizer, messages), encode_chat(tokenizer, twin)
-            text = TemplateChat(tokenizer, messages).text(messages)[0]
+            text = TemplateChat(tokenizer, messages).render((messages, False))[0][0]
         except UserError:
             continue
         checked += 1
@@ -512,6 +512,16 @@ def test_our_format_can_be_forced(formats):
     assert ours.decode(encode_chat(ours, hello)[0]) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
     )
+
+
+def test_a_template_without_answers(formats):
+    """Its model can still continue texts."""
+    tokenizer = formats("smollm2")[0]
+    settings = tokenizer.settings | {"chat_template": "{{ messages[0].content }}"}
+    mute = Tokenizer(tokenizer.definition, settings)
+    assert end_of_turn(mute) == tokenizer.eot_id
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert encode_chat(mute, chat) == (tokenizer.encode("a"), [0])
 
 
 def test_several_templates(formats):
