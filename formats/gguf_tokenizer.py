@@ -13,7 +13,8 @@ from formats.chat_format import chat_prefix, end_of_turn
 from formats.splits import SPLITS
 from formats.tokenizer import Tokenizer, split_patterns
 
-NAMES = {patterns: name for name, patterns in reversed(SPLITS.items())}  # the first name of each way
+# The first name of each way of splitting.
+NAMES: dict[tuple[str, ...], str] = {patterns: name for name, patterns in reversed(SPLITS.items())}
 NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
