@@ -1,6 +1,7 @@
 """Do attention sinks keep a model's loss flat far beyond its training length? And is any token slow?
 
     python -m bench.sinks --seeds=3 --json=docs/results/sinks.json --png=docs/results/sinks.png
+    python -m bench.sinks --times=True            # only the time per token past the context
 
 Trains a small model per tokenizer (BPE of 4,096 and bytes) and seed on the standard library with rows of 64
 tokens. Each one reads rows of 16 times that length from validation text in three ways: with plain attention,
@@ -24,7 +25,7 @@ from evals.tasks import context_length
 from evals.texts import read_texts
 from formats.files import read_json, write_json
 from generation.generate import Sampling, generate
-from model import GPT
+from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 from tools.arms import mean_and_range, run_once
 
@@ -44,6 +45,7 @@ class SinksConfig:
     out_dir: str = "out/sinks"  # folder for the models and their results
     json: str | None = None  # write the results to this file
     png: str | None = None  # draw the curves to this file
+    times: bool = False  # only time untrained models
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "steps", "limit")
@@ -51,13 +53,14 @@ class SinksConfig:
         require(self, "tokenizers", known, "bytes, BPE or both")
 
 
-def token_times(model: GPT, sinks: int) -> dict[str, float]:
-    """CPU seconds per new token from 2 T to 10 T: the median, the slowest over it, and the mean."""
+def token_times(model: GPT, sinks: int, tokens: int) -> dict[str, float]:
+    """CPU seconds per new token past the context: the median, the slowest over it, and the mean."""
     times, begin = [], time.thread_time()
-    for _ in generate(model, [[1]], 10 * T, Sampling(temperature=0, sinks=sinks)):
+    prompt = [1] * (model.config.block_size - 2)
+    for _ in generate(model, [prompt], tokens, Sampling(temperature=0, sinks=sinks)):
         times.append(time.thread_time() - begin)
         begin = time.thread_time()
-    past = times[2 * T:]
+    past = times[3:]
     median = statistics.median(past)
     return {"median": median, "slowest": max(past) / median, "mean": statistics.mean(past)}
 
@@ -73,12 +76,27 @@ def measure_model(folder: Path, data: Path, limit: int) -> dict:
         result["losses"][name] = [[each["first"], each["last"], each["value"]]
                                   for each in details["loss_by_position"]]
         result["rows"] = details["rows"]
-    runs = [{name: token_times(lm.model, sinks) for name, sinks in (("sinks", 4), ("read again", 0))}
+    runs = [{name: token_times(lm.model, sinks, 8 * T) for name, sinks in (("sinks", 4), ("read again", 0))}
             for _ in range(3)]
     for name in ("sinks", "read again"):  # the middle of three runs
         result["times"][name] = sorted((run[name] for run in runs), key=lambda each: each["slowest"])[1]
     write_json(folder / "sinks.json", result)
     return result
+
+
+def time_table(rounds: int = 5) -> str:
+    """The times of untrained models, without sinks and with 4; medians of rounds in turns."""
+    rows = []
+    for sizes in (dict(n_embd=128, vocab_size=257, block_size=64), {}, dict(block_size=1024)):
+        model = GPT(GPTConfig(**sizes)).eval()
+        tokens = min(600, 2 * model.config.block_size)
+        turns = [[token_times(model, sinks, tokens) for sinks in (0, 4)] for _ in range(rounds)]
+        for name, runs in zip(("read again", "4 sinks"), zip(*turns, strict=True), strict=True):
+            median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
+            rows.append([f"3 x {model.config.n_embd}, {model.config.block_size:,}", name,
+                         f"{1e3 * median['mean']:.2f}", f"{1e3 * median['median']:.2f}",
+                         f"{median['slowest']:.1f}"])
+    return text_table(["model, context", "", "mean ms", "median ms", "slowest / median"], rows)
 
 
 def mean_between(ranges: list, first: int, last: int) -> float:
@@ -122,6 +140,10 @@ def draw(results: dict[str, list[dict]], path: Path) -> None:
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SinksConfig, argv, usage=__doc__)
+    if cfg.times:
+        torch.set_num_threads(1)
+        print(time_table())
+        return 0
     results: dict[str, list[dict]] = {}
     for name in cfg.tokenizers.split(","):
         data = Path(cfg.out_dir) / f"data_{name}"
