@@ -286,9 +286,10 @@ class PolicyGradient:
         """Metrics as sums over the answers, because the loop divides by the number of answers."""
         rollouts = [rollout for group in self.groups for rollout in group.rollouts]
         terms, sampled = [terms for group in self.groups for terms in group.terms], self.groups + replaced
-        n, names = len(rollouts), sorted({name for each in terms for name in each})
+        # All ranks log the same names: a term of a user's reward may be missing on one of them.
+        n, names = len(rollouts), set().union(*self.run.gather({name for each in terms for name in each}))
         sums = {"reward": sum(sum(each.values()) for each in terms)}
-        sums |= {f"reward/{name}": sum(each.get(name, 0.0) for each in terms) for name in names}
+        sums |= {f"reward/{name}": sum(each.get(name, 0.0) for each in terms) for name in sorted(names)}
         sums |= {"even": n * sum(group.is_even for group in sampled) / len(sampled),
                  "length": sum(rollout.num_sampled for rollout in rollouts),
                  "cut": sum("cut" in rollout.messages[-1] for rollout in rollouts),

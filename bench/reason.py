@@ -1,6 +1,7 @@
 """What reinforcement learning adds to a fine-tuned model, and what cheaper methods add in the same time.
 
     python -m bench.reason --init_from=out/sft --folder=out/reason --json=docs/results/reason.json
+    python -m bench.reason --init_from=out/grpo --arms= --folder=out/measured     # only measure a model
 
 Every arm starts from the same model and trains with each seed. The test problems are those of eval.py, from
 the test split: without a tool ("problems"), with the calculator offered, and products of three digits with
@@ -64,7 +65,7 @@ SAMPLES = 8
 class ReasonConfig:
     init_from: str = "out/sft"  # the fine-tuned model that every arm starts from
     folder: str = "out/reason"  # folder of the runs and measurements
-    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # separated by commas
+    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; none: measure init_from
     seeds: int = 3  # runs per arm, with the seeds 1, 2, ..
     limit: int = 1000  # test problems per column
     sampled: int = 300  # test problems that get eight answers
@@ -72,9 +73,13 @@ class ReasonConfig:
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "limit", "sampled")
-        if unknown := [arm for arm in self.arms.split(",") if arm not in (*GRPO, *OTHERS)]:
+        if unknown := [arm for arm in self.names if arm not in (*GRPO, *OTHERS)]:
             raise UserError(f"arms={self.arms}: no arm {unknown[0]!r}; there are "
                             f"{', '.join((*GRPO, *OTHERS))}")
+
+    @property
+    def names(self) -> list[str]:
+        return [name for name in self.arms.split(",") if name]
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -191,7 +196,7 @@ def measure(cfg: ReasonConfig) -> dict[str, Any]:
     done = Path(cfg.folder) / "start.json"
     start = read_json(done) or measure_model(cfg, cfg.init_from)
     write_json(done, start)
-    arms = {arm: partial(run_arm, cfg, arm) for arm in cfg.arms.split(",")}
+    arms = {arm: partial(run_arm, cfg, arm) for arm in cfg.names}
     return {"start": start, "arms": run_arms(arms, range(1, cfg.seeds + 1))}
 
 
