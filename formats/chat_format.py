@@ -24,8 +24,8 @@ With a tool call:
 A conversation begins with the tokenizer's `prefix_ids` (Llama's <s>), as every text does.
 
 The text between two special tokens is encoded on its own, so no text of a message becomes a special token,
-whatever it contains. A Jinja template alone cannot do that: TEMPLATE gives the same ids only if no message contains
-the name of a special token.
+whatever it contains. A Jinja template alone cannot do that: TEMPLATE gives the same ids only if no message
+contains the name of a special token.
 Training targets are everything in an assistant's turn after its first line, including <|im_end|>.
 
 A model that comes with a chat template of its own keeps its format. All functions here then give the ids of

@@ -689,7 +689,8 @@ def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, mo
 def test_a_bad_template_is_one_line(template, reason, formats, monkeypatch):
     tokenizer = formats("smollm2")[0]
     bad = Tokenizer(tokenizer.definition, tokenizer.settings | {"chat_template": template})
-    monkeypatch.setattr(template_process, "SECONDS", 0.3)
+    if reason == "takes more than":
+        monkeypatch.setattr(template_process, "SECONDS", 0.3)
     monkeypatch.setattr(template_process, "children", {})
     with pytest.raises(UserError, match=reason) as error:
         require_chat(bad, "model")
