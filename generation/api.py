@@ -34,6 +34,8 @@ from generation.requests import Asked, Message, Refused, read_messages, schema_o
 from generation.verifier import Verifier
 from model import GPT
 
+MOST_TOKENS = 2**22  # of the answers to one request: their random numbers are drawn at the start, in 16 MiB
+ROW_TOKENS = 256  # an answer counts as this many tokens more, for what else a row keeps
 MARKS = ("<think>", "<tool_call>")  # of models with their own chat format: what follows is no content
 
 
@@ -109,10 +111,13 @@ class Served:
             prompts = self.read_prompts(asked.prompt)
         if (longest := max(map(len, prompts))) > self.context_length:
             raise Refused(413, f"the prompt has {longest:,} tokens, and the context {self.context_length:,}")
+        size = len(prompts) * max(asked.n, asked.best_of)
+        if size * (asked.max_tokens + ROW_TOKENS) > MOST_TOKENS:
+            raise Refused(413, f"{size:,} answers of {asked.max_tokens:,} tokens are too many for a request")
         if asked.best_of > asked.n and self.verifier is None:
             raise UserError("best_of: needs a server with --verifier=")
         number = 0 if asked.has_seed else self.number % ROUND_STRIDE
-        self.number += 0 if asked.has_seed else len(prompts) * max(asked.n, asked.best_of)
+        self.number += 0 if asked.has_seed else size
         return Job(self, asked, is_chat, prompts, number + rounds * ROUND_STRIDE)
 
 

@@ -257,6 +257,7 @@ def test_the_openai_client(server, script):
     (400, "tools: each needs", {"tools": [{"name": "a"}]}),
     (400, "messages: lone surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}),
     (404, "no model 'x' is served", {"model": "x"}),
+    (413, "128 answers of 1,000,000 tokens are too many", {"n": 128, "max_tokens": 10**6}),
     (413, "the prompt has", {"messages": [{"role": "user", "content": "a b c d " * 99}]}),
 ])
 def test_a_wrong_request_is_answered_with_its_reason(server, status, words, change):
