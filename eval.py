@@ -69,7 +69,7 @@ from formats.markdown import table
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from generation.constraints import ConstraintKeys
-from generation.verifier import Verifier
+from generation.verifier import Verifier, find_verifier
 from modeling.devices import pick_device, use_threads
 
 
@@ -244,6 +244,8 @@ def require_models(cfg: EvalConfig) -> None:
         tokenizer = Tokenizer.load(hf.find_folder(path))
         if cfg.chat:
             require_chat(tokenizer, path)
+    if cfg.verifier:
+        find_verifier(cfg.verifier)
 
 
 # ---- Measuring --------------------------------------------------------------------------------------------

@@ -98,6 +98,15 @@ def answer_logits(forward: nn.Module, model: Scorer, batch: dict[str, Any],
     return forward(batch["input_ids"], head=head)
 
 
+def find_verifier(path: str | Path) -> tuple[Path, float]:
+    """The folder of a verifier and its bias. Raises UserError if there is none."""
+    folder = hf.find_folder(path)
+    bias = read_json(folder / FILE).get("bias")
+    if not isinstance(bias, float) or not peft.is_adapter(folder):
+        raise UserError(f"{path}: is no verifier (verifier.py trains one)")
+    return folder, bias
+
+
 class Verifier:
     """A trained verifier. Use `load`."""
 
@@ -111,10 +120,7 @@ class Verifier:
         tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no verifier,
         or if its tokenizer is another one.
         """
-        folder = hf.find_folder(path)
-        bias = read_json(folder / FILE).get("bias")
-        if not isinstance(bias, float) or not peft.is_adapter(folder):
-            raise UserError(f"{path}: is no verifier (verifier.py trains one)")
+        folder, bias = find_verifier(path)
         if Tokenizer.load(folder).definition != tokenizer.definition:
             raise UserError(f"{path}: this verifier was trained with another tokenizer than the model's")
         model = ScoredGPT.from_pretrained(folder, device).eval()
