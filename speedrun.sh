@@ -46,16 +46,15 @@ if [ "${1:-}" != smoke ]; then  # after 10 steps no answer is right, and a verif
     "${launch[@]}" verifier.py --init_from=$out/grpo --out_dir=$out/verifier "${train_flags[@]}"
 fi
 
-# Every model in one table: greedy, 8 samples, votes, and the verifier's choice.
-python eval.py --model=$out/base --compare=$out/distilled,$out/sft,$out/dpo,$out/grpo \
-    "${eval_flags[@]}" "${vote_flags[@]}"
+# Every stage in one table: greedy, 8 samples, votes, and the verifier's choice.
+python eval.py --model=$out/base --compare=$out/sft,$out/dpo,$out/grpo "${eval_flags[@]}" "${vote_flags[@]}"
 
-# Export the last model in four formats, and evaluate every export.
+# Export the last model in four formats. Evaluate every export, and the small model.
 gguf=()
 for kind in f16 q8_0 q4_k_m; do
     python export.py --model=$out/grpo --format=gguf --quantize=$kind --out=$exports/$kind --overwrite=True
     gguf+=("$exports/$kind")
 done
 python export.py --model=$out/grpo --out=$exports/hf --overwrite=True
-compare=$(IFS=,; echo "${gguf[*]}")
+compare=$(IFS=,; echo "${gguf[*]},$out/distilled")
 python eval.py --model=$exports/hf --compare="$compare" "${eval_flags[@]}" --out_dir=$exports
