@@ -44,7 +44,8 @@ FAST = """
     evals/test_likelihood.py evals/test_lm.py evals/test_rewards.py evals/test_votes.py
     generation/test_rollouts.py generation/test_verifier.py generation/test_batcher.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
-    generation/test_samples.py
+    generation/test_constraints.py generation/test_samples.py dataset/test_tasks.py
+    dataset/test_tool_problems.py tools/test_errors.py
     modeling/test_attention.py modeling/test_devices.py modeling/test_kv_cache.py modeling/test_sinks.py
     modeling/test_ternary.py
     tools/test_compare.py tools/test_make_pairs.py tools/test_plot.py

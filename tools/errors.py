@@ -1,6 +1,6 @@
 """What kinds of mistakes models make: counts by model, examples, and a picture, from the answers of eval.py.
 
-    python -m tools.errors out/sft/answers/*.jsonl            # writes out/sft/answers/errors.md and errors.png
+    python -m tools.errors out/sft/answers/*.jsonl           # writes out/sft/answers/errors.md and errors.png
     python -m tools.errors a/answers/problems.jsonl b/answers/problems.jsonl --out=errors.md
 
 A wrong answer has the first of these kinds that fits:

@@ -12,12 +12,13 @@ first (--shots=0 for none): the last rows of the file, which are not asked.
     Question: ...
     Answer:
 
-Only the first line of the generated text counts (lm-eval also stops at a dot or a comma, which cuts "J.
-Austen"). Exact match and F1 are SQuAD's (v1.1, arXiv 1606.05250). Texts are compared in lower case, without
-punctuation and articles; F1 is that of their words. If there are several right answers, the best match is
-taken. As in HotpotQA's own script, "yes" and "no" are right or wrong as a whole. Files: hotpotqa*, triviaqa*
-(rows as above). On the hub: the validation splits of hotpotqa/hotpot_qa (distractor) and
-mandarjoshi/trivia_qa (rc.nocontext).
+A row with the key "passage" is asked with this text before its question; tools/errors.py then finds answers
+that the text does not support. Only the first line of the generated text counts (lm-eval also stops at a
+dot or a comma, which cuts "J. Austen"). Exact match and F1 are SQuAD's (v1.1, arXiv 1606.05250). Texts are
+compared in lower case, without punctuation and articles; F1 is that of their words. If there are several
+right answers, the best match is taken. As in HotpotQA's own script, "yes" and "no" are right or wrong as a
+whole. Files: hotpotqa*, triviaqa* (rows as above). On the hub: the validation splits of hotpotqa/hotpot_qa
+(distractor) and mandarjoshi/trivia_qa (rc.nocontext).
 """
 
 import re
@@ -67,6 +68,7 @@ class OpenQuestion(NamedTuple):
     prompt: str
     answers: list[str]  # right answers, the best known first
     kind: str | None  # HotpotQA's "bridge" or "comparison"
+    passage: str = ""  # a text that comes before the question, if the row has one
 
 
 def question_of(row: dict[str, Any]) -> OpenQuestion:
@@ -76,7 +78,10 @@ def question_of(row: dict[str, Any]) -> OpenQuestion:
         aliases = [text for text in texts_of(answer["aliases"]) if text.strip()]  # a blank one says nothing
         answer = answer["value"]
     kind = None if row.get("type") is None else text_of(row["type"])
-    return OpenQuestion(question_prompt(text_of(row["question"])), [answer_text(answer), *aliases], kind)
+    passage = text_of(row.get("passage", ""))
+    prompt = question_prompt(text_of(row["question"]))
+    prompt = f"{passage}\n\n{prompt}" if passage else prompt
+    return OpenQuestion(prompt, [answer_text(answer), *aliases], kind, passage)
 
 
 def load(source: str | None, limit: int, shots: int | None,
@@ -100,7 +105,8 @@ def score(lm: LM, questions: Questions, name: str) -> Result:
         exact, overlap = (max(metric(text, answer) for answer in question.answers)
                           for metric in (exact_match, f1))
         answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
-                        "vote": normalized(text), "exact_match": exact, "f1": overlap})
+                        "vote": normalized(text), "exact_match": exact, "f1": overlap}
+                       | ({"passage": question.passage} if question.passage else {}))
         types.setdefault(question.kind, []).append(exact)
     details = {"shots": len(questions.shots), "first_prompt": prompts[0],
                "types": {kind: sum(each) / len(each) for kind, each in types.items() if kind}}

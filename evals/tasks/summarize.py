@@ -111,7 +111,7 @@ def score(lm: LM, questions: Questions) -> Result:
     kept = max(room - len(shots) - len(end), room // 2)
     prompts = [shots + ids[:kept] + end for ids in documents]
     texts = lm.generate_until(prompts, ["\n\n"], MAX_NEW_TOKENS)
-    answers = [{"document": document[:200], "summary": summary, "said": text.strip(), **rouge(text, summary)}
+    answers = [{"document": document, "summary": summary, "said": text.strip(), **rouge(text, summary)}
                for (document, summary), text in zip(questions.asked, texts, strict=True)]
     return Result(means(answers, ROUGE) | truncated(lm.truncated), answers,
                   {"shots": len(questions.shots), "first_prompt": lm.tokenizer.decode(prompts[0]),

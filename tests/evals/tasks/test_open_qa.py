@@ -85,3 +85,11 @@ def test_hotpotqa_itself():
     assert (len(answers), len(questions.shots)) == (7400, 5)
     assert all(f1(answer, answer) == 1 for answer in answers)
     assert [answer for answer in answers if not normalized(answer)] == ["The The", "!!!"]
+
+
+def test_a_passage_comes_before_the_question():
+    row = {"question": "Who wrote Emma?", "answer": "Jane Austen", "passage": "Emma is by Jane Austen."}
+    found = open_qa.question_of(row)
+    assert found.prompt == "Emma is by Jane Austen.\n\nQuestion: Who wrote Emma?\nAnswer:"
+    assert found.passage == row["passage"]
+    assert open_qa.question_of(row | {"passage": ""}).prompt == "Question: Who wrote Emma?\nAnswer:"
