@@ -30,7 +30,8 @@ def folder(tmp_path_factory):
     transformers.set_seed(0)
     config = transformers.T5Config(
         vocab_size=len(words), d_model=64, d_kv=16, d_ff=128, num_layers=1, num_heads=4,
-        num_decoder_layers=1, feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0, eos_token_id=1, dropout_rate=0.0)
+        num_decoder_layers=1, feed_forward_proj="gated-gelu", decoder_start_token_id=0, pad_token_id=0,
+        eos_token_id=1, dropout_rate=0.0)
     transformers.T5ForConditionalGeneration(config).save_pretrained(folder / "model")
     draw = random.Random(0)
     texts = sorted({" ".join(draw.choices(WORDS, k=draw.randint(1, 3))) for _ in range(600)})
