@@ -82,9 +82,6 @@ class VerifierConfig(PostTrainingConfig):
     max_new_tokens: int = 100  # most tokens of an answer
     answers_batch_size: int = 256  # answers that are generated together
 
-    stage_fixed = PostTrainingConfig.stage_fixed | {
-        "families", "calculator", "num_problems", "num_samples", "temperature", "max_new_tokens",
-        "answers_batch_size"}
     resume_free = PostTrainingConfig.resume_free | {"answers_batch_size"}
 
     def __post_init__(self) -> None:
@@ -94,7 +91,7 @@ class VerifierConfig(PostTrainingConfig):
         family_names(self.families)  # raises UserError for an unknown one
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
                           ("stages", ([],))):
-            require(self, key, getattr(self, key) in only, f"{only[-1]!r}: verifier.py has nothing else")
+            require(self, key, getattr(self, key) in only, f"{only[-1]!r} in verifier.py")
 
     @property
     def request(self) -> Request:
