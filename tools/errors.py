@@ -141,7 +141,7 @@ def draw(counts: dict[str, dict[str, list[Any]]]) -> Figure:
     for number, (name, found) in enumerate(counts.items()):
         bars = plot.barh([at - number * height for at in range(len(kinds))],
                          [len(found[kind]) for kind in kinds], height, label=name)
-        plot.bar_label(bars, padding=2)
+        plot.bar_label(bars, fmt=lambda count: f"{count:g}" if count else "", padding=2)
     plot.set_yticks([at - (len(counts) - 1) * height / 2 for at in range(len(kinds))], kinds)
     plot.set(xlabel="wrong answers")
     plot.legend()
