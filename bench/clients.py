@@ -171,7 +171,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     server = Child(cfg.model)
     try:
         results = throughput(cfg, server) | asyncio.run(faults(cfg, server))
-        answer = server.ask(CHAT, QUESTION)
+        answer = server.ask(TEXT, FAULTS["completion"][1])
         return results | {"after": answer["choices"][0]["finish_reason"], "exit_code": server.stop()}
     finally:
         server.process.kill()
