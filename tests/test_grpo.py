@@ -199,7 +199,7 @@ def test_loss_and_gradient_are_trls(chat, tmp_path, kl, updates):
 def test_it_learns(chat, tmp_path):
     """The reward rises, the start model does not change, and the log has what a reader needs."""
     before = weights_sha256(hf.find_folder(chat[0]))
-    log = run(chat, tmp_path / "a", "--max_steps=20", "--global_batch_size=8", "--micro_batch_size=8")
+    log = run(chat, tmp_path / "a", "--max_steps=14", "--global_batch_size=8", "--micro_batch_size=8")
     rewards = [event["reward"] for event in log if "reward" in event]
     assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
     assert log[-1]["val_reward"] == -log[-1]["val_loss"] == log[-1]["val_reward/custom"]
@@ -274,7 +274,7 @@ def test_dropping_even_groups_changes_no_gradient(chat):
         loss, _ = grpo.loss_fn(log_probs, batch, None, config())
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for one, two in zip(*grads, strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(one, two, rtol=0, atol=1e-5 * max(two.abs().max(), 1))
 
 
 def test_stages_and_own_prompts(chat, tmp_path):
