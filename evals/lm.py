@@ -18,7 +18,14 @@ from tqdm import tqdm
 from configurator import UserError
 from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs
 from formats import hf
-from formats.chat_format import encode_content, encode_prompt, end_of_turn, read_answer, require_chat, turn_frame
+from formats.chat_format import (
+    encode_content,
+    encode_prompt,
+    end_of_turn,
+    read_answer,
+    require_chat,
+    turn_frame,
+)
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.constraints import ConstraintKeys, constraint_of

@@ -1,6 +1,7 @@
 """Estimators of several samples per question, by hand; every method on a model with known answers."""
 
 import itertools
+import json
 import math
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import pytest
 import torch
 
 import eval as evaluation
+import evals.lm
 from configurator import UserError
 from evals.benchmarks import Questions
 from evals.results import Result, mean
@@ -25,6 +27,7 @@ from evals.votes import (
     until_accepted,
     vote,
 )
+from formats.tokenizer import Tokenizer
 
 
 def sample(answer, right="7", tokens=10, score=0.5):
@@ -187,6 +190,30 @@ def test_the_picture_has_a_curve_per_method():
     assert len(figure.axes) == 2 and labels == ["greedy", "pass@k", "maj@k", "weighted@k", "verified@k",
                                                 "longer", "resample", "revise"]
     assert axes.containers[2].lines[0].get_xdata().tolist() == [4, 8], "tokens of maj@2 and maj@4"
+
+
+def test_word_problems_and_rows_of_question_and_answer(chat_folder, tmp_path, monkeypatch, capsys):
+    """The tasks' own prompts and checks, with a model that says one thing greedily and samples another."""
+    (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "It is\n#### 2"}))
+    row = {"question": "Capital of France?", "answer": "Paris"}
+    (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row))
+    tokenizer = Tokenizer.load(chat_folder)
+    said = {"gsm8k": ("#### 3", "#### 2.0"), "triviaqa": ("Rome", "the paris")}  # greedily, sampled
+
+    def generate(model, prompts, max_new_tokens, sampling, *rest):
+        name = "triviaqa" if "France" in tokenizer.decode(prompts[0]) else "gsm8k"
+        for token in tokenizer.encode(said[name][sampling.temperature > 0] + "\n"):
+            yield [token] * len(prompts)
+
+    monkeypatch.setattr(evals.lm, "generate", generate)
+    data = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("gsm8k", "triviaqa"))
+    evaluation.main([f"--model={chat_folder}", "--tasks=gsm8k,triviaqa", f"--data={data}", "--shots=0",
+                     "--num_samples=3", "--device=cpu", f"--out_dir={tmp_path / 'e'}"])
+    tasks = json.loads((tmp_path / "e" / "results.json").read_text())["models"][0]["tasks"]
+    for task in tasks.values():
+        found = {name: each["accuracy"] for name, each in task["details"]["methods"].items()}
+        assert found == {"greedy": 0, "pass@1": 1, "pass@2": 1, "maj@2": 1, "pass@3": 1, "maj@3": 1,
+                         "oracle@3": 1, "longer": 0}, found
 
 
 @pytest.mark.parametrize("words, message", [
