@@ -1,7 +1,7 @@
 # What does each part of the default architecture bring? One change at a time:
 #     python -m tools.ablate config/ablate_architecture.py --json=ablate.json --png=ablate.png
-# 39 runs of about ten seconds of one idle core. A larger base takes longer and says more; the widths in two of
-# the changes belong to this one. docs/architecture_studies.md shows the results.
+# 39 runs of about ten seconds of one idle core. A larger base takes longer and says more; the widths in two
+# of the changes belong to this one. docs/architecture_studies.md shows the results.
 
 base = ["train.py --n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=4 --intermediate_size=192 --block_size=64 "
         "--max_steps=200 --sample_tokens=0 --save_interval=0 --eval_tokens=16384 --log_interval=50 "
