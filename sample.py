@@ -187,7 +187,7 @@ class Sampler:
         new: list[list[int]] = [[] for _ in prompts]
         printed = ""  # the text that is on the screen already
         numbers = range(first, first + len(prompts))
-        guide = self.constraint and self.constraint.guide([None] * len(prompts))
+        guide = self.constraint.guide([None] * len(prompts)) if self.constraint else None
         options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers, guide=guide)
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg, self.is_done, options):
             append_tokens(new, tokens)
