@@ -48,7 +48,8 @@ class LM:
     tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
     its beginning. prefix, suffix: ids that the chat format puts around a prompt. rows, sampled: for each
     prompt of the last call that generated, the ids that were read and generated, and True for the generated.
-    replies: after a greedy `reply`, the messages that follow each conversation.
+    replies: after a greedy `reply`, the messages that follow each conversation. cut: after a greedy call,
+    whether the limit of new tokens has ended each answer.
 
     evals/votes.py sets the following. temperature, seed: of samples; temperature 0 is greedy. copies: each
     prompt comes this often in a row. budget: factor of all limits of new tokens. attempts: replies after
@@ -71,6 +72,7 @@ class LM:
         self.constraint = constraint_of(self.tokenizer, self.end_ids, keys)
         self.tokens, self.truncated = 0, []
         self.rows, self.sampled, self.replies = list[list[int]](), list[list[bool]](), list[list[Message]]()
+        self.cut: list[bool] = []
         self.temperature, self.seed, self.copies, self.budget = 0.0, 1337, 1, 1
         self.attempts: list[list[Message]] = []
 
@@ -175,6 +177,7 @@ class LM:
         self.sampled = [[False] * len(prompt) + [True] * len(answer)
                         for prompt, answer in zip(prompts, answers, strict=True)]
         self.replies = []
+        self.cut = [len(answer) == max_new_tokens and answer[-1] not in self.end_ids for answer in answers]
         return [cut_at_stop(self.answer_text(ids), stops) for ids in answers]
 
     # ---- Conversations ------------------------------------------------------------------------------------
@@ -203,6 +206,7 @@ class LM:
 
         replies, self.rows, self.sampled = map(list, zip(*self.in_batches(lengths, answer), strict=True))
         self.replies = [one + more for one, more in zip(earlier or [[]] * len(replies), replies, strict=True)]
+        self.cut = ["cut" in reply[-1] for reply in replies]
         self.tokens += assistant.tokens
         self.truncated = [length > self.model.config.block_size for length in lengths]
         return replies

@@ -160,9 +160,9 @@ class Asker:
         return [Sample(answer["vote"], *rest) for answer, *rest
                 in zip(result.answers, right, map(sum, sampled), scores, strict=True)]
 
-    def longer(self, greedy: list[Sample], rows: list[list[int]]) -> Points:
-        """rows: the ids of the greedy answers."""
-        cut = [number for number, row in enumerate(rows) if row[-1] not in self.lm.end_ids]
+    def longer(self, greedy: list[Sample], was_cut: list[bool]) -> Points:
+        """was_cut: whether the limit has ended each greedy answer."""
+        cut = [number for number, each in enumerate(was_cut) if each]
         attempts = [[sample] for sample in greedy]
         for number, sample in zip(cut, self.ask(cut, budget=self.settings.num_samples), strict=True):
             attempts[number].append(sample)
@@ -184,7 +184,7 @@ class Asker:
 def all_methods(asker: Asker, result: Result) -> dict[str, Points]:
     """Ask the questions in every way; result: the greedy answers, which were generated last."""
     lm, n, cfg = asker.lm, asker.settings.num_samples, asker.settings
-    rows, replies, greedy = lm.rows, lm.replies, asker.samples(result)
+    cut, replies, greedy = lm.cut, lm.replies, asker.samples(result)
     numbers = [number for number in range(len(greedy)) for _ in range(n)]
     drawn = asker.ask(numbers, temperature=cfg.temperature, seed=cfg.seed, copies=n)
     samples = [drawn[at:at + n] for at in range(0, len(drawn), n)]
@@ -196,7 +196,7 @@ def all_methods(asker: Asker, result: Result) -> dict[str, Points]:
         for method in (METHODS if asker.verifier else ("maj",)) if k > 1 or n == 1 else ():
             found[f"{method}@{k}"] = in_blocks(samples, k, method)
     found[f"oracle@{n}"] = Points([float(c > 0) for c in right], [n * each for each in tokens])
-    found["longer"] = asker.longer(greedy, rows)
+    found["longer"] = asker.longer(greedy, cut)
     if asker.verifier:
         attempts = [[one, *more[:cfg.retries]] for one, more in zip(greedy, samples, strict=True)]
         found["resample"] = until_accepted(attempts, cfg.threshold, reads=2)

@@ -102,8 +102,6 @@ def test_attempts_until_one_is_accepted():
 class FakeLM:
     """Answers question q with the next of its scripted answers, by the kind of the call."""
 
-    end_ids = {0}
-
     def __init__(self):
         self.temperature, self.seed, self.copies, self.budget, self.attempts = 0.0, 0, 1, 1, []
         self.calls = []
@@ -117,8 +115,8 @@ class FakeLM:
             kind = "sampled" if self.temperature else "long" if self.budget > 1 else (
                 f"revised{len(self.attempts[0]) // 2}" if self.attempts else "greedy")
             said.append(question[kind][place])
-        # The last id is 0, an end, unless the answer was cut; the one before it is the score.
-        self.rows = [[9, round(100 * score), int(answer.endswith("..."))] for answer, score in said]
+        self.rows = [[9, round(100 * score), 0] for _, score in said]  # the second id is the score
+        self.cut = [answer.endswith("...") for answer, _ in said]
         self.sampled = [[False, True, True] for _ in said]
         self.replies = [[*(self.attempts[i] if self.attempts else []), {"content": answer}]
                         + [{"content": "?"}] * bool(self.attempts) for i, (answer, _) in enumerate(said)]
@@ -214,6 +212,9 @@ def test_word_problems_and_rows_of_question_and_answer(chat_folder, tmp_path, mo
         found = {name: each["accuracy"] for name, each in task["details"]["methods"].items()}
         assert found == {"greedy": 0, "pass@1": 1, "pass@2": 1, "maj@2": 1, "pass@3": 1, "maj@3": 1,
                          "oracle@3": 1, "longer": 0}, found
+        # A stop text ended the answers, so none is generated again with more tokens.
+        methods = task["details"]["methods"]
+        assert methods["longer"]["tokens"] == methods["greedy"]["tokens"]
 
 
 @pytest.mark.parametrize("words, message", [
