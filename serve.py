@@ -235,25 +235,21 @@ class Server:
             raise Refused(404, f"no model {name!r} is served, but {', '.join(self.models)}")
         if len(self.models[name].batcher.waiting) >= self.cfg.max_waiting:
             raise Refused(429, "too many requests are waiting; try again later")
-        job = self.models[name].start(asked, is_chat)
+        job = self.models[name].start(asked, is_chat, self.cfg.timeout)
         if asked.stream:
             return StreamingResponse(self.stream(job), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         tasks = [asyncio.ensure_future(job.response()), asyncio.ensure_future(request.receive())]
         try:
             # The second task ends when the client closes its connection.
-            await asyncio.wait(tasks, timeout=self.cfg.timeout, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
             if not tasks[0].done():
-                raise ClientDisconnect if tasks[1].done() else self.too_slow
+                raise ClientDisconnect
             return JSONResponse(tasks[0].result())
         finally:
             job.cancel()
             for task in tasks:
                 task.cancel()
-
-    @property
-    def too_slow(self) -> Refused:
-        return Refused(408, f"the answer took more than {self.cfg.timeout:g} seconds")
 
     async def stream(self, job: Job) -> AsyncIterator[str]:
         """The pieces of an answer as server-sent events. An error is an event, too: the status is sent."""
@@ -261,13 +257,10 @@ class Server:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
         try:
-            async with asyncio.timeout(self.cfg.timeout):
-                async for chunk in job.chunks():
-                    yield event(chunk)
-        except TimeoutError:
-            yield event(error_body(self.too_slow, 408))
-        except Exception as error:  # of the model, such as no memory
-            yield event(error_body(error, 500))
+            async for chunk in job.chunks():
+                yield event(chunk)
+        except Exception as error:  # 408, or one of the model, such as no memory
+            yield event(error_body(error, getattr(error, "status", 500)))
         finally:  # also when the client has gone
             job.cancel()
         yield "data: [DONE]\n\n"

@@ -97,8 +97,8 @@ class Served:
         rules = grammar("call" if name else "call+", {"anyOf": schemas}, self.tokenizer)
         return self.constraint.row_of(rules, "tools")
 
-    def start(self, asked: Asked, is_chat: bool) -> "Job":
-        """Submit the rows of a request."""
+    def start(self, asked: Asked, is_chat: bool, timeout: float) -> "Job":
+        """Submit the rows of a request. After `timeout` seconds they are dropped; the job raises Refused."""
         rounds = 0
         if is_chat:
             require_chat(self.tokenizer, self.name)
@@ -118,7 +118,9 @@ class Served:
             raise UserError("best_of: needs a server with --verifier=")
         number = 0 if asked.has_seed else self.number % ROUND_STRIDE
         self.number += 0 if asked.has_seed else size
-        return Job(self, asked, is_chat, prompts, number + rounds * ROUND_STRIDE)
+        job = Job(self, asked, is_chat, prompts)
+        job.submit(number + rounds * ROUND_STRIDE, timeout)
+        return job
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
@@ -149,15 +151,18 @@ def added(before: Message, now: Message) -> Message:
 class Job:
     """A request at work: n rows per prompt, or best_of."""
 
-    def __init__(self, served: Served, asked: Asked, is_chat: bool, prompts: list[list[int]], number: int):
-        """Submit the rows. number: row number of the first."""
+    def __init__(self, served: Served, asked: Asked, is_chat: bool, prompts: list[list[int]]):
         self.served, self.asked, self.is_chat, self.prompts = served, asked, is_chat, prompts
         self.ends, self.tokenizer = served.ends[is_chat], served.tokenizer
         self.id, self.created = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
         self.changed, self.loop = asyncio.Event(), asyncio.get_running_loop()
-        sampling = Sampling(**{field.name: getattr(asked, field.name) for field in fields(Sampling)})
         self.rows: list[Row] = []
-        for prompt in prompts:
+
+    def submit(self, number: int, timeout: float) -> None:
+        """Give the rows to the batcher. number: row number of the first one. timeout: in seconds."""
+        asked, served = self.asked, self.served
+        sampling = Sampling(**{field.name: getattr(asked, field.name) for field in fields(Sampling)})
+        for prompt in self.prompts:
             first = None  # the other rows of a prompt wait until it has read the prompt
             for _ in range(max(asked.n, asked.best_of)):
                 self.rows.append(Row(
@@ -167,14 +172,22 @@ class Job:
                     guide=served.guide(asked)))
                 first = first or self.rows[-1]
         served.batcher.submit(self.rows)
+        self.expired, self.timer = False, self.loop.call_later(timeout, self.expire)
 
     def wake(self, row: Row) -> None:
         """Called in the batcher's thread."""
         if self.asked.stream or row.ended:
             self.loop.call_soon_threadsafe(self.changed.set)
 
+    def expire(self) -> None:
+        """Called when the time is up, even if the client of a stream does not read on."""
+        self.expired = True
+        self.cancel()
+        self.changed.set()
+
     def cancel(self) -> None:
         """Free the slots of rows that still run."""
+        self.timer.cancel()
         self.served.batcher.cancel(self.rows)
 
     def is_done(self, new: list[int]) -> bool:
@@ -259,6 +272,8 @@ class Job:
         while left:
             await self.changed.wait()
             self.changed.clear()
+            if self.expired:
+                raise Refused(408, "the answer took too long")
             for row in list(left):
                 if ended := row.ended:
                     left.remove(row)
