@@ -582,6 +582,7 @@ async def visit(server, script, monkeypatch):
         assert len(rows) == 1 and preference(rows[0])[0][-1] == {"role": "user", "content": "which?"}
         # A phone: nothing is wider than the screen, and the list opens and closes.
         await page.size(390, 844)
+        await page.until("getComputedStyle(document.querySelector('#side')).visibility === 'hidden'")
         assert await page.js("document.documentElement.scrollWidth") <= 390
         await page.picture("phone")
         await page.js("document.querySelector('#menu').click()")
