@@ -38,6 +38,7 @@ from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usab
 from formats import hf
 from formats.chat_format import end_of_turn, require_chat
 from formats.tokenizer import Tokenizer
+from generation.api import visible_text
 from generation.assistant import Assistant
 from generation.constraints import ConstraintKeys, constraint_of
 from generation.generate import MOST_NEW_TOKENS, Options, Sampling, append_tokens, generate
@@ -163,21 +164,9 @@ class Sampler:
         return any(stop in text for stop in self.cfg.stops)
 
     def visible_text(self, new: list[int], finished: bool) -> str:
-        """Return the text of a sample so far, up to a stop text.
-
-        Until the sample is finished, leave out an end that may still change: an incomplete character, or the
-        beginning of a stop text.
-        """
+        """Return the text of a sample so far, up to a stop text, without an end that may still change."""
         text = self.tokenizer.decode([i for i in new if i not in self.end_ids], inside=True)
-        # The earliest stop text ends the sample.
-        ends = [text.find(stop) for stop in self.cfg.stops if stop in text]
-        if ends:
-            return text[:min(ends)]
-        if finished:
-            return text
-        # Hide the longest end of the text that is the beginning of a stop text.
-        begun = [n for stop in self.cfg.stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-        return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
+        return visible_text(text, self.cfg.stops, finished)
 
     def run(self, prompts: list[list[int]], first: int, stream: bool) -> list[tuple[str, str, int]]:
         """Return (text, finish reason, number of tokens) per prompt.
