@@ -9,7 +9,7 @@ the calculator offered. An answer counts if it is exactly right. These columns h
 problem; "mean@8" and "pass@8" have eight answers at temperature 1 to problems without a tool: the share of
 right answers, and of problems with at least one.
 
-    tools      grpo.py, the calculator offered in three of four prompts
+    tools      grpo.py, the calculator offered in half of the prompts
     problems   grpo.py without the calculator: answers that the model works out itself
     mixed      the same with --refill=True, so that every group has right and wrong answers
     weak       the same, only families in which the model has room to improve
@@ -48,7 +48,7 @@ from tools.arms import mean_and_range, run_arms, run_once, run_process
 
 SHARED = ["--device=cpu", "--eval_interval=0", "--save_interval=20", "--log_interval=1"]
 GRPO = {  # {arm: arguments of grpo.py}
-    "tools": ["--calculator=0.75", "--learning_rate=3e-4", "--schedule=wsd", "--max_steps=60"],
+    "tools": ["--calculator=0.5", "--learning_rate=3e-4", "--max_steps=30"],
     "problems": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60"],
     "mixed": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=40", "--refill=True"],
     "weak": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60",

@@ -13,8 +13,7 @@ from sft import SFTConfig
 
 def test_arms_are_settings_of_the_scripts():
     for argv in reason.GRPO.values():
-        cfg = configure(GRPOConfig, [*reason.SHARED, *argv])[0]
-        assert cfg.max_steps % cfg.save_interval == 0
+        assert configure(GRPOConfig, [*reason.SHARED, *argv])[0].max_steps >= 30
     assert configure(SFTConfig, [*reason.SHARED, *reason.SFT])[0].max_steps == 400
     assert set(reason.ReasonConfig().arms.split(",")) == {*reason.GRPO, *reason.OTHERS}
     with pytest.raises(UserError, match="no arm 'x'; there are tools"):
