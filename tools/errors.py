@@ -29,15 +29,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from matplotlib.figure import Figure
-
 from configurator import UserError, configure, run_script
 from dataset.problems import DAYS, work
+from dataset.sources import Row, Skip, read_rows, row_value, usable_rows
 from evals.tasks.gsm8k import flexible
 from evals.tasks.open_qa import normalized
 from formats.files import write_text
 from formats.markdown import table
 from generation.calculator import calculate
+from tools.plot import bar_chart
 
 KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong tool", "missing step",
          "right answer in wrong form", "wrong operator", "slipped digit", "not in the passage", "wrong")
@@ -55,28 +55,15 @@ class ErrorsConfig:
 
 def is_slip(said: str, answer: str) -> bool:
     """Whether two texts of the same length differ in one digit, or are two days."""
-    pairs = [pair for pair in zip(said, answer, strict=False) if pair[0] != pair[1]]
-    return {said, answer} <= {*DAYS} or (len(said) == len(answer) and len(pairs) == 1
-                                         and "".join(pairs[0]).isdigit())
+    changed = [a + b for a, b in zip(said, answer, strict=False) if a != b]
+    is_digit = len(said) == len(answer) and len(changed) == 1 and changed[0].isdigit()
+    return is_digit or {said, answer} <= {*DAYS}
 
 
-def arithmetic_kind(row: dict[str, Any]) -> str | None:
-    """The kind of a wrong answer to an embedded problem, from its steps and the numbers of its question."""
-    steps, right = row["message"].get("thought", "").split("; "), row["steps"]
-    if len(steps) < len(right) and {*steps} < {*right}:
-        return "missing step"
-    a, operator, b = row["expression"].split() if row["expression"] else ("0", "", "0")
-    others = {str(work(int(a), int(b), other)[1]) for other in {*"+-*"} - {operator}} if operator else set()
-    return "wrong operator" if row["said"] in others else None
-
-
-def call_kind(row: dict[str, Any], calls: list[dict[str, Any]]) -> str | None:
-    """The kind of a mistake in calls of the calculator, or of a function of BFCL."""
-    if "message" not in row:
-        return "wrong tool argument" if row.get("right_function") else "wrong tool"
-    results = [calculate(call["arguments"].get("expression")) for call in calls
-               if isinstance(call["arguments"], dict)]
-    return None if row["answer"] in results else "wrong tool argument"
+def other_results(expression: str | None) -> list[str]:
+    """What other operators give for the two numbers of an expression: "3 + 4" -> ["-1", "12"]."""
+    a, operator, b = expression.split() if expression else ("0", "", "0")
+    return [str(work(int(a), int(b), other)[1]) for other in "+-*" if operator and other != operator]
 
 
 def is_unsupported(said: str, passage: str) -> bool:
@@ -86,27 +73,36 @@ def is_unsupported(said: str, passage: str) -> bool:
     return not all(word in known for fact in facts for word in normalized(fact).split())
 
 
-def kind_of(row: dict[str, Any]) -> str:
-    """The kind of a wrong answer, one of KINDS. row: a line of answers/TASK.jsonl."""
+def kind_of(row: dict[str, Any]) -> str | None:
+    """The kind of a wrong answer, one of KINDS, or None for a right one. row: a line of answers/TASK.jsonl."""
     is_call = isinstance(row["said"], dict)  # BFCL's answers are messages
     message = row["said"] if is_call else {"content": row["said"], **row.get("message", {})}
     said, calls = message["content"], message.get("calls") or message.get("tool_calls") or []
+    results = [calculate(each["arguments"].get("expression")) for each in calls
+               if not is_call and isinstance(each["arguments"], dict)]
     answers = [*map(str, row.get("answers", [row.get("answer", "")]))]
     endings = [rf"(?<![\w-]){re.escape(normalized(each))}$" for each in answers if normalized(each)]
-    right = row.get("flexible") or any(re.search(ending, normalized(said)) for ending in endings)
+    steps, right_steps = message.get("thought", "").split("; "), row.get("steps", [])
     is_number = "steps" in row or "strict" in row  # the answer is a number, numbers or a day
     passage = row.get("passage") or row.get("document")
-    rules = (("stopped early", lambda: message.get("cut")),
-             ("malformed", lambda: "malformed" in message),
-             (call_kind(row, calls) if calls else None, lambda: calls),
-             ("refused", lambda: not said.strip() or is_call or REFUSAL.search(said)),
-             ("right answer in wrong form", lambda: right),
-             ("malformed", lambda: is_number and flexible(said) is None and said not in DAYS),
-             (arithmetic_kind(row) if "steps" in row else None, lambda: True),
-             ("slipped digit", lambda: is_number and is_slip(
-                 str(flexible(said)) if "strict" in row else said, answers[0])),
-             ("not in the passage", lambda: passage and is_unsupported(said, passage)))
-    return next((kind for kind, fits in rules if kind and fits()), "wrong")
+    rules = (
+        ("stopped early", message.get("cut")),
+        ("malformed", "malformed" in message),
+        ("wrong tool", calls and is_call and not row.get("right_function")),
+        ("wrong tool argument", calls and answers[0] not in results),
+        ("refused", not said.strip() or is_call or REFUSAL.search(said)),
+        ("right answer in wrong form", row.get("flexible") or any(
+            re.search(ending, normalized(said)) for ending in endings)),
+        ("malformed", is_number and flexible(said) is None and said not in DAYS),
+        ("missing step", len(steps) < len(right_steps) and {*steps} < {*right_steps}),
+        ("wrong operator", said in other_results(row.get("expression"))),
+        ("slipped digit", is_number and is_slip(str(flexible(said)) if "strict" in row else said, answers[0])),
+        ("not in the passage", passage and is_unsupported(said, passage)))
+    kind = next((kind for kind, fits in rules if fits), "wrong")
+    verdict = next((row[key] for key in VERDICTS if key in row), None)
+    # A summary has no verdict, but it may say what its document does not.
+    is_wrong = not verdict and (verdict is not None or kind == "not in the passage")
+    return kind if is_wrong else None
 
 
 # ---- The page ---------------------------------------------------------------------------------------------
@@ -119,65 +115,41 @@ def confusion(name: str, rows: list[dict[str, Any]]) -> str:
     return f"## {name}: right choices in rows, the model's in columns\n\n{table(['', *choices], lines)}"
 
 
-def read_answers(paths: list[str]) -> dict[str, list[dict[str, Any]]]:
-    """{"model, task": its answers}. Raises UserError for a file that is not one of eval.py's."""
-    answers = defaultdict(list)
-    for path in paths:
-        for number, line in enumerate(Path(path).read_bytes().split(b"\n"), 1):
-            try:
-                row = json.loads(line) if line.strip() else None
-                if row:
-                    answers[f"{row['model']}, {Path(path).stem}"].append(row | {"said": row["said"]})
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f"{path}:{number}: not an answer that eval.py wrote") from None
-    return answers
-
-
-def draw(counts: dict[str, dict[str, list[Any]]]) -> Figure:
-    """Bars of the number of mistakes of each kind, in one color per model and task."""
-    kinds = [kind for kind in KINDS if any(each[kind] for each in counts.values())][::-1]
-    figure = Figure(figsize=(8, 1 + 0.3 * len(kinds) * len(counts)), layout="constrained")
-    plot, height = figure.subplots(), 0.8 / len(counts)
-    for number, (name, found) in enumerate(counts.items()):
-        bars = plot.barh([at - number * height for at in range(len(kinds))],
-                         [len(found[kind]) for kind in kinds], height, label=name)
-        plot.bar_label(bars, fmt=lambda count: f"{count:g}" if count else "", padding=2)
-    plot.set_yticks([at - (len(counts) - 1) * height / 2 for at in range(len(kinds))], kinds)
-    plot.set(xlabel="wrong answers")
-    plot.legend()
-    return figure
+def read_answer(row: Row) -> dict[str, Any]:
+    value = row_value(row)
+    if not isinstance(value, dict) or not {"model", "said"} <= value.keys():
+        raise Skip("not an answer that eval.py wrote")
+    return value
 
 
 def main(argv: list[str]) -> int:
     # Arguments without -- are files of answers here, not config files.
     cfg, _ = configure(ErrorsConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
-    paths = [arg for arg in argv if not arg.startswith("-")]
+    paths = [Path(arg) for arg in argv if not arg.startswith("-")]
     if not paths:
         raise UserError("name files of answers: python -m tools.errors out/sft/answers/*.jsonl")
-    parts, counts = [], defaultdict(lambda: defaultdict(list))
-    for name, rows in read_answers(paths).items():
-        if "choices" in rows[0]:
-            if all(row["choices"] == rows[0]["choices"] for row in rows):
-                parts.append(confusion(name, rows))
-            continue
-        verdict = next((key for key in VERDICTS if key in rows[0]), None)
-        for row in rows:
-            kind = None if verdict and row[verdict] else kind_of(row)
-            # A summary is never right or wrong, but it may say what its document does not.
-            if kind and (verdict or kind == "not in the passage"):
-                counts[f"{name} ({len(rows):,} answers)"][kind].append(row)
-    lines = [[kind, *(len(found[kind]) for found in counts.values())] for kind in KINDS]
-    parts[:0] = [table(["mistake", *counts], [line for line in lines if any(line[1:])])] if counts else []
-    for kind, (name, found) in itertools.product(KINDS, counts.items()):
-        for row in found[kind][:EXAMPLES]:
-            shown = {key: row[key] for key in ("question", "prompt", "answer", "answers", "said", "message")
-                     if key in row}
-            parts.append(f"**{kind}**, {name}\n\n```json\n{json.dumps(shown, ensure_ascii=False)}\n```")
-    out = Path(cfg.out) if cfg.out else Path(paths[0]).with_name("errors.md")
+    answers, parts, found = defaultdict(list), [], {}
+    for path in paths:
+        for _, row in usable_rows(read_rows([path], None, piece=2**20), read_answer):
+            answers[f"{row['model']}, {path.stem}"].append(row)
+    for name, rows in answers.items():
+        if "choices" not in rows[0]:
+            found[f"{name} ({len(rows):,} answers)"] = {
+                kind: [row for row in rows if kind_of(row) == kind] for kind in KINDS}
+        elif all(row["choices"] == rows[0]["choices"] for row in rows):
+            parts.append(confusion(name, rows))
+    kinds = [kind for kind in KINDS if any(rows[kind] for rows in found.values())]
+    counts = {name: {kind: [len(rows[kind])] for kind in kinds} for name, rows in found.items()}
+    parts.insert(0, table(["mistake", *counts], [
+        [kind, *(each[kind][0] for each in counts.values())] for kind in kinds]) if kinds else "No mistakes.")
+    for kind, (name, rows) in itertools.product(kinds, found.items()):
+        for row in rows[kind][:EXAMPLES]:
+            parts.append(f"**{kind}**, {name}\n\n```json\n{json.dumps(row, ensure_ascii=False)}\n```")
+    out = Path(cfg.out) if cfg.out else paths[0].with_name("errors.md")
     write_text(out, "\n\n".join(["# Mistakes", *parts]) + "\n")
-    if counts:
-        draw(counts).savefig(out.with_suffix(".png"), dpi=130)
-    print(parts[0] if parts else "no mistakes", f"{out}: written", sep="\n\n")
+    if kinds:
+        bar_chart(counts, "wrong answers").savefig(out.with_suffix(".png"), dpi=130)
+    print(parts[0], f"{out}: written", sep="\n\n")
     return 0
 
 

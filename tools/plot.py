@@ -4,10 +4,14 @@
     python -m tools.plot out/base out/more --out=both.png  # several runs in one picture
 
 Reads metrics.jsonl of each run. training/curves.py draws; a run itself keeps such a picture in its loss.png.
+`bar_chart` draws the pictures of tools/errors.py and tools/ablate.py.
 """
 
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
+from matplotlib.figure import Figure
 
 from configurator import UserError, configure, run_script
 from formats.files import read_jsonl
@@ -17,6 +21,29 @@ from training.curves import draw
 @dataclass(frozen=True, kw_only=True)
 class PlotConfig:
     out: str | None = None  # the picture's file; None writes curves.png into the first run's folder
+
+
+def bar_chart(series: dict[str, dict[str, list[float]]], xlabel: str) -> Figure:
+    """Bars for {series: {label: values}}, in one color per series: the mean, and points for several values.
+
+    All series have the same labels.
+    """
+    labels = list(next(iter(series.values()), {}))
+    figure = Figure(figsize=(8, 1 + 0.35 * len(labels) * len(series)), layout="constrained")
+    axes, height = figure.subplots(), 0.8 / max(len(series), 1)
+    for number, (name, bars) in enumerate(series.items()):
+        places = np.arange(len(labels)) + (number + 0.5) * height - 0.4
+        axes.barh(places, [np.mean(values) for values in bars.values()], height, label=name, alpha=0.6)
+        for place, values in zip(places, bars.values(), strict=True):
+            axes.plot(values, [place] * len(values), "k." if len(values) > 1 else "", markersize=4)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+    axes.axvline(0, color="black", linewidth=0.8)
+    axes.set(xlabel=xlabel)
+    axes.grid(alpha=0.3, axis="x")
+    if len(series) > 1:
+        axes.legend()
+    return figure
 
 
 def main(argv: list[str]) -> int:
