@@ -74,7 +74,7 @@ def is_unsupported(said: str, passage: str) -> bool:
 
 
 def kind_of(row: dict[str, Any]) -> str | None:
-    """The kind of a wrong answer, one of KINDS, or None for a right one. row: a line of answers/TASK.jsonl."""
+    """One of KINDS, or None if the answer is right. row: a line of answers/TASK.jsonl."""
     is_call = isinstance(row["said"], dict)  # BFCL's answers are messages
     message = row["said"] if is_call else {"content": row["said"], **row.get("message", {})}
     said, calls = message["content"], message.get("calls") or message.get("tool_calls") or []
@@ -84,6 +84,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
     endings = [rf"(?<![\w-]){re.escape(normalized(each))}$" for each in answers if normalized(each)]
     steps, right_steps = message.get("thought", "").split("; "), row.get("steps", [])
     is_number = "steps" in row or "strict" in row  # the answer is a number, numbers or a day
+    result = str(flexible(said)) if "strict" in row else said
     passage = row.get("passage") or row.get("document")
     rules = (
         ("stopped early", message.get("cut")),
@@ -96,7 +97,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
         ("malformed", is_number and flexible(said) is None and said not in DAYS),
         ("missing step", len(steps) < len(right_steps) and {*steps} < {*right_steps}),
         ("wrong operator", said in other_results(row.get("expression"))),
-        ("slipped digit", is_number and is_slip(str(flexible(said)) if "strict" in row else said, answers[0])),
+        ("slipped digit", is_number and is_slip(result, answers[0])),
         ("not in the passage", passage and is_unsupported(said, passage)))
     kind = next((kind for kind, fits in rules if fits), "wrong")
     verdict = next((row[key] for key in VERDICTS if key in row), None)
