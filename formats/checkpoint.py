@@ -117,7 +117,20 @@ def clean_tmp(out_dir: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-# ---- Pointers ---------------------------------------------------------------------------------------------
+# ---- run.json and pointers --------------------------------------------------------------------------------
+
+def read_run(out_dir: Path) -> dict[str, Any]:
+    """run.json of a run. Raises UserError, with the remedy, if it is damaged or missing."""
+    path = out_dir / "run.json"
+    try:
+        run = read_json(path)
+        config, identity = run.get("config"), run.get("identity")
+        if not (isinstance(identity, dict) and type(config) is type(identity.get("data", {})) is dict):
+            raise UserError(f"{path}: damaged (no config or no identity)")
+    except UserError as error:
+        raise UserError(f"{error}; delete it to continue with the configuration of this command") from None
+    return run
+
 
 def read_pointers(out_dir: Path) -> dict[str, Any]:
     """The content of checkpoints.json, or {} if it is missing. Raises UserError if it is damaged.

@@ -17,6 +17,7 @@ nothing about this machine is published.
 
 import json
 import platform
+import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -43,22 +44,16 @@ ROOT = Path(__file__).parent.parent
 
 # ---- Cells ------------------------------------------------------------------------------------------------
 
-def public(value: Any) -> Any:
-    """A setting without absolute paths: each is cut to its last part, also in lists and tables."""
-    if isinstance(value, dict):
-        return {key: public(each) for key, each in value.items()}
-    if isinstance(value, list):
-        return [public(each) for each in value]
-    if isinstance(value, str):  # dataset=/data/a:0.5,/data/b:0.5 contains two paths
-        return ",".join(Path(part).name if Path(part).is_absolute() else part for part in value.split(","))
-    return value
+def public(text: str) -> str:
+    """The text without absolute paths: each is cut to its last part, also in JSON."""
+    # A path begins the text or follows a comma or a quote: dataset=/data/a:0.5,/data/b:0.5 contains two.
+    return re.sub(r"""(^|["',])/(?:[^"',]*/)?(?=[^"',/])""", r"\1", text)
 
 
 def shown(value: Any) -> str:
     """A value as a cell of a Markdown table."""
-    value = public(value)
     text = format(value, {int: ",", float: ".6g"}.get(type(value), ""))
-    return text.replace("|", "\\|").replace("\n", " ")
+    return public(text).replace("|", "\\|").replace("\n", " ")
 
 
 def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
@@ -88,13 +83,9 @@ class RunSummary:
         return value if step == self.step else f"{shown(value)} (step {shown(step)})"
 
 
-def read_run(out_dir: Path, step: int | None) -> RunSummary:
+def summarize(out_dir: Path, step: int | None) -> RunSummary:
     """Summarize a run up to `step`; None is its end. Raises UserError for a damaged run.json."""
-    run = read_json(out_dir / "run.json")
-    identity = run.get("identity")
-    parts = [run.get("config"), identity, identity.get("data", {}) if isinstance(identity, dict) else None]
-    if not all(isinstance(part, dict) for part in parts):
-        raise UserError(f"{out_dir / 'run.json'}: damaged (no config or no identity)")
+    run = checkpoint.read_run(out_dir)
     events = [event for event in read_jsonl(out_dir / "metrics.jsonl")
               if step is None or event.get("step", 0) <= step]
     last = {key: event for event in events for key in event}  # {key: the last event that has it}
@@ -121,7 +112,7 @@ def lineage(model: str | None) -> list[RunSummary]:
         if out_dir is None or any(out_dir == run.out_dir for run in runs):  # the second is a circle
             break
         step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else None
-        runs.insert(0, read_run(out_dir, step))
+        runs.insert(0, summarize(out_dir, step))
         # A student with student_layers is cut from its teacher.
         is_cut = bool(runs[0].config.get("student_layers"))
         model = runs[0].config.get("teacher" if is_cut else "init_from")
@@ -142,7 +133,7 @@ def training(runs: list[RunSummary]) -> str:
              run.logged(run.validated, "val_loss")] for stage, run in zip(stages, runs, strict=True)]
     keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
     settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
-    everything = json.dumps({run.name: public(run.config) for run in runs}, indent=1)
+    everything = public(json.dumps({run.name: run.config for run in runs}, indent=1))
     return "\n\n".join([
         "## Training" + start, table(["run", "data", "steps", "tokens", "validation loss"], rows),
         table(["setting", *(run.name for run in runs)], settings),

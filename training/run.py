@@ -14,7 +14,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import re
 import secrets
 import shlex
 import signal
@@ -31,8 +30,8 @@ from tqdm import tqdm
 
 from configurator import UserError, differences, version
 from formats import hf
-from formats.checkpoint import clean_tmp, read_pointers, remove_checkpoints, step_folders
-from formats.files import lock_path, path_in_errors, read_json, read_jsonl, write_json, write_text
+from formats.checkpoint import clean_tmp, read_pointers, read_run, remove_checkpoints, step_folders
+from formats.files import lock_path, path_in_errors, read_jsonl, write_json, write_text
 from formats.model_card import commit
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
@@ -163,24 +162,25 @@ class Run:
         overwrite=True.
         """
         def compare_and_write() -> None:
-            path = self.out_dir / "run.json"
+            old: dict[str, Any] = {}
             if can_resume(self.out_dir) and not cfg.overwrite:
+                old = read_run(self.out_dir)
                 # An old run lacks the hashes that were added since.
-                refuse_changes(self.out_dir, identity | read_run(path)["identity"], identity)
+                refuse_changes(self.out_dir, identity | old["identity"], identity)
             content = {"config": dataclasses.asdict(cfg), "identity": identity, "versions": {
                 "python": sys.version.split()[0], "torch": torch.__version__},
                 "version": version(), "commit": commit(), "dataset_tokens": dataset_tokens}
             if cfg.tensorboard:
                 self.writer_class = tensorboard_writer()
             # A resume without wandb keeps the entry, for a later one with it.
-            wandb_run = None if cfg.overwrite else saved_wandb(path)
+            wandb_run = old.get("wandb")
             if cfg.wandb:
                 self.wandb = start_wandb(cfg, wandb_run)
                 url = None if self.wandb.offline else self.wandb.url
                 wandb_run = {"id": self.wandb.id, "url": url}
             if cfg.overwrite:
                 remove_checkpoints(self.out_dir)
-            write_json(path, content | ({"wandb": wandb_run} if wandb_run else {}))
+            write_json(self.out_dir / "run.json", content | ({"wandb": wandb_run} if wandb_run else {}))
 
         self.run_on_rank0(compare_and_write)
 
@@ -226,16 +226,6 @@ def can_resume(out_dir: Path) -> bool:
     return (out_dir / "run.json").is_file() and bool(step_folders(out_dir))
 
 
-def read_run(path: Path) -> dict[str, Any]:
-    """run.json as a dict. Raises UserError, with the remedy, if it is damaged."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        return content | {"config": dict(content["config"]), "identity": dict(content["identity"])}
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({type(error).__name__}: {error}); delete it to continue with the "
-                        "configuration of this command") from None
-
-
 def refuse_changes(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
     """Raises UserError with every key whose value has changed."""
     changed = [f"{key} was {old.get(key)}, is {new.get(key)}" for key in sorted(old.keys() | new.keys())
@@ -254,7 +244,7 @@ def refuse_changed_keys(cfg: RunConfig, out_dir: Path) -> None:
     if can_resume(out_dir):
         # An old run lacks the keys that were added since. Their defaults are what it did.
         defaults = json.loads(json.dumps(dataclasses.asdict(type(cfg)())))
-        old = defaults | read_run(out_dir / "run.json")["config"]
+        old = defaults | read_run(out_dir)["config"]
         free = RESUMABLE_CHANGES | cfg.resume_free
         lists_steps = any(entry.get("steps") or entry.get("epochs") for entry in cfg.stages)
         before = old["max_steps"]
@@ -337,17 +327,8 @@ def check_ranks(cfg: RunConfig, run: Run) -> None:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
 
 
-def saved_wandb(path: Path) -> dict[str, Any] | None:
-    """{"id", "url"} of the Weights & Biases run in run.json; None if there is none or the file is damaged."""
-    with contextlib.suppress(UserError):
-        entry = read_json(path).get("wandb")
-        if isinstance(entry, dict) and re.fullmatch(r"[\w-]{1,64}", str(entry.get("id"))):
-            return entry
-    return None
-
-
 def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
-    """Start a Weights & Biases run, or continue that of run.json: old is its `saved_wandb`.
+    """Start a Weights & Biases run, or continue that of run.json: old is its {"id", "url"}.
 
     Raises UserError if the package or the account is missing.
     """

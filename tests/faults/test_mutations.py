@@ -28,7 +28,7 @@ from formats.tokenizer import Tokenizer
 from model import GPT
 from tests.conftest import TINY_RUN, busy_model, tiny_config
 from tests.formats.test_tokenizer_kinds import files_of, llama2, neox, ours, unigram
-from training.run import refuse_changed_keys, saved_wandb
+from training.run import refuse_changed_keys
 
 LEAVES = [None, True, -1, 0, 1e308, float("nan"), "", "0", [], {}, "deep"]
 KEYS = ["removed", "renamed", "repeated"]
@@ -187,7 +187,6 @@ def use_data(folder):
 def use_run(out, cfg):
     """What a resumed run, a model card and a loader of its checkpoint read."""
     refuse_changed_keys(cfg, out)
-    saved_wandb(out / "run.json")
     runs = model_card.lineage(str(out))
     model_card.training(runs)
     model_card.data(runs)
