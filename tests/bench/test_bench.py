@@ -176,7 +176,7 @@ def test_our_step_is_a_step_of_fit(tmp_path, data):
 
 
 def test_generate(tmp_path, nanogpt, monkeypatch):
-    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda: generation.generate.last_logits)
     argv = [arg for arg in TOY if "block" not in arg]
     figures, arms = run(tmp_path, "generate", *argv, "--block_size=64", "--max_new_tokens=24",
                         "--batch_size=3", "--prompt_tokens=4", f"--nanogpt={nanogpt}", "--compile=True")

@@ -138,7 +138,7 @@ def test_steps_of_one_shape_have_the_same_tokens(monkeypatch, changes, dtype):
     """Traced, not compiled: ragged rows, past the context, after a shared prefix, in few graphs."""
     torch._dynamo.reset()  # else the counter includes the graphs of earlier tests
     traced = torch.compile(generation.generate.last_logits, backend="eager")
-    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: traced)
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda: traced)
     model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(10), [3], list(range(64))]
     counts, shared = torch._dynamo.utils.counters["stats"], [[7] * 70 + tail for tail in ([], [5], [6, 7])]
     texts, begin = [], counts["unique_graphs"]
@@ -300,7 +300,7 @@ def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
     printed = call(capsys, trained, f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0")
     assert printed.out == expected + "\n"
     assert "20 tokens in" in printed.err and "tokens/s" in printed.err
-    monkeypatch.setattr(generation.generate, "compiled_step", lambda device: generation.generate.last_logits)
+    monkeypatch.setattr(generation.generate, "compiled_step", lambda: generation.generate.last_logits)
     words = [f"--prompt={prompt}", "--max_new_tokens=20", "--temperature=0", "--compile=True"]
     assert call(capsys, trained, *words).out == expected + "\n"
 
