@@ -4,8 +4,9 @@
     ids, mask = chat.documents()[0]       # the ids of transformers' apply_chat_template
     ids = chat.encode_prompt()            # with add_generation_prompt
 
-formats/chat_format.py calls this for every tokenizer with such a template. The template is Jinja and is
-filled in by formats/template_process.py.
+formats/chat_format.py calls this for every tokenizer with such a template. A template is a Jinja program of a
+stranger. jinja2's sandbox lets it reach nothing but its variables, and it may not take long, print much, or
+multiply its way to a huge value. Left out: a limit on memory in the middle of one operation, and images.
 
 Which tokens are the assistant's? A template may mark them with {% generation %}. Otherwise it is rendered
 three times for each turn, and the differences show where the turn is:
@@ -24,23 +25,102 @@ before rendering, and is dropped after the real control tokens are found. Added 
 such as Qwen3's <think>, are found in every text, as transformers does.
 """
 
+import contextlib
 import json
 import os
 import re
+import sys
+import time
 from bisect import bisect_left, bisect_right
+from collections.abc import Iterator
+from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate, islice
 from typing import Any
 
+import jinja2
 import tokenizers
+from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from configurator import UserError
-from formats.template_process import GENERATION, render
 from formats.tokenizer import Tokenizer
 
 Message = dict[str, Any]
 Span = tuple[int, int]
+SECONDS = 1.0  # of CPU time for a text; the templates of known models take about a millisecond
+LONGEST = 2**24  # characters of a text, and the largest product in a template
+GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks what the assistant writes
 
+
+# ---- Jinja ------------------------------------------------------------------------------------------------
+
+class Sandbox(ImmutableSandboxedEnvironment):
+    """jinja2's sandbox, in which one multiplication makes no huge number, text or list."""
+
+    intercepted_binops = frozenset(("*", "**"))
+
+    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+        sizes = [len(value) if isinstance(value, str | list | tuple) else value for value in (left, right)]
+        if operator == "**" or abs(sizes[0] * sizes[1]) > LONGEST:
+            raise SecurityError(f"a product of more than {LONGEST:,}, or a power")
+        return super().call_binop(context, operator, left, right)
+
+
+def raise_exception(message: str) -> None:
+    raise jinja2.TemplateError(message)
+
+
+@lru_cache(maxsize=8)
+def compiled(template: str) -> jinja2.Template:
+    """The compiled template, with the settings and helpers that transformers offers to templates.
+
+    Raises jinja2's TemplateError if it is malformed.
+    """
+    sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
+    sandbox.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options)
+    sandbox.globals |= {"raise_exception": raise_exception,
+                        "strftime_now": lambda form: datetime.now().strftime(form)}
+    # {% generation %}..{% endgeneration %} becomes {% call mark_generation() %}..{% endcall %}.
+    return sandbox.from_string(GENERATION.sub(
+        lambda tag: tag[1] + ("endcall" if tag[2] else "call mark_generation()") + tag[3], template))
+
+
+@contextlib.contextmanager
+def time_limit(seconds: float) -> Iterator[None]:
+    """Raise TimeoutError inside the block after that much CPU time, at the next line or call of Python."""
+    deadline, tracer = time.thread_time() + seconds, sys.gettrace()
+
+    def check(frame: Any, event: str, argument: Any) -> Any:
+        if time.thread_time() > deadline:
+            raise TimeoutError(f"takes more than {seconds} s")
+        return check if frame.f_code.co_filename == "<template>" else None  # other lines are not traced
+
+    sys.settrace(check)
+    try:
+        yield
+    finally:
+        sys.settrace(tracer)
+
+
+def render(template: str, variables: dict[str, Any]) -> str:
+    """The text of a template. Raises UserError of one line for whatever a template can raise."""
+    pieces, length = [], 0
+    try:
+        program = compiled(template)
+        with time_limit(SECONDS):
+            for piece in program.generate(variables):
+                pieces.append(piece)
+                length += len(piece)
+                if length > LONGEST:
+                    raise SecurityError(f"a text of more than {LONGEST:,} characters")
+    except Exception as error:
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        raise UserError(f"chat template: {reason}") from None
+    return "".join(pieces)
+
+
+# ---- Templates --------------------------------------------------------------------------------------------
 
 def own_template(tokenizer: Tokenizer, tools: Any = None) -> str | None:
     """The chat template that came with the model; None if there is none, or if its format is ours.
@@ -115,44 +195,35 @@ class TemplateChat:
 
     # ---- Text ---------------------------------------------------------------------------------------------
 
-    def render(self, *jobs: tuple[list[Message], bool],
-               optional: bool = False) -> list[tuple[str, list[Span]]]:
-        """(text, spans that {% generation %} encloses) of each job: (messages, whether an answer is opened).
+    def render(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
+        """(text, spans that {% generation %} encloses) of some messages. opened: followed by an answer's opening.
 
-        Raises UserError if the template refuses a job. With `optional`, a refused opening has the filling as
-        its text instead.
+        Raises UserError if the template refuses the messages.
         """
-        settings = self.tokenizer.settings
-        shared: dict[str, Any] = {key: self.tokenizer.named_token(key) for key in settings
-                                  if key.endswith("_token") and isinstance(settings[key], str | dict)}
-        shared |= {"tools": self.tools, "documents": None, "marks": self.marks}
-        answers = render(self.template, [shared | {"messages": messages, "add_generation_prompt": opened}
-                                         for messages, opened in jobs])
-        results = []
-        for (_, opened), (text, error) in zip(jobs, answers, strict=True):
-            if error is not None and not (optional and opened):
-                raise UserError(f"chat template: {error}")
-            parts = re.split("|".join(self.marks), self.filling if text is None else text)
-            ends = list(accumulate(map(len, parts)))  # every second part is enclosed
-            results.append(("".join(parts), list(zip(ends[::2], ends[1::2], strict=False))))
-        return results
+        settings, (first, last) = self.tokenizer.settings, self.marks
+        variables = {key: self.tokenizer.named_token(key) for key in settings
+                     if key.endswith("_token") and isinstance(settings[key], str | dict)}
+        text = render(self.template, variables | {
+            "messages": messages, "tools": self.tools, "documents": None, "add_generation_prompt": opened,
+            "mark_generation": lambda caller: first + caller() + last})
+        parts = re.split("|".join(self.marks), text)
+        ends = list(accumulate(map(len, parts)))  # every second part is enclosed
+        return "".join(parts), list(zip(ends[::2], ends[1::2], strict=False))
 
-    def turns(self, numbers: list[int]) -> dict[int, tuple[str, Span]]:
-        """The text up to and including each of these answers, and where in it the model writes the answer."""
-        jobs = []
-        for number in numbers:
-            before, content = self.messages[:number], self.messages[number].get("content")
-            other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
-            answer = {"role": "assistant", "content": other}
-            jobs += [(self.messages[:number + 1], False), (before, True), ([*before, answer], False)]
-        texts, found = [text for text, _ in self.render(*jobs, optional=True)], {}
-        for number, text, prompt, twin in zip(numbers, texts[::3], texts[1::3], texts[2::3], strict=True):
-            content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
-            special = special_pattern(self.tokenizer).search(text, content_end)
-            # A template may refuse to open an answer without messages, or open it in another way.
-            begin = len(prompt if text.startswith(prompt) else os.path.commonprefix((text, twin)))
-            found[number] = text, (begin, special.end() if special else len(text))
-        return found
+    def turn(self, number: int) -> tuple[str, Span]:
+        """The text up to and including an answer, and where in it the model writes the answer."""
+        before, content = self.messages[:number], self.messages[number].get("content")
+        other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
+        text, _ = self.render(self.messages[:number + 1])
+        twin, _ = self.render([*before, {"role": "assistant", "content": other}])
+        content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
+        special = special_pattern(self.tokenizer).search(text, content_end)
+        # A template may refuse to open an answer without messages, or open it in another way.
+        begin = len(os.path.commonprefix((text, twin)))
+        with contextlib.suppress(UserError):
+            prompt, _ = self.render(before, opened=True)
+            begin = len(prompt) if text.startswith(prompt) else begin
+        return text, (begin, special.end() if special else len(text))
 
     # ---- Ids ----------------------------------------------------------------------------------------------
 
@@ -170,22 +241,22 @@ class TemplateChat:
 
     def encode_prompt(self) -> list[int]:
         """The ids of the conversation, followed by the opening of an answer."""
-        return self.encode(self.render((self.messages, True))[0][0], [])[0]
+        return self.encode(self.render(self.messages, opened=True)[0], [])[0]
 
     def encode_last(self) -> tuple[list[int], list[int]]:
         """(ids, mask) of a conversation that ends with an answer, the only target."""
-        number = len(self.messages) - 1
-        text, span = self.turns([number])[number]
+        text, span = self.turn(len(self.messages) - 1)
         return self.encode(text, [span])
 
     def documents(self) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of the conversation, and of shorter ones for turns that it writes in another way."""
         if GENERATION.search(self.template):
-            return [self.encode(*self.render((self.messages, False))[0])]
-        turns = self.turns([n for n, message in enumerate(self.messages) if message["role"] == "assistant"])
+            return [self.encode(*self.render(self.messages))]
+        turns = {number: self.turn(number) for number, message in enumerate(self.messages)
+                 if message["role"] == "assistant"}
         found, missing, last = list[tuple[list[int], list[int]]](), set(turns), len(self.messages) - 1
         while missing or not found:
-            text = turns[last][0] if last in turns else self.render((self.messages, False))[0][0]
+            text = turns[last][0] if last in turns else self.render(self.messages)[0]
             written = {number for number in missing if number <= last
                        and text.startswith(turns[number][0][:turns[number][1][1]])}
             found.append(self.encode(text, sorted(turns[number][1] for number in written)))
@@ -212,7 +283,7 @@ def own_end_of_turn(tokenizer: Tokenizer) -> int:
 def frame(tokenizer: Tokenizer) -> tuple[str, str]:
     """The texts before and after a user's message, up to where the answer begins."""
     chat = TemplateChat(tokenizer, [])
-    text = chat.render(([{"role": "user", "content": chat.filling}], True))[0][0]
+    text = chat.render([{"role": "user", "content": chat.filling}], opened=True)[0]
     before, _, after = text.partition(chat.filling)
     return before, after
 

@@ -6,7 +6,6 @@ in the style of other models. TRL's files with {% generation %} are references f
 
 import io
 import json
-import os
 import random
 import re
 from pathlib import Path
@@ -26,7 +25,7 @@ from dataset.chat_rows import ChatRows, PairRows
 from dataset.encoding import Recipe, tokenize
 from dataset.shards import SEPARATOR, DataFolder
 from dataset.sources import Row
-from formats import template_process
+from formats import chat_template
 from formats.chat_format import (
     encode_chat,
     encode_content,
@@ -445,7 +444,7 @@ def test_hostile_text_gives_no_control_token(name, formats):
                 harmless[key] = "x" if message[key].strip() else message[key]
         try:
             (ids, mask), (expected, _) = encode_chat(tokenizer, messages), encode_chat(tokenizer, twin)
-            text = TemplateChat(tokenizer, messages).render((messages, False))[0][0]
+            text = TemplateChat(tokenizer, messages).render(messages)[0]
         except UserError:
             continue
         checked += 1
@@ -673,9 +672,18 @@ def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, mo
     "template, reason",
     [
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "takes more than"),
-        ("{{ 10 ** (10 ** 10) }}", "takes more than"),
-        ("{{ 'a' * 10 ** 10 }}", "MemoryError"),
-        ("{{ 'a' * 20000000 }}", "a text of 20,000,000 characters"),
+        (
+            "{% set r = range(99999) | list %}{% for a in r %}{% for b in r %}{% endfor %}{% endfor %}",
+            "takes more than",
+        ),
+        (
+            "{% macro a(n) %}{{ a(n - 1) if n }}{{ a(n - 1) if n }}{% endmacro %}{{ a(90) }}",
+            "takes more than",
+        ),
+        ("{{ 10 ** (10 ** 10) }}", "or a power"),
+        ("{{ 'a' * 10000000000 }}", "a product of more than 16,777,216"),
+        ("{{ [1] * 4096 * 4097 }}", "a product of more than 16,777,216"),
+        ("{% for a in range(999) %}{{ 'a' * 99999 }}{% endfor %}", "a text of more than 16,777,216"),
         ("{% macro a() %}{{ a() }}{% endmacro %}{{ a() }}", "maximum recursion depth"),
         ("{{ ''.__class__.__mro__ }}", "unsafe"),
         ("{{ messages.append(1) }}", "unsafe"),
@@ -690,27 +698,9 @@ def test_a_bad_template_is_one_line(template, reason, formats, monkeypatch):
     tokenizer = formats("smollm2")[0]
     bad = Tokenizer(tokenizer.definition, tokenizer.settings | {"chat_template": template})
     if reason == "takes more than":
-        monkeypatch.setattr(template_process, "SECONDS", 0.3)
-    monkeypatch.setattr(template_process, "children", {})
+        monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     with pytest.raises(UserError, match=reason) as error:
         require_chat(bad, "model")
     assert str(error.value).startswith("chat template: ") and "\n" not in str(error.value)
     assert end_of_turn(bad) is None, "a text model with a broken template still works"
-    # The next conversation is answered by a new child.
     assert encode_prompt(tokenizer, [{"role": "user", "content": "a"}])
-
-
-def test_an_interrupted_request_leaves_no_answer_behind(monkeypatch):
-    hello = [{"messages": [{"role": "user", "content": "a"}]}]
-    assert template_process.render("{{ messages[0].content }}", hello) == [["a", None]]
-    child = template_process.children[os.getpid()]
-    monkeypatch.setattr(child, "stdout", Interrupts())
-    with pytest.raises(KeyboardInterrupt):
-        template_process.render("old", hello)
-    assert template_process.render("{{ messages[0].content }}", hello) == [["a", None]]
-    assert template_process.children[os.getpid()] is not child
-
-
-class Interrupts:
-    def readline(self):
-        raise KeyboardInterrupt
