@@ -29,10 +29,9 @@ import contextlib
 import json
 import os
 import re
-import sys
 import time
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from datetime import datetime
 from functools import lru_cache
 from itertools import accumulate, islice
@@ -40,6 +39,8 @@ from typing import Any
 
 import jinja2
 import tokenizers
+from jinja2 import nodes, pass_context
+from jinja2.runtime import Context
 from jinja2.sandbox import ImmutableSandboxedEnvironment, SecurityError
 
 from configurator import UserError
@@ -54,16 +55,33 @@ GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks 
 
 # ---- Jinja ------------------------------------------------------------------------------------------------
 
+def check_time(context: Context) -> None:
+    if time.thread_time() > context.parent["deadline"]:
+        raise TimeoutError(f"takes more than {SECONDS} s")
+
+
+@pass_context
+def checked(context: Context, values: Iterable) -> Iterator:
+    """The values that a loop runs through, as long as there is time."""
+    for value in values:
+        check_time(context)
+        yield value
+
+
 class Sandbox(ImmutableSandboxedEnvironment):
-    """jinja2's sandbox, in which one multiplication makes no huge number, text or list."""
+    """jinja2's sandbox with a time limit. One multiplication makes no huge number, text or list."""
 
     intercepted_binops = frozenset(("*", "**"))
 
-    def call_binop(self, context: Any, operator: str, left: Any, right: Any) -> Any:
+    def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         sizes = [len(value) if isinstance(value, str | list | tuple) else value for value in (left, right)]
         if operator == "**" or abs(sizes[0] * sizes[1]) > LONGEST:
             raise SecurityError(f"a product of more than {LONGEST:,}, or a power")
         return super().call_binop(context, operator, left, right)
+
+    def call(self, context: Context, *args: Any, **options: Any) -> Any:
+        check_time(context)  # a macro may call itself
+        return super().call(context, *args, **options)
 
 
 def raise_exception(message: str) -> None:
@@ -77,43 +95,27 @@ def compiled(template: str) -> jinja2.Template:
     Raises jinja2's TemplateError if it is malformed.
     """
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
-    sandbox.filters["tojson"] = lambda value, ensure_ascii=False, **options: json.dumps(
-        value, ensure_ascii=ensure_ascii, **options)
+    sandbox.filters |= {"checked": checked, "tojson": lambda value, ensure_ascii=False, **options: json.dumps(
+        value, ensure_ascii=ensure_ascii, **options)}
     sandbox.globals |= {"raise_exception": raise_exception,
                         "strftime_now": lambda form: datetime.now().strftime(form)}
     # {% generation %}..{% endgeneration %} becomes {% call mark_generation() %}..{% endcall %}.
-    return sandbox.from_string(GENERATION.sub(
+    tree = sandbox.parse(GENERATION.sub(
         lambda tag: tag[1] + ("endcall" if tag[2] else "call mark_generation()") + tag[3], template))
-
-
-@contextlib.contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside the block after that much CPU time, at the next line or call of Python."""
-    deadline, tracer = time.thread_time() + seconds, sys.gettrace()
-
-    def check(frame: Any, event: str, argument: Any) -> Any:
-        if time.thread_time() > deadline:
-            raise TimeoutError(f"takes more than {seconds} s")
-        return check if frame.f_code.co_filename == "<template>" else None  # other lines are not traced
-
-    sys.settrace(check)
-    try:
-        yield
-    finally:
-        sys.settrace(tracer)
+    for loop in tree.find_all(nodes.For):  # {% for m in messages %} becomes {% for m in messages | checked %}
+        loop.iter = nodes.Filter(loop.iter, "checked", [], [], None, None, lineno=loop.lineno)
+    return sandbox.from_string(tree)
 
 
 def render(template: str, variables: dict[str, Any]) -> str:
     """The text of a template. Raises UserError of one line for whatever a template can raise."""
     pieces, length = [], 0
     try:
-        program = compiled(template)
-        with time_limit(SECONDS):
-            for piece in program.generate(variables):
-                pieces.append(piece)
-                length += len(piece)
-                if length > LONGEST:
-                    raise SecurityError(f"a text of more than {LONGEST:,} characters")
+        for piece in compiled(template).generate(variables, deadline=time.thread_time() + SECONDS):
+            pieces.append(piece)
+            length += len(piece)
+            if length > LONGEST:
+                raise SecurityError(f"a text of more than {LONGEST:,} characters")
     except Exception as error:
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         raise UserError(f"chat template: {reason}") from None
