@@ -258,7 +258,7 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
     if cfg.verifier and end_of_turn(lm.tokenizer) is None:
         print(f"{path}: without chat tokens, so the verifier does not score its answers", file=sys.stderr)
     elif cfg.verifier:
-        verifier = Verifier.load(cfg.verifier, lm.tokenizer, pick_device(cfg.device))
+        verifier = Verifier(cfg.verifier, lm.tokenizer, pick_device(cfg.device))
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
     for name, loaded in questions.items():

@@ -222,7 +222,7 @@ def answer_conversations(sampler: Sampler, rows: list[Row]) -> int:
     assistant, scored = sampler.assistant, dict[int, list[tuple[float, list[dict[str, Any]]]]]()
     verifier = None
     if cfg.verifier:
-        verifier = Verifier.load(cfg.verifier, sampler.tokenizer, sampler.model.head_weight.device)
+        verifier = Verifier(cfg.verifier, sampler.tokenizer, sampler.model.head_weight.device)
     for first, numbers in batches(cfg, rows):
         answers = assistant.reply([conversations[number] for number in numbers], first=first)
         scores = [0.0] * len(numbers)

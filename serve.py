@@ -178,7 +178,7 @@ class Server:
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
         if cfg.verifier is not None:
             for served in self.models.values():
-                served.verifier = Verifier.load(cfg.verifier, served.tokenizer, device)
+                served.verifier = Verifier(cfg.verifier, served.tokenizer, device)
 
     async def page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)

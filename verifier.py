@@ -2,19 +2,20 @@
 
     python verifier.py                                   # out/grpo's answers -> out/verifier
     python verifier.py --init_from=out/sft --num_problems=2000 --out_dir=out/verifier
+    python verifier.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 --max_new_tokens=300
     python eval.py --model=out/grpo --num_samples=8 --verifier=out/verifier
 
-Samples answers to the embedded problems from init_from and judges them (generation/judged.py). The answers
-are kept in data/judged and used again. A verifier is a frozen copy of that model with a scalar head and, if
-lora_rank is set, a LoRA adapter (generation/verifier.py). It learns to tell right answers from wrong ones
-(arXiv 2110.14168):
+Samples answers to the prompts of dataset/prompts.py from init_from and judges them (evals/judged.py). The
+answers are kept in data/judged and used again. A verifier is a frozen copy of that model with a scalar head
+and, if lora_rank is set, a LoRA adapter (generation/verifier.py). It learns to tell right answers from wrong
+ones (arXiv 2110.14168):
 
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60 / 60 <end>     ->  right
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 24; 40 + 24 = 64 / 64 <end>     ->  wrong
 
-Half of the answers in every batch are right, in every family of problems. So the family says nothing, and
-neither does "most answers are right". A bias puts the natural share of right answers back into the scores, so
-that they are probabilities.
+Every right answer is trained on together with a wrong one of the same family of problems. So the family says
+nothing, and neither does "most answers are right". The loss subtracts the log-odds of a right answer in the
+natural shares from the head's output, so the output is the log-odds in the natural shares.
 
 One problem in eight is held out. Its answers, in their natural shares, are the validation: ROC-AUC, also
 among answers of the same family and length, which a verifier that knows only the length does not pass; the
@@ -24,7 +25,9 @@ does.
 
 import math
 import zlib
-from dataclasses import dataclass
+from collections.abc import Hashable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,21 +36,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import UserError, require, require_positive, run_script
-from dataset.dataloader import validation_batches
-from evals.calibration import auc_within, calibration_error, roc_auc, wrong_decisions
+from configurator import UserError, require, run_script
+from dataset.prompts import EMBEDDED
+from evals.judged import AnswerKeys, stored_answers
 from formats import hf, peft
-from formats.chat_format import require_chat
-from formats.files import write_json
 from formats.tokenizer import Tokenizer
-from generation.judged import Request, family_names, make_answers
-from generation.rollouts import Limits, RolloutSampler
-from generation.verifier import FILE, answer_logits, answer_rows
+from generation.verifier import answer_logits, answer_rows
 from loop import Run, fit, start_run
-from model import GPT, GPTConfig
+from model import GPTConfig
 from modeling.devices import to_device
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig
+from training.finetuning import PostTrainingConfig, chat_model
 from training.lora import AdaptedGPT, targets_of
 from training.losses import linear_log_probs
 from training.stages import configure_run
@@ -55,15 +54,16 @@ from training.stages import configure_run
 LENGTH_BUCKET = 4  # tokens: answers whose lengths share a bucket count as equally long
 HELD_OUT = 8  # one problem in this many is for validation
 LEAST_AUC = 0.6  # below this, within family and length, a verifier has learned little more than both
+BINS = 10  # of the calibration error, of equal width, as in arXiv 1706.04599
 
 
 @dataclass(frozen=True, kw_only=True)
-class VerifierConfig(PostTrainingConfig):
-    """The keys of a run, of an adapter, and of a verifier."""
+class VerifierConfig(AnswerKeys, PostTrainingConfig):
+    """The keys of a run, of an adapter, and of the answers."""
 
     out_dir: str = "out/verifier"  # folder for checkpoints and logs; the same command again continues the run
     init_from: str = "out/grpo"  # model folder, out_dir or hub id: it samples the answers, and is copied
-    dataset: Literal["problems"] = "problems"  # the embedded problems
+    dataset: str = EMBEDDED  # problems (the embedded ones), or files of prompts with reference answers
     max_steps: int = 160  # optimizer steps
     global_batch_size: int = 32  # answers per optimizer step, over all ranks; half of them are right
     micro_batch_size: int = 32  # answers per forward pass on one rank
@@ -73,29 +73,15 @@ class VerifierConfig(PostTrainingConfig):
     eval_interval: int = 80  # steps between evaluations; 0 evaluates only at the end of each stage
     save_interval: int = 80  # steps between checkpoints; 0 saves only at the end of each stage
     lora_rank: int = 0  # rank of an adapter; 0 trains the scalar head alone
-    # ---- Answers
-    families: str = "add,subtract,multiply,story,sort,count,date"  # problems that are answered
-    calculator: bool = False  # offer the calculator
-    num_problems: int = 1000  # problems that are answered
-    num_samples: int = 8  # answers per problem
-    temperature: float = 1.0  # of the answers
-    max_new_tokens: int = 100  # most tokens of an answer
-    answers_batch_size: int = 256  # answers that are generated together
 
     resume_free = PostTrainingConfig.resume_free | {"answers_batch_size"}
 
     def __post_init__(self) -> None:
-        super().__post_init__()
-        require_positive(self, "num_problems", "num_samples", "max_new_tokens", "answers_batch_size")
-        require(self, "temperature", 0 < self.temperature < math.inf, "positive")
-        family_names(self.families)  # raises UserError for an unknown one
+        PostTrainingConfig.__post_init__(self)
+        AnswerKeys.__post_init__(self)
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
                           ("stages", ([],))):
             require(self, key, getattr(self, key) in only, f"{only[-1]!r} in verifier.py")
-
-    @property
-    def request(self) -> Request:
-        return Request(family_names(self.families), self.num_problems, self.num_samples, self.calculator)
 
 
 # ---- Model and loss ---------------------------------------------------------------------------------------
@@ -104,43 +90,35 @@ class ScoringGPT(AdaptedGPT):
     """A frozen model with an adapter and the head `score`, which starts as the answer's log-probability."""
 
     def __init__(self, config: GPTConfig, spec: peft.AdapterSpec, base: dict[str, str], seed: int,
-                 bias: float):
-        """bias: log-odds of a right answer in nature, which a checkpoint keeps."""
+                 log_odds: float):
+        """log_odds: of a right answer in the natural shares. The head starts with them as its last weight."""
         super().__init__(config, spec, base, seed)
-        self.score, self.bias = nn.Linear(config.n_embd + 1, 1, bias=False), bias
+        self.score, self.log_odds = nn.Linear(config.n_embd + 2, 1, bias=False), log_odds
 
     def new_adapter(self) -> Any:
         yield from super().new_adapter()
-        yield "score.weight", F.pad(torch.ones(1, 1), (self.config.n_embd, 0))  # (1, C + 1)
-
-    def save_pretrained(self, path: str | Path, *args: Any, **settings: Any) -> None:
-        super().save_pretrained(path, *args, **settings)
-        write_json(Path(path) / FILE, {"bias": self.bias})
+        yield "score.weight", torch.tensor([[0.0] * self.config.n_embd + [1, self.log_odds]])  # (1, C + 2)
 
 
-def scoring_model(cfg: VerifierConfig, folder: Path, bias: float) -> tuple[ScoringGPT, dict[str, str]]:
+def scoring_model(cfg: VerifierConfig, tokenizer: Tokenizer, run: Run,
+                  log_odds: float) -> tuple[ScoringGPT, dict[str, str]]:
     """The model on the meta device, and the identity of its base for run.json."""
-    identity = {"base": peft.weights_sha256(folder), "base_config": hf.config_sha256(folder)}
-    base = {"path": str(folder.resolve()), "sha256": identity["base"],
+    plain, identity = chat_model(replace(cfg, lora_rank=0), tokenizer, run, dropout=0.0)
+    targets = targets_of(plain, cfg.lora_targets) if cfg.lora_rank else ()
+    spec = peft.AdapterSpec(max(cfg.lora_rank, 1), cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora,
+                            ("score",))
+    base = {"path": str(hf.find_folder(cfg.init_from).resolve()), "sha256": identity["base"],
             "config_sha256": identity["base_config"]}
     with torch.device("meta"):
-        config = GPTConfig(**hf.read_config(folder) | {"dropout": 0.0})
-        targets = targets_of(GPT(config), cfg.lora_targets) if cfg.lora_rank else ()
-        spec = peft.AdapterSpec(max(cfg.lora_rank, 1), cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora,
-                                ("score",))
-        return ScoringGPT(config, spec, base, cfg.seed, bias), identity
-
-
-def verifier_loss(logits: Tensor, right: Tensor) -> Tensor:
-    """Binary cross-entropy summed over the answers: logits (n,), right (n,) of 0 and 1, both float."""
-    return F.binary_cross_entropy_with_logits(logits, right, reduction="sum")
+        return ScoringGPT(plain.config, spec, base, cfg.seed, log_odds), identity
 
 
 def loss_fn(forward: nn.Module, batch: dict[str, Any],
             model: ScoringGPT) -> tuple[Tensor, dict[str, Tensor]]:
-    """`verifier_loss`, and the number of answers on the right side of one half. forward: model, or DDP's."""
-    logits = answer_logits(forward, model, batch, linear_log_probs)
-    loss = verifier_loss(logits, batch["right"])
+    """Binary cross-entropy summed over the answers, whose shares are balanced, and the number of answers on
+    the right side of one half. forward: model, or DDP's wrapper."""
+    logits = answer_logits(forward, model, batch, linear_log_probs) - model.log_odds  # (n,)
+    loss = F.binary_cross_entropy_with_logits(logits, batch["right"], reduction="sum")
     return loss, {"loss": loss, "accuracy": ((logits > 0) == (batch["right"] > 0)).float().sum()}
 
 
@@ -157,37 +135,41 @@ def make_batch(answers: list[Answer], block_size: int) -> dict[str, Any]:
 
 
 class Answers:
-    """Judged answers: those for training, balanced, and those of the held-out problems, as they are."""
+    """Judged answers: pairs for training, and those of the held-out problems as they are."""
 
     def __init__(self, cfg: VerifierConfig, rows: list[dict[str, Any]]):
         """Raises UserError if either part has no right or no wrong answer."""
         self.cfg, parts = cfg, dict[bool, list[Answer]]({True: [], False: []})
         for row in rows:
-            held_out = zlib.crc32(f"verifier/{row['key']}".encode()) % HELD_OUT == 0
-            parts[held_out] += [answer | {"family": row["family"]} for answer in row["answers"]]
+            key = row["row"].get("key", row["prompt"][-1]["content"])
+            held_out = zlib.crc32(f"verifier/{key}".encode()) % HELD_OUT == 0
+            family = row["row"].get("family", "")
+            parts[held_out] += [answer | {"family": family} for answer in row["answers"]]
         self.val, train = parts[True], parts[False]
         for part in parts.values():
             if len({answer["right"] for answer in part}) < 2:
                 raise UserError(f"init_from={cfg.init_from}: all its answers are right, or all are wrong; a "
                                 "verifier needs both (--num_problems, --temperature, --families)")
         share = sum(answer["right"] for answer in train) / len(train)
-        self.bias = math.log(share / (1 - share))
-        # In each family the same number of right and wrong answers. sides[True] are the right ones.
-        self.sides: dict[bool, list[Answer]] = {True: [], False: []}
-        by_family = dict[str, dict[bool, list[Answer]]]()
-        for answer in train:
-            by_family.setdefault(answer["family"], {True: [], False: []})[answer["right"]].append(answer)
-        for family, sides in sorted(by_family.items()):
-            draw = np.random.default_rng((cfg.seed, zlib.crc32(family.encode())))
-            count = min(map(len, sides.values()))
-            for side, answers in sides.items():
-                self.sides[side] += [answers[i] for i in draw.permutation(len(answers))[:count]]
+        self.log_odds = math.log(share / (1 - share))
+        # A right answer and a wrong one of the same family. What has no partner is left out.
+        self.pairs: list[tuple[Answer, Answer]] = []
+        draw = np.random.default_rng(cfg.seed)
+        for family in sorted({answer["family"] for answer in train}):
+            right, wrong = ([answer for answer in train if answer["family"] == family
+                             and answer["right"] == side] for side in (True, False))
+            self.pairs += [(right[i], wrong[j]) for i, j in zip(
+                draw.permutation(len(right)), draw.permutation(len(wrong)), strict=False)]
+
+    @lru_cache(maxsize=2)  # noqa: B019
+    def order(self, epoch: int) -> np.ndarray:
+        """The permutation of an epoch, (pairs,)."""
+        return np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.pairs))
 
     def sample(self, number: int) -> Answer:
-        """Sample k of the run: right and wrong answers in turn, each side in a new order in every epoch."""
-        side = self.sides[number % 2 == 0]
-        epoch, place = divmod(number // 2, len(side))
-        return side[np.random.default_rng((self.cfg.seed, number % 2, epoch)).permutation(len(side))[place]]
+        """Sample k of the run: the right answer of a pair if k is even, and then the wrong one."""
+        epoch, place = divmod(number // 2, len(self.pairs))
+        return self.pairs[self.order(epoch)[place]][number % 2]
 
     def batches_at(self, step: int, rank: int, world_size: int) -> list[dict[str, Any]]:
         """A rank's micro-batches of a step."""
@@ -199,61 +181,67 @@ class Answers:
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
-def report(logits: list[float], answers: list[Answer], bias: float) -> dict[str, float]:
+def auc_within(scores: Iterable[float], right: Sequence[bool], groups: Sequence[Hashable]) -> float:
+    """The share of (right, wrong) pairs of the same group in which the right answer scores higher.
+
+    A tie counts half. With a single group it is the area under the ROC curve. nan if no group has both.
+    """
+    higher, pairs = 0.0, 0
+    members: dict[Hashable, tuple[list[float], list[float]]] = {}
+    for score, good, group in zip(scores, right, groups, strict=True):
+        members.setdefault(group, ([], []))[good].append(score)
+    for low, high in members.values():  # the scores of wrong answers, and of right ones
+        below, up_to = (np.searchsorted(np.sort(low), high, side) for side in ("left", "right"))
+        higher += (below + up_to).sum() / 2
+        pairs += len(low) * len(high)
+    return float(higher / pairs) if pairs else math.nan
+
+
+def calibration_error(scores: np.ndarray, right: np.ndarray) -> float:
+    """ECE (arXiv 1706.04599): |mean score - share of right answers| in each tenth of [0, 1], by size."""
+    bins = np.minimum((scores * BINS).astype(int), BINS - 1)  # (n,)
+    return float(np.abs(np.bincount(bins, scores - right, minlength=BINS)).sum() / len(scores))
+
+
+def report(logits: list[float], answers: list[Answer]) -> dict[str, float]:
     """The validation metrics of the head's outputs for judged answers in their natural shares."""
-    odds = torch.tensor(logits) + bias
-    scores, right = odds.sigmoid().tolist(), [answer["right"] for answer in answers]
-    accepts, rejects = wrong_decisions(scores, right, 0.5)
+    labels, odds = [bool(answer["right"]) for answer in answers], torch.tensor(logits)
+    scores, right = odds.sigmoid().numpy(), np.array(labels)
     groups = [(answer["family"], sum(answer["sampled"]) // LENGTH_BUCKET) for answer in answers]
-    return {"val_loss": verifier_loss(odds, torch.tensor(right).float()).item() / len(answers),
-            "val_auc": roc_auc(scores, right), "val_auc_within": auc_within(scores, right, groups),
-            "val_ece": calibration_error(scores, right), "val_false_accepts": accepts,
-            "val_false_rejects": rejects}
+    loss = F.binary_cross_entropy_with_logits(odds, torch.tensor(labels).float())
+    return {"val_loss": loss.item(), "val_auc": auc_within(scores, labels, [0] * len(answers)),
+            "val_auc_within": auc_within(scores, labels, groups),
+            "val_ece": calibration_error(scores, right),
+            "val_false_accepts": float((scores[~right] >= 0.5).mean()),
+            "val_false_rejects": float((scores[right] < 0.5).mean())}
 
 
 def evaluate(model: ScoringGPT, answers: list[Answer], cfg: VerifierConfig, run: Run) -> dict[str, float]:
     """`report` of the held-out answers. The ranks share the work."""
-    def batch_of(numbers: np.ndarray) -> dict[str, Any]:
-        return make_batch([answers[i] for i in numbers], cfg.block_size) | {"numbers": numbers.tolist()}
-
-    found: dict[int, float] = {}
-    for batch in validation_batches(batch_of, len(answers), cfg.micro_batch_size, run.rank, run.world_size):
-        logits = answer_logits(model, model, to_device(batch, run.device)).tolist()
-        if batch["count"]:  # 0 marks a filler
-            found |= zip(batch["numbers"], logits, strict=True)
-    merged = {number: logit for part in run.gather(found) for number, logit in part.items()}
-    return report([merged[number] for number in range(len(answers))], answers, model.bias)
+    mine, logits = answers[run.rank::run.world_size], list[float]()
+    for at in range(0, len(mine), cfg.micro_batch_size):
+        batch = to_device(make_batch(mine[at:at + cfg.micro_batch_size], cfg.block_size), run.device)
+        logits += answer_logits(model, model, batch).tolist()
+    parts = run.gather(logits)
+    return report([parts[i % len(parts)][i // len(parts)] for i in range(len(answers))], answers)
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
-
-def load_answers(cfg: VerifierConfig, folder: Path, tokenizer: Tokenizer, run: Run) -> Answers:
-    """The judged answers; rank 0 makes those that are missing."""
-    def make() -> list[dict[str, Any]]:
-        policy = GPT.from_pretrained(folder, run.device).eval()
-        limits = Limits(max_new_tokens=cfg.max_new_tokens, block_size=policy.config.block_size,
-                        temperature=cfg.temperature, seed=cfg.seed)
-        sampler = RolloutSampler(policy, tokenizer, limits)
-        return make_answers(Path("data/judged"), folder, sampler, cfg.request, cfg.answers_batch_size)
-
-    return Answers(cfg, run.run_on_rank0(make))
-
 
 def main(argv: list[str]) -> int:
     cfg, provenance = configure_run(VerifierConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         folder = hf.find_folder(cfg.init_from)
         run.tokenizer = Tokenizer.load(folder)  # saved with every checkpoint
-        require_chat(run.tokenizer, cfg.init_from)
         if peft.is_adapter(folder):
             raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
                             "--merge=True and start from out_dir/merged")
-        answers = load_answers(cfg, folder, run.tokenizer, run)
-        model, identity = scoring_model(cfg, folder, answers.bias)
-        run.print(f"model     {model.num_parameters():,} parameters; {model.num_saved():,} are trained")
+        answers = Answers(cfg, run.run_on_rank0(lambda: stored_answers(
+            Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device)))
+        model, identity = scoring_model(cfg, run.tokenizer, run, answers.log_odds)
         run.write_run_json(cfg, {}, **identity)
         right = sum(answer["right"] for answer in answers.val)
-        run.print(f"data      {2 * len(answers.sides[True]):,} answers, half of them right; held out: "
+        run.print(f"data      {2 * len(answers.pairs):,} answers, half of them right; held out: "
                   f"{len(answers.val):,}, {right:,} of them right")
         results = fit(cfg.frozen_but_adapters(model), model,
                       lambda step: answers.batches_at(step, run.rank, run.world_size),

@@ -88,8 +88,8 @@ def judged_pairs(cfg: ReasonConfig, folder: Path, seed: int) -> list[dict[str, A
     """Pairs of a right and a wrong answer of the start model to 1,500 training problems of all families."""
     path = folder.with_name(f"pairs_{seed}.jsonl")
     if not path.exists():
-        make_pairs.main([f"--model={cfg.init_from}", f"--out={path}", f"--seed={seed}", "--count=1500",
-                         "--samples=8", f"--cache={folder.with_name(f'judged_{seed}')}", "--device=cpu",
+        make_pairs.main([f"--model={cfg.init_from}", f"--out={path}", f"--seed={seed}", "--num_problems=1500",
+                         "--num_samples=8", f"--cache={folder.with_name(f'judged_{seed}')}", "--device=cpu",
                          f"--families={','.join(TASKS['problems'][0])}"])
     return read_jsonl(path)
 

@@ -39,6 +39,14 @@ VALIDATION = 2**62  # numbers from here on are validation prompts
 VAL_FRACTION = 0.1  # of the rows of files
 
 
+def family_names(text: str) -> tuple[str, ...]:
+    """Families of embedded problems, separated by commas; "": all but hard. Raises UserError for others."""
+    names = tuple(text.split(",")) if text else EASY
+    if unknown := set(names) - FAMILIES.keys():
+        raise UserError(f"families={text}: no family {min(unknown)!r}; there are {', '.join(FAMILIES)}")
+    return names
+
+
 class Prompt(NamedTuple):
     messages: list[Message]
     ids: list[int]
@@ -103,7 +111,7 @@ class PromptSource:
         """
         if self.source == EMBEDDED:
             draw = random.Random(f"prompts/{self.seed}/{number}")
-            offers, names = draw.random() < calculator, tuple(filter(None, families.split(","))) or EASY
+            offers, names = draw.random() < calculator, family_names(families)
             if offers:  # half of these prompts need the calculator; for the others it is an offer
                 names = ("hard",) if draw.random() < 0.5 else tuple(sorted(ARITHMETIC | {"story": 0}))
             problem = next(problems("train", draw.randrange(2**62), names))

@@ -1,14 +1,14 @@
 """A verifier: a language model with a scalar head that says how likely an answer is right.
 
-    verifier = Verifier.load("out/verifier", tokenizer)
+    verifier = Verifier("out/verifier", tokenizer)
     scores = verifier.score(prompt_ids, [answer_ids, ...])     # (n,) float32, each the probability of "right"
     best = answers[int(scores.argmax())]
 
 verifier.py trains it. Its folder is an adapter in PEFT's format (formats/peft.py) whose table `score` is the
-head, and verifier.json with the bias. The head reads two things: the hidden state after the answer's last
-token, and how likely the answer is to the adapted model:
+head. The head reads the hidden state after the answer's last token, and how likely the answer is to the
+adapted model:
 
-    log-odds = score[:C] . hidden + score[C] * (sum of log p(token) over the answer) + bias
+    log-odds = score[:C] . hidden + score[C] * (sum of log p(token) over the answer) + score[C + 1]
 
 Verifiers for word problems (arXiv 2110.14168) have the hidden state alone. In a model of three layers that is
 not enough (docs/reasoning.md): a slip is a token that the model did not expect, and only its output knows
@@ -18,7 +18,7 @@ what it expects. The adapter is trained through both terms. Left out: a value at
 from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +31,6 @@ from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from modeling.devices import to_device
 
-FILE = "verifier.json"  # {"bias": log-odds that are added to the head's output}
 BATCH_TOKENS = 2**13  # tokens of the answers that are read together
 CHUNK = 1024  # positions whose logits are computed at once
 
@@ -41,7 +40,7 @@ class ScoredGPT(GPT):
 
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__(config, seed)
-        self.score = nn.Linear(config.n_embd + 1, 1, bias=False)
+        self.score = nn.Linear(config.n_embd + 2, 1, bias=False)
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         hf.require_intact(folder)
@@ -74,58 +73,43 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size:
     return -torch.cat(chunks)
 
 
-class Scorer(Protocol):
-    """A GPT with the head `score`: a Linear from C + 1 features to one."""
-
-    config: GPTConfig
-    score: nn.Linear
-
-
-def answer_logits(forward: nn.Module, model: Scorer, batch: dict[str, Any],
+def answer_logits(forward: nn.Module, model: Any, batch: dict[str, Any],
                   log_probs: Callable[..., Tensor] = token_log_probs) -> Tensor:
-    """The head's output for each row of an `answer_rows` batch: (n,) float32. Plus the bias, it is log-odds.
+    """The log-odds of "right" for each row of an `answer_rows` batch: (n,) float32.
 
-    forward: the model, or DDP's wrapper around it. log_probs: training has a version that saves memory.
+    model: a GPT with the head `score`. forward: the model, or DDP's wrapper around it. log_probs: training
+    has a version that saves memory.
     """
     def head(hidden: Tensor, weight: Tensor) -> Tensor:
         last = hidden[torch.arange(len(hidden), device=hidden.device), batch["last"]]  # (n, T, C) -> (n, C)
         found = log_probs(hidden.flatten(0, 1)[batch["positions"]], weight, batch["targets"],
                           model.config.vocab_size)  # (targets,)
         sums = torch.zeros(len(hidden), device=hidden.device).index_add(0, batch["owners"], found.float())
-        features = torch.cat((last.float(), sums[:, None]), dim=1)  # (n, C + 1)
+        ones = torch.ones_like(sums)
+        features = torch.cat((last.float(), sums[:, None], ones[:, None]), dim=1)  # (n, C + 2)
         return F.linear(features, model.score.weight.float())[:, 0]  # (n,)
 
     return forward(batch["input_ids"], head=head)
 
 
-def find_verifier(path: str | Path) -> tuple[Path, float]:
-    """The folder of a verifier and its bias. Raises UserError if there is none."""
+def find_verifier(path: str | Path) -> Path:
+    """The folder of a verifier. Raises UserError if there is none."""
     folder = hf.find_folder(path)
-    bias = read_json(folder / FILE).get("bias")
-    if not isinstance(bias, float) or not peft.is_adapter(folder):
+    if read_json(folder / peft.CONFIG).get("modules_to_save") != ["score"]:
         raise UserError(f"{path}: is no verifier (verifier.py trains one)")
-    return folder, bias
+    return folder
 
 
 class Verifier:
-    """A trained verifier. Use `load`."""
+    """A trained verifier, from its folder or the best checkpoint of an out_dir of verifier.py."""
 
-    def __init__(self, model: ScoredGPT, bias: float):
-        self.model, self.bias = model, bias
-
-    @classmethod
-    def load(cls, path: str | Path, tokenizer: Tokenizer, device: Any = "cpu") -> "Verifier":
-        """Load a verifier's folder, or the best checkpoint of an out_dir of verifier.py.
-
-        tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no verifier,
-        or if its tokenizer is another one.
-        """
-        folder, bias = find_verifier(path)
+    def __init__(self, path: str | Path, tokenizer: Tokenizer, device: Any = "cpu"):
+        """tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no
+        verifier, or if its tokenizer is another one."""
+        folder = find_verifier(path)
         if Tokenizer.load(folder).definition != tokenizer.definition:
             raise UserError(f"{path}: this verifier was trained with another tokenizer than the model's")
-        model = ScoredGPT.from_pretrained(folder, device).eval()
-        assert isinstance(model, ScoredGPT)
-        return cls(model, bias)
+        self.model = ScoredGPT.from_pretrained(folder, device).eval()
 
     def score(self, prompt_ids: Sequence[int], answers_ids: Sequence[Sequence[int]]) -> Tensor:
         """The probability that each answer to a prompt is right: (n,) float32 on the CPU.
@@ -147,5 +131,5 @@ class Verifier:
             batch = answer_rows([rows[row] for row in now], [sampled[row] for row in now],
                                 self.model.config.block_size)
             logits = answer_logits(self.model, self.model, to_device(batch, device))
-            scores[now] = (logits + self.bias).sigmoid().cpu()
+            scores[now] = logits.sigmoid().cpu()
         return scores

@@ -1,10 +1,13 @@
-"""verifier.py: its loss by hand, balanced batches, whole runs, and eval.py with a verifier."""
+"""verifier.py: its loss and metrics by hand, balanced batches, whole runs, and eval.py with a verifier."""
 
 import json
 import math
+import random
 import shutil
 import zlib
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -13,14 +16,14 @@ import eval as evaluation
 import sample
 import verifier
 from configurator import UserError
+from evals import judged
 from formats import checkpoint, hf, peft
 from formats.tokenizer import Tokenizer
-from generation import judged
 from generation.verifier import Verifier
 from model import GPT
 from tests.conftest import config_of
 from tests.runs import events, kill_in_step, losses, stopped_in_step
-from verifier import Answers, VerifierConfig, report, verifier_loss
+from verifier import Answers, VerifierConfig, auc_within, calibration_error, report
 
 TINY = """--num_problems=24 --num_samples=4 --max_new_tokens=6 --families=add,copy --lora_rank=2
     --block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=6 --eval_interval=0
@@ -31,7 +34,7 @@ TINY = """--num_problems=24 --num_samples=4 --max_new_tokens=6 --families=add,co
 def run(chat_folder, tmp_path, monkeypatch):
     """Run verifier.py in an empty folder. Half of the answers are called right, by a hash of their text."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(judged, "is_right", lambda problem, message: zlib.crc32(str(message).encode()) % 2)
+    monkeypatch.setattr(judged, "is_right", lambda row, message: zlib.crc32(str(message).encode()) % 2)
 
     def main(out, *words):
         verifier.main([*TINY, f"--init_from={chat_folder}", f"--out_dir={out}", *words])
@@ -42,7 +45,7 @@ def run(chat_folder, tmp_path, monkeypatch):
 
 def rows_of(*families, problems=40, samples=4):
     """Judged rows by hand; every third answer is wrong, and all of the last family are."""
-    return [{"family": family, "key": f"{family} {number}", "answers": [
+    return [{"row": {"family": family, "key": f"{family} {number}"}, "prompt": [{"content": ""}], "answers": [
         {"ids": [1, 2, number % 50, sample + 3], "sampled": [0, 0, 1, 1],
          "right": bool((number + sample) % 3) and family != families[-1]} for sample in range(samples)]}
         for family in families for number in range(problems)]
@@ -55,13 +58,54 @@ def adapter(out):
 # ---- Loss and metrics -------------------------------------------------------------------------------------
 
 
-def test_loss_and_gradient_by_hand():
-    """-log sigmoid(2) for the right answer, -log(1 - sigmoid(-1)) for the wrong one; d/dz = p - right."""
-    logits = torch.tensor([2.0, -1.0], requires_grad=True)
-    loss = verifier_loss(logits, torch.tensor([1.0, 0.0]))
+def roc_auc(scores, right):
+    return auc_within(scores, right, [0] * len(scores))
+
+
+def test_loss_and_gradient_by_hand(monkeypatch):
+    """With log-odds of 1: -log sigmoid(2) for the right answer, -log(1 - sigmoid(-1)) for the wrong one."""
+    outputs = torch.tensor([3.0, 0.0], requires_grad=True)
+    monkeypatch.setattr(verifier, "answer_logits", lambda *rest: outputs)
+    loss, metrics = verifier.loss_fn(None, {"right": torch.tensor([1.0, 0.0])}, SimpleNamespace(log_odds=1.0))
     assert loss.item() == pytest.approx(math.log1p(math.exp(-2)) + math.log1p(math.exp(-1)), rel=1e-6)
+    assert metrics["accuracy"] == 2
     loss.backward()
-    assert logits.grad.tolist() == pytest.approx([1 / (1 + math.exp(-2)) - 1, 1 / (1 + math.exp(1))])
+    assert outputs.grad.tolist() == pytest.approx([1 / (1 + math.exp(-2)) - 1, 1 / (1 + math.exp(1))])
+
+
+def test_auc_by_hand():
+    assert roc_auc([0.9, 0.4, 0.7], [True, False, True]) == 1
+    assert roc_auc([0.9, 0.4, 0.7], [False, True, True]) == 0
+    # Pairs (right, wrong): (.5, .5) is a tie, (.5, .2) is won, (.1, .5) and (.1, .2) are lost: 1.5 of 4.
+    assert roc_auc([0.5, 0.1, 0.5, 0.2], [True, True, False, False]) == 0.375
+    assert math.isnan(roc_auc([0.5, 0.1], [True, True]))
+    # Group a: (.2, .1) is won. Group b: (.8, .9) is lost. Between the groups nothing is compared.
+    scores, right = [0.2, 0.1, 0.8, 0.9], [True, False, True, False]
+    assert auc_within(scores, right, ["a", "a", "b", "b"]) == 0.5
+
+
+def test_auc_is_scikit_learns():
+    metrics = pytest.importorskip("sklearn.metrics")
+    draw = random.Random(0)
+    for _ in range(20):
+        right = [draw.random() < 0.7 for _ in range(50)]
+        scores = [draw.randrange(10) / 10 for _ in right]  # with ties
+        assert roc_auc(scores, right) == pytest.approx(metrics.roc_auc_score(right, scores), rel=1e-12)
+
+
+def test_calibration_error_by_hand():
+    # Bin [.9, 1]: mean score .95, half are right: .45 off. Bin [.1, .2): mean .1, none is right: .1 off.
+    error = calibration_error(np.array([0.9, 1.0, 0.1, 0.1]), np.array([True, False, False, False]))
+    assert error == pytest.approx((0.45 * 2 + 0.1 * 2) / 4)
+    assert calibration_error(np.array([1.0, 0.0]), np.array([True, False])) == 0
+    # Errors of the two answers in one bin cancel: that is what calibration means.
+    assert calibration_error(np.array([0.5, 0.5]), np.array([True, False])) == 0
+
+
+def test_false_accepts_and_rejects_by_hand():
+    answers = [{"right": right, "sampled": [1], "family": ""} for right in (False, False, True, True)]
+    found = report([0.1, -0.4, 2.0, -1.0], answers)
+    assert (found["val_false_accepts"], found["val_false_rejects"]) == (0.5, 0.5)
 
 
 def test_a_verifier_that_knows_only_the_length_does_not_pass():
@@ -72,9 +116,9 @@ def test_a_verifier_that_knows_only_the_length_does_not_pass():
              zip(torch.rand(3000, generator=generator).tolist(), lengths, strict=True)]
     answers = [{"sampled": [1] * length, "right": each, "family": "add"}
                for length, each in zip(lengths, right, strict=True)]
-    by_length = report([(24 - length) / 8 for length in lengths], answers, 0.0)
+    by_length = report([(24 - length) / 8 for length in lengths], answers)
     assert by_length["val_auc"] > 0.7 and by_length["val_auc_within"] < verifier.LEAST_AUC
-    knowing = report([3.0 if each else -3.0 for each in right], answers, 0.0)
+    knowing = report([3.0 if each else -3.0 for each in right], answers)
     assert knowing["val_auc"] == knowing["val_auc_within"] == 1
     assert knowing["val_false_accepts"] == knowing["val_false_rejects"] == 0
     assert knowing["val_ece"] == pytest.approx(1 / (1 + math.exp(3)))
@@ -87,13 +131,13 @@ def test_half_of_every_batch_is_right_in_every_family():
     cfg = config_of(VerifierConfig, "--global_batch_size=8", "--micro_batch_size=4", "--block_size=8")
     answers = Answers(cfg, rows_of("add", "sort", "date"))
     for family in ("add", "sort", "date"):
-        right, wrong = ([a for a in answers.sides[side] if a["family"] == family] for side in (True, False))
-        assert len(right) == len(wrong) and (len(right) > 20) == (family != "date")
-        assert all(a["right"] for a in right) and not any(a["right"] for a in wrong)
+        pairs = [pair for pair in answers.pairs if pair[0]["family"] == family]
+        assert (len(pairs) > 20) == (family != "date")
+        assert all(a["right"] and not b["right"] and b["family"] == family for a, b in pairs)
     for batch in answers.batches_at(3, 0, 1):
         assert batch["right"].tolist() == [1, 0, 1, 0] and batch["count"] == 4
-    # An epoch reads every answer of a side once.
-    size = len(answers.sides[True])
+    # An epoch reads every pair once.
+    size = len(answers.pairs)
     first = [id(answers.sample(2 * number)) for number in range(size)]
     assert len(set(first)) == size
     assert first != [id(answers.sample(2 * (size + number))) for number in range(size)]
@@ -115,9 +159,9 @@ def test_held_out_problems_are_not_trained_on_and_keep_their_shares():
     total = sum(len(row["answers"]) for row in rows)
     assert 0 < len(answers.val) < total / 4
     train = [answer for row in rows for answer in row["answers"]
-             if zlib.crc32(f"verifier/{row['key']}".encode()) % verifier.HELD_OUT]
+             if zlib.crc32(f"verifier/{row['row']['key']}".encode()) % verifier.HELD_OUT]
     share = sum(answer["right"] for answer in train) / len(train)
-    assert answers.bias == pytest.approx(math.log(share / (1 - share)))
+    assert answers.log_odds == pytest.approx(math.log(share / (1 - share)))
     assert len(train) + len(answers.val) == total
 
 
@@ -129,8 +173,8 @@ def test_a_run_from_the_first_loss_to_the_saved_folder(run, chat_folder, tmp_pat
     log = run("a")
     # At the start the log-odds are the log-probability of the answer: float64, with the plain model.
     cfg = config_of(VerifierConfig, *TINY, f"--init_from={chat_folder}")
-    (path,) = (tmp_path / "data" / "judged").glob("*.jsonl")
-    answers = Answers(cfg, [json.loads(line) for line in path.read_text().splitlines()])
+    (path,) = (tmp_path / "data" / "judged").glob("*/*.jsonl")
+    answers = Answers(cfg, [json.loads(line) for line in path.read_text().splitlines()[:24]])
     model, expected = GPT.from_pretrained(chat_folder).double().eval(), 0.0
     for answer in map(answers.sample, range(8)):
         ids = torch.tensor([answer["ids"]])
@@ -139,12 +183,12 @@ def test_a_run_from_the_first_loss_to_the_saved_folder(run, chat_folder, tmp_pat
         expected += math.log1p(math.exp(logit)) - (logit if answer["right"] else 0)
     assert log[0]["loss"] == pytest.approx(expected / 8, rel=1e-5)
     # What is saved scores the held-out answers as the run did, and the base is what it was.
-    loaded = Verifier.load("a", Tokenizer.load(chat_folder))
+    loaded = Verifier("a", Tokenizer.load(chat_folder))
     scores = loaded.score_rows([a["ids"] for a in answers.val], [list(map(bool, a["sampled"]))
                                                                  for a in answers.val])
     right = torch.tensor([float(a["right"]) for a in answers.val])
     nll = torch.nn.functional.binary_cross_entropy(scores, right).item()
-    assert log[-1]["val_loss"] == pytest.approx(nll, rel=1e-3) and loaded.bias == answers.bias
+    assert log[-1]["val_loss"] == pytest.approx(nll, rel=1e-3)
     assert peft.weights_sha256(chat_folder) == before
     # Labels that are a hash cannot be learned, and the run says so.
     assert "do not use it" in capsys.readouterr().out
@@ -167,21 +211,20 @@ def test_without_an_adapter_only_the_head_is_trained(run, chat_folder, tmp_path)
     run("a", "--lora_rank=0")
     width = GPT.from_pretrained(chat_folder).config.n_embd
     assert {name: tensor.shape for name, tensor in adapter(tmp_path / "a").items()} == {
-        "base_model.model.score.weight": (1, width + 1)}
-    assert Verifier.load("a", Tokenizer.load(chat_folder)).score([1], [[2, 3]]).shape == (1,)
+        "base_model.model.score.weight": (1, width + 2)}
+    assert Verifier("a", Tokenizer.load(chat_folder)).score([1], [[2, 3]]).shape == (1,)
 
 
 def test_mistakes_are_one_line(run, chat_folder, tmp_path, monkeypatch):
     for words, message in ((["--families=add,nosuch"], "no family 'nosuch'"),
                            (["--parallel=fsdp"], "parallel"), (["--merge=True"], "merge"),
-                           (["--temperature=0"], "temperature"), (["--num_samples=0"], "num_samples"),
-                           (["--dataset=chats"], "dataset")):
+                           (["--temperature=0"], "temperature"), (["--dataset=chats"], "dataset")):
         with pytest.raises(UserError, match=message):
             run("x", *words)
     run("a")
     with pytest.raises(UserError, match="is an adapter itself"):
         verifier.main([*TINY, "--init_from=a", "--out_dir=b"])
-    monkeypatch.setattr(judged, "is_right", lambda problem, message: True)
+    monkeypatch.setattr(judged, "is_right", lambda row, message: True)
     shutil.rmtree(tmp_path / "data")
     with pytest.raises(UserError, match="all its answers are right, or all are wrong"):
         run("c")

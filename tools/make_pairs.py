@@ -3,7 +3,7 @@
     python -m tools.make_pairs --model=out/sft --out=data/own_pairs.jsonl
     python prepare.py --kind=preference --source=data/own_pairs.jsonl --tokenizer=out/sft --out=data/own_pairs
 
-Samples several answers to each problem of the train split and judges them (generation/judged.py). The judged
+Samples several answers to each problem of the train split and judges them (evals/judged.py). The judged
 answers stay in --cache, where verifier.py finds those that it would sample itself. A problem that the model
 always or never solves makes no pair. The rejected answers are mistakes that this model makes, in its own
 words, so DPO can remove them.
@@ -16,36 +16,24 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from configurator import configure, require, require_not_negative, require_positive, run_script
-from formats import hf
-from formats.chat_format import require_chat
+from configurator import configure, require_not_negative, run_script
+from dataset.prompts import EMBEDDED
+from evals.judged import AnswerKeys, stored_answers
 from formats.files import write_text
-from formats.tokenizer import Tokenizer
-from generation.judged import Request, family_names, make_answers
-from generation.rollouts import Limits, RolloutSampler
-from model import GPT
 from modeling.devices import pick_device
 
 
 @dataclass(frozen=True, kw_only=True)
-class PairsConfig:
+class PairsConfig(AnswerKeys):
     model: str = "out/sft"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     out: str = "data/own_pairs.jsonl"  # write the pairs to this file, as JSON lines
     cache: str = "data/judged"  # folder of the judged answers
-    families: str = "add,subtract,multiply,story"  # families of problems, separated by commas
-    count: int = 1000  # number of problems
-    samples: int = 4  # answers per problem
-    temperature: float = 1.0  # of the answers
     seed: int = 1337  # of the problems and the answers
-    max_new_tokens: int = 100  # most tokens of an answer
-    batch_size: int = 128  # answers that are generated together
     device: str | None = None  # cpu, cuda, mps; None is the best one available
 
     def __post_init__(self) -> None:
-        require_positive(self, "count", "samples", "max_new_tokens", "batch_size")
+        super().__post_init__()
         require_not_negative(self, "seed")
-        require(self, "temperature", 0 < self.temperature < float("inf"), "positive")
-        family_names(self.families)  # raises UserError for an unknown one
 
 
 def make_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
@@ -55,29 +43,21 @@ def make_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
               if message["content"] and not {"cut", "malformed", "tool_calls"} & message.keys()]
     chosen, rejected = ([answer["messages"] for answer in usable if answer["right"] == right][:1]
                         for right in (True, False))
-    return [{"prompt": row["prompt"], "chosen": one, "rejected": other, "family": row["family"]}
+    return [{"prompt": row["prompt"], "chosen": one, "rejected": other, "family": row["row"]["family"]}
             for one, other in zip(chosen, rejected, strict=False)]
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(PairsConfig, argv, usage=__doc__)
-    folder = hf.find_folder(cfg.model)
-    tokenizer = Tokenizer.load(folder)
-    require_chat(tokenizer, cfg.model)
-    model = GPT.from_pretrained(folder, pick_device(cfg.device)).eval()
-    limits = Limits(max_new_tokens=cfg.max_new_tokens, block_size=model.config.block_size,
-                    temperature=cfg.temperature, seed=cfg.seed)
-    request = Request(family_names(cfg.families), cfg.count, cfg.samples)
-    rows = make_answers(Path(cfg.cache), folder, RolloutSampler(model, tokenizer, limits), request,
-                        cfg.batch_size)
+    rows = stored_answers(Path(cfg.cache), cfg, cfg.model, EMBEDDED, cfg.seed, pick_device(cfg.device))
     pairs = [pair for row in rows for pair in make_pair(row)]
     Path(cfg.out).parent.mkdir(parents=True, exist_ok=True)
     write_text(Path(cfg.out), "".join(json.dumps(pair) + "\n" for pair in pairs))
     right = sum(answer["right"] for row in rows for answer in row["answers"])
     families = Counter(pair["family"] for pair in pairs)
     by_family = "  ".join(f"{name} {count:,}" for name, count in families.items())
-    total = cfg.count * cfg.samples
-    print(f"{cfg.out}: {len(pairs):,} pairs from {cfg.count:,} problems ({by_family}); "
+    total = cfg.num_problems * cfg.num_samples
+    print(f"{cfg.out}: {len(pairs):,} pairs from {cfg.num_problems:,} problems ({by_family}); "
           f"{100 * right / total:.1f} % of {total:,} answers were right", file=sys.stderr)
     return 0
 

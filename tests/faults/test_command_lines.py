@@ -33,7 +33,8 @@ VALID = {
     "tools.cache_teacher": "--teacher=base --dataset=text --block_size=32 --device=cpu",
     "tools.compare": "--teacher=base --student=base --dataset=text --eval_tokens=64 --max_new_tokens=2 "
                      "--out=page.md --device=cpu",
-    "tools.make_pairs": "--model=model --out=own.jsonl --count=1 --samples=1 --max_new_tokens=2 --device=cpu",
+    "tools.make_pairs": "--model=model --out=own.jsonl --num_problems=1 --num_samples=1 --max_new_tokens=2 "
+                        "--device=cpu",
     "tools.plot": "log --out=curves.png",
     "tools.sweep": "--grid=seed=1 --out_dir=sweep",
     "tools.synthesize": "--teacher=base --out=free --tokens=200 --length=8 --val_fraction=0.3 --device=cpu",

@@ -15,8 +15,6 @@ from generation.verifier import ScoredGPT, Verifier, answer_rows
 from model import GPT
 from tests.conftest import busy_model, tiny_config
 
-BIAS = 0.75
-
 
 @pytest.fixture(scope="module")
 def folder(chat_folder, tmp_path_factory):
@@ -24,7 +22,7 @@ def folder(chat_folder, tmp_path_factory):
     path, generator = tmp_path_factory.mktemp("verifier") / "v", torch.Generator().manual_seed(3)
     base = GPT.from_pretrained(chat_folder)
     spec = peft.AdapterSpec(4, 8.0, 0.0, ("q_proj",), False, ("score",))
-    state = {"score.weight": torch.randn(1, base.config.n_embd + 1, generator=generator) / 8}
+    state = {"score.weight": torch.randn(1, base.config.n_embd + 2, generator=generator) / 8}
     for name, parameter in base.named_parameters():
         if name.endswith("q_proj.weight"):
             prefix, (rows, columns) = name.removesuffix(".weight"), parameter.shape
@@ -33,13 +31,12 @@ def folder(chat_folder, tmp_path_factory):
     digest = peft.weights_sha256(chat_folder)
     peft.write_adapter(path, state, spec, {"path": str(chat_folder), "sha256": digest})
     Tokenizer.load(chat_folder).save(path)
-    (path / scoring.FILE).write_text(json.dumps({"bias": BIAS}))
     return path
 
 
 @pytest.fixture(scope="module")
 def verifier(folder):
-    return Verifier.load(folder, Tokenizer.load(folder))
+    return Verifier(folder, Tokenizer.load(folder))
 
 
 def random_rows(count, seed=0, longest=40):
@@ -63,7 +60,7 @@ def test_scores_are_transformers_hidden_state_and_log_probabilities(folder, chat
         with torch.no_grad():
             found = model(torch.tensor([row]), output_hidden_states=True)
         log_probs = found.logits[0, 2:-1].log_softmax(-1).gather(1, torch.tensor(row[3:])[:, None]).sum()
-        expected = head[:-1] @ found.hidden_states[-1][0, -1] + head[-1] * log_probs + BIAS
+        expected = head[:-2] @ found.hidden_states[-1][0, -1] + head[-2] * log_probs + head[-1]
         assert score.item() == pytest.approx(1 / (1 + math.exp(-expected.item())), rel=1e-4)
 
 
@@ -113,9 +110,9 @@ def test_an_answer_longer_than_the_context_is_scored_by_its_end(verifier):
 def test_folders_that_are_no_verifier(folder, chat_folder):
     tokenizer = Tokenizer.load(folder)
     with pytest.raises(UserError, match="is no verifier .verifier.py trains one"):
-        Verifier.load(chat_folder, tokenizer)
+        Verifier(chat_folder, tokenizer)
     with pytest.raises(UserError, match="another tokenizer than the model's"):
-        Verifier.load(folder, with_chat_tokens(Tokenizer.train(["another text"], 300)))
+        Verifier(folder, with_chat_tokens(Tokenizer.train(["another text"], 300)))
     with pytest.raises(UserError, match="score.weight has no place in its base model"):
         GPT.from_pretrained(folder)  # a verifier is no language model
 

@@ -9,7 +9,8 @@ def answer(content, right, **keys):
 
 
 def row(*answers):
-    return {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "family": "add", "answers": list(answers)}
+    return {"prompt": [{"role": "user", "content": "1 + 1 = ?"}], "row": {"family": "add"},
+            "answers": list(answers)}
 
 
 def test_the_first_right_and_the_first_wrong_answer():
