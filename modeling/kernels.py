@@ -47,19 +47,20 @@ def softmax_kernel(logits, targets, weights, log_z, stride, V, P, z_loss,
             tl.store(start_of_row + columns, gradient.to(logits.dtype.element_ty), mask=columns < P)
 
 
-def softmax_gradient_(logits: Tensor, targets: Tensor, weights: Tensor | None, vocab_size: int,
+def softmax_gradient_(logits: Tensor, targets: Tensor | None, weights: Tensor | None, vocab_size: int,
                       z_loss: float = 0.0) -> Tensor:
     """Return logsumexp of each row, (n,) float32, and replace the logits by the gradient of the loss.
 
     The loss is the sum of weight * (log_z - logit of the target + z_loss * log_z^2) over the rows.
     logits: (n, P), any float dtype; columns from vocab_size on are padding, with a gradient of 0. targets:
-    (n,) int64 below vocab_size. weights: (n,) float32; None leaves the logits as they are.
+    (n,) int64 below vocab_size. weights: (n,) float32. Both None: the logits stay as they are.
     """
     log_z = torch.empty(len(logits), device=logits.device, dtype=torch.float32)
     if len(logits):
         softmax_kernel[(len(logits),)](
-            logits, targets, log_z if weights is None else weights, log_z, logits.stride(0), vocab_size,
-            logits.shape[1], z_loss, weights is not None, SOFTMAX_COLUMNS, num_warps=8)
+            logits, log_z if targets is None else targets, log_z if weights is None else weights, log_z,
+            logits.stride(0), vocab_size, logits.shape[1], z_loss, weights is not None, SOFTMAX_COLUMNS,
+            num_warps=8)
     return log_z
 
 
