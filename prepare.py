@@ -326,7 +326,7 @@ def make_index(benchmarks: list[Benchmark]) -> decontaminate.Index:
     begin = time.perf_counter()
     index = decontaminate.Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
     print(f"items     {len(index.places):,} of {len(benchmarks)} evaluation sets indexed in "
-          f"{time.perf_counter() - begin:.1f} s ({index.megabytes():,.0f} MB)")
+          f"{time.perf_counter() - begin:.1f} s")
     return index
 
 

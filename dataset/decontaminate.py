@@ -149,13 +149,6 @@ class Index:
         self.near, self.near_starts = NearDuplicates(signature[new], owner[new]), begins[new]
         self.pairs = Filter(distinct(pairs[runs(begins, lengths - 1)]))
 
-    def megabytes(self) -> float:
-        """The size of the arrays, which are nearly all of the index."""
-        parts = [*self.words]
-        for part in (self, self.near, self.eights, self.pairs):
-            parts += vars(part).values()
-        return sum(part.nbytes for part in parts if isinstance(part, np.ndarray)) / 1e6
-
     def item_of(self, starts: np.ndarray) -> np.ndarray:
         """The number of the item that each of these words is in, int64."""
         return np.searchsorted(self.words.bounds, starts, "right") - 1

@@ -11,6 +11,7 @@ import http.client
 import os
 import re
 import shlex
+import shutil
 import urllib.request
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -38,14 +39,10 @@ def copy_response(response: Any, file: BinaryIO) -> None:
     """Write the whole response to the file. Raises OSError if it is shorter than it should be."""
     total = int(response.headers.get("Content-Length") or 0)
     print(f"download  {url_name(response.url)}, {f'{total / 1e6:,.1f} MB' if total else 'of unknown size'}")
-    size = 0
-    with tqdm(total=total or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
-        while block := response.read(2**18):
-            file.write(block)
-            size += len(block)
-            bar.update(len(block))
-    if total and size != total:
-        raise OSError(f"the connection broke after {size:,} of {total:,} bytes")
+    with tqdm.wrapattr(response, "read", total=total or None, leave=False, disable=None) as stream:
+        shutil.copyfileobj(stream, file)
+    if total and file.tell() != total:
+        raise OSError(f"the connection broke after {file.tell():,} of {total:,} bytes")
     file.flush()
     os.fsync(file.fileno())  # before the rename, so that a power cut leaves no half file under the final name
 

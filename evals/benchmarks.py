@@ -78,6 +78,16 @@ def convert(rows: list[dict[str, Any]], convert_row: Callable[[dict[str, Any]], 
     return results
 
 
+def with_last_as_shots(rows: list[dict[str, Any]], limit: int, shots: int,
+                       convert_row: Callable[[dict[str, Any]], Any]) -> Questions:
+    """The first `limit` rows as questions, and the last `shots`, which are not asked, as worked examples."""
+    first_shot = len(rows) - shots
+    if first_shot <= 0:
+        raise UserError(f"shots={shots}: there are {len(rows)} rows, so none is left to ask")
+    return Questions(convert(rows[:min(first_shot, limit)], convert_row),
+                     convert(rows[first_shot:], convert_row))
+
+
 def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
     """Files of a benchmark: `source` itself if it is a file, else the files named `name`* below it, sorted.
 

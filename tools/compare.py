@@ -94,10 +94,10 @@ def comparison(folders: list[Path], models: list[GPT], cfg: DistillConfig, mix: 
 def read_prompts(path: str | None) -> list[str]:
     """The lines that are not blank. Raises UserError if there is none, or if the file is not UTF-8."""
     try:
-        lines = PROMPTS if path is None else Path(path).read_bytes().decode("utf-8-sig").split("\n")
+        lines = PROMPTS if path is None else Path(path).read_text("utf-8-sig").split("\n")
     except UnicodeDecodeError:
         raise UserError(f"prompts={path}: not UTF-8") from None
-    prompts = [line.rstrip("\r") for line in lines if line.strip()]
+    prompts = [line for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompts={path}: no prompts in it")
     return prompts
@@ -121,24 +121,19 @@ def fenced(text: str) -> str:
     return f"{fence}text\n{text}\n{fence}"
 
 
-def table_row(name: str, texts: list[str]) -> str:
-    """An HTML table row with the texts as code blocks. Markdown needs the blank lines around them."""
-    cells = "\n".join(f"<td valign=\"top\">\n\n{fenced(text)}\n\n</td>" for text in texts)
-    return f"<tr><th>{name}</th>\n{cells}\n</tr>"
-
-
 def writing(cfg: CompareConfig, folders: list[Path], models: list[GPT], tokenizer: Tokenizer,
             prompts: list[str]) -> list[str]:
     """The parts of the page that show what both models write after each prompt."""
     end_ids = {tokenizer.eot_id, *(i for folder in folders for i in hf.end_ids(folder))}
-    texts = {name: [continuations(cfg, sampling, model, tokenizer, prompts, end_ids) for model in models]
-             for name, sampling in (("greedy", GREEDY), ("sampled", cfg))}
+    texts = {f"{name}, {how}": continuations(cfg, sampling, model, tokenizer, prompts, end_ids)
+             for how, sampling in (("greedy", GREEDY), ("sampled", cfg))
+             for name, model in zip(("Teacher", "Student"), models, strict=True)}
     parts = [f"## What they write\n\nAt most {cfg.max_new_tokens:,} tokens after each prompt. Sampled: "
              f"temperature {cfg.temperature}, seed {cfg.seed}."]
     for number, prompt in enumerate(prompts):
-        rows = [table_row(name, [each[number] for each in by_model]) for name, by_model in texts.items()]
-        parts += [fenced(prompt), "\n".join(["<table>", "<tr><th></th><th>teacher</th><th>student</th></tr>",
-                                             *rows, "</table>"])]
+        parts += [f"### Prompt {number + 1}", fenced(prompt)]
+        for name, written in texts.items():
+            parts += [f"{name}:", fenced(written[number])]
     return parts
 
 

@@ -18,7 +18,6 @@ from training.run import Run
 if TYPE_CHECKING:  # imported where it is used, because the import takes half a second
     from matplotlib.figure import Figure
 
-MOST_POINTS = 1000  # per curve in a picture; more take longer to draw and look the same
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"  # for a terminal that has no block characters
 TEXT_WIDTH = 48  # characters of a text curve, at most
@@ -28,17 +27,6 @@ def curve(events: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     """The steps and values of the events that have `key`."""
     points = [(event["step"], event[key]) for event in events if key in event and "step" in event]
     return [step for step, _ in points], [value for _, value in points]
-
-
-def thinned(points: tuple[list[int], list[float]]) -> tuple[list[int], list[float]]:
-    """A curve of at most MOST_POINTS points: the mean of each group of neighbours, at its last step."""
-    steps, values = points
-    size = -(-len(steps) // MOST_POINTS)  # points per group, rounded up
-    if size <= 1:
-        return points
-    groups = [values[first:first + size] for first in range(0, len(values), size)]
-    lasts = [min(first + size, len(steps)) - 1 for first in range(0, len(steps), size)]
-    return [steps[last] for last in lasts], [sum(group) / len(group) for group in groups]
 
 
 def draw(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
@@ -55,13 +43,13 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
     loss, rate, speed = (figure.add_subplot(place) for place in (grid[:, :2], grid[0, 2], grid[1, 2]))
     for number, (name, events) in enumerate(runs.items()):
         color = f"C{number}"
-        loss.plot(*thinned(curve(events, "loss")), color=color, alpha=0.5, linewidth=1,
+        loss.plot(*curve(events, "loss"), color=color, alpha=0.5, linewidth=1,
                   label=f"{name}: training")
-        steps, values = thinned(curve(events, "val_loss"))
+        steps, values = curve(events, "val_loss")
         last = f" ({values[-1]:.4f})" if values else ""
         loss.plot(steps, values, color=color, marker="o", markersize=4, label=f"{name}: validation{last}")
-        rate.plot(*thinned(curve(events, "lr")), color=color)
-        speed.plot(*thinned(curve(events, "tokens_per_second")), color=color)
+        rate.plot(*curve(events, "lr"), color=color)
+        speed.plot(*curve(events, "tokens_per_second"), color=color)
     loss.set(xlabel="step", ylabel="loss")
     loss.legend()
     rate.set(ylabel="learning rate", ylim=(0, None))
@@ -97,11 +85,7 @@ def text_curves(events: list[dict[str, Any]]) -> list[str]:
     low, high = min(everything), max(everything)
     last = max(steps[-1] for steps, _ in points.values())
     width = min(TEXT_WIDTH, max(len(values) for _, values in points.values()))
-    try:
-        bars = BARS
-        bars.encode(sys.stdout.encoding or "ascii")
-    except UnicodeError:
-        bars = ASCII_BARS
+    bars = BARS if "utf" in (sys.stdout.encoding or "").lower() else ASCII_BARS
     lines = []
     for name, (steps, values) in points.items():
         columns: list[list[float]] = [[] for _ in range(width)]

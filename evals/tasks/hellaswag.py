@@ -22,9 +22,7 @@ import re
 from typing import Any
 
 from evals.benchmarks import label_index, label_number, text_of, texts_of
-from evals.lm import LM
 from evals.multiple_choice import Question, few_shot, score_by_character, splits
-from evals.results import Result
 
 HUB = {"train": "Rowan/hellaswag::train", "validation": "Rowan/hellaswag::validation"}
 
@@ -56,5 +54,4 @@ def load(source: str | None, limit: int, shots: int | None) -> list[Question]:
     return few_shot(examples, rows[:limit], shots or 0, question_of)
 
 
-def score(lm: LM, questions: list[Question]) -> Result:
-    return score_by_character(lm, questions)
+score = score_by_character

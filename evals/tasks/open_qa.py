@@ -26,9 +26,8 @@ import string
 from collections import Counter
 from typing import Any, Literal, NamedTuple
 
-from configurator import UserError
 from dataset.tasks import question_prompt
-from evals.benchmarks import Questions, answer_text, convert, read, text_of, texts_of
+from evals.benchmarks import Questions, answer_text, read, text_of, texts_of, with_last_as_shots
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
@@ -87,12 +86,8 @@ def question_of(row: dict[str, Any]) -> OpenQuestion:
 def load(source: str | None, limit: int, shots: int | None,
          name: Literal["hotpotqa", "triviaqa"]) -> Questions:
     """The first `limit` rows as questions, and the last `shots` as worked examples."""
-    rows = read(source, name, HUB[name])
-    count = SHOTS if shots is None else shots
-    if count >= len(rows):
-        raise UserError(f"shots={count}: {name} has {len(rows)} rows, so none is left to ask")
-    first_shot = len(rows) - count
-    return Questions(convert(rows[:first_shot][:limit], question_of), convert(rows[first_shot:], question_of))
+    return with_last_as_shots(read(source, name, HUB[name]), limit, SHOTS if shots is None else shots,
+                              question_of)
 
 
 def score(lm: LM, questions: Questions, name: str) -> Result:

@@ -19,9 +19,8 @@ import re
 from collections import Counter
 from typing import Any
 
-from configurator import UserError
 from dataset.tasks import ASK_SUMMARY, summary_of
-from evals.benchmarks import Questions, answer_text, convert, read
+from evals.benchmarks import Questions, answer_text, read, with_last_as_shots
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
@@ -92,11 +91,7 @@ def texts_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
     """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
-    rows = read(source, "summarize", HUB)
-    first_shot = len(rows) - (shots or 0)
-    if first_shot <= 0:
-        raise UserError(f"shots={shots}: there are {len(rows)} rows, so none is left to ask")
-    return Questions(convert(rows[:min(first_shot, limit)], texts_of), convert(rows[first_shot:], texts_of))
+    return with_last_as_shots(read(source, "summarize", HUB), limit, shots or 0, texts_of)
 
 
 def score(lm: LM, questions: Questions) -> Result:

@@ -34,14 +34,6 @@ def test_curves_are_the_logged_numbers():
     assert speed.lines[0].get_xydata().tolist() == [[10, 100], [20, 120]]
 
 
-def test_a_long_curve_is_thinned_by_means():
-    steps = list(range(1, 2501))
-    assert curves.thinned((steps[:1000], steps[:1000])) == (steps[:1000], steps[:1000])
-    thin, values = curves.thinned((steps, [float(step) for step in steps]))
-    assert thin[:2] == [3, 6] and values[:2] == [2.0, 5.0]
-    assert len(thin) == 834 and (thin[-1], values[-1]) == (2500, 2500.0)
-
-
 def test_a_run_redraws_its_picture(run, capsys):
     curves.redraw(run)
     before = (run.out_dir / "loss.png").read_bytes()

@@ -68,7 +68,7 @@ def test_limits_and_shots(tmp_path):
     assert [question.answers for question in questions.asked] == [["Person 0"], ["Person 1"]]
     assert [question.answers[0] for question in questions.shots] == ["Person 6", "Person 7", "Person 8"]
     assert len(open_qa.load(str(tmp_path), 500, 0, "hotpotqa").asked) == 9
-    with pytest.raises(UserError, match="shots=9: hotpotqa has 9 rows"):
+    with pytest.raises(UserError, match="shots=9: there are 9 rows"):
         open_qa.load(str(tmp_path), 2, 9, "hotpotqa")
     with pytest.raises(UserError, match=r"no file triviaqa\*"):
         open_qa.load(str(tmp_path), 2, 3, "triviaqa")
