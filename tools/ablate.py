@@ -15,24 +15,22 @@ repeats no finished run. Left out: equal time in place of equal tokens, changes 
 combinations of changes (tools/sweep.py).
 """
 
-import contextlib
 import hashlib
-import io
 import shlex
-import statistics
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from matplotlib.figure import Figure
-
-import eval as evaluation
 from configurator import UserError, configure, require_positive, run_script
-from formats.files import read_json, write_json
+from formats.files import write_json
 from formats.markdown import table
 from model import GPT
-from tools.arms import mean_and_range, run_arms, run_once
+from tools.arms import mean_and_range, run_arms, run_eval, run_once
+from tools.plot import bar_chart
+
+Runs = dict[str, list[dict[str, Any]]]  # {variant: one result of `train_variant` per seed}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,90 +61,69 @@ def variant(base: list[str], change: str) -> list[str]:
     """The commands of a variant. Raises UserError for a change that is not key=value or a command's -name."""
     commands = list(base)
     for word in shlex.split(change):
-        kept = [command for command in commands if "-" + command.split()[0] != word]
-        if len(kept) == len(commands) and "=" not in word:
+        left_out = next((command for command in commands if "-" + command.split()[0] == word), None)
+        if left_out:
+            commands.remove(left_out)
+        elif "=" in word:
+            commands[0] += f" --{word}"
+        else:
             raise UserError(f"changes: {word!r}: must be key=value, or -SCRIPT for one of {', '.join(base)}")
-        commands = kept if len(kept) < len(commands) else [f"{commands[0]} --{word}", *commands[1:]]
     return commands
-
-
-def task_figures(folder: Path, tasks: str) -> dict[str, float]:
-    """The first figure of each task for the model in `folder`. A finished evaluation is not repeated."""
-    out = folder / "_".join(["eval", *tasks.split(",")])
-    if not (out / "results.json").is_file() or not read_json(out / "results.json")["complete"]:
-        with contextlib.redirect_stdout(io.StringIO()):
-            evaluation.main([f"--model={folder}", f"--tasks={tasks}", f"--out_dir={out}"])
-    measured = read_json(out / "results.json")["models"][0]["tasks"]
-    return {task: next(iter(each["figures"].values()))["value"] for task, each in measured.items()}
 
 
 def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str, Any]:
     """Run the commands one after the other. Returns {"metrics", "speed", "memory_gb", "parameters", ..}."""
-    folder: Path | None = None
+    folder = None
     for number, command in enumerate(commands, 1):
         script, *argv = shlex.split(command)
         argv += [f"--init_from={folder}"] if folder else []
         digest = hashlib.sha256(repr(commands[:number]).encode()).hexdigest()[:8]
         folder = Path(cfg.out_dir) / f"{Path(script).stem}_{digest}_{seed}"
         log = run_once(script, [*argv, f"--seed={seed}", "--eval_interval=0"], folder)
-    assert folder is not None
     last, model = [event for event in log if "tokens" in event][-1], GPT.from_pretrained(folder)
-    metrics = task_figures(folder, cfg.tasks) if cfg.tasks else {"val_loss": log[-1]["val_loss"]}
+    metrics = {"val_loss": log[-1]["val_loss"]}
+    if cfg.tasks:
+        found = run_eval([f"--model={folder}", f"--tasks={cfg.tasks}"], folder / "eval")
+        metrics = {task: next(iter(figures.values()))["value"] for task, figures in found.items()}
     print(f"{folder}: {metrics}", flush=True)
     return {"metrics": metrics, "speed": last["tokens"] / last["seconds"], "memory_gb": last["memory_gb"],
             "parameters": model.num_parameters(), "active": model.num_parameters(active=True)}
 
 
-def differences(runs: list[dict[str, Any]], base: list[dict[str, Any]], metric: str) -> list[float]:
-    return [one["metrics"][metric] - other["metrics"][metric] for one, other in zip(runs, base, strict=True)]
+def differences(results: Runs, metric: str) -> dict[str, list[float]]:
+    """{variant: variant minus base, one value per seed}."""
+    return {name: [one["metrics"][metric] - other["metrics"][metric]
+                   for one, other in zip(runs, results["base"], strict=True)]
+            for name, runs in results.items() if name != "base"}
 
 
-def report(results: dict[str, list[dict[str, Any]]]) -> str:
-    """One table per metric."""
-    parts = []
-    for metric in results["base"][0]["metrics"]:
-        rows = []
-        for name, runs in results.items():
-            change = differences(runs, results["base"], metric)
-            deviation = statistics.stdev(change) if len(change) > 1 else 0.0
-            first = runs[0]
-            active = f" ({first['active']:,} active)" if first["active"] < first["parameters"] else ""
-            rows.append([name, mean_and_range([run["metrics"][metric] for run in runs]),
-                         f"{statistics.mean(change):+.3f}" if name != "base" else "",
-                         f"{abs(statistics.mean(change)) / deviation:.1f}" if deviation else "",
-                         f"{statistics.mean(run['speed'] for run in runs):,.0f}",
-                         f"{max(run['memory_gb'] for run in runs):.2f}", f"{first['parameters']:,}{active}"])
-        headers = [f"{len(results['base'])} seeds", metric, "difference", "/ spread", "tokens/s", "GB"]
-        parts.append(table([*headers, "parameters"], rows, "lrrrrrr"))
-    return "\n\n".join(parts)
-
-
-def draw(results: dict[str, list[dict[str, Any]]], path: str) -> None:
-    """The difference of each variant: a bar for the mean and a point per seed."""
-    metric = next(iter(results["base"][0]["metrics"]))
-    figure = Figure(figsize=(8, 1 + 0.35 * len(results)), layout="constrained")
-    axes = figure.add_subplot()
-    for place, name in enumerate([name for name in results if name != "base"]):
-        change = differences(results[name], results["base"], metric)
-        axes.barh(place, statistics.mean(change), color="C0", alpha=0.5)
-        axes.plot(change, [place] * len(change), "k.", markersize=4)
-    axes.set_yticks(range(len(results) - 1), [name for name in results if name != "base"])
-    axes.invert_yaxis()
-    axes.axvline(0, color="black", linewidth=0.8)
-    axes.set(xlabel=f"{metric}: difference from the base (points: seeds)")
-    axes.grid(alpha=0.3, axis="x")
-    figure.savefig(path, dpi=110)
+def report(results: Runs, metric: str) -> str:
+    """The table of a metric."""
+    rows = []
+    for name, runs in results.items():
+        change, first = differences(results, metric).get(name, []), runs[0]
+        deviation = stdev(change) if len(change) > 1 else 0.0
+        active = f" ({first['active']:,} active)" if first["active"] < first["parameters"] else ""
+        rows.append([name, mean_and_range([run["metrics"][metric] for run in runs]),
+                     f"{mean(change):+.3f}" if change else "",
+                     f"{abs(mean(change)) / deviation:.1f}" if deviation else "",
+                     f"{mean(run['speed'] for run in runs):,.0f}",
+                     f"{max(run['memory_gb'] for run in runs):.2f}", f"{first['parameters']:,}{active}"])
+    headers = [f"{len(runs)} seeds", metric, "difference", "/ spread", "tokens/s", "GB", "parameters"]
+    return table(headers, rows, "lrrrrrr")
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(AblateConfig, argv, usage=__doc__)
     arms = {name: partial(train_variant, cfg, commands) for name, commands in cfg.variants.items()}
     results = run_arms(arms, range(1, cfg.seeds + 1))
-    print(report(results))
+    metrics = results["base"][0]["metrics"]
+    print("\n\n".join(report(results, metric) for metric in metrics))
     if cfg.json:
         write_json(Path(cfg.json), {"base": cfg.base, "commands": cfg.variants, "runs": results})
     if cfg.png:
-        draw(results, cfg.png)
+        changes = {metric: differences(results, metric) for metric in metrics}
+        bar_chart(changes, "difference from the base (points: seeds)").savefig(cfg.png, dpi=110)
     return 0
 
 

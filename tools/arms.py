@@ -6,7 +6,7 @@
     mean_and_range([log[-1]["val_loss"] for log in logs["small lr"]])     # "1.234 (1.210 - 1.260)"
 
 A log is the list of the events in metrics.jsonl. The same call again repeats no finished run, and continues a
-run that was killed. Used by tools/sweep.py, tools/task_table.py and the experiments in bench/.
+run that was killed. Used by tools/ablate.py, sweep.py, task_table.py, search_layers.py, and by bench/.
 """
 
 import os
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from configurator import UserError
-from formats.files import read_jsonl
+from formats.files import read_json, read_jsonl
 
 ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
@@ -48,17 +48,27 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
     """
     path = out_dir / "metrics.jsonl"
     log = read_jsonl(path)
-    if is_finished(log, metric, steps):
-        return log
-    run_process(script, [*argv, f"--out_dir={out_dir}"], threads)
-    log = read_jsonl(path)
     if not is_finished(log, metric, steps):
-        raise UserError(f"{path}: the last event has no {metric}")
+        run_process(script, [*argv, f"--out_dir={out_dir}"], threads)
+        log = read_jsonl(path)
+        if not is_finished(log, metric, steps):
+            raise UserError(f"{path}: the last event has no {metric}")
     return log
 
 
 def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bool:
     return bool(log) and metric in log[-1] and steps in (None, log[-1]["step"])
+
+
+def run_eval(argv: list[str], out_dir: Path, threads: int | None = None) -> dict[str, dict[str, Any]]:
+    """Run eval.py, unless out_dir has all its results for these arguments. Returns {task: its figures}."""
+    path = out_dir / "results.json"
+    results = read_json(path)
+    measured = {f"--{key}={value}" for key, value in results.get("settings", {}).items()}
+    if not results.get("complete") or not measured.issuperset(argv):
+        run_process("eval.py", [*argv, f"--out_dir={out_dir}"], threads)
+        results = read_json(path)
+    return {task: each["figures"] for task, each in results["models"][0]["tasks"].items()}
 
 
 def run_arms(arms: Mapping[str, Callable[[int], Result]], seeds: Iterable[int],

@@ -4,10 +4,10 @@
     python -m tools.finetune_seq2seq --model=t5/ --source=rows.jsonl --lora_rank=0 --learning_rate=3e-4
 
 The rest of this project is about decoders. This file takes the model and the training loop from transformers
-(AdamW, a learning rate that falls to 0) and the adapter from PEFT, so that both kinds of model can be compared
-on one task. Rows have document, article or dialogue, and summary or highlights (dataset/tasks.py). A hash of
-the document decides which rows are for validation. Writes the model or its adapter, and results.json with the
-summaries. transformers takes the best device; CUDA_VISIBLE_DEVICES= chooses the CPU.
+and the adapter from PEFT, so that both kinds of model can be compared on one task. The optimizer is AdamW.
+Rows have document, article or dialogue, and summary or highlights (dataset/tasks.py). A hash of the document
+decides which rows are for validation. Writes the model or its adapter, and results.json with the summaries.
+transformers takes the best device; CUDA_VISIBLE_DEVICES= chooses the CPU.
 
 ROUGE is that of eval.py's task summarize, of greedy summaries. Left out: resuming, beam search, several GPUs.
 """

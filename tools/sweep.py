@@ -5,8 +5,8 @@
 
 Each point of the grid is a run in its own folder under out_dir, named after its values. Finished runs are
 not repeated, so the same command continues a sweep that was stopped. The result of a run is the metric in the
-last event of its metrics.jsonl. The picture has the first key on the x axis, one line per value of the second
-key, and one panel per value of the third.
+last event of its metrics.jsonl. The picture has the first key on the x axis, and one line for each choice of
+the other values.
 """
 
 import itertools
@@ -44,45 +44,37 @@ def run_point(cfg: SweepConfig, point: dict[str, str]) -> float:
     """Train one point of the grid, unless its run is finished. Returns its metric."""
     settings = [f"{key}={value}" for key, value in point.items()]
     argv = [*cfg.words.split(), *(f"--{setting}" for setting in settings), "--eval_interval=0"]
-    return run_once(cfg.script, argv, Path(cfg.out_dir) / "_".join(settings), cfg.metric)[-1][cfg.metric]
+    value = run_once(cfg.script, argv, Path(cfg.out_dir) / "_".join(settings), cfg.metric)[-1][cfg.metric]
+    print(f"{'  '.join(settings)}  {cfg.metric} {value:.4f}", flush=True)
+    return value
 
 
-def draw(axes: dict[str, list[str]], results: list[dict], cfg: SweepConfig) -> None:
-    """Save the picture as cfg.png."""
-    x_key, line_key, panel_key = [*axes, None, None][:3]
-    panels = axes.get(panel_key, [None])
-    values = [result["value"] for result in results]
-    margin = 0.05 * (max(values) - min(values)) or 1
-    figure = Figure(figsize=(1 + 4 * len(panels), 4), layout="constrained")
-    for number, panel in enumerate(panels, 1):
-        plot = figure.add_subplot(1, len(panels), number)
-        for line in axes.get(line_key, [None]):
-            points = [r for r in results if r.get(line_key) == line and r.get(panel_key) == panel]
-            plot.plot([r[x_key] for r in points], [r["value"] for r in points], marker="o",
-                      label=None if line is None else f"{line_key} {line}")
-        # All panels have the same y axis, so that they can be compared.
-        plot.set(xlabel=x_key, ylabel=cfg.metric if number == 1 else "",
-                 ylim=(min(values) - margin, max(values) + margin),
-                 title="" if panel is None else f"{panel_key} {panel}")
-        plot.grid(alpha=0.3)
-        if line_key:
-            plot.legend()
-    figure.savefig(cfg.png, dpi=150)
+def draw(axes: dict[str, list[str]], values: list[float], metric: str) -> Figure:
+    """values: in the order of itertools.product, so that the first key varies slowest."""
+    x_key, *others = axes
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    plot = figure.add_subplot()
+    lines = list(itertools.product(*(axes[key] for key in others)))
+    for number, line in enumerate(lines):
+        label = ", ".join(f"{key} {value}" for key, value in zip(others, line, strict=True))
+        plot.plot(axes[x_key], values[number::len(lines)], marker="o", label=label)
+    plot.set(xlabel=x_key, ylabel=metric)
+    plot.grid(alpha=0.3)
+    if others:
+        plot.legend()
+    return figure
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
-    axes, results = cfg.axes, []
-    for values in itertools.product(*axes.values()):
-        point = dict(zip(axes, values, strict=True))
-        results.append(point | {"value": run_point(cfg, point)})
-        print("  ".join(f"{key} {value}" for key, value in point.items())
-              + f"  {cfg.metric} {results[-1]['value']:.4f}", flush=True)
+    points = [dict(zip(cfg.axes, values, strict=True)) for values in itertools.product(*cfg.axes.values())]
+    values = [run_point(cfg, point) for point in points]
     if cfg.json:
+        results = [point | {"value": value} for point, value in zip(points, values, strict=True)]
         write_json(Path(cfg.json), {"script": cfg.script, "words": cfg.words, "metric": cfg.metric,
                                     "points": results})
     if cfg.png:
-        draw(axes, results, cfg)
+        draw(cfg.axes, values, cfg.metric).savefig(cfg.png, dpi=150)
     return 0
 
 

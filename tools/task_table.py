@@ -20,9 +20,9 @@ from typing import Any
 
 from configurator import configure, require, require_positive, run_script
 from evals.benchmarks import find
-from formats.files import read_json, write_json, write_text
+from formats.files import write_json, write_text
 from formats.markdown import table
-from tools.arms import mean_and_range, run_arms, run_once, run_process
+from tools.arms import mean_and_range, run_arms, run_eval, run_once, run_process
 
 HUB = {**{name: f"hf:nyu-mll/glue:{name}:train" for name in ("sst2", "cola", "rte")},
        "gsm8k": "hf:openai/gsm8k:main:train", "summarize": "hf:abisee/cnn_dailymail:3.0.0:train"}
@@ -51,27 +51,18 @@ class TableConfig:
             require(self, key, set(getattr(self, key).split(",")) <= set(known), f"some of {','.join(known)}")
 
 
-def evaluate(cfg: TableConfig, task: str, model: str, shots: int, out: Path) -> dict[str, Any]:
-    """The figures of a task, measured by eval.py unless `out` has them already."""
-    wanted = {"model": model, "limit": cfg.limit, "shots": shots, "data": cfg.data}
-    results = read_json(out / "results.json")
-    if not results.get("complete") or wanted.items() - results["settings"].items():
-        data = [f"--data={cfg.data}"] if cfg.data else []
-        run_process("eval.py", [f"--model={model}", f"--tasks={task}", f"--limit={cfg.limit}", *data,
-                                f"--shots={shots}", "--chat=True", f"--out_dir={out}"], cfg.threads)
-        results = read_json(out / "results.json")
-    return results["models"][0]["tasks"][task]["figures"]
-
-
 def run_method(cfg: TableConfig, task: str, method: str, seed: int) -> dict[str, Any]:
     """The figures of a task by a method, after training if the method trains."""
-    folder = Path(cfg.out_dir) / task / f"{method}_{seed}"
-    if not METHODS[method]:
-        return evaluate(cfg, task, cfg.model, cfg.shots if method == "few" else 0, folder)
-    more = cfg.lora if method == "lora" else cfg.full
-    run_once("sft.py", [f"--init_from={cfg.model}", f"--dataset={folder.parent / 'data'}", f"--seed={seed}",
-                        "--eval_interval=0", *cfg.sft.split(), *more.split()], folder, threads=cfg.threads)
-    return evaluate(cfg, task, str(folder), 0, folder / "eval")
+    folder, model = Path(cfg.out_dir) / task / f"{method}_{seed}", cfg.model
+    if METHODS[method]:
+        more = cfg.lora if method == "lora" else cfg.full
+        run_once("sft.py", [f"--init_from={model}", f"--dataset={folder.parent / 'data'}", f"--seed={seed}",
+                            "--eval_interval=0", *cfg.sft.split(), *more.split()],
+                 folder, threads=cfg.threads)
+        model = str(folder)
+    shots = cfg.shots if method == "few" else 0
+    return run_eval([f"--model={model}", f"--tasks={task}", f"--limit={cfg.limit}", f"--data={cfg.data}",
+                     f"--shots={shots}", "--chat=True"], folder / "eval", cfg.threads)[task]
 
 
 def prepare_task(cfg: TableConfig, task: str) -> None:
@@ -98,10 +89,10 @@ def main(argv: list[str]) -> int:
             prepare_task(cfg, task)
         runs = figures[task] = {}
         for name in methods:
-            arm = partial(run_method, cfg, task, name)
-            runs |= run_arms({name: arm}, range(1, 1 + (cfg.seeds if METHODS[name] else 1)))
-        for key, figure in runs[methods[0]][0].items():
-            rows.append([task, key, figure["n"], *(cell(runs[name], key) for name in methods)])
+            seeds = range(1, 1 + (cfg.seeds if METHODS[name] else 1))
+            runs |= run_arms({name: partial(run_method, cfg, task, name)}, seeds)
+        rows += [[task, key, figure["n"], *(cell(runs[name], key) for name in methods)]
+                 for key, figure in runs[methods[0]][0].items()]
         text = table(["task", "figure", "n", *methods], rows)
         write_text(Path(cfg.out_dir) / "table.md", text + "\n")
         write_json(Path(cfg.out_dir) / "table.json", figures)

@@ -39,8 +39,10 @@ def test_a_finished_run_is_read_and_an_unfinished_one_is_run(tmp_path, monkeypat
 
 
 def test_a_run_that_fails_names_its_exit_code_and_error(tmp_path):
-    with pytest.raises(UserError, match=r"--no_such_key=1.*exit code 2.*no_such_key"):
-        arms.run_once("train.py", ["--no_such_key=1"], tmp_path)
+    script = tmp_path / "stage.py"
+    script.write_text("import sys\nprint('no such key', file=sys.stderr)\nsys.exit(2)\n")
+    with pytest.raises(UserError, match=r"stage.py --a=1 .*: exit code 2: no such key"):
+        arms.run_once(str(script), ["--a=1"], tmp_path)
 
 
 def test_mean_and_range():
