@@ -49,7 +49,7 @@ from formats.chat_format import ROLES, call_text, read_call
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
               "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
-              "function": "tool", "ipython": "tool"}
+              "function": "tool", "ipython": "tool", "developer": "system"}
 QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 
@@ -154,7 +154,8 @@ def message_of(value: dict[str, Any]) -> Message:
     role = ROLE_NAMES.get(name, name) if isinstance(name, str) else name
     if role not in ROLES:
         raise Skip(f"unknown role {str(name)[:40]!r}")
-    content, thought = optional_text(value, "content", "value"), optional_text(value, "thought").strip()
+    content = optional_text(value, "content", "value")
+    thought = optional_text(value, "thought", "reasoning_content").strip()
     if name == "function_call":
         call = read_call(content)
         if call is None:
