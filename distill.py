@@ -34,7 +34,15 @@ from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation import divergences
 from distillation.alignment import Aligner, cached_spans
-from distillation.divergences import DenseTeacher, Kind, Objective, SparseTeacher, Teacher, select_targets
+from distillation.divergences import (
+    AlignedTeacher,
+    DenseTeacher,
+    Kind,
+    Objective,
+    SparseTeacher,
+    Teacher,
+    select_targets,
+)
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import explicit_pairs, layer_map, map_text
 from distillation.on_policy import prompt_lengths, rollout_batch
@@ -293,17 +301,16 @@ class Distillation:
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            if "borders" not in batch:
+            if "spans" not in batch:
                 return self.student_loss(forward, batch, cached)
-            aligned = divergences.AlignedTeacher(cached, batch["span_of"], batch["span_log_q"],
-                                                 batch["borders"], None)
+            aligned = AlignedTeacher(cached, batch["span_of"], batch["span_log_q"])
             return self.student_loss(forward, batch, aligned)
         # From the text alone: no need to run the teacher.
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
         # From the teacher. It builds no graph; teacher_head turns gradients on again for the student.
         assert self.teacher is not None
-        if self.aligner and "borders" not in batch:  # the student has just written this text
+        if self.aligner and "spans" not in batch:  # the student has just written this text
             batch = to_device(self.aligner.align(batch), batch["input_ids"].device)
         prefix = "teacher_" if self.aligner else ""
         with torch.no_grad():
@@ -315,8 +322,8 @@ class Distillation:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
         teacher: Teacher
         if self.aligner:
-            dense = DenseTeacher(hidden.flatten(0, 1), weight)  # (B T', C)
-            teacher = self.aligner.teacher_of(batch, dense, self.configs[batch["stage"]].temperature)
+            temperature = self.configs[batch["stage"]].temperature
+            teacher = self.aligner.teacher_of(batch, hidden, weight, temperature)
         else:
             teacher = DenseTeacher(select_targets(hidden, batch), weight)
         # Run the student now, while the teacher's output matrix is gathered.
@@ -344,8 +351,8 @@ class Distillation:
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics |= {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
-        if "borders" in batch:
-            metrics["aligned"] = torch.tensor(float(batch["borders"][-1]))
+        if isinstance(teacher, AlignedTeacher):
+            metrics["aligned"] = torch.tensor(float(len(teacher.exact[0]) + len(teacher.span_of)))
         if self.student.pairs:
             metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         return loss, metrics

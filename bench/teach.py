@@ -151,12 +151,13 @@ def aligned_bits(cfg: TeachConfig) -> float:
         batch = aligner.align(text_batch(rows.read(numbers)))
         dense = teacher(batch["teacher_input_ids"], head=lambda hidden, weight: DenseTeacher(
             hidden.flatten(0, 1), weight))
-        exact = [theirs[index] for index in batch["targets"][:batch["borders"][0]].tolist()]
+        compared = batch["targets"][:len(batch["exact_slots"]) + len(batch["span_of"])].tolist()
+        exact = [theirs[index] for index in compared[:len(batch["exact_slots"])]]
         slots = torch.cat((batch["exact_slots"], batch["longer_slots"]))
         targets = torch.cat((torch.tensor(exact), batch["longer_targets"]))
         log_q = token_log_probs(dense.take(slots), targets, aligner.teacher.vocab_size, 1.0)
         nats -= float(log_q.double().sum())
-        count += sum(len(sizes[index]) for index in batch["targets"][:batch["borders"][-1]].tolist())
+        count += sum(len(sizes[index]) for index in compared)
     return nats / math.log(2) / count
 
 

@@ -21,11 +21,13 @@ Special tokens have no bytes. A special token means the teacher's token of the s
 token means the teacher's. The teacher reads any other special token as the text of its name, and its own BOS
 at the beginning of rows and documents; neither is compared. Text that the teacher's tokenizer does not
 reproduce byte for byte is trained on without the teacher. The log counts the targets that were `aligned`.
+
+Shapes: B rows, T positions of the student, E exact spans (one token on both sides), S longer spans.
 """
 
 import math
 import re
-from itertools import groupby, pairwise
+from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -40,51 +42,31 @@ from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
 
 PROBE = "It's a naïve 日本 test: x = 10;\n\tA  b"  # accents, capitals, digits and blanks must survive
-Tokens = list[tuple[int, int, int]]  # (id, first byte, end) of the tokens of a text
 
 
-def match_spans(ours: Tokens, theirs: Tokens) -> list[tuple[int, int, int, int]]:
-    """The spans of two tokenizations: (first token, end) of ours, then of theirs, as indices into the lists.
+def match_spans(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
+    """The spans of two tokenizations, (S, 4): first token and end of ours, first token and end of theirs.
 
-    Tokens without bytes bound no span, and bytes that the teacher has no token for are in none.
+    ours, theirs: (n, 3), id, first byte and end of each token, in order. Tokens without bytes are in no span,
+    and so are bytes that the teacher has no token for.
     """
-    begins, ends = [], []
+    edges = np.intersect1d(ours[:, 1:], theirs[:, 1:])  # sorted bytes
+    begin, end = edges[:-1], edges[1:]
+    columns, fits = [], np.ones(len(begin), dtype=bool)
     for tokens in (ours, theirs):
-        filled = [(k, begin, end) for k, (_, begin, end) in enumerate(tokens) if end > begin]
-        begins.append({begin: k for k, begin, _ in filled})
-        ends.append({end: k + 1 for k, _, end in filled})
-    common = sorted((begins[0].keys() | ends[0].keys()) & (begins[1].keys() | ends[1].keys()))
-    spans = []
-    for begin, end in pairwise(common):
-        if all(begin in first and end in last for first, last in zip(begins, ends, strict=True)):
-            span = (begins[0][begin], ends[0][end], begins[1][begin], ends[1][end])
-            if sum(stop - start for _, start, stop in theirs[span[2]:span[3]]) == end - begin:  # no gap
-                spans.append(span)
-    return spans
+        sizes = np.append(0, np.cumsum(tokens[:, 2] - tokens[:, 1]))
+        first = np.searchsorted(tokens[:, 2], begin, "right")
+        last = np.searchsorted(tokens[:, 2], end, "left")
+        # A gap in the tokens: the first one begins later, or their bytes are too few.
+        fits &= (tokens[first, 1] == begin) & (sizes[last + 1] - sizes[first] == end - begin)
+        columns += [first, last + 1]
+    return np.stack(columns, axis=1)[fits]
 
 
 def ranges(begin: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """(numbers, which): the numbers begin[s] ... begin[s] + length[s] - 1 of all s in a row, and their s."""
     which = np.repeat(np.arange(len(begin)), length)
     return np.arange(len(which)) + (begin - np.cumsum(length) + length)[which], which
-
-
-def by_span(batch: dict[str, Any], begin: np.ndarray, length: np.ndarray,
-            exact: np.ndarray) -> dict[str, Any]:
-    """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of" and "borders".
-
-    begin, length, exact: of each span, (S,): the student's first slot, its number of tokens, and whether the
-    span is one token on both sides. A slot is a position in the flattened input ids, whose prediction is for
-    the next token.
-    """
-    targets = full_targets(batch).flatten().numpy()  # (B T,)
-    members, span_of = ranges(begin[~exact], length[~exact])
-    compared = np.concatenate((begin[exact], members))
-    rest = np.setdiff1d(np.flatnonzero(targets != IGNORE), compared)
-    positions = torch.from_numpy(np.concatenate((compared, rest)).astype(np.int64))
-    borders = exact.sum() + np.cumsum([0, *length[~exact]])
-    return {"positions": positions, "targets": torch.from_numpy(targets)[positions],
-            "span_of": torch.from_numpy(span_of), "borders": borders.tolist()}
 
 
 def full_targets(batch: dict[str, Any]) -> Tensor:
@@ -96,61 +78,55 @@ def full_targets(batch: dict[str, Any]) -> Tensor:
     return full
 
 
-def cached_spans(batch: dict[str, Any], lengths: np.ndarray, cached: dict[str, Tensor]) -> dict[str, Any]:
-    """The keys of `by_span` and the teacher's predictions, from the records of all B T slots of a batch.
+def by_span(batch: dict[str, Any], lengths: np.ndarray) -> dict[str, Any]:
+    """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of", and S as "spans".
 
-    lengths: (B T,), the first number of each record (distillation/teacher_cache.py). cached: the predictions.
-    Returns also "span_log_q" (S,), and the entries of `cached` for the E exact spans.
+    lengths: (B T,), what begins at each position of the flattened input ids, whose prediction is for the next
+    token: 0 no span, 1 an exact span, 1 + n a longer span of n tokens of the student.
     """
-    begin = np.flatnonzero(lengths)
-    exact = lengths[begin] == 1
-    first, longer = torch.from_numpy(begin[exact]), torch.from_numpy(begin[~exact])
-    spans = by_span(batch, begin, np.where(exact, 1, lengths[begin] - 1), exact)
-    return (spans | {key: values[first] for key, values in cached.items()}
-            | {"span_log_q": cached["teacher_probs"][longer, 0].log()})
+    targets, exact, begin = full_targets(batch).flatten(), lengths == 1, np.flatnonzero(lengths > 1)
+    members, span_of = ranges(begin, lengths[begin] - 1)
+    compared = np.append(np.flatnonzero(exact), members)
+    rest = np.setdiff1d(np.flatnonzero(targets.numpy() != IGNORE), compared)
+    positions = torch.from_numpy(np.append(compared, rest))
+    return {"positions": positions, "targets": targets[positions], "span_of": torch.from_numpy(span_of),
+            "spans": len(begin)}
+
+
+def cached_spans(batch: dict[str, Any], lengths: np.ndarray, cached: dict[str, Tensor]) -> dict[str, Any]:
+    """The keys of `by_span`, "span_log_q" (S,), and the entries of `cached` for the E exact spans.
+
+    lengths: (B T,), the first number of each record (distillation/teacher_cache.py). cached: the predictions
+    of all records.
+    """
+    spans = by_span(batch, lengths) | {key: values[lengths == 1] for key, values in cached.items()}
+    return spans | {"span_log_q": cached["teacher_probs"][lengths > 1, 0].log()}
 
 
 class AlignedRows(NamedTuple):
-    """A teacher's predictions in the student's vocabulary, at all B T slots of the student: for a cache."""
+    """A teacher's predictions in the student's vocabulary at all B T positions, for a cache."""
 
-    exact: DenseTeacher  # at the E exact spans
-    pieces: SharedPieces
-    span_log_q: Tensor  # (S,) of the longer spans
-    slots: Tensor  # (E + S,): the first slot of every span, exact ones first
-    targets: Tensor  # (E + S,): the student's first token of every span
-    lengths: np.ndarray  # (B T,): 0, 1, or 1 + the tokens of the longer span that begins here
-    temperature: float
-
-    @classmethod
-    def of(cls, teacher: AlignedTeacher, batch: dict[str, Any], temperature: float) -> "AlignedRows":
-        """batch: as `Aligner.align` returns it."""
-        assert isinstance(teacher.exact, DenseTeacher) and teacher.pieces is not None
-        first, borders = teacher.borders[0], np.array(teacher.borders)
-        begins = torch.tensor([*range(first), *borders[:-1]], dtype=torch.int64)  # (E + S,)
-        positions = batch["positions"].cpu().numpy()
-        lengths = np.zeros(batch["input_ids"].numel(), dtype=np.int64)
-        lengths[positions[:first]] = 1
-        lengths[positions[borders[:-1]]] = 1 + np.diff(borders)
-        return cls(teacher.exact, teacher.pieces, teacher.span_log_q, batch["positions"][begins],
-                   batch["targets"][begins], lengths, temperature)
+    teacher: AlignedTeacher
+    lengths: np.ndarray  # (B T,), the argument of `by_span`
+    targets: np.ndarray  # (B T,)
 
     @property
     def hidden(self) -> Tensor:
-        return self.exact.hidden
+        return self.teacher.exact[0]
 
-    def log_probs(self, chunk: slice) -> Tensor:
-        """(n, V + 1) at a chunk of slots. The last column is all that is no token of the student."""
-        pieces, E = self.pieces, len(self.exact.hidden)
-        V = len(pieces.ours) + len(pieces.our_rest)
-        out = self.hidden.new_full((chunk.stop - chunk.start, V + 1), -math.inf, dtype=torch.float32)
-        here = ((self.slots >= chunk.start) & (self.slots < chunk.stop)).nonzero()[:, 0]
-        exact, longer = here[here < E], here[here >= E]
-        log_q = self.exact.take(exact).logits(slice(None), pieces.teacher_size) / self.temperature
-        classes = pieces.teacher_classes(log_q.log_softmax(-1))  # (exact, K or K + 1)
-        columns = torch.cat((pieces.ours, pieces.ours.new_tensor([V])))[:classes.shape[1]]
-        out[(self.slots[exact] - chunk.start)[:, None], columns] = classes
-        rows, text = self.slots[longer] - chunk.start, self.span_log_q[longer - E]
-        out[rows, self.targets[longer]], out[rows, V] = text, (-torch.expm1(text)).log()
+    def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
+        """(n, V + 1) at a chunk of positions. The last column is all that is no token of the student.
+
+        At the beginning of a longer span, the column of its first token has the probability of its text.
+        """
+        assert isinstance(self.teacher.exact, DenseTeacher)
+        here, before = self.lengths[chunk], self.lengths[:chunk.start]
+        exact, longer = np.flatnonzero(here == 1), np.flatnonzero(here > 1)
+        first, first_longer = int((before == 1).sum()), int((before > 1).sum())
+        out = self.hidden.new_full((len(here), vocab_size + 1), -math.inf, dtype=torch.float32)
+        out[exact] = self.teacher.exact.log_probs(slice(first, first + len(exact)), vocab_size, temperature)
+        text = self.teacher.span_log_q[first_longer:first_longer + len(longer)]
+        out[longer, self.targets[chunk][longer]], out[longer, vocab_size] = text, (-text.expm1()).log()
         return out
 
 
@@ -164,20 +140,22 @@ class Aligner:
         self.student, self.teacher, self.context = student, teacher, context
         self.same = student.definition == teacher.definition
         self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()
-        self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"
-        theirs = teacher.hf.get_vocab()
-        self.names = {index: name for name, index in student.hf.get_vocab().items()
-                      if index in student.special_ids}
-        self.special = {student.eot_id: teacher.eot_id}
-        self.special |= {index: theirs[name] for index, name in self.names.items()
-                         if theirs.get(name) in teacher.special_ids}
+        names, vocab = student.hf.get_vocab(), teacher.hf.get_vocab()
+        self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
+        self.special |= {index: vocab[name] for name, index in names.items()
+                         if index in student.special_ids and vocab.get(name) in teacher.special_ids}
+        self.pieces = self.shared_pieces(device)
+        self.unknown = [index for index in names.values()
+                        if index in student.special_ids and index not in self.special]
+        for name, index in names.items():
+            if index in self.unknown and index not in student.prefix_ids:
+                self.ours[index] = name.encode()
         # The teacher's BOS, unless the student's own BOS stands for it.
         has_bos = student.prefix_ids and self.special.keys() >= set(student.prefix_ids)
         self.prefix = [] if self.same or has_bos else teacher.prefix_ids
         read = self.bytes_of(teacher.encode(PROBE, inside=True)).decode(errors="replace")
         if read.removeprefix(" ") != PROBE:
             raise UserError(f"teacher={folder}: reads {PROBE!r} as {read!r}, so its bytes cannot be aligned")
-        self.pieces = self.shared_pieces(device)
 
     def bytes_of(self, ids: list[int]) -> bytes:
         return b"".join(self.theirs[index] for index in ids)
@@ -189,123 +167,111 @@ class Aligner:
             table.setdefault(text, []).append(index)
         pairs = self.special | {index: table[text].pop() for index, text in enumerate(self.ours)
                                 if text and table.get(text)}
-        if self.same:
-            pairs = {index: index for index in range(len(self.ours))}
         ours, theirs = [*pairs], [*pairs.values()]
         rests = (np.setdiff1d(np.arange(size), ids) for size, ids in
                  ((self.student.vocab_size, ours), (self.teacher.vocab_size, theirs)))
         return SharedPieces(*(torch.as_tensor(ids, device=device) for ids in (ours, theirs, *rests)))
 
-    def encode(self, data: bytes, begin: int) -> Tokens:
+    def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
         """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
-        tokens: Tokens = []
-        for part in re.split("([\udc80-\udcff]+)", data.decode("utf-8", "surrogateescape")):
-            size = len(part.encode("utf-8", "surrogateescape"))
-            if part and not "\udc80" <= part[0] <= "\udcff":
-                # Some tokenizers of the sentencepiece kind put a space before every text.
-                drops = self.adds_space and part[0] == " " and len(part) > 1
-                ids = self.teacher.encode(part[1:] if drops else part, inside=True)
-                ends = np.cumsum([len(self.theirs[index]) for index in ids])
-                read = self.bytes_of(ids)
-                if read == b" " + part.encode():
-                    ends -= 1
-                elif read != part.encode():
-                    ends[:] = 0  # the tokenizer changes this text: the teacher reads it, and has no span
-                edges = [0, *ends.tolist()]
-                tokens += [(index, begin + first, begin + end)
-                           for index, first, end in zip(ids, edges, edges[1:], strict=False)]
-            begin += size
+        tokens: list[tuple[int, int, int]] = []
+        text = data.decode("utf-8", "surrogateescape")
+        for part in re.finditer("[^\udc80-\udcff]+", text):
+            ids, known = self.teacher.encode(part[0], inside=True), part[0].encode()
+            read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
+            if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
+                ends -= 1
+            elif read != known:  # the tokenizer changes this text: the teacher reads it, and has no span
+                ends[:] = 0
+            first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
+            edges = [first, *(first + ends).tolist()]
+            tokens += zip(ids, edges, edges[1:], strict=False)
         return tokens
 
-    def tokens(self, ids: list[int]) -> tuple[Tokens, Tokens]:
-        """The student's and the teacher's tokens of one document. A special token counts as one byte."""
+    def tokens(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
+        """The student's and the teacher's tokens of one document, as `match_spans` takes them. A special
+        token that both have counts as one byte."""
+        sizes = [1 if self.same or index in self.special else len(self.ours[index]) for index in ids]
+        ends = np.cumsum(sizes)
+        ours = np.stack((ids, ends - sizes, ends), axis=1)
         if self.same:
-            both = [(index, k, k + 1) for k, index in enumerate(ids)]
-            return both, both
-        ours: Tokens = []
-        theirs: Tokens = [(index, 0, 0) for index in self.prefix]
-        text, at = b"", 0  # the text since the last special token, and its end
-        for index in ids:
-            if index not in self.student.special_ids:
-                ours.append((index, at, at := at + len(self.ours[index])))
-                text += self.ours[index]
+            return ours, ours
+        theirs, at = [(index, 0, 0) for index in self.prefix], 0
+        for is_special, group in groupby(ids, self.special.__contains__):
+            if not is_special:
+                data = b"".join(self.ours[index] for index in group)
+                theirs += self.encode(data, at)
+                at += len(data)
                 continue
-            theirs += self.encode(text, at - len(text))
-            if index in self.special:
-                theirs.append((self.special[index], at, at + 1))
-                theirs += [(k, at, at) for k in self.prefix if index == self.student.eot_id]
-            elif index not in self.student.prefix_ids:
-                theirs += [(k, at, at) for k in self.teacher.encode(self.names[index], inside=True)]
-            ours.append((index, at, at := at + 1))
-            text = b""
-        return ours, theirs + self.encode(text, at - len(text))
+            for index in group:
+                theirs.append((self.special[index], at, at := at + 1))
+                theirs += [(each, at, at) for each in self.prefix if index == self.student.eot_id]
+        return ours, np.array(theirs, dtype=np.int64).reshape(-1, 3)
 
-    def document(self, ids: list[int], trained: list[bool]) -> tuple[list[int], np.ndarray]:
-        """The teacher's ids of one document, and its spans, (S, 4): first slot and number of tokens, of the
-        student and of the teacher.
-
-        ids: the document's inputs and its last target. trained: whether each of the ids is a target.
-        """
-        ours, theirs = self.tokens(ids)
-        spans = [(a - 1, b - a, c - 1, d - c) for a, b, c, d in match_spans(ours, theirs)
-                 if a > 0 and c > 0 and all(trained[a:b])]  # nothing predicts the first token
-        return [index for index, _, _ in theirs], np.array(spans, dtype=np.int64).reshape(-1, 4)
-
-    def row(self, inputs: list[int], targets: list[int],
-            documents: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's (ids, documents) of one row, (2, n), and the spans of `document` in the whole row."""
-        parts, spans, length = [], [], 0
-        for number, group in groupby(range(len(inputs)), documents.__getitem__):
-            places = list(group)
-            is_target = [targets[k] != IGNORE for k in places]
-            if any(is_target):  # else it is padding
-                size = max(k for k, yes in enumerate(is_target, 1) if yes)
-                first, last = places[0], places[size - 1]
-                ids, found = self.document([*inputs[first:last + 1], targets[last]], [False, *is_target])
-                parts += [[index, number] for index in ids]
-                spans.append(found + [first, 0, length, 0])
-                length += len(ids)
-        return np.array(parts).reshape(-1, 2).T, np.concatenate([np.zeros((0, 4), dtype=np.int64), *spans])
+    def row(self, inputs: np.ndarray, targets: np.ndarray,
+            documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The teacher's (ids, documents) of one row, (2, n), and the row's spans, (spans, 4): first position
+        and number of tokens, of the student and of the teacher. Every argument is (T,)."""
+        table, spans = np.zeros((2, 0), dtype=np.int64), [np.zeros((0, 4), dtype=np.int64)]
+        for places in np.split(np.arange(len(inputs)), np.flatnonzero(np.diff(documents)) + 1):
+            is_target = targets[places] != IGNORE
+            if not is_target.any():  # padding
+                continue
+            first, last = places[0], places[is_target][-1]
+            ids = np.append(inputs[first:last + 1], targets[last])
+            trained = np.append(0, is_target[:len(ids) - 1]) * ~np.isin(ids, self.unknown)
+            ours, theirs = self.tokens(ids.tolist())
+            a, b, c, d = match_spans(ours, theirs).T
+            targets_before = np.append(0, np.cumsum(trained))
+            # Nothing predicts the teacher's first token.
+            keep = (targets_before[b] - targets_before[a] == b - a) & (c > 0)
+            found = np.stack((a - 1 + first, b - a, c - 1 + table.shape[1], d - c), axis=1)
+            spans.append(found[keep])
+            table = np.append(table, [theirs[:, 0], np.full(len(theirs), documents[first])], axis=1)
+        return table, np.concatenate(spans)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the keys of `by_span` and of the teacher, all int64 on the CPU.
 
-        "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). Teacher's slots
-        that are compared: "exact_slots" (E,), one per exact span, and "longer_slots" (M,), their
-        "longer_targets", and the numbers of their spans, "longer_span" (M,).
+        "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). The positions that
+        are compared, in the flattened B T': "exact_slots" (E,), one per exact span, and "longer_slots" (M,),
+        their "longer_targets", and the numbers of their spans, "longer_span" (M,).
         """
         batch = to_device(batch, "cpu")
         B, T = batch["input_ids"].shape
         documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
-        rows = [self.row(*lists) for lists in zip(batch["input_ids"].tolist(), full_targets(batch).tolist(),
-                                                  documents.tolist(), strict=True)]
-        longest = max(2, *(ids.shape[1] for ids, _ in rows))
-        table = np.zeros((2, B, longest), dtype=np.int64)  # padding is one more document
-        table[1] = T
-        for number, (ids, _) in enumerate(rows):
-            table[:, number, :ids.shape[1]] = ids
-        spans = np.concatenate([found + [number * T, 0, number * longest, 0]
-                                for number, (_, found) in enumerate(rows)])
-        begin, length, slot, theirs = spans[spans[:, 2] % longest + spans[:, 3] <= self.context].T
-        exact = (length == 1) & (theirs == 1)
-        longer, which = ranges(slot[~exact], theirs[~exact])
-        width = min(longest - 1, self.context)  # the last token of the longest row is no input
-        arrays = {"teacher_input_ids": table[0, :, :width].copy(),
-                  "longer_targets": table[0].flat[longer + 1],
-                  "exact_slots": slot[exact] - slot[exact] // longest * (longest - width),
-                  "longer_slots": longer - longer // longest * (longest - width), "longer_span": which}
+        inputs = (each.numpy() for each in (batch["input_ids"], full_targets(batch), documents))
+        rows = [self.row(*each) for each in zip(*inputs, strict=True)]
+        longest = max(1, *(table.shape[1] for table, _ in rows))
+        tables = np.zeros((2, B, longest), dtype=np.int64)
+        tables[1] = T  # padding is one more document
+        for number, (table, _) in enumerate(rows):
+            tables[:, number, :table.shape[1]] = table
+        spans = np.concatenate([np.insert(each, 0, number, axis=1) for number, (_, each) in enumerate(rows)])
+        width = min(longest, self.context)
+        row, begin, length, slot, count = spans[spans[:, 3] + spans[:, 4] <= width].T
+        exact = (length == 1) & (count == 1)
+        lengths = np.zeros(B * T, dtype=np.int64)
+        lengths[row * T + begin] = np.where(exact, 1, 1 + length)
+        longer, which = ranges(slot[~exact], count[~exact])
+        longer_row = row[~exact][which]
+        arrays = {"teacher_input_ids": tables[0, :, :width], "exact_slots": row[exact] * width + slot[exact],
+                  "longer_slots": longer_row * width + longer, "longer_span": which,
+                  "longer_targets": tables[0, longer_row, longer + 1]}
         if "document_ids" in batch:
-            arrays["teacher_document_ids"] = table[1, :, :width].copy()
-        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        return batch | by_span(batch, begin, length, exact) | tensors
+            arrays["teacher_document_ids"] = tables[1, :, :width]
+        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
+        return batch | by_span(batch, lengths) | {"lengths": lengths} | tensors
 
-    def teacher_of(self, batch: dict[str, Any], teacher: DenseTeacher, temperature: float) -> AlignedTeacher:
+    def teacher_of(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor | None,
+                   temperature: float) -> AlignedTeacher:
         """What the loss needs to know of a teacher that has read "teacher_input_ids".
 
-        teacher: at all slots. temperature: that of the divergence.
+        hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
+        temperature: that of the divergence.
         """
+        teacher = DenseTeacher(hidden.flatten(0, 1), weight, self.pieces)  # (B T', C)
         log_q = token_log_probs(teacher.take(batch["longer_slots"]), batch["longer_targets"],
                                 self.teacher.vocab_size, temperature)  # (M,)
-        spans = log_q.new_zeros(len(batch["borders"]) - 1).index_add(0, batch["longer_span"], log_q)  # (S,)
-        return AlignedTeacher(teacher.take(batch["exact_slots"]), batch["span_of"], spans, batch["borders"],
-                              self.pieces)
+        spans = log_q.new_zeros(batch["spans"]).index_add(0, batch["longer_span"], log_q)  # (S,)
+        return AlignedTeacher(teacher.take(batch["exact_slots"]), batch["span_of"], spans)

@@ -18,8 +18,6 @@ Shapes: N positions, n positions of a chunk, C width of the student, V vocab_siz
 """
 
 import math
-from bisect import bisect_left
-from itertools import pairwise
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -27,7 +25,7 @@ from torch import Tensor
 
 from dataset.dataloader import IGNORE
 from modeling.devices import autocast_dtype
-from training.losses import chunk_rows
+from training.losses import chunk_rows, linear_log_probs
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
 MIN_LOG_PROB = -100.0  # nats: floor of the teacher's log-probabilities, which keeps every loss finite
@@ -42,11 +40,45 @@ class Objective(NamedTuple):
     beta: float = 0.5  # weight of the teacher in the mixture of jsd
 
 
+class SharedPieces(NamedTuple):
+    """The K pieces that two vocabularies have in common, and the other ids of both."""
+
+    ours: Tensor  # (K,) ids of the student
+    theirs: Tensor  # (K,) ids of the teacher for the same pieces
+    our_rest: Tensor  # (V - K,)
+    their_rest: Tensor  # (size of the teacher's vocabulary - K,)
+
+    def translated(self, log_q: Tensor) -> Tensor:
+        """The teacher's log-probabilities in the student's ids: (n, its vocabulary) -> (n, V + 1).
+
+        The last column is all other pieces of the teacher. A student without other pieces cannot follow this
+        class: then the teacher's other pieces are left out.
+        """
+        out = log_q.new_full((len(log_q), len(self.ours) + len(self.our_rest) + 1), -math.inf)
+        shared = log_q[:, self.theirs]
+        if len(self.our_rest):
+            out[:, -1] = log_q[:, self.their_rest].logsumexp(-1)
+        else:
+            shared = shared.log_softmax(-1)
+        out[:, self.ours] = shared
+        return out
+
+    def with_rest(self, log_q: Tensor, log_p: Tensor) -> Tensor:
+        """Divide the last column of `translated` among the student's other pieces in its own ratios: (n, V).
+
+        The divergence is then that of K + 1 classes: within the last one, p / q is constant.
+        """
+        rest, log_q, other = log_p[:, self.our_rest], log_q[:, :-1], log_q[:, -1:]
+        log_q[:, self.our_rest] = rest - rest.logsumexp(-1, keepdim=True) + other
+        return log_q
+
+
 class DenseTeacher(NamedTuple):
     """A teacher at N positions. Its logits are hidden @ weight.T, or `hidden` itself if weight is None."""
 
     hidden: Tensor  # (N, width of the teacher)
     weight: Tensor | None  # (P of the teacher, its width)
+    pieces: SharedPieces | None = None  # of a teacher with another vocabulary
 
     def logits(self, chunk: slice, vocab_size: int) -> Tensor:
         """The logits of a chunk, (n, V) float32, without the columns of the teacher's padding."""
@@ -55,8 +87,15 @@ class DenseTeacher(NamedTuple):
             hidden = hidden @ self.weight[:vocab_size].to(hidden.dtype).T  # (n, V)
         return hidden[:, :vocab_size].float()
 
+    def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
+        """The log-probabilities of a chunk, (n, V) float32, or `SharedPieces.translated`, (n, V + 1)."""
+        if self.pieces is None:
+            return (self.logits(chunk, vocab_size) / temperature).log_softmax(-1)
+        logits = self.logits(chunk, len(self.pieces.theirs) + len(self.pieces.their_rest))
+        return self.pieces.translated((logits / temperature).log_softmax(-1))
+
     def take(self, positions: Tensor) -> "DenseTeacher":
-        return DenseTeacher(self.hidden[positions], self.weight)
+        return self._replace(hidden=self.hidden[positions])
 
 
 class SparseTeacher(NamedTuple):
@@ -71,32 +110,6 @@ class SparseTeacher(NamedTuple):
     probs: Tensor  # (N, k) float32
     tail: Tensor | None = None  # (N,) float32
 
-    def take(self, chunk: slice) -> "SparseTeacher":
-        tail = None if self.tail is None else self.tail[chunk]
-        return SparseTeacher(self.ids[chunk], self.probs[chunk], tail)
-
-
-class SharedPieces(NamedTuple):
-    """The K pieces that two vocabularies have in common, and the other ids of both."""
-
-    ours: Tensor  # (K,) ids of the student
-    theirs: Tensor  # (K,) ids of the teacher for the same pieces
-    our_rest: Tensor  # (V - K,)
-    their_rest: Tensor  # (size of the teacher's vocabulary - K,)
-
-    def teacher_classes(self, log_q: Tensor) -> Tensor:
-        """The teacher's log-probabilities, (n, its vocabulary) -> (n, K + 1): the pieces, and all others.
-
-        A student without other pieces cannot follow the last class: then the others are left out, (n, K).
-        """
-        if not len(self.our_rest):
-            return log_q[:, self.theirs].log_softmax(-1)
-        return torch.cat((log_q[:, self.theirs], log_q[:, self.their_rest].logsumexp(-1, keepdim=True)), 1)
-
-    @property
-    def teacher_size(self) -> int:
-        return len(self.theirs) + len(self.their_rest)
-
 
 class AlignedTeacher(NamedTuple):
     """A teacher with another tokenizer, at N targets of the student (distillation/alignment.py).
@@ -108,18 +121,6 @@ class AlignedTeacher(NamedTuple):
     exact: DenseTeacher | SparseTeacher  # at the first E targets; a SparseTeacher has ids of the student
     span_of: Tensor  # (tokens of longer spans,) int64: the span of each, from 0 to S - 1
     span_log_q: Tensor  # (S,) float32: the teacher's log-probability of each span's text
-    borders: list[int]  # E, then the end of each longer span among the targets
-    pieces: SharedPieces | None  # None for a SparseTeacher
-
-    def chunks(self, rows: int, count: int) -> list[slice]:
-        """Cut `count` targets into chunks of about `rows` that are of one kind and cut no span."""
-        edges = [*range(0, self.borders[0], rows)]
-        place = self.borders[0]
-        while place < self.borders[-1]:
-            edges.append(place)
-            place = self.borders[min(bisect_left(self.borders, place + rows), len(self.borders) - 1)]
-        edges += [*range(place, count, rows), count]
-        return [slice(begin, end) for begin, end in pairwise(edges)]
 
 
 Teacher = DenseTeacher | SparseTeacher | AlignedTeacher
@@ -187,76 +188,32 @@ def sparse_kl(log_p: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
 
 def token_log_probs(teacher: DenseTeacher, targets: Tensor, vocab_size: int, temperature: float) -> Tensor:
     """The teacher's log-probabilities of `targets` (N,) at a temperature, (N,) float32."""
-    rows, parts = chunk_rows(teacher.hidden, vocab_size), [teacher.hidden.new_zeros(0, dtype=torch.float32)]
-    for start in range(0, len(targets), rows):
-        chunk = slice(start, start + rows)
-        log_q = (teacher.logits(chunk, vocab_size) / temperature).log_softmax(-1)  # (n, vocab_size)
-        parts.append(log_q.gather(1, targets[chunk, None])[:, 0])
-    return torch.cat(parts)
+    if teacher.weight is not None:
+        return linear_log_probs(teacher.hidden / temperature, teacher.weight, targets, vocab_size)
+    log_q = (teacher.logits(slice(None), vocab_size) / temperature).log_softmax(-1)  # (N, vocab_size)
+    return log_q.gather(1, targets[:, None])[:, 0]
 
 
-def shared_divergence(log_p: Tensor, log_q: Tensor, pieces: SharedPieces, kind: Kind,
-                      beta: float) -> tuple[Tensor, Tensor]:
-    """`divergence` over the pieces that both vocabularies have and one class of all others.
+def span_divergence(log_p: Tensor, log_q: Tensor, kind: Kind, beta: float) -> Tensor:
+    """`divergence` of two outcomes, a span's text and any other text: (S,), differentiable by log_p.
 
-    log_p: (n, V), log_q: (n, the teacher's vocabulary), both normalized. Returns (n,), and (n, V).
+    log_p, log_q: (S,), the log-probabilities P of the text; log_p below 0. Let (g, -g) be the gradient by the
+    logits of the two outcomes. As log(1 - P) has the derivative -P / (1 - P) by log P, the gradient by log P
+    is g / (1 - P).
     """
-    theirs, ours = pieces.teacher_classes(log_q), log_p[:, pieces.ours]  # (n, K + 1), (n, K)
-    rest = log_p[:, pieces.our_rest]  # (n, V - K)
-    log_other = rest.logsumexp(-1, keepdim=True)  # (n, 1)
-    if len(pieces.our_rest):
-        ours = torch.cat((ours, log_other), 1)  # (n, K + 1)
-    loss, by_class = divergence(ours, theirs, kind, beta)
-    gradient = torch.empty_like(log_p)
-    gradient[:, pieces.ours] = by_class[:, :len(pieces.ours)]
-    # A class shares its gradient among its pieces by their probabilities within the class.
-    gradient[:, pieces.our_rest] = (rest - log_other).exp() * by_class[:, -1:]
-    return loss, gradient
+    with torch.no_grad():
+        ours, theirs = (torch.stack((x, (-x.expm1()).log()), dim=1) for x in (log_p, log_q))  # (S, 2) each
+        loss, gradient = divergence(ours, theirs, kind, beta)  # (S,), (S, 2)
+        slope = gradient[:, 0] / -log_p.expm1()  # (S,)
+    return loss + slope * (log_p - log_p.detach())
 
 
-def span_divergence(log_p: Tensor, targets: Tensor, span_of: Tensor, span_log_q: Tensor, kind: Kind,
-                    beta: float) -> tuple[Tensor, Tensor]:
-    """`divergence` of two outcomes per span, its text and any other text: (n,), and the gradient (n, V).
-
-    log_p: (n, V), of the tokens of whole spans. span_of: (n,), the span of each token. span_log_q: (S,). The
-    loss of a span is divided among its tokens. Let P be the probability of the text, the product of its
-    tokens' probabilities, and (g, -g) the gradient by the logits of the two outcomes. As log(1 - P) has the
-    derivative -P / (1 - P) by log P, the gradient by log P is g / (1 - P). Each token's logits move log P by
-    1 - p at the target, and by -p elsewhere.
-    """
-    log_target, ones = log_p.gather(1, targets[:, None])[:, 0], torch.ones_like(log_p[:, 0])  # (n,) each
-    sums = span_log_q.new_zeros((2, len(span_log_q))).index_add(1, span_of, torch.stack((log_target, ones)))
-    log_text, tokens = sums[0].clamp(max=-1e-6), sums[1]  # (S,) each; 1 - P keeps some digits in float32
-    other, their_other = (-torch.expm1(x) for x in (log_text, span_log_q))
-    loss, gradient = divergence(torch.stack((log_text, other.log()), 1),
-                                torch.stack((span_log_q, their_other.log()), 1), kind, beta)  # (S,), (S, 2)
-    slope = (gradient[:, 0] / other)[span_of, None]  # (n, 1)
-    return (loss / tokens)[span_of], log_p.exp().mul_(-slope).scatter_add_(1, targets[:, None], slope)
-
-
-def aligned_loss(log_p: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: slice,
-                 objective: Objective) -> tuple[Tensor, Tensor]:
-    """The divergence of one chunk of `AlignedTeacher.chunks`, (n,), and its gradient by z / T, (n, V)."""
-    first, end = teacher.borders[0], teacher.borders[-1]
-    if chunk.start >= end:
-        return torch.zeros_like(log_p[:, 0]), torch.zeros_like(log_p)
-    if chunk.start >= first:
-        span_of = teacher.span_of[chunk.start - first:chunk.stop - first]
-        return span_divergence(log_p, targets, span_of, teacher.span_log_q, objective.kind, objective.beta)
-    if isinstance(teacher.exact, SparseTeacher):
-        return sparse_kl(log_p, teacher.exact.take(chunk))
-    assert teacher.pieces is not None
-    log_q = teacher.exact.logits(chunk, teacher.pieces.teacher_size) / objective.temperature
-    return shared_divergence(log_p, log_q.log_softmax(-1), teacher.pieces, objective.kind, objective.beta)
-
-
-def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objective,
-              log_p: Tensor | None = None, targets: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slice, objective: Objective,
+              log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """T^2 * divergence from the teacher, (n,), and its gradient by the student's logits, (n, V).
 
-    logits: (n, V) float32. log_p: their log-softmax, if the caller has it. targets: (n,), which an
-    AlignedTeacher needs. With kind "mse" the loss is the squared difference of the logits, averaged over V,
-    without a temperature.
+    logits: (n, V) float32. log_p: their log-softmax, if the caller has it. With kind "mse" the loss is the
+    squared difference of the logits, averaged over V, without a temperature.
     """
     T, V = objective.temperature, logits.shape[1]
     if objective.kind == "mse" and isinstance(teacher, DenseTeacher):
@@ -265,12 +222,12 @@ def soft_loss(logits: Tensor, teacher: Teacher, chunk: slice, objective: Objecti
     if log_p is None or T != 1:
         log_p = (logits / T).log_softmax(-1)
     if isinstance(teacher, SparseTeacher):
-        loss, gradient = sparse_kl(log_p, teacher.take(chunk))
-    elif isinstance(teacher, AlignedTeacher):
-        assert targets is not None
-        loss, gradient = aligned_loss(log_p, targets, teacher, chunk, objective)
+        tail = None if teacher.tail is None else teacher.tail[chunk]
+        loss, gradient = sparse_kl(log_p, SparseTeacher(teacher.ids[chunk], teacher.probs[chunk], tail))
     else:
-        log_q = (teacher.logits(chunk, V) / T).log_softmax(-1)
+        log_q = teacher.log_probs(chunk, V, T)
+        if teacher.pieces is not None:
+            log_q = teacher.pieces.with_rest(log_q, log_p)
         loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
     return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
 
@@ -281,7 +238,7 @@ def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
     return hidden[batch["positions"]] if "positions" in batch else hidden
 
 
-def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: slice,
+def chunk_loss(logits: Tensor, targets: Tensor, teacher: DenseTeacher | SparseTeacher | None, chunk: slice,
                objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
 
@@ -294,7 +251,7 @@ def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: 
     kd, gradient = torch.zeros_like(ce), torch.zeros_like(ce)
     if alpha > 0:
         assert teacher is not None
-        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p, target[:, 0])
+        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
         kd = torch.where(is_target, loss, 0).sum()
         gradient.mul_(alpha)
     if alpha < 1:  # the gradient of the cross-entropy is p - 1 at the target, and p elsewhere
@@ -331,6 +288,8 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     Ignored positions are computed too, because skipping them would make a GPU wait for the mask; callers drop
     most of them beforehand (select_targets).
     """
+    if isinstance(teacher, AlignedTeacher):
+        return aligned_distillation(hidden, weight, targets, teacher, vocab_size, objective)
     dtype, with_grad = autocast_dtype(hidden), torch.is_grad_enabled()
     with_weight = with_grad and weight.requires_grad  # False if the table is frozen
     grad_hidden = torch.empty_like(hidden) if with_grad else None
@@ -338,8 +297,8 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         matrix, rows = weight[:vocab_size].to(dtype), chunk_rows(hidden, vocab_size)  # (V, C)
-        chunks = [slice(start, start + rows) for start in range(0, len(hidden), rows)]
-        for chunk in teacher.chunks(rows, len(hidden)) if isinstance(teacher, AlignedTeacher) else chunks:
+        for start in range(0, len(hidden), rows):
+            chunk = slice(start, start + rows)
             is_target = targets[chunk, None] != IGNORE  # (n, 1)
             h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
             chunk_ce, chunk_kd, d_logits = chunk_loss((h @ matrix.T).float(), targets[chunk], teacher, chunk,
@@ -355,6 +314,25 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     if with_grad:
         loss = KnownGradients.apply(hidden, weight, loss, grad_hidden, grad_weight)
     return loss, ce, kd
+
+
+def aligned_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: AlignedTeacher,
+                         vocab_size: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+    """`linear_distillation` with an AlignedTeacher: exact spans, longer spans and all other targets."""
+    alpha, T = objective.alpha, objective.temperature
+    exact = len(teacher.exact[0])  # E
+    end = exact + len(teacher.span_of)
+    loss, ce, kd = linear_distillation(hidden[:exact], weight, targets[:exact], teacher.exact, vocab_size,
+                                       objective)
+    text_loss, text_ce, _ = linear_distillation(hidden[exact:], weight, targets[exact:], None, vocab_size,
+                                                Objective(alpha=0.0))
+    log_p = linear_log_probs(hidden[exact:end] / T, weight, targets[exact:end], vocab_size)
+    log_p = torch.zeros_like(teacher.span_log_q).index_add(0, teacher.span_of, log_p)  # (S,)
+    # Below 0, because 1 - P needs some digits in float32.
+    spans = T**2 * span_divergence(log_p.clamp(max=-1e-6), teacher.span_log_q, objective.kind,
+                                   objective.beta).sum()
+    loss = loss + (1 - alpha) * text_loss + alpha * spans
+    return loss, ce + text_ce, kd + spans.detach()
 
 
 @torch.no_grad()

@@ -14,7 +14,7 @@ from dataset.chat_rows import batch_of
 from dataset.dataloader import Mix, validation_rows
 from distillation.divergences import DenseTeacher, comparison_sums, select_targets
 from training.run import Run
-from training.validation import validation_sums
+from training.staged_data import validation_sums
 
 
 class StudentEvaluation:

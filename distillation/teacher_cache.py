@@ -239,13 +239,12 @@ class CacheWriter:
         step = chunk_rows(teacher.hidden, V)
         for start in range(place * self.rows.T, end, step):
             chunk = slice(start, min(start + step, end))
+            # (n, V) or (n, V + 1), never (B T, V)
+            records = self.records.encode(teacher.log_probs(chunk, V, self.spec.temperature), generator)
             if isinstance(teacher, AlignedRows):
-                records = self.records.encode(teacher.log_probs(chunk), None)
-                yield np.concatenate((as_bytes(teacher.lengths[chunk, None].astype("<u2")), records), axis=1)
-            else:
-                logits = teacher.logits(chunk, V)  # (n, V), never (B T, V)
-                log_probs = (logits / self.spec.temperature).log_softmax(-1)
-                yield self.records.encode(log_probs, generator)
+                lengths = as_bytes(teacher.lengths[chunk, None].astype("<u2"))
+                records = np.concatenate((lengths, records), axis=1)
+            yield records
 
 
 # ---- Reading ----------------------------------------------------------------------------------------------

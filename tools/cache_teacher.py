@@ -96,12 +96,14 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
                 del batch["document_ids"]
         else:  # text, (n, T + 1)
             batch = text_batch(values, eot_id)
+        targets = batch["targets"].flatten().numpy()
         batch = to_device(aligner.align(batch) if aligner else batch, device)
-        dense = teacher(batch[f"{prefix}input_ids"], document_ids=batch.get(f"{prefix}document_ids"),
-                        head=lambda hidden, weight: DenseTeacher(hidden.flatten(0, 1), weight))  # (n T, C)
+        hidden, weight = teacher(batch[f"{prefix}input_ids"], head=lambda *result: result,
+                                 document_ids=batch.get(f"{prefix}document_ids"))
         if aligner is None:
-            return dense
-        return AlignedRows.of(aligner.teacher_of(batch, dense, cfg.temperature), batch, cfg.temperature)
+            return DenseTeacher(hidden.flatten(0, 1), weight)  # (n T, C)
+        return AlignedRows(aligner.teacher_of(batch, hidden, weight, cfg.temperature), batch["lengths"],
+                           targets)
 
     return run_teacher
 

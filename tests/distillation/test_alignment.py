@@ -3,6 +3,7 @@ tokenizers against ordinary distillation, hostile text, chats, a cache, and mist
 
 import json
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from formats import hf
 from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT
+from prepare import PrepareConfig, prepare
 from tests.runs import losses
 from tests.test_distill import cache, run
 
@@ -76,12 +78,18 @@ def sentencepiece(scheme="always", normalizer=None, pieces=()):
 @pytest.mark.fast
 def test_spans_by_hand():
     """def|_main|() :  against  def|_ma|in|()|_:  and bytes 5 to 7 that the teacher lacks."""
+    def spans(*sides):
+        return match_spans(*(np.array(tokens).reshape(-1, 3) for tokens in sides)).tolist()
+
     ours = [(0, 0, 3), (1, 3, 8), (2, 8, 12)]
     theirs = [(9, 0, 0), (0, 0, 3), (1, 3, 6), (2, 6, 8), (3, 8, 10), (4, 10, 12)]
-    assert match_spans(ours, theirs) == [(0, 1, 1, 2), (1, 2, 2, 4), (2, 3, 4, 6)]
+    assert spans(ours, theirs) == [[0, 1, 1, 2], [1, 2, 2, 4], [2, 3, 4, 6]]
     gap = [(0, 0, 3), (1, 3, 5), (2, 7, 8), (3, 8, 12)]
-    assert match_spans(ours, gap) == [(0, 1, 0, 1), (2, 3, 3, 4)]
-    assert match_spans([(0, 0, 2)], [(0, 0, 1)]) == [] == match_spans([], theirs)
+    assert spans(ours, gap) == [[0, 1, 0, 1], [2, 3, 3, 4]]
+    gap = [(0, 0, 3), (1, 8, 12), (2, 12, 12)]
+    assert spans(ours, gap) == [[0, 1, 0, 1], [2, 3, 1, 2]]
+    assert spans([(0, 0, 3), (1, 3, 6)], [(0, 3, 6)]) == [[1, 2, 0, 1]]
+    assert spans([(0, 0, 2)], [(0, 0, 1)]) == [] == spans([], theirs)
 
 
 @pytest.mark.fast
@@ -99,7 +107,7 @@ def test_tokens_tile_the_text(tmp_path, scheme):
         if end > begin > 0 and index not in aligner.teacher.special_ids:
             assert aligner.theirs[index].endswith(text[begin - 1:end - 1])
     spans = match_spans(ours, theirs)
-    assert spans[0] == (0, 1, 0, 1), "the end-of-text tokens are a span"
+    assert spans[0].tolist() == [0, 1, 0, 1], "the end-of-text tokens are a span"
     assert sum(b - a for a, b, _, _ in spans) == len(ids), "every token is in a span"
     # A row that begins and ends within characters: their bytes have no token of the teacher.
     broken = [student.token_id(letter) for letter in "¥æ"] + student.encode(" ab")
@@ -117,7 +125,7 @@ def test_random_ids_always_align(pair):
         assert sorted(batch["positions"].tolist()) == list(range(96))
         assert batch["targets"].tolist() == ids[:, 1:].flatten()[batch["positions"]].tolist()
         assert (batch["longer_slots"] < batch["teacher_input_ids"].numel()).all()
-        assert batch["borders"][-1] <= 96
+        assert len(batch["exact_slots"]) + len(batch["span_of"]) <= 96
 
 
 @pytest.mark.fast
@@ -135,12 +143,12 @@ def test_bos_stands_once_before_each_document(tmp_path):
     aligner = Aligner(ours, folder, 512, CPU)
     a, end = ours.encode("a"), ours.eot_id
     letter = aligner.teacher.encode("a", inside=True)
-    assert [k for k, _, _ in aligner.tokens([*a, end, *a])[1]] == [1, *letter, 2, 1, *letter]
+    assert aligner.tokens([*a, end, *a])[1][:, 0].tolist() == [1, *letter, 2, 1, *letter]
     changed = sentencepiece(pieces=["other"])
     student = Tokenizer.load(with_bos(changed, tmp_path / "s"))
     aligner = Aligner(student, folder, 512, CPU)
     ids = [1, *student.encode("a"), 2]
-    assert not aligner.same and [k for k, _, _ in aligner.tokens(ids)[1]] == [1, *letter, 2]
+    assert not aligner.same and aligner.tokens(ids)[1][:, 0].tolist() == [1, *letter, 2]
 
 
 # ---- The loss ---------------------------------------------------------------------------------------------
@@ -149,14 +157,15 @@ def by_hand(z, y, batch, aligner, T, alpha):
     """The loss in float64, from student logits z (B T, V) and teacher logits y (B T', V'), span by span."""
     log_p, log_q = (z / T).log_softmax(-1), (y / T).log_softmax(-1)
     ours, theirs = aligner.pieces.ours, aligner.pieces.theirs
-    first, kd = batch["borders"][0], 0.0
+    first, kd = len(batch["exact_slots"]), 0.0
     for k in range(first):
         p, q = log_p[batch["positions"][k]].exp(), log_q[batch["exact_slots"][k]].exp()
         p = torch.cat((p[ours], 1 - p[ours].sum()[None]))
         q = torch.cat((q[theirs], 1 - q[theirs].sum()[None]))
         kd = kd + (q * (q / p).log()).sum()
-    for s, (begin, end) in enumerate(zip(batch["borders"], batch["borders"][1:], strict=False)):
-        p = log_p[batch["positions"][begin:end], batch["targets"][begin:end]].sum().exp()
+    for s in range(batch["spans"]):
+        members = first + (batch["span_of"] == s).nonzero()[:, 0]
+        p = log_p[batch["positions"][members], batch["targets"][members]].sum().exp()
         mine = batch["longer_span"] == s
         q = log_q[batch["longer_slots"][mine], batch["longer_targets"][mine]].sum().exp()
         kd = kd + q * (q / p).log() + (1 - q) * ((1 - q) / (1 - p)).log()
@@ -170,12 +179,12 @@ def test_loss_and_gradient_are_those_of_float64_by_hand(pair, T, alpha):
     student, aligner = pair
     ids = np.array(student.encode(TEXT))[:66].reshape(2, 33)
     batch = aligner.align(text_batch(ids))
-    assert batch["borders"][0] > 5 and len(batch["borders"]) > 5
+    assert len(batch["exact_slots"]) > 5 and batch["spans"] > 5
     g = torch.Generator().manual_seed(0)
     hidden = torch.randn(2, 32, 16, generator=g, requires_grad=True)
     weight = torch.randn(student.vocab_size + 10, 16, generator=g, requires_grad=True)
     y = 2 * torch.randn(*batch["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
-    teacher = aligner.teacher_of(batch, DenseTeacher(y.flatten(0, 1), None), T)
+    teacher = aligner.teacher_of(batch, y, None, T)
     loss, _, _ = linear_distillation(select_targets(hidden, batch), weight, batch["targets"], teacher,
                                      student.vocab_size, Objective(alpha, T))
     loss.backward()
@@ -186,24 +195,6 @@ def test_loss_and_gradient_are_those_of_float64_by_hand(pair, T, alpha):
     assert loss.item() == pytest.approx(expected.item(), rel=1e-5)
     torch.testing.assert_close(hidden.grad.double(), h.grad, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(weight.grad.double(), w.grad, rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.fast
-def test_chunks_cut_no_span(pair, monkeypatch):
-    student, aligner = pair
-    batch = aligner.align(text_batch(np.array(student.encode(TEXT))[:66].reshape(2, 33)))
-    g = torch.Generator().manual_seed(0)
-    hidden, weight = torch.randn(2, 32, 8, generator=g), torch.randn(student.vocab_size, 8, generator=g)
-    y = torch.randn(*batch["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
-    teacher = aligner.teacher_of(batch, DenseTeacher(y.flatten(0, 1), None), 1.0)
-    results = []
-    for rows in (1, 3, 7, 1000):
-        monkeypatch.setattr("distillation.divergences.chunk_rows", lambda *_, rows=rows: rows)
-        chunks = teacher.chunks(rows, 64)
-        assert [k for chunk in chunks for k in range(chunk.start, chunk.stop)] == list(range(64))
-        results.append(linear_distillation(select_targets(hidden, batch), weight, batch["targets"], teacher,
-                                           student.vocab_size, Objective(0.9))[0].item())
-    np.testing.assert_allclose(results, results[0], rtol=1e-5)
 
 
 def permuted(source, folder, seed=5):
@@ -249,7 +240,7 @@ def test_equal_tokenizers_are_ordinary_distillation(trained, data, tmp_path):
                 batch = aligner.align(batch)
                 whole = teacher(batch["teacher_input_ids"], document_ids=batch["teacher_document_ids"],
                                 head=DenseTeacher)
-                dense = aligner.teacher_of(batch, DenseTeacher(whole.hidden.flatten(0, 1), whole.weight), 2.0)
+                dense = aligner.teacher_of(batch, whole.hidden, whole.weight, 2.0)
         student.zero_grad()
         loss, ce, kd = student(
             batch["input_ids"], document_ids=batch["document_ids"],
@@ -258,12 +249,12 @@ def test_equal_tokenizers_are_ordinary_distillation(trained, data, tmp_path):
                 Objective(0.7, 2.0)))
         loss.backward()
         results.append((loss.item(), ce.item(), kd.item(), student.head_weight.grad.clone(),
-                        batch.get("borders")))
+                        len(batch.get("exact_slots", []))))
     ordinary, same, other = results
-    assert same[4] == [256], "all targets are exact"
+    assert same[4] == 256, "all targets are exact"
     np.testing.assert_allclose(same[:3], ordinary[:3], rtol=1e-5)
     torch.testing.assert_close(same[3], ordinary[3], rtol=1e-4, atol=1e-5)
-    assert other[4] == [256]
+    assert other[4] == 256
     np.testing.assert_allclose(other[:3], ordinary[:3], rtol=1e-5)
     torch.testing.assert_close(other[3], ordinary[3], rtol=1e-4, atol=1e-5)
 
@@ -276,15 +267,17 @@ def test_a_cache_has_the_same_loss(pair):
     g = torch.Generator().manual_seed(0)
     hidden, weight = torch.randn(2, 32, 8, generator=g), torch.randn(student.vocab_size, 8, generator=g)
     y = torch.randn(*aligned["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
-    teacher = aligner.teacher_of(aligned, DenseTeacher(y.flatten(0, 1), None), 1.5)
+    teacher = aligner.teacher_of(aligned, y, None, 1.5)
     shared = len(aligner.pieces.ours)
     records = Records(CacheSpec("topk", 1.5, shared, "float32"), student.vocab_size, aligned=True)
-    stored = AlignedRows.of(teacher, aligned, 1.5)
+    stored = AlignedRows(teacher, aligned["lengths"], batch["targets"].flatten().numpy())
+    values = torch.cat([stored.log_probs(slice(first, first + 16), student.vocab_size, 1.5)
+                        for first in range(0, 64, 16)])
     raw = np.concatenate((stored.lengths[:, None].astype("<u2").view(np.uint8),
-                          records.encode(stored.log_probs(slice(0, 64)), None)), axis=1)
+                          records.encode(values, None)), axis=1)
     assert raw.shape == (64, records.width)
     again = batch | cached_spans(batch, records.lengths(raw), records.decode(raw))
-    assert again["borders"] == aligned["borders"] and torch.equal(again["positions"], aligned["positions"])
+    assert all(torch.equal(again[key], aligned[key]) for key in ("positions", "targets", "span_of"))
     cached = teacher._replace(exact=SparseTeacher(again["teacher_ids"], again["teacher_probs"],
                                                   again["teacher_tail"]), span_log_q=again["span_log_q"])
     one, two = (linear_distillation(select_targets(hidden, aligned), weight, aligned["targets"], each,
@@ -310,8 +303,10 @@ def test_a_student_learns_from_a_teacher_with_other_ids(other, data, tmp_path, m
     assert "val_kl" not in log[-1], "the teacher has no predictions for the student's ids"
 
 
-def test_online_and_cached_runs_agree(other, data, tmp_path, capsys):
-    own = shutil.copytree(data, tmp_path / "data")
+def test_online_and_cached_runs_agree(trained, other, tmp_path):
+    own, source = tmp_path / "data", Path(json.__file__).parent
+    prepare(PrepareConfig(source=str(source), out=str(own), tokenizer=str(trained), val_fraction=0.2,
+                          num_proc=1))
     short = ["--align=bytes", "--max_steps=5", "--temperature=2"]
     online = run(other, own, tmp_path / "a", *short)
     with pytest.raises(UserError, match="--align=bytes"):
@@ -337,7 +332,7 @@ def test_packed_chats_and_masks(chats, trained, tmp_path):
     batch = chat_batch(rows)
     aligned = aligner.align(batch)
     assert sorted(aligned["positions"].tolist()) == batch["positions"].tolist()
-    assert aligned["borders"][-1] >= 0.9 * len(batch["positions"])
+    assert len(aligned["exact_slots"]) + len(aligned["span_of"]) >= 0.9 * len(batch["positions"])
     # The teacher's logits at an exact span of the packed row are those of its conversation alone.
     with torch.no_grad():
         packed = teacher(aligned["teacher_input_ids"], document_ids=aligned["teacher_document_ids"])

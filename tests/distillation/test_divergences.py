@@ -10,11 +10,13 @@ from dataset.dataloader import IGNORE
 from distillation.divergences import (
     DenseTeacher,
     Objective,
+    SharedPieces,
     SparseTeacher,
     comparison_sums,
     divergence,
     linear_distillation,
     soft_loss,
+    span_divergence,
 )
 
 KINDS = ["forward_kl", "reverse_kl", "jsd", "tv"]
@@ -223,3 +225,34 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
     biased = soft_loss(z[None], sharp, slice(None), Objective(1.0))[1][0]
     assert (mean - whole).norm() < 0.02 * whole.norm()
     assert (biased - whole).norm() > 0.3 * whole.norm()
+
+
+# ---- Another vocabulary -----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pieces_that_are_not_shared_are_one_class(kind):
+    """Shared ids 0 to 59 here, 90 to 31 there: the divergence of 61 classes, with its gradient."""
+    ours, theirs = torch.arange(60), torch.arange(90, 30, -1)
+    rest = torch.tensor([k for k in range(V) if k not in set(theirs.tolist())])
+    pieces = SharedPieces(ours, theirs, torch.arange(60, V), rest)
+    z, y = logits(1).requires_grad_(), logits(2)
+    teacher = DenseTeacher(y, None, pieces)
+    loss, gradient = soft_loss(z.detach(), teacher, slice(None), Objective(1.0, 2.0, kind, 0.3))
+    log_p, log_q = (z / 2).log_softmax(-1), (y / 2).log_softmax(-1)
+    p = torch.cat((log_p[:, ours], log_p[:, 60:].logsumexp(-1, keepdim=True)), 1)
+    q = torch.cat((log_q[:, theirs], log_q[:, rest].logsumexp(-1, keepdim=True)), 1)
+    expected = in_autograd(p, q, kind, 0.3, 1.0) * 4
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_text_of_a_span_and_any_other_text(kind):
+    log_p = torch.tensor([-0.1, -2.0, -9.0], requires_grad=True)
+    log_q = torch.tensor([-1.0, -0.3, -20.0])
+    loss = span_divergence(log_p, log_q, kind, 0.3)
+    p, q = (torch.stack((x, (-x.expm1()).log()), 1) for x in (log_p.double(), log_q.double()))
+    expected = in_autograd(p, q, kind, 0.3, 1.0)
+    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-7)
+    gradients = [torch.autograd.grad(each.sum(), log_p)[0] for each in (loss, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
