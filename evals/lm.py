@@ -48,8 +48,8 @@ class LM:
     tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
     its beginning. prefix, suffix: ids that the chat format puts around a prompt. rows, sampled: for each
     prompt of the last call that generated, the ids that were read and generated, and True for the generated.
-    replies: after a greedy `reply`, the messages that follow each conversation. cut: after a greedy call,
-    whether the limit of new tokens has ended each answer.
+    replies: after `reply`, the messages that follow each conversation. cut: whether the limit of new tokens
+    has ended each answer.
 
     evals/votes.py sets the following. temperature, seed: of samples; temperature 0 is greedy. copies: each
     prompt comes this often in a row. budget: factor of all limits of new tokens. attempts: replies after
@@ -229,7 +229,9 @@ class LM:
         self.tokens += sampler.tokens
         self.rows = [each.prompt + each.ids for each in rollouts]
         self.sampled = [[False] * len(each.prompt) + each.sampled for each in rollouts]
-        return [each.messages for each in rollouts]
+        self.replies = [each.messages for each in rollouts]
+        self.cut = ["cut" in messages[-1] for messages in self.replies]
+        return self.replies
 
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
         """How likely each continuation is after its context, for each (context, continuations).

@@ -12,8 +12,8 @@ With k samples per question (num_samples, and smaller powers of two):
     verified@k   best of k: the sample with the highest score (arXiv 2110.14168)
     oracle@k     whether any of the k samples is right: the most that a choice among them can reach
     longer       greedy; an answer that the token limit has cut gets num_samples times as many tokens
-    resample     greedy; while no score reaches the threshold, one more sample; the best scored one is given
-    revise       greedy; while its score is below the threshold, the question is asked again after it
+    revise       greedy; while its score is below the threshold, the question is asked again after it; the
+                 best scored attempt is given
 
 Equally good choices share the point, as everywhere in evals/. A standard error is that over questions. The
 gain of a method is the mean over questions of its point minus greedy's, so its standard error is of a paired
@@ -46,8 +46,8 @@ class VoteSettings:
     temperature: float = 0.8  # of the samples
     seed: int = 1337  # of the samples
     verifier: str = ""  # out_dir of verifier.py; its scores choose among the samples
-    threshold: float = 0.5  # resample and revise: the verifier accepts an answer from this score on
-    retries: int = 2  # resample and revise: further answers to a question, at most
+    threshold: float = 0.5  # revise: the verifier accepts an answer from this score on
+    retries: int = 2  # revise: further answers to a question, at most
 
     def __post_init__(self) -> None:
         require(self, "num_samples", 0 <= self.num_samples <= 1024, "between 0 and 1,024")
@@ -65,6 +65,8 @@ class Sample(NamedTuple):
     right: bool
     tokens: int  # tokens that were generated
     score: float = 0.0  # the verifier's probability that it is right
+    cut: bool = False  # whether the limit of new tokens has ended it
+    reply: Sequence[dict[str, Any]] = ()  # its messages, if the task is a conversation
 
 
 class Points(NamedTuple):
@@ -101,42 +103,36 @@ def best_scored(samples: Sequence[Sample]) -> float:
     return mean([sample.right for sample in samples if sample.score == best]).value
 
 
-METHODS: dict[str, Callable[[Sequence[Sample]], float]] = {
-    "maj": lambda samples: vote(samples, [1.0] * len(samples)),
-    "weighted": lambda samples: vote(samples, [sample.score for sample in samples]),
-    "verified": best_scored}
+# {name: (the point for k samples, how often their tokens count)}: the verifier reads what was generated.
+METHODS: dict[str, tuple[Callable[[Sequence[Sample]], float], int]] = {
+    "maj": (lambda samples: vote(samples, [1.0] * len(samples)), 1),
+    "weighted": (lambda samples: vote(samples, [sample.score for sample in samples]), 2),
+    "verified": (best_scored, 2)}
 
 
 # ---- All questions ----------------------------------------------------------------------------------------
 
+def total(samples: Sequence[Sample]) -> int:
+    """The tokens of these samples."""
+    return sum(sample.tokens for sample in samples)
+
+
 def in_blocks(samples: list[list[Sample]], k: int, method: str) -> Points:
     """A method over blocks of k samples of each question: the first k, the next k, ..; the mean of them."""
-    reads = 1 if method == "maj" else 2  # the verifier reads what was generated
+    point, reads = METHODS[method]
     blocks = [[each[at:at + k] for at in range(0, len(each) - k + 1, k)] for each in samples]
-    return Points([mean(list(map(METHODS[method], each))).value for each in blocks],
-                  [reads * mean([sum(sample.tokens for sample in block) for block in each]).value
-                   for each in blocks])
+    return Points([mean(list(map(point, each))).value for each in blocks],
+                  [reads * mean(list(map(total, each))).value for each in blocks])
 
 
-def until_accepted(attempts: list[list[Sample]], threshold: float, reads: int) -> Points:
-    """Take a question's attempts in turn until a score reaches the threshold; the best scored one counts.
+class Asker(NamedTuple):
+    """A model, a task's score(), what its load() returned, and how to ask the questions."""
 
-    reads: how often the tokens of an attempt count.
-    """
-    stops = [next((n for n, attempt in enumerate(each, 1) if attempt.score >= threshold), len(each))
-             for each in attempts]
-    taken = [each[:stop] for each, stop in zip(attempts, stops, strict=True)]
-    return Points(list(map(best_scored, taken)), [reads * sum(a.tokens for a in each) for each in taken])
-
-
-class Asker:
-    """A model, the questions of one task, and how to ask them."""
-
-    def __init__(self, lm: LM, score: Callable[[LM, Any], Result], questions: Any, settings: VoteSettings,
-                 verifier: Verifier | None):
-        """score: the task's score(). questions: what its load() returned."""
-        self.lm, self.score, self.questions, self.settings = lm, score, questions, settings
-        self.verifier = verifier
+    lm: LM
+    score: Callable[[LM, Any], Result]
+    questions: Any
+    settings: VoteSettings
+    verifier: Verifier | None
 
     def ask(self, indices: Sequence[int], **state: Any) -> list[Sample]:
         """One sample for each of these questions. state: attributes of the LM during the call."""
@@ -147,74 +143,66 @@ class Asker:
         wrapped = isinstance(self.questions, Questions)  # with worked examples
         asked = [(self.questions.asked if wrapped else self.questions)[index] for index in indices]
         try:
-            result = self.score(self.lm, self.questions._replace(asked=asked) if wrapped else asked)
+            return self.samples(self.score(
+                self.lm, self.questions._replace(asked=asked) if wrapped else asked))
         finally:
             vars(self.lm).update(before)
-        return self.samples(result)
 
     def samples(self, result: Result) -> list[Sample]:
         """The samples of a result whose answers the LM has just generated."""
-        rows, sampled = self.lm.rows, self.lm.sampled
-        scores = self.verifier.score_rows(rows, sampled).tolist() if self.verifier else [0.0] * len(rows)
+        lm, n = self.lm, len(result.answers)
+        scores = self.verifier.score_rows(lm.rows, lm.sampled).tolist() if self.verifier else [0.0] * n
         right = [bool(next(answer[key] for key in RIGHT if key in answer)) for answer in result.answers]
-        return [Sample(answer["vote"], *rest) for answer, *rest
-                in zip(result.answers, right, map(sum, sampled), scores, strict=True)]
+        return [Sample(answer["vote"], *rest) for answer, *rest in zip(
+            result.answers, right, map(sum, lm.sampled), scores, lm.cut, lm.replies or [()] * n, strict=True)]
 
-    def longer(self, greedy: list[Sample], was_cut: list[bool]) -> Points:
-        """was_cut: whether the limit has ended each greedy answer."""
-        cut = [number for number, each in enumerate(was_cut) if each]
+    def retry(self, greedy: list[Sample], rounds: int, again: Callable[[Sample], bool],
+              state: Callable[[list[Sample]], dict[str, Any]]) -> list[list[Sample]]:
+        """The attempts at each question: the last one is repeated while `again`, at most `rounds` times.
+
+        state: of the LM, from the attempts that are repeated.
+        """
         attempts = [[sample] for sample in greedy]
-        for number, sample in zip(cut, self.ask(cut, budget=self.settings.num_samples), strict=True):
-            attempts[number].append(sample)
-        return Points([float(each[-1].right) for each in attempts],
-                      [sum(sample.tokens for sample in each) for each in attempts])
-
-    def revised(self, greedy: list[Sample], replies: list[list[dict[str, Any]]]) -> Points:
-        """replies: the messages of the greedy answers."""
-        attempts, context = [[sample] for sample in greedy], list(replies)
-        for _ in range(self.settings.retries):
-            low = [number for number, each in enumerate(attempts) if each[-1].score < self.settings.threshold]
-            new = self.ask(low, attempts=[context[number] for number in low])
-            for number, sample, reply in zip(low, new, self.lm.replies, strict=False):
+        for _ in range(rounds):
+            rest = [number for number, each in enumerate(attempts) if again(each[-1])]
+            new = self.ask(rest, **state([attempts[number][-1] for number in rest]))
+            for number, sample in zip(rest, new, strict=True):
                 attempts[number].append(sample)
-                context[number] = reply
-        return until_accepted(attempts, self.settings.threshold, reads=3)  # generated, scored, shown again
+        return attempts
 
 
 def all_methods(asker: Asker, result: Result) -> dict[str, Points]:
     """Ask the questions in every way; result: the greedy answers, which were generated last."""
-    lm, n, cfg = asker.lm, asker.settings.num_samples, asker.settings
-    cut, replies, greedy = lm.cut, lm.replies, asker.samples(result)
-    numbers = [number for number in range(len(greedy)) for _ in range(n)]
-    drawn = asker.ask(numbers, temperature=cfg.temperature, seed=cfg.seed, copies=n)
+    cfg, n, greedy = asker.settings, asker.settings.num_samples, asker.samples(result)
+    drawn = asker.ask([number for number in range(len(greedy)) for _ in range(n)],
+                      temperature=cfg.temperature, seed=cfg.seed, copies=n)
     samples = [drawn[at:at + n] for at in range(0, len(drawn), n)]
-    right = [sum(sample.right for sample in each) for each in samples]
-    tokens = [mean([sample.tokens for sample in each]).value for each in samples]
     found = {"greedy": Points([float(s.right) for s in greedy], [s.tokens for s in greedy])}
     for k in sorted({n, *(2**power for power in range(n.bit_length()))}):
-        found[f"pass@{k}"] = Points([pass_at_k(n, c, k) for c in right], [k * each for each in tokens])
+        right = [pass_at_k(n, sum(sample.right for sample in each), k) for each in samples]
+        found[f"pass@{k}"] = Points(right, [k / n * total(each) for each in samples])
         for method in (METHODS if asker.verifier else ("maj",)) if k > 1 or n == 1 else ():
             found[f"{method}@{k}"] = in_blocks(samples, k, method)
-    found[f"oracle@{n}"] = Points([float(c > 0) for c in right], [n * each for each in tokens])
-    found["longer"] = asker.longer(greedy, cut)
-    if asker.verifier:
-        attempts = [[one, *more[:cfg.retries]] for one, more in zip(greedy, samples, strict=True)]
-        found["resample"] = until_accepted(attempts, cfg.threshold, reads=2)
-        if replies:  # the task is a conversation
-            found["revise"] = asker.revised(greedy, replies)
+    found[f"oracle@{n}"] = found[f"pass@{n}"]
+    attempts = asker.retry(greedy, 1, lambda last: last.cut, lambda cut: {"budget": n})
+    found["longer"] = Points([float(each[-1].right) for each in attempts], list(map(total, attempts)))
+    if asker.verifier and any(sample.reply for sample in greedy):  # the task is a conversation
+        attempts = asker.retry(greedy, cfg.retries, lambda last: last.score < cfg.threshold,
+                               lambda low: {"attempts": [sample.reply for sample in low]})
+        tokens = [3 * total(each) for each in attempts]  # generated, scored, shown again
+        found["revise"] = Points(list(map(best_scored, attempts)), tokens)
     return found
 
 
 def add_votes(asker: Asker, result: Result) -> None:
     """Add the figures of all methods to a task's result, and details["methods"] with gains and tokens."""
     n, methods = asker.settings.num_samples, all_methods(asker, result)
-    keys = [f"{name}@{n}" for name in ("pass", *METHODS, "oracle")]
-    shown = ["pass@1", *keys, "longer", "resample", "revise"]
+    shown = ["pass@1", *(f"{name}@{n}" for name in ("pass", *METHODS, "oracle")), "longer", "revise"]
     result.figures |= {name: mean(methods[name].right) for name in shown if name in methods}
     result.details["methods"] = {}
     for name, (right, tokens) in methods.items():
-        gains = [a - b for a, b in zip(right, methods["greedy"].right, strict=True)]
-        accuracy, gain = mean(right), mean(gains)
+        accuracy, gain = mean(right), mean(
+            [a - b for a, b in zip(right, methods["greedy"].right, strict=True)])
         result.details["methods"][name] = {
             "accuracy": accuracy.value, "stderr": accuracy.stderr, "gain": gain.value,
             "gain_stderr": gain.stderr, "tokens": mean(tokens).value}
@@ -242,15 +230,12 @@ def draw(models: dict[str, dict[str, Any]]) -> "Figure | None":
     figure = Figure(figsize=(7 * len(panels), 4.5), layout="constrained")
     for axes, (name, methods) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels.items(),
                                      strict=True):
-        curves: dict[str, list[dict[str, float]]] = {}
-        for method, each in methods.items():
-            if not method.startswith("oracle"):  # the last point of pass@k
-                curves.setdefault(method.partition("@")[0], []).append(each)
-        for curve, points in curves.items():
-            axes.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points],
-                          [each["stderr"] for each in points], marker="o", capsize=2,
-                          label=f"{curve}@k" if len(points) > 1 else curve)
-        axes.axhline(methods["greedy"]["accuracy"], color="C0", linestyle="--", linewidth=1)
+        for curve in dict.fromkeys(method.partition("@")[0] for method in methods):
+            points = [each for method, each in methods.items() if method.partition("@")[0] == curve]
+            if curve != "oracle":  # the last point of pass@k
+                axes.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points],
+                              [each["stderr"] for each in points], marker="o", capsize=2,
+                              label=f"{curve}@k" if len(points) > 1 else curve)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="tokens per question", ylabel="accuracy", title=name)

@@ -24,7 +24,6 @@ from evals.votes import (
     draw,
     in_blocks,
     pass_at_k,
-    until_accepted,
     vote,
 )
 from formats.tokenizer import Tokenizer
@@ -59,7 +58,7 @@ def test_pass_at_k_is_unbiased():
 
 
 def test_votes_by_hand():
-    maj = METHODS["maj"]
+    maj = METHODS["maj"][0]
     assert maj([sample("7"), sample("8"), sample("7")]) == 1
     assert maj([sample("7"), sample("8"), sample("8")]) == 0
     assert maj([sample("7"), sample("8")]) == 0.5, "equally many votes share the point"
@@ -71,7 +70,7 @@ def test_votes_by_hand():
 def test_weighted_votes_by_hand():
     """One sure answer (.9) against two doubtful ones (.3 + .3)."""
     samples = [sample("7", score=0.9), sample("8", score=0.3), sample("8", score=0.3)]
-    assert METHODS["weighted"](samples) == 1 and METHODS["maj"](samples) == 0
+    assert METHODS["weighted"][0](samples) == 1 and METHODS["maj"][0](samples) == 0
     assert vote(samples, [1, 1, 0.5]) == 0
     assert vote(samples, [1.5, 1, 0.5]) == 0.5
 
@@ -87,13 +86,6 @@ def test_blocks_of_samples_by_hand():
                 sample("8", tokens=99)]]
     assert in_blocks(samples, 2, "maj") == ([0.75], [7.5]), "(1 + 2 + 4 + 8) / 2 tokens"
     assert in_blocks(samples, 2, "verified").tokens == [15], "the verifier reads them as well"
-
-
-def test_attempts_until_one_is_accepted():
-    attempts = [[sample("8", score=0.1), sample("7", score=0.7), sample("9", score=0.9)],
-                [sample("8", score=0.4), sample("7", score=0.3)]]
-    points = until_accepted(attempts, 0.5, reads=2)
-    assert points == ([1.0, 0.0], [40, 40]), "the second of three is accepted; the better of two is given"
 
 
 # ---- All questions ----------------------------------------------------------------------------------------
@@ -152,11 +144,10 @@ def test_every_method_by_hand(wrapped):
     assert right["verified@4"] == [1, 1] and right["verified@2"] == [1, 0.5]
     assert "verified@1" not in right, "one sample is no choice"
     assert right["longer"] == [1, 1], "the cut answer is generated again"
-    assert right["resample"] == [1, 0], "greedy .2, then .3 and .4: none is accepted, and the best is wrong"
     assert right["revise"] == [1, 1], "the second revision is accepted"
     tokens = {name: points.tokens for name, points in found.items()}
     assert tokens["greedy"] == [2, 2] and tokens["maj@4"] == [8, 8] and tokens["verified@4"] == [16, 16]
-    assert tokens["longer"] == [2, 4] and tokens["resample"] == [4, 12] and tokens["revise"] == [6, 18]
+    assert tokens["longer"] == [2, 4] and tokens["revise"] == [6, 18]
     assert lm.calls[1][:4] == (0.7, 4, 1, 0) and len(lm.calls[1][4]) == 8, "each question comes four times"
     assert lm.calls[2] == (0.0, 1, 4, 0, [HARD]) and lm.temperature == 0 and lm.copies == 1
 
@@ -165,7 +156,7 @@ def test_figures_gains_and_tokens():
     _, asker, result = run([EASY, HARD], retries=0)
     add_votes(asker, result)
     assert list(result.figures) == ["accuracy", "pass@1", "pass@4", "maj@4", "weighted@4", "verified@4",
-                                    "oracle@4", "longer", "resample", "revise"]
+                                    "oracle@4", "longer", "revise"]
     assert result.figures["pass@1"] == mean([1, 0.25])
     best = result.details["methods"]["verified@4"]
     # Gains of the two questions: 0 and 1, so 1/2 with a standard error of 1/2.
@@ -186,7 +177,7 @@ def test_the_picture_has_a_curve_per_method():
     axes = figure.axes[0]
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(figure.axes) == 2 and labels == ["greedy", "pass@k", "maj@k", "weighted@k", "verified@k",
-                                                "longer", "resample", "revise"]
+                                                "longer", "revise"]
     assert axes.containers[2].lines[0].get_xdata().tolist() == [4, 8], "tokens of maj@2 and maj@4"
 
 
