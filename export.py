@@ -33,7 +33,6 @@ from configurator import UserError, configure, run_script
 from formats import checkpoint, hf
 from formats import gguf as gguf_file
 from formats.files import atomic_folder, file_sha256, read_json, require_utf8_name, sibling_path
-from formats.gguf_reader import is_alone
 from formats.gguf_tokenizer import vocabulary
 from formats.model_card import Card
 from formats.tokenizer import Tokenizer
@@ -184,7 +183,7 @@ def write_gguf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> s
         path = folder / f"{cfg.title}-{kind}.gguf"
         infos = gguf_file.write(path, source.config, state_of(model), metadata, kind)
         tables.append(f"{path.name}\n{gguf_file.type_table(infos)}")
-    # llama.cpp needs only the GGUF file; our own loader also needs config.json and the tokenizer.
+    # The GGUF file is complete. Pages of the hub show the settings that config.json has.
     hf.write_config(folder, source.config, source.ids)
     return "\n".join(tables)
 
@@ -215,12 +214,9 @@ def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
     inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "license")}
     inputs["quantize"] = ",".join(cfg.kinds)
     # manifest.json and README.md say what the model is; they are not the model.
-    files = [path for path in sorted(hf.home(source.folder).iterdir())
-             if path.is_file() and path.name not in ("manifest.json", "README.md")]
-    if is_alone(source.folder):
-        files = [source.folder]
-    elif source.folder.is_file():  # one GGUF file of several
-        files = [path for path in files if path.suffix != ".gguf" or path == source.folder]
+    files = [source.folder] if source.folder.is_file() else [
+        path for path in sorted(source.folder.iterdir())
+        if path.is_file() and path.name not in ("manifest.json", "README.md")]
     return inputs | {"name": cfg.title, "card": hashlib.sha256(content.encode()).hexdigest(),
                      "model": {path.name: file_sha256(path) for path in files}}
 

@@ -61,9 +61,9 @@ SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # tr
 SPACE = "\u2581"  # how a token of the sentencepiece kind spells a space
 
 
-def is_alone(path: Path) -> bool:
-    """True for a GGUF file without a config.json next to it. Those that export.py writes have one."""
-    return path.suffix == ".gguf" and path.is_file() and not (path.parent / "config.json").is_file()
+def is_gguf(path: Path) -> bool:
+    """True for a GGUF file. It is read alone: no config.json or tokenizer.json next to it counts."""
+    return path.suffix == ".gguf" and path.is_file()
 
 
 @contextlib.contextmanager

@@ -98,22 +98,22 @@ def best_checkpoint(out_dir: Path) -> Path:
 
 
 def home(model: Path) -> Path:
-    """The folder of a model's config.json and tokenizer: the model itself or, for a GGUF file, its folder."""
-    return model.parent if model.suffix == ".gguf" and model.is_file() else model
+    """The folder that contains a model: the model itself or, for a GGUF file, its folder."""
+    return model.parent if model.is_file() else model
 
 
 def find_folder(path: str | Path) -> Path:
     """The folder of a model: `path` itself, the best checkpoint of an out_dir, or a download from the hub.
 
-    A GGUF file is returned as it is, and for a folder with nothing but a GGUF file that file is returned:
-    functions that take a model's folder take it too.
+    A GGUF file is returned as it is. For a folder whose weights are a GGUF file, that file is returned:
+    functions that take a model's folder take it too, and read everything from it.
     """
     path = Path(path)
     require_utf8_name(str(path), "rename the folder")
-    if is_model(home(path)) or gguf_reader.is_alone(path):
-        return path
-    if path.is_dir() and (file := gguf_of(path)):
+    if file := gguf_of(path):
         return file
+    if is_model(path):
+        return path
     if (path / "checkpoints.json").is_file():
         return best_checkpoint(path)
     # A hub id is "name" or "owner/name". If the parent folder exists, the path is a typing mistake instead.
@@ -159,7 +159,7 @@ def require_intact(folder: Path) -> None:
 
 def is_packed(folder: Path) -> bool:
     """True if a folder holds the rounded ternary weights only, without the weights they were rounded from."""
-    return "packing" in read_json(home(folder) / "config.json")
+    return "packing" in read_json(folder / "config.json")
 
 
 def config_sha256(folder: Path) -> str:
@@ -169,7 +169,7 @@ def config_sha256(folder: Path) -> str:
     include the scale, and the whole base model.
     """
     if not peft.is_adapter(folder):
-        return file_sha256(folder if gguf_reader.is_alone(folder) else home(folder) / "config.json")
+        return file_sha256(folder if folder.is_file() else folder / "config.json")
     parts = file_sha256(folder / peft.CONFIG) + model_sha256(base_folder(folder))
     return hashlib.sha256(parts.encode()).hexdigest()
 
@@ -262,9 +262,9 @@ def read_config(folder: Path) -> dict[str, Any]:
                   if name in VOCABULARY_TABLES]
         fields = read_config(base_folder(folder))
         return fields | {"vocab_size": max(tables, default=fields["vocab_size"])}
-    if gguf_reader.is_alone(folder):
+    if gguf_reader.is_gguf(folder):
         return with_sizes(gguf_reader.read_config(folder), folder)
-    path = home(folder) / "config.json"
+    path = folder / "config.json"
     config = read_json(path)
     kind = config.get("model_type")
     if kind == "nanollama" and isinstance(config.get("gpt_config"), dict):
@@ -284,10 +284,10 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 def end_ids(folder: Path) -> list[int]:
     """The EOS ids in generation_config.json or, if it has none, in config.json: none, one or several."""
-    if gguf_reader.is_alone(folder):
+    if gguf_reader.is_gguf(folder):
         return gguf_reader.end_ids(folder)
     for name in ("generation_config.json", "config.json"):
-        path = home(folder) / name
+        path = folder / name
         ids = read_json(path).get("eos_token_id")
         ids = ids if isinstance(ids, list) else [ids]
         if ids in ([], [None]):
@@ -425,13 +425,12 @@ def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:
 
 
 def gguf_of(folder: Path) -> Path | None:
-    """The GGUF file of a folder without safetensors, or None. Raises UserError if there are several."""
-    files = [folder] if folder.is_file() else sorted(folder.glob("*.gguf"))
+    """A GGUF file itself, that of a folder without safetensors, or None. UserError if there are several."""
+    files = [folder] if gguf_reader.is_gguf(folder) else sorted(folder.glob("*.gguf"))
     if not files or any(folder.glob("*.safetensors")):
         return None
     if len(files) > 1:
         raise UserError(f"{folder}: holds several .gguf files; give the path of one, such as {files[0]}")
-    require_intact(folder)
     return files[0]
 
 

@@ -309,10 +309,9 @@ class Tokenizer:
         if str(source) == "gpt2":
             return cls(gpt2_definition())
         path = Path(source)
-        if gguf_reader.is_alone(path):
+        if gguf_reader.is_gguf(path):
             with library_errors(path):
                 return cls(*gguf_reader.tokenizer(path))
-        path = path.parent if path.suffix == ".gguf" else path  # a file of export.py, next to its tokenizer
         path = path / "tokenizer.json" if path.is_dir() else path
         if not path.is_file():
             hint = ("copy the model's into its folder" if Path(source).is_dir() else
