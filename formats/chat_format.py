@@ -35,11 +35,12 @@ transformers' apply_chat_template (formats/chat_template.py), and text stays tex
 import json
 import os
 from collections.abc import Iterable, Iterator
+from functools import lru_cache
 from itertools import groupby
 from typing import Any, NamedTuple
 
 from configurator import UserError
-from formats.chat_template import TemplateChat, answer_pieces, encode_framed, own_end_of_turn, own_template
+from formats.chat_template import TemplateChat, answer_pieces, own_end_of_turn, own_template
 from formats.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
 START, END = "<|im_start|>", END_OF_TURN
@@ -182,17 +183,24 @@ def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int]
     return ids, mask
 
 
-def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
-    """(ids, mask) of a conversation, of equal length. mask is 1 for training targets, else 0.
+def encode_documents(tokenizer: Tokenizer,
+                     messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
+    """(ids, mask) of each document that a conversation becomes in training, each of equal length.
 
-    The tokenizer comes from `with_chat_tokens`. Raises UnicodeEncodeError for a lone surrogate, UserError if
-    the model's own template refuses the messages.
+    mask is 1 for training targets, else 0. There is one document, unless the model's own template changes
+    earlier turns (formats/chat_template.py). The tokenizer comes from `with_chat_tokens`. Raises
+    UnicodeEncodeError for a lone surrogate, UserError if the model's own template refuses the messages.
     """
     if own_template(tokenizer):
-        return TemplateChat(tokenizer, messages).documents()[0]
+        return TemplateChat(tokenizer, messages).documents()
     ids, mask = encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
     prefix = chat_prefix(tokenizer)
-    return prefix + ids, [0] * len(prefix) + mask
+    return [(prefix + ids, [0] * len(prefix) + mask)]
+
+
+def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
+    """(ids, mask) of the whole conversation: the first of `encode_documents`."""
+    return encode_documents(tokenizer, messages)[0]
 
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
@@ -209,46 +217,46 @@ def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
     return [index for index, is_target in zip(ids, mask, strict=True) if is_target]
 
 
-def encode_documents(tokenizer: Tokenizer,
-                     messages: list[dict[str, Any]]) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of each document that a conversation becomes in training.
-
-    That is one, unless the model's own template changes earlier turns (formats/chat_template.py).
-    """
-    if own_template(tokenizer):
-        return TemplateChat(tokenizer, messages).documents()
-    return [encode_chat(tokenizer, messages)]
-
-
 def encode_pair(tokenizer: Tokenizer, prompt: list[dict[str, Any]],
                 answers: tuple[dict[str, Any], dict[str, Any]]) -> tuple[list[int], list[int]]:
     """(ids, mask) of a prompt and two answers to it. mask is 0, 1 or 2 for the ids of each of them."""
-    if own_template(tokenizer):
-        sides = [TemplateChat(tokenizer, [*prompt, answer]).encode_last() for answer in answers]
-        ids = [ids[:len(mask) - mask[::-1].index(1)] for ids, mask in sides]  # without what follows an answer
-        # The prompt ends where the first answer begins, or before, if an answer's first token differs there.
-        shared = min(len(os.path.commonprefix(ids)), *(mask.index(1) for _, mask in sides))
-        parts = [ids[0][:shared], *(each[shared:] for each in ids)]
-    else:
-        parts = [encode_prompt(tokenizer, prompt), *(encode_answer(tokenizer, answer) for answer in answers)]
+    sides, begins = [], []
+    for answer in answers:
+        ids, mask = encode_chat(tokenizer, [*prompt, answer])
+        sides.append(ids[:len(ids) - mask[::-1].index(1)])  # without what follows the answer
+        begins.append(len(sides[-1]) - mask[:len(sides[-1])][::-1].index(0))
+    # The prompt ends where the first answer begins, or before, if an answer's first token differs there.
+    shared = min(len(os.path.commonprefix(sides)), *begins)
+    parts = [sides[0][:shared], *(ids[shared:] for ids in sides)]
     return sum(parts, []), [value for value, part in enumerate(parts) for _ in part]
 
 
+# ---- Texts in a turn --------------------------------------------------------------------------------------
+
+def encode_with(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
+    """The ids of a prompt whose last message is the text, or of an exchange whose answer is the text."""
+    if role == "user":
+        return encode_prompt(tokenizer, [{"role": role, "content": text}])
+    return encode_chat(tokenizer, [{"role": "user", "content": "x"}, {"role": role, "content": text}])[0]
+
+
+@lru_cache(maxsize=8)
+def turn_frame(tokenizer: Tokenizer, role: str = "user") -> tuple[list[int], list[int]]:
+    """The ids before and after a text in `encode_with`: what two texts have in common.
+
+    For a user's text, the assistant's answer begins after them.
+    """
+    # The space before a frequent word is a part of its token, so it is not a part of the frame.
+    one, other = (encode_with(tokenizer, role, text) for text in ("the", "5"))
+    before, after = os.path.commonprefix((one, other)), os.path.commonprefix((one[::-1], other[::-1]))[::-1]
+    return list(before), list(after)
+
+
 def encode_content(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
-    """The ids of a text as the content of a turn, without those of the role before it."""
-    if own_template(tokenizer):
-        return encode_framed(tokenizer, role, text)[1]
-    ids, mask = encode_texts(tokenizer, [Part(f"{role}\n", False, False), Part(text, False, True)])
-    return ids[mask.index(1):] if 1 in mask else []
-
-
-def turn_frame(tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """The ids before and after the text of a user's message, up to where the assistant's answer begins."""
-    if own_template(tokenizer):
-        return encode_framed(tokenizer, "user", "x")[::2]
-    empty_turn = encode_prompt(tokenizer, [{"role": "user", "content": ""}])
-    end = empty_turn.index(tokenizer.token_id(END))
-    return empty_turn[:end], empty_turn[end:]
+    """The ids of a text as the content of a turn: a user's message, or an answer. "" has none."""
+    before, after = turn_frame(tokenizer, role)
+    ids = encode_with(tokenizer, role, text)
+    return ids[len(before):len(ids) - len(after)]
 
 
 # ---- Ids -> messages --------------------------------------------------------------------------------------

@@ -198,9 +198,9 @@ class TemplateChat:
     # ---- Text ---------------------------------------------------------------------------------------------
 
     def render(self, messages: list[Message], opened: bool = False) -> tuple[str, list[Span]]:
-        """(text, spans that {% generation %} encloses) of some messages. opened: followed by an answer's opening.
+        """(text, spans that {% generation %} encloses) of some messages.
 
-        Raises UserError if the template refuses the messages.
+        opened: the opening of an answer follows. Raises UserError if the template refuses the messages.
         """
         settings, (first, last) = self.tokenizer.settings, self.marks
         variables = {key: self.tokenizer.named_token(key) for key in settings
@@ -245,11 +245,6 @@ class TemplateChat:
         """The ids of the conversation, followed by the opening of an answer."""
         return self.encode(self.render(self.messages, opened=True)[0], [])[0]
 
-    def encode_last(self) -> tuple[list[int], list[int]]:
-        """(ids, mask) of a conversation that ends with an answer, the only target."""
-        text, span = self.turn(len(self.messages) - 1)
-        return self.encode(text, [span])
-
     def documents(self) -> list[tuple[list[int], list[int]]]:
         """(ids, mask) of the conversation, and of shorter ones for turns that it writes in another way."""
         if GENERATION.search(self.template):
@@ -276,32 +271,9 @@ def own_end_of_turn(tokenizer: Tokenizer) -> int:
     Raises UserError if the template fails in the simplest conversation.
     """
     hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, mask = TemplateChat(tokenizer, hello).encode_last()
+    ids, mask = TemplateChat(tokenizer, hello).documents()[0]
     written = [index for index, is_target in zip(ids, mask, strict=True) if is_target]
     return written[-1] if written and written[-1] in tokenizer.special_ids else tokenizer.eot_id
-
-
-@lru_cache(maxsize=8)
-def frame(tokenizer: Tokenizer) -> tuple[str, str]:
-    """The texts before and after a user's message, up to where the answer begins."""
-    chat = TemplateChat(tokenizer, [])
-    text = chat.render([{"role": "user", "content": chat.filling}], opened=True)[0]
-    before, _, after = text.partition(chat.filling)
-    return before, after
-
-
-def encode_framed(tokenizer: Tokenizer, role: str, text: str) -> tuple[list[int], list[int], list[int]]:
-    """The ids before, of and after a text: a user's message, or the beginning of an answer (none after)."""
-    before, after = frame(tokenizer)
-    if role == "assistant":
-        before, after = f"{before}x{after}", ""
-    chat = TemplateChat(tokenizer, [{"role": role, "content": text}])
-    content = chat.messages[0]["content"]  # with guards
-    # A space before a word is a part of its token.
-    span = len(before.rstrip(" ")), len(before) + len(content)
-    ids, mask = chat.encode(before + content + after, [span] if content else [])
-    first = mask.index(1) if any(mask) else len(ids)
-    return ids[:first], ids[first:first + sum(mask)], ids[first + sum(mask):]
 
 
 def answer_pieces(tokenizer: Tokenizer, ids: list[int]) -> dict[str, list[str]]:
