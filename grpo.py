@@ -32,7 +32,6 @@ Left out: a value function, rewards from a model, sampling on other machines, pa
 import shlex
 import time
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -40,23 +39,22 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, require, require_not_negative, require_positive, run_script
-from dataset.problems import FAMILIES
-from dataset.prompts import EMBEDDED, VALIDATION, Prompt, PromptSource
+from dataset.prompts import EMBEDDED, VALIDATION, Prompt, PromptSource, family_names
+from evals.judged import judge
 from evals.rewards import BUILT_IN, Reward, is_well_formed, require_reference
 from formats import hf
 from formats.chat_format import require_chat
 from formats.checkpoint import folder_step, step_folders
 from formats.files import read_json, write_json
 from formats.tokenizer import Tokenizer
-from generation.rollouts import Group, Limits, Rollout, RolloutSampler, group_batch
+from generation.rollouts import Limits, Rollout, RolloutSampler, group_batch, is_even
 from generation.samples import log_text
 from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
 from training.losses import group_advantages, kl_estimate, linear_log_probs, policy_loss
-from training.reference import ReferenceModel
 from training.stages import Stage, configure_run, with_steps
 
 MOST_REFILLS = 3  # times that other prompts are sampled in place of even groups
@@ -104,7 +102,7 @@ class GRPOConfig(PostTrainingConfig):
         "dataset", "block_size", "group_size", "eval_prompts", "reward", "reward_seconds", "advantage",
         "updates_per_rollout", "clip", "kl_weight", "reference"}
     resume_free = PostTrainingConfig.resume_free | {"reward_seconds", "eval_prompts"}
-    log_line_without = frozenset({"cut", "calls", "sampled_per_second", "learning_seconds"})
+    log_line_without = frozenset({"cut", "calls", "sampled_per_second"})
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -114,9 +112,7 @@ class GRPOConfig(PostTrainingConfig):
         require(self, "calculator", 0 <= self.calculator <= 1, "from 0 to 1")
         require(self, "group_size", self.group_size > 1 or self.advantage == "reinforce",
                 "at least 2 (or set advantage=reinforce)")
-        if unknown := {name for name in self.families.split(",") if name} - FAMILIES.keys():
-            raise UserError(f"families={self.families}: no family {min(unknown)!r}; there are "
-                            f"{', '.join(FAMILIES)}")
+        family_names(self.families)  # raises UserError for an unknown one
         if self.reference == "adapter_off" and not self.lora_rank:
             raise UserError("reference=adapter_off: needs an adapter; set lora_rank")
         if self.quantize_base and self.kl_weight and self.reference != "adapter_off":
@@ -170,9 +166,10 @@ def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
     for part, start in enumerate(range(0, count, size)):
         prompts = [source.prompt(number, cfg.families, cfg.calculator)
                    for number in numbers[start:start + size]]
-        ids = torch.tensor([sum((prompt.ids for prompt in prompts), [])])  # (1, tokens)
+        ids = torch.tensor([sum((prompt.ids for prompt in prompts), [])])  # (1, tokens), for the log
         batches.append({"input_ids": ids, "count": size * cfg.group_size, "context": cfg.block_size,
-                        "step": step, "numbers": numbers, "part": part, "parts": count // size})
+                        "step": step, "begin": begin, "numbers": numbers, "part": part,
+                        "parts": count // size})
     return batches
 
 
@@ -184,163 +181,145 @@ class PolicyGradient:
     def __init__(self, stages: list[Stage[GRPOConfig]], model: GPT, source: PromptSource,
                  reference: ReferenceModel, run: Run):
         self.stages, self.model, self.source, self.reference, self.run = stages, model, source, reference, run
-        self.tokenizer, cfg = source.tokenizer, stages[0].cfg
-        self.reward = Reward(cfg.reward, cfg.reward_seconds)
+        self.reward = Reward(stages[0].cfg.reward, stages[0].cfg.reward_seconds)
         self.begin = -1  # the step in which the answers below were sampled
-        self.groups: list[Group] = []  # this rank's groups
+        self.groups: list[list[Rollout]] = []  # this rank's answers
         self.scale = 0.0  # answers per sampled token, over all ranks
-        self.sampling_ended: float | None = None  # for the time that learning takes
 
     def __call__(self, forward: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         """(loss, metrics) of a micro-batch. forward: the model, or DDP's wrapper of it.
 
         The loop divides by the number of answers. Times `scale`, that is a division by the sampled tokens.
         """
-        cfg = stage_at(self.stages, batch["step"]).cfg
-        metrics = self.begin_step(cfg, batch) if batch["part"] == 0 else {}
-        groups = [group for group in self.groups if any(group.advantages) or cfg.kl_weight]
+        cfg, metrics = stage_at(self.stages, batch["step"]).cfg, dict[str, float]()
+        if batch["part"] == 0 and batch["step"] == batch["begin"]:
+            metrics = self.roll_out(cfg, batch)
+        elif self.begin != batch["begin"]:
+            self.read(batch["begin"])
+        groups = [group for group in self.groups if any(each.advantage for each in group) or cfg.kl_weight]
         part = [groups[i] for i in np.array_split(np.arange(len(groups)), batch["parts"])[batch["part"]]]
         # Every micro-batch needs a backward pass (DDP), also one that has nothing to learn from.
         learned = to_device(group_batch(part or self.groups[:1]), batch["input_ids"].device)
-        reference = None
+        vocab_size = self.source.tokenizer.vocab_size
+        log_probs, reference = token_log_probs(forward, learned, cfg.temperature, vocab_size), None
         if cfg.kl_weight:
-            reference = self.reference.compute(lambda model: self.log_probs(model, learned, cfg))
-        loss, sums = loss_fn(self.log_probs(forward, learned, cfg), learned, reference, cfg)
+            reference = self.reference.compute(lambda model: token_log_probs(
+                model, to_device(learned, model.head_weight.device), cfg.temperature, vocab_size))
+            reference = reference.to(log_probs.device)  # it may be on the CPU
+        loss, sums = loss_fn(log_probs, learned, reference, cfg)
         scale = self.scale if part else 0.0
-        return loss * scale, metrics | {name: value.detach() * scale for name, value in sums.items()}
+        sampling = {name: torch.tensor(float(value), device=loss.device) for name, value in metrics.items()}
+        return loss * scale, sampling | {name: value.detach() * scale for name, value in sums.items()}
 
-    def log_probs(self, model: nn.Module, batch: dict[str, Any], cfg: GRPOConfig) -> Tensor:
-        """`token_log_probs`, (targets,), returned where the batch is."""
-        there = to_device(batch, next(model.parameters()).device)  # a reference may be on the CPU
-        found = token_log_probs(model, there, cfg.temperature, self.tokenizer.vocab_size)
-        return found.to(batch["targets"].device)
-
-    def begin_step(self, cfg: GRPOConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Sample the answers of a step, or keep those of an earlier one. Returns the sampling's metrics."""
-        begin = batch["step"] - batch["step"] % cfg.updates_per_rollout
-        path, run, metrics = self.run.out_dir / "rollouts" / f"{begin:06d}.json", self.run, {}
-        if batch["step"] == begin:
-            metrics = self.roll_out(cfg, batch)
-            # A run that is resumed between two updates no longer has the weights that sampled the answers.
-            if cfg.updates_per_rollout > 1:
-                ranks = run.gather([asdict(group) for group in self.groups])
-                run.run_on_rank0(lambda: save_rollouts(path, {"scale": self.scale, "ranks": ranks}))
-        elif self.begin != begin:
-            content = run.run_on_rank0(lambda: read_json(path))
-            if len(content.get("ranks", [])) != run.world_size:
-                raise UserError(f"{path}: is missing, or of another number of processes; a run with "
-                                "updates_per_rollout needs it to continue between two updates")
-            self.scale, groups = content["scale"], content["ranks"][run.rank]
-            self.groups = [Group([Rollout(**each) for each in group["rollouts"]], group["terms"],
-                                 group["advantages"]) for group in groups]
-        self.begin = begin
-        return metrics
-
-    def sample(self, cfg: GRPOConfig, numbers: list[int], group_size: int, temperature: float) -> list[Group]:
-        """Answers to these prompts, with their rewards."""
-        prompts = [self.source.prompt(number, cfg.families, cfg.calculator) for number in numbers]
+    def sample(self, cfg: GRPOConfig, numbers: list[int], size: int,
+               temperature: float) -> list[list[Rollout]]:
+        """`size` answers to each of these prompts, with their rewards."""
         limits = Limits(max_new_tokens=cfg.max_new_tokens, block_size=cfg.block_size,
                         temperature=temperature, seed=cfg.seed)
-        rows = [number * group_size + place for number in numbers for place in range(group_size)]
-        rollouts = RolloutSampler(self.model, self.tokenizer, limits).sample(
-            [prompt.ids for prompt in prompts], rows, group_size, [prompt.has_tools for prompt in prompts])
-        groups = [rollouts[first:first + group_size] for first in range(0, len(rollouts), group_size)]
-        return [Group(group, [self.reward_terms(cfg, prompt, rollout) for rollout in group])
-                for prompt, group in zip(prompts, groups, strict=True)]
 
-    def reward_terms(self, cfg: GRPOConfig, prompt: Prompt, rollout: Rollout) -> dict[str, float]:
-        """{name: value}, whose sum is the reward of an answer."""
-        terms = self.reward.terms(prompt, rollout.messages[-1])
-        if cfg.format_weight:
-            terms["format"] = cfg.format_weight * is_well_formed(rollout.messages[-1])
-        if cfg.length_weight:
-            terms["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
-        return terms
+        def terms(prompt: Prompt, rollout: Rollout) -> dict[str, float]:
+            found = self.reward.terms(prompt, rollout.messages[-1])
+            if cfg.format_weight:
+                found["format"] = cfg.format_weight * is_well_formed(rollout.messages[-1])
+            if cfg.length_weight:
+                found["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
+            return found
 
-    def roll_out(self, cfg: GRPOConfig, batch: dict[str, Any]) -> dict[str, Tensor]:
-        """Sample this rank's answers of a step, and compute their advantages. Returns metrics."""
-        start, numbers = time.perf_counter(), batch["numbers"]
+        prompts = [self.source.prompt(number, cfg.families, cfg.calculator) for number in numbers]
+        return judge(RolloutSampler(self.model, self.source.tokenizer, limits), prompts, numbers, size, terms)
+
+    def roll_out(self, cfg: GRPOConfig, batch: dict[str, Any]) -> dict[str, float]:
+        """Sample this rank's answers of a step, and compute their advantages. Returns `sampling_metrics`."""
+        start, numbers, replaced = time.perf_counter(), batch["numbers"], list[list[Rollout]]()
         groups = self.sample(cfg, numbers, cfg.group_size, cfg.temperature)
-        replaced: list[Group] = []
         for attempt in range(1, MOST_REFILLS + 1 if cfg.refill else 1):
-            if even := [place for place, group in enumerate(groups) if group.is_even]:
-                replaced += [groups[place] for place in even]
-                others = self.sample(cfg, [numbers[place] + attempt * REFILL_STRIDE for place in even],
-                                     cfg.group_size, cfg.temperature)
-                for place, group in zip(even, others, strict=True):
-                    groups[place] = group
-        end = time.perf_counter()
-        rewards = torch.tensor([group.rewards for group in groups], dtype=torch.float64)  # (P, G)
-        tokens = sum(rollout.num_sampled for group in groups for rollout in group.rollouts)
+            even = [place for place, group in enumerate(groups) if is_even(group)]
+            replaced += [groups[place] for place in even]
+            others = self.sample(cfg, [numbers[place] + attempt * REFILL_STRIDE for place in even],
+                                 cfg.group_size, cfg.temperature)
+            for place, group in zip(even, others, strict=True):
+                groups[place] = group
+        seconds = time.perf_counter() - start
+        rewards = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
+        tokens = sum(each.num_sampled for group in groups for each in group)
         all_tokens, reward, answers = self.run.sum([tokens, rewards.sum().item(), rewards.numel()])
-        self.scale, self.groups = answers / all_tokens, groups
-        advantages = group_advantages(rewards, cfg.advantage, reward / answers).tolist()
+        self.begin, self.groups, self.scale = batch["begin"], groups, answers / all_tokens
+        advantages = group_advantages(rewards, cfg.advantage, reward / answers).tolist()  # (P, G)
         for group, values in zip(groups, advantages, strict=True):
-            group.advantages = values
-        learning = start - self.sampling_ended if self.sampling_ended else 0.0
-        self.sampling_ended = end
-        metrics = self.sampling_metrics(replaced, {"sampling": end - start, "learning": learning})
-        return to_device(metrics, batch["input_ids"].device)
+            for rollout, value in zip(group, values, strict=True):
+                rollout.advantage = value
+        if cfg.updates_per_rollout > 1:
+            self.write(cfg.updates_per_rollout)
+        return self.sampling_metrics(groups + replaced, seconds)
 
-    def sampling_metrics(self, replaced: list[Group], seconds: dict[str, float]) -> dict[str, Tensor]:
-        """Metrics as sums over the answers, because the loop divides by the number of answers."""
-        rollouts = [rollout for group in self.groups for rollout in group.rollouts]
-        terms, sampled = [terms for group in self.groups for terms in group.terms], self.groups + replaced
+    def write(self, updates: int) -> None:
+        """Write the answers for a run that is resumed between two updates, and delete files of older steps.
+
+        Such a run no longer has the weights that sampled the answers.
+        """
+        content = {"scale": self.scale, "ranks": self.run.gather(
+            [[asdict(rollout) for rollout in group] for group in self.groups])}
+        folder = self.run.out_dir / "rollouts"
+
+        def write() -> None:
+            folder.mkdir(exist_ok=True)
+            write_json(folder / f"{self.begin:06d}.json", content)
+            oldest = min(map(folder_step, step_folders(self.run.out_dir)), default=0)
+            for old in folder.glob("*.json"):
+                if int(old.stem) <= oldest - updates:  # no checkpoint continues with these answers
+                    old.unlink()
+
+        self.run.run_on_rank0(write)
+
+    def read(self, begin: int) -> None:
+        """Read the answers that `write` wrote."""
+        path = self.run.out_dir / "rollouts" / f"{begin:06d}.json"
+        content = self.run.run_on_rank0(lambda: read_json(path))
+        if len(content.get("ranks", [])) != self.run.world_size:
+            raise UserError(f"{path}: is missing, or of another number of processes; a run with "
+                            "updates_per_rollout needs it to continue between two updates")
+        self.begin, self.scale = begin, content["scale"]
+        self.groups = [[Rollout(**each) for each in group] for group in content["ranks"][self.run.rank]]
+
+    def sampling_metrics(self, sampled: list[list[Rollout]], seconds: float) -> dict[str, float]:
+        """Metrics as sums over the answers, because the loop divides by the number of answers.
+
+        sampled: the groups that are learned from, and those that a refill has replaced.
+        """
+        answers = [rollout for group in self.groups for rollout in group]
+        n, written = len(answers), sum(each.num_sampled for group in sampled for each in group)
         # All ranks log the same names: a term of a user's reward may be missing on one of them.
-        n, names = len(rollouts), set().union(*self.run.gather({name for each in terms for name in each}))
-        sums = {"reward": sum(sum(each.values()) for each in terms)}
-        sums |= {f"reward/{name}": sum(each.get(name, 0.0) for each in terms) for name in sorted(names)}
-        sums |= {"even": n * sum(group.is_even for group in sampled) / len(sampled),
-                 "length": sum(rollout.num_sampled for rollout in rollouts),
-                 "cut": sum("cut" in rollout.messages[-1] for rollout in rollouts),
-                 "calls": sum(each["role"] == "tool" for rollout in rollouts for each in rollout.messages),
-                 # The mean of -log p over samples from p is an unbiased estimate of the entropy per token.
-                 "entropy": -self.scale * sum(sum(rollout.log_probs) for rollout in rollouts)}
-        written = sum(rollout.num_sampled for group in sampled for rollout in group.rollouts)
-        sums |= {f"{name}_seconds": n * value for name, value in seconds.items()}
-        sums["sampled_per_second"] = n * written / seconds["sampling"]
-        return {name: torch.tensor(float(value)) for name, value in sums.items()}
+        names = set().union(*sum(self.run.gather([[*each.terms] for each in answers]), []))
+        terms = {f"reward/{name}": sum(each.terms.get(name, 0.0) for each in answers)
+                 for name in sorted(names)}
+        return {"reward": sum(terms.values()), **terms,
+                "even": n * sum(map(is_even, sampled)) / len(sampled),
+                "length": sum(each.num_sampled for each in answers),
+                "cut": sum("cut" in each.messages[-1] for each in answers),
+                "calls": sum(message["role"] == "tool" for each in answers for message in each.messages),
+                # The mean of -log p over samples from p is an unbiased estimate of the entropy per token.
+                "entropy": -self.scale * sum(sum(each.log_probs) for each in answers),
+                "sampling_seconds": n * seconds, "sampled_per_second": n * written / seconds}
 
 
-def save_rollouts(path: Path, content: dict[str, Any]) -> None:
-    """Write the file of a rollout, and delete the files that are older than every checkpoint needs."""
-    path.parent.mkdir(exist_ok=True)
-    write_json(path, content)
-    oldest = min([folder_step(folder) for folder in step_folders(path.parent.parent)], default=0)
-    files = sorted(path.parent.glob("*.json"))
-    needed = [old for old in files if int(old.stem) <= oldest][-1:]
-    for old in files:
-        if needed and old < needed[0]:
-            old.unlink()
+def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, float]:
+    """Means over the greedy answers to the first cfg.eval_prompts validation prompts.
 
-
-# ---- Evaluation -------------------------------------------------------------------------------------------
-
-class PromptEvaluation:
-    """Reward and length of the greedy answers to the first cfg.eval_prompts validation prompts."""
-
-    def __init__(self, cfg: GRPOConfig, learner: PolicyGradient, run: Run):
-        self.cfg, self.learner, self.run = cfg, learner, run
-
-    def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        """{"val_loss": minus the reward, "val_reward", "val_length", "val_reward/answer", ..}: means."""
-        cfg, run, val = self.cfg, self.run, self.learner.source.val
-        count = min(cfg.eval_prompts, len(val)) if val else cfg.eval_prompts
-        mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
-        groups = self.learner.sample(cfg, mine, 1, 0.0) if mine else []
-        self.learner.sampling_ended = None  # the time from here on is not spent on learning
-        for rollout in [group.rollouts[0] for group in groups[:cfg.sample_answers]]:
-            text = self.learner.tokenizer.decode(rollout.prompt + rollout.ids)
-            run.print(log_text("sample    ", text))
-        # {name: sum over all ranks}; a term of a user's reward may be missing in some answers.
-        sums: dict[str, float] = {"val_reward": 0.0, "val_length": 0.0}
-        answers = [(group.terms[0], group.rollouts[0].num_sampled) for group in groups]
-        for terms, length in sum(run.gather(answers), []):
-            named = {"val_reward": sum(terms.values()), "val_length": length} | {
-                f"val_reward/{name}": value for name, value in terms.items()}
-            sums |= {name: sums.get(name, 0.0) + value for name, value in named.items()}
-        means = {name: value / count for name, value in sums.items()}
-        return {"val_loss": -means["val_reward"]} | means
+    {"val_loss": minus the reward, "val_reward", "val_length", "val_reward/answer", ..}.
+    """
+    source = learner.source
+    count = min(cfg.eval_prompts, len(source.val) or cfg.eval_prompts)
+    mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
+    answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
+    for answer in answers[:cfg.sample_answers]:
+        run.print(log_text("sample    ", source.tokenizer.decode(answer.prompt + answer.ids)))
+    rows = sum(run.gather([{"val_reward": each.reward, "val_length": each.num_sampled}
+                           | {f"val_reward/{name}": value for name, value in each.terms.items()}
+                           for each in answers]), [])
+    # A term of a user's reward may be missing in some answers.
+    means = {name: sum(row.get(name, 0.0) for row in rows) / count
+             for name in dict.fromkeys(name for row in rows for name in row)}
+    return {"val_loss": -means["val_reward"]} | means
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -366,7 +345,7 @@ def main(argv: list[str]) -> int:
                       f"validation, {source.left_out:,} left out: longer than {cfg.block_size} tokens")
         results = fit(cfg.frozen_but_adapters(model), model,
                       lambda step: batches_at(stages, source, run, step), learner,
-                      PromptEvaluation(stages[-1].cfg, learner, run), run)
+                      lambda policy, last: evaluate(stages[-1].cfg, learner, run), run)
         if cfg.merge:
             write_merged(run, tokenizer)
         if results:

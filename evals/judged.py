@@ -1,6 +1,6 @@
 """Answers that a model samples to prompts, judged: for grpo.py, and kept on disk for verifier.py.
 
-    groups = judge(sampler, prompts, range(8), 4, terms)              # 8 prompts: 8 groups of 4 answers
+    groups = judge(sampler, prompts, range(8), 4, terms)              # 8 prompts: 8 lists of 4 answers
     rows = stored_answers(Path("data/judged"), cfg, "out/grpo", "problems", cfg.seed, device)
 
 A row is one prompt: {"prompt": messages, "row": of dataset/prompts.py, "answers": [..]}. An answer is {"ids",
@@ -31,7 +31,7 @@ from formats.chat_format import require_chat
 from formats.files import read_jsonl, write_text
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
-from generation.rollouts import Group, Limits, Rollout, RolloutSampler
+from generation.rollouts import Limits, Rollout, RolloutSampler
 from model import GPT
 
 
@@ -55,17 +55,19 @@ class AnswerKeys:
 
 
 def judge(sampler: RolloutSampler, prompts: list[Prompt], numbers: Sequence[int], size: int,
-          terms: Callable[[Prompt, Rollout], dict[str, float]]) -> list[Group]:
-    """A group of `size` answers to each prompt. numbers: of the prompts, for the random numbers.
+          terms: Callable[[Prompt, Rollout], dict[str, float]]) -> list[list[Rollout]]:
+    """A group of `size` answers to each prompt, with the terms of their rewards.
 
-    terms: the terms of an answer's reward.
+    numbers: of the prompts, for the random numbers.
     """
+    if not prompts:
+        return []
     rows = [number * size + place for number in numbers for place in range(size)]
     rollouts = sampler.sample([prompt.ids for prompt in prompts], rows, size,
                               [prompt.has_tools for prompt in prompts])
-    parts = [rollouts[at:at + size] for at in range(0, len(rollouts), size)]
-    return [Group(part, [terms(prompt, each) for each in part])
-            for prompt, part in zip(prompts, parts, strict=True)]
+    for place, rollout in enumerate(rollouts):
+        rollout.terms = terms(prompts[place // size], rollout)
+    return [rollouts[at:at + size] for at in range(0, len(rollouts), size)]
 
 
 def answer_rows(keys: AnswerKeys, sampler: RolloutSampler, source: PromptSource,
@@ -76,8 +78,7 @@ def answer_rows(keys: AnswerKeys, sampler: RolloutSampler, source: PromptSource,
                    lambda prompt, rollout: {"right": is_right(prompt.row, rollout.messages[-1])})
     return [{"prompt": prompt.messages, "row": prompt.row, "answers": [
         {"ids": each.prompt + each.ids, "sampled": [0] * len(each.prompt) + list(map(int, each.sampled)),
-         "messages": each.messages, "right": bool(terms["right"])}
-        for each, terms in zip(group.rollouts, group.terms, strict=True)]}
+         "messages": each.messages, "right": bool(each.terms["right"])} for each in group]}
         for prompt, group in zip(prompts, groups, strict=True)]
 
 

@@ -47,13 +47,19 @@ class Limits:
 
 @dataclass
 class Rollout:
-    """An answer to a prompt: three lists of the same length, and the messages that the ids are."""
+    """An answer to a prompt: three lists of the same length, the messages that the ids are, and its worth."""
 
     prompt: list[int]
     ids: list[int] = field(default_factory=list)  # after the prompt
     sampled: list[bool] = field(default_factory=list)  # False for the tokens of a tool's result
     log_probs: list[float] = field(default_factory=list)  # at the sampling temperature; 0 if not sampled
     messages: list[Message] = field(default_factory=list)  # the last one has "cut": True if it has no end
+    terms: dict[str, float] = field(default_factory=dict)  # their sum is the reward
+    advantage: float = 0.0
+
+    @property
+    def reward(self) -> float:
+        return sum(self.terms.values())
 
     @property
     def num_sampled(self) -> int:
@@ -66,24 +72,12 @@ class Rollout:
         self.log_probs += log_probs or [0.0] * len(ids)
 
 
-@dataclass
-class Group:
-    """The answers to one prompt, the terms of each answer's reward, and its advantage."""
-
-    rollouts: list[Rollout]
-    terms: list[dict[str, float]]
-    advantages: list[float] = field(default_factory=list)
-
-    @property
-    def rewards(self) -> list[float]:
-        return [sum(terms.values()) for terms in self.terms]
-
-    @property
-    def is_even(self) -> bool:
-        return len(set(self.rewards)) == 1
+def is_even(group: list[Rollout]) -> bool:
+    """Whether all answers of a group have the same reward."""
+    return len({rollout.reward for rollout in group}) == 1
 
 
-def group_batch(groups: list[Group]) -> dict[str, Any]:
+def group_batch(groups: list[list[Rollout]]) -> dict[str, Any]:
     """Groups of answers as one row without padding, each prompt followed by its answers, as in pair_batch.
 
     Returns {"input_ids": (1, N), "paths": (answers, S), "positions", "targets", "old", "advantages":
@@ -99,10 +93,10 @@ def group_batch(groups: list[Group]) -> dict[str, Any]:
     paths: list[list[int]] = []
     positions, targets, old, advantages = list[int](), list[int](), list[float](), list[float]()
     for group in groups:
-        prompt = group.rollouts[0].prompt
+        prompt = group[0].prompt
         shared = list(range(len(inputs), len(inputs) + len(prompt)))
         inputs += prompt
-        for rollout, advantage in zip(group.rollouts, group.advantages, strict=True):
+        for rollout in group:
             path = shared + list(range(len(inputs), len(inputs) + len(rollout.ids) - 1))
             inputs += rollout.ids[:-1]
             paths.append(path)
@@ -110,7 +104,7 @@ def group_batch(groups: list[Group]) -> dict[str, Any]:
             positions += [path[len(prompt) - 1 + place] for place in sampled]  # the token before predicts it
             targets += [rollout.ids[place] for place in sampled]
             old += [rollout.log_probs[place] for place in sampled]
-            advantages += [advantage] * len(sampled)
+            advantages += [rollout.advantage] * len(sampled)
     longest = max(map(len, paths))
     paths = [path + path[-1:] * (longest - len(path)) for path in paths]
     return {"input_ids": torch.tensor([inputs]), "paths": torch.tensor(paths),

@@ -10,7 +10,7 @@ from formats.tokenizer import Tokenizer
 from generation import rollouts as module
 from generation.assistant import Assistant
 from generation.generate import Sampling, uniform_numbers
-from generation.rollouts import Group, Limits, Rollout, RolloutSampler, choose_tokens, group_batch
+from generation.rollouts import Limits, Rollout, RolloutSampler, choose_tokens, group_batch
 from model import GPT
 
 QUESTIONS = ["2 + 2?", "What is 15 * 24, and why?", "Sort 3 1 2."]
@@ -104,7 +104,7 @@ def test_a_tools_result_is_read_and_not_sampled(chat, monkeypatch):
     # The ids are those of the conversation, as training has them.
     assert rollout.prompt + rollout.ids == encode_prompt(tokenizer, [
         {"role": "user", "content": QUESTIONS[0]}, *rollout.messages])[:len(rollout.prompt + rollout.ids)]
-    batch = group_batch([Group([rollout], [{}], [1.0])])
+    batch = group_batch([[rollout]])
     assert len(batch["targets"]) == rollout.num_sampled < len(rollout.ids)
 
 
@@ -139,9 +139,10 @@ def test_broken_weights_are_one_line(chat):
 
 def test_the_example_in_the_docstring():
     """p = 10 11; a = 20, the tool's 21 22, and 23; b = 30 31."""
-    first = Rollout([10, 11], [20, 21, 22, 23], [True, False, False, True], [-1.0, 0.0, 0.0, -2.0])
-    second = Rollout([10, 11], [30, 31], [True, True], [-3.0, -4.0])
-    batch = group_batch([Group([first, second], [{}, {}], [0.5, -0.5])])
+    first = Rollout([10, 11], [20, 21, 22, 23], [True, False, False, True], [-1.0, 0.0, 0.0, -2.0],
+                    advantage=0.5)
+    second = Rollout([10, 11], [30, 31], [True, True], [-3.0, -4.0], advantage=-0.5)
+    batch = group_batch([[first, second]])
     assert {name: value.tolist() for name, value in batch.items()} == {
         "input_ids": [[10, 11, 20, 21, 22, 30]], "paths": [[0, 1, 2, 3, 4], [0, 1, 5, 5, 5]],
         "positions": [1, 4, 1, 5], "targets": [20, 23, 30, 31], "old": [-1.0, -2.0, -3.0, -4.0],
@@ -150,8 +151,7 @@ def test_the_example_in_the_docstring():
 
 def test_a_batch_has_the_samplers_log_probs(chat):
     found = sample(chat)
-    groups = [Group(found[i:i + 4], [{}] * 4, [1.0] * 4) for i in range(0, 12, 4)]
-    batch = group_batch(groups)
+    batch = group_batch([found[i:i + 4] for i in range(0, 12, 4)])
     logits = chat[0](batch["input_ids"], paths=batch["paths"])[0, batch["positions"], :chat[1].vocab_size]
     one = logits.log_softmax(-1).gather(1, batch["targets"][:, None])[:, 0]
     np.testing.assert_allclose(one.detach(), batch["old"], atol=2e-5)
