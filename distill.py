@@ -34,29 +34,14 @@ from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation import divergences
 from distillation.alignment import Aligner, cached_spans
-from distillation.divergences import (
-    AlignedTeacher,
-    DenseTeacher,
-    Kind,
-    Objective,
-    SparseTeacher,
-    Teacher,
-    select_targets,
-)
+from distillation.divergences import AlignedTeacher, DenseTeacher, Objective, SparseTeacher, select_targets
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import explicit_pairs, layer_map, map_text
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
-from distillation.student import (
-    ActivationHooks,
-    LayerLosses,
-    Student,
-    feature_loss,
-    gradient_cosine,
-    noise_term,
-)
+from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
 from distillation.teacher import context_of, load_teacher, shard_teacher
-from distillation.teacher_cache import TeacherCache, identity_of
+from distillation.teacher_cache import TeacherCache, decode, identity_of
 from formats import hf
 from formats.chat_format import end_of_turn
 from formats.hf import model_sha256
@@ -89,7 +74,7 @@ class DistillConfig(RunConfig, GPTConfig):
     student_layers: str | None = None  # prune the student from the teacher: every:2, first:3, last:3 or 0,2,5
     alpha: float = 0.9  # weight of the divergence; the cross-entropy with the text has the weight 1 - alpha
     temperature: float = 1.0  # of student and teacher in the divergence
-    divergence: Kind = "forward_kl"  # how student and teacher are compared; mse compares the logits
+    divergence: divergences.Kind = "forward_kl"  # student and teacher; mse compares logits
     jsd_beta: float = 0.5  # weight of the teacher in the mixture of divergence=jsd
     cache: Literal["none", "topk", "sample"] = "none"  # read predictions that tools.cache_teacher wrote
     new_weights: bool = False  # with student_layers, keep the architecture only and draw random weights
@@ -122,45 +107,29 @@ class DistillConfig(RunConfig, GPTConfig):
         require(self, "on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")
         require_not_negative(self, "hidden_weight", "attention_weight", "gradient_noise")
         explicit_pairs(self.layer_map)
-        if (self.gradient_noise or self.log_gradient_cosine) and self.parallel == "fsdp":
-            raise UserError("parallel=fsdp: works with neither gradient_noise nor log_gradient_cosine")
         has_weights = self.init_from or (self.student_layers and not self.new_weights)
-        if self.student_embeddings == "teacher" and (has_weights or self.align == "bytes"):
-            raise UserError("student_embeddings=teacher: needs random weights and the teacher's token ids: "
-                            "no init_from, no align=bytes, and student_layers with new_weights only")
-        if self.new_weights and not self.student_layers:
-            raise UserError("new_weights=True: only works with student_layers")
-        if self.cache != "none":  # a cache has the teacher's probabilities of the data, and nothing else
-            for key in ("divergence", "on_policy", "hidden_weight", "attention_weight"):
-                if getattr(self, key) != getattr(DistillConfig, key):
-                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher itself, so it only works "
-                                    "with cache=none")
-        if self.align == "bytes":  # the teacher has other ids, at other positions
-            for key, value in (("divergence", "mse"), ("cache", "sample")):
-                require(self, key, getattr(self, key) != value, f"anything but {value} with align=bytes")
-            for key in ("student_layers", "hidden_weight", "attention_weight"):
-                if getattr(self, key):
-                    raise UserError(f"{key}={getattr(self, key)}: needs the teacher's tokenizer, so it only "
-                                    "works with align=ids")
-        if self.on_policy and self.document_mask:
-            raise UserError(f"on_policy={self.on_policy}: does not work with document_mask=True")
-        if self.student_layers and self.init_from:
-            raise UserError(f"student_layers={self.student_layers}: starts from the teacher, and init_from="
-                            f"{self.init_from} from another model; remove one of them")
+        for is_set, keys, need in (  # if is_set, the keys must have their defaults
+                # A cache has the teacher's probabilities of the data, and nothing else.
+                (self.cache != "none", ("divergence", "on_policy", "hidden_weight", "attention_weight"),
+                 "needs the teacher itself, so it only works with cache=none"),
+                (self.align == "bytes", ("student_layers", "student_embeddings", "hidden_weight",
+                                         "attention_weight"),
+                 "needs the teacher's tokenizer, so it only works with align=ids"),
+                (self.divergence == "mse" or self.cache == "sample", ("align",),
+                 "works with neither divergence=mse nor cache=sample"),
+                (self.parallel == "fsdp", ("gradient_noise", "log_gradient_cosine"),
+                 "does not work with parallel=fsdp"),
+                (self.document_mask, ("on_policy",), "does not work with document_mask=True"),
+                (self.init_from, ("student_layers",), "starts from the teacher; remove init_from"),
+                (has_weights, ("student_embeddings",),
+                 "needs random weights: no init_from, and student_layers with new_weights only"),
+                (not self.student_layers, ("new_weights",), "only works with student_layers")):
+            for key in keys:
+                if is_set and getattr(self, key) != getattr(DistillConfig, key):
+                    raise UserError(f"{key}={getattr(self, key)}: {need}")
 
-    @property
-    def objective(self) -> Objective:
-        return Objective(self.alpha, self.temperature, self.divergence, self.jsd_beta)
-
-    @property
-    def layer_losses(self) -> LayerLosses:
-        """The kinds and weights of the layer losses.
-
-        The cross-entropy has no weight, and needs none: AdamW and Muon ignore the size of a gradient, so only
-        ratios count. With hidden_weight=100 and alpha=0, the text hardly matters.
-        """
-        return LayerLosses(self.hidden_weight, self.hidden_loss, self.attention_weight, self.attention_loss)
-
+    # The cross-entropy has no weight, and needs none: AdamW and Muon ignore the size of a gradient, so only
+    # ratios count. With hidden_weight=100 and alpha=0, the text hardly matters.
     @property
     def uses_layer_losses(self) -> bool:
         return self.hidden_weight > 0 or self.attention_weight > 0
@@ -210,7 +179,7 @@ def open_caches(cfg: DistillConfig, data: StagedData, teacher_hash: str) -> Cach
     caches = {key: [open_cache(cfg, rows, teacher_hash) for rows in mix.rows]
               for key, mix in data.mixes.items()}
     # A batch may mix rows of several folders, so their records must have the same format.
-    if len({cache.records.spec for mix_caches in caches.values() for cache in mix_caches}) > 1:
+    if len({cache.dtype for mix_caches in caches.values() for cache in mix_caches}) > 1:
         raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
     return caches
 
@@ -225,13 +194,12 @@ def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.n
     # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
     # compute logits at the targets only.
     T = batch["input_ids"].shape[1]
-    records = np.stack([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B, T, width)
-    records = records.reshape(-1, records.shape[-1])  # (B T, width)
-    if caches[0].records.aligned:
-        return cached_spans(batch, caches[0].records.lengths(records), caches[0].records.decode(records))
+    records = np.concatenate([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B T,)
+    if "length" in (records.dtype.names or ()):
+        return cached_spans(batch, records["length"].astype(np.int64), decode(records))
     if "positions" in batch:
-        records = records[batch["positions"].numpy()]  # (N, width)
-    return caches[0].records.decode(records)  # all caches have the same format
+        records = records[batch["positions"].numpy()]  # (N,)
+    return decode(records)
 
 
 def batches_at(data: StagedData, caches: Caches, step: int,
@@ -320,10 +288,9 @@ class Distillation:
     def teacher_head(self, forward: nn.Module, batch: dict[str, Any], hidden: Tensor,
                      weight: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
-        teacher: Teacher
+        teacher: divergences.Teacher
         if self.aligner:
-            temperature = self.configs[batch["stage"]].temperature
-            teacher = self.aligner.teacher_of(batch, hidden, weight, temperature)
+            teacher = self.aligner.teacher_of(batch, hidden, weight, self.configs[batch["stage"]].temperature)
         else:
             teacher = DenseTeacher(select_targets(hidden, batch), weight)
         # Run the student now, while the teacher's output matrix is gathered.
@@ -331,7 +298,7 @@ class Distillation:
             return self.student_loss(forward, batch, teacher)
 
     def student_loss(self, forward: nn.Module, batch: dict[str, Any],
-                     teacher: Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
+                     teacher: divergences.Teacher | None) -> tuple[Tensor, dict[str, Tensor]]:
         """The student's forward pass, and its loss against the teacher's predictions."""
         cfg, is_on_policy = self.configs[batch["stage"]], "prompts" in batch
         # Through `forward`, and not self.student: DDP's wrapper must see the pass to average the gradients.
@@ -339,9 +306,14 @@ class Distillation:
             batch["input_ids"], document_ids=batch.get("document_ids"),
             head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
         layers = cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
-        metrics: dict[str, Tensor] = {}
+        # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
+        metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
+        if isinstance(teacher, AlignedTeacher):
+            metrics["aligned"] = torch.tensor(float(len(teacher.exact[0]) + len(teacher.span_of)))
+        if self.student.pairs:
+            metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
-        if cfg.log_gradient_cosine and self.student.pairs and layers.requires_grad:
+        if cfg.log_gradient_cosine and layers.requires_grad:
             metrics["cosine"] = gradient_cosine((loss, layers), trained) * batch["count"]
         loss = loss + layers
         if cfg.gradient_noise:  # the loop divides by the count of the whole step: all parts of it add up to 1
@@ -349,27 +321,19 @@ class Distillation:
         # DDP waits for a gradient of every parameter, also in a stage that does not use the projections.
         if not cfg.hidden_weight:
             loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
-        # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
-        metrics |= {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
-        if isinstance(teacher, AlignedTeacher):
-            metrics["aligned"] = torch.tensor(float(len(teacher.exact[0]) + len(teacher.span_of)))
-        if self.student.pairs:
-            metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         return loss, metrics
 
-    def student_head(self, batch: dict[str, Any], teacher: Teacher | None, hidden: Tensor,
+    def student_head(self, batch: dict[str, Any], teacher: divergences.Teacher | None, hidden: Tensor,
                      weight: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """(loss, cross-entropy, T^2 * divergence, (2,) layer losses). hidden: (B, T, C) of the student."""
-        cfg, targets = self.configs[batch["stage"]], batch["targets"].flatten()
-        objective = cfg.objective
-        if "prompts" in batch:  # the student's own tokens are not right answers, so no cross-entropy
-            objective = objective._replace(alpha=1.0)
-        losses = divergences.linear_distillation(select_targets(hidden, batch), weight, targets, teacher,
-                                                 self.vocab_size, objective)
+        cfg = self.configs[batch["stage"]]
+        # The student's own tokens are not right answers, so on-policy there is no cross-entropy.
+        alpha = 1.0 if "prompts" in batch else cfg.alpha
+        losses = divergences.linear_distillation(
+            select_targets(hidden, batch), weight, batch["targets"].flatten(), teacher, self.vocab_size,
+            Objective(alpha, cfg.temperature, cfg.divergence, cfg.jsd_beta))
         # The teacher's forward pass has filled its hooks, and the student's blocks have just filled theirs.
-        features = hidden.new_zeros((2,))
-        if self.hooks:
-            features = feature_loss(self.student, *self.hooks, batch, cfg.layer_losses)
+        features = feature_loss(self.student, *self.hooks, batch, cfg) if self.hooks else hidden.new_zeros(2)
         return (*losses, features)
 
 

@@ -34,6 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from dataset.dataloader import IGNORE
@@ -161,16 +162,16 @@ class Aligner:
         return b"".join(self.theirs[index] for index in ids)
 
     def shared_pieces(self, device: torch.device) -> SharedPieces:
-        """The pieces that both vocabularies have. The n-th id of some bytes is the n-th of the other side."""
-        table: dict[bytes, list[int]] = {}
-        for index, text in reversed([*enumerate(self.theirs)]):
-            table.setdefault(text, []).append(index)
-        pairs = self.special | {index: table[text].pop() for index, text in enumerate(self.ours)
-                                if text and table.get(text)}
-        ours, theirs = [*pairs], [*pairs.values()]
-        rests = (np.setdiff1d(np.arange(size), ids) for size, ids in
-                 ((self.student.vocab_size, ours), (self.teacher.vocab_size, theirs)))
-        return SharedPieces(*(torch.as_tensor(ids, device=device) for ids in (ours, theirs, *rests)))
+        """The pieces that both vocabularies have. If several ids have the same bytes, it is the last one."""
+        ours, theirs = ({text: index for index, text in enumerate(table) if text}
+                        for table in (self.ours, self.theirs))
+        pairs = self.special | {index: theirs[text] for text, index in ours.items() if text in theirs}
+        if self.same:
+            pairs = {index: index for index in range(len(self.ours))}
+        shared = [*pairs], [*pairs.values()]
+        rests = (np.setdiff1d(np.arange(len(table)), ids)
+                 for table, ids in zip((self.ours, self.theirs), shared, strict=True))
+        return SharedPieces(*(torch.as_tensor(ids, device=device) for ids in (*shared, *rests)))
 
     def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
         """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
@@ -208,27 +209,17 @@ class Aligner:
                 theirs += [(each, at, at) for each in self.prefix if index == self.student.eot_id]
         return ours, np.array(theirs, dtype=np.int64).reshape(-1, 3)
 
-    def row(self, inputs: np.ndarray, targets: np.ndarray,
-            documents: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The teacher's (ids, documents) of one row, (2, n), and the row's spans, (spans, 4): first position
-        and number of tokens, of the student and of the teacher. Every argument is (T,)."""
-        table, spans = np.zeros((2, 0), dtype=np.int64), [np.zeros((0, 4), dtype=np.int64)]
-        for places in np.split(np.arange(len(inputs)), np.flatnonzero(np.diff(documents)) + 1):
-            is_target = targets[places] != IGNORE
-            if not is_target.any():  # padding
-                continue
-            first, last = places[0], places[is_target][-1]
-            ids = np.append(inputs[first:last + 1], targets[last])
-            trained = np.append(0, is_target[:len(ids) - 1]) * ~np.isin(ids, self.unknown)
-            ours, theirs = self.tokens(ids.tolist())
-            a, b, c, d = match_spans(ours, theirs).T
-            targets_before = np.append(0, np.cumsum(trained))
-            # Nothing predicts the teacher's first token.
-            keep = (targets_before[b] - targets_before[a] == b - a) & (c > 0)
-            found = np.stack((a - 1 + first, b - a, c - 1 + table.shape[1], d - c), axis=1)
-            spans.append(found[keep])
-            table = np.append(table, [theirs[:, 0], np.full(len(theirs), documents[first])], axis=1)
-        return table, np.concatenate(spans)
+    def document(self, ids: np.ndarray, trained: np.ndarray) -> tuple[list[int], np.ndarray]:
+        """The teacher's ids of one document, and the spans, (spans, 4): first position and number of tokens,
+        of the student and of the teacher.
+
+        ids: the document's inputs and its last target, (n,). trained: which of them are targets, (n,) bool.
+        """
+        ours, theirs = self.tokens(ids.tolist())
+        a, b, c, d = match_spans(ours, theirs).T
+        before = np.append(0, np.cumsum(trained & ~np.isin(ids, self.unknown)))  # targets before each token
+        keep = (before[b] - before[a] == b - a) & (c > 0)  # nothing predicts the teacher's first token
+        return theirs[:, 0].tolist(), np.stack((a - 1, b - a, c - 1, d - c), axis=1)[keep]
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the keys of `by_span` and of the teacher, all int64 on the CPU.
@@ -239,29 +230,35 @@ class Aligner:
         """
         batch = to_device(batch, "cpu")
         B, T = batch["input_ids"].shape
-        documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"]))
-        inputs = (each.numpy() for each in (batch["input_ids"], full_targets(batch), documents))
-        rows = [self.row(*each) for each in zip(*inputs, strict=True)]
-        longest = max(1, *(table.shape[1] for table, _ in rows))
-        tables = np.zeros((2, B, longest), dtype=np.int64)
-        tables[1] = T  # padding is one more document
-        for number, (table, _) in enumerate(rows):
-            tables[:, number, :table.shape[1]] = table
-        spans = np.concatenate([np.insert(each, 0, number, axis=1) for number, (_, each) in enumerate(rows)])
-        width = min(longest, self.context)
-        row, begin, length, slot, count = spans[spans[:, 3] + spans[:, 4] <= width].T
-        exact = (length == 1) & (count == 1)
+        inputs, targets = (each.flatten().numpy() for each in (batch["input_ids"], full_targets(batch)))
+        documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"])).numpy()
+        rows: list[list[tuple[int, int]]] = [[] for _ in range(B)]  # (id, document) of the teacher
+        spans = [np.zeros((0, 5), dtype=np.int64)]  # row, and the columns of `document`
+        begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of the documents in the flattened B T
+        for places in np.split(np.arange(B * T), begins[1:]):
+            is_target = targets[places] != IGNORE
+            if is_target.any():  # else it is padding
+                row, first, last = places[0] // T, places[0], places[is_target][-1]
+                ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
+                                           np.append(False, is_target[:last + 1 - first]))
+                spans.append(np.insert(found + [first, 0, len(rows[row]), 0], 0, row, axis=1))
+                rows[row] += [(index, int(documents.flat[first])) for index in ids]
+        # Each row is padded with two zeros at least, so that the teacher has an input. Nothing sees padding.
+        table = pad_sequence([torch.tensor([*row, (0, 0), (0, 0)]) for row in rows], batch_first=True)
+        table = table[:, :self.context + 1]  # (B, T' + 1, 2)
+        width = table.shape[1] - 1  # T'
+        found = np.concatenate(spans)
+        row, begin, length, slot, count = found[found[:, 3] + found[:, 4] <= width].T
+        exact, slot = (length == 1) & (count == 1), row * width + slot
         lengths = np.zeros(B * T, dtype=np.int64)
-        lengths[row * T + begin] = np.where(exact, 1, 1 + length)
-        longer, which = ranges(slot[~exact], count[~exact])
-        longer_row = row[~exact][which]
-        arrays = {"teacher_input_ids": tables[0, :, :width], "exact_slots": row[exact] * width + slot[exact],
-                  "longer_slots": longer_row * width + longer, "longer_span": which,
-                  "longer_targets": tables[0, longer_row, longer + 1]}
+        lengths[begin] = np.where(exact, 1, 1 + length)
+        longer, which = (torch.from_numpy(each) for each in ranges(slot[~exact], count[~exact]))
+        batch |= {"teacher_input_ids": table[:, :-1, 0], "exact_slots": torch.from_numpy(slot[exact]),
+                  "longer_slots": longer, "longer_targets": table[:, 1:, 0].flatten()[longer],
+                  "longer_span": which, "lengths": lengths}
         if "document_ids" in batch:
-            arrays["teacher_document_ids"] = tables[1, :, :width]
-        tensors = {name: torch.from_numpy(array.copy()) for name, array in arrays.items()}
-        return batch | by_span(batch, lengths) | {"lengths": lengths} | tensors
+            batch["teacher_document_ids"] = table[:, :-1, 1]
+        return batch | by_span(batch, lengths)
 
     def teacher_of(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor | None,
                    temperature: float) -> AlignedTeacher:

@@ -3,7 +3,7 @@
     student = Student(config, pairs=[(0, 1), (1, 3)], teacher_width=256)
     hooks = ActivationHooks(student, [0, 1]), ActivationHooks(teacher, [1, 3])
     ... a forward pass of each model, which fills the hooks ...
-    losses = feature_loss(student, *hooks, batch, LayerLosses(hidden_weight=0.5))       # (2,)
+    losses = feature_loss(student, *hooks, batch, cfg)                    # (2,)
 
 Student adds projections to a GPT. Where the student is narrower than the teacher, a trained matrix per layer
 maps the student's hidden states to the teacher's width before they are compared. The matrices are trained and
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -35,15 +35,6 @@ HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": layer_losses.hidden_mse, "cosine": layer_losses.hidden_cosine,
     "sinkhorn": layer_losses.sinkhorn_loss, "info_nce": partial(layer_losses.info_nce, temperature=0.1)}
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block: (B, heads, T, D) each, after the rotary embedding
-
-
-class LayerLosses(NamedTuple):
-    """Which losses between mapped layers are computed, and their weights in the student's loss."""
-
-    hidden_weight: float = 0.0
-    hidden_loss: Literal["mse", "cosine", "sinkhorn", "info_nce"] = "cosine"
-    attention_weight: float = 0.0
-    attention_loss: Literal["relations", "relations_mse", "mse"] = "relations"
 
 
 class Student(GPT):
@@ -150,10 +141,11 @@ def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Te
 
 
 def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHooks, batch: dict[str, Any],
-                 losses: LayerLosses) -> Tensor:
+                 cfg: Any) -> Tensor:
     """(2,): the loss of the hidden states and the loss of the attention, neither multiplied by its weight.
 
-    Each is a mean over the mapped pairs, summed over the positions of the targets, and 0 if its weight is 0.
+    cfg has hidden_weight, hidden_loss, attention_weight and attention_loss. Each loss is a mean over the
+    mapped pairs, summed over the positions of the targets, and 0 if its weight is 0.
     Call this inside the student's forward pass, where FSDP has gathered the projections.
     """
     B, T = batch["input_ids"].shape
@@ -164,12 +156,12 @@ def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHook
         weights = (batch["targets"] != IGNORE).float()  # (B, T)
     hidden = attention = weights.new_zeros(())
     for layer, teacher_layer in student.pairs:
-        if losses.hidden_weight:
+        if cfg.hidden_weight:
             projected = student.projected(layer, ours.hidden[layer])  # (B, T, width of the teacher)
-            loss = HIDDEN_LOSSES[losses.hidden_loss](projected, theirs.hidden[teacher_layer], weights)
+            loss = HIDDEN_LOSSES[cfg.hidden_loss](projected, theirs.hidden[teacher_layer], weights)
             hidden = hidden + loss
-        if losses.attention_weight:
+        if cfg.attention_weight:
             loss = attention_loss(ours.heads[layer], theirs.heads[teacher_layer], weights,
-                                  batch.get("document_ids"), losses.attention_loss)
+                                  batch.get("document_ids"), cfg.attention_loss)
             attention = attention + loss
     return torch.stack((hidden, attention)) / len(student.pairs)

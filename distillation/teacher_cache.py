@@ -4,10 +4,10 @@
 
     CacheWriter(rows, spec, identity).fill(run_teacher, batch_size)              # tools/cache_teacher.py
     cache = TeacherCache(rows, identity, "sample", temperature=1.0, hint="the command that makes it")
-    batch |= cache.records.decode(np.stack([cache.read(row) for row in numbers]).reshape(-1, width))
+    batch |= decode(np.concatenate([cache.read(row) for row in numbers]))
 
-A record holds the prediction at one input position of one row. All records have the same width in bytes, so
-a shard is a memory-mapped array (rows, T, width), and a row is found by its number. The two methods:
+A record holds the prediction at one input position of one row. All records have the same numpy dtype, so a
+shard is a memory-mapped array (rows, T), and a row is found by its number. The two methods:
 
 topk    the ids of the k most likely tokens, their log-probabilities, and the log-probability of all other
         tokens together, which sparse_kl in distillation/divergences.py needs.
@@ -67,57 +67,51 @@ def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = 
     return identity | ({} if align == "ids" else {"align": align})  # older caches have no such key
 
 
-def as_bytes(values: np.ndarray) -> np.ndarray:
-    """(n, m) of any dtype -> (n, bytes) uint8."""
-    return np.ascontiguousarray(values).view(np.uint8)
+# ---- Records ----------------------------------------------------------------------------------------------
+
+def record_type(identity: dict[str, Any], vocab_size: int) -> np.dtype:
+    """The dtype of a cache's records: "length" (only for align=bytes), "ids" (k,) and, for topk, "values"
+    (k + 1,)."""
+    is_topk = identity["method"] == "topk"
+    k = min(identity["k"], vocab_size) if is_topk else identity["k"]
+    fields: list[tuple] = [("ids", "<u2" if vocab_size <= 2**16 else "<u4", (k,))]
+    if "align" in identity:
+        fields.insert(0, ("length", "<u2"))
+    if is_topk:
+        fields.append(("values", {"float16": "<f2", "float32": "<f4"}[identity["values"]], (k + 1,)))
+    return np.dtype(fields)
 
 
-class Records:
-    """Converts between predictions and records. A record is the k ids, then, for topk, k + 1 values."""
+def encode(log_probs: Tensor, dtype: np.dtype, vocab_size: int,
+           generator: torch.Generator | None = None) -> np.ndarray:
+    """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> n records.
 
-    def __init__(self, spec: CacheSpec, vocab_size: int, aligned: bool = False):
-        """aligned: True if a record begins with the length of its span."""
-        self.aligned, self.V, self.begin = aligned, vocab_size, 2 * aligned
-        self.spec, self.k = spec, min(spec.k, vocab_size) if spec.method == "topk" else spec.k
-        self.ids = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
-        self.values = np.dtype(spec.values).newbyteorder("<")
-        self.split = self.begin + self.k * self.ids.itemsize  # end of the ids
-        self.width = self.split
-        if spec.method == "topk":
-            self.width += (self.k + 1) * self.values.itemsize
-
-    def encode(self, log_probs: Tensor, generator: torch.Generator | None) -> np.ndarray:
-        """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> (n, width) uint8."""
-        if self.spec.method == "sample":
-            ids = torch.multinomial(log_probs.exp(), self.k, replacement=True, generator=generator)  # (n, k)
-            return as_bytes(ids.cpu().numpy().astype(self.ids))
-        top, ids = log_probs[:, :self.V].topk(self.k, dim=-1)  # (n, k) each; a column V is no token
+    A column after V is the probability of what is no token of the student. "length" stays 0.
+    """
+    records = np.zeros(len(log_probs), dtype)
+    k = dtype["ids"].shape[0]
+    if "values" in (dtype.names or ()):
+        top, ids = log_probs[:, :vocab_size].topk(k, dim=-1)  # (n, k) each
         tail = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf if k = V
-        values = torch.cat((top, tail), dim=1).cpu().numpy().astype(self.values)  # (n, k + 1)
-        return np.concatenate((as_bytes(ids.cpu().numpy().astype(self.ids)), as_bytes(values)), axis=1)
+        records["values"] = torch.cat((top, tail), dim=1).cpu().numpy()
+    else:
+        ids = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)  # (n, k)
+    records["ids"] = ids.cpu().numpy()
+    return records
 
-    def lengths(self, records: np.ndarray) -> np.ndarray:
-        """The first number of aligned records, (n,)."""
-        return np.ascontiguousarray(records[:, :self.begin]).view("<u2")[:, 0].astype(np.int64)
 
-    def decode(self, records: np.ndarray) -> dict[str, Tensor]:
-        """Records (n, width) -> {"teacher_ids": (n, k) int64, "teacher_probs": (n, k) float32} and, for topk,
-        "teacher_tail": (n,) float32, the probability of all other tokens."""
-        kept = np.ascontiguousarray(records[:, self.begin:self.split])
-        ids = kept.view(self.ids).astype(np.int64)  # (n, k)
-        if self.spec.method == "sample":
-            return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": torch.full(ids.shape, 1 / self.k)}
-        values = np.ascontiguousarray(records[:, self.split:]).view(self.values).astype(np.float32)
-        probs = torch.from_numpy(values).exp()  # (n, k + 1)
-        return {"teacher_ids": torch.from_numpy(ids), "teacher_probs": probs[:, :-1].contiguous(),
-                "teacher_tail": probs[:, -1].contiguous()}
+def decode(records: np.ndarray) -> dict[str, Tensor]:
+    """Records (n,) -> {"teacher_ids": (n, k) int64, "teacher_probs": (n, k) float32} and, for topk,
+    "teacher_tail": (n,) float32, the probability of all other tokens."""
+    ids = torch.from_numpy(records["ids"].astype(np.int64))
+    if "values" not in (records.dtype.names or ()):
+        return {"teacher_ids": ids, "teacher_probs": torch.full(ids.shape, 1 / ids.shape[1])}
+    probs = torch.from_numpy(records["values"].astype(np.float32)).exp()  # (n, k + 1)
+    return {"teacher_ids": ids, "teacher_probs": probs[:, :-1].contiguous(),
+            "teacher_tail": probs[:, -1].contiguous()}
 
 
 # ---- meta.json --------------------------------------------------------------------------------------------
-
-def spec_of(meta: dict[str, Any]) -> CacheSpec:
-    return CacheSpec(**{key: meta["identity"][key] for key in CacheSpec.__dataclass_fields__})
-
 
 def rows_done(meta: dict[str, Any]) -> int:
     return sum(shard["rows"] for shard in meta["shards"])
@@ -134,7 +128,7 @@ def read_meta(folder: Path) -> dict[str, Any]:
     try:
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         shard_sizes(folder, meta)
-        Records(spec_of(meta), 2)
+        record_type(meta["identity"], 2)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder / 'meta.json'}: damaged ({type(error).__name__}: {error}); delete {folder} "
                         "and cache again") from None
@@ -175,12 +169,13 @@ class CacheWriter:
         identity = identity | asdict(spec)
         digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         self.folder = rows.data.folder / f"teacher_{digest[:12]}"
-        self.records = Records(spec, rows.data.meta["vocab_size"], "align" in identity)
-        row_bytes = rows.T * self.records.width
+        self.V = rows.data.meta["vocab_size"]
+        self.dtype = record_type(identity, self.V)
+        row_bytes = rows.T * self.dtype.itemsize
         self.rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // row_bytes)
         self.folder.mkdir(exist_ok=True)
         self.meta: dict[str, Any] = {"identity": identity, "rows": len(rows),
-                                     "bytes_a_token": self.records.width, "shards": []}
+                                     "bytes_a_token": self.dtype.itemsize, "shards": []}
         if (self.folder / "meta.json").is_file():
             self.meta["shards"] = read_meta(self.folder)["shards"]
             require_shards(self.folder, self.meta)
@@ -188,9 +183,11 @@ class CacheWriter:
         if lock is None:
             raise UserError(f"{self.folder}: another process is writing this cache")
         self.lock = lock
-        need, free = (len(rows) - self.done) * row_bytes, shutil.disk_usage(self.folder).free
-        if need > free:
-            raise UserError(f"{self.folder}: needs {need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} free")
+        free = shutil.disk_usage(self.folder).free
+        self.need = (len(rows) - self.done) * row_bytes  # bytes
+        if self.need > free:
+            raise UserError(f"{self.folder}: needs {self.need / 1e9:,.1f} GB, the disk has {free / 1e9:,.1f} "
+                            "free")
 
     @property
     def done(self) -> int:
@@ -235,15 +232,13 @@ class CacheWriter:
         """The records of row `number`, chunk by chunk; the row is at index `place` of the teacher's batch."""
         # The samples depend on the row alone, so a cache has the same bytes for any batch and shard size.
         generator = torch.Generator(teacher.hidden.device).manual_seed(number)
-        V, end = self.rows.data.meta["vocab_size"], (place + 1) * self.rows.T
-        step = chunk_rows(teacher.hidden, V)
+        end, step = (place + 1) * self.rows.T, chunk_rows(teacher.hidden, self.V)
         for start in range(place * self.rows.T, end, step):
             chunk = slice(start, min(start + step, end))
-            # (n, V) or (n, V + 1), never (B T, V)
-            records = self.records.encode(teacher.log_probs(chunk, V, self.spec.temperature), generator)
+            log_probs = teacher.log_probs(chunk, self.V, self.spec.temperature)  # (n, V), never (B T, V)
+            records = encode(log_probs, self.dtype, self.V, generator)
             if isinstance(teacher, AlignedRows):
-                lengths = as_bytes(teacher.lengths[chunk, None].astype("<u2"))
-                records = np.concatenate((lengths, records), axis=1)
+                records["length"] = teacher.lengths[chunk]
             yield records
 
 
@@ -289,13 +284,12 @@ class TeacherCache:
         """
         wanted = identity | {"method": method, "temperature": temperature}
         self.folder, meta = find_cache(rows, wanted, hint)
-        self.records = Records(spec_of(meta), rows.data.meta["vocab_size"], "align" in identity)
-        shape = (-1, rows.T, self.records.width)
-        self.shards = [np.memmap(self.folder / shard["name"], np.uint8, "r").reshape(shape)
+        self.dtype = record_type(meta["identity"], rows.data.meta["vocab_size"])
+        self.shards = [np.memmap(self.folder / shard["name"], self.dtype, "r").reshape(-1, rows.T)
                        for shard in meta["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # rows up to the end of each shard
 
     def read(self, row: int) -> np.ndarray:
-        """The records of a row, (T, width) uint8."""
+        """The records of a row, (T,)."""
         shard = int(np.searchsorted(self.ends, row, side="right"))
         return self.shards[shard][row - (self.ends[shard - 1] if shard else 0)]

@@ -213,7 +213,7 @@ def test_a_cache_that_was_interrupted_continues(trained, own_data, tmp_path, mon
     writer.fill(run_teacher, 10)
     reader = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
     teacher_cache.verify(reader.folder)
-    got = reader.records.decode(reader.read(31))
+    got = teacher_cache.decode(reader.read(31))
     assert got["teacher_ids"].shape == (64, 8) and got["teacher_probs"].unique().item() == 1 / 8
     path = reader.folder / "train_00001.cache"
     path.write_bytes(b"x" + path.read_bytes()[1:])
@@ -256,9 +256,9 @@ def test_a_cache_is_made_chunk_by_chunk(trained, own_data, monkeypatch):
     from distillation import teacher_cache
 
     written, seen = [], []
-    encode = teacher_cache.Records.encode
-    monkeypatch.setattr(teacher_cache.Records, "encode",
-                        lambda self, logs, *more: seen.append(logs.shape) or encode(self, logs, *more))
+    encode = teacher_cache.encode
+    monkeypatch.setattr(teacher_cache, "encode",
+                        lambda logs, *more: seen.append(logs.shape) or encode(logs, *more))
     for rows in (64, 7):
         monkeypatch.setattr(teacher_cache, "chunk_rows", lambda hidden, V, rows=rows: rows)
         cache(trained, own_data, "--method=topk", "--k=16")

@@ -114,10 +114,9 @@ def write_cache(cfg: CacheConfig, path: Path) -> None:
     identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask, cfg.align)
     writer = CacheWriter(rows, cfg.spec, identity)
     done, start = writer.done, time.perf_counter()
-    need = (len(rows) - done) * rows.T * writer.records.width
     free = shutil.disk_usage(writer.folder).free
-    print(f"disk      needs {need / 1e6:,.1f} MB, {free / 1e6:,.0f} MB are free")
-    text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.records.width} bytes each"
+    print(f"disk      needs {writer.need / 1e6:,.1f} MB, {free / 1e6:,.0f} MB are free")
+    text = f"{writer.folder}: {len(rows) * rows.T:,} tokens, {writer.dtype.itemsize} bytes each"
     if done == len(rows):
         verify(writer.folder)
         print(f"{text}; verified")

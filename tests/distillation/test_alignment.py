@@ -25,7 +25,7 @@ from distillation.divergences import (
     linear_distillation,
     select_targets,
 )
-from distillation.teacher_cache import CacheSpec, Records
+from distillation.teacher_cache import decode, encode, record_type
 from formats import hf
 from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
@@ -269,14 +269,13 @@ def test_a_cache_has_the_same_loss(pair):
     y = torch.randn(*aligned["teacher_input_ids"].shape, aligner.teacher.vocab_size, generator=g)
     teacher = aligner.teacher_of(aligned, y, None, 1.5)
     shared = len(aligner.pieces.ours)
-    records = Records(CacheSpec("topk", 1.5, shared, "float32"), student.vocab_size, aligned=True)
+    identity = {"method": "topk", "k": shared, "values": "float32", "align": "bytes"}
+    dtype = record_type(identity, student.vocab_size)
     stored = AlignedRows(teacher, aligned["lengths"], batch["targets"].flatten().numpy())
     values = torch.cat([stored.log_probs(slice(first, first + 16), student.vocab_size, 1.5)
                         for first in range(0, 64, 16)])
-    raw = np.concatenate((stored.lengths[:, None].astype("<u2").view(np.uint8),
-                          records.encode(values, None)), axis=1)
-    assert raw.shape == (64, records.width)
-    again = batch | cached_spans(batch, records.lengths(raw), records.decode(raw))
+    records = encode(values, dtype, student.vocab_size)
+    again = batch | cached_spans(batch, stored.lengths, decode(records))
     assert all(torch.equal(again[key], aligned[key]) for key in ("positions", "targets", "span_of"))
     cached = teacher._replace(exact=SparseTeacher(again["teacher_ids"], again["teacher_probs"],
                                                   again["teacher_tail"]), span_log_q=again["span_log_q"])
@@ -346,8 +345,8 @@ def test_packed_chats_and_masks(chats, trained, tmp_path):
 
 @pytest.mark.fast
 def test_mistakes_have_one_line(data, tmp_path):
-    for argv, text in ((["--divergence=mse"], "divergence=mse: must be anything but mse"),
-                       (["--cache=sample"], "cache=sample"),
+    for argv, text in ((["--divergence=mse"], "align=bytes: works with neither divergence=mse"),
+                       (["--cache=sample"], "align=bytes: works with neither"),
                        (["--student_layers=every:2"], "student_layers=every:2: needs the teacher's"),
                        (["--hidden_weight=1"], "hidden_weight=1.0: needs the teacher's tokenizer")):
         with pytest.raises(UserError, match=text):
