@@ -19,6 +19,7 @@ Left out on purpose: nested keys, environment variables, YAML, and `--key value`
 import ast
 import dataclasses
 import difflib
+import importlib
 import inspect
 import os
 import re
@@ -190,15 +191,13 @@ def parse(text: str, hint: Any, place: str) -> Any:
     if text == "None" and types.NoneType in kinds:
         return None
     for kind in kinds:  # in the order of the annotation: `list | str` tries a list first
-        if kind is str or (typing.get_origin(kind) is typing.Literal and text in typing.get_args(kind)):
-            return text
-        if kind is bool and text.lower() in ("true", "false"):
-            return text.lower() == "true"
-        if (typing.get_origin(kind) or kind) in (bool, int, float, list, dict):
-            try:
-                return coerce(ast.literal_eval(text), kind)  # literals only: no names, no calls
-            except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-                continue  # thousands of open brackets raise one of the last two
+        try:
+            if kind is str or typing.get_origin(kind) is typing.Literal:
+                return coerce(text, kind)
+            # literal_eval knows literals only: no names, no calls. Booleans may be written true and TRUE.
+            return coerce(ast.literal_eval(text.capitalize() if kind is bool else text), kind)
+        except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
+            continue  # thousands of open brackets raise one of the last two
     raise UserError(f"{place}={text}: expected {type_name(hint)}")
 
 
@@ -376,6 +375,15 @@ def require_not_negative(config: Any, *keys: str) -> None:
     """Raise UserError for the first of these keys whose value is below 0. None passes."""
     for key in keys:
         require(config, key, getattr(config, key) is None or getattr(config, key) >= 0, "at least 0")
+
+
+def optional_import(module: str, key: str, package: str = "") -> Any:
+    """Import a module of an optional package. Raises UserError, which names the key, if it is missing."""
+    try:
+        return importlib.import_module(module)
+    except ImportError:
+        package = package or module.partition(".")[0]
+        raise UserError(f"{key}: needs the package {package} (pip install {package})") from None
 
 
 # ---- Programs ---------------------------------------------------------------------------------------------

@@ -43,12 +43,10 @@ from model import GPT
 from modeling.devices import to_device
 from prepare import prepare_problems
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
 from training.losses import linear_log_probs, preference_loss
-from training.reference import ReferenceModel
-from training.staged_data import StagedData, in_epochs, prepare_default
+from training.staged_data import StagedData, in_epochs, prepare_default, validation_sums
 from training.stages import configure_run
-from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,12 +161,7 @@ class Reference:
         self.cfg, self.run, self.base = cfg, run, base
         self.vocab_size, self.dtype = vocab_size, training_dtype(cfg, run)
         self.frozen = ReferenceModel(policy, cfg.init_from, cfg.reference, run.device, self.dtype)
-        self.tables: dict[tuple[Path, str, int], Tensor] = {}  # by `key`: (rows, 2) float32
-
-    @staticmethod
-    def key(rows: PairRows) -> tuple[Path, str, int]:
-        """What a table is for: the folder, the split, and block_size, which decides which pairs are used."""
-        return rows.data.folder, rows.split, rows.T
+        self.tables: dict[PairRows, Tensor] = {}  # {rows: their table, (len(rows), 2) float32}
 
     def compute(self, batch: dict[str, Any]) -> Tensor:
         """(2, n) for a batch, whose tensors may be on any device."""
@@ -201,14 +194,14 @@ class Reference:
             # Each rank has zeros where the others computed, so the sum is everyone's result.
             table[missing] = np.array(self.run.sum(log_probs.flatten().tolist())).reshape(-1, 2)
             self.run.run_on_rank0(lambda: save_array(path, table))
-        self.tables[self.key(rows)] = torch.from_numpy(table)
+        self.tables[rows] = torch.from_numpy(table)
 
     def batch(self, pairs: list[tuple[PairRows, int]]) -> dict[str, Any]:
         """The batch of these pairs, given as (rows, number). If precomputed it has "reference" (2, n)."""
         batch = pair_batch([rows.pair(number) for rows, number in pairs])
         # The prefetching thread calls this, so the model itself must not be used here.
         if self.cfg.reference == "precomputed":
-            entries = [self.tables[self.key(rows)][number] for rows, number in pairs]  # (2,) each
+            entries = [self.tables[rows][number] for rows, number in pairs]  # (2,) each
             batch["reference"] = torch.stack(entries, dim=1)  # (2, n)
         return batch
 

@@ -104,13 +104,6 @@ class StepData:
 
 # ---- One step ---------------------------------------------------------------------------------------------
 
-def pinned(batch: Batch, device: torch.device) -> Batch:
-    """The batch in page-locked memory, from which copies to a GPU do not block. On a CPU: the same batch."""
-    if device.type != "cuda":
-        return batch
-    return {key: value.pin_memory() if isinstance(value, Tensor) else value for key, value in batch.items()}
-
-
 def prefetch(pool: ThreadPoolExecutor, batches_at: BatchesAt, step: int, total: int) -> Future:
     """Let a thread make the batches of `step`. After the last step: an empty Future that nobody waits for."""
     return pool.submit(batches_at, step) if step < total else Future()
@@ -123,7 +116,10 @@ def next_batches(upcoming: Future, run: Run) -> StepData:
     rank learns here whether a signal reached any rank. If a rank's data failed, all raise its exception.
     """
     fault = upcoming.exception()  # waits for the thread
-    batches = [] if fault else [pinned(batch, run.device) for batch in upcoming.result()]
+    batches = [] if fault else upcoming.result()
+    if run.device.type == "cuda":  # copies from page-locked memory do not block
+        batches = [{key: value.pin_memory() if isinstance(value, Tensor) else value
+                    for key, value in batch.items()} for batch in batches]
     # One exchange for everything; on a single process `run.sum` returns the numbers as they are.
     count, tokens, interrupted, terminated, faults = run.sum([
         sum(batch["count"] for batch in batches),
@@ -485,15 +481,6 @@ def is_out_of_patience(state: TrainState) -> bool:
     return state.cfg.patience > 0 and state.run.run_on_rank0(is_over)
 
 
-def end_early(state: TrainState) -> None:
-    """Save the last step of a run that is out of patience."""
-    step = state.progress.step
-    if state.saved_step != step:
-        save(state)
-    state.run.print(f"stopped   early, at step {step:,}: no lower val_loss in {state.cfg.patience} "
-                    "evaluations (a larger patience continues)")
-
-
 def note_longer_schedule(state: TrainState) -> None:
     """Print a line if a larger max_steps has stretched a decaying schedule, so that the rate rises again."""
     run, step = state.run, state.progress.step
@@ -513,12 +500,6 @@ def missed_evaluation(state: TrainState) -> bool:
 
 # ---- The loop ---------------------------------------------------------------------------------------------
 
-def progress_bar(state: TrainState) -> tqdm:
-    """A bar over the run's steps, shown by rank 0 on a terminal."""
-    hidden = state.run.rank > 0 or not sys.stderr.isatty()
-    return tqdm(total=state.total, initial=state.progress.step, unit="step", disable=hidden, leave=False)
-
-
 def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: Evaluate) -> dict[str, float]:
     """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
     cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
@@ -531,7 +512,9 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
     if progress.step >= state.total and not results:
         run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps continues it)")
     is_over = is_out_of_patience(state)  # a run that has ended early, started again
-    with run.signals(), ThreadPoolExecutor(1) as pool, progress_bar(state) as bar:
+    hidden = run.rank > 0 or not sys.stderr.isatty()  # the bar
+    with run.signals(), ThreadPoolExecutor(1) as pool, tqdm(
+            total=state.total, initial=progress.step, unit="step", disable=hidden, leave=False) as bar:
         upcoming = prefetch(pool, batches_at, progress.step, state.total)
         state.model.train()
         while progress.step < state.total and not is_over:
@@ -557,7 +540,10 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
                 results = measure(state, evaluate)
                 is_over = is_out_of_patience(state)
     if is_over and progress.step < state.total:
-        end_early(state)
+        if state.saved_step != progress.step:
+            save(state)
+        run.print(f"stopped   early, at step {progress.step:,}: no lower val_loss in {cfg.patience} "
+                  "evaluations (a larger patience continues)")
     return results
 
 

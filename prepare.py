@@ -127,14 +127,12 @@ def source_rows(cfg: PrepareConfig, files: list[Path],
             yield row
             progress(1)
         return
-    if cfg.source == "tools":
-        for number, value in enumerate(tool_rows(TOOL_ROWS, seed=1), 1):
-            yield Row(f"tools:{number}", "value", value)
-        return
     if cfg.source in EMBEDDED:
-        kind = "mistakes" if cfg.source == "mistakes" else cfg.kind
         # The seed is fixed: everybody's embedded data is the same, and evaluation draws from another split.
-        for number, value in enumerate(problems.problem_rows(kind, problems.ROWS, seed=1), 1):
+        kind = "mistakes" if cfg.source == "mistakes" else cfg.kind
+        values = (tool_rows(TOOL_ROWS, seed=1) if cfg.source == "tools" else
+                  problems.problem_rows(kind, problems.ROWS, seed=1))
+        for number, value in enumerate(values, 1):
             yield Row(f"{cfg.source}:{number}", "value", value["text"] if cfg.kind == "text" else value)
         return
     text_key = cfg.text_key if cfg.kind == "text" else None  # chats and preferences need the whole row

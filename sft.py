@@ -36,9 +36,8 @@ from prepare import prepare_problems
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
-from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default
+from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default, validation_sums
 from training.stages import configure_run
-from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)

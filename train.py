@@ -34,9 +34,8 @@ from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.losses import linear_cross_entropy
-from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default
+from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default, validation_sums
 from training.stages import configure_run
-from training.validation import validation_sums
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,7 +22,7 @@ from bench.measure import text_table
 from configurator import configure, require, require_positive, run_script
 from evals.lm import LM
 from evals.tasks import context_length
-from evals.texts import read_texts
+from evals.tasks.perplexity import read_texts
 from formats.files import read_json, write_json
 from generation.generate import Sampling, generate
 from model import GPT, GPTConfig

@@ -21,6 +21,7 @@ Every file may be packed as .gz, .xz or .zst. Lines end at \\n only; U+2028 and 
 HTML, PDF, archives of several files, and encodings other than UTF-8.
 """
 
+import contextlib
 import csv
 import glob
 import gzip
@@ -35,7 +36,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from configurator import UserError
+from configurator import UserError, optional_import
 
 TEXT_KINDS = {".txt", ".md", ".py"}
 KINDS = TEXT_KINDS | {".jsonl", ".json", ".parquet"}
@@ -331,26 +332,18 @@ def table_rows(stream: BinaryIO, path: Path, kind: str) -> Iterator[Row]:
     text.detach()  # else the wrapper closes the stream, which is not its own
 
 
-def python_value(scalar: Any) -> Any:
-    """An Arrow value as a Python value, or UNREADABLE."""
-    import pyarrow
-    try:
-        return scalar.as_py()
-    except (ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
-        return UNREADABLE
-
-
 def python_values(batch: Any) -> list[Any]:
-    """The values of an Arrow array, or the rows of a record batch as dicts."""
+    """The values of an Arrow array, or the rows of a record batch as dicts. UNREADABLE replaces a bad value:
+    a single one, perhaps of a column that nobody reads, is no reason to lose the file."""
     import pyarrow
-    try:
+    with contextlib.suppress(ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
         return batch.to_pylist()
-    except (ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
-        pass  # a single value, perhaps of a column that nobody reads, is no reason to lose the file
-    if not isinstance(batch, pyarrow.RecordBatch):
-        return [python_value(scalar) for scalar in batch]
-    columns = [[python_value(scalar) for scalar in column] for column in batch.columns]
-    return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    if isinstance(batch, pyarrow.RecordBatch):
+        columns = map(python_values, batch.columns)
+        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
+    if len(batch) == 1:
+        return [UNREADABLE]
+    return [value for at in range(len(batch)) for value in python_values(batch.slice(at, 1))]
 
 
 def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
@@ -415,10 +408,7 @@ def hub_rows(name: str, text_key: str | None, key: str = "source") -> Iterator[R
     Each row is the value of a column, or (for text_key=None) a dict of all columns. The split is "train" if
     none is given. Raises UserError, which names the config key `key`, for a wrong name or no network.
     """
-    try:
-        import datasets
-    except ImportError:
-        raise UserError(f"{key}=hf:...: needs the package `datasets` (pip install datasets)") from None
+    datasets = optional_import("datasets", f"{key}=hf:{name}")
     name, config, split = (name.split(":", 2) + ["", ""])[:3]
     if not name:
         raise UserError(f"{key}=hf:: give the name of a data set, as hf:NAME")

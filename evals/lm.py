@@ -29,7 +29,7 @@ from formats.chat_format import (
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.constraints import ConstraintKeys, constraint_of
-from generation.generate import Options, Sampling, generate
+from generation.generate import Options, Sampling, append_tokens, generate
 from generation.rollouts import Limits, Rollout, RolloutSampler
 from model import GPT
 from modeling.devices import DTYPES, pick_device
@@ -150,8 +150,7 @@ class LM:
                                Sampling(temperature=self.temperature, seed=self.seed), is_done,
                                Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers,
                                        guide=guide)):
-            for row, token in enumerate(tokens):
-                answers[row] += [] if token is None else [token]  # None: this row was done before
+            append_tokens(answers, tokens)
         self.tokens += sum(map(len, answers))
         return answers
 

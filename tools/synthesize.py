@@ -109,9 +109,8 @@ def teacher_documents(cfg: SynthesizeConfig, model: GPT, tokenizer: Tokenizer, t
     use different random seeds; otherwise both would draw the same random numbers.
     """
     first = min(cfg.first_tokens, length) if cfg.kind == "sampled" else 0
-    temperature = cfg.temperature
-    if temperature is None:
-        temperature = 1.0 if cfg.kind == "sampled" else 2.0
+    default = 1.0 if cfg.kind == "sampled" else 2.0
+    temperature = default if cfg.temperature is None else cfg.temperature
     for begin in count(step=cfg.batch_size):
         documents = {n: list(seeds[n % len(seeds)]) for n in range(begin, begin + cfg.batch_size)}
         extend_documents(model, tokenizer, text_ids, documents, first,

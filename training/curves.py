@@ -11,7 +11,7 @@ import io
 import sys
 from typing import TYPE_CHECKING, Any
 
-from configurator import UserError
+from configurator import optional_import
 from formats.files import write_bytes
 from training.run import Run
 
@@ -34,11 +34,8 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
 
     Raises UserError if matplotlib is missing.
     """
-    try:
-        from matplotlib.figure import Figure  # without pyplot: no window, and nothing that stays in memory
-    except ImportError:
-        raise UserError("the curves need matplotlib (pip install matplotlib)") from None
-    figure = Figure(figsize=(10, 4), layout="constrained")
+    # Without pyplot: no window, and nothing that stays in memory.
+    figure = optional_import("matplotlib.figure", "curves").Figure(figsize=(10, 4), layout="constrained")
     grid = figure.add_gridspec(2, 3)
     loss, rate, speed = (figure.add_subplot(place) for place in (grid[:, :2], grid[0, 2], grid[1, 2]))
     for number, (name, events) in enumerate(runs.items()):

@@ -1,4 +1,4 @@
-"""What sft.py and dpo.py share: they start from a model, and may train only an adapter.
+"""What sft.py, dpo.py and grpo.py share: a start from a model, an adapter, and a frozen reference.
 
     cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
     model, identity = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
@@ -8,14 +8,14 @@ The adapter itself is in training/lora.py.
 """
 
 import dataclasses
-import importlib.util
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
-from configurator import UserError, require, require_not_negative, require_positive
+from configurator import UserError, optional_import, require, require_not_negative, require_positive
 from formats import hf, peft
 from formats.chat_format import with_chat_tokens
 from formats.files import atomic_folder
@@ -58,9 +58,7 @@ class PostTrainingConfig(RunConfig):
         if self.quantize_base:
             if self.parallel == "fsdp":
                 raise UserError("quantize_base: 4-bit matrices cannot be sharded; use parallel=ddp")
-            if importlib.util.find_spec("bitsandbytes") is None:
-                raise UserError("quantize_base=nf4: needs the package bitsandbytes "
-                                "(pip install bitsandbytes)")
+            optional_import("bitsandbytes", "quantize_base=nf4")
 
     def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
         """The configuration for `fit`: with an adapter, every other parameter is frozen in every stage."""
@@ -133,3 +131,44 @@ def write_merged(run: Run, tokenizer: Tokenizer) -> None:
 
     run.run_on_rank0(write)
     run.print(f"merged    {run.out_dir / 'merged'}")
+
+
+class ReferenceModel:
+    """The frozen reference of a policy, the model that it starts from, for DPO and for a KL penalty.
+
+    It is a second model in memory, or the policy itself with its adapter switched off.
+    """
+
+    def __init__(self, policy: GPT, source: str, kind: str, device: torch.device, dtype: torch.dtype):
+        """source: the folder or hub id that the policy starts from. kind: adapter_off needs no second model;
+        cpu keeps it there, which costs time and no GPU memory; anything else keeps it on `device`. dtype: of
+        its matrix products. Raises UserError if the policy's adapter cannot be switched off."""
+        if kind == "adapter_off" and isinstance(policy, AdaptedGPT) and policy.spec.tables:
+            raise UserError(f"reference=adapter_off: {source} has no chat tokens, so new embeddings are "
+                            "trained, which cannot be switched off; start from a model of sft.py")
+        self.policy, self.source, self.adapter_off = policy, source, kind == "adapter_off"
+        self.device, self.dtype = torch.device("cpu") if kind == "cpu" else device, dtype
+        self.model: GPT | None = None  # loaded when it is needed
+
+    def load(self) -> GPT:
+        """The frozen model, with the policy's vocabulary."""
+        if self.model is None:
+            with torch.device("meta"):
+                model = GPT(self.policy.config)
+            model.to_empty(device=self.device)
+            model.load(hf.find_folder(self.source))
+            self.model = model.eval().requires_grad_(False)
+        return self.model
+
+    @torch.no_grad()
+    def compute(self, function: Callable[[GPT], Any]) -> Any:
+        """function(reference), without gradients."""
+        if isinstance(self.policy, AdaptedGPT) and self.adapter_off:
+            self.policy.use_adapter(False)
+            try:
+                return function(self.policy)
+            finally:
+                self.policy.use_adapter(True)
+        # The same precision as in training: a difference would look like a preference.
+        with torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            return function(self.load())

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from configurator import UserError, differences, version
+from configurator import UserError, differences, optional_import, version
 from formats import hf
 from formats.checkpoint import clean_tmp, read_pointers, read_run, remove_checkpoints, step_folders
 from formats.files import lock_path, path_in_errors, read_jsonl, write_json, write_text
@@ -118,8 +118,7 @@ class Run:
 
     def events(self) -> list[dict[str, Any]]:
         """The events of metrics.jsonl. A line that a kill or a power cut left incomplete is skipped."""
-        return [event for event in read_jsonl(self.out_dir / "metrics.jsonl")
-                if isinstance(event.get("step"), int)]
+        return [event for event in read_jsonl(self.out_dir / "metrics.jsonl") if "step" in event]
 
     def last_event(self, key: str) -> dict[str, Any]:
         """The newest event of metrics.jsonl that has `key`, or {}."""
@@ -171,7 +170,8 @@ class Run:
                 "python": sys.version.split()[0], "torch": torch.__version__},
                 "version": version(), "commit": commit(), "dataset_tokens": dataset_tokens}
             if cfg.tensorboard:
-                self.writer_class = tensorboard_writer()
+                self.writer_class = optional_import("torch.utils.tensorboard", "tensorboard=True",
+                                                    "tensorboard").SummaryWriter
             # A resume without wandb keeps the entry, for a later one with it.
             wandb_run = old.get("wandb")
             if cfg.wandb:
@@ -332,10 +332,7 @@ def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
 
     Raises UserError if the package or the account is missing.
     """
-    try:
-        import wandb
-    except ImportError:
-        raise UserError("wandb=True: needs the package wandb (pip install wandb)") from None
+    wandb = optional_import("wandb", "wandb=True")
     # One run per out_dir: wandb keeps the id over restarts of this program.
     identifier = old["id"] if old else secrets.token_hex(4)
     try:
@@ -349,15 +346,6 @@ def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
     run.define_metric("step")
     run.define_metric("*", step_metric="step")
     return run
-
-
-def tensorboard_writer() -> Any:
-    """torch's SummaryWriter. Raises UserError if the package tensorboard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        raise UserError("tensorboard=True: needs the package tensorboard (pip install tensorboard)") from None
-    return SummaryWriter
 
 
 def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:

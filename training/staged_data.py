@@ -1,4 +1,4 @@
-"""Which samples each training step reads, across the stages of a run.
+"""Which samples each training step reads, across the stages of a run; and sums over validation rows.
 
     data = StagedData(cfg, Rows, rank=0, world_size=2)
     stage_cfg, mix, first, count = data.shard_for_step(step)     # this rank's samples of the step
@@ -13,16 +13,18 @@ Stages that read the same data set with the same row length share one position i
 continues where the earlier one stopped.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 import numpy as np
+from torch import Tensor
 
 from configurator import UserError
 from dataset.chat_rows import ChatRows
-from dataset.dataloader import Mix, Rows
+from dataset.dataloader import Mix, Rows, validation_batches
 from formats import hf
 from formats.tokenizer import Tokenizer
+from modeling.devices import to_device
 from training.config import RunConfig
 from training.run import Run
 from training.stages import Config, plan_stages, stage_at, stage_configs, with_steps
@@ -74,6 +76,22 @@ class StagedData(Generic[Config]):
         """{folder: its training tokens}, for run.json."""
         return {str(folder.folder): folder.meta["tokens"]["train"] for mix in self.mixes.values()
                 for folder in mix.folders}
+
+
+def validation_sums(run: Run, total: int, batch_size: int, make_batch: Callable[[np.ndarray], dict[str, Any]],
+                    measure: Callable[[dict[str, Any]], Sequence[Tensor | int]]) -> list[float]:
+    """The numbers that measure(batch) returns, summed over the rows 0 to total - 1 and over all ranks.
+
+    make_batch(row numbers) makes a batch of CPU tensors; measure gets it on the run's device. Its numbers are
+    scalars, and stay on the device until the end.
+    """
+    sums: list[Tensor | int] = []
+    for batch in validation_batches(make_batch, total, batch_size, run.rank, run.world_size):
+        values = measure(to_device(batch, run.device))
+        # A count of 0 marks a filler: all ranks must run the same number of forward passes.
+        if batch["count"]:
+            sums = [a + b for a, b in zip(sums or [0] * len(values), values, strict=True)]
+    return run.sum([float(value) for value in sums or [0] * len(values)])
 
 
 def in_epochs(cfg: Config, kind: Callable[..., Any] = Rows) -> Config:

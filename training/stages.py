@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
-from configurator import UserError, coerce, configure, override
+from configurator import UserError, configure, override
 from model import GPTConfig
 from training.config import RunConfig
 
@@ -95,19 +95,10 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{place}: position=learned has no rotary base to change")
     values, theta = dict(changes), changes.get("rope_theta")
     if isinstance(theta, tuple | list):
-        values["rope_theta"] = ramp(theta, place)[1]
+        if len(theta) != 2 or not all(type(end) in (int, float) and 0 < end < 1e30 for end in theta):
+            raise UserError(f"{place}: rope_theta={theta}: a ramp is two positive numbers")
+        values["rope_theta"] = theta[1]
     return override(cfg, values, place), changes
-
-
-def ramp(theta: tuple | list, place: str) -> tuple[float, float]:
-    """The two ends of a ramp of rope_theta. Raises UserError unless they are two positive, finite numbers."""
-    try:
-        start, end = (coerce(each, float) for each in theta)
-    except (TypeError, ValueError):
-        start = end = 0.0
-    if min(start, end) <= 0:
-        raise UserError(f"{place}: rope_theta={theta}: a ramp is two positive numbers")
-    return start, end
 
 
 def with_steps(cfg: Config, steps_in_epoch: Callable[[Config], float]) -> Config:

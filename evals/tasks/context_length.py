@@ -34,7 +34,7 @@ from configurator import UserError
 from evals.likelihood import token_losses
 from evals.lm import LM
 from evals.results import Figure, Result, mean
-from evals.texts import Texts, read_texts
+from evals.tasks.perplexity import Texts, read_texts
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.sinks import SinkCache, cache_limits

@@ -28,9 +28,9 @@ from typing import Any, NamedTuple
 
 from configurator import UserError
 from dataset.tasks import question_prompt
-from evals.benchmarks import Questions, convert, read, text_of
+from evals.benchmarks import Questions, convert, text_of
 from evals.lm import LM
-from evals.multiple_choice import split_of
+from evals.multiple_choice import splits
 from evals.results import Result, means, truncated
 
 SHOTS = 8
@@ -75,15 +75,10 @@ def problem_of(row: dict[str, Any]) -> Problem:
 
 def load(source: str | None, limit: int, shots: int | None) -> Questions:
     """The first `limit` rows of the test split, and the first `shots` of the training split."""
-    if source is None:
-        train, test = (read(None, "gsm8k", f"openai/gsm8k:main:{split}") for split in ("train", "test"))
-    else:
-        rows = read(source, "gsm8k", "")
-        train = [row for row in rows if split_of(row) == "train"]
-        test = [row for row in rows if split_of(row) != "train"]
+    train, test = splits(source, "gsm8k", {name: f"openai/gsm8k:main:{name}" for name in ("train", "test")})
     count = SHOTS if shots is None else shots
-    if len(train) < count or not test:
-        raise UserError(f"data={source}: gsm8k needs a test file and, for shots={count}, a gsm8k_train file")
+    if len(train) < count:
+        raise UserError(f"data={source}: gsm8k needs, for shots={count}, a gsm8k_train file")
     return Questions(convert(test[:limit], problem_of), convert(train[:count], problem_of))
 
 

@@ -13,7 +13,7 @@ import eval as evaluation
 from configurator import UserError
 from evals.lm import LM
 from evals.tasks import context_length
-from evals.texts import Texts, read_texts
+from evals.tasks.perplexity import Texts, read_texts
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ from dataset.shards import DataFolder
 from evals.lm import LM
 from evals.results import ratio
 from evals.tasks import perplexity
-from evals.texts import Texts, read_texts
+from evals.tasks.perplexity import Texts, read_texts
 from formats import hf
 from formats.tokenizer import Tokenizer
 
