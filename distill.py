@@ -51,9 +51,8 @@ from model import GPT, GPTConfig
 from modeling.devices import DTYPES, to_device
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
-from training.optim import multipliers
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
-from training.stages import configure_run
+from training.stages import configure_run, require_multipliers
 
 CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
@@ -465,8 +464,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
-    for stage in stage_configs(cfg):
-        multipliers(student, stage.lr_multipliers)  # raises UserError
+    require_multipliers(cfg, student)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
     run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)

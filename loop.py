@@ -51,7 +51,7 @@ from training import curves, optim
 from training.config import RunConfig
 from training.metrics import Metrics, NotFinite, Progress, log_line, memory_gb, step_text
 from training.run import Run, start_run
-from training.stages import Stage, plan_stages, stage_at, stage_configs
+from training.stages import Stage, plan_stages, require_multipliers, stage_at, stage_configs
 
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
@@ -563,8 +563,7 @@ def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, eval
     # A disk that is too small should stop the run now, not after hours of training.
     size = CHECKPOINT_BYTES * model.num_saved()
     run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
-    for stage in plan_stages(cfg):
-        optim.multipliers(model, stage.cfg.lr_multipliers)  # raises UserError now, not when the stage begins
+    require_multipliers(cfg, model)  # now, not when the stage begins
     place(model, cfg, run, folder)
     # Once through, unless a loss is not finite: then again from the newest checkpoint, at a lower rate.
     while True:

@@ -37,7 +37,7 @@ from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default, validation_sums
-from training.stages import configure_run
+from training.stages import configure_run, require_multipliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,6 +123,7 @@ def main(argv: list[str]) -> int:
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, identity = chat_model(cfg, data.tokenizer, run)
+        require_multipliers(cfg.frozen_but_adapters(model), model)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
         run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:

@@ -35,7 +35,7 @@ from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default, validation_sums
-from training.stages import configure_run
+from training.stages import configure_run, require_multipliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,9 +237,10 @@ def main(argv: list[str]) -> int:
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
+        model = make_model(cfg, data.tokenizer, run)
+        require_multipliers(cfg, model)
         run.write_run_json(user_cfg, data.tokens(), data=data.hashes())
         # Train.
-        model = make_model(cfg, data.tokenizer, run)
         results = fit(cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: next_token_loss(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)

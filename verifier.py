@@ -49,7 +49,7 @@ from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model
 from training.lora import AdaptedGPT, targets_of
 from training.losses import linear_log_probs
-from training.stages import configure_run
+from training.stages import configure_run, require_multipliers
 
 LENGTH_BUCKET = 4  # tokens: answers whose lengths share a bucket count as equally long
 HELD_OUT = 8  # one problem in this many is for validation
@@ -239,6 +239,7 @@ def main(argv: list[str]) -> int:
         answers = Answers(cfg, run.run_on_rank0(lambda: stored_answers(
             Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device)))
         model, identity = scoring_model(cfg, run.tokenizer, run, answers.log_odds)
+        require_multipliers(cfg.frozen_but_adapters(model), model)
         run.write_run_json(cfg, {}, **identity)
         right = sum(answer["right"] for answer in answers.val)
         run.print(f"data      {2 * len(answers.pairs):,} answers, half of them right; held out: "

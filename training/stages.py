@@ -15,8 +15,9 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from configurator import UserError, configure, override
-from model import GPTConfig
+from model import GPT, GPTConfig
 from training.config import RunConfig
+from training.optim import multipliers
 
 Config = TypeVar("Config", bound=RunConfig)  # the configuration class of a script
 
@@ -99,6 +100,12 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
             raise UserError(f"{place}: rope_theta={theta}: a ramp is two positive numbers")
         values["rope_theta"] = theta[1]
     return override(cfg, values, place), changes
+
+
+def require_multipliers(cfg: RunConfig, model: GPT) -> None:
+    """Raise UserError if the lr_multipliers of a stage do not fit the model."""
+    for stage in stage_configs(cfg):
+        multipliers(model, stage.lr_multipliers)
 
 
 def with_steps(cfg: Config, steps_in_epoch: Callable[[Config], float]) -> Config:
