@@ -26,7 +26,7 @@ from dataset.decontaminate import OVERLAPS, Index
 from dataset.shards import SEPARATOR, token_dtype
 from dataset.sources import Row, Skip, document, row_value
 from dataset.tasks import conversation_of
-from formats.chat_format import call_text, encode_documents, encode_pair, parts_of
+from formats.chat_format import call_text, encode_documents, encode_pair
 from formats.tokenizer import Tokenizer
 
 # A row's content: a text, the messages of a chat, or a preference's (prompt, chosen answer, rejected answer).
@@ -63,12 +63,17 @@ def messages_in(content: list | tuple) -> list[Message]:
     return content if isinstance(content, list) else [*content[0], *content[1:]]
 
 
+def texts_of(message: Message) -> list[str]:
+    """All that a reader of a message sees: its thought, its content and its calls."""
+    texts = message.get("thought"), message["content"], *map(call_text, message.get("tool_calls", ()))
+    return [text for text in texts if text]
+
+
 def visible_text(content: Content) -> str:
-    """A text, or all that a reader of the messages sees, thoughts and calls too, with blank lines between."""
+    """A text, or the `texts_of` the messages with blank lines between."""
     if isinstance(content, str):
         return content
-    return "\n\n".join(text for message in messages_in(content) for text in (
-        message.get("thought"), message["content"], *map(call_text, message.get("tool_calls", ()))) if text)
+    return "\n\n".join(text for message in messages_in(content) for text in texts_of(message))
 
 
 def parse_content(row: Row, recipe: Recipe) -> Content:
@@ -124,7 +129,7 @@ def encoded_texts(content: Content) -> Iterator[str]:
         yield content
     else:
         for message in messages_in(content):  # unlike `visible_text`, this has the roles' names
-            yield from (part.text for part in parts_of(message) if not part.is_special)
+            yield from (f"{message['role']}\n", *texts_of(message), "\n")
 
 
 def encode(tokenizer: Tokenizer, kind: str, content: Any) -> list[tuple[list[int], list[int]]]:

@@ -23,24 +23,26 @@ With a tool call:
 
 A conversation begins with the tokenizer's `prefix_ids` (Llama's <s>), as every text does.
 
-The text between two special tokens is encoded on its own, so no text of a message becomes a special token,
-whatever it contains. A Jinja template alone cannot do that: TEMPLATE gives the same ids only if no message
-contains the name of a special token.
 Training targets are everything in an assistant's turn after its first line, including <|im_end|>.
 
-A model that comes with a chat template of its own keeps its format. All functions here then give the ids of
-transformers' apply_chat_template (formats/chat_template.py), and text stays text there, too.
+A model that comes with a chat template of its own keeps its format. formats/chat_template.py renders both
+kinds, with the ids of transformers' apply_chat_template. No text of a message becomes a special token,
+whatever it contains.
 """
 
 import json
 import os
-from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import groupby
-from typing import Any, NamedTuple
+from typing import Any
 
 from configurator import UserError
-from formats.chat_template import TemplateChat, answer_pieces, own_end_of_turn, own_template
+from formats.chat_template import (
+    TemplateChat,
+    answer_pieces,
+    has_template,
+    own_template,
+    template_end_of_turn,
+)
 from formats.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
 START, END = "<|im_start|>", END_OF_TURN
@@ -91,96 +93,27 @@ def with_chat_tokens(tokenizer: Tokenizer, ours: bool = False) -> Tokenizer:
     return tokenizer.extended([*CHAT_TOKENS, END_OF_TEXT], settings)
 
 
-def chat_prefix(tokenizer: Tokenizer) -> list[int]:
-    """The ids that a conversation begins with: `prefix_ids`, unless the model was trained without them."""
-    return [] if tokenizer.settings.get("chat_template") == TEMPLATE else tokenizer.prefix_ids
-
-
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
-    """The id that ends a turn, or None for a tokenizer that lacks a chat token or has a broken template."""
-    if own_template(tokenizer):
-        try:
-            return own_end_of_turn(tokenizer)
-        except UserError:
-            return None
-    ids = [tokenizer.hf.token_to_id(name) for name in CHAT_TOKENS]
-    return None if None in ids else ids[CHAT_TOKENS.index(END)]
+    """The id that ends a turn, or None for a tokenizer without a chat template or with a broken one."""
+    try:
+        return template_end_of_turn(tokenizer) if has_template(tokenizer) else None
+    except UserError:
+        return None
 
 
 def require_chat(tokenizer: Tokenizer, place: str) -> None:
-    """Raise UserError unless the tokenizer has the chat tokens, or a chat template that works."""
-    if own_template(tokenizer):
-        own_end_of_turn(tokenizer)
-    elif end_of_turn(tokenizer) is None:
+    """Raise UserError unless the tokenizer has a chat template that works."""
+    if not has_template(tokenizer):
         raise UserError(f"{place}: its tokenizer has no chat tokens; sft.py makes a chat model of a base")
+    template_end_of_turn(tokenizer)
 
 
 # ---- Messages -> ids --------------------------------------------------------------------------------------
-
-class Part(NamedTuple):
-    """A piece of a conversation that is encoded on its own."""
-
-    text: str
-    is_special: bool  # text is the name of a special token
-    is_target: bool
-
 
 def call_text(call: dict[str, Any]) -> str:
     """A tool call as JSON: {"name": .., "arguments": ..}, spelled as transformers' templates spell it."""
     call = call.get("function") or call
     return json.dumps({"name": call["name"], "arguments": call["arguments"]}, ensure_ascii=False)
-
-
-def parts_of(message: dict[str, Any]) -> Iterator[Part]:
-    """Yield the parts of one turn."""
-    role, content = message["role"], (message.get("content") or "").strip()
-    is_assistant = role == "assistant"
-    yield Part(START, True, False)
-    yield Part(f"{role}\n", False, False)
-    if role == "tool":
-        yield Part(RESPONSE, True, False)
-    if is_assistant and message.get("thought"):
-        yield Part(THOUGHT, True, True)
-        yield Part(message["thought"].strip(), False, True)
-        yield Part(THOUGHT_END, True, True)
-    yield Part(content, False, is_assistant)
-    for call in (message.get("tool_calls") or []) if is_assistant else []:
-        yield Part(CALL, True, True)
-        yield Part(call_text(call), False, True)
-    yield Part(END, True, is_assistant)
-    yield Part("\n", False, False)
-
-
-def encode_texts(tokenizer: Tokenizer, parts: list[Part]) -> tuple[list[int], list[int]]:
-    """Encode the texts between two special tokens as one, because that is what a template does.
-
-    It makes a difference for tokenizers that put a marker before the first word of a text: "user\\n" and
-    "Hi" alone would both have one.
-    """
-    text, ids, mask = "", list[int](), list[int]()
-    for part in parts:
-        text, before = text + part.text, ids
-        ids = tokenizer.encode(text, inside=True)
-        # A token that spans two parts counts as the second's.
-        kept = next((n for n, pair in enumerate(zip(before, ids, strict=False)) if pair[0] != pair[1]),
-                    min(len(before), len(ids)))
-        mask = mask[:kept] + [int(part.is_target)] * (len(ids) - kept)
-    return ids, mask
-
-
-def encode_parts(tokenizer: Tokenizer, parts: Iterable[Part]) -> tuple[list[int], list[int]]:
-    ids: list[int] = []
-    mask: list[int] = []
-    for is_special, group in groupby(parts, lambda part: part.is_special):
-        if is_special:
-            for part in group:
-                ids.append(tokenizer.token_id(part.text))
-                mask.append(int(part.is_target))
-        else:
-            new_ids, new_mask = encode_texts(tokenizer, list(group))
-            ids += new_ids
-            mask += new_mask
-    return ids, mask
 
 
 def encode_documents(tokenizer: Tokenizer,
@@ -189,13 +122,9 @@ def encode_documents(tokenizer: Tokenizer,
 
     mask is 1 for training targets, else 0. There is one document, unless the model's own template changes
     earlier turns (formats/chat_template.py). The tokenizer comes from `with_chat_tokens`. Raises
-    UnicodeEncodeError for a lone surrogate, UserError if the model's own template refuses the messages.
+    UnicodeEncodeError for a lone surrogate, UserError if the template refuses the messages.
     """
-    if own_template(tokenizer):
-        return TemplateChat(tokenizer, messages).documents()
-    ids, mask = encode_parts(tokenizer, (part for message in messages for part in parts_of(message)))
-    prefix = chat_prefix(tokenizer)
-    return [(prefix + ids, [0] * len(prefix) + mask)]
+    return TemplateChat(tokenizer, messages).documents()
 
 
 def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[list[int], list[int]]:
@@ -205,15 +134,12 @@ def encode_chat(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> tuple[l
 
 def encode_prompt(tokenizer: Tokenizer, messages: list[dict[str, Any]]) -> list[int]:
     """The ids of a conversation, followed by the opening of an assistant's turn."""
-    if own_template(tokenizer):
-        return TemplateChat(tokenizer, messages).encode_prompt()
-    opening = (Part(START, True, False), Part("assistant\n", False, False))
-    return encode_chat(tokenizer, messages)[0] + encode_parts(tokenizer, opening)[0]
+    return TemplateChat(tokenizer, messages).encode_prompt()
 
 
 def encode_answer(tokenizer: Tokenizer, message: dict[str, Any]) -> list[int]:
     """The ids of an assistant's message after `encode_prompt`: the training targets of its turn."""
-    ids, mask = encode_parts(tokenizer, parts_of(message))
+    ids, mask = encode_chat(tokenizer, [message])
     return [index for index, is_target in zip(ids, mask, strict=True) if is_target]
 
 
@@ -256,7 +182,7 @@ def encode_content(tokenizer: Tokenizer, role: str, text: str) -> list[int]:
     """The ids of a text as the content of a turn: a user's message, or an answer. "" has none."""
     before, after = turn_frame(tokenizer, role)
     ids = encode_with(tokenizer, role, text)
-    return ids[len(before):len(ids) - len(after)]
+    return ids[len(before):len(ids) - len(after)] if text else []
 
 
 # ---- Ids -> messages --------------------------------------------------------------------------------------

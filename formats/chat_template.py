@@ -1,12 +1,13 @@
-"""The format of a model that comes with a chat template: ids, training mask, and generated ids -> message.
+"""Chat templates: messages -> ids and training mask, and the generated ids of other formats -> message.
 
     chat = TemplateChat(tokenizer, messages)
     ids, mask = chat.documents()[0]       # the ids of transformers' apply_chat_template
     ids = chat.encode_prompt()            # with add_generation_prompt
 
-formats/chat_format.py calls this for every tokenizer with such a template. A template is a Jinja program of a
-stranger. jinja2's sandbox lets it reach nothing but its variables, and it may not take long, print much, or
-multiply its way to a huge value. Left out: a limit on memory in the middle of one operation, and images.
+formats/chat_format.py calls this for every conversation, also for those in our format. A template is a Jinja
+program, perhaps of a stranger. jinja2's sandbox lets it reach nothing but its variables, and it may not take
+long, print much, or multiply its way to a huge value. Left out: a limit on memory in the middle of one
+operation, and images.
 
 Which tokens are the assistant's? A template may mark them with {% generation %}. Otherwise it is rendered
 three times for each turn, and the differences show where the turn is:
@@ -124,16 +125,23 @@ def render(template: str, variables: dict[str, Any]) -> str:
 
 # ---- Templates --------------------------------------------------------------------------------------------
 
-def own_template(tokenizer: Tokenizer, tools: Any = None) -> str | None:
-    """The chat template that came with the model; None if there is none, or if its format is ours.
-
-    Of several templates with names, it is "default" or, if there are tools, "tool_use".
-    """
+def template_of(tokenizer: Tokenizer, tools: Any = None) -> str:
+    """The chat template, or "". Of several with names, "default" or, if there are tools, "tool_use"."""
     template = tokenizer.settings.get("chat_template")
     if isinstance(template, list):
         named = {each["name"]: each["template"] for each in template}
         template = (named.get("tool_use") if tools else None) or named.get("default")
-    return None if not template or "'<|start_thought|>'" in template else template
+    return template or ""
+
+
+def has_template(tokenizer: Tokenizer) -> bool:
+    return bool(template_of(tokenizer))
+
+
+def own_template(tokenizer: Tokenizer) -> str:
+    """The chat template that came with the model; "" if there is none, or if its format is ours."""
+    template = template_of(tokenizer)
+    return "" if "'<|start_thought|>'" in template else template
 
 
 @lru_cache(maxsize=8)
@@ -169,6 +177,8 @@ def template_message(message: Message, template: str) -> Message:
         calls = [call.get("function") or call for call in calls]
         form["tool_calls"] = [{"type": "function", "function": call} for call in calls]
     thought = form.get("reasoning_content") or message.get("thought")
+    if ".thought" in template:
+        return form | {"thought": thought}
     if thought and ("reasoning_content" in template or "thinking" in template):
         return form | {"thinking": thought, "reasoning_content": thought}
     if thought and "</think>" in template:
@@ -183,10 +193,12 @@ class TemplateChat:
         """Raises UserError for tool calls that the template cannot write."""
         # JSON, which is also the end of the system message's content.
         tools = messages[0].get("tools") if messages else None
+        self.tokenizer, self.template = tokenizer, template_of(tokenizer, tools)
+        if not own_template(tokenizer):
+            tools = None  # in our format they stay a text
         if tools:
             content = messages[0]["content"].removesuffix(tools).rstrip()
             messages = ([messages[0] | {"content": content}] if content else []) + messages[1:]
-        self.tokenizer, self.template = tokenizer, own_template(tokenizer, tools) or ""
         values = json.dumps([[template_message(each, self.template) for each in messages],
                              json.loads(tools) if tools else None], ensure_ascii=False)
         # Characters that occur nowhere, from a block of Unicode that has no characters.
@@ -231,6 +243,7 @@ class TemplateChat:
 
     def encode(self, text: str, targets: list[Span]) -> tuple[list[int], list[int]]:
         """(ids, mask) of a rendered text. A token that is partly in a span of targets is a target."""
+        text.encode("utf-8")  # raises UnicodeEncodeError for a lone surrogate
         guarded = self.guard in text
         encoder = guarded_tokenizer(self.tokenizer, self.guard) if guarded else self.tokenizer.hf
         encoding = encoder.encode(text, add_special_tokens=False)
@@ -265,7 +278,7 @@ class TemplateChat:
 # ---- Turns ------------------------------------------------------------------------------------------------
 
 @lru_cache(maxsize=8)
-def own_end_of_turn(tokenizer: Tokenizer) -> int:
+def template_end_of_turn(tokenizer: Tokenizer) -> int:
     """The id that ends an answer: a special token, or else the end-of-text token.
 
     Raises UserError if the template fails in the simplest conversation.
@@ -281,7 +294,7 @@ def answer_pieces(tokenizer: Tokenizer, ids: list[int]) -> dict[str, list[str]]:
 
     Thoughts and calls are read as most models write them: <think>..</think>, <tool_call>{..}</tool_call>.
     """
-    ends = {tokenizer.eot_id, own_end_of_turn(tokenizer)}
+    ends = {tokenizer.eot_id, template_end_of_turn(tokenizer)}
     stop = next((n for n, index in enumerate(ids) if index in ends), len(ids))
     text = tokenizer.decode([i for i in ids[:stop] if i not in tokenizer.special_ids], inside=True)
     thought, closed, content = text.rpartition("</think>")

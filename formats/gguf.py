@@ -151,8 +151,6 @@ def encode(values: np.ndarray, type_name: str) -> np.ndarray:
     import gguf
     if type_name in kquants.BYTES:
         return kquants.quantize(values, type_name)[0]
-    if type_name == "F16":
-        return np.ascontiguousarray(values, dtype="<f2").view(np.uint8)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name]).view(np.uint8)
 
 

@@ -9,7 +9,7 @@ tokenizer that is not a byte-level BPE, or that splits in another way, is refuse
 from typing import Any
 
 from configurator import UserError
-from formats.chat_format import chat_prefix, end_of_turn
+from formats.chat_format import TEMPLATE, end_of_turn
 from formats.splits import SPLITS
 from formats.tokenizer import Tokenizer, split_patterns
 
@@ -50,7 +50,9 @@ def special_ids(tokenizer: Tokenizer, place: str) -> dict[str, Any]:
         raise UserError(f"{place}: its tokenizer puts {tokenizer.prefix_ids} before a text; GGUF allows only "
                         "one token there, bos_token")
     known = {f"tokenizer.ggml.{name}_token_id": index for name, index in ids.items() if index is not None}
-    return known | {"tokenizer.ggml.add_bos_token": bool(chat_prefix(tokenizer))}
+    # A model that was trained with our template alone has no such token before a conversation.
+    begins = bool(tokenizer.prefix_ids) and tokenizer.settings.get("chat_template") != TEMPLATE
+    return known | {"tokenizer.ggml.add_bos_token": begins}
 
 
 def vocabulary(tokenizer: Tokenizer, vocab_size: int, place: str) -> dict[str, Any]:

@@ -76,10 +76,6 @@ DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
 MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for which no memory is enough
 # The masks and tables that old files of transformers contain.
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
-# {a dtype in the header of a safetensors file: its name}
-DTYPE_NAMES = {"F64": "float64", "F32": "float32", "F16": "float16", "BF16": "bfloat16", "I64": "int64",
-               "I32": "int32", "I16": "int16", "I8": "int8", "U8": "uint8", "BOOL": "bool",
-               "F8_E4M3": "float8_e4m3fn", "F8_E5M2": "float8_e5m2"}
 
 
 # ---- Folders ----------------------------------------------------------------------------------------------
@@ -396,13 +392,10 @@ def read_file(file: Path, packed: bool) -> Iterator[tuple[str, Tensor]]:
             for name in stored.keys():
                 if BUFFER.search(name) or (packed and name.endswith(".weight_scale")):
                     continue  # a buffer of an old file; a scale is read together with its matrix
-                dtype = DTYPE_NAMES.get(stored.get_slice(name).get_dtype(), "another type")
-                if packed and dtype == "uint8":
-                    codes, scale = stored.get_tensor(name), stored.get_tensor(f"{name}_scale")
-                    tensor = ternary.unpack_codes(codes) * scale
-                else:
-                    peft.require_float(file, name, dtype)
-                    tensor = stored.get_tensor(name)
+                tensor = stored.get_tensor(name)
+                if packed and tensor.dtype == torch.uint8:
+                    tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
+                peft.require_float(file, name, tensor)
                 yield from from_hf(name, tensor)
     except SafetensorError as error:
         raise UserError(f"{file}: damaged: {error}") from None

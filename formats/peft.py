@@ -92,8 +92,9 @@ def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, bas
     write_tensors(folder / WEIGHTS, stored)
 
 
-def require_float(file: Path, name: str, dtype: str) -> None:
+def require_float(file: Path, name: str, tensor: Tensor) -> None:
     """Raise UserError for a tensor that is not a plain float: it would be read without its scale."""
+    dtype = str(tensor.dtype).removeprefix("torch.")
     if dtype not in FLOATS:
         raise UserError(f"{file}: {name} is stored as {dtype}; only {', '.join(FLOATS)} are read, so convert "
                         "a quantized model first")
@@ -145,7 +146,7 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
         check_spec(spec, folder / CONFIG)
         stored = load_file(folder / WEIGHTS)
         for name, tensor in stored.items():
-            require_float(folder / WEIGHTS, name, str(tensor.dtype).removeprefix("torch."))
+            require_float(folder / WEIGHTS, name, tensor)
         adapter = by_our_names(stored, spec, None if isinstance(targets, str) else folder / CONFIG)
     except UserError:
         raise

@@ -23,6 +23,7 @@ from typing import Any
 
 import tiktoken
 import tokenizers
+from tiktoken.load import read_file_cached
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configurator import UserError
@@ -33,6 +34,8 @@ from formats.splits import GPT2_SPLIT, QWEN2_SPLIT
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"  # in our chats (formats/chat_format.py)
 TURN_ENDS = (END_OF_TURN, "<|eot_id|>", "<end_of_turn>", "<|end|>")  # in chat templates, other models' too
+GPT2_MERGES = "https://openaipublic.blob.core.windows.net/gpt-2/encodings/main/vocab.bpe"
+GPT2_SHA256 = "1ce1664773c50f3e0cc8842619a93edc4624525b728b188a9e0be33b7726adc5"
 MAX_ID = 2**24  # no vocabulary is larger; a damaged file may have an id for which no memory is enough
 
 # Byte-level files spell each byte of a token as one printable letter, by GPT-2's table. Printable bytes are
@@ -46,35 +49,16 @@ LETTER_TO_BYTE = {letter: byte for byte, letter in BYTE_TO_LETTER.items()}
 
 # ---- GPT-2's own tokenizer --------------------------------------------------------------------------------
 
-def letters(token: bytes) -> str:
-    return "".join(BYTE_TO_LETTER[byte] for byte in token)
-
-
-def last_merge(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two parts that were merged into a token last, found by merging its bytes in the order of the ranks.
-
-    For example, b"the" -> [b"t", b"he"] if b"he" has a lower rank than b"th".
-    """
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        pairs = [ranks.get(left + right, len(ranks)) for left, right in zip(parts, parts[1:], strict=False)]
-        best = pairs.index(min(pairs))
-        parts[best:best + 2] = [parts[best] + parts[best + 1]]
-    return parts
-
-
 def gpt2_definition() -> dict[str, Any]:
-    """GPT-2's tokenizer.json, built from tiktoken's ranks. Needs the network once, or TIKTOKEN_CACHE_DIR."""
+    """GPT-2's tokenizer.json, from the merges that tiktoken downloads once, or has in TIKTOKEN_CACHE_DIR."""
     try:
-        encoding = tiktoken.get_encoding("gpt2")
+        lines = read_file_cached(GPT2_MERGES, GPT2_SHA256).decode().split("\n")
     except Exception as error:  # whatever the download raises
         raise UserError(f"tokenizer=gpt2: no merges could be downloaded ({type(error).__name__}); without "
                         "a network, set TIKTOKEN_CACHE_DIR to a folder that contains them") from None
-    ranks = encoding._mergeable_ranks
-    merged = sorted((token for token in ranks if len(token) > 1), key=ranks.__getitem__)
-    hf = tokenizers.Tokenizer(models.BPE(
-        vocab={letters(token): index for token, index in ranks.items()},
-        merges=[(letters(left), letters(right)) for left, right in (last_merge(t, ranks) for t in merged)]))
+    merges = [(left, right) for left, right in map(str.split, lines[1:-1])]  # the first line is a version
+    pieces = [*BYTE_TO_LETTER.values(), *map("".join, merges)]
+    hf = tokenizers.Tokenizer(models.BPE({piece: index for index, piece in enumerate(pieces)}, merges))
     hf.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     hf.decoder = decoders.ByteLevel()
     hf.add_special_tokens([END_OF_TEXT])

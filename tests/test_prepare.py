@@ -396,7 +396,7 @@ def test_what_is_in_the_folder_is_safe(tmp_path):
     assert main([*args, f"--out={tmp_path / 'empty'}"]) == 0
     before = {path.name: path.read_bytes() for path in (tmp_path / "empty").iterdir()}
     for mistake, message in (("--text_key=txt", "no row can be used: no key 'txt'; --text_key= one of text"),
-                             ("--tokenizer=gtp2", "no tokenizer there .give gpt2, or")):
+                             ("--tokenizer=gtp2", "no tokenizer there .give gpt2, a .gguf")):
         wrong = [arg for arg in args if "vocab" not in arg or "key" in mistake]
         with pytest.raises(UserError, match=message):
             main([*wrong, f"--out={tmp_path / 'empty'}", "--overwrite=True", mistake])

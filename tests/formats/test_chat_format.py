@@ -1,6 +1,7 @@
 """The chat format: the training mask, equality with the saved template, and no forged special tokens."""
 
 import itertools
+import json
 import random
 
 import pytest
@@ -14,7 +15,6 @@ from formats.chat_format import (
     encode_chat,
     encode_prompt,
     end_of_turn,
-    parts_of,
     read_answer,
     require_chat,
     with_chat_tokens,
@@ -83,7 +83,7 @@ def spoken(messages):
                 text += f"<|start_thought|>{message['thought'].strip()}<|end_thought|>"
             text += message["content"].strip()
             for call in message.get("tool_calls", []):
-                text += "<|tool_call|>" + [p.text for p in parts_of(message) if '"name"' in p.text].pop(0)
+                text += "<|tool_call|>" + json.dumps(call, ensure_ascii=False)
                 assert call["name"] in text
             text += "<|im_end|>"
     return text

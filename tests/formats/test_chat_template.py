@@ -506,7 +506,7 @@ def test_our_format_can_be_forced(formats):
     tokenizer = formats("smollm2")[0]
     assert with_chat_tokens(tokenizer) is tokenizer and own_template(tokenizer)
     ours = with_chat_tokens(tokenizer, ours=True)
-    assert own_template(ours) is None and ours.vocab_size == tokenizer.vocab_size + 4
+    assert own_template(ours) == "" and ours.vocab_size == tokenizer.vocab_size + 4
     hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
     assert ours.decode(encode_chat(ours, hello)[0]) == (
         "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\nb<|im_end|>\n"
