@@ -24,14 +24,6 @@ NEG_INF = -1e30  # the logarithm of 0, but finite, because inf - inf is NaN
 MIN_NORM = 1e-6  # a vector shorter than this has no direction: its cosine with any other is about 0
 
 
-def same_width(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
-    """Both tensors in float32. Raises ValueError if their shapes differ."""
-    if student.shape != teacher.shape:
-        raise ValueError(f"student vectors of shape {tuple(student.shape)} against the teacher's "
-                         f"{tuple(teacher.shape)}: project the student to the teacher's width first")
-    return student.float(), teacher.float()
-
-
 def products(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of every a with every b: (..., n, C), (..., m, C) -> (..., n, m) float32."""
     with torch.autocast(a.device.type, enabled=False):
@@ -42,19 +34,18 @@ def hidden_mse(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """The squared difference of hidden states, averaged over the C entries and summed over positions.
 
     student, teacher: (B, T, C), any float dtype. weights: (B, T). Unit: the square of a hidden state.
-    Raises ValueError if the shapes differ. Source: L_hidn of TinyBERT, arXiv 1909.10351.
+    Source: L_hidn of TinyBERT, arXiv 1909.10351.
     """
-    student, teacher = same_width(student, teacher)
-    return (weights * (student - teacher).square().mean(dim=-1)).sum()
+    return (weights * (student.float() - teacher.float()).square().mean(dim=-1)).sum()
 
 
 def hidden_cosine(student: Tensor, teacher: Tensor, weights: Tensor) -> Tensor:
     """1 - cosine of the angle between hidden states, summed over positions; 0 to 2 per position.
 
     student, teacher: (B, T, C), any float dtype. weights: (B, T). A zero vector has cosine 0 with any other.
-    Raises ValueError if the shapes differ. Source: L_cos of DistilBERT, arXiv 1910.01108.
+    Source: L_cos of DistilBERT, arXiv 1910.01108.
     """
-    student, teacher = (F.normalize(x, dim=-1, eps=MIN_NORM) for x in same_width(student, teacher))
+    student, teacher = (F.normalize(x.float(), dim=-1, eps=MIN_NORM) for x in (student, teacher))
     return (weights * (1 - (student * teacher).sum(dim=-1))).sum()
 
 
@@ -100,13 +91,8 @@ def attention_mse(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teach
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut vectors into R = `heads` relation heads: (B, T, C) -> (B, R, T, C / R). Raises ValueError if C is
-    not divisible by R."""
-    B, T, C = x.shape
-    if C % heads:
-        raise ValueError(f"vectors of width {C} cannot be cut into {heads} relation heads: choose a divisor "
-                         "of the student's and the teacher's width")
-    return x.reshape(B, T, heads, C // heads).transpose(1, 2)  # (B, R, T, D)
+    """Cut vectors into R = `heads` relation heads, a divisor of C: (B, T, C) -> (B, R, T, C / R)."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, R, T, D)
 
 
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, weights: Tensor,
@@ -117,7 +103,7 @@ def relation_loss(student: Tensor, teacher: Tensor, heads: int, weights: Tensor,
     cut into `heads` relation heads again, so head counts and widths may differ. A relation is the causal
     softmax(x x^T / sqrt(D)) of a head x with itself; D is the model's own. weights: (B, T). Needs several
     (B, R, T, T) float32 tensors. squared: in place of KL, the squared difference of the relations'
-    probabilities, averaged over the visible keys. Raises ValueError if a width is not divisible by `heads`.
+    probabilities, averaged over the visible keys.
     Source: MiniLMv2, arXiv 2012.15828, without its look at later positions.
     """
     student, teacher = split_heads(student, heads), split_heads(teacher, heads)  # (B, R, T, D) each
@@ -167,9 +153,9 @@ def sinkhorn_loss(student: Tensor, teacher: Tensor, weights: Tensor, regularizat
     pairs each position with itself. regularization: weight of the plan's entropy, as a share of the geometric
     mean of all pairs' costs. It blurs the plan, so equal inputs still have a small cost. The backward pass
     treats the plan as constant; at convergence that is the gradient of the cost minus the weighted entropy.
-    Raises ValueError if the shapes differ. Source: arXiv 1306.0895, computed on logarithms.
+    Source: arXiv 1306.0895, computed on logarithms.
     """
-    cost = squared_distances(*same_width(student, teacher))  # (B, T, T)
+    cost = squared_distances(student.float(), teacher.float())  # (B, T, T)
     with torch.no_grad():
         plan = transport_plan(cost, weights, regularization, iterations)  # (B, T, T)
     return (plan * cost).sum()
@@ -182,10 +168,10 @@ def info_nce(student: Tensor, teacher: Tensor, weights: Tensor, temperature: flo
     sequence. student, teacher: (B, T, C), any float dtype. weights: (B, T). temperature: of the softmax; 0.07
     is from MoCo, arXiv 1911.05722. If n positions count in a sequence, log(n) - loss / n is a lower bound of
     the mutual information between student and teacher vectors. The negatives come from the same sequence, not
-    from the batch, so the batch size does not change the loss. Needs (B, T, T) float32. Raises ValueError if
-    the shapes differ. Source: arXiv 1807.03748.
+    from the batch, so the batch size does not change the loss. Needs (B, T, T) float32.
+    Source: arXiv 1807.03748.
     """
-    student, teacher = (F.normalize(x, dim=-1, eps=MIN_NORM) for x in same_width(student, teacher))
+    student, teacher = (F.normalize(x.float(), dim=-1, eps=MIN_NORM) for x in (student, teacher))
     scores = products(student, teacher) / temperature  # (B, T, T)
     log_p = scores.masked_fill(weights[:, None] == 0, NEG_INF).log_softmax(dim=-1)
     return -(weights * log_p.diagonal(dim1=1, dim2=2)).sum()

@@ -122,8 +122,8 @@ def noise_term(parameters: list[nn.Parameter], norm: float, seed: int) -> Tensor
     size = sum(parameter.numel() for parameter in parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)
     draws = (torch.randn(p.shape, generator=generator, device=p.device) for p in parameters)
-    return sum(((draw * p).sum() for draw, p in zip(draws, parameters, strict=True)),
-               torch.zeros((), device=parameters[0].device)) * (norm / size ** 0.5)
+    return torch.stack([(draw * p).sum() for draw, p in zip(draws, parameters, strict=True)]).sum() * (
+        norm / size**0.5)
 
 
 def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Tensor | None,

@@ -8,7 +8,6 @@ None, in place of hidden states and an output matrix. A teacher may have more ro
 the tokenizer has ids; the loss ignores those rows.
 """
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 
 from configurator import UserError
 from formats import hf
+from formats.files import read_json
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
 from model import GPT
@@ -57,14 +57,9 @@ class ForeignTeacher(nn.Module):
 
 def is_ours(folder: Path) -> bool:
     """True if model.py has the architecture. Raises UserError if config.json is damaged."""
-    if is_adapter(folder) or folder.is_file():  # a GGUF file
-        return True
-    try:
-        model_type = json.loads((folder / "config.json").read_text())["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'}: not a model's config ({type(error).__name__}: {error})"
-                        ) from None
-    return model_type in (*hf.DEFAULTS, "nanollama")
+    is_gguf = folder.is_file()
+    return (is_adapter(folder) or is_gguf
+            or read_json(folder / "config.json").get("model_type") in (*hf.DEFAULTS, "nanollama"))
 
 
 def pieces(tokenizer: Tokenizer) -> dict[int, str]:

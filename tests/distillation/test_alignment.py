@@ -31,8 +31,8 @@ from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT
 from prepare import PrepareConfig, prepare
-from tests.runs import losses
-from tests.test_distill import cache, run
+from tests.runs import events, losses
+from tests.test_distill import cache, on_two_ranks, run
 
 CPU = torch.device("cpu")
 TEXT = "def main(args):\n    return args + 1234  # naïve 日本\n" * 4
@@ -341,6 +341,18 @@ def test_packed_chats_and_masks(chats, trained, tmp_path):
         alone = aligned["teacher_input_ids"][row][documents == documents[place]][None]
         first = int((documents == documents[place]).nonzero()[0])
         torch.testing.assert_close(packed[row, place], teacher(alone)[0, place - first], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("how", [["--on_policy=0.5"], ["--parallel=fsdp"]])
+def test_two_ranks_have_the_losses_of_one(other, data, tmp_path, two_ranks, how):
+    more = ["--align=bytes", "--optimizer=adamw", "--max_steps=4"]
+    alone = run(other, data, tmp_path / "one", *more, *(how if "on_policy" in how[0] else []))
+    two_ranks(on_two_ranks, str(other), str(data), str(tmp_path / "two"), *more, *how)
+    both = events(tmp_path / "two")
+    for key in ("loss", "aligned", "own_divergence"):
+        one, two = ([event[key] for event in log if key in event] for log in (alone, both))
+        np.testing.assert_allclose(two, one, rtol=1e-5)
+    assert len(losses(both)) == 4 or how == ["--on_policy=0.5"]
 
 
 @pytest.mark.fast
