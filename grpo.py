@@ -313,9 +313,9 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
     for answer in answers[:cfg.sample_answers]:
         run.print(log_text("sample    ", source.tokenizer.decode(answer.prompt + answer.ids)))
-    rows = sum(run.gather([{"val_reward": each.reward, "val_length": each.num_sampled}
-                           | {f"val_reward/{name}": value for name, value in each.terms.items()}
-                           for each in answers]), [])
+    found = [{"val_reward": each.reward, "val_length": each.num_sampled}
+             | {f"val_reward/{name}": value for name, value in each.terms.items()} for each in answers]
+    rows: list[dict[str, float]] = sum(run.gather(found), [])
     # A term of a user's reward may be missing in some answers.
     means = {name: sum(row.get(name, 0.0) for row in rows) / count
              for name in dict.fromkeys(name for row in rows for name in row)}

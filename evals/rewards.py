@@ -16,7 +16,6 @@ import numbers
 import re
 import runpy
 import signal
-import threading
 from pathlib import Path
 from typing import Any
 
@@ -94,24 +93,24 @@ class Reward:
 
     def __init__(self, spec: str = BUILT_IN, seconds: float = 10.0):
         """spec: "answer" or "file.py:function". seconds: that a call of the user's function may take."""
-        self.spec, self.seconds = spec, seconds
-        self.function: Any = None if spec == BUILT_IN else load_function(spec)
-        self.identity = file_sha256(Path(spec.rpartition(":")[0])) if self.function else ""
+        self.spec, self.seconds, self.identity = spec, seconds, ""
+        self.function: Any = None
+        if spec != BUILT_IN:
+            self.function = load_function(spec)
+            self.identity = file_sha256(Path(spec.rpartition(":")[0]))
 
     def terms(self, prompt: Prompt, message: Message) -> dict[str, float]:
-        """{name: value}, whose sum is the reward of an answer."""
+        """{name: value}, whose sum is the reward of an answer. Raises UserError if the function fails."""
         if self.function is None:
             return {"answer": float(is_right(prompt.row, message))}
-        return {} if "cut" in message else self.custom(prompt, message)
-
-    def custom(self, prompt: Prompt, message: Message) -> dict[str, float]:
-        """What the user's function returns. Raises UserError, in one line, if it fails."""
+        if "cut" in message:
+            return {}
         try:
             value = self.call(prompt, message)
             terms = value if isinstance(value, dict) else {"custom": value}
-            for name, each in terms.items():
-                if not isinstance(name, str) or not isinstance(each, numbers.Real) or not math.isfinite(each):
-                    raise TypeError(f"returned {value!r}, which is no finite number or dict of them")
+            if not all(isinstance(name, str) and isinstance(each, numbers.Real) and math.isfinite(each)
+                       for name, each in terms.items()):
+                raise TypeError(f"returned {value!r}, which is no finite number or dict of them")
         except (Exception, SystemExit) as error:
             question = " ".join(prompt.messages[-1]["content"].split())[:60]
             reason = " ".join(str(error).split())[:300]
@@ -120,17 +119,17 @@ class Reward:
         return {name: float(each) for name, each in terms.items()}
 
     def call(self, prompt: Prompt, message: Message) -> Any:
-        """The user's function on copies, so that it cannot change the data. Raises TimeoutError."""
+        """The user's function on copies, so that it cannot change the data. Raises TimeoutError.
+
+        Only the main thread can be interrupted.
+        """
         def stop(number: int, frame: Any) -> None:
             raise TimeoutError(f"took longer than reward_seconds={self.seconds:g}")
 
-        arguments = copy.deepcopy((prompt.messages, message, prompt.row))
-        if threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGALRM"):
-            return self.function(*arguments)  # only the main thread on Unix can be interrupted
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)
         try:
-            return self.function(*arguments)
+            return self.function(*copy.deepcopy((prompt.messages, message, prompt.row)))
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, before)
