@@ -348,7 +348,7 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
     for split, count in tokens.items():
         if not count and (split == "train" or cfg.val_fraction):  # val_fraction=0 wants no validation
             raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
-                            f"val_fraction={cfg.val_fraction}: give more text, or another share")
+                            f"val_fraction={cfg.val_fraction}: give more text (or max_tokens), or another share")
 
 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
@@ -433,6 +433,8 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     source = str(download(cfg.source)) if is_url(cfg.source) else cfg.source
     kinds = KINDS | {".tsv"} if cfg.task else KINDS
     files, ignored = find_files(source, kinds=kinds) if has_files else ([], 0)
+    own = cfg.folder.resolve()  # with --source=. the data set itself may lie in the source
+    files = [path for path in files if own not in path.resolve().parents]
     benchmarks, others = find_benchmarks(cfg.decontaminate) if cfg.decontaminate else ([], 0)
     inputs = describe_inputs(cfg, files, benchmarks)
     # meta.json is written last, so a folder that has one is complete.

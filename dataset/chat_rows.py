@@ -83,6 +83,7 @@ def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
 
         lengths 3 9 6 4 1, size 10        rows [9, 1], [6, 4], [3] = documents [1, 4], [2, 3], [0]
     """
+    size = min(size, int(lengths.sum()))  # so that a huge size takes no memory
     rows: list[list[int]] = []
     with_room: list[list[int]] = [[] for _ in range(size + 1)]  # with_room[r]: the rows that have room for r
     for number in np.argsort(-lengths, kind="stable"):

@@ -175,7 +175,8 @@ def atomic_folder(target: Path, marker: str = "meta.json", kind: str = "data set
         raise UserError(f"out={target}: holds files, but no {kind}; give a new or empty folder")
     target = target.resolve()
     new, old = sibling_path(target, "tmp"), sibling_path(target, "old")
-    new.mkdir(parents=True, exist_ok=True)
+    target.parent.mkdir(parents=True, exist_ok=True)  # its error names a path that the user knows
+    new.mkdir(exist_ok=True)
     lock = lock_path(new)
     if lock is None:
         raise UserError(f"out={target}: another process is writing it")

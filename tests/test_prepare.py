@@ -163,6 +163,13 @@ def test_same_inputs_do_nothing_others_are_refused(tmp_path, capsys):
     assert main([*args, "--verify=True"]) == 0
 
 
+def test_a_data_set_in_its_own_source_is_not_read(tmp_path, capsys):
+    write_jsonl(tmp_path / "a.jsonl", documents(300))
+    args = [f"--source={tmp_path}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    assert main(args) == main(args) == 0
+    assert "is up to date" in capsys.readouterr().out
+
+
 def test_max_tokens_stops_at_a_document(tmp_path):
     source = write_jsonl(tmp_path / "a.jsonl", documents(300))
     args = [f"--source={source}", "--vocab_size=300", "--num_proc=1", "--val_fraction=0.1"]

@@ -116,10 +116,10 @@ def main(argv: list[str]) -> int:
     require(cfg, "out", cfg.out.endswith(".png"), "the name of a picture, such as attention.png")
     require(cfg, "layer", 0 <= cfg.layer < L, f"from 0 to {L - 1}")
     require(cfg, "head", 0 <= cfg.head < H, f"from 0 to {H - 1}")
-    text = Path(cfg.prompt_file).read_text(encoding="utf-8") if cfg.prompt_file else cfg.prompt
+    text = Path(cfg.prompt_file).read_text("utf-8", "replace") if cfg.prompt_file else cfg.prompt
     ids = (tokenizer.prefix_ids + tokenizer.encode(text))[:model.config.block_size]
     if len(ids) <= SINKS:
-        raise UserError(f"prompt: {len(ids)} tokens; the text needs at least {SINKS + 1}")
+        raise UserError(f"{cfg.prompt_file or 'prompt'}: {len(ids)} tokens; the text needs at least {SINKS + 1}")
     tiles, numbers, detail = {}, np.zeros((L, H, 2)), np.zeros(0)
 
     def visit(layer: int, head: int, weights: Tensor) -> None:

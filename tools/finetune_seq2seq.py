@@ -107,6 +107,7 @@ def summarize(cfg: Seq2SeqConfig, trainer: Any, rows: list[dict[str, str]]) -> l
 def main(argv: list[str]) -> int:
     cfg, _ = configure(Seq2SeqConfig, argv, usage=__doc__)
     pairs = read_pairs(cfg)
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)  # a wrong place ends the run now, not after training
     rows, trainer = pairs[True][:cfg.limit], make_trainer(cfg, pairs[False])
     texts = {"zero-shot": summarize(cfg, trainer, rows)}  # a new adapter changes nothing
     trainer.train()

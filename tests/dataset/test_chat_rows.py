@@ -97,6 +97,7 @@ def test_packing_loses_nothing(folders):
 
 def test_best_fit_by_hand():
     assert pack_rows(np.array([3, 9, 6, 4, 1]), 10) == [[1, 4], [2, 3], [0]]
+    assert pack_rows(np.array([3, 9]), 10**15) == [[1, 0]]
     draw = np.random.default_rng(0)
     lengths = draw.integers(1, 61, 3000)
     rows = pack_rows(lengths, 100)
