@@ -42,9 +42,8 @@ from modeling.rope import rope_frequencies, yarn_factor
 # {our name of a file's type: gguf.LlamaFileType's}
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
          "q6_k": "MOSTLY_Q6_K", "q4_k_m": "MOSTLY_Q4_K_M"}
-# {type of a tensor: (weights, bytes) of one block}
-BLOCKS = {"F32": (1, 4), "F16": (1, 2), "BF16": (1, 2), "Q8_0": (32, 34), "Q5_0": (32, 22), "Q5_1": (32, 24),
-          "Q4_K": (256, 144), "Q5_K": (256, 176), "Q6_K": (256, 210)}
+# {type of a tensor: weights in one block}; 1 for all others
+BLOCKS = {"Q8_0": 32, "Q5_0": 32, "Q5_1": 32} | dict.fromkeys(kquants.BYTES, kquants.BLOCK)
 FALLBACK = {"Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}  # from blocks of 256 to blocks of 32
 
 
@@ -143,7 +142,7 @@ def wanted_type(name: str, config: GPTConfig, kind: str) -> str:
 def fitting_type(wanted: str, columns: int) -> str:
     """The wanted type, or its replacement if its blocks do not divide a row of `columns` weights."""
     candidates = (wanted, FALLBACK.get(wanted, "F16"), "F16")
-    return next(type_name for type_name in candidates if columns % BLOCKS[type_name][0] == 0)
+    return next(type_name for type_name in candidates if columns % BLOCKS.get(type_name, 1) == 0)
 
 
 def encode(values: np.ndarray, type_name: str) -> np.ndarray:
@@ -157,55 +156,42 @@ def encode(values: np.ndarray, type_name: str) -> np.ndarray:
 # ---- Files ------------------------------------------------------------------------------------------------
 
 class TensorInfo(NamedTuple):
-    """What a file says about one of its tensors, and the type that it should have had."""
+    """A tensor of a file, and the type that it should have had."""
 
     name: str
     wanted: str
     type: str
     shape: tuple[int, ...]  # in weights
-
-    @property
-    def byte_shape(self) -> tuple[int, ...]:
-        weights, size = BLOCKS[self.type]
-        return (*self.shape[:-1], self.shape[-1] // weights * size)
-
-    @property
-    def bytes(self) -> int:
-        return math.prod(self.byte_shape)
-
-
-def tensor_info(name: str, shape: tuple[int, ...], config: GPTConfig, kind: str) -> TensorInfo:
-    is_float32 = len(shape) == 1 or name == "position_embd.weight"
-    wanted = "F32" if is_float32 else wanted_type(name, config, kind)
-    return TensorInfo(name, wanted, fitting_type(wanted, shape[-1]), shape)
+    bytes: int
 
 
 def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dict[str, Any],
           kind: str) -> list[TensorInfo]:
     """Write a file and return its tensors' infos. Raises OSError for a full disk.
 
-    state: float32 tensors by our names. metadata: further header entries, such as those of the tokenizer.
+    state: float32 tensors by our names. metadata: further header entries, such as those of the tokenizer. All
+    tensors are encoded before the file is written, so it needs the file's size in memory.
     """
     import gguf
-    infos = [tensor_info(name, tuple(tensor.shape), config, kind)
-             for name, tensor in rename_tensors(config, state)]
     writer = gguf.GGUFWriter(None, hf.architecture(config))
     add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
                             str: writer.add_string, list: writer.add_array}
     for key, value in (model_metadata(config, kind) | metadata).items():
         add[type(value)](key, value)
-    for info in infos:
-        writer.add_tensor_info(info.name, info.byte_shape, np.dtype(np.uint8), info.bytes,
-                               raw_dtype=gguf.GGMLQuantizationType[info.type])
+    infos = []
+    for name, tensor in tqdm(rename_tensors(config, state), path.name, leave=False,
+                             disable=not sys.stderr.isatty()):
+        is_float32 = tensor.ndim == 1 or name == "position_embd.weight"
+        wanted = "F32" if is_float32 else wanted_type(name, config, kind)
+        actual = fitting_type(wanted, tensor.shape[-1])
+        data = encode(tensor.float().cpu().contiguous().numpy(), actual)
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[actual])
+        infos.append(TensorInfo(name, wanted, actual, tuple(tensor.shape), data.nbytes))
     with path_in_errors(path):
         try:
             writer.write_header_to_file(path)
             writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            bar = tqdm(infos, path.name, leave=False, disable=not sys.stderr.isatty())
-            # The header comes first, so the tensors are made a second time: one at a time, to save memory.
-            for info, (_, tensor) in zip(bar, rename_tensors(config, state), strict=True):
-                writer.write_tensor_data(encode(tensor.float().cpu().contiguous().numpy(), info.type))
+            writer.write_tensors_to_file()
         finally:
             writer.close()
     return infos
