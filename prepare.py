@@ -23,7 +23,6 @@ run that fails or is killed leaves an existing folder as it was."""
 import contextlib
 import dataclasses
 import hashlib
-import itertools
 import json
 import os
 import time
@@ -163,6 +162,15 @@ def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
         yield batch
 
 
+def usable_contents(rows: Iterable[Row], recipe: Recipe) -> Iterator[tuple[Any, int, int]]:
+    """(content, its hash, its size in bytes) of each row that can be used; write_shards counts the others."""
+    for batch in in_batches(rows):
+        for content in parse_rows(batch, recipe)[0]:
+            if content is not None:
+                data = identity_bytes(content)
+                yield content, text_hash(data), len(data)
+
+
 def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int:
     """The hash below which documents are for validation, so that both splits get a document if there are two.
 
@@ -172,12 +180,9 @@ def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int
     limit, lowest, highest = int(val_fraction * 2**64), 2**64, -1
     if not limit:
         return 0  # no validation split is wanted
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, 64)):
-        contents, _, _ = parse_rows(batch, recipe)
-        hashes = [text_hash(identity_bytes(content)) for content in contents if content is not None]
-        lowest, highest = min([lowest, *hashes]), max([highest, *hashes])
-        if lowest < limit <= highest:  # nearly always after the first batch
+    for _, digest, _ in usable_contents(rows, recipe):
+        lowest, highest = min(lowest, digest), max(highest, digest)
+        if lowest < limit <= highest:  # nearly always after a few rows
             return limit
     if lowest >= highest:
         return limit  # no two documents; `require_documents` says so
@@ -189,18 +194,13 @@ def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int
 def training_texts(rows: Iterable[Row], recipe: Recipe, val_limit: int) -> Iterator[str]:
     """The first BPE_SAMPLE_BYTES of text, to train a tokenizer on."""
     total = 0
-    for batch in in_batches(rows):
-        contents, _, _ = parse_rows(batch, recipe)
-        for content in contents:
-            if content is None:  # a skipped row; write_shards counts it
-                continue
-            data = identity_bytes(content)
-            # Validation text must not shape the vocabulary, or its loss would look better than it is.
-            if text_hash(data) >= val_limit:
-                yield from encoded_texts(content)
-                total += len(data)
-            if total > BPE_SAMPLE_BYTES:
-                return
+    for content, digest, size in usable_contents(rows, recipe):
+        # Validation text must not shape the vocabulary, or its loss would look better than it is.
+        if digest >= val_limit:
+            yield from encoded_texts(content)
+            total += size
+        if total > BPE_SAMPLE_BYTES:
+            return
 
 
 # ---- Counting ---------------------------------------------------------------------------------------------

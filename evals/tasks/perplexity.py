@@ -53,8 +53,7 @@ def file_documents(files: list[Path], limit: int) -> Iterator[str]:
     A text file of more than 2 * limit bytes comes in pieces, of which the first has at least `limit` bytes.
     """
     rows = read_rows(files, "text", piece=2 * limit)  # pieces are at least half as long as `piece`
-    for _, text in usable_rows(rows, lambda row: document(row, "text")):
-        yield text
+    return (text for _, text in usable_rows(rows, lambda row: document(row, "text")))
 
 
 def validation_documents(folder: Path) -> Iterator[str]:
