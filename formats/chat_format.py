@@ -36,13 +36,7 @@ from functools import lru_cache
 from typing import Any
 
 from configurator import UserError
-from formats.chat_template import (
-    TemplateChat,
-    answer_pieces,
-    has_template,
-    own_template,
-    template_end_of_turn,
-)
+from formats.chat_template import TemplateChat, answer_pieces, own_template, template_end_of_turn, template_of
 from formats.tokenizer import END_OF_TEXT, END_OF_TURN, Tokenizer
 
 START, END = "<|im_start|>", END_OF_TURN
@@ -96,14 +90,14 @@ def with_chat_tokens(tokenizer: Tokenizer, ours: bool = False) -> Tokenizer:
 def end_of_turn(tokenizer: Tokenizer) -> int | None:
     """The id that ends a turn, or None for a tokenizer without a chat template or with a broken one."""
     try:
-        return template_end_of_turn(tokenizer) if has_template(tokenizer) else None
+        return template_end_of_turn(tokenizer) if template_of(tokenizer) else None
     except UserError:
         return None
 
 
 def require_chat(tokenizer: Tokenizer, place: str) -> None:
     """Raise UserError unless the tokenizer has a chat template that works."""
-    if not has_template(tokenizer):
+    if not template_of(tokenizer):
         raise UserError(f"{place}: its tokenizer has no chat tokens; sft.py makes a chat model of a base")
     template_end_of_turn(tokenizer)
 

@@ -134,10 +134,6 @@ def template_of(tokenizer: Tokenizer, tools: Any = None) -> str:
     return template or ""
 
 
-def has_template(tokenizer: Tokenizer) -> bool:
-    return bool(template_of(tokenizer))
-
-
 def own_template(tokenizer: Tokenizer) -> str:
     """The chat template that came with the model; "" if there is none, or if its format is ours."""
     template = template_of(tokenizer)
