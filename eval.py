@@ -340,13 +340,6 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
     return rows
 
 
-def notes(models: list[dict[str, Any]], absent: dict[str, str]) -> list[str]:
-    """One line per task that was not run, with the reason."""
-    return [f"not run: {task}: {reason}" for task, reason in absent.items()] + [
-        f"not run: {task}: {model['model']}: {reason}" for model in models
-        for task, reason in model["not_run"].items()]
-
-
 def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as text for the terminal: two columns of names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -355,17 +348,26 @@ def aligned(rows: list[list[str]]) -> str:
                      for row in rows)
 
 
+def report(results: dict[str, Any], targets: dict[str, str], show: Callable[[list[list[str]]], str],
+           bullet: str = "") -> str:
+    """The tables as text, and one line per task that was not run, with the reason.
+
+    results: as in results.json. targets: see `target_cells`. show: makes text of a table's rows.
+    """
+    models, absent = results["models"], results["not_run"]
+    tables = [table_rows(models, absent, targets), method_rows(models)]
+    reasons = [*absent.items(), *((task, f"{model['model']}: {reason}") for model in models
+                                  for task, reason in model["not_run"].items())]
+    notes = "\n".join(f"{bullet}not run: {task}: {reason}" for task, reason in reasons)
+    return "\n\n".join([*(show(rows) for rows in tables if rows), *filter(None, [notes])]) + "\n"
+
+
 # ---- Files ------------------------------------------------------------------------------------------------
 
 def save_results(out: Path, results: dict[str, Any], targets: dict[str, str]) -> None:
     """Write results.json and results.md with all that is finished. targets: see `target_cells`."""
-    rows = table_rows(results["models"], results["not_run"], targets)
-    lines = [f"- {note}" for note in notes(results["models"], results["not_run"])]
-    methods = method_rows(results["models"])
-    lines = [table(rows[0], rows[1:]), *(["", table(methods[0], methods[1:])] if methods else []),
-             *([""] if lines else []), *lines]  # "": a blank line before the list
     write_json(out / "results.json", results | {"targets": targets})
-    write_text(out / "results.md", "\n".join(lines) + "\n")
+    write_text(out / "results.md", report(results, targets, lambda rows: table(rows[0], rows[1:]), "- "))
 
 
 def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
@@ -387,10 +389,9 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
     except ImportError:  # matplotlib is optional
         print(f"{task}.png: not drawn, it needs matplotlib (pip install matplotlib)", file=sys.stderr)
         return
-    if picture is None:  # no answers were sampled
-        return
-    picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is then replaced in one step
-    write_bytes(out / f"{task}.png", content.getvalue())
+    if picture is not None:  # None: no answers were sampled
+        picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is replaced in one step
+        write_bytes(out / f"{task}.png", content.getvalue())
 
 
 # ---- main -------------------------------------------------------------------------------------------------
@@ -437,9 +438,7 @@ def main(argv: list[str]) -> int:
     # "complete" tells a reader of results.json that no task was cut off.
     targets = target_cells(cfg, models[0])
     save_results(out, results | {"complete": True}, targets)
-    methods = method_rows(models)
-    print("\n".join([aligned(table_rows(models, absent, targets)), *notes(models, absent),
-                     *(["", aligned(methods)] if methods else [])]))
+    print(report(results, targets, aligned), end="")
     print(f"next        python export.py --model={shlex.quote(cfg.model)} --format=gguf", file=sys.stderr)
     return 3 if any(cell.startswith("missed") for cell in targets.values()) else 0
 
