@@ -30,7 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from configurator import UserError
+from configurator import UserError, optional_import
 from dataset.tool_problems import offered_functions
 from formats.chat_format import CALL, THOUGHT, THOUGHT_END
 from formats.files import read_json
@@ -92,10 +92,12 @@ class RowGuide:
     """The state of one answer: which tokens may come next."""
 
     def __init__(self, matcher: Any, end_ids: set[int]):
-        self.matcher, self.end_ids = matcher, sorted(end_ids)
+        self.matcher, self.end_ids, self.ended = matcher, sorted(end_ids), False
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """(vocab_size,) bool. Raises UserError if no token of the vocabulary can come next."""
+        """(vocab_size,) bool, all True after the end. Raises UserError if no token can come next."""
+        if self.ended:
+            return np.ones(vocab_size, bool)
         bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool)
         allowed[self.end_ids] = self.matcher.is_accepting()
@@ -104,9 +106,10 @@ class RowGuide:
             raise UserError(f"the answer cannot be constrained: {reason}")
         return allowed
 
-    def advance(self, token: int) -> None:
-        """Go on after an allowed token. An end token ends the answer; nothing may follow it."""
-        if token not in self.end_ids and not self.matcher.consume_token(token):
+    def advance(self, token: int | None) -> None:
+        """Go on after an allowed token. None or an end token ends the answer."""
+        self.ended |= token is None or token in self.end_ids
+        if not self.ended and not self.matcher.consume_token(token):
             raise ValueError(f"token {token} is not allowed")
 
 
@@ -114,60 +117,34 @@ class BatchGuide:
     """The answers of a batch, for Options(guide=...) of generation/generate.py."""
 
     def __init__(self, rows: list[RowGuide]):
-        self.rows, self.live = rows, [True] * len(rows)  # live: False for a row that has ended
+        self.rows = rows
 
     def mask(self, logits: Tensor) -> Tensor:
         """logits (B, V), with -inf for the tokens that may not come next, but for rows that have ended."""
-        size = logits.shape[1]
-        allowed = np.stack([row.allowed(size) if live else np.ones(size, bool)
-                            for row, live in zip(self.rows, self.live, strict=True)])
-        return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+        allowed = torch.from_numpy(np.stack([row.allowed(logits.shape[1]) for row in self.rows]))
+        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
 
     def advance(self, tokens: Sequence[int | None]) -> None:
         """Pass each row its token; None ends a row."""
-        for number, (row, token) in enumerate(zip(self.rows, tokens, strict=True)):
-            self.live[number] &= token is not None and token not in row.end_ids
-            if self.live[number]:
-                row.advance(token)
-
-
-# ---- A tokenizer's grammars -------------------------------------------------------------------------------
-
-class Vocabulary:
-    """A tokenizer as llguidance reads it: the bytes of each id, and which ids are not text."""
-
-    def __init__(self, tokenizer: Tokenizer):
-        self.tokens, self.tokenizer = tokenizer.token_bytes(), tokenizer
-        self.special_token_ids = [index for index, token in enumerate(self.tokens) if not token]
-        for index in self.special_token_ids:  # a token without bytes would be legal everywhere
-            self.tokens[index] = f"<|{index}|>".encode()
-        self.eos_token_id, self.bos_token_id = tokenizer.eot_id, None
-
-    def __call__(self, text: bytes) -> list[int]:
-        return self.tokenizer.encode(text.decode(), inside=True)
+        for row, token in zip(self.rows, tokens, strict=True):
+            row.advance(token)
 
 
 class Constraint:
     """The grammars of a tokenizer. Raises UserError if llguidance is absent or cannot enforce the schema."""
 
     def __init__(self, tokenizer: Tokenizer, end_ids: set[int], keys: ConstraintKeys):
-        try:
-            import llguidance
-        except ImportError:
-            raise UserError("constrain and json_schema need llguidance (pip install llguidance)") from None
+        llguidance = optional_import("llguidance", "constrain and json_schema")
         self.matcher, self.tokenizer, self.end_ids, self.keys = llguidance.LLMatcher, tokenizer, end_ids, keys
         if keys.constrain and (keys.json_schema or tokenizer.hf.token_to_id(CALL) is None):
             raise UserError(f"constrain={keys.constrain}: does not work with json_schema, or for a model "
                             "without our tokens for tool calls")
-        self.vocabulary = llguidance.LLTokenizer(llguidance.TokenizerWrapper(Vocabulary(tokenizer)))
-        self.checked: set[str] = set()  # grammars without a fault
+        self.vocabulary = llguidance.LLTokenizer(
+            tokenizer.hf.to_str(), n_vocab=tokenizer.vocab_size, eos_token=tokenizer.eot_id)
         if keys.json_schema:
             self.schema = read_json(Path(keys.json_schema))
             if not self.schema:
                 raise UserError(f"json_schema={keys.json_schema}: not a file with a JSON schema")
-            if '"format": "date' in json.dumps(self.schema):
-                raise UserError(f"json_schema={keys.json_schema}: cannot be enforced: format date and date-time "
-                                "(llguidance allows a 30th of February)")
             self.row()
 
     def rules(self, messages: list[Message] | None) -> str:
@@ -193,11 +170,11 @@ class Constraint:
 
     def row_of(self, rules: str, place: str) -> RowGuide:
         """The beginning of an answer that a grammar describes. A UserError about it names `place`."""
-        if rules not in self.checked:
-            _, faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)
-            if faults:
-                raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
-            self.checked.add(rules)
+        faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)[1]
+        # llguidance allows a 30th of February.
+        faults += ["format date and date-time"] if '"format": "date' in rules else []
+        if faults:
+            raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
         return RowGuide(self.matcher(self.vocabulary, rules), self.end_ids)
 
     def guide(self, conversations: Sequence[list[Message] | None]) -> BatchGuide:
