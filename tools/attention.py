@@ -17,6 +17,7 @@ rest of the row went to nothing. A text is cut to its first block_size tokens.
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -48,28 +49,30 @@ class AttentionConfig:
 def look(model: GPT, ids: list[int], visit: Callable[[int, int, Tensor], None]) -> None:
     """Call visit(layer, head, weights) for every head; weights (T, T) float32: queries, keys."""
     T = len(ids)
-    hidden = torch.ones(T, T, dtype=torch.bool).triu(1)
+    future = torch.ones(T, T, dtype=torch.bool).triu(1)
 
-    def visitor(layer: int, sinks: Tensor | None) -> Callable[[Tensor, Tensor, Tensor], None]:
-        def hook(q: Tensor, k: Tensor, v: Tensor) -> None:  # (1, H, T, D), (1, K, T, D)
-            for head in range(q.shape[1]):
-                keys = k[0, head * k.shape[1] // q.shape[1]].float()
-                scores = q[0, head].float() @ keys.T / math.sqrt(q.shape[-1])
-                scores = scores.masked_fill(hidden, -torch.inf)  # (T, T)
-                logit = torch.full((T, 1), -torch.inf if sinks is None else float(sinks[head]))
-                visit(layer, head, torch.cat((scores, logit), dim=1).softmax(dim=1)[:, :T])
-        return hook
+    def hook(layer: int, sinks: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+        for head in range(q.shape[1]):  # one at a time, because (H, T, T) may not fit into memory
+            keys = k[0, head * k.shape[1] // q.shape[1]].float()  # (T, D)
+            scores = (q[0, head].float() @ keys.T / math.sqrt(q.shape[-1])).masked_fill(future, -torch.inf)
+            logit = torch.full((T, 1), -torch.inf if sinks is None else float(sinks[head]))
+            visit(layer, head, torch.cat((scores, logit), dim=1).softmax(dim=1)[:, :T])
 
     for layer, block in enumerate(model.model["layers"]):
-        block.self_attn.register_qkv_hook(visitor(layer, block.self_attn.sinks))
+        block.self_attn.register_qkv_hook(partial(hook, layer, block.self_attn.sinks))
     model(torch.tensor([ids]), head=lambda hidden, weight: None)
+
+
+def edges(length: int, most: int) -> np.ndarray:
+    """The first token of each of at most `most` blocks of nearly equal size."""
+    return np.linspace(0, length, min(length, most) + 1).astype(int)[:-1]
 
 
 def in_blocks(weights: np.ndarray, most: int) -> np.ndarray:
     """Weights (T, T) -> (n, n), n <= most: the mean over the queries of a block, the sum over its keys."""
-    edges = np.linspace(0, len(weights), min(len(weights), most) + 1).astype(int)[:-1]
-    sizes = np.diff([*edges, len(weights)])
-    return np.add.reduceat(np.add.reduceat(weights, edges, 1), edges, 0) / sizes[:, None]
+    firsts = edges(len(weights), most)
+    sizes = np.diff([*firsts, len(weights)])
+    return np.add.reduceat(np.add.reduceat(weights, firsts, 1), firsts, 0) / sizes[:, None]
 
 
 def distance_and_sink_mass(weights: Tensor) -> tuple[float, float]:
@@ -97,14 +100,14 @@ def draw(tiles: np.ndarray, numbers: np.ndarray, detail: np.ndarray, labels: lis
     axes["one"].set_xticks(range(len(labels)), labels, rotation=90, fontsize=8, parse_math=False)
     axes["one"].set_yticks(range(len(labels)), labels, fontsize=8, parse_math=False)
     figure.colorbar(image, ax=axes["one"], label="share of the query's attention", shrink=0.8)
-    for number, (key, name) in enumerate((("distance", "mean distance (tokens)"),
-                                          ("sinks", f"share on the first {SINKS} tokens"))):
-        axes[key].plot(numbers[:, :, number], "k.", alpha=0.4)
-        axes[key].plot(numbers[:, :, number].mean(1), label="mean of the heads (points)")
-        axes[key].set(xlabel="layer", ylabel=name, ylim=(0, None))
-        axes[key].xaxis.get_major_locator().set_params(integer=True)
-        axes[key].grid(alpha=0.3)
-        axes[key].legend()
+    names = "mean distance (tokens)", f"share on the first {SINKS} tokens"
+    for curve, name, values in zip((axes["distance"], axes["sinks"]), names, numbers.transpose(2, 0, 1),
+                                   strict=True):
+        curve.plot(values, "k.", alpha=0.4)  # (L, H)
+        curve.plot(values.mean(1), label="mean of the heads (points)")
+        curve.set(xlabel="layer", ylabel=name, ylim=(0, None), xticks=range(L))
+        curve.grid(alpha=0.3)
+        curve.legend()
     return figure
 
 
@@ -120,22 +123,19 @@ def main(argv: list[str]) -> int:
     ids = (tokenizer.prefix_ids + tokenizer.encode(text))[:model.config.block_size]
     if len(ids) <= SINKS:
         raise UserError(f"{cfg.prompt_file or 'prompt'}: {len(ids)} tokens; the text needs at least {SINKS + 1}")
-    tiles, numbers, detail = {}, np.zeros((L, H, 2)), np.zeros(0)
+    n, m = min(len(ids), TILE), min(len(ids), DETAIL)
+    tiles, numbers, detail = np.zeros((L, H, n, n)), np.zeros((L, H, 2)), np.zeros((m, m))
 
     def visit(layer: int, head: int, weights: Tensor) -> None:
-        nonlocal detail
         tiles[layer, head] = in_blocks(weights.numpy(), TILE)
         numbers[layer, head] = distance_and_sink_mass(weights)
         if (layer, head) == (cfg.layer, cfg.head):
-            detail = in_blocks(weights.numpy(), DETAIL)
+            detail[:] = in_blocks(weights.numpy(), DETAIL)
 
     look(model, ids, visit)
-    texts = (tokenizer.decode([i], inside=True) for i in ids)
-    labels = [text.replace("\n", "\\n").replace(" ", "\u00b7")[:14] for text in texts]
-    if len(ids) > DETAIL:
-        labels = [f"from {first:,}" for first in np.linspace(0, len(ids), DETAIL + 1).astype(int)[:-1]]
-    wall = np.stack([[tiles[layer, head] for head in range(H)] for layer in range(L)])  # (L, H, n, n)
-    draw(wall, numbers, detail, labels, cfg).savefig(cfg.out, dpi=100)
+    labels = [f"from {first:,}" for first in edges(len(ids), DETAIL)] if len(ids) > DETAIL else [
+        tokenizer.decode([i], inside=True).replace("\n", "\\n").replace(" ", "\u00b7")[:14] for i in ids]
+    draw(tiles, numbers, detail, labels, cfg).savefig(cfg.out, dpi=100)
     for layer, (distance, mass) in enumerate(numbers.mean(1)):
         print(f"layer {layer:2}  mean distance {distance:8.1f} tokens  first {SINKS} tokens {mass:.3f}")
     print(f"picture   {cfg.out}")

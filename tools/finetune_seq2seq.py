@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from configurator import UserError, configure, require_not_negative, require_positive, run_script
+from configurator import UserError, configure, optional_import, require, require_positive, run_script
 from dataset.sources import find_files, hub_rows, read_rows, row_value, usable_rows
 from dataset.tasks import ASK_SUMMARY, example
 from evals.results import means
@@ -46,7 +46,7 @@ class Seq2SeqConfig:
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "max_steps", "batch_size", "document_tokens",
                          "summary_tokens", "limit")
-        require_not_negative(self, "lora_rank", "seed")
+        require(self, "lora_rank", self.lora_rank >= 0, "at least 0")
 
 
 def read_pairs(cfg: Seq2SeqConfig) -> dict[bool, list[dict[str, str]]]:
@@ -73,11 +73,7 @@ def encode(cfg: Seq2SeqConfig, tokenizer: Any, row: dict[str, str]) -> dict[str,
 
 def make_trainer(cfg: Seq2SeqConfig, rows: list[dict[str, str]]) -> Any:
     """A Seq2SeqTrainer with the model, and an adapter if there is one. Raises UserError for no such model."""
-    try:
-        import peft
-        import transformers
-    except ImportError:
-        raise UserError("this tool needs transformers and peft (pip install transformers peft)") from None
+    transformers, peft = (optional_import(name, "finetune_seq2seq") for name in ("transformers", "peft"))
     transformers.set_seed(cfg.seed)  # of the adapter's first weights
     try:
         tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)

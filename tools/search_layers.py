@@ -10,6 +10,7 @@ others. Then each candidate is distilled for a few steps, and the one with the l
 printed. A finished run in out_dir is kept. Left out: pairs that only runs could find.
 """
 
+import contextlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,6 +26,8 @@ from model import GPT
 from modeling.devices import pick_device
 from tools.arms import run_once
 
+ROWS = 16  # rows on which layers are compared
+
 
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
@@ -32,15 +35,13 @@ class SearchConfig:
     student: str = "out/distilled"  # the model that is to be distilled
     dataset: str = "pystdlib"  # folder of text under data/ (or path)
     block_size: int = 128  # tokens per row
-    rows: int = 16  # rows on which layers are compared
     steps: int = 50  # steps of each short run; 0 compares similarities only
-    hidden_weight: float = 0.5  # weight of the layer loss in the short runs
+    words: str = "--hidden_weight=0.5"  # more arguments of the short runs of distill.py
     out_dir: str = "out/search_layers"  # gets one folder per short run
-    device: str | None = None  # cpu, cuda, mps; None is the best one available
 
     def __post_init__(self) -> None:
-        require_positive(self, "block_size", "rows")
-        require_not_negative(self, "steps", "hidden_weight")
+        require_positive(self, "block_size")
+        require_not_negative(self, "steps")
 
 
 def linear_cka(a: Tensor, b: Tensor) -> float:
@@ -63,33 +64,30 @@ def similarities(student: GPT, teacher: GPT, ids: Tensor) -> Tensor:
 
 def candidates(table: Tensor) -> dict[str, str]:
     """{name: --layer_map=} of the most similar pairs and of every strategy that allows the depths."""
-    best = ",".join(f"{s}:{t}" for s, t in enumerate(table.argmax(1).tolist()))
-    maps = {"similar": best}
+    maps = {"similar": ",".join(f"{s}:{t}" for s, t in enumerate(table.argmax(1).tolist()))}
     for strategy in STRATEGIES:
-        try:
+        with contextlib.suppress(UserError):  # a strategy for other depths
             layer_map(strategy, *table.shape)
-        except UserError:  # a strategy for other depths
-            continue
-        maps[strategy] = strategy
+            maps[strategy] = strategy
     return maps
 
 
 def short_run(cfg: SearchConfig, name: str, pairs: str) -> float:
     """The validation loss after cfg.steps steps with a layer map."""
-    argv = [f"--{key}={getattr(cfg, key)}" for key in ("teacher", "dataset", "block_size", "hidden_weight")]
-    argv += [f"--init_from={cfg.student}", f"--layer_map={pairs}", f"--max_steps={cfg.steps}",
-             "--eval_interval=0", "--save_interval=0", *([f"--device={cfg.device}"] if cfg.device else [])]
+    argv = [f"--teacher={cfg.teacher}", f"--init_from={cfg.student}", f"--dataset={cfg.dataset}",
+            f"--block_size={cfg.block_size}", f"--layer_map={pairs}", f"--max_steps={cfg.steps}",
+            "--eval_interval=0", "--save_interval=0", *cfg.words.split()]
     return run_once("distill.py", argv, Path(cfg.out_dir) / name, steps=cfg.steps)[-1]["val_loss"]
 
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SearchConfig, argv, usage=__doc__)
-    mix, device = Mix(cfg.dataset, cfg.block_size, 0, Rows), pick_device(cfg.device)
+    mix, device = Mix(cfg.dataset, cfg.block_size, 0, Rows), pick_device(None)
     student, teacher = (load_teacher(name, mix.tokenizer, device, torch.float32, cfg.block_size)
                         for name in (cfg.student, cfg.teacher))
     if not (isinstance(student, GPT) and isinstance(teacher, GPT)):
         raise UserError("search_layers: model.py must have both architectures")
-    table = similarities(student, teacher, text_batch(mix.samples(0, cfg.rows))["input_ids"].to(device))
+    table = similarities(student, teacher, text_batch(mix.samples(0, ROWS))["input_ids"].to(device))
     for layer, row in enumerate(table.tolist()):
         print(f"student {layer}  similarity {' '.join(f'{value:.3f}' for value in row)}")
     maps = candidates(table)

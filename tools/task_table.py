@@ -68,9 +68,9 @@ def run_method(cfg: TableConfig, task: str, method: str, seed: int) -> dict[str,
 def prepare_task(cfg: TableConfig, task: str) -> None:
     """Tokenize the training rows of a task, unless that is done."""
     source = ",".join(map(str, find(cfg.data, f"{task}_train"))) if cfg.data else HUB[task]
-    limit = [f"--max_tokens={cfg.max_tokens}"] if cfg.max_tokens else []
-    run_process("prepare.py", ["--kind=chat", f"--task={task}", f"--source={source}", *limit,
-                               f"--tokenizer={cfg.model}", f"--out={Path(cfg.out_dir) / task / 'data'}"])
+    run_process("prepare.py", ["--kind=chat", f"--task={task}", f"--source={source}",
+                               f"--max_tokens={cfg.max_tokens}", f"--tokenizer={cfg.model}",
+                               f"--out={Path(cfg.out_dir) / task / 'data'}"])
 
 
 def cell(runs: list[dict[str, Any]], key: str) -> str:

@@ -52,8 +52,8 @@ def test_the_layers_of_a_pruned_student_are_found(trained, data, tmp_path, capsy
     model = GPT.from_pretrained(folder)
     ids = torch.arange(64)[None] % 500
     assert similarities(model, model, ids).argmax(1).tolist() == [0, 1, 2, 3]
-    argv = [f"--teacher={folder}", f"--student={source}", f"--dataset={data}", "--block_size=64", "--rows=4",
-            "--device=cpu", f"--out_dir={tmp_path / 'runs'}"]
+    argv = [f"--teacher={folder}", f"--student={source}", f"--dataset={data}", "--block_size=64",
+            f"--out_dir={tmp_path / 'runs'}"]
     search_layers.main([*argv, "--steps=0"])
     assert "--layer_map=0:0,1:1\n" in capsys.readouterr().out
 
@@ -65,6 +65,6 @@ def test_short_runs_choose_the_map(monkeypatch, trained, data, tmp_path, capsys)
         return [{"val_loss": 1.0 if chosen == "--layer_map=last" else 2.0}]
 
     monkeypatch.setattr(search_layers, "run_once", run_once)
-    search_layers.main([f"--teacher={trained}", f"--student={trained}", f"--dataset={data}", "--rows=2",
-                        "--block_size=64", "--device=cpu"])
+    search_layers.main([f"--teacher={trained}", f"--student={trained}", f"--dataset={data}",
+                        "--block_size=64"])
     assert capsys.readouterr().out.endswith("--layer_map=last\n")
