@@ -36,7 +36,7 @@ from distillation import divergences
 from distillation.alignment import Aligner, cached_spans
 from distillation.divergences import AlignedTeacher, DenseTeacher, Objective, SparseTeacher, select_targets
 from distillation.evaluation import StudentEvaluation
-from distillation.layer_maps import explicit_pairs, layer_map, map_text
+from distillation.layer_maps import explicit_pairs, layer_map
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
 from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
@@ -268,10 +268,9 @@ class Distillation:
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            if "spans" not in batch:
-                return self.student_loss(forward, batch, cached)
-            aligned = AlignedTeacher(cached, batch["span_of"], batch["span_log_q"])
-            return self.student_loss(forward, batch, aligned)
+            is_aligned = "spans" in batch
+            return self.student_loss(forward, batch, AlignedTeacher(
+                cached, batch["span_of"], batch["span_log_q"]) if is_aligned else cached)
         # From the text alone: no need to run the teacher.
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
@@ -391,7 +390,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
         pairs = layer_map(cfg.layer_map, config.n_layer, fields["n_layer"])
         # Projections exist for the whole run if any stage compares hidden states.
         width = fields["n_embd"] if any(stage.hidden_weight for stage in stages) else None
-        run.print(f"layers    {cfg.layer_map}\n{map_text(pairs)}")
+        run.print(f"layers    {cfg.layer_map}, student:teacher {','.join(f'{s}:{t}' for s, t in pairs)}")
     with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
         student = Student(config, pairs, width, cfg.seed)
     text = f"student   {student.num_parameters():,} parameters"

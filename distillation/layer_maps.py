@@ -2,15 +2,12 @@
 
     pairs = layer_map("uniform_consecutive", student=2, teacher=4)     # [(0, 0), (0, 1), (1, 2), (1, 3)]
     pairs = layer_map("0:1,1:3", student=2, teacher=4)                 # [(0, 1), (1, 3)]
-    print(map_text(pairs))
 
 A pair is (student layer, teacher layer), counted from 0. A layer means the output of that block, so the
 embeddings are not a layer, and the last layer is the hidden state before the final norm. The strategies are
 those that arXiv 2310.08797 compares; tools/search_layers.py looks for pairs. Left out: maps that are learned,
 such as the earth mover's distance between layers (arXiv 2010.06133).
 """
-
-from itertools import groupby
 
 from configurator import UserError
 
@@ -67,13 +64,3 @@ def layer_map(strategy: str, student: int, teacher: int) -> list[tuple[int, int]
     if strategy == "uniform_plus_last":
         last |= {(i, borders[i + 1] - 1) for i in range(student)}
     return sorted(last)
-
-
-def map_text(pairs: list[tuple[int, int]]) -> str:
-    """The map as text, one line per student layer: "student 0  <- teacher 0 1"."""
-    width = max(len(str(layer)) for pair in pairs for layer in pair)
-    lines = []
-    for layer, group in groupby(pairs, key=lambda pair: pair[0]):
-        targets = " ".join(f"{target:>{width}}" for _, target in group)
-        lines.append(f"student {layer:>{width}}  <- teacher {targets}")
-    return "\n".join(lines)

@@ -161,8 +161,7 @@ class CacheWriter:
     with the same arguments continues after the last complete shard.
     """
 
-    def __init__(self, rows: Any, spec: CacheSpec, identity: dict[str, Any],
-                 rows_per_shard: int | None = None):
+    def __init__(self, rows: Any, spec: CacheSpec, identity: dict[str, Any]):
         """Locks the cache's folder until `fill` returns. Raises UserError if another process has locked it,
         or if the disk has too little space."""
         self.rows, self.spec = rows, spec
@@ -172,7 +171,7 @@ class CacheWriter:
         self.V = rows.data.meta["vocab_size"]
         self.dtype = record_type(identity, self.V)
         row_bytes = rows.T * self.dtype.itemsize
-        self.rows_per_shard = rows_per_shard or max(1, SHARD_BYTES // row_bytes)
+        self.rows_per_shard = max(1, SHARD_BYTES // row_bytes)
         self.folder.mkdir(exist_ok=True)
         self.meta: dict[str, Any] = {"identity": identity, "rows": len(rows),
                                      "bytes_a_token": self.dtype.itemsize, "shards": []}

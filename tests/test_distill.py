@@ -194,6 +194,7 @@ def test_a_cache_that_was_interrupted_continues(trained, own_data, tmp_path, mon
     identity = teacher_cache.identity_of(rows, weights_sha256(hf.find_folder(trained)), False)
     spec = teacher_cache.CacheSpec("sample", 1.5, 8)
     teacher = load_teacher(trained, Tokenizer.load(own_data), "cpu", torch.float32, 64)
+    monkeypatch.setattr(teacher_cache, "SHARD_BYTES", 30 * 64 * 16)  # 30 rows of 64 records of 8 ids
     calls = []
 
     @torch.no_grad()
@@ -205,10 +206,10 @@ def test_a_cache_that_was_interrupted_continues(trained, own_data, tmp_path, mon
         return DenseTeacher(teacher(ids).flatten(0, 1), None)
 
     with pytest.raises(KeyboardInterrupt):
-        teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30).fill(run_teacher, 10)
+        teacher_cache.CacheWriter(rows, spec, identity).fill(run_teacher, 10)
     with pytest.raises(UserError, match="has 30 of .* rows. Make it: again"):
         teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")
-    writer = teacher_cache.CacheWriter(rows, spec, identity, rows_per_shard=30)
+    writer = teacher_cache.CacheWriter(rows, spec, identity)
     assert writer.done == 30
     writer.fill(run_teacher, 10)
     reader = teacher_cache.TeacherCache(rows, identity, "sample", 1.5, "again")

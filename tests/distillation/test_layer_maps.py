@@ -3,7 +3,7 @@
 import pytest
 
 from configurator import UserError
-from distillation.layer_maps import layer_map, map_text
+from distillation.layer_maps import layer_map
 
 DEPTHS = [(student, teacher) for teacher in range(1, 14) for student in range(1, teacher + 1)]
 
@@ -54,16 +54,6 @@ def test_all_is_the_identity_or_refuses():
 def test_a_deeper_student_is_refused_with_both_depths(strategy):
     with pytest.raises(UserError, match="6 layers, the teacher 4;"):
         layer_map(strategy, 6, 4)
-
-
-def test_map_text():
-    assert map_text(layer_map("uniform_consecutive", 2, 4)) == (
-        "student 0  <- teacher 0 1\n"
-        "student 1  <- teacher 2 3")
-    assert map_text(layer_map("last", 3, 12)) == "student  2  <- teacher 11"
-    assert map_text([(0, 1), (0, 9), (1, 10)]) == (
-        "student  0  <- teacher  1  9\n"
-        "student  1  <- teacher 10")
 
 
 def test_pairs_are_written_out():
