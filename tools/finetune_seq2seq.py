@@ -46,7 +46,8 @@ class Seq2SeqConfig:
     def __post_init__(self) -> None:
         require_positive(self, "learning_rate", "max_steps", "batch_size", "document_tokens",
                          "summary_tokens", "limit")
-        require(self, "lora_rank", self.lora_rank >= 0, "at least 0")
+        for key in ("lora_rank", "seed"):
+            require(self, key, getattr(self, key) >= 0, "at least 0")
 
 
 def read_pairs(cfg: Seq2SeqConfig) -> dict[bool, list[dict[str, str]]]:

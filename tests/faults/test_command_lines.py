@@ -26,22 +26,33 @@ VALID = {
     "distill": f"--dataset=text --out_dir=run --device=cpu --teacher=base {SIZES}",
     "sft": "--dataset=chats --out_dir=run --device=cpu --init_from=model --block_size=64",
     "dpo": "--dataset=pairs --out_dir=run --device=cpu --init_from=model --block_size=256",
+    "grpo": "--out_dir=run --device=cpu --init_from=model --block_size=256",
+    "verifier": "--out_dir=run --device=cpu --init_from=model --block_size=256",
     "sample": "--model=base --device=cpu --max_new_tokens=2",
+    "serve": "--model=model --port=0 --device=cpu",
     "eval": "--model=base --device=cpu --tasks=perplexity --data=perplexity=file.txt --limit=1 "
             "--out_dir=scores",
     "export": "--model=base --out=exported",
-    "tools.cache_teacher": "--teacher=base --dataset=text --block_size=32 --device=cpu",
+    "tools.ablate": "--changes=n_layer=1 --out_dir=sweep",
+    "tools.attention": "--model=base --out=attention.png",
+    "tools.cache_teacher": "--teacher=base --dataset=text --block_size=32",
     "tools.compare": "--teacher=base --student=base --dataset=text --eval_tokens=64 --max_new_tokens=2 "
                      "--out=page.md --device=cpu",
+    "tools.errors": "answers.jsonl --out=errors.md",
+    "tools.finetune_seq2seq": "--model=nosuch --source=summaries.jsonl --out_dir=seq2seq",
+    "tools.get_smollm2": "--out=smollm2",
     "tools.make_pairs": "--model=model --out=own.jsonl --num_problems=1 --num_samples=1 --max_new_tokens=2 "
                         "--device=cpu",
     "tools.plot": "log --out=curves.png",
+    "tools.search_layers": "--teacher=base --student=base --dataset=text --block_size=32",
     "tools.sweep": "--grid=seed=1 --out_dir=sweep",
     "tools.synthesize": "--teacher=base --out=free --tokens=200 --length=8 --val_fraction=0.3 --device=cpu",
+    "tools.task_table": "--model=model --tasks=sst2 --out_dir=sweep",
 }
-TRAINING = "train distill sft dpo"
-MODELS = "sample eval export tools.make_pairs"
-TEACHERS = "distill tools.cache_teacher tools.compare tools.synthesize"
+TRAINING = "train distill sft dpo grpo verifier"
+TOKENIZED = "train distill sft dpo"  # programs that train on a data set of prepare.py
+MODELS = "sample eval export serve tools.attention tools.make_pairs"
+TEACHERS = "distill tools.cache_teacher tools.compare tools.search_layers tools.synthesize"
 ALL = " ".join(VALID)
 
 # {kind: [(programs, wrong arguments), ..]}; " + " joins two arguments that are wrong together.
@@ -71,6 +82,10 @@ KINDS = {
         ("eval", ["--num_fewshot=3"]),
         ("export", ["--outtype=f16"]),
         ("prepare", ["--num_workers=2"]),
+        ("serve", ["--n_ctx=64", "--max_tokens=3", "--out_dir=base"]),
+        ("grpo", ["--num_generations=4", "--epsilon=0.1", "--reward_funcs=x"]),
+        ("tools.finetune_seq2seq", ["--lr=1e-3", "--lora_r=8", "--model_name=x", "--num_train_epochs=1"]),
+        ("tools.ablate tools.search_layers tools.get_smollm2", ["--output_dir=x"]),
     ],
     "key of another script": [
         ("train", ["--lora_rank=8", "--beta=0.1", "--prompt=x"]),
@@ -86,6 +101,12 @@ KINDS = {
         ("sample", ["--model"]),
         ("prepare", ["--source"]),
         ("export", ["--format"]),
+        ("serve", ["--port"]),
+        ("tools.ablate tools.errors tools.get_smollm2", ["--out"]),
+        ("tools.attention", ["--layer"]),
+        ("tools.task_table", ["--tasks"]),
+        ("tools.search_layers", ["--steps"]),
+        ("tools.finetune_seq2seq", ["--source"]),
     ],
     "value after a space": [
         ("train", ["--max_steps + 3", "--compile + true"]),
@@ -95,6 +116,9 @@ KINDS = {
         ("train sample eval export", ["-m + base"]),
     ],
     "empty value": [
+        ("tools.ablate tools.task_table tools.search_layers tools.finetune_seq2seq", ["--out_dir="]),
+        ("tools.errors tools.get_smollm2 tools.attention", ["--out="]),
+        ("serve", ["--host="]),
         (TRAINING, ["--dataset=", "--out_dir=", "--max_steps=", "--optimizer="]),
         (MODELS, ["--model="]),
         ("prepare", ["--source=", "--tokenizer="]),
@@ -109,10 +133,18 @@ KINDS = {
         ("sample", ["--top_k=all"]),
         ("prepare", ["--max_tokens=1M"]),
         ("eval", ["--limit=all"]),
+        ("serve", ["--port=http", "--slots=many"]),
+        ("tools.ablate tools.task_table", ["--seeds=three"]),
+        ("tools.attention", ["--layer=first"]),
+        ("tools.search_layers", ["--steps=few"]),
+        ("tools.finetune_seq2seq", ["--lora_rank=none"]),
     ],
     "fraction for a whole number": [
         (TRAINING, ["--max_steps=1.5"]),
         ("sample", ["--num_samples=0.5"]),
+        ("serve", ["--slots=1.5"]),
+        ("grpo", ["--group_size=2.5"]),
+        ("tools.ablate tools.task_table", ["--seeds=1.5"]),
     ],
     "number for a boolean": [
         (TRAINING, ["--wandb=1"]),
@@ -132,6 +164,8 @@ KINDS = {
         ("export", ["--format=onnx"]),
         ("prepare", ["--kind=image"]),
         ("dpo", ["--loss=kto"]),
+        ("grpo", ["--advantage=gae", "--reference=gpu"]),
+        ("serve", ["--dtype=fp16"]),
         ("distill", ["--divergence=l2"]),
         ("tools.synthesize", ["--kind=other"]),
     ],
@@ -154,7 +188,13 @@ KINDS = {
         ("train distill", ["--n_layer=0", "--n_head=0"]),
         ("sample", ["--num_samples=0"]),
         ("prepare", ["--vocab_size=0", "--num_proc=0"]),
-        ("tools.cache_teacher", ["--block_size=0"]),
+        ("tools.cache_teacher tools.search_layers", ["--block_size=0"]),
+        ("grpo", ["--eval_prompts=0", "--temperature=0", "--updates_per_rollout=0"]),
+        ("verifier", ["--num_problems=0", "--num_samples=0"]),
+        ("serve", ["--slots=0", "--max_waiting=0", "--timeout=0", "--context_length=0"]),
+        ("tools.ablate", ["--seeds=0"]),
+        ("tools.task_table", ["--seeds=0", "--shots=0", "--limit=0"]),
+        ("tools.finetune_seq2seq", ["--max_steps=0", "--batch_size=0", "--summary_tokens=0"]),
     ],
     "negative": [
         (TRAINING, ["--learning_rate=-1", "--eval_interval=-1", "--seed=-1", "--warmup_steps=-5"]),
@@ -162,10 +202,17 @@ KINDS = {
         ("dpo", ["--beta=-0.1"]),
         ("prepare", ["--max_tokens=-1", "--val_fraction=-0.1"]),
         ("eval", ["--shots=-1"]),
+        ("grpo", ["--kl_weight=-1", "--calculator=-1"]),
+        ("serve", ["--port=-1", "--temperature=-1"]),
+        ("tools.attention", ["--layer=-1", "--head=-1"]),
+        ("tools.search_layers", ["--steps=-1"]),
+        ("tools.finetune_seq2seq", ["--lora_rank=-1", "--seed=-1"]),
     ],
     "NaN": [
         (TRAINING, ["--learning_rate=nan", "--weight_decay=NaN"]),
-        ("sample", ["--temperature=nan"]),
+        ("sample serve", ["--temperature=nan"]),
+        ("serve", ["--timeout=nan"]),
+        ("tools.finetune_seq2seq", ["--learning_rate=nan"]),
     ],
     "infinite": [
         (TRAINING, ["--learning_rate=inf", "--grad_clip=1e400"]),
@@ -184,6 +231,10 @@ KINDS = {
         ("distill", ["--alpha=2", "--on_policy=3", "--jsd_beta=1", "--temperature=0"]),
         ("dpo", ["--label_smoothing=0.5", "--beta=0"]),
         ("sft", ["--lora_dropout=1"]),
+        ("grpo verifier", ["--calculator=2"]),
+        ("grpo", ["--group_size=1", "--lora_dropout=0.1 + --lora_rank=2"]),
+        ("serve", ["--port=70000", "--slots=1e9", "--top_p=2", "--best_of=2", "--host=0.0.0.0"]),
+        ("tools.attention", ["--layer=9", "--head=9", "--prompt=x"]),
         ("prepare", ["--val_fraction=1", "--vocab_size=10"]),
         ("tools.synthesize", ["--val_fraction=1", "--tokens=0"]),
     ],
@@ -199,6 +250,9 @@ KINDS = {
                     "--system=x + --prompt=y", "--chat=True + --num_samples=2"]),
         ("prepare", ["--kind=text + --keys=question=q", "--kind=chat + --text_key=body",
                      "--tokenizer=gpt2 + --vocab_size=500", "--source=mistakes + --kind=chat"]),
+        ("grpo", ["--reference=adapter_off", "--parallel=fsdp"]),
+        ("verifier", ["--parallel=fsdp", "--merge=True + --lora_rank=2", "--stages=[{'steps':3}]"]),
+        ("serve", ["--sinks=2 + --window=8"]),
         ("sft dpo", ["--merge=True + --lora_rank=0", "--quantize_base=nf4 + --lora_rank=0"]),
         ("dpo", ["--loss=ipo + --label_smoothing=0.1", "--reference=adapter_off + --lora_rank=0",
                  "--lora_rank=4 + --lora_dropout=0.1"]),
@@ -215,16 +269,19 @@ KINDS = {
                    "--stages=[{'steps':3,'learning_rate':'x'}]"]),
     ],
     "pattern": [
-        ("train", ["--lr_multipliers={'(':1}", "--lr_multipliers={'nosuch':1}",
+        ("train", ["--lr_multipliers={'(':1}",
                    "--lr_multipliers={'embed':'x'}", "--lr_multipliers={'embed':-1}",
                    "--lr_multipliers={3:1}"]),
+        (TRAINING, ["--lr_multipliers={'nosuch':1}", "--lr_multipliers={'.':0}"]),
         ("sft", ["--lora_rank=2 + --lora_targets=(", "--lora_rank=2 + --lora_targets=nosuch"]),
     ],
     # ---- Names in a list
     "unknown name in a list": [
         ("eval", ["--tasks=nosuch", "--tasks=problems,nosuch", "--data=nosuch=file.txt"]),
         ("export", ["--format=gguf + --quantize=q9", "--format=gguf + --quantize=q8_0,"]),
-        ("tools.make_pairs", ["--families=nosuch", "--families=add,"]),
+        ("grpo verifier tools.make_pairs", ["--families=nosuch", "--families=add,"]),
+        ("tools.task_table", ["--tasks=nosuch", "--tasks=sst2,", "--methods=zero,some"]),
+        ("tools.ablate", ["--changes=n_layer", "--changes=-dpo.py", "--base=[3]", "--base=[]"]),
         ("distill", ["--student_layers=middle:2", "--student_layers=5", "--student_layers=first:9"]),
         ("tools.sweep", ["--grid=seed", "--grid==1", "--grid=a=1 b=1 c=1 d=1"]),
     ],
@@ -245,8 +302,9 @@ KINDS = {
     ],
     # ---- Paths
     "missing data set": [
-        (TRAINING, ["--dataset=nosuch", "--dataset=data/nosuch", "--dataset=/nosuch"]),
-        ("tools.cache_teacher tools.compare", ["--dataset=nosuch"]),
+        (TOKENIZED, ["--dataset=nosuch", "--dataset=data/nosuch", "--dataset=/nosuch"]),
+        ("grpo tools.cache_teacher tools.compare tools.search_layers", ["--dataset=nosuch"]),
+        ("tools.finetune_seq2seq", ["--source=nosuch", "--source=file.txt", "--source=rows.jsonl"]),
     ],
     "missing source": [
         ("prepare", ["--source=nosuch", "--source=nosuch/*.txt", "--source=file.txt,nosuch",
@@ -255,7 +313,9 @@ KINDS = {
     "missing model": [
         (MODELS, ["--model=nosuch/model", "--model=/nosuch/model"]),
         (TEACHERS, ["--teacher=/nosuch/model"]),
-        ("train sft dpo", ["--init_from=/nosuch/model"]),
+        ("train sft dpo grpo verifier", ["--init_from=/nosuch/model"]),
+        ("serve", ["--compare=/nosuch/model", "--verifier=/nosuch/model"]),
+        ("tools.search_layers", ["--student=/nosuch/model"]),
     ],
     "model that no hub has": [
         ("sample", ["--model=nosuch"]),
@@ -263,6 +323,10 @@ KINDS = {
     ],
     "missing file": [
         ("sample", ["--prompt_file=nosuch.jsonl"]),
+        ("tools.attention", ["--prompt_file=nosuch.txt"]),
+        ("tools.errors", ["nosuch.jsonl"]),
+        ("grpo", ["--reward=nosuch.py:score", "--reward=nosuch"]),
+        ("tools.sweep", ["--script=nosuch.py"]),
         ("export", ["--results=nosuch.json"]),
         ("tools.compare", ["--prompts=nosuch.txt"]),
         ("tools.synthesize", ["--seeds=nosuch.txt"]),
@@ -274,18 +338,21 @@ KINDS = {
     "file instead of a model": [
         (MODELS, ["--model=file.txt"]),
         (TEACHERS, ["--teacher=file.txt"]),
-        ("train sft dpo", ["--init_from=file.txt"]),
+        ("train sft dpo grpo verifier", ["--init_from=file.txt"]),
     ],
     "file instead of a data set": [
-        (TRAINING, ["--dataset=file.txt", "--dataset=data/text/meta.json"]),
+        (TOKENIZED, ["--dataset=file.txt", "--dataset=data/text/meta.json"]),
+        ("grpo", ["--dataset=file.txt", "--dataset=data/text/meta.json"]),
     ],
     "file instead of a folder": [
         (TRAINING, ["--out_dir=file.txt", "--out_dir=file.txt/run"]),
         ("prepare export tools.synthesize", ["--out=file.txt", "--out=file.txt/x"]),
-        ("eval", ["--out_dir=file.txt"]),
+        ("eval tools.finetune_seq2seq", ["--out_dir=file.txt"]),
+        ("tools.get_smollm2", ["--out=file.txt", "--out=file.txt/x"]),
     ],
     "folder instead of a file": [
-        ("sample", ["--prompt_file=base"]),
+        ("sample tools.attention", ["--prompt_file=base"]),
+        ("tools.errors", ["--out=empty"]),
         ("tools.compare", ["--prompts=base"]),
         ("tools.make_pairs", ["--out=empty"]),
         ("tools.plot", ["--out=empty"]),
@@ -295,10 +362,10 @@ KINDS = {
     "data set instead of a model": [
         (MODELS, ["--model=data/text"]),
         (TEACHERS, ["--teacher=data/chats"]),
-        ("train sft dpo", ["--init_from=data/text"]),
+        ("train sft dpo grpo verifier", ["--init_from=data/text"]),
     ],
     "model instead of a data set": [
-        (TRAINING, ["--dataset=base"]),
+        (TOKENIZED, ["--dataset=base"]),
     ],
     "data set of another kind": [
         ("train", ["--dataset=chats", "--dataset=pairs"]),
@@ -309,20 +376,21 @@ KINDS = {
     ],
     "base without chat tokens": [
         ("tools.make_pairs", ["--model=base"]),
+        ("grpo", ["--init_from=base"]),
         ("sample", ["--chat=True"]),
     ],
     "empty folder": [
         (MODELS, ["--model=empty"]),
-        (TRAINING, ["--dataset=empty"]),
+        (f"{TOKENIZED} grpo", ["--dataset=empty"]),
         ("prepare", ["--source=empty"]),
     ],
     "occupied folder": [
         (TRAINING, ["--out_dir=data/text", "--out_dir=base"]),
-        ("prepare export tools.synthesize", ["--out=full", "--out=."]),
+        ("prepare export tools.synthesize tools.get_smollm2", ["--out=full", "--out=."]),
     ],
     "root folder": [
         (TRAINING, ["--out_dir=/"]),
-        ("prepare export tools.synthesize", ["--out=/"]),
+        ("prepare export tools.synthesize tools.get_smollm2", ["--out=/"]),
     ],
     "very long path": [
         ("train", ["--out_dir=" + "x" * 300, "--dataset=" + "x" * 5000]),
@@ -333,10 +401,13 @@ KINDS = {
                      "--source=noparquet.parquet", "--source=file.unknown"]),
         ("sample", ["--prompt_file=broken.jsonl", "--prompt_file=binary.txt", "--prompt_file=empty.txt"]),
         ("tools.compare", ["--prompts=binary.txt", "--prompts=empty.txt"]),
+        ("tools.attention", ["--prompt_file=empty.txt"]),
+        ("tools.errors", ["broken.jsonl", "binary.txt"]),
+        ("grpo", ["--dataset=broken.jsonl"]),
     ],
     # ---- Lengths
     "longer than the context": [
-        ("sft dpo", ["--block_size=4096"]),
+        ("sft dpo grpo verifier", ["--block_size=4096"]),
         ("distill", ["--block_size=4096"]),
         ("tools.cache_teacher", ["--block_size=4096"]),
     ],
@@ -346,6 +417,9 @@ KINDS = {
     "not UTF-8": [
         ("sample", ["--prompt=\udcff", "--chat=True + --system=\udcff", "--model=\udcff"]),
         (TRAINING, ["--dataset=\udcff", "--out_dir=\udcff"]),
+        ("serve", ["--api_key=\udcff"]),
+        ("tools.ablate tools.task_table tools.search_layers tools.finetune_seq2seq", ["--out_dir=\udcff"]),
+        ("tools.get_smollm2 tools.errors tools.attention", ["--out=\udcff"]),
         ("prepare", ["--source=\udcff"]),
     ],
     "unicode": [
@@ -381,7 +455,7 @@ KINDS = {
         ("export", ["--out=base"]),
         ("train", ["--init_from=base + --out_dir=base + --overwrite=True",
                    "--init_from=data/../base + --out_dir=base + --overwrite=True"]),
-        ("sft dpo", ["--out_dir=model + --overwrite=True"]),
+        ("sft dpo grpo verifier", ["--out_dir=model + --overwrite=True"]),
     ],
     "made from other inputs": [
         ("prepare", ["--out=data/text + --val_fraction=0.3", "--out=data/chats"]),
@@ -399,7 +473,8 @@ KINDS = {
     # ---- Config files
     "missing config file": [
         (TRAINING, ["nosuch.py", "config/nosuch.py"]),
-        ("sample", ["nosuch.py"]),
+        ("sample serve tools.ablate tools.attention tools.get_smollm2 tools.finetune_seq2seq", ["nosuch.py"]),
+        ("tools.search_layers tools.task_table", ["nosuch.py"]),
     ],
     "config file": [
         ("train", ["syntax.py", "binary.txt", "key.py", "type.py", "choice.py", "raises.py", "exits.py",
@@ -413,11 +488,13 @@ LINES = [(kind, program, argument) for kind, rows in KINDS.items() for programs,
 FILES = {
     "syntax.py": "max_steps = = 3\n", "key.py": "max_step = 3\n", "type.py": "max_steps = '3'\n",
     "choice.py": "optimizer = 'sgd'\n", "raises.py": "max_steps = 1 / 0\n", "exits.py": "raise SystemExit\n",
-    "imports.py": "import nosuch\n", "returns.py": "return\n", "zero.py": "max_steps = 0\n",
+    "imports.py": "import nosuch\n", "returns.py": "return\n", "zero.py": "log_interval = 0\n",
     "bom.py": "\ufeffmax_step = 3\n", "deep.py": "stages = " + "[" * 300 + "]" * 300 + "\n",
     "function.py": "def helper():\n    return 3\n", "lr.py": "lr = 1e-3\n", "empty.txt": "",
     "broken.jsonl": '{"text": \n', "file.unknown": "text", "noparquet.parquet": "text",
     "full/note.txt": "mine", "rows.jsonl": '{"prompt": "x"}\n',
+    "answers.jsonl": '{"model": "m", "said": "3", "answer": "4", "right": 0}\n',
+    "summaries.jsonl": "".join(f'{{"document": "Text {n}", "summary": "T"}}\n' for n in range(100)),
     "log/metrics.jsonl": '{"step": 1, "loss": 2.0}\n',
 }
 
@@ -457,18 +534,26 @@ def contents(folder):
 
 
 class Started(BaseException):
-    """Raised where training would start."""
+    """Raised where a program that takes long would start."""
+
+
+STARTS = ("loop.backward", "subprocess.run", "tools.finetune_seq2seq.make_trainer", "uvicorn.Server.run")
+# The answers of the verifier's start model.
+JUDGED = [{"prompt": [{"content": "?"}], "row": {"key": f"{number}", "family": "add"},
+           "answers": [{"ids": [1, 2, 3], "sampled": [0, 0, 1], "right": right} for right in (False, True)]}
+          for number in range(64)]
 
 
 def run(program, argv, folder, monkeypatch):
     """Run a program as from the command line, in a folder; returns its exit code."""
-    def train(*args):
+    def train(*args, **options):
         raise Started
 
     monkeypatch.chdir(folder)
     monkeypatch.setattr("loop.TrainState.__init__", SET_UP)  # checks lr_multipliers; the next line trains
-    monkeypatch.setattr("loop.backward", train)
-    monkeypatch.setattr("tools.sweep.run_once", train)
+    for name in STARTS:
+        monkeypatch.setattr(name, train)
+    monkeypatch.setattr("verifier.stored_answers", lambda *args: JUDGED)
     for module in ("formats.model_card", "training.run"):
         monkeypatch.setattr(f"{module}.commit", lambda: "")  # would start git
     monkeypatch.setattr(sys, "argv", [f"{program}.py", *argv])
@@ -503,4 +588,5 @@ def test_without_the_wrong_argument_it_is_accepted(program, world, monkeypatch, 
     try:
         assert run(program, shlex.split(VALID[program]), world, monkeypatch) == 0, capsys.readouterr().err
     except Started:
-        assert program in [*TRAINING.split(), "tools.sweep"]
+        assert program in f"{TRAINING} serve tools.ablate tools.finetune_seq2seq tools.get_smollm2 " \
+                          "tools.search_layers tools.sweep tools.task_table".split()
