@@ -17,15 +17,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs
-from formats import hf
-from formats.chat_format import (
-    encode_content,
-    encode_prompt,
-    end_of_turn,
-    read_answer,
-    require_chat,
-    turn_frame,
-)
+from formats import chat_format, hf
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.constraints import ConstraintKeys, constraint_of
@@ -64,10 +56,11 @@ class LM:
         self.tokenizer = Tokenizer.load(self.folder)
         self.prefix, self.suffix = self.tokenizer.prefix_ids, []
         if chat:
-            require_chat(self.tokenizer, path)
-            self.prefix, self.suffix = turn_frame(self.tokenizer)
+            chat_format.require_chat(self.tokenizer, path)
+            self.prefix, self.suffix = chat_format.turn_frame(self.tokenizer)
         self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
-        self.end_ids = {self.tokenizer.eot_id, end_of_turn(self.tokenizer), *hf.end_ids(self.folder)} - {None}
+        turn_end = chat_format.end_of_turn(self.tokenizer)
+        self.end_ids = {self.tokenizer.eot_id, turn_end, *hf.end_ids(self.folder)} - {None}
         self.tokenizer.require_rows(self.model.config.vocab_size, path)
         self.constraint = constraint_of(self.tokenizer, self.end_ids, keys)
         self.tokens, self.truncated = 0, []
@@ -105,7 +98,7 @@ class LM:
         Appends to `truncated` whether the prompt lost its beginning.
         """
         if isinstance(prompt, str):
-            prompt = (encode_content(self.tokenizer, "user", prompt.strip()) if self.chat else
+            prompt = (chat_format.encode_content(self.tokenizer, "user", prompt.strip()) if self.chat else
                       self.tokenizer.encode(prompt))
         kept = prompt[-self.room(max_new_tokens):]
         self.truncated.append(len(kept) < len(prompt))
@@ -157,7 +150,7 @@ class LM:
     def answer_text(self, ids: list[int]) -> str:
         """Generated ids as text without special tokens; in chats without thoughts and tool calls as well."""
         if self.chat:
-            return read_answer(self.tokenizer, ids)["content"]
+            return chat_format.read_answer(self.tokenizer, ids)["content"]
         return self.tokenizer.decode([i for i in ids if i not in self.tokenizer.special_ids], inside=True)
 
     def generate_until(self, prompts: Sequence[str | list[int]], stops: list[str],
@@ -197,7 +190,7 @@ class LM:
             conversations = [one + more for one, more in zip(conversations, earlier, strict=True)]
         assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens,
                               self.constraint)
-        lengths = [len(encode_prompt(self.tokenizer, conversation)) for conversation in conversations]
+        lengths = [len(chat_format.encode_prompt(self.tokenizer, each)) for each in conversations]
 
         def answer(batch: list[int]) -> list[Any]:
             replies = assistant.reply([conversations[index] for index in batch], most_calls=most_calls)
@@ -216,7 +209,8 @@ class LM:
         limits = Limits(max_new_tokens=max_new_tokens, block_size=self.model.config.block_size,
                         temperature=self.temperature, seed=self.seed)
         sampler, n = RolloutSampler(self.model, self.tokenizer, limits), self.copies
-        prompts = [encode_prompt(self.tokenizer, each) for each in conversations[::n]]  # the copies are equal
+        # The n copies of a conversation are equal.
+        prompts = [chat_format.encode_prompt(self.tokenizer, each) for each in conversations[::n]]
 
         def answer(batch: list[int]) -> list[list[Rollout]]:
             numbers = [index * n + copy for index in batch for copy in range(n)]
