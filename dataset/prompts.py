@@ -19,7 +19,6 @@ import json
 import random
 import zlib
 from collections.abc import Callable
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -99,11 +98,6 @@ class PromptSource:
             raise UserError("stages: the embedded problems have no epochs; count steps")
         return len(self.train)
 
-    @lru_cache(maxsize=2)  # noqa: B019
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, (training prompts,)."""
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.train))
-
     def prompt(self, number: int, families: str, calculator: float) -> Prompt:
         """Prompt `number`. families, calculator: of the embedded problems, as in grpo.py.
 
@@ -122,4 +116,4 @@ class PromptSource:
         if number >= VALIDATION:
             return self.val[number - VALIDATION]
         epoch, place = divmod(number, len(self.train))
-        return self.train[self.order(epoch)[place]]
+        return self.train[np.random.default_rng((self.seed, epoch)).permutation(len(self.train))[place]]
