@@ -157,11 +157,9 @@ def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
 def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> TeacherCache:
     """The cache of these rows. Raises UserError, with the command that makes the cache, if there is none."""
     # The command must have the settings of this run.
-    hint = (f"python -m tools.cache_teacher --teacher={cfg.teacher} --dataset={rows.data.folder} "
-            f"--block_size={rows.T} --method={cfg.cache} --temperature={cfg.temperature}")
-    for key in ("packing", "document_mask", "align"):
-        if getattr(cfg, key) != getattr(DistillConfig, key):
-            hint += f" --{key}={getattr(cfg, key)}"
+    same = {key: getattr(cfg, key) for key in ("teacher", "temperature", "packing", "document_mask", "align")}
+    settings = same | {"dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache}
+    hint = " ".join(["python -m tools.cache_teacher", *(f"--{key}={settings[key]}" for key in settings)])
     identity = identity_of(rows, teacher_hash, cfg.document_mask, cfg.align)
     return TeacherCache(rows, identity, cfg.cache, cfg.temperature, hint)
 
@@ -268,9 +266,8 @@ class Distillation:
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            is_aligned = "spans" in batch
-            return self.student_loss(forward, batch, AlignedTeacher(
-                cached, batch["span_of"], batch["span_log_q"]) if is_aligned else cached)
+            return self.student_loss(forward, batch, cached if "spans" not in batch else AlignedTeacher(
+                cached, batch["span_of"], batch["span_log_q"]))
         # From the text alone: no need to run the teacher.
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)

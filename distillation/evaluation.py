@@ -69,15 +69,13 @@ class StudentEvaluation:
         inputs = {"input_ids": batch["input_ids"], "document_ids": batch.get("document_ids")}
         targets, vocab_size = batch["targets"].flatten(), self.mix.tokenizer.vocab_size
 
-        def student_sums(teacher: DenseTeacher | None) -> Tensor:
-            def head(hidden: Tensor, weight: Tensor) -> Tensor:
-                hidden = select_targets(hidden, batch)  # (N, C)
-                return comparison_sums(hidden, weight, targets, teacher or DenseTeacher(hidden, weight),
-                                       vocab_size)
+        def dense(hidden: Tensor, weight: Tensor) -> DenseTeacher:
+            return DenseTeacher(select_targets(hidden, batch), weight)  # (N, C)
 
-            return model(**inputs, head=head)
+        def student_sums(teacher: DenseTeacher | None) -> Tensor:
+            return model(**inputs, head=lambda hidden, weight: comparison_sums(
+                select_targets(hidden, batch), weight, targets, teacher or dense(hidden, weight), vocab_size))
 
         if self.teacher is None:
             return student_sums(None)
-        return self.teacher(**inputs, head=lambda hidden, weight: student_sums(
-            DenseTeacher(select_targets(hidden, batch), weight)))
+        return self.teacher(**inputs, head=lambda hidden, weight: student_sums(dense(hidden, weight)))

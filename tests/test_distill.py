@@ -57,14 +57,16 @@ def cache(trained, data, *more):
     "more",
     [
         [],
-        ["--divergence=reverse_kl", "--temperature=2"],
+        # The formulas of the slow ones have cheaper tests in tests/distillation.
+        pytest.param(["--divergence=reverse_kl", "--temperature=2"], marks=pytest.mark.slow),
         ["--divergence=jsd", "--alpha=1"],
         ["--divergence=mse", "--alpha=0.1"],
-        ["--alpha=0"],
-        LAYER_LOSSES,
+        pytest.param(["--alpha=0"], marks=pytest.mark.slow),
+        pytest.param(LAYER_LOSSES, marks=pytest.mark.slow),
         [*LAYER_LOSSES, "--hidden_loss=mse", "--attention_loss=mse", "--layer_map=last"],
-        ["--hidden_weight=1", "--hidden_loss=info_nce", "--layer_map=uniform_consecutive"],
-        ["--hidden_weight=1", "--hidden_loss=sinkhorn"],
+        pytest.param(["--hidden_weight=1", "--hidden_loss=info_nce", "--layer_map=uniform_consecutive"],
+                     marks=pytest.mark.slow),
+        pytest.param(["--hidden_weight=1", "--hidden_loss=sinkhorn"], marks=pytest.mark.slow),
         ["--ternary=True"],
         ["--on_policy=0.5"],
         ["--dtype=bfloat16", *LAYER_LOSSES],
@@ -282,10 +284,10 @@ def test_a_disk_without_enough_space_is_refused(trained, own_data, monkeypatch):
 def test_stopped_and_resumed_is_the_same_run(trained, own_data, tmp_path, more, monkeypatch):
     if "--cache=sample" in more:
         cache(trained, own_data, "--method=sample")
-    more = [*more, "--max_steps=10"]
+    more = [*more, "--max_steps=6"]
     run(trained, own_data, tmp_path / "whole", *more)
-    stopped_in_step(5, monkeypatch, lambda: run(trained, own_data, tmp_path / "cut", *more))
-    assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
+    stopped_in_step(3, monkeypatch, lambda: run(trained, own_data, tmp_path / "cut", *more))
+    assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000003"
     run(trained, own_data, tmp_path / "cut", *more)
     assert_equal(tmp_path / "whole", tmp_path / "cut")
 
@@ -305,7 +307,7 @@ def on_two_ranks(*args):
 
 def test_gradients_do_not_depend_on_micro_batch_or_ranks(trained, data, tmp_path, two_ranks):
     """Also if the teacher is sharded, and if the student writes the text."""
-    more = ["--optimizer=adamw", "--hidden_weight=1", "--attention_weight=1", "--max_steps=10"]
+    more = ["--optimizer=adamw", "--hidden_weight=1", "--attention_weight=1", "--max_steps=4"]
     expected = losses(run(trained, data, tmp_path / "one", *more))
     small = losses(run(trained, data, tmp_path / "small", *more, "--micro_batch_size=1"))
     np.testing.assert_allclose(small, expected, rtol=1e-5)
@@ -389,7 +391,7 @@ def test_a_model_that_the_run_reads_is_never_deleted(trained, data, tmp_path):
 
 def test_a_students_own_text_does_not_depend_on_micro_batches(trained, data, tmp_path):
     both = [losses(run(trained, data, tmp_path / size, "--on_policy=1", f"--micro_batch_size={size}",
-                        "--max_steps=3")) for size in ("1", "8")]  # fmt: skip
+                        "--max_steps=2")) for size in ("1", "8")]  # fmt: skip
     np.testing.assert_allclose(*both, rtol=1e-5)
 
 
