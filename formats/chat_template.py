@@ -243,12 +243,13 @@ class TemplateChat:
         guarded = self.guard in text
         encoder = guarded_tokenizer(self.tokenizer, self.guard) if guarded else self.tokenizer.hf
         encoding = encoder.encode(text, add_special_tokens=False)
-        mask = [0] * len(encoding.ids)
+        ids, offsets = encoding.ids, encoding.offsets  # the library makes a new list at each access
+        mask = [0] * len(ids)
         for begin, end in targets:
-            first = bisect_right(encoding.offsets, begin, key=lambda span: span[1])
-            last = bisect_left(encoding.offsets, end, key=lambda span: span[0])
+            first = bisect_right(offsets, begin, key=lambda span: span[1])
+            last = bisect_left(offsets, end, key=lambda span: span[0])
             mask[first:last] = [1] * max(0, last - first)
-        return encoding.ids, mask
+        return ids, mask
 
     def encode_prompt(self) -> list[int]:
         """The ids of the conversation, followed by the opening of an answer."""
