@@ -42,7 +42,9 @@ python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
 
 # Chat model -> right answers become likelier -> a verifier that scores answers.
 "${launch[@]}" grpo.py --init_from=$out/dpo --out_dir=$out/grpo "${grpo_flags[@]}" "${train_flags[@]}"
-if [ "${1:-}" != smoke ]; then  # after 10 steps no answer is right, and a verifier needs right ones
+if [ "${1:-}" = smoke ]; then
+    echo "verifier.py is skipped: after 10 steps no answer is right, and a verifier needs right and wrong ones"
+else
     "${launch[@]}" verifier.py --init_from=$out/grpo --out_dir=$out/verifier "${train_flags[@]}"
 fi
 

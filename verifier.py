@@ -27,7 +27,6 @@ import math
 import zlib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -161,15 +160,14 @@ class Answers:
             self.pairs += [(right[i], wrong[j]) for i, j in zip(
                 draw.permutation(len(right)), draw.permutation(len(wrong)), strict=False)]
 
-    @lru_cache(maxsize=2)  # noqa: B019
-    def order(self, epoch: int) -> np.ndarray:
-        """The permutation of an epoch, (pairs,)."""
-        return np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.pairs))
-
     def sample(self, number: int) -> Answer:
-        """Sample k of the run: the right answer of a pair if k is even, and then the wrong one."""
+        """Sample k of the run: the right answer of a pair if k is even, and then the wrong one.
+
+        Every epoch has the pairs in a new order.
+        """
         epoch, place = divmod(number // 2, len(self.pairs))
-        return self.pairs[self.order(epoch)[place]][number % 2]
+        order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.pairs))
+        return self.pairs[order[place]][number % 2]
 
     def batches_at(self, step: int, rank: int, world_size: int) -> list[dict[str, Any]]:
         """A rank's micro-batches of a step."""

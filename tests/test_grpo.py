@@ -138,7 +138,7 @@ def test_the_models_gradient_by_hand(chat, advantage):
         assert (parameter.grad - wanted).abs().max() <= 1e-5 * max(wanted.abs().max(), 1e-3), name
 
 
-@pytest.mark.parametrize("kl, updates", [(0.0, 1), (0.3, 1), (0.0, 2), (0.3, 2)])
+@pytest.mark.parametrize("kl, updates", [(0.0, 1), (0.3, 2)])
 def test_loss_and_gradient_are_trls(chat, tmp_path, kl, updates):
     """TRL's trainer, given the same weights, answers, masks, advantages and other log-probabilities."""
     trl, datasets, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "transformers"))
@@ -213,10 +213,9 @@ def test_it_learns(chat, tmp_path):
     GPT.from_pretrained(tmp_path / "a")
 
 
-@pytest.mark.parametrize("words", [[], ["--updates_per_rollout=3", "--kl_weight=0.1", "--refill"]])
-def test_stopped_killed_and_resumed_is_the_same_run(chat, tmp_path, monkeypatch, words):
-    """Also between two updates from one rollout: the answers are read from their file."""
-    words = [*words, "--save_interval=2", "--max_steps=7"]
+def test_stopped_killed_and_resumed_is_the_same_run(chat, tmp_path, monkeypatch):
+    """Between two updates from one rollout, and before a new one: steps 0, 3 and 6 sample answers."""
+    words = ["--updates_per_rollout=3", "--kl_weight=0.1", "--refill", "--save_interval=2", "--max_steps=7"]
     run(chat, tmp_path / "whole", *words)
     stopped_in_step(5, monkeypatch, lambda: run(chat, tmp_path / "cut", *words))
     assert checkpoint.step_folders(tmp_path / "cut")[-1].name == "step_000005"
@@ -229,11 +228,11 @@ def test_stopped_killed_and_resumed_is_the_same_run(chat, tmp_path, monkeypatch,
     log = events(tmp_path / "whole")
     assert max(norms(log)) > 0.01 and max(event.get("clipped", 1) for event in log) > 0
     assert_equal(tmp_path / "whole", tmp_path / "killed")
-    if "--refill" in words:  # only the files that a checkpoint may need are kept
-        assert {file.stem for file in (tmp_path / "whole" / "rollouts").iterdir()} == {"000003", "000006"}
-        (tmp_path / "cut" / "rollouts" / "000006.json").unlink()
-        with pytest.raises(UserError, match="000006.json: is missing"):
-            run(chat, tmp_path / "cut", *words, "--max_steps=9")
+    # Only the files that a checkpoint may need are kept.
+    assert {file.stem for file in (tmp_path / "whole" / "rollouts").iterdir()} == {"000003", "000006"}
+    (tmp_path / "cut" / "rollouts" / "000006.json").unlink()
+    with pytest.raises(UserError, match="000006.json: is missing"):
+        run(chat, tmp_path / "cut", *words, "--max_steps=9")
 
 
 def on_two_ranks(chat, out, words):
@@ -242,7 +241,7 @@ def on_two_ranks(chat, out, words):
 
 def test_micro_batches_and_ranks_change_only_rounding(chat, tmp_path, two_ranks):
     # A small rate: AdamW turns rounding in a gradient of 0 into a full step, and that may change a token.
-    words = ["--max_steps=3", "--kl_weight=0.1", "--learning_rate=1e-5"]
+    words = ["--max_steps=2", "--kl_weight=0.1", "--learning_rate=1e-5"]
     one = run(chat, tmp_path / "one", *words)
     for name, more in (("small", ["--micro_batch_size=1"]), ("ranks", ["--micro_batch_size=1"])):
         out = tmp_path / name

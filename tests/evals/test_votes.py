@@ -213,6 +213,7 @@ def test_word_problems_and_rows_of_question_and_answer(chat_folder, tmp_path, mo
     (["--num_samples=-1"], "num_samples"),
     (["--temperature=0"], "temperature"),
     (["--threshold=1.5"], "threshold"),
+    (["--num_samples=2", "--constrain=tools"], "num_samples does not work with constrain"),
 ])
 def test_mistakes_are_one_line(words, message):
     with pytest.raises(UserError, match=message):
