@@ -19,35 +19,33 @@ Left out: HTTPS (put a proxy in front), several processes, and users.
 """
 
 import asyncio
-import contextlib
 import hmac
-import ipaddress
-import itertools
 import json
-import re
+import random
 import secrets
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
-from dataclasses import dataclass, fields
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 import uvicorn
 from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from configurator import UserError, configure, require, require_positive, run_script
-from dataset.conversations import preference
+from dataset.conversations import preference, tool_call
 from dataset.sources import Skip
-from generation.api import Job, Served
+from generation.api import Asked, Busy, Job, Served, TooLong, parse
 from generation.assistant import call_tool
-from generation.generate import MOST_NEW_TOKENS, Sampling
-from generation.requests import Asked, Refused, parse, read_message
+from generation.generate import Sampling
 from generation.verifier import Verifier
 from modeling.devices import DTYPES, pick_device, use_threads
 
@@ -58,7 +56,11 @@ PAGE = Path(__file__).parent / "generation" / "chat.html"
 POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; connect-src 'self'; "
           "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
           "require-trusted-types-for 'script'")
-Handler = Callable[[Request], Awaitable[Response]]
+LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that no other computer can reach
+# The status of an answer to an error. UnicodeEncodeError is half of a surrogate pair; 499 is read by nobody.
+STATUS: dict[type[Exception], int] = {
+    TooLong: 413, Busy: 429, UserError: 400, Skip: 400, UnicodeEncodeError: 400, TimeoutError: 408,
+    ClientDisconnect: 499, Exception: 500}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,74 +86,43 @@ class ServeConfig(Sampling):
     def __post_init__(self) -> None:
         super().__post_init__()
         require_positive(self, "context_length", "slots", "max_waiting", "timeout", "max_new_tokens")
-        for key, most in (("slots", 1024), ("max_new_tokens", MOST_NEW_TOKENS), ("context_length", 2**24)):
-            require(self, key, getattr(self, key) <= most, f"at most {most:,}")
-        if self.sinks or self.window is not None:
-            raise UserError("sinks and window do not work in the server, whose rows share one cache")
         require(self, "port", 0 <= self.port < 2**16, "from 0 to 65,535")
         require(self, "best_of", self.best_of == 1 or self.verifier is not None, "1 without a verifier")
-        if not self.api_key and not is_loopback(self.host):
+        if not self.api_key and self.host not in LOCAL:
             raise UserError(f"host={self.host}: other computers could use the model; set --api_key=")
 
 
 # ---- Who may ask ------------------------------------------------------------------------------------------
 
-def is_loopback(host: str) -> bool:
-    """True for a name or an address that no other computer can reach."""
-    with contextlib.suppress(ValueError):
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    return host == "localhost"
-
-
 def check_headers(cfg: ServeConfig, request: Request) -> None:
-    """Raise Refused for a request that comes from elsewhere, or without the key.
+    """Raise HTTPException for a request that comes from elsewhere, or without the key.
 
     A page of another site can make a browser send requests to this computer. Such a request has the other
     site's Origin, or its Host if the site's name was made to point here (DNS rebinding).
     """
-    host = request.headers.get("host", "")
-    name = re.sub(r":\d+$", "", host)
-    if cfg.host not in ("0.0.0.0", "::") and name.strip("[]") != cfg.host and not is_loopback(name):
-        raise Refused(403, f"the Host {name!r} is not served")
-    if request.headers.get("origin", f"http://{host}") not in (f"http://{host}", f"https://{host}"):
-        raise Refused(403, "requests from pages of other sites are refused")
+    host, origin = request.url.hostname, request.headers.get("origin")
+    if cfg.host not in ("0.0.0.0", "::") and host not in (cfg.host, *LOCAL):
+        raise HTTPException(403, f"the Host {host!r} is not served")
+    if origin is not None and urlsplit(origin).netloc != request.url.netloc:
+        raise HTTPException(403, "requests from pages of other sites are refused")
     key = request.headers.get("authorization", "").removeprefix("Bearer ")
-    is_right = not cfg.api_key or hmac.compare_digest(key.encode(), cfg.api_key.encode())
-    if not is_right and request.url.path != "/":  # the page holds no secret; it asks for the key
-        raise Refused(401, "the api_key is missing or wrong")
+    if cfg.api_key and not hmac.compare_digest(key.encode(), cfg.api_key.encode()):
+        raise HTTPException(401, "the api_key is missing or wrong")
 
 
-async def read_json(request: Request) -> Any:
-    """The JSON of a request. Raises Refused for one that is too large (413) or too slow (408)."""
-    data, size = bytearray(), 0
-    try:
-        async with asyncio.timeout(BODY_SECONDS):
-            async for chunk in request.stream():
-                size += len(chunk)
-                data += chunk if size <= MOST_BODY else b""  # read on: who sends does not listen yet
-    except TimeoutError:
-        raise Refused(408, f"the request did not arrive within {BODY_SECONDS} seconds") from None
-    if size > MOST_BODY:
-        raise Refused(413, f"the body has {size:,} bytes; at most {MOST_BODY:,} are read")
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError):
-        raise UserError("the body is not JSON") from None
-
-
-def error_body(error: Exception, status: int) -> dict[str, Any]:
+def error_body(error: Exception) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
+    status = error.status_code if isinstance(error, HTTPException) else next(
+        status for kind, status in STATUS.items() if isinstance(error, kind))
+    message = error.detail if isinstance(error, HTTPException) else str(error)
     kind = "server_error" if status == 500 else "invalid_request_error"
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": str(status)}}
+    return {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
 
 
 async def failed(request: Request, error: Exception) -> Response:
     """The answer to a request that raised an error."""
-    if isinstance(error, ClientDisconnect):
-        return Response(status_code=499)  # nobody reads it
-    is_users = isinstance(error, UserError | UnicodeEncodeError)  # the second: half of a surrogate pair
-    status = getattr(error, "status", 400 if is_users else 500)
-    return JSONResponse(error_body(error, status), status, {"Retry-After": "1"} if status == 429 else None)
+    body = error_body(error)
+    return JSONResponse(body, int(body["error"]["code"]))
 
 
 class Protocol(H11Protocol):
@@ -174,11 +145,30 @@ class Server:
         dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         self.defaults = Asked(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
-        names = list(dict.fromkeys(filter(None, (cfg.model, cfg.compare))))
+        self.seeds = random.Random(cfg.seed)
+        names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
         if cfg.verifier is not None:
             for served in self.models.values():
                 served.verifier = Verifier(cfg.verifier, served.tokenizer, device)
+
+    async def read_json(self, request: Request) -> dict[str, Any]:
+        """The JSON of a request, whose headers are checked. Too large is status 413, too slow 408."""
+        check_headers(self.cfg, request)
+        data, size = b"", 0
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                size += len(chunk)
+                data += chunk if size <= MOST_BODY else b""  # read on: who sends does not listen yet
+        if size > MOST_BODY:
+            raise HTTPException(413, f"the body has {size:,} bytes; at most {MOST_BODY:,} are read")
+        try:
+            body = json.loads(data)
+        except (ValueError, RecursionError):
+            body = None
+        if not isinstance(body, dict):
+            raise UserError("the body must be a JSON object")
+        return body
 
     async def page(self, request: Request) -> Response:
         nonce = secrets.token_urlsafe(16)
@@ -188,70 +178,51 @@ class Server:
 
     async def list_models(self, request: Request) -> Response:
         """The models, and under "page" what the page has to know."""
-        keys = ("system", "max_new_tokens", "temperature", "top_p")
-        page: dict[str, Any] = {key: getattr(self.cfg, key) for key in keys}
+        check_headers(self.cfg, request)
+        page: dict[str, Any] = {key: getattr(self.cfg, key)
+                                for key in ("system", "max_new_tokens", "temperature", "top_p")}
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "nanollama",
                    "is_chat": served.is_chat, "context_length": served.context_length}
                   for name, served in self.models.items()]
-        page["votes"] = self.cfg.votes is not None
-        return JSONResponse({"object": "list", "data": models, "page": page})
+        return JSONResponse({"object": "list", "data": models,
+                             "page": page | {"votes": self.cfg.votes is not None}})
 
     async def tool(self, request: Request) -> Response:
         """The result of a tool call, {"name", "arguments"}. The calculator is the only tool that runs."""
-        call = await read_json(request)
-        if not isinstance(call, dict) or not isinstance(call.get("name"), str) or "arguments" not in call:
-            raise UserError("the body must have a name and arguments")
-        return JSONResponse({"content": call_tool(call)})
+        return JSONResponse({"content": call_tool(tool_call(await self.read_json(request)))})
 
     async def vote(self, request: Request) -> Response:
-        """Append a preference. The body has lists of messages: prompt, chosen, rejected.
-
-        If both answers begin alike, as with the same tool call, what they share belongs to the prompt. The
-        first messages that differ are chosen and rejected.
-        """
+        """Append a preference: {"prompt": messages, "chosen": message, "rejected": message}."""
+        body = await self.read_json(request)
         if self.cfg.votes is None:
-            raise Refused(404, "votes are kept only with --votes=FILE")
-        body = await read_json(request)
-        try:
-            prompt, *sides = ([read_message(each) for each in body[key]]
-                              for key in ("prompt", "chosen", "rejected"))
-            shared = len([*itertools.takewhile(lambda pair: pair[0] == pair[1], zip(*sides, strict=False))])
-            row: dict[str, Any] = {"prompt": prompt + sides[0][:shared], "chosen": sides[0][shared:][:1],
-                                   "rejected": sides[1][shared:][:1]}
-            preference(row)  # raises Skip for a row that prepare.py would not use
-            row |= {key: str(body[key]) for key in ("chosen_model", "rejected_model") if key in body}
-        except (KeyError, TypeError, Skip) as error:
-            raise UserError(f"not a vote: {error}") from None
+            raise HTTPException(404, "votes are kept only with --votes=FILE")
+        preference(body)  # raises Skip for a row that prepare.py would not use
         with open(self.cfg.votes, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(body) + "\n")
         return JSONResponse({})
 
     async def complete(self, request: Request) -> Response:
         """An answer of a model: to a chat, or to a text."""
-        is_chat = "chat" in request.url.path
-        asked = parse(await read_json(request), self.defaults, is_chat)
-        name = self.cfg.model if asked.model is None else asked.model
+        body = await self.read_json(request)
+        # Without a seed, a question that is asked twice gets two answers.
+        asked = parse(body, replace(self.defaults, seed=self.seeds.randrange(2**43)))
+        name = asked.model or self.cfg.model
         if name not in self.models:
-            raise Refused(404, f"no model {name!r} is served, but {', '.join(self.models)}")
-        if len(self.models[name].batcher.waiting) >= self.cfg.max_waiting:
-            raise Refused(429, "too many requests are waiting; try again later")
-        job = self.models[name].start(asked, is_chat, self.cfg.timeout)
+            raise HTTPException(404, f"no model {name!r} is served, but {', '.join(self.models)}")
+        served = self.models[name]
+        job = Job(served, asked, self.cfg.timeout, self.cfg.max_waiting - len(served.batcher.waiting))
         if asked.stream:
-            return StreamingResponse(self.stream(job), media_type="text/event-stream",
+            return StreamingResponse(self.events(job), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
-        tasks = [asyncio.ensure_future(job.response()), asyncio.ensure_future(request.receive())]
         try:
-            # The second task ends when the client closes its connection.
-            await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-            if not tasks[0].done():
-                raise ClientDisconnect
-            return JSONResponse(tasks[0].result())
+            async for _ in job.steps():
+                if await request.is_disconnected():
+                    raise ClientDisconnect
+            return JSONResponse(job.response())
         finally:
-            job.cancel()
-            for task in tasks:
-                task.cancel()
+            job.end()
 
-    async def stream(self, job: Job) -> AsyncIterator[str]:
+    async def events(self, job: Job) -> AsyncIterator[str]:
         """The pieces of an answer as server-sent events. An error is an event, too: the status is sent."""
         def event(content: Any) -> str:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
@@ -259,32 +230,18 @@ class Server:
         try:
             async for chunk in job.chunks():
                 yield event(chunk)
-        except Exception as error:  # 408, or one of the model, such as no memory
-            yield event(error_body(error, getattr(error, "status", 500)))
+        except Exception as error:  # such as no memory
+            yield event(error_body(error))
         finally:  # also when the client has gone
-            job.cancel()
+            job.end()
         yield "data: [DONE]\n\n"
 
-    @contextlib.asynccontextmanager
-    async def lifespan(self, app: Any) -> AsyncIterator[None]:
-        yield
-        for served in self.models.values():
-            served.batcher.close()
-
     def app(self) -> Starlette:
-        """The application: every route checks the headers first."""
-        def route(path: str, handler: Handler, method: str = "POST") -> Route:
-            async def checked(request: Request) -> Response:
-                check_headers(self.cfg, request)
-                return await handler(request)
-            return Route(path, checked, methods=[method])
-
-        return Starlette(lifespan=self.lifespan, routes=[
-            route("/", self.page, "GET"), route("/v1/models", self.list_models, "GET"),
-            route("/v1/chat/completions", self.complete), route("/v1/completions", self.complete),
-            route("/tool", self.tool), route("/vote", self.vote)],
-            exception_handlers=dict.fromkeys(
-                (UserError, UnicodeEncodeError, ClientDisconnect, Exception), failed))
+        posts = {"/v1/chat/completions": self.complete, "/v1/completions": self.complete, "/tool": self.tool,
+                 "/vote": self.vote}
+        routes = [Route("/", self.page), Route("/v1/models", self.list_models),
+                  *(Route(path, handler, methods=["POST"]) for path, handler in posts.items())]
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys((*STATUS, HTTPException), failed))
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -292,11 +249,7 @@ class Server:
 def main(argv: list[str]) -> int:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
-    try:
-        listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
-    except OSError as error:
-        reason = f"{error.strerror}; --port=0 takes a free one"
-        raise UserError(f"host={cfg.host}, port={cfg.port}: {reason}") from None
+    listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
     server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_level="warning"))
     host = f"[{cfg.host}]" if family == socket.AF_INET6 else cfg.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)

@@ -1,42 +1,147 @@
-"""OpenAI's API without HTTP: a checked request -> prompts -> rows of a batcher -> answers.
+"""OpenAI's API without HTTP: the body of a request -> prompts -> rows of a batcher -> answers.
 
     served = Served("out/dpo", torch.device("cpu"), torch.float32, slots=16, context_length=2048)
-    job = served.start(asked, is_chat=True)     # asked: generation/requests.py
-    body = await job.response()                 # the whole answer; or
-    async for chunk in job.chunks(): ...        # its pieces, for "stream": true
+    asked = parse({"messages": [{"role": "user", "content": "Hi"}]}, Asked(max_tokens=200))
+    job = Job(served, asked, timeout=600, most_rows=256)
+    async for chunk in job.chunks(): ...        # the pieces of the answer, for "stream": true; or
+    async for _ in job.steps(): ...             # and then
+    body = job.response()                       # the whole answer
+    job.end()                                   # frees its slots
 
-Thoughts are "reasoning_content", as DeepSeek's API names them. A tool call is sent when it is complete. With
-a seed, the answers are those of sample.py with that seed. Requests without one take consecutive row numbers
-of the server's seed, so a question that is asked twice gets two answers.
+The keys are those of /v1/chat/completions and /v1/completions (platform.openai.com/docs/api-reference), and
+top_k, min_p, repetition_penalty and best_of. Other keys are refused. Thoughts are "reasoning_content", as
+DeepSeek names them. A tool call is sent when it is complete. The answers are those of sample.py with the same
+seed. Left out: images, audio, logit_bias, penalties, log-probabilities of chats.
 """
 
 import asyncio
 import functools
-import itertools
 import json
 import time
 import uuid
 from collections.abc import AsyncIterator
-from dataclasses import fields
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, Literal
 
 import torch
 
-from configurator import UserError
+from configurator import UserError, override, require, require_positive
+from dataset.conversations import Message, listed, system_message
+from dataset.tool_problems import offer
 from formats import hf
-from formats.chat_format import CALL, THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_format import THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_template import own_template
 from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
-from generation.constraints import Constraint, ConstraintKeys, RowGuide, call_schema, grammar
+from generation.constraints import BatchGuide, Constraint, ConstraintKeys, RowGuide, grammar
 from generation.generate import Sampling
-from generation.requests import Asked, Message, Refused, read_messages, schema_of
 from generation.verifier import Verifier
 from model import GPT
 
-MOST_TOKENS = 2**22  # of the answers to one request: their random numbers are drawn at the start, in 16 MiB
-ROW_TOKENS = 256  # an answer counts as this many tokens more, for what else a row keeps
+# Keys of a request that change no answer.
+IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
+           "prompt_cache_key"}
 MARKS = ("<think>", "<tool_call>")  # of models with their own chat format: what follows is no content
+
+
+class TooLong(UserError):
+    """A prompt that does not fit the context."""
+
+
+class Busy(UserError):
+    """More texts than may wait for a slot."""
+
+
+# ---- Requests ---------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class Asked(Sampling):
+    """The body of a request."""
+
+    model: str | None = None  # None is the first one
+    messages: list | None = None
+    prompt: str | list | None = None  # a text, a list of ids, or a list of these
+    max_tokens: int = 16
+    n: int = 1  # answers per prompt
+    best_of: int = 1  # answers to generate per prompt; the verifier chooses the n best
+    stop: str | list | None = None
+    stream: bool = False
+    stream_options: dict | None = None
+    echo: bool = False  # repeat the prompt before the answer
+    logprobs: int | None = None  # log-probabilities of the tokens, and of this many of the likeliest
+    tools: list | None = None
+    tool_choice: Literal["none", "auto", "required"] | None = None
+    response_format: dict | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        require_positive(self, "n", "best_of", "max_tokens")
+        require(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20")
+        fits = all(isinstance(text, str) and text for text in self.stops) and len(self.stops) <= 16
+        require(self, "stop", fits, "a text or a list of at most 16 texts, none of them empty")
+        if self.sinks or self.window is not None:
+            raise UserError("sinks and window do not work in the server, whose rows share one cache")
+
+    @property
+    def stops(self) -> list[str]:
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+    @property
+    def is_chat(self) -> bool:
+        return self.messages is not None
+
+
+def parse(body: dict[str, Any], defaults: Asked) -> Asked:
+    """Check the body of a request. Raises UserError that names the key."""
+    keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
+    if "max_completion_tokens" in keys:  # OpenAI's newer name
+        keys["max_tokens"] = keys.pop("max_completion_tokens")
+    return override(defaults, keys, "body")
+
+
+def read_messages(asked: Asked, tokenizer: Tokenizer) -> list[Message]:
+    """The conversation of a request; its first system message also offers the tools.
+
+    Raises UserError, or Skip for a message that is not text.
+    """
+    messages = listed({"messages": asked.messages})
+    if messages is None:
+        raise UserError("messages: must be a list with at least one message")
+    if asked.tools and asked.tool_choice != "none":
+        system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
+        if "tools" in (own_template(tokenizer) or ""):  # the model has a format for them
+            return system_message({"system": system, "tools": asked.tools}) + messages
+        content = "\n\n".join(filter(None, (system, tools_text(asked.tools))))
+        messages.insert(0, {"role": "system", "content": content})
+    return messages
+
+
+def tools_text(tools: list) -> str:
+    """The text that offers the tools: in one line each, as in our training data, if that says everything."""
+    texts = []
+    try:
+        for function in ({"parameters": {"properties": {}}} | tool["function"] for tool in tools):
+            kinds = function["parameters"]["properties"].values()
+            is_plain = "description" not in function and all(kind == {"type": "string"} for kind in kinds)
+            texts.append(offer(function).partition("\n")[0] if is_plain else offer(function))
+    except (KeyError, TypeError, AttributeError):
+        raise UserError("tools: each needs a function with a name and, for parameters, properties") from None
+    return "\n".join(texts)
+
+
+def read_prompts(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
+    """The ids of the prompts of a completion. An empty text starts after the end-of-text token."""
+    is_one = not isinstance(asked.prompt, list) or all(isinstance(each, int) for each in asked.prompt)
+    prompts = [tokenizer.prefix_ids + tokenizer.encode(each) or [tokenizer.eot_id]
+               if isinstance(each, str) else each for each in ([asked.prompt] if is_one else asked.prompt)]
+    for ids in prompts:
+        if not isinstance(ids, list) or not ids or \
+                not all(type(index) is int and 0 <= index < tokenizer.vocab_size for index in ids):
+            raise UserError(f"prompt: must be a text or a list of ids below {tokenizer.vocab_size:,}")
+    return prompts
 
 
 # ---- Models -----------------------------------------------------------------------------------------------
@@ -53,74 +158,32 @@ class Served:
         self.ends = {True: Assistant(model, self.tokenizer, Sampling(), 0).end_ids,
                      False: {self.tokenizer.eot_id, *hf.end_ids(folder)}}  # by is_chat
         self.context_length = min(context_length, model.config.block_size)
-        self.number = 0  # row number of the next request without a seed
         self.verifier: Verifier | None = None
+        self.constraint = functools.cache(functools.partial(Constraint, self.tokenizer, self.ends[True]))
         self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length)
+        self.thread = ThreadPoolExecutor(1)
+        self.running: asyncio.Task | None = None
+        self.stepped = asyncio.Event()  # another one for each step
 
-    def read_prompts(self, given: str | list) -> list[list[int]]:
-        """The ids of the prompts of a completion: one text or list of ids, or a list of these."""
-        is_one = isinstance(given, str) or bool(given) and all(type(each) is int for each in given)
-        prompts = [self.encode(each) for each in ([given] if is_one else given)]
-        if not prompts:
-            raise UserError("prompt: an empty list")
-        return prompts
+    async def run(self) -> None:
+        """Generate until no row is left."""
+        while self.batcher.waiting or self.batcher.live:
+            self.batcher.admit()
+            await asyncio.get_running_loop().run_in_executor(self.thread, self.batcher.step)
+            stepped, self.stepped = self.stepped, asyncio.Event()
+            stepped.set()
 
-    def encode(self, prompt: Any) -> list[int]:
-        """The ids of one prompt, at least one: an empty text starts after the end-of-text token."""
-        tokenizer = self.tokenizer
-        if isinstance(prompt, str):
-            return tokenizer.prefix_ids + tokenizer.encode(prompt) or [tokenizer.eot_id]
-        if not isinstance(prompt, list) or not prompt or \
-                not all(type(each) is int and 0 <= each < tokenizer.vocab_size for each in prompt):
-            raise UserError(f"prompt: must be a text or a list of ids below {tokenizer.vocab_size:,}")
-        return prompt
-
-    @functools.cached_property
-    def constraint(self) -> Constraint:
-        """Raises UserError if llguidance is absent."""
-        return Constraint(self.tokenizer, self.ends[True], ConstraintKeys())
-
-    def guide(self, asked: Asked) -> RowGuide | None:
-        """The grammar that an answer must fit: a JSON schema, or calls if tool_choice asks for them."""
-        if asked.response_format and asked.response_format.get("type") != "text":
-            rules = grammar("json", schema_of(asked.response_format))
-            return self.constraint.row_of(rules, "response_format")
-        if asked.tool_choice in (None, "none", "auto"):
-            return None
-        choice = asked.tool_choice if isinstance(asked.tool_choice, dict) else {}
-        name = choice.get("function", {}).get("name")  # None: "required", any of the tools
-        functions = [tool["function"] for tool in asked.tools or []]
-        functions = [function for function in functions if name in (None, function["name"])]
-        if not functions or self.tokenizer.hf.token_to_id(CALL) is None:
-            raise UserError("tool_choice: no such tool, or the model has no tokens for calls")
-        schemas = [call_schema({"parameters": {}} | function) for function in functions]
-        rules = grammar("call" if name else "call+", {"anyOf": schemas}, self.tokenizer)
-        return self.constraint.row_of(rules, "tools")
-
-    def start(self, asked: Asked, is_chat: bool, timeout: float) -> "Job":
-        """Submit the rows of a request. After `timeout` seconds they are dropped; the job raises Refused."""
-        rounds = 0
-        if is_chat:
-            require_chat(self.tokenizer, self.name)
-            messages = read_messages(asked)
-            # As in Assistant.reply, the rounds after a tool's result draw other random numbers.
-            questions = [at for at, message in enumerate(messages) if message["role"] == "user"]
-            rounds = sum(each["role"] == "assistant" for each in messages[max(questions, default=0):])
-            prompts = [encode_prompt(self.tokenizer, messages)]
-        else:
-            prompts = self.read_prompts(asked.prompt)
-        if (longest := max(map(len, prompts))) > self.context_length:
-            raise Refused(413, f"the prompt has {longest:,} tokens, and the context {self.context_length:,}")
-        size = len(prompts) * max(asked.n, asked.best_of)
-        if size * (asked.max_tokens + ROW_TOKENS) > MOST_TOKENS:
-            raise Refused(413, f"{size:,} answers of {asked.max_tokens:,} tokens are too many for a request")
-        if asked.best_of > asked.n and self.verifier is None:
-            raise UserError("best_of: needs a server with --verifier=")
-        number = 0 if asked.has_seed else self.number % ROUND_STRIDE
-        self.number += 0 if asked.has_seed else size
-        job = Job(self, asked, is_chat, prompts)
-        job.submit(number + rounds * ROUND_STRIDE, timeout)
-        return job
+    def guide(self, asked: Asked, messages: list[Message]) -> RowGuide | None:
+        """The grammar that an answer must fit: a JSON schema, or calls. UserError without llguidance."""
+        shape = asked.response_format or {"type": "text"}
+        if shape.get("type") != "text":
+            schema = {"type": "object"} if shape.get("type") == "json_object" else \
+                (shape.get("json_schema") or {}).get("schema")
+            if not isinstance(schema, dict):
+                raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
+            return self.constraint(ConstraintKeys()).row_of(grammar("json", dict(schema)), "response_format")
+        is_forced = asked.tool_choice == "required"
+        return self.constraint(ConstraintKeys(constrain="tools")).row(messages) if is_forced else None
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
@@ -139,66 +202,69 @@ def visible_text(text: str, stops: list[str], finished: bool) -> str:
     return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
 
 
-def added(before: Message, now: Message) -> Message:
-    """What a message has that an earlier state of it had not: the delta of a stream."""
-    delta: Message = {key: now[key][len(before.get(key, "")):] for key in ("content", "reasoning_content")
-                      if len(now.get(key, "")) > len(before.get(key, ""))}
-    known, calls = len(before.get("tool_calls", [])), now.get("tool_calls", [])
-    new = [{"index": number} | call for number, call in enumerate(calls)][known:]
-    return delta | ({"tool_calls": new} if new else {})
-
-
 class Job:
-    """A request at work: n rows per prompt, or best_of."""
+    """A request at work: `size` rows per prompt, of which the n in `shown` become the answer."""
 
-    def __init__(self, served: Served, asked: Asked, is_chat: bool, prompts: list[list[int]]):
-        self.served, self.asked, self.is_chat, self.prompts = served, asked, is_chat, prompts
-        self.ends, self.tokenizer = served.ends[is_chat], served.tokenizer
-        self.id, self.created = f"{'chatcmpl' if is_chat else 'cmpl'}-{uuid.uuid4().hex}", int(time.time())
-        self.changed, self.loop = asyncio.Event(), asyncio.get_running_loop()
-        self.rows: list[Row] = []
+    def __init__(self, served: Served, asked: Asked, timeout: float, most_rows: int):
+        """After `timeout` seconds the rows end with a TimeoutError. Raises UserError, TooLong and Busy."""
+        self.served, self.asked, self.tokenizer = served, asked, served.tokenizer
+        self.ends, self.size = served.ends[asked.is_chat], max(asked.n, asked.best_of)
+        self.id, self.created = f"{'chat' if asked.is_chat else ''}cmpl-{uuid.uuid4().hex}", int(time.time())
+        messages: list[Message] = []
+        if asked.is_chat:
+            require_chat(self.tokenizer, served.name)
+            messages = read_messages(asked, self.tokenizer)
+            prompts = [encode_prompt(self.tokenizer, messages)]
+        else:
+            prompts = read_prompts(asked, self.tokenizer)
+        if (longest := max(map(len, prompts))) > served.context_length:
+            raise TooLong(f"the prompt has {longest:,} tokens, and the context {served.context_length:,}")
+        if asked.best_of > asked.n and served.verifier is None:
+            raise UserError("best_of: needs a server with --verifier=")
+        if len(prompts) * self.size > most_rows:
+            raise Busy("too many texts are waiting for a slot; try again later")
+        # As in Assistant.reply, the rounds after a tool's result draw other random numbers.
+        newest = takewhile(lambda message: message["role"] != "user", reversed(messages))
+        rounds = sum(message["role"] == "assistant" for message in newest)
+        guides = [served.guide(asked, messages) for _ in range(len(prompts) * self.size)]
+        self.rows = [Row(prompt=prompts[number // self.size], max_new_tokens=asked.max_tokens, sampling=asked,
+                         number=number + rounds * ROUND_STRIDE, is_done=self.is_done, top=asked.logprobs,
+                         echo=asked.echo, guide=guide and BatchGuide([guide]))
+                     for number, guide in enumerate(guides)]
+        self.shown = self.rows if self.size == asked.n else []  # the best ones are known at the end
+        self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
 
-    def submit(self, number: int, timeout: float) -> None:
-        """Give the rows to the batcher. number: row number of the first one. timeout: in seconds."""
-        asked, served = self.asked, self.served
-        sampling = Sampling(**{field.name: getattr(asked, field.name) for field in fields(Sampling)})
-        for prompt in self.prompts:
-            first = None  # the other rows of a prompt wait until it has read the prompt
-            for _ in range(max(asked.n, asked.best_of)):
-                self.rows.append(Row(
-                    prompt=prompt, max_new_tokens=asked.max_tokens, sampling=sampling, first=first,
-                    number=number + len(self.rows), is_done=self.is_done, wake=self.wake, top=asked.logprobs,
-                    echo=asked.echo and asked.logprobs is not None,
-                    guide=served.guide(asked)))
-                first = first or self.rows[-1]
-        served.batcher.submit(self.rows)
-        self.expired, self.timer = False, self.loop.call_later(timeout, self.expire)
-
-    def wake(self, row: Row) -> None:
-        """Called in the batcher's thread."""
-        if self.asked.stream or row.ended:
-            self.loop.call_soon_threadsafe(self.changed.set)
-
-    def expire(self) -> None:
-        """Called when the time is up, even if the client of a stream does not read on."""
-        self.expired = True
-        self.cancel()
-        self.changed.set()
-
-    def cancel(self) -> None:
-        """Free the slots of rows that still run."""
+    def end(self) -> None:
+        """Free the slots of rows that still run. Also called when the time is up."""
         self.timer.cancel()
-        self.served.batcher.cancel(self.rows)
+        for row in self.rows:
+            row.fail(TimeoutError("the answer took too long"))
+
+    async def steps(self) -> AsyncIterator[None]:
+        """Generate: yield after each step of the batcher, until all rows have ended. Raises a row's error."""
+        served = self.served
+        served.batcher.waiting += self.rows
+        if served.running is None or served.running.done():
+            served.running = asyncio.create_task(served.run())
+        while not all(row.ended for row in self.rows):
+            await served.stepped.wait()
+            yield
+        if errors := [row.error for row in self.rows if row.error is not None]:
+            raise errors[0]
+        for first in range(0, len(self.rows) if not self.shown else 0, self.size):
+            group = self.rows[first:first + self.size]
+            scores = await asyncio.to_thread(
+                served.verifier.score, group[0].prompt, [row.new for row in group])
+            self.shown += [group[place] for place in scores.topk(self.asked.n).indices.tolist()]
+        yield
 
     def is_done(self, new: list[int]) -> bool:
-        if new[-1] in self.ends or not self.asked.stops:
-            return new[-1] in self.ends
-        content = self.read(new, False)["content"]  # a stop text may begin or end within a token
-        return any(stop in content for stop in self.asked.stops)
+        content = self.read(new, False)["content"] if self.asked.stops else ""  # may begin within a token
+        return new[-1] in self.ends or any(stop in content for stop in self.asked.stops)
 
     def read(self, new: list[int], finished: bool) -> Message:
         """Generated ids as a message in our form. A completion has content only."""
-        if not self.is_chat:
+        if not self.asked.is_chat:
             return {"content": self.tokenizer.decode([i for i in new if i not in self.ends], inside=True)}
         # A thought that has not ended yet is a thought already. A call that has not ended may become one.
         end = self.tokenizer.hf.token_to_id(THOUGHT_END)
@@ -210,101 +276,73 @@ class Job:
             message["content"] += malformed
         return message
 
-    def choice(self, index: int, row: Row, finished: bool) -> tuple[Message, str | None]:
-        """A row's message so far in OpenAI's form, and its finish_reason once it is finished."""
-        message, stops = self.read(row.new, finished), self.asked.stops
-        hidden = [] if finished or not self.is_chat else MARKS
-        sent: Message = {"role": "assistant"}
-        sent["content"] = visible_text(message["content"], [*stops, *hidden], finished)
-        if not self.is_chat and self.asked.echo:
-            sent["content"] = self.tokenizer.decode(row.prompt) + sent["content"]
-        if message.get("thought"):
-            sent["reasoning_content"] = visible_text(message["thought"], MARKS, finished)
-        if calls := message.get("tool_calls"):
-            sent["tool_calls"] = [
-                {"id": f"call_{self.id[-12:]}_{index}_{number}", "type": "function", "function": {
-                    "name": call["name"], "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
+    def state(self, row: Row) -> tuple[Message, str | None]:
+        """A row so far as a message of OpenAI's API, and its finish_reason, which is None until it ends."""
+        finished = row.ended and row.error is None
+        read, stops = self.read(row.new, finished), self.asked.stops
+        hidden = [] if finished or not self.asked.is_chat else MARKS
+        echo = self.tokenizer.decode(row.prompt) if self.asked.echo else ""
+        message: Message = {"role": "assistant",
+                            "content": echo + visible_text(read["content"], [*stops, *hidden], finished)}
+        if read.get("thought"):
+            message["reasoning_content"] = visible_text(read["thought"], [], finished)
+        if calls := read.get("tool_calls"):
+            message["tool_calls"] = [
+                {"index": number, "id": f"call_{self.id[-12:]}_{row.number}_{number}", "type": "function",
+                 "function": {"name": call["name"],
+                              "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
                 for number, call in enumerate(calls)]
-        stopped = self.ends.intersection(row.new[-1:]) or any(stop in message["content"] for stop in stops)
-        reason = "length" if not stopped else "tool_calls" if calls else "stop"
-        return sent, reason if finished else None
+        if not finished:
+            return message, None
+        return message, "length" if not self.is_done(row.new) else "tool_calls" if calls else "stop"
 
     def logprobs(self, row: Row) -> dict[str, Any] | None:
         """The log-probabilities of a completion's tokens; with echo also those of the prompt."""
         if row.top is None:
             return None
         name = functools.partial(self.tokenizer.decode, inside=True)
-        tokens = [name([index]) for index in [*(row.prompt if row.echo else []), *row.new]]
         scores = [*([None] if row.echo else []), *row.scores]  # nothing predicts a prompt's first token
-        return {"tokens": tokens, "token_logprobs": [each and each[0] for each in scores],
+        return {"tokens": [name([index]) for index in [*(row.prompt if row.echo else []), *row.new]],
+                "token_logprobs": [each and each[0] for each in scores],
                 "top_logprobs": [each and {name([index]): value for index, value in each[1].items()}
-                                 for each in scores],
-                "text_offset": [0, *itertools.accumulate(map(len, tokens[:-1]))]}
+                                 for each in scores]}
 
-    def envelope(self, choices: list[dict[str, Any]], is_chunk: bool = False) -> dict[str, Any]:
-        kind = f"chat.completion{'.chunk' if is_chunk else ''}" if self.is_chat else "text_completion"
+    def choice(self, index: int, row: Row, key: str, message: Message, reason: str | None) -> dict[str, Any]:
+        """An entry of "choices". key: "message", or "delta" for what is new in it."""
+        content = {key: message} if self.asked.is_chat else {"text": message.get("content", "")}
+        return {"index": index, **content, "finish_reason": reason,
+                "logprobs": self.logprobs(row) if reason else None}
+
+    def envelope(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
+        kind = f"chat.completion{suffix}" if self.asked.is_chat else "text_completion"
         return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name,
                 "choices": choices}
 
     @property
     def usage(self) -> dict[str, Any]:
-        prompt, new = sum(map(len, self.prompts)), sum(len(row.new) for row in self.rows)
-        cached = sum(row.cached for row in self.rows if row.first is None)
-        return {"prompt_tokens": prompt, "completion_tokens": new, "total_tokens": prompt + new,
-                "prompt_tokens_details": {"cached_tokens": cached}}
+        prompts, new = self.rows[::self.size], sum(len(row.new) for row in self.rows)
+        read = sum(len(row.prompt) for row in prompts)
+        return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new,
+                "prompt_tokens_details": {"cached_tokens": sum(row.cached for row in prompts)}}
 
-    async def best(self) -> list[Row]:
-        """The rows with the n best answers to each prompt, by the verifier."""
-        best: list[Row] = []
-        for first in range(0, len(self.rows), self.asked.best_of):
-            group = self.rows[first:first + self.asked.best_of]
-            scores = await asyncio.to_thread(
-                self.served.verifier.score, group[0].prompt, [row.new for row in group])
-            best += [group[place] for place in scores.argsort(descending=True)[:self.asked.n].tolist()]
-        return best
-
-    async def changes(self) -> AsyncIterator[tuple[int, Row, bool]]:
-        """Yield (number of the choice, its row, has ended) for each row that may have changed, until all end.
-
-        With best_of, yield the chosen rows when all have ended. Raises the error of a row.
-        """
-        left, has_best = list(self.rows), self.asked.best_of > self.asked.n
-        while left:
-            await self.changed.wait()
-            self.changed.clear()
-            if self.expired:
-                raise Refused(408, "the answer took too long")
-            for row in list(left):
-                if ended := row.ended:
-                    left.remove(row)
-                if row.error is not None:
-                    raise row.error
-                if not has_best:
-                    yield self.rows.index(row), row, ended
-        for index, row in enumerate(await self.best() if has_best else []):
-            yield index, row, True
-
-    async def response(self) -> dict[str, Any]:
-        """The body of the answer, when all rows have ended."""
-        choices: dict[int, dict[str, Any]] = {}
-        async for index, row, ended in self.changes():
-            if ended:
-                message, reason = self.choice(index, row, True)
-                content = {"message": message} if self.is_chat else {"text": message["content"]}
-                choices[index] = {"index": index, **content, "finish_reason": reason,
-                                  "logprobs": self.logprobs(row)}
-        return self.envelope([choices[index] for index in sorted(choices)]) | {"usage": self.usage}
+    def response(self) -> dict[str, Any]:
+        """The body of the answer, after the last step."""
+        choices = [self.choice(index, row, "message", *self.state(row))
+                   for index, row in enumerate(self.shown)]
+        return self.envelope(choices) | {"usage": self.usage}
 
     async def chunks(self) -> AsyncIterator[dict[str, Any]]:
-        """The pieces of the answer, as they are generated; with best_of, whole answers at the end."""
-        opening = {"role": "assistant", "content": ""}
-        sent: dict[int, Message] = {}
-        async for index, row, ended in self.changes():
-            now, reason = self.choice(index, row, ended)
-            delta = ({} if index in sent else opening) | added(sent.get(index, {}), now)
-            sent[index] = now
-            if delta or reason:
-                content = {"delta": delta} if self.is_chat else {"text": delta.get("content", "")}
-                yield self.envelope([{"index": index, **content, "finish_reason": reason}], True)
+        """The pieces of the answer, as they are generated."""
+        sent: dict[int, tuple[Message, str | None]] = {}
+        async for _ in self.steps():
+            for index, row in enumerate(self.shown):
+                before, ended = sent.get(index, ({}, None))
+                if ended:
+                    continue
+                now, reason = sent[index] = self.state(row)
+                delta = {key: value[len(before.get(key, "")):] for key, value in now.items()
+                         if len(value) > len(before.get(key, ""))}
+                if delta or reason:
+                    yield self.envelope([self.choice(index, row, "delta", delta, reason)], ".chunk")
         if (self.asked.stream_options or {}).get("include_usage"):
-            yield self.envelope([], True) | {"usage": self.usage}
+            yield self.envelope([], ".chunk") | {"usage": self.usage}

@@ -1,11 +1,13 @@
-"""Continuous batching: texts join and leave the batch between two steps, each in a row of one static cache.
+"""Continuous batching: rows of text join and leave a running batch at any step; each has a slot of one cache.
 
     batcher = Batcher(model, tokenizer.vocab_size, slots=16, context_length=2048)
-    row = Row(prompt=[1, 2, 3], max_new_tokens=100, sampling=Sampling(seed=7), is_done=.., wake=..)
-    batcher.submit([row])              # returns at once; row.new then grows in the batcher's own thread
-    batcher.cancel([row])              # the row leaves its slot before the next step
+    batcher.waiting.append(Row(prompt=[1, 2, 3], max_new_tokens=100, sampling=Sampling(seed=7), is_done=..))
+    while batcher.waiting or batcher.live:
+        batcher.admit()                # waiting rows get free slots
+        batcher.step()                 # row.new grows by at most one token
+    row.ended = True                   # ends a row early: its slot is free before the next step
 
-Every step first reads a piece of the new prompts, then generates one token for each row whose prompt is read:
+A step first reads a piece of the new prompts, then generates one token for each row whose prompt is read:
 
     slot 0   p p p p t t t t t            p: a piece of the prompt, t: one token
     slot 1           p p t t t t          joins while slot 0 generates, which goes on in every step
@@ -19,20 +21,15 @@ last half is read again, as in generation/generate.py.
 Shapes: B rows of a step, T tokens of a piece, V vocab_size, S slots of the cache that queries see.
 """
 
-import itertools
 import os
-import threading
-from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from configurator import UserError
-from generation.constraints import RowGuide
-from generation.generate import Sampling, choose, penalize, uniform_numbers
+from generation.generate import NO_TOKEN, SEED_STRIDE, Guide, Sampling, next_ids, penalize, shift_context
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache
@@ -48,59 +45,46 @@ class Row:
     """One text to generate, and what the batcher has generated of it so far."""
 
     prompt: list[int]  # at least one token
-    max_new_tokens: int
+    max_new_tokens: int  # at least 1
     sampling: Sampling
     number: int = 0  # decides the random numbers, with the seed
     is_done: Callable[[list[int]], bool]  # called with `new` after each token; True ends the row
-    wake: Callable[["Row"], Any]  # called in the batcher's thread after each token, and at the end
     top: int | None = None  # keep the scores of each new token, with this many of the likeliest
-    echo: bool = False  # ... and those of the prompt's tokens but the first
-    first: "Row | None" = None  # a row with the same prompt, which is read before this row gets a slot
-    guide: RowGuide | None = None  # the grammar that the text must fit
+    echo: bool = False  # ... and those of the prompt's tokens but the first; needs top
+    guide: Guide | None = None  # the grammar that the text must fit, as a batch of one row
     # ---- Written by the batcher
+    slot: int = 0  # which row of the cache it has
+    context: list[int] = field(default_factory=list)  # the tokens to attend to
+    read: int = 0  # the cache holds the keys and values of so many of them
     new: list[int] = field(default_factory=list)  # the generated tokens
     scores: list[Scores] = field(default_factory=list)
     cached: int = 0  # tokens of the prompt that a slot held already
     ended: bool = False
-    error: Exception | None = None
-    cancelled: bool = False
+    error: Exception | None = None  # why it ended, if not by itself
 
     def __post_init__(self) -> None:
-        self.uniform = uniform_numbers(self.sampling.seed, [self.number], self.max_new_tokens)[0]
-        self.sampling = replace(self.sampling, seed=0)  # drawn already: rows that differ in it go together
-
-    @property
-    def is_read(self) -> bool:
-        """True once the prompt is in the cache."""
-        return bool(self.new) or self.ended or self.cancelled
-
-
-@dataclass(eq=False)
-class Slot:
-    """A row of the cache: the ids whose keys and values it holds, and the text that it works on."""
-
-    number: int
-    ids: list[int] = field(default_factory=list)
-    row: Row | None = None
-    context: list[int] = field(default_factory=list)  # the tokens to attend to; it begins with `ids`
-    last_use: int = 0  # the slot that was not used for longest is overwritten first
+        self.generator = torch.Generator().manual_seed(self.sampling.seed * SEED_STRIDE + self.number)
 
     @property
     def unread(self) -> int:
-        return len(self.context) - len(self.ids)
+        return len(self.context) - self.read
+
+    def fail(self, error: Exception) -> None:
+        """End with an error, unless the row has ended before."""
+        if not self.ended:
+            self.error, self.ended = error, True
 
 
 class SlotCache(KVCache):
     """A KVCache of which every forward pass feeds some rows only."""
 
-    def select(self, slots: list[Slot]) -> None:
-        """Choose the rows of the next forward pass, in ascending order."""
-        numbers, device = [slot.number for slot in slots], self.rows.device
-        self.rows = torch.tensor(numbers, device=device)[:, None]  # (B, 1)
+    def select(self, slots: list[int], lengths: list[int]) -> None:
+        """Choose the rows of the next forward pass, and how many of their tokens count."""
+        self.rows = torch.tensor(slots, device=self.rows.device)[:, None]  # (B, 1)
         # Neighbouring rows are read in place; others are gathered, which copies them.
-        first, end = numbers[0], numbers[-1] + 1
-        self.index = slice(first, end) if end - first == len(numbers) else self.rows[:, 0]
-        self.set_lengths([len(slot.ids) for slot in slots])
+        is_range = slots == list(range(slots[0], slots[0] + len(slots)))
+        self.index = slice(slots[0], slots[-1] + 1) if is_range else self.rows[:, 0]
+        self.set_lengths(lengths)
         self.even = False  # write row by row, because the other rows must not change
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -113,11 +97,6 @@ class SlotCache(KVCache):
             stored[target, :, :length] = stored[source, :, :length]
 
 
-def project(hidden: Tensor, weight: Tensor) -> Tensor:
-    """The model's head: hidden (.., C), weight (P, C) -> logits (.., P); columns from V on are padding."""
-    return hidden @ weight.T.to(hidden.dtype)
-
-
 def token_scores(logits: Tensor, targets: list[int], top: int) -> list[Scores]:
     """The scores of each target: logits (N, V) float32 that predict the N targets."""
     log_probs = logits.log_softmax(dim=-1)
@@ -128,7 +107,7 @@ def token_scores(logits: Tensor, targets: list[int], top: int) -> list[Scores]:
 
 
 class Batcher:
-    """A model with its slots, and the thread that runs it."""
+    """A model with its slots. One thread at a time may call it; anyone may set row.ended."""
 
     def __init__(self, model: GPT, vocab_size: int, slots: int, context_length: int):
         """vocab_size: ids from here on are never chosen. context_length: tokens of a slot."""
@@ -136,164 +115,104 @@ class Batcher:
         self.device = model.head_weight.device
         self.cache = SlotCache(model.config, slots, context_length, self.device,
                                autocast_dtype(model.head_weight))
-        self.slots = [Slot(number) for number in range(slots)]
-        self.waiting: deque[Row] = deque()
-        self.changed, self.closed, self.clock = threading.Condition(), False, itertools.count(1)
-        self.thread = threading.Thread(target=self.run, daemon=True)
-        self.thread.start()
-
-    def submit(self, rows: list[Row]) -> None:
-        with self.changed:
-            self.waiting.extend(rows)
-            self.changed.notify()
-
-    def cancel(self, rows: list[Row]) -> None:
-        """Drop these rows; their slots are free before the next step."""
-        with self.changed:
-            for row in rows:
-                row.cancelled = True
-
-    def close(self) -> None:
-        """End the thread after the step that it is in."""
-        with self.changed:
-            self.closed = True
-            self.changed.notify()
-        self.thread.join()
+        empty = Row(prompt=[], max_new_tokens=0, sampling=Sampling(), is_done=bool, ended=True)
+        self.slots = [empty] * slots  # the row that each slot holds; it may have ended
+        self.waiting: list[Row] = []
 
     @property
-    def live(self) -> list[Slot]:
-        return [slot for slot in self.slots if slot.row is not None]
+    def live(self) -> list[Row]:
+        """The rows that have a slot and have not ended."""
+        return [row for row in self.slots if not row.ended]
 
     @torch.inference_mode()
-    def run(self) -> None:
-        """The thread: admit and step until the batcher is closed. An error ends the rows that run."""
-        while True:
-            with self.changed:
-                self.changed.wait_for(lambda: self.closed or self.waiting or self.live)
-                if self.closed:
-                    return
-                self.admit()
-            try:
-                self.step()
-            except Exception as error:  # such as no memory: the cache may be half written
-                for slot in self.live:
-                    slot.ids = []
-                    self.end(slot, error)
-
-    # ---- Slots --------------------------------------------------------------------------------------------
-
     def admit(self) -> None:
-        """Free the slots of cancelled rows, then give free slots to waiting rows in the order of arrival."""
-        for slot in self.live:
-            if slot.row.cancelled:
-                slot.row = None
-        for row in list(self.waiting):
-            if row.cancelled or (len(self.live) < len(self.slots)
-                                 and (row.first is None or row.first.is_read)):
-                self.waiting.remove(row)
-                if not row.cancelled:
-                    self.place(row)
+        """Give free slots to waiting rows in the order of arrival.
+
+        A row whose prompt is being read by another row waits until it can copy what that row has read.
+        """
+        waiting, self.waiting = self.waiting, []
+        for row in (row for row in waiting if not row.ended):
+            live = self.live
+            if len(live) == len(self.slots) or any(each.unread > 1 and each.prompt == row.prompt
+                                                   for each in live):
+                self.waiting.append(row)
+            else:
+                self.place(row)
 
     def place(self, row: Row) -> None:
-        """Give a row a slot, with the longest prefix of its prompt that any slot holds."""
-        context = row.prompt[-self.context_length:]
+        """Give a row a free slot, with the longest prefix of its prompt that any slot holds."""
+        row.context = row.prompt[-self.context_length:]
         # The last token is read in any case, because the logits after it are needed; scores need all of them.
-        known = [] if row.echo else context[:-1]
-        held = {slot: len(os.path.commonprefix([slot.ids, known])) for slot in self.slots}
-        best = max(self.slots, key=lambda slot: (held[slot], slot.row is None, -slot.last_use))
-        slot = best
-        if best.row is not None:  # another text still needs it: copy what both share
-            slot = min((each for each in self.slots if each.row is None), key=lambda each: each.last_use)
-            self.cache.copy(best.number, slot.number, held[best])
-        row.cached = held[best]
-        slot.row, slot.context, slot.ids = row, context, context[:row.cached]
-
-    def end(self, slot: Slot, error: Exception | None = None) -> None:
-        """Take the row from its slot, which keeps the keys and values."""
-        row, slot.row, slot.last_use = slot.row, None, next(self.clock)
-        row.error, row.ended = error, True
-        row.wake(row)
+        known = [] if row.echo else row.context[:-1]
+        held = [len(os.path.commonprefix([each.context[:each.read], known])) for each in self.slots]
+        free = [slot for slot, each in enumerate(self.slots) if each.ended]
+        source = max(range(len(held)), key=lambda slot: (held[slot], slot in free, -self.slots[slot].read))
+        # If another row still needs the source, copy what both share to the shortest text.
+        row.slot = source if source in free else min(free, key=lambda slot: self.slots[slot].read)
+        if row.slot != source:
+            self.cache.copy(source, row.slot, held[source])
+        row.read = row.cached = held[source]
+        self.slots[row.slot] = row
 
     # ---- Steps --------------------------------------------------------------------------------------------
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Read a piece of the new prompts, then generate a token for each row whose prompt is read."""
-        if reading := [slot for slot in self.live if slot.unread > 1]:
-            self.read(reading)
-        ready = [slot for slot in self.live if slot.unread == 1]
-        for slot in [slot for slot in ready if slot.row.max_new_tokens == 0]:
-            ready.remove(slot)
-            self.end(slot)
-        if ready:
-            self.decode(ready)
+        try:
+            if reading := [row for row in self.live if row.unread > 1]:
+                self.read(reading)
+            if ready := [row for row in self.live if row.unread == 1]:
+                self.decode(ready)
+        except Exception as error:  # such as no memory: the cache may be half written
+            for row in self.live:
+                row.read = 0
+                row.fail(error)
 
-    def forward(self, slots: list[Slot], T: int, head: Callable[[Tensor, Tensor], Any]) -> Any:
-        """Feed the next T tokens of each slot; return what the head returns."""
-        ids = [slot.context[len(slot.ids):len(slot.ids) + T] for slot in slots]
-        self.cache.select(slots)
-        result = self.model(torch.tensor(ids, device=self.device), cache=self.cache, head=head)
-        for slot, tokens in zip(slots, ids, strict=True):
-            slot.ids += tokens
-        return result
+    def forward(self, rows: list[Row], T: int, scored: list[int] | slice) -> Tensor:
+        """Feed the next T tokens of each row; return the logits of the scored rows, (N, T, V) float32."""
+        ids = torch.tensor([row.context[row.read:row.read + T] for row in rows], device=self.device)  # (B, T)
+        self.cache.select([row.slot for row in rows], [row.read for row in rows])
+        logits = self.model(ids, cache=self.cache,
+                            head=lambda hidden, weight: self.model.logits(hidden[scored]))
+        for row in rows:
+            row.read += T
+        return logits[..., :self.vocab_size].float()
 
-    def read(self, slots: list[Slot]) -> None:
+    def read(self, rows: list[Row]) -> None:
         """Read the same number of tokens of each prompt, without its last token."""
-        T = min(max(1, PIECE_TOKENS // len(slots)), *(slot.unread - 1 for slot in slots))
-        scored = [number for number, slot in enumerate(slots) if slot.row.echo and not slot.row.new]
-        logits = self.forward(slots, T, lambda hidden, weight: project(hidden[scored], weight))  # (N, T, P)
-        for number, each in zip(scored, logits[..., :self.vocab_size].float(), strict=True):
-            slot = slots[number]
-            targets = slot.context[len(slot.ids) - T + 1:len(slot.ids) + 1]
-            slot.row.scores += token_scores(each, targets, slot.row.top or 1)
+        T = min(max(1, PIECE_TOKENS // len(rows)), *(row.unread - 1 for row in rows))
+        scored = [number for number, row in enumerate(rows) if row.echo and not row.new]
+        for number, logits in zip(scored, self.forward(rows, T, scored), strict=True):
+            row = rows[number]
+            row.scores += token_scores(logits, row.context[row.read - T + 1:row.read + 1], row.top)
 
-    def decode(self, slots: list[Slot]) -> None:
-        """Generate one token per slot."""
-        logits = self.forward(slots, 1, lambda hidden, weight: project(hidden[:, 0], weight))  # (B, P)
-        logits = logits[:, :self.vocab_size].float()  # (B, V)
-        finite = logits.amax(dim=-1).isfinite().tolist()  # NaN and infinity pass through the maximum
-        masked, errors = logits.clone(), dict[Slot, Exception]()
-        for number, slot in enumerate(slots):
-            if not finite[number]:
-                errors[slot] = UserError(f"{self.model.source}: its logits are not finite, so its weights "
-                                         "are broken")
-            elif slot.row.guide is not None:
-                try:
-                    allowed = torch.from_numpy(slot.row.guide.allowed(self.vocab_size))
-                    masked[number].masked_fill_(~allowed.to(self.device), -torch.inf)
-                except UserError as error:
-                    errors[slot] = error
-        chosen = self.choose_tokens(slots, masked)
-        for number, (slot, token) in enumerate(zip(slots, chosen, strict=True)):
-            if slot in errors:
-                self.end(slot, errors[slot])
+    def decode(self, rows: list[Row]) -> None:
+        """Generate one token per row; shift a context that is full."""
+        for row, logits in zip(rows, self.forward(rows, 1, slice(None)), strict=True):  # (1, V)
+            try:
+                token = self.choose(row, logits)
+            except UserError as error:
+                row.fail(error)
                 continue
-            if slot.row.top is not None:
-                slot.row.scores += token_scores(logits[number:number + 1], [token], slot.row.top)
-            self.append(slot, token)
+            row.context.append(token)
+            row.new.append(token)
+            if row.is_done(row.new) or len(row.new) == row.max_new_tokens:
+                row.ended = True
+            elif shift_context([row.context], self.context_length):
+                row.read = 0
 
-    def choose_tokens(self, slots: list[Slot], logits: Tensor) -> list[int]:
-        """Choose the next token of each slot: logits (B, V). Rows with equal settings are chosen together."""
-        chosen = [0] * len(slots)
-        for sampling in {slot.row.sampling for slot in slots}:
-            numbers = [number for number, slot in enumerate(slots) if slot.row.sampling == sampling]
-            rows = [slots[number].row for number in numbers]
-            uniform = torch.stack([row.uniform[len(row.new)] for row in rows]).to(self.device)
-            part = penalize(logits[numbers], [slots[number].context for number in numbers],
-                            sampling.repetition_penalty)
-            for number, token in zip(numbers, choose(part, uniform, sampling).tolist(), strict=True):
-                chosen[number] = token
-        return chosen
-
-    def append(self, slot: Slot, token: int) -> None:
-        """Add a token to its row, which may end with it; shift a context that is full."""
-        row = slot.row
-        slot.context.append(token)
-        row.new.append(token)
+    def choose(self, row: Row, logits: Tensor) -> int:
+        """The next token of a row: logits (1, V). Raises UserError if there is none."""
+        masked = penalize(logits.clone(), [row.context], row.sampling.repetition_penalty)
         if row.guide is not None:
-            row.guide.advance(token)
-        if row.is_done(row.new) or len(row.new) == row.max_new_tokens:
-            self.end(slot)
-            return
-        if len(slot.context) > self.context_length:
-            slot.context, slot.ids = slot.context[-max(1, self.context_length // 2):], []
-        row.wake(row)
+            masked = row.guide.mask(masked)
+        uniform = torch.rand(1, generator=row.generator).to(self.device)
+        token = int(next_ids(masked, uniform, row.sampling))
+        if token == NO_TOKEN:
+            raise UserError(f"{self.model.source}: its logits are not finite, so its weights are broken")
+        if row.guide is not None:
+            row.guide.advance([token])
+        if row.top is not None:
+            row.scores += token_scores(logits, [token], row.top)
+        return token

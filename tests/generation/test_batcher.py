@@ -1,8 +1,5 @@
 """batcher.py: rows that join and leave a batch have the tokens of `generate`, whatever the others do."""
 
-import threading
-import time
-
 import pytest
 import torch
 
@@ -25,110 +22,90 @@ def alone(model, prompt, count, sampling, number=0):
     return rows[0]
 
 
-class Run:
-    """A batcher, and the rows that it was given."""
+class Run(Batcher):
+    """A batcher for token ids below 500, whose rows end with the token 7."""
 
-    def __init__(self, model, slots, context_length=None):
-        self.batcher = Batcher(model, 500, slots, context_length or model.config.block_size)
-        self.steps = threading.Semaphore(0)
+    def __init__(self, model, slots):
+        super().__init__(model, 500, slots, model.config.block_size)
 
-    def row(self, prompt, count, sampling=GREEDY, **more):
-        options = dict(is_done=lambda new: new[-1] == 7, wake=lambda row: self.steps.release()) | more
-        return Row(prompt=prompt, max_new_tokens=count, sampling=sampling, **options)
+    def start(self, prompt, count, sampling=GREEDY, **more):
+        row = Row(prompt=prompt, max_new_tokens=count, sampling=sampling,
+                  **{"is_done": lambda new: new[-1] == 7} | more)
+        self.waiting.append(row)
+        return row
 
-    def start(self, *rows):
-        self.batcher.submit(list(rows))
-        return rows
-
-    def wait(self, rows):
-        until = time.monotonic() + 20
-        while not all(row.ended for row in rows):
-            assert self.steps.acquire(timeout=until - time.monotonic()), "the batcher hangs"
-        return [row.new for row in rows]
+    def go(self, steps=10**4):
+        while steps and (self.waiting or self.live):
+            self.admit()
+            self.step()
+            steps -= 1
 
 
-@pytest.fixture
-def run(request):
-    made = []
-
-    def make(*arguments, **more):
-        made.append(Run(*arguments, **more))
-        return made[-1]
-
-    yield make
-    for each in made:
-        each.batcher.close()
-
-
-def test_rows_have_the_tokens_of_generate(run):
+def test_rows_have_the_tokens_of_generate():
     """20 rows of five samplings, in 4 slots, past the end of the context (64), arriving one by one."""
     model = busy_model(tiny_config(vocab_size=512))
-    batch, rows = run(model, 4), []
+    run, rows = Run(model, 4), []
     for number, prompt in enumerate(prompts_of(20, longest=64, seed=2)):
-        sampling = SAMPLINGS[number % len(SAMPLINGS)]
-        rows += batch.start(batch.row(prompt, 10 + number, sampling, number=number))
-        if number % 3 == 0:
-            batch.steps.acquire(timeout=5)
-    for number, (row, new) in enumerate(zip(rows, batch.wait(rows), strict=True)):
-        assert row.error is None
-        assert new == alone(model, row.prompt, 10 + number, SAMPLINGS[number % len(SAMPLINGS)], number)
+        rows.append(run.start(prompt, 10 + number, SAMPLINGS[number % len(SAMPLINGS)], number=number))
+        run.go(number % 3)
+    run.go()
+    for number, row in enumerate(rows):
+        assert row.error is None and row.ended
+        assert row.new == alone(model, row.prompt, 10 + number, SAMPLINGS[number % len(SAMPLINGS)], number)
 
 
-def test_a_running_row_goes_on_while_a_long_prompt_is_read(run):
+def test_a_running_row_goes_on_while_a_long_prompt_is_read():
     """A prompt of 600 tokens is read in five pieces; the other row gets a token after each."""
     model = busy_model(tiny_config(vocab_size=512, block_size=1024))
-    batch = run(model, 2)
-    (running,) = batch.start(batch.row([1, 2, 3], 500, is_done=lambda new: False))
-    while len(running.new) < 3:
-        batch.steps.acquire(timeout=5)
+    run = Run(model, 2)
+    running = run.start([1, 2, 3], 500, is_done=lambda new: False)
+    run.go(3)
     prompt = torch.randint(500, (600,), generator=torch.Generator().manual_seed(0)).tolist()
-    seen = []
-    (late,) = batch.start(batch.row(prompt, 2, wake=lambda row: seen.append(len(running.new))))
-    at_start = len(running.new)
-    while not late.ended:
-        batch.steps.acquire(timeout=5)
-    assert seen[0] - at_start >= 600 // PIECE_TOKENS
-    batch.batcher.cancel([running])
-    assert late.new == alone(model, prompt, 2, GREEDY)
+    late, before = run.start(prompt, 2), len(running.new)
+    while not late.new:
+        run.go(1)
+    assert len(running.new) - before == 600 // PIECE_TOKENS + 1
+    run.go(1)
+    assert late.ended and late.new == alone(model, prompt, 2, GREEDY)
 
 
-def test_a_prefix_that_a_slot_holds_is_reused(run):
+def test_a_prefix_that_a_slot_holds_is_reused():
     """The next turn in the same slot, and a shared prefix of a slot that is in use, give the same tokens."""
     model = busy_model(tiny_config(vocab_size=512, block_size=256))
-    batch, prompt = run(model, 2), prompts_of(1, longest=60, seed=3)[0] * 2
-    (first,) = batch.start(batch.row(prompt, 20))
-    batch.wait([first])
+    run, prompt = Run(model, 2), prompts_of(1, longest=60, seed=3)[0] * 2
+    first = run.start(prompt, 20)
+    run.go()
     longer = prompt + first.new + [9, 8]
-    (second,) = batch.start(batch.row(longer, 20))
-    batch.wait([second])
+    second = run.start(longer, 20)
+    run.go()
     assert second.cached == len(prompt + first.new) - 1, "the last token chosen was never read"
     assert second.new == alone(model, longer, 20, GREEDY)
     # Two rows at once: the second waits until the first has read the prompt, then copies it.
     fresh = prompts_of(1, longest=60, seed=4)[0] * 3
-    one = batch.row(fresh, 30, Sampling(seed=1), number=0)
-    two = batch.row(fresh, 30, Sampling(seed=1), number=1, first=one)
-    batch.start(one, two)
-    assert batch.wait([one, two]) == [alone(model, fresh, 30, Sampling(seed=1), number) for number in (0, 1)]
-    assert two.cached == len(fresh) - 1
+    rows = [run.start(fresh, 30, Sampling(seed=1), number=number) for number in (0, 1)]
+    run.go()
+    assert [row.new for row in rows] == [alone(model, fresh, 30, Sampling(seed=1), n) for n in (0, 1)]
+    assert rows[1].cached == len(fresh) - 1
 
 
-def test_a_cancelled_row_frees_its_slot(run):
+def test_a_row_that_is_ended_from_outside_frees_its_slot():
     model = busy_model(tiny_config(vocab_size=512))
-    batch = run(model, 1)
-    endless, waiting, after = batch.start(
-        batch.row([1, 2], 10**5, is_done=lambda new: False), batch.row([5], 10), batch.row([1, 3], 10))
-    while len(endless.new) < 5:
-        batch.steps.acquire(timeout=5)
-    batch.batcher.cancel([endless, waiting])
-    assert batch.wait([after]) == [alone(model, [1, 3], 10, GREEDY)]
-    assert after.cached == 1 and not waiting.new and len(endless.new) < 10**4
+    run = Run(model, 1)
+    endless = run.start([1, 2], 10**5, is_done=lambda new: False)
+    waiting, after = run.start([5], 10), run.start([1, 3], 10)
+    run.go(5)
+    endless.fail(TimeoutError())
+    waiting.ended = True
+    run.go()
+    assert after.new == alone(model, [1, 3], 10, GREEDY) and after.cached == 1
+    assert isinstance(endless.error, TimeoutError) and len(endless.new) == 5 and not waiting.new
 
 
-def test_scores_are_the_log_probabilities_of_the_model(run):
+def test_scores_are_the_log_probabilities_of_the_model():
     model = busy_model(tiny_config(vocab_size=512))
-    batch, prompt = run(model, 2), prompts_of(1, seed=5)[0]
-    row, empty = batch.start(batch.row(prompt, 5, top=3, echo=True), batch.row(prompt, 0, top=0, echo=True))
-    batch.wait([row, empty])
+    run, prompt = Run(model, 2), prompts_of(1, seed=5)[0]
+    row, short = run.start(prompt, 5, top=3, echo=True), run.start(prompt, 1, top=0, echo=True)
+    run.go()
     ids = torch.tensor(prompt + row.new)
     with torch.no_grad():
         log_probs = model(ids[None])[0, :-1, :500].log_softmax(-1)
@@ -136,28 +113,29 @@ def test_scores_are_the_log_probabilities_of_the_model(run):
     assert torch.allclose(torch.tensor([score for score, _ in row.scores]), expected, atol=1e-5)
     best = log_probs.topk(3).indices.tolist()
     assert [list(likeliest) for _, likeliest in row.scores] == best
-    assert [each[0] for each in empty.scores] == [each[0] for each in row.scores[:len(prompt) - 1]]
-    assert empty.new == []
+    assert [each[0] for each in short.scores] == pytest.approx(expected.tolist()[:len(prompt)], abs=1e-5)
+    assert not any(likeliest for _, likeliest in short.scores)
 
 
-def test_a_failing_step_ends_its_rows_only(run, monkeypatch):
+def test_a_failing_step_ends_its_rows_only(monkeypatch):
     model = busy_model(tiny_config(vocab_size=512))
-    batch = run(model, 2)
-    monkeypatch.setattr(batch.batcher, "step", lambda: 1 / 0)
-    broken = batch.start(batch.row([1, 2], 5), batch.row([1, 3], 5))
-    batch.wait(broken)
+    run = Run(model, 2)
+    monkeypatch.setattr(run, "decode", lambda rows: 1 / 0)
+    broken = [run.start([1, 2], 5), run.start([1, 3], 5)]
+    run.go()
     assert all(isinstance(row.error, ZeroDivisionError) for row in broken)
     monkeypatch.undo()
-    (fine,) = batch.start(batch.row([1, 2], 5))
-    assert batch.wait([fine]) == [alone(model, [1, 2], 5, GREEDY)] and fine.cached == 0
+    fine = run.start([1, 2], 5)
+    run.go()
+    assert fine.new == alone(model, [1, 2], 5, GREEDY) and fine.cached == 0
 
 
-def test_logits_that_are_not_finite_end_the_row(run):
+def test_logits_that_are_not_finite_end_the_row():
     model = busy_model(tiny_config(vocab_size=512))
     with torch.no_grad():
         model.model["norm"].weight.fill_(float("nan"))
-    batch = run(model, 1)
-    (row,) = batch.start(batch.row([1, 2], 5))
-    batch.wait([row])
+    run = Run(model, 1)
+    row = run.start([1, 2], 5)
+    run.go()
     with pytest.raises(UserError, match="its logits are not finite"):
         raise row.error
