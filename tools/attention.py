@@ -40,8 +40,8 @@ class AttentionConfig:
     model: str = "out/base"  # model folder, out_dir (best checkpoint, else the last), .gguf or hub id
     prompt: str = "import os\n\ndef main(path):\n    return os.listdir(path)\n"  # the text to look at
     prompt_file: str | None = None  # read the text from this file
-    layer: int = 0  # layer and head (both from 0) that are shown in detail
-    head: int = 0
+    layer: int = 0  # layer that is shown in detail, from 0
+    head: int = 0  # head that is shown in detail, from 0
     out: str = "attention.png"  # the picture's file
 
 
@@ -105,7 +105,7 @@ def draw(tiles: np.ndarray, numbers: np.ndarray, detail: np.ndarray, labels: lis
                                    strict=True):
         curve.plot(values, "k.", alpha=0.4)  # (L, H)
         curve.plot(values.mean(1), label="mean of the heads (points)")
-        curve.set(xlabel="layer", ylabel=name, ylim=(0, None), xticks=range(L))
+        curve.set(xlabel="layer", ylabel=name, ylim=(0, None), xticks=range(0, L, 1 + L // 16))
         curve.grid(alpha=0.3)
         curve.legend()
     return figure
@@ -122,7 +122,7 @@ def main(argv: list[str]) -> int:
     text = Path(cfg.prompt_file).read_text("utf-8", "replace") if cfg.prompt_file else cfg.prompt
     ids = (tokenizer.prefix_ids + tokenizer.encode(text))[:model.config.block_size]
     if len(ids) <= SINKS:
-        raise UserError(f"{cfg.prompt_file or 'prompt'}: {len(ids)} tokens; the text needs at least {SINKS + 1}")
+        raise UserError(f"{cfg.prompt_file or 'prompt'}: {len(ids)} tokens; needs at least {SINKS + 1}")
     n, m = min(len(ids), TILE), min(len(ids), DETAIL)
     tiles, numbers, detail = np.zeros((L, H, n, n)), np.zeros((L, H, 2)), np.zeros((m, m))
 

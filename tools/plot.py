@@ -41,8 +41,7 @@ def bar_chart(series: dict[str, dict[str, list[float]]], xlabel: str) -> Figure:
     axes.axvline(0, color="black", linewidth=0.8)
     axes.set(xlabel=xlabel)
     axes.grid(alpha=0.3, axis="x")
-    if len(series) > 1:
-        axes.legend()
+    axes.legend()
     return figure
 
 
