@@ -124,8 +124,9 @@ def read_run(out_dir: Path) -> dict[str, Any]:
     path = out_dir / "run.json"
     try:
         run = read_json(path)
-        config, identity = run.get("config"), run.get("identity")
-        if not (isinstance(identity, dict) and type(config) is type(identity.get("data", {})) is dict):
+        identity: Any = run.get("identity")
+        parts = [run.get("config"), identity, run.get("wandb", {})]
+        if not all(isinstance(part, dict) for part in parts) or type(identity.get("data", {})) is not dict:
             raise UserError(f"{path}: damaged (no config or no identity)")
     except UserError as error:
         raise UserError(f"{error}; delete it to continue with the configuration of this command") from None

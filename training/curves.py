@@ -9,14 +9,11 @@ The events are those of metrics.jsonl (training/run.py). tools/plot.py compares 
 
 import io
 import sys
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from configurator import optional_import
 from formats.files import write_bytes
 from training.run import Run
-
-if TYPE_CHECKING:  # imported where it is used, because the import takes half a second
-    from matplotlib.figure import Figure
 
 BARS = "▁▂▃▄▅▆▇█"
 ASCII_BARS = "_.-~=+*#"  # for a terminal that has no block characters
@@ -29,12 +26,12 @@ def curve(events: list[dict[str, Any]], key: str) -> tuple[list[int], list[float
     return [step for step, _ in points], [value for _, value in points]
 
 
-def draw(runs: dict[str, list[dict[str, Any]]]) -> "Figure":
-    """Loss, learning rate and speed against the step. runs: {name: the events of its metrics.jsonl}.
+def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
+    """A matplotlib Figure: loss, learning rate and speed against the step.
 
-    Raises UserError if matplotlib is missing.
+    runs: {name: the events of its metrics.jsonl}. Raises UserError if matplotlib is missing.
     """
-    # Without pyplot: no window, and nothing that stays in memory.
+    # Imported here, because that takes half a second; without pyplot, so that no window or memory stays.
     figure = optional_import("matplotlib.figure", "curves").Figure(figsize=(10, 4), layout="constrained")
     grid = figure.add_gridspec(2, 3)
     loss, rate, speed = (figure.add_subplot(place) for place in (grid[:, :2], grid[0, 2], grid[1, 2]))

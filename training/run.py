@@ -173,7 +173,7 @@ class Run:
                 self.writer_class = optional_import("torch.utils.tensorboard", "tensorboard=True",
                                                     "tensorboard").SummaryWriter
             # A resume without wandb keeps the entry, for a later one with it.
-            wandb_run = old.get("wandb")
+            wandb_run = old.get("wandb", {})
             if cfg.wandb:
                 self.wandb = start_wandb(cfg, wandb_run)
                 url = None if self.wandb.offline else self.wandb.url
@@ -327,14 +327,14 @@ def check_ranks(cfg: RunConfig, run: Run) -> None:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
 
 
-def start_wandb(cfg: RunConfig, old: dict[str, Any] | None) -> Any:
+def start_wandb(cfg: RunConfig, old: dict[str, Any]) -> Any:
     """Start a Weights & Biases run, or continue that of run.json: old is its {"id", "url"}.
 
     Raises UserError if the package or the account is missing.
     """
     wandb = optional_import("wandb", "wandb=True")
     # One run per out_dir: wandb keeps the id over restarts of this program.
-    identifier = old["id"] if old else secrets.token_hex(4)
+    identifier = old.get("id") or secrets.token_hex(4)
     try:
         run = wandb.init(project=cfg.wandb_project, name=cfg.run_name or Path(cfg.out_dir).name,
                          dir=cfg.out_dir, config=dataclasses.asdict(cfg), id=identifier, resume="allow")
