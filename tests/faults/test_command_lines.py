@@ -564,7 +564,15 @@ def run(program, argv, folder, monkeypatch):
 
 def test_there_are_many():
     assert len(set(LINES)) == len(LINES) >= 300 and len(KINDS) >= 40
-    assert {program for _, program, _ in LINES} == VALID.keys()
+    assert {program for _, program, _ in LINES} == VALID.keys() == {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in [*ROOT.glob("*.py"), *ROOT.glob("tools/*.py")] if "run_script(main)" in path.read_text()}
+
+
+@pytest.mark.parametrize("program", VALID)
+def test_help_is_printed(program, tmp_path, monkeypatch, capsys):
+    assert run(program, ["--help"], tmp_path, monkeypatch) == 0
+    assert "keys (--key=value" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind, program, argument", LINES)
