@@ -28,11 +28,13 @@ import serve
 from configurator import UserError, configure
 from dataset.conversations import preference
 from dataset.shards import DataFolder
+from formats import peft
 from formats.chat_format import encode_answer, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant
 from generation.batcher import Batcher
 from generation.generate import Sampling
+from generation.verifier import Verifier
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
 
@@ -432,6 +434,38 @@ def test_the_best_of_several_answers(server, monkeypatch):
     assert [choice["text"] for choice in choices] == [every[row] for row in best]
     streamed = server.events("/v1/completions", body | {"best_of": 4})
     assert [event["choices"][0]["text"] for event in streamed] == [choice["text"] for choice in choices]
+
+
+def write_adapter(chat_folder, folder, *modules):
+    """An adapter of rank 2 with random weights; a verifier, if modules has its head."""
+    base, generator = GPT.from_pretrained(chat_folder), torch.Generator().manual_seed(3)
+    state = {"score.weight": torch.randn(1, base.config.n_embd + 2, generator=generator)} if modules else {}
+    for name, parameter in base.named_parameters():
+        if name.endswith("q_proj.weight"):
+            for side, shape in (("lora_A", (2, parameter.shape[1])), ("lora_B", (parameter.shape[0], 2))):
+                state[name.replace("weight", side)] = torch.randn(*shape, generator=generator)
+    peft.write_adapter(folder, state, peft.AdapterSpec(2, 4.0, 0.0, ("q_proj",), False, modules),
+                       {"path": str(chat_folder), "sha256": peft.weights_sha256(chat_folder)})
+    Tokenizer.load(chat_folder).save(folder)
+    return folder
+
+
+def test_an_adapter_with_a_verifier(start, chat_folder, tmp_path):
+    """The adapter's answers are those of the assistant; of four, the one that the verifier scores best."""
+    adapter = write_adapter(chat_folder, tmp_path / "adapter")
+    verifier = write_adapter(chat_folder, tmp_path / "verifier", "score")
+    server = start(f"--model={adapter}", f"--verifier={verifier}", "--slots=4")
+    tokenizer, sampling = Tokenizer.load(chat_folder), Sampling(seed=2, temperature=1.2)
+    assistant = Assistant(GPT.from_pretrained(adapter), tokenizer, sampling, 12)
+    replies = assistant.reply([QUESTION] * 4, most_calls=0)
+    texts = [reply[0]["content"] + "".join(reply[0].get("malformed", [])) for reply in replies]
+    body = {"messages": QUESTION, "seed": 2, "temperature": 1.2, "max_tokens": 12}
+    choices = server.ask("/v1/chat/completions", body | {"n": 4})[1]["choices"]
+    assert [choice["message"]["content"] for choice in choices] == texts
+    scores = Verifier(verifier, tokenizer).score_rows(assistant.rows, assistant.sampled)
+    assert len(set(scores.tolist())) == 4
+    (best,) = server.ask("/v1/chat/completions", body | {"best_of": 4})[1]["choices"]
+    assert best["message"]["content"] == texts[int(scores.argmax())]
 
 
 # ---- The page in a browser --------------------------------------------------------------------------------
