@@ -262,7 +262,8 @@ def test_eval_samples_votes_and_chooses(run, chat_folder, tmp_path, capsys):
     assert any(line.split()[:2] == ["problems", "revise"] for line in lines)
     found = json.loads((tmp_path / "e" / "results.json").read_text())["models"][0]["tasks"]["problems"]
     methods = found["details"]["methods"]
-    assert {"greedy", "pass@1", "maj@2", "weighted@2", "verified@2", "oracle@2", "longer", "revise"} <= methods.keys()
+    assert {"greedy", "pass@1", "maj@2", "weighted@2", "verified@2", "oracle@2", "longer",
+            "revise"} <= methods.keys()
     assert methods["maj@2"]["tokens"] == pytest.approx(2 * methods["pass@1"]["tokens"])
     assert methods["verified@2"]["tokens"] == pytest.approx(2 * methods["maj@2"]["tokens"])
     assert (tmp_path / "e" / "problems.png").stat().st_size > 10_000
