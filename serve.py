@@ -46,7 +46,6 @@ from dataset.sources import Skip
 from generation.api import Asked, Busy, Job, Served, TooLong, parse
 from generation.assistant import call_tool
 from generation.generate import Sampling
-from generation.verifier import Verifier
 from modeling.devices import DTYPES, pick_device, use_threads
 
 MOST_BODY = 4 * 2**20  # bytes of a request; 4 MiB are a million tokens of English
@@ -112,9 +111,10 @@ def check_headers(cfg: ServeConfig, request: Request) -> None:
 
 def error_body(error: Exception) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
-    status = error.status_code if isinstance(error, HTTPException) else next(
-        status for kind, status in STATUS.items() if isinstance(error, kind))
-    message = error.detail if isinstance(error, HTTPException) else str(error)
+    status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
+    message = str(error)
+    if isinstance(error, HTTPException):
+        status, message = error.status_code, error.detail
     kind = "server_error" if status == 500 else "invalid_request_error"
     return {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
 
@@ -147,10 +147,8 @@ class Server:
         self.defaults = Asked(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)
         names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
-        self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length) for name in names}
-        if cfg.verifier is not None:
-            for served in self.models.values():
-                served.verifier = Verifier(cfg.verifier, served.tokenizer, device)
+        self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length, cfg.verifier)
+                       for name in names}
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The JSON of a request, whose headers are checked. Too large is status 413, too slow 408."""

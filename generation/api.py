@@ -82,6 +82,10 @@ class Asked(Sampling):
         require(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20")
         fits = all(isinstance(text, str) and text for text in self.stops) and len(self.stops) <= 16
         require(self, "stop", fits, "a text or a list of at most 16 texts, none of them empty")
+        of_texts, of_chats = ("prompt", "echo", "logprobs"), ("tools", "tool_choice", "response_format")
+        for key in of_texts if self.is_chat else of_chats:
+            require(self, key, not getattr(self, key), "left out with messages" if self.is_chat else
+                    "left out without messages")
         if self.sinks or self.window is not None:
             raise UserError("sinks and window do not work in the server, whose rows share one cache")
 
@@ -103,10 +107,7 @@ def parse(body: dict[str, Any], defaults: Asked) -> Asked:
 
 
 def read_messages(asked: Asked, tokenizer: Tokenizer) -> list[Message]:
-    """The conversation of a request; its first system message also offers the tools.
-
-    Raises UserError, or Skip for a message that is not text.
-    """
+    """The conversation, with the tools in its first system message. Raises UserError, or Skip for no text."""
     messages = listed({"messages": asked.messages})
     if messages is None:
         raise UserError("messages: must be a list with at least one message")
@@ -149,7 +150,9 @@ def read_prompts(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
 class Served:
     """A model that answers requests. name: what requests call it."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, slots: int, context_length: int):
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, slots: int, context_length: int,
+                 verifier: str | None = None):
+        """verifier: the folder of the model that chooses among best_of answers."""
         folder = hf.find_folder(name)
         self.name, self.tokenizer = name, Tokenizer.load(folder)
         model = GPT.from_pretrained(folder, device, dtype).eval()
@@ -158,7 +161,7 @@ class Served:
         self.ends = {True: Assistant(model, self.tokenizer, Sampling(), 0).end_ids,
                      False: {self.tokenizer.eot_id, *hf.end_ids(folder)}}  # by is_chat
         self.context_length = min(context_length, model.config.block_size)
-        self.verifier: Verifier | None = None
+        self.verifier = Verifier(verifier, self.tokenizer, device) if verifier else None
         self.constraint = functools.cache(functools.partial(Constraint, self.tokenizer, self.ends[True]))
         self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length)
         self.thread = ThreadPoolExecutor(1)
@@ -209,7 +212,7 @@ class Job:
         """After `timeout` seconds the rows end with a TimeoutError. Raises UserError, TooLong and Busy."""
         self.served, self.asked, self.tokenizer = served, asked, served.tokenizer
         self.ends, self.size = served.ends[asked.is_chat], max(asked.n, asked.best_of)
-        self.id, self.created = f"{'chat' if asked.is_chat else ''}cmpl-{uuid.uuid4().hex}", int(time.time())
+        self.head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": served.name}
         messages: list[Message] = []
         if asked.is_chat:
             require_chat(self.tokenizer, served.name)
@@ -229,7 +232,7 @@ class Job:
         guides = [served.guide(asked, messages) for _ in range(len(prompts) * self.size)]
         self.rows = [Row(prompt=prompts[number // self.size], max_new_tokens=asked.max_tokens, sampling=asked,
                          number=number + rounds * ROUND_STRIDE, is_done=self.is_done, top=asked.logprobs,
-                         echo=asked.echo, guide=guide and BatchGuide([guide]))
+                         echo=asked.echo and asked.logprobs is not None, guide=guide and BatchGuide([guide]))
                      for number, guide in enumerate(guides)]
         self.shown = self.rows if self.size == asked.n else []  # the best ones are known at the end
         self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
@@ -253,8 +256,8 @@ class Job:
             raise errors[0]
         for first in range(0, len(self.rows) if not self.shown else 0, self.size):
             group = self.rows[first:first + self.size]
-            scores = await asyncio.to_thread(
-                served.verifier.score, group[0].prompt, [row.new for row in group])
+            answers = [row.new for row in group]
+            scores = await asyncio.to_thread(served.verifier.score, group[0].prompt, answers)
             self.shown += [group[place] for place in scores.topk(self.asked.n).indices.tolist()]
         yield
 
@@ -288,7 +291,7 @@ class Job:
             message["reasoning_content"] = visible_text(read["thought"], [], finished)
         if calls := read.get("tool_calls"):
             message["tool_calls"] = [
-                {"index": number, "id": f"call_{self.id[-12:]}_{row.number}_{number}", "type": "function",
+                {"index": number, "id": f"call_{self.head['id']}_{row.number}_{number}", "type": "function",
                  "function": {"name": call["name"],
                               "arguments": json.dumps(call["arguments"], ensure_ascii=False)}}
                 for number, call in enumerate(calls)]
@@ -315,8 +318,7 @@ class Job:
 
     def envelope(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
         kind = f"chat.completion{suffix}" if self.asked.is_chat else "text_completion"
-        return {"id": self.id, "object": kind, "created": self.created, "model": self.served.name,
-                "choices": choices}
+        return {**self.head, "object": kind, "choices": choices}
 
     @property
     def usage(self) -> dict[str, Any]:
