@@ -348,7 +348,7 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
     for split, count in tokens.items():
         if not count and (split == "train" or cfg.val_fraction):  # val_fraction=0 wants no validation
             raise UserError(f"source={cfg.source}: none of {tally.kept} documents fell to {split} with "
-                            f"val_fraction={cfg.val_fraction}: give more text (or max_tokens), or another share")
+                            f"val_fraction={cfg.val_fraction}: give more text (max_tokens), or another share")
 
 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
