@@ -27,7 +27,8 @@ class Printer:
         self.tokenizer, self.write = tokenizer, write
         dim, plain = (DIM, PLAIN) if styled else ("", "")
         spelled = {THOUGHT: dim, THOUGHT_END: f"{plain}\n", CALL: dim, END: f"{plain}\n", RESPONSE: ""}
-        spelled |= {"<think>": dim, "</think>": plain, "<tool_call>": dim, "</tool_call>": plain}  # of other models
+        # Those of other models' formats.
+        spelled |= {"<think>": dim, "</think>": plain, "<tool_call>": dim, "</tool_call>": plain}
         self.styles = {tokenizer.hf.token_to_id(name): style for name, style in spelled.items()}
         self.ids: list[int] = []  # the tokens since the last special token
         self.written = 0  # the number of their characters that are on the screen
