@@ -248,7 +248,9 @@ def main(argv: list[str]) -> int:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
-    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_level="warning"))
+    # Without log_config: uvicorn's own would close the log handlers of everybody in this process.
+    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_config=None,
+                                           log_level="warning"))
     host = f"[{cfg.host}]" if family == socket.AF_INET6 else cfg.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
     # uvicorn ends after the running requests, then raises the signal again; SIGTERM is exit code 0.

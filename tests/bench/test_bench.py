@@ -230,11 +230,11 @@ def test_another_loss_is_refused(monkeypatch):
 def test_another_divergence_is_refused():
     """The last losses may differ a little, because rounding grows; the first ones may not."""
     results = {name: [{"loss": 0.1, "last_loss": 0.05}] * 2 for name in distill.ARMS}
-    distill.check(results | {"ours": [{"loss": 0.100001, "last_loss": 0.05001}]})
+    distill.check(distill.Config(), results | {"ours": [{"loss": 0.100001, "last_loss": 0.05001}]})
     for altered, message in (({"loss": 0.1001, "last_loss": 0.05}, "forward_kl: loss differs"),
                              ({"loss": 0.1, "last_loss": 0.0502}, "forward_kl: last_loss differs")):
         with pytest.raises(UserError, match=message):
-            distill.check(results | {"plain": [altered]})
+            distill.check(distill.Config(), results | {"plain": [altered]})
 
 
 @pytest.mark.parametrize("argv, message", [
