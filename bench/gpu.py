@@ -8,7 +8,7 @@
 A part is a list of benchmarks (python -m bench ...) and tests. Its file is written again after each of them,
 and holds the GPU, the versions, the commit, the fastest matrix product (8,192 cubed, bfloat16) and the copy
 speed of the same call. A benchmark that fails or runs out of time costs none of the others, and is tried
-again by the next call. A file of another GPU or commit is started anew.
+again by the next call. A file of another GPU or commit is replaced.
 """
 
 import json

@@ -11,9 +11,10 @@ With k samples per question (num_samples, and smaller powers of two):
     weighted@k   the same, and each sample counts its score (arXiv 2206.02336)
     verified@k   best of k: the sample with the highest score (arXiv 2110.14168)
     oracle@k     whether any of the k samples is right: the most that a choice among them can reach
-    longer       greedy; an answer that the token limit has cut gets num_samples times as many tokens
-    revise       greedy; while its score is below the threshold, the question is asked again after it; the
-                 best scored attempt is given
+    longer       the greedy answer; if the token limit cuts it, the question is answered again with a limit of
+                 num_samples times max_new_tokens
+    revise       the greedy answer; while its score is below the threshold, the question is asked again after
+                 it, and the attempt with the highest score counts
 
 Equally good choices share the point, as everywhere in evals/. A standard error is that over questions. The
 gain of a method is the mean over questions of its point minus greedy's, so its standard error is of a paired
@@ -239,6 +240,6 @@ def draw(models: dict[str, dict[str, Any]]) -> "Figure | None":
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.set(xlabel="tokens per question", ylabel="accuracy", title=name)
-        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))  # beside the panel
+        axes.legend(loc="center left", bbox_to_anchor=(1, 0.5))
         axes.grid(alpha=0.3)
     return figure

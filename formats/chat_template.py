@@ -126,7 +126,7 @@ def render(template: str, variables: dict[str, Any]) -> str:
 # ---- Templates --------------------------------------------------------------------------------------------
 
 def template_of(tokenizer: Tokenizer, tools: Any = None) -> str:
-    """The chat template, or "". Of several with names, "default" or, if there are tools, "tool_use"."""
+    """Return the chat template, or "". A list of named templates has "default", and "tool_use" for tools."""
     template = tokenizer.settings.get("chat_template")
     if isinstance(template, list):
         named = {each["name"]: each["template"] for each in template}

@@ -41,8 +41,8 @@ def call_tool(call: dict[str, Any]) -> str:
 class Assistant:
     """A model, its tokenizer, and how it samples.
 
-    tokens: number of tokens generated so far. Of each conversation of the last call of `reply`, rows: the ids
-    that were read and generated until its end, and sampled: True for those that were generated.
+    tokens: the number of tokens generated so far. The last call of `reply` leaves one entry per conversation
+    in rows (the ids that were read and generated) and in sampled (True for the generated ids).
     """
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, sampling: Sampling, max_new_tokens: int,

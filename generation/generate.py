@@ -12,7 +12,8 @@ forgotten. With Sampling.sinks or .window, the cache drops one old token per new
 
 `model.compiled_steps = True` compiles the step of one token. On a CPU the first step then takes half a
 minute; a single row becomes 1.5 to 2 times as fast, and many rows no faster. On a GPU a step becomes one CUDA
-graph (generation/step_graph.py).
+graph (generation/step_graph.py). There a repetition penalty and constraints look at the tokens on the CPU, so
+their steps are not compiled.
 
 Shapes: B rows, T tokens fed in one forward pass, V vocab_size, K key/value heads, D head_dim.
 """

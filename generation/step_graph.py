@@ -4,12 +4,12 @@
     for tokens in steps.tokens(100):                                       # one list of ids per step
         ...
 
-Launching the 200 kernels of a step one by one takes longer than running them. A CUDA graph is launched as
-a whole, and nothing in it waits for the CPU: the chosen tokens are copied to the CPU while the next step
-already runs. All layers share one compiled block, so compiling takes seconds, not a minute.
+Launching the many small kernels of a step one by one takes longer than running them. A CUDA graph is launched
+as a whole, and nothing in it waits for the CPU: the chosen tokens are copied to the CPU while the next step
+runs. All layers share one compiled block, so that it is compiled once and not once per layer.
 
-The step sees the first S slots of the cache, S a power of two. A longer text needs another graph, which is
-captured in a fraction of a second, but nothing is compiled again. On a CPU the same steps run without graph.
+The step sees the first S slots of the cache, where S is a power of two. A longer text needs another graph,
+but nothing is compiled again. On a CPU the same steps run without a graph.
 
 Shapes: B rows, S visible slots, K key/value heads, D head_dim, V vocab_size.
 """

@@ -4,8 +4,8 @@
     outputs = row_products(row, [q_proj.weight, k_proj.weight], [None, None])  # modeling/linear.py
 
 Import this file only where there is a GPU: torch's CUDA builds bring Triton, its CPU builds do not. Both
-kernels read each number once from memory (softmax_gradient_ a second time from the cache) and compute in
-float32.
+kernels compute in float32. softmax_gradient_ reads the logits twice and writes the gradient over them;
+row_products reads every matrix once.
 """
 
 from collections.abc import Sequence

@@ -3,8 +3,8 @@
     q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))     # model.py
 
 A decoding step on a GPU multiplies every matrix by a single row, so its time is that of reading the weights.
-cuBLAS reaches a third of the memory's speed there. `row_products` (modeling/kernels.py) reaches more, and
-needs one launch for all layers of a call. Everywhere else these are plain linear layers.
+cuBLAS reads small matrices slowly. `row_products` (modeling/kernels.py) reads them faster, and needs one
+launch for all layers of a call (docs/log.md has the times). Everywhere else these are plain linear layers.
 """
 
 from collections.abc import Sequence

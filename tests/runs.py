@@ -14,6 +14,12 @@ import train
 from formats import checkpoint
 from tests.conftest import TINY_RUN
 
+# Lines of a small metrics.jsonl.
+EVENTS = [
+    {"step": 10, "loss": 4.0, "lr": 0.1, "tokens_per_second": 100.0},
+    {"step": 20, "loss": 3.0, "lr": 0.05, "tokens_per_second": 120.0},
+    {"step": 20, "val_loss": 3.5},
+]
 ADAMW = ["--optimizer=adamw", "--max_steps=20"]
 
 

@@ -37,7 +37,7 @@ def sample(answer, right="7", tokens=10, score=0.5):
 
 
 def test_pass_at_k_by_hand():
-    """Five samples, two of them right. Of the 10 pairs, 3 have none of the right ones."""
+    """Five samples, two of them right. 3 of the 10 pairs have none of the right ones."""
     assert pass_at_k(5, 2, 1) == pytest.approx(2 / 5)
     assert pass_at_k(5, 2, 2) == pytest.approx(1 - 3 / 10)
     assert pass_at_k(5, 2, 4) == 1, "of four samples at least one is right"

@@ -6,13 +6,8 @@ import sys
 import pytest
 
 from configurator import UserError
+from tests.runs import EVENTS
 from tools import plot
-
-EVENTS = [
-    {"step": 10, "loss": 4.0, "lr": 0.1, "tokens_per_second": 100.0},
-    {"step": 20, "loss": 3.0, "lr": 0.05, "tokens_per_second": 120.0},
-    {"step": 20, "val_loss": 3.5},
-]
 
 
 @pytest.fixture

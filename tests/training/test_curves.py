@@ -7,15 +7,10 @@ import types
 import pytest
 import torch
 
+from tests.runs import EVENTS
 from training import curves
 from training.metrics import duration, log_line, time_left
 from training.run import Run
-
-EVENTS = [
-    {"step": 10, "loss": 4.0, "lr": 0.1, "tokens_per_second": 100.0},
-    {"step": 20, "loss": 3.0, "lr": 0.05, "tokens_per_second": 120.0},
-    {"step": 20, "val_loss": 3.5},
-]
 
 
 @pytest.fixture
