@@ -43,7 +43,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset.conversations import preference, tool_call
 from dataset.sources import Skip
-from generation.api import Asked, Busy, Job, Served, TooLong, parse
+from generation.api import Busy, CompletionRequest, Job, Served, TooLong, parse
 from generation.assistant import call_tool
 from generation.generate import Sampling
 from modeling.devices import DTYPES, pick_device, use_threads
@@ -144,7 +144,7 @@ class Server:
             print(text, file=sys.stderr)
         dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
-        self.defaults = Asked(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
+        self.defaults = CompletionRequest(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)
         names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
         self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length, cfg.verifier)
@@ -202,14 +202,14 @@ class Server:
     async def complete(self, request: Request) -> Response:
         """An answer of a model: to a chat, or to a text."""
         body = await self.read_json(request)
-        # Without a seed, a question that is asked twice gets two answers.
-        asked = parse(body, replace(self.defaults, seed=self.seeds.randrange(2**43)))
-        name = asked.model or self.cfg.model
+        # Without a seed, the same question may get another answer each time.
+        completion = parse(body, replace(self.defaults, seed=self.seeds.randrange(2**43)))
+        name = completion.model or self.cfg.model
         if name not in self.models:
             raise HTTPException(404, f"no model {name!r} is served, but {', '.join(self.models)}")
         served = self.models[name]
-        job = Job(served, asked, self.cfg.timeout, self.cfg.max_waiting - len(served.batcher.waiting))
-        if asked.stream:
+        job = Job(served, completion, self.cfg.timeout, self.cfg.max_waiting - len(served.batcher.waiting))
+        if completion.stream:
             return StreamingResponse(self.events(job), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         try:

@@ -1,8 +1,8 @@
 """OpenAI's API without HTTP: the body of a request -> prompts -> rows of a batcher -> answers.
 
     served = Served("out/dpo", torch.device("cpu"), torch.float32, slots=16, context_length=2048)
-    asked = parse({"messages": [{"role": "user", "content": "Hi"}]}, Asked(max_tokens=200))
-    job = Job(served, asked, timeout=600, most_rows=256)
+    request = parse({"messages": [{"role": "user", "content": "Hi"}]}, CompletionRequest(max_tokens=200))
+    job = Job(served, request, timeout=600, most_rows=256)
     async for chunk in job.chunks(): ...        # the pieces of the answer, for "stream": true; or
     async for _ in job.steps(): ...             # and then
     body = job.response()                       # the whole answer
@@ -58,7 +58,7 @@ class Busy(UserError):
 # ---- Requests ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
-class Asked(Sampling):
+class CompletionRequest(Sampling):
     """The body of a request."""
 
     model: str | None = None  # None is the first one
@@ -98,7 +98,7 @@ class Asked(Sampling):
         return self.messages is not None
 
 
-def parse(body: dict[str, Any], defaults: Asked) -> Asked:
+def parse(body: dict[str, Any], defaults: CompletionRequest) -> CompletionRequest:
     """Check the body of a request. Raises UserError that names the key."""
     keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
     if "max_completion_tokens" in keys:  # OpenAI's newer name
@@ -106,16 +106,16 @@ def parse(body: dict[str, Any], defaults: Asked) -> Asked:
     return override(defaults, keys, "body")
 
 
-def read_messages(asked: Asked, tokenizer: Tokenizer) -> list[Message]:
+def read_messages(request: CompletionRequest, tokenizer: Tokenizer) -> list[Message]:
     """The conversation, with the tools in its first system message. Raises UserError, or Skip for no text."""
-    messages = listed({"messages": asked.messages})
+    messages = listed({"messages": request.messages})
     if messages is None:
         raise UserError("messages: must be a list with at least one message")
-    if asked.tools and asked.tool_choice != "none":
+    if request.tools and request.tool_choice != "none":
         system = messages.pop(0)["content"] if messages[0]["role"] == "system" else ""
         if "tools" in (own_template(tokenizer) or ""):  # the model has a format for them
-            return system_message({"system": system, "tools": asked.tools}) + messages
-        content = "\n\n".join(filter(None, (system, tools_text(asked.tools))))
+            return system_message({"system": system, "tools": request.tools}) + messages
+        content = "\n\n".join(filter(None, (system, tools_text(request.tools))))
         messages.insert(0, {"role": "system", "content": content})
     return messages
 
@@ -133,11 +133,12 @@ def tools_text(tools: list) -> str:
     return "\n".join(texts)
 
 
-def read_prompts(asked: Asked, tokenizer: Tokenizer) -> list[list[int]]:
+def read_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[int]]:
     """The ids of the prompts of a completion. An empty text starts after the end-of-text token."""
-    is_one = not isinstance(asked.prompt, list) or all(isinstance(each, int) for each in asked.prompt)
+    is_one = not isinstance(request.prompt, list) or all(isinstance(each, int) for each in request.prompt)
     prompts = [tokenizer.prefix_ids + tokenizer.encode(each) or [tokenizer.eot_id]
-               if isinstance(each, str) else each for each in ([asked.prompt] if is_one else asked.prompt)]
+               if isinstance(each, str) else each
+               for each in ([request.prompt] if is_one else request.prompt)]
     for ids in prompts:
         if not isinstance(ids, list) or not ids or \
                 not all(type(index) is int and 0 <= index < tokenizer.vocab_size for index in ids):
@@ -176,16 +177,16 @@ class Served:
             stepped, self.stepped = self.stepped, asyncio.Event()
             stepped.set()
 
-    def guide(self, asked: Asked, messages: list[Message]) -> RowGuide | None:
+    def guide(self, request: CompletionRequest, messages: list[Message]) -> RowGuide | None:
         """The grammar that an answer must fit: a JSON schema, or calls. UserError without llguidance."""
-        shape = asked.response_format or {"type": "text"}
+        shape = request.response_format or {"type": "text"}
         if shape.get("type") != "text":
             schema = {"type": "object"} if shape.get("type") == "json_object" else \
                 (shape.get("json_schema") or {}).get("schema")
             if not isinstance(schema, dict):
                 raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
             return self.constraint(ConstraintKeys()).row_of(grammar("json", dict(schema)), "response_format")
-        is_forced = asked.tool_choice == "required"
+        is_forced = request.tool_choice == "required"
         return self.constraint(ConstraintKeys(constrain="tools")).row(messages) if is_forced else None
 
 
@@ -206,35 +207,36 @@ def visible_text(text: str, stops: list[str], finished: bool) -> str:
 
 
 class Job:
-    """A request at work: `size` rows per prompt, of which the n in `shown` become the answer."""
+    """A running request. It has `size` rows per prompt; the n rows in `shown` become the answer."""
 
-    def __init__(self, served: Served, asked: Asked, timeout: float, most_rows: int):
+    def __init__(self, served: Served, request: CompletionRequest, timeout: float, most_rows: int):
         """After `timeout` seconds the rows end with a TimeoutError. Raises UserError, TooLong and Busy."""
-        self.served, self.asked, self.tokenizer = served, asked, served.tokenizer
-        self.ends, self.size = served.ends[asked.is_chat], max(asked.n, asked.best_of)
+        self.served, self.request, self.tokenizer = served, request, served.tokenizer
+        self.ends, self.size = served.ends[request.is_chat], max(request.n, request.best_of)
         self.head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": served.name}
         messages: list[Message] = []
-        if asked.is_chat:
+        if request.is_chat:
             require_chat(self.tokenizer, served.name)
-            messages = read_messages(asked, self.tokenizer)
+            messages = read_messages(request, self.tokenizer)
             prompts = [encode_prompt(self.tokenizer, messages)]
         else:
-            prompts = read_prompts(asked, self.tokenizer)
+            prompts = read_prompts(request, self.tokenizer)
         if (longest := max(map(len, prompts))) > served.context_length:
             raise TooLong(f"the prompt has {longest:,} tokens, and the context {served.context_length:,}")
-        if asked.best_of > asked.n and served.verifier is None:
+        if request.best_of > request.n and served.verifier is None:
             raise UserError("best_of: needs a server with --verifier=")
         if len(prompts) * self.size > most_rows:
             raise Busy("too many texts are waiting for a slot; try again later")
         # As in Assistant.reply, the rounds after a tool's result draw other random numbers.
         newest = takewhile(lambda message: message["role"] != "user", reversed(messages))
         rounds = sum(message["role"] == "assistant" for message in newest)
-        guides = [served.guide(asked, messages) for _ in range(len(prompts) * self.size)]
-        self.rows = [Row(prompt=prompts[number // self.size], max_new_tokens=asked.max_tokens, sampling=asked,
-                         number=number + rounds * ROUND_STRIDE, is_done=self.is_done, top=asked.logprobs,
-                         echo=asked.echo and asked.logprobs is not None, guide=guide and BatchGuide([guide]))
+        guides = [served.guide(request, messages) for _ in range(len(prompts) * self.size)]
+        echo = request.echo and request.logprobs is not None
+        self.rows = [Row(prompt=prompts[number // self.size], max_new_tokens=request.max_tokens,
+                         sampling=request, number=number + rounds * ROUND_STRIDE, is_done=self.is_done,
+                         top=request.logprobs, echo=echo, guide=guide and BatchGuide([guide]))
                      for number, guide in enumerate(guides)]
-        self.shown = self.rows if self.size == asked.n else []  # the best ones are known at the end
+        self.shown = self.rows if self.size == request.n else []  # the best ones are known at the end
         self.timer = asyncio.get_running_loop().call_later(timeout, self.end)
 
     def end(self) -> None:
@@ -258,16 +260,16 @@ class Job:
             group = self.rows[first:first + self.size]
             answers = [row.new for row in group]
             scores = await asyncio.to_thread(served.verifier.score, group[0].prompt, answers)
-            self.shown += [group[place] for place in scores.topk(self.asked.n).indices.tolist()]
+            self.shown += [group[place] for place in scores.topk(self.request.n).indices.tolist()]
         yield
 
     def is_done(self, new: list[int]) -> bool:
-        content = self.read(new, False)["content"] if self.asked.stops else ""  # may begin within a token
-        return new[-1] in self.ends or any(stop in content for stop in self.asked.stops)
+        content = self.read(new, False)["content"] if self.request.stops else ""  # may begin within a token
+        return new[-1] in self.ends or any(stop in content for stop in self.request.stops)
 
     def read(self, new: list[int], finished: bool) -> Message:
         """Generated ids as a message in our form. A completion has content only."""
-        if not self.asked.is_chat:
+        if not self.request.is_chat:
             return {"content": self.tokenizer.decode([i for i in new if i not in self.ends], inside=True)}
         # A thought that has not ended yet is a thought already. A call that has not ended may become one.
         end = self.tokenizer.hf.token_to_id(THOUGHT_END)
@@ -282,9 +284,9 @@ class Job:
     def state(self, row: Row) -> tuple[Message, str | None]:
         """A row so far as a message of OpenAI's API, and its finish_reason, which is None until it ends."""
         finished = row.ended and row.error is None
-        read, stops = self.read(row.new, finished), self.asked.stops
-        hidden = [] if finished or not self.asked.is_chat else MARKS
-        echo = self.tokenizer.decode(row.prompt) if self.asked.echo else ""
+        read, stops = self.read(row.new, finished), self.request.stops
+        hidden = [] if finished or not self.request.is_chat else MARKS
+        echo = self.tokenizer.decode(row.prompt) if self.request.echo else ""
         message: Message = {"role": "assistant",
                             "content": echo + visible_text(read["content"], [*stops, *hidden], finished)}
         if read.get("thought"):
@@ -312,12 +314,12 @@ class Job:
 
     def choice(self, index: int, row: Row, key: str, message: Message, reason: str | None) -> dict[str, Any]:
         """An entry of "choices". key: "message", or "delta" for what is new in it."""
-        content = {key: message} if self.asked.is_chat else {"text": message.get("content", "")}
+        content = {key: message} if self.request.is_chat else {"text": message.get("content", "")}
         return {"index": index, **content, "finish_reason": reason,
                 "logprobs": self.logprobs(row) if reason else None}
 
     def envelope(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
-        kind = f"chat.completion{suffix}" if self.asked.is_chat else "text_completion"
+        kind = f"chat.completion{suffix}" if self.request.is_chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices}
 
     @property
@@ -346,5 +348,5 @@ class Job:
                          if len(value) > len(before.get(key, ""))}
                 if delta or reason:
                     yield self.envelope([self.choice(index, row, "delta", delta, reason)], ".chunk")
-        if (self.asked.stream_options or {}).get("include_usage"):
+        if (self.request.stream_options or {}).get("include_usage"):
             yield self.envelope([], ".chunk") | {"usage": self.usage}

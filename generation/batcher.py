@@ -50,17 +50,17 @@ class Row:
     number: int = 0  # decides the random numbers, with the seed
     is_done: Callable[[list[int]], bool]  # called with `new` after each token; True ends the row
     top: int | None = None  # keep the scores of each new token, with this many of the likeliest
-    echo: bool = False  # ... and those of the prompt's tokens but the first; needs top
+    echo: bool = False  # keep the scores of the prompt, from its second token on, too; needs top
     guide: Guide | None = None  # the grammar that the text must fit, as a batch of one row
     # ---- Written by the batcher
     slot: int = 0  # which row of the cache it has
     context: list[int] = field(default_factory=list)  # the tokens to attend to
-    read: int = 0  # the cache holds the keys and values of so many of them
+    read: int = 0  # how many of them the cache holds
     new: list[int] = field(default_factory=list)  # the generated tokens
     scores: list[Scores] = field(default_factory=list)
     cached: int = 0  # tokens of the prompt that a slot held already
     ended: bool = False
-    error: Exception | None = None  # why it ended, if not by itself
+    error: Exception | None = None  # the reason, if it ended by a failure
 
     def __post_init__(self) -> None:
         self.generator = torch.Generator().manual_seed(self.sampling.seed * SEED_STRIDE + self.number)
@@ -76,7 +76,7 @@ class Row:
 
 
 class SlotCache(KVCache):
-    """A KVCache of which every forward pass feeds some rows only."""
+    """A KVCache whose forward passes feed only some of its rows."""
 
     def select(self, slots: list[int], lengths: list[int]) -> None:
         """Choose the rows of the next forward pass, and how many of their tokens count."""
