@@ -68,7 +68,7 @@ def main(argv: list[str]) -> int:
         "train.py", [*ARGV, f"--n_kv_head={heads}", f"--seed={seed}"], Path(cfg.out_dir) / f"{heads}_{seed}",
         steps=150, threads=1) for heads in HEADS}, range(1, cfg.seeds + 1))
     losses = {heads: [log[-1]["val_loss"] for log in each] for heads, each in logs.items()}
-    rows = [[heads, f"{cache_bytes(heads):,}", *(f"{statistics.median(speeds[f'{heads}/{rows}']):,.0f}"
+    rows = [[str(heads), f"{cache_bytes(heads):,}", *(f"{statistics.median(speeds[f'{heads}/{rows}']):,.0f}"
                                                  for rows in ROWS),
              mean_and_range(losses[str(heads)]),
              f"{statistics.mean(losses[str(heads)]) - statistics.mean(losses['8']):+.3f}"] for heads in HEADS]
