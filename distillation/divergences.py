@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dataset.dataloader import IGNORE
 from modeling.devices import autocast_dtype
-from training.losses import chunk_rows, linear_log_probs
+from training.losses import KnownGradients, chunk_rows, linear_log_probs
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
 MIN_LOG_PROB = -100.0  # nats: floor of the teacher's log-probabilities, which keeps every loss finite
@@ -258,22 +258,6 @@ def chunk_loss(logits: Tensor, targets: Tensor, teacher: DenseTeacher | SparseTe
         gradient = log_p.exp_().mul_(1 - alpha).add_(gradient)
         gradient.scatter_add_(1, target, torch.full_like(target, alpha - 1, dtype=torch.float32))
     return ce, kd, gradient
-
-
-class KnownGradients(torch.autograd.Function):
-    """Gives a loss that was computed without autograd its gradients with respect to `hidden` and `weight`."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, grad_hidden: Tensor,
-                grad_weight: Tensor | None) -> Tensor:
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else grad_weight * grad_loss
-        return grad_hidden * grad_loss, grad_weight, None, None, None
 
 
 def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: Teacher | None,

@@ -23,21 +23,6 @@ from dataset.dataloader import IGNORE
 from modeling.devices import autocast_dtype
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
-                         z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """Cross-entropy summed over the targets, plus z_loss * logsumexp^2 at the same positions.
-
-    hidden: (..., C) in the compute dtype. weight: (P, C); rows from vocab_size on are padding and not part of
-    the softmax. targets: (...) int64, IGNORE where nothing is trained.
-    Returns two float32 scalars: the loss with the z term, which carries the gradient, and without it, for the
-    log. Both are 0 if there is no target. z-loss: PaLM, arXiv 2204.02311, section 5.
-    """
-    dtype = autocast_dtype(hidden)
-    with torch.autocast(hidden.device.type, enabled=False):
-        return LinearCrossEntropy.apply(hidden.reshape(-1, hidden.shape[-1]), weight, targets.reshape(-1),
-                                        vocab_size, z_loss, dtype, torch.is_grad_enabled())
-
-
 def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
     """Positions per chunk: enough to fill a GPU; on a CPU at most 16 MB of logits, to stay near its cache."""
     return 4096 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
@@ -93,19 +78,39 @@ def add_product(total: Tensor, d_logits: Tensor, hidden: Tensor) -> Tensor:
     return total.add_(d_logits.T @ hidden)
 
 
-class LinearCrossEntropy(torch.autograd.Function):
-    """The autograd function of `linear_cross_entropy`. Its forward pass already computes the gradients."""
+class KnownGradients(torch.autograd.Function):
+    """Gives a loss that was computed without autograd its gradients with respect to `hidden` and `weight`."""
 
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int, z_loss: float,
-                dtype: torch.dtype, with_grad: bool) -> tuple[Tensor, Tensor]:
-        matrix = weight.to(dtype)  # (P, C)
-        grad_hidden = torch.empty_like(hidden) if with_grad else None
-        with_weight = with_grad and ctx.needs_input_grad[1]  # a frozen table needs no gradient
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
-        nll = hidden.new_zeros((), dtype=torch.float32)
-        z_term = hidden.new_zeros((), dtype=torch.float32)
-        rows = chunk_rows(hidden, vocab_size)
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, loss: Tensor, grad_hidden: Tensor,
+                grad_weight: Tensor | None) -> Tensor:
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        grad_weight = None if grad_weight is None else grad_weight * grad_loss
+        return grad_hidden * grad_loss, grad_weight, None, None, None
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int,
+                         z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """Cross-entropy summed over the targets, plus z_loss * logsumexp^2 at the same positions.
+
+    hidden: (..., C) in the compute dtype. weight: (P, C); rows from vocab_size on are padding and not part of
+    the softmax. targets: (...) int64, IGNORE where nothing is trained.
+    Returns two float32 scalars: the loss with the z term, which carries the gradient, and without it, for the
+    log. Both are 0 if there is no target. z-loss: PaLM, arXiv 2204.02311, section 5.
+    """
+    hidden, targets = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)  # (N, C), (N,)
+    dtype, with_grad = autocast_dtype(hidden), torch.is_grad_enabled()
+    with_weight = with_grad and weight.requires_grad  # a frozen table needs no gradient
+    grad_hidden = torch.empty_like(hidden) if with_grad else None
+    grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
+    nll, z_term = hidden.new_zeros((2,), dtype=torch.float32)
+    with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
+        matrix, rows = weight.to(dtype), chunk_rows(hidden, vocab_size)  # (P, C)
         for start in range(0, len(hidden), rows):
             chunk = slice(start, start + rows)
             wanted = targets[chunk] != IGNORE  # (n,)
@@ -122,15 +127,10 @@ class LinearCrossEntropy(torch.autograd.Function):
                     grad_weight = add_product(grad_weight, d_logits, h)
             nll += torch.where(wanted, log_z - target_logits, 0.0).sum()
             z_term += z_loss * torch.where(wanted, log_z.square(), 0.0).sum()
-        ctx.save_for_backward(grad_hidden, grad_weight)
-        ctx.mark_non_differentiable(nll)
-        return nll + z_term, nll
-
-    @staticmethod
-    def backward(ctx: Any, grad_loss: Tensor, _: Tensor) -> tuple:
-        grad_hidden, grad_weight = ctx.saved_tensors
-        grad_weight = None if grad_weight is None else grad_weight * grad_loss
-        return grad_hidden * grad_loss, grad_weight, None, None, None, None, None
+    loss = nll + z_term
+    if with_grad:
+        loss = KnownGradients.apply(hidden, weight, loss, grad_hidden, grad_weight)
+    return loss, nll
 
 
 def linear_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
