@@ -390,6 +390,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
         run.print(f"layers    {cfg.layer_map}, student:teacher {','.join(f'{s}:{t}' for s, t in pairs)}")
     with torch.device("meta"):  # no memory yet: fit gives each rank its part of the weights
         student = Student(config, pairs, width, cfg.seed)
+    require_multipliers(cfg, student)
     text = f"student   {student.num_parameters():,} parameters"
     if cfg.student_embeddings == "teacher":
         student.materialize("cpu", cfg.seed)
@@ -460,7 +461,6 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
-    require_multipliers(cfg, student)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
     run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)

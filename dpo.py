@@ -46,7 +46,7 @@ from training.curves import print_end
 from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
 from training.losses import linear_log_probs, preference_loss
 from training.staged_data import StagedData, in_epochs, prepare_default, validation_sums
-from training.stages import configure_run, require_multipliers
+from training.stages import configure_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -274,7 +274,6 @@ def main(argv: list[str]) -> int:
         run.tokenizer = data.tokenizer  # saved with every checkpoint
         # The model. Dropout would make the policy differ from the reference before the first step.
         model, identity = chat_model(cfg, data.tokenizer, run, dropout=0.0)
-        require_multipliers(cfg.frozen_but_adapters(model), model)
         # The policy and the reference start from the same model, which `identity` names.
         reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
@@ -290,7 +289,7 @@ def main(argv: list[str]) -> int:
         if cfg.reference == "precomputed":
             reference.frozen.model = None  # free its memory
         # Train. With an adapter, everything else is frozen.
-        results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, reference, step),
+        results = fit(cfg, model, lambda step: batches_at(data, reference, step),
                       lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)
         if cfg.merge:
             write_merged(run, data.tokenizer)

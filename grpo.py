@@ -55,7 +55,7 @@ from modeling.devices import to_device
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
 from training.losses import group_advantages, kl_estimate, linear_log_probs, policy_loss
-from training.stages import Stage, configure_run, require_multipliers, with_steps
+from training.stages import Stage, configure_run, with_steps
 
 MOST_REFILLS = 3  # times that other prompts are sampled in place of even groups
 REFILL_STRIDE = 2**40  # prompt numbers of a refill: far from those of all steps
@@ -337,14 +337,13 @@ def main(argv: list[str]) -> int:
         stages = plan_stages(cfg)
         # The model. With dropout, the policy that learns would not be the one that samples.
         model, identity = chat_model(cfg, tokenizer, run, dropout=0.0)
-        require_multipliers(cfg.frozen_but_adapters(model), model)
         reference = ReferenceModel(model, cfg.init_from, cfg.reference, run.device, training_dtype(cfg, run))
         learner = PolicyGradient(stages, model, source, reference, run)
         run.write_run_json(user_cfg, {}, data=source.hashes, reward=learner.reward.identity, **identity)
         if source.train:
             run.print(f"data      {len(source.train):,} prompts for training, {len(source.val):,} for "
                       f"validation, {source.left_out:,} left out: longer than {cfg.block_size} tokens")
-        results = fit(cfg.frozen_but_adapters(model), model,
+        results = fit(cfg, model,
                       lambda step: batches_at(stages, source, run, step), learner,
                       lambda policy, last: evaluate(stages[-1].cfg, learner, run), run)
         if cfg.merge:

@@ -51,7 +51,7 @@ from training import curves, optim
 from training.config import RunConfig
 from training.metrics import Metrics, NotFinite, Progress, log_line, memory_gb, step_text
 from training.run import Run, start_run
-from training.stages import Stage, plan_stages, require_multipliers, stage_at, stage_configs
+from training.stages import Stage, plan_stages, stage_at, stage_configs
 
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
@@ -303,8 +303,8 @@ def enter_stage(state: TrainState) -> None:
         changes = "  ".join(f"{key}={value}" for key, value in stage.changes.items())
         run.print(f"stage     {number}/{len(stages)}: steps {stage.first:,}-{stage.last:,}  {changes}")
     # Which parameter learns at which rate: printed in short, written down in full.
-    if stage.cfg.lr_multipliers:
-        table = optim.multipliers(model, stage.cfg.lr_multipliers)
+    table = optim.multipliers(model, stage.cfg.lr_multipliers)
+    if set(table.values()) != {1.0}:
         run.print(optim.multipliers_text(table))
         run.run_on_rank0(lambda: write_json(run.out_dir / f"lr_multipliers_{number}.json", table))
     # After a resume the state comes from the checkpoint, else from the optimizers of the stage before.
@@ -563,7 +563,6 @@ def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, eval
     # A disk that is too small should stop the run now, not after hours of training.
     size = CHECKPOINT_BYTES * model.num_saved()
     run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
-    require_multipliers(cfg, model)  # now, not when the stage begins
     place(model, cfg, run, folder)
     # Once through, unless a loss is not finite: then again from the newest checkpoint, at a lower rate.
     while True:

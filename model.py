@@ -370,6 +370,10 @@ class GPT(nn.Module):
         tables = 1 if self.config.tie_embeddings else 2
         return sum(parameter.numel() for parameter in self.parameters()) - tables * padding - idle
 
+    def is_trained(self, name: str) -> bool:
+        """Whether an optimizer may train this parameter. modeling/moe.py moves the bias of the experts."""
+        return not name.endswith("expert_bias")
+
     def num_saved(self) -> int:
         """Count the parameters that a checkpoint stores; a LoRA run overrides this."""
         return self.num_parameters()

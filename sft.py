@@ -37,7 +37,7 @@ from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
 from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default, validation_sums
-from training.stages import configure_run, require_multipliers
+from training.stages import configure_run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,14 +123,13 @@ def main(argv: list[str]) -> int:
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, identity = chat_model(cfg, data.tokenizer, run)
-        require_multipliers(cfg.frozen_but_adapters(model), model)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
         run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(chat_rows_text(rows, "; --overlong=drop leaves them out"))
         # Train. With an adapter, everything else is frozen. The lambdas bind arguments that the loop does not
         # know.
-        results = fit(cfg.frozen_but_adapters(model), model, lambda step: batches_at(data, step),
+        results = fit(cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
         if cfg.merge:

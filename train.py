@@ -196,6 +196,7 @@ def make_model(cfg: TrainConfig, tokenizer: Tokenizer, run: Run) -> GPT:
     with torch.device("meta"):
         model = GPT(GPTConfig.from_keys(
             cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size, block_size=context_length(cfg)))
+    require_multipliers(cfg, model)
     run.print(f"model     {model.num_parameters():,} parameters, "
               f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP per token; "
               f"a step is {cfg.global_batch_size} x {cfg.block_size} tokens")
@@ -238,7 +239,6 @@ def main(argv: list[str]) -> int:
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
         model = make_model(cfg, data.tokenizer, run)
-        require_multipliers(cfg, model)
         run.write_run_json(user_cfg, data.tokens(), data=data.hashes())
         # Train.
         results = fit(cfg, model, lambda step: batches_at(data, step),

@@ -26,7 +26,8 @@ does.
 import math
 import zlib
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,13 +43,13 @@ from formats import hf, peft
 from formats.tokenizer import Tokenizer
 from generation.verifier import answer_logits, answer_rows
 from loop import Run, fit, start_run
-from model import GPTConfig
+from model import GPT, GPTConfig
 from modeling.devices import to_device
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model
+from training.finetuning import PostTrainingConfig, chat_model, require_no_adapter
 from training.lora import AdaptedGPT, targets_of
 from training.losses import linear_log_probs
-from training.stages import configure_run, require_multipliers
+from training.stages import configure_run
 
 LENGTH_BUCKET = 4  # tokens: answers whose lengths share a bucket count as equally long
 HELD_OUT = 8  # one problem in this many is for validation
@@ -99,17 +100,12 @@ class ScoringGPT(AdaptedGPT):
         yield "score.weight", torch.tensor([[0.0] * self.config.n_embd + [1, self.log_odds]])  # (1, C + 2)
 
 
-def scoring_model(cfg: VerifierConfig, tokenizer: Tokenizer, run: Run,
-                  log_odds: float) -> tuple[ScoringGPT, dict[str, str]]:
-    """The model on the meta device, and the identity of its base for run.json."""
-    plain, identity = chat_model(replace(cfg, lora_rank=0), tokenizer, run, dropout=0.0)
+def with_score(cfg: VerifierConfig, plain: GPT, base: dict[str, str], log_odds: float) -> ScoringGPT:
+    """The model with the head and, if cfg.lora_rank is set, an adapter."""
     targets = targets_of(plain, cfg.lora_targets) if cfg.lora_rank else ()
     spec = peft.AdapterSpec(max(cfg.lora_rank, 1), cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora,
                             ("score",))
-    base = {"path": str(hf.find_folder(cfg.init_from).resolve()), "sha256": identity["base"],
-            "config_sha256": identity["base_config"]}
-    with torch.device("meta"):
-        return ScoringGPT(plain.config, spec, base, cfg.seed, log_odds), identity
+    return ScoringGPT(plain.config, spec, base, cfg.seed, log_odds)
 
 
 def loss_fn(forward: nn.Module, batch: dict[str, Any],
@@ -231,18 +227,17 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, provenance) as run:
         folder = hf.find_folder(cfg.init_from)
         run.tokenizer = Tokenizer.load(folder)  # saved with every checkpoint
-        if peft.is_adapter(folder):
-            raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
-                            "--merge=True and start from out_dir/merged")
+        require_no_adapter(cfg, folder)
         answers = Answers(cfg, run.run_on_rank0(lambda: stored_answers(
             Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device)))
-        model, identity = scoring_model(cfg, run.tokenizer, run, answers.log_odds)
-        require_multipliers(cfg.frozen_but_adapters(model), model)
+        model, identity = chat_model(cfg, run.tokenizer, run, partial(with_score, log_odds=answers.log_odds),
+                                     dropout=0.0)
+        assert isinstance(model, ScoringGPT)
         run.write_run_json(cfg, {}, **identity)
         right = sum(answer["right"] for answer in answers.val)
         run.print(f"data      {2 * len(answers.pairs):,} answers, half of them right; held out: "
                   f"{len(answers.val):,}, {right:,} of them right")
-        results = fit(cfg.frozen_but_adapters(model), model,
+        results = fit(cfg, model,
                       lambda step: answers.batches_at(step, run.rank, run.world_size),
                       lambda forward, batch: loss_fn(forward, batch, model),
                       lambda scorer, last: evaluate(model, answers.val, cfg, run), run)

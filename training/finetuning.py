@@ -2,12 +2,11 @@
 
     cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
     model, identity = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
-    fit(cfg.frozen_but_adapters(model), model, ...)
+    fit(cfg, model, ...)                                    # trains the adapter alone, if there is one
 
 The adapter itself is in training/lora.py.
 """
 
-import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,7 @@ from model import GPT, GPTConfig
 from training.config import RunConfig
 from training.lora import AdaptedGPT, targets_of
 from training.run import Run
-from training.stages import stage_configs
+from training.stages import require_multipliers, stage_configs
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,25 +59,42 @@ class PostTrainingConfig(RunConfig):
                 raise UserError("quantize_base: 4-bit matrices cannot be sharded; use parallel=ddp")
             optional_import("bitsandbytes", "quantize_base=nf4")
 
-    def frozen_but_adapters(self, model: GPT) -> "PostTrainingConfig":
-        """The configuration for `fit`: with an adapter, every other parameter is frozen in every stage."""
-        if not isinstance(model, AdaptedGPT):
-            return self
-        trained = "|".join(["lora_", *(rf"{table}\.weight" for table in model.spec.tables)])
-        # The first pattern that matches a name wins, so this one comes before the user's patterns.
-        frozen = {rf"^(?!.*({trained}))": 0.0}
-        stages = [entry | {"lr_multipliers": frozen | entry["lr_multipliers"]}
-                  if "lr_multipliers" in entry else entry for entry in self.stages]
-        return dataclasses.replace(self, lr_multipliers=frozen | self.lr_multipliers, stages=stages)
+
+def require_no_adapter(cfg: PostTrainingConfig, folder: Path) -> None:
+    """Raise UserError if the model to start from is an adapter: a new one cannot be put on top of it."""
+    if peft.is_adapter(folder):
+        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
+                        "--merge=True and start from out_dir/merged")
+
+
+def with_adapter(cfg: PostTrainingConfig, plain: GPT, base: dict[str, str]) -> GPT:
+    """The model with a new adapter if cfg.lora_rank is set. base: the path and the hashes of the model below.
+
+    Raises UserError if PEFT cannot represent an adapter for this architecture.
+    """
+    if not cfg.lora_rank:
+        return plain
+    if hf.architecture(plain.config) in ("nanollama", *hf.EXPERT_KEYS):
+        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
+                        "(ternary weights, or experts); without lora_rank all weights are trained")
+    folder = Path(base["path"])
+    require_no_adapter(cfg, folder)
+    # New tokens have rows in the tables that the base does not have, so the tables are trained and saved too.
+    grown = plain.config.vocab_size > hf.read_config(folder)["vocab_size"]
+    tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
+    spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
+                            targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
+    return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
+               adapt: Callable[[Any, GPT, dict[str, str]], GPT] = with_adapter,
                **changes: Any) -> tuple[GPT, dict[str, str]]:
     """The model of cfg.init_from on the meta device, and the identity of what it starts from, for run.json.
 
-    tokenizer: the data's; the model grows by its chat tokens. changes: fields of the GPTConfig to replace.
-    The model is an AdaptedGPT if cfg.lora_rank is set. Raises UserError if the data was made with another
-    tokenizer, or if rows are longer than the model's context.
+    tokenizer: the data's; the model grows by its chat tokens. adapt: adds the trained parts to the model.
+    changes: fields of the GPTConfig to replace. Raises UserError if the data was made with another tokenizer,
+    if rows are longer than the model's context, or if lr_multipliers do not fit the model.
     """
     folder = hf.find_folder(cfg.init_from)
     before = Tokenizer.load(folder)
@@ -93,33 +109,15 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
     identity = run.run_on_rank0(
         lambda: {"base": peft.weights_sha256(folder), "base_config": hf.config_sha256(folder)})
-    text = ""
-    with torch.device("meta"):
-        model = GPT(GPTConfig(**fields))
-        if cfg.lora_rank:
-            model = with_adapter(cfg, model, folder, identity)
-            text = f"; {model.num_saved():,} of them are trained"
-    run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
-    return model, identity
-
-
-def with_adapter(cfg: PostTrainingConfig, plain: GPT, folder: Path,
-                 identity: dict[str, str]) -> AdaptedGPT:
-    """The model with a new adapter. Raises UserError if PEFT cannot represent one for this architecture."""
-    if hf.architecture(plain.config) in ("nanollama", *hf.EXPERT_KEYS):
-        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
-                        "(ternary weights, or experts); without lora_rank all weights are trained")
-    if peft.is_adapter(folder):
-        raise UserError(f"init_from={cfg.init_from}: is an adapter itself; run its command again with "
-                        "--merge=True and start from out_dir/merged")
-    # New tokens have rows in the tables that the base does not have, so the tables are trained and saved too.
-    grown = plain.config.vocab_size > hf.read_config(folder)["vocab_size"]
-    tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
-    spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
-                            targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
     base = {"path": str(folder.resolve()), "sha256": identity["base"],
             "config_sha256": identity["base_config"]}
-    return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
+    with torch.device("meta"):
+        model = adapt(cfg, GPT(GPTConfig(**fields)), base)
+    require_multipliers(cfg, model)
+    is_adapted = isinstance(model, AdaptedGPT)
+    text = f"; {model.num_saved():,} of them are trained" if is_adapted else ""
+    run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
+    return model, identity
 
 
 def write_merged(run: Run, tokenizer: Tokenizer) -> None:

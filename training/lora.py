@@ -86,8 +86,8 @@ class AdaptedGPT(GPT):
                 if isinstance(adapted, QuantizedLoRALinear):
                     self.quantized[f"{name}.weight"] = adapted
 
-    def is_adapter(self, name: str) -> bool:
-        """Whether the parameter of this name is trained and saved."""
+    def is_trained(self, name: str) -> bool:
+        """Whether the parameter of this name belongs to the adapter, which is trained and saved."""
         return ".lora_" in name or any(f"{table}.weight" in name for table in self.spec.tables)
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
@@ -123,7 +123,7 @@ class AdaptedGPT(GPT):
         if state is None:
             state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         adapter = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
-                   for name, tensor in state.items() if self.is_adapter(name)}
+                   for name, tensor in state.items() if self.is_trained(name)}
         write_adapter(Path(path), adapter, self.spec, self.base, hf.architecture(self.config) == "gpt2")
         hf.write_generation_config(Path(path), hf.special_token_ids(eos_token_id))
 
@@ -136,7 +136,7 @@ class AdaptedGPT(GPT):
 
     def num_saved(self) -> int:
         """The number of trained parameters, which a checkpoint holds."""
-        return sum(parameter.numel() for name, parameter in self.named_parameters() if self.is_adapter(name))
+        return sum(parameter.numel() for name, parameter in self.named_parameters() if self.is_trained(name))
 
     def flops_per_token(self, T: int) -> float:
         """GPT's count, with 4 FLOPs per frozen weight: only the gradient of its input is computed."""

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from configurator import UserError
+from model import GPT
 from modeling.devices import gather_full, shard_like
 from training.config import RunConfig
 
@@ -93,8 +94,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return (x.mT if tall else x).float()
 
 
-def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float]:
-    """{parameter name: learning-rate factor}: the factor of the first pattern found in the name, else 1.
+def multipliers(model: GPT, patterns: dict[str, float]) -> dict[str, float]:
+    """{parameter name: learning-rate factor}: the factor of the first pattern found in the name, else 1; 0 if
+    the model does not let it be trained.
 
     Raises UserError for a pattern that is not a regular expression or decides for no parameter, and for a
     factor that is not a number of at least 0.
@@ -110,10 +112,11 @@ def multipliers(model: nn.Module, patterns: dict[str, float]) -> dict[str, float
     table: dict[str, float] = {}
     used: set[str | None] = set()
     for name, _ in model.named_parameters():
+        if not model.is_trained(name):
+            table[name] = 0.0
+            continue
         first = next((pattern for pattern in patterns if re.search(pattern, name)), None)
         table[name] = 1.0 if first is None else float(patterns[first])
-        if name.endswith("expert_bias"):
-            table[name] = 0.0  # modeling/moe.py moves it, not a gradient
         used.add(first)
     if unused := [pattern for pattern in patterns if pattern not in used]:
         raise UserError(f"lr_multipliers: pattern {unused[0]!r} matches no parameter (or an earlier pattern "
@@ -132,7 +135,7 @@ def multipliers_text(table: dict[str, float]) -> str:
     return "\n".join([*lines, f"lr x 1    the other {others} parameters"])
 
 
-def make_optimizers(model: nn.Module, cfg: RunConfig) -> list[torch.optim.Optimizer]:
+def make_optimizers(model: GPT, cfg: RunConfig) -> list[torch.optim.Optimizer]:
     """AdamW, and Muon before it for the blocks' matrices if cfg.optimizer is "muon".
 
     Only matrices decay. A parameter with multiplier 0 is frozen: it requires no gradient and belongs to no

@@ -43,7 +43,7 @@ def busy(model):
     generator = torch.Generator().manual_seed(5)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if model.is_adapter(name):
+            if model.is_trained(name):
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model
 
