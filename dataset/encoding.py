@@ -2,9 +2,9 @@
 
     for rows, batch in tokenize_all(batches, recipe, processes): ...     # in order
 
-The parent process reads files and writes shards. The workers parse rows, look for evaluation items, and
-encode: text as it is, chats and preferences in the format of formats/chat_format.py, with a mask next to
-their ids (dataset/shards.py).
+The parent process reads files and writes shards. The workers parse rows, apply the rules of
+dataset/quality.py, look for evaluation items, and encode: text as it is, chats and preferences in the format
+of formats/chat_format.py, with a mask next to their ids (dataset/shards.py).
 """
 
 import hashlib
@@ -23,12 +23,14 @@ import numpy as np
 from configurator import UserError
 from dataset.conversations import Message, conversation, preference, rename_keys, without_nulls
 from dataset.decontaminate import OVERLAPS, Index
+from dataset.quality import Limits, document_signatures, first_failure
 from dataset.shards import SEPARATOR, token_dtype
 from dataset.sources import Row, Skip, document, row_value
 from dataset.tasks import conversation_of
 from formats.chat_format import call_text, encode_documents, encode_pair
 from formats.tokenizer import Tokenizer
 
+EXCERPT = 300  # characters of a text that are shown where a quality rule dropped it
 # A row's content: a text, the messages of a chat, or a preference's (prompt, chosen answer, rejected answer).
 Content = str | list[Message] | tuple[list[Message], Message, Message]
 
@@ -42,6 +44,8 @@ class Recipe(NamedTuple):
     index: Index | None  # evaluation items that no row may overlap
     tokenizer: Tokenizer | None = None  # None is enough for `parse_rows`
     task: str | None = None  # of chats: rows are those of this benchmark (dataset/tasks.py)
+    rules: Limits = {}  # of text: quality rules that a row must not violate
+    dedup: bool = False  # whether rows get a signature, to find near-duplicates by
 
 
 class Batch(NamedTuple):
@@ -53,7 +57,8 @@ class Batch(NamedTuple):
     byte_counts: np.ndarray  # (rows,) int64, bytes of UTF-8
     hashes: np.ndarray  # (rows,) uint64, `text_hash`
     reasons: list[str | None]  # (rows) why a row was skipped
-    overlaps: list[list[dict[str, Any]]]  # (rows) with evaluation items, as `Index.find` returns them
+    details: list[dict[str, Any]]  # (rows) what a rule that dropped the row saw; else empty
+    signatures: np.ndarray  # (rows, PERMUTATIONS) uint32, or None without dedup
 
 
 # ---- Rows -> contents -------------------------------------------------------------------------------------
@@ -89,25 +94,31 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
 
 
 def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
-        list[Content | None], list[str | None], list[list[dict[str, Any]]]]:
-    """(contents, reasons, overlaps), one entry per row.
+        list[Content | None], list[str | None], list[dict[str, Any]]]:
+    """(contents, reasons, details), one entry per row.
 
-    A row that cannot be used, or that overlaps an evaluation item, has the content None and a reason.
+    A row that cannot be used, violates a quality rule, or overlaps an evaluation item, has the content None
+    and a reason. The latter two have details: what the rule saw.
     """
     contents: list[Content | None] = [None] * len(rows)
     reasons: list[str | None] = [None] * len(rows)
-    overlaps: list[list[dict[str, Any]]] = [[] for _ in rows]
+    details: list[dict[str, Any]] = [{} for _ in rows]
     for i, row in enumerate(rows):
         try:
             contents[i] = parse_content(row, recipe)
         except Skip as reason:
             reasons[i] = str(reason)
+    if recipe.rules:
+        for i, text in enumerate(contents):
+            if text is not None and (failure := first_failure(text, recipe.rules)):
+                contents[i], reasons[i] = None, f"quality rule {failure[0]}"
+                details[i] = {"value": failure[1], "text": text[:EXCERPT]}
     if recipe.index:
         overlaps = recipe.index.find(["" if each is None else visible_text(each) for each in contents])
         for i in range(len(rows)):
             if overlaps[i]:
-                contents[i], reasons[i] = None, OVERLAPS
-    return contents, reasons, overlaps
+                contents[i], reasons[i], details[i] = None, OVERLAPS, {"overlaps": overlaps[i]}
+    return contents, reasons, details
 
 
 # ---- Contents -> ids --------------------------------------------------------------------------------------
@@ -152,7 +163,7 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
     ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
     lengths, byte_counts = np.zeros((2, len(rows)), np.int64)
     hashes = np.zeros(len(rows), np.uint64)
-    contents, reasons, overlaps = parse_rows(rows, recipe)
+    contents, reasons, details = parse_rows(rows, recipe)
     for i, content in enumerate(contents):
         if content is not None:
             try:
@@ -168,7 +179,10 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
                 ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
                 masks.append(np.array([*mask, SEPARATOR] if mask else [], np.uint8))
                 lengths[i] += len(ids[-1])
-    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, overlaps)
+    signatures = document_signatures(["" if each is None else visible_text(each) for each in contents]
+                                     ) if recipe.dedup else None
+    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, details,
+                 signatures)
 
 
 # ---- Processes --------------------------------------------------------------------------------------------
