@@ -47,12 +47,11 @@ from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.results import Figure, Result
 from evals.tasks import (
-    arc,
     bfcl,
+    choice,
     context_length,
+    core,
     glue,
-    gsm8k,
-    hellaswag,
     mmlu,
     needle,
     open_qa,
@@ -60,6 +59,7 @@ from evals.tasks import (
     problems,
     summarize,
     truthfulqa,
+    word_problems,
 )
 from evals.votes import Asker, VoteSettings, add_votes, method_rows
 from formats import hf
@@ -94,16 +94,12 @@ TASKS = {  # in the order of the table and of --tasks=all
 
     # Multiple choice: the most likely choice is the answer.
     "mmlu": Task(mmlu),  # 57 subjects of school and university
-    "hellaswag": Task(hellaswag),  # how a situation continues
-    "arc_easy": Task(arc, {"name": "arc_easy"}),  # science at school
-    "arc_challenge": Task(arc, {"name": "arc_challenge"}),  # its harder questions
+    **{name: Task(choice, {"name": name}) for name in choice.BENCHMARKS},  # HellaSwag, ARC, PIQA, ...
     "truthfulqa": Task(truthfulqa),  # true answers against common misconceptions
-    "sst2": Task(glue, {"name": "sst2"}),  # is a review positive?
-    "cola": Task(glue, {"name": "cola"}),  # is a sentence acceptable English?
-    "rte": Task(glue, {"name": "rte"}),  # does one sentence follow from another?
-    "sst2_few": Task(glue, {"name": "sst2", "few": 8}),  # the same three, each with 8 worked examples
-    "cola_few": Task(glue, {"name": "cola", "few": 8}),
-    "rte_few": Task(glue, {"name": "rte", "few": 8}),
+    **{name: Task(glue, {"name": name}) for name in glue.NAMES},  # the nine tasks of GLUE
+    # Three of them with 8 worked examples.
+    **{f"{name}_few": Task(glue, {"name": name, "few": 8}) for name in ("sst2", "cola", "rte")},
+    "core": Task(core),  # CORE: the centred mean over 22 tasks of DCLM
 
     # The embedded problems, which need no data: arithmetic, dates, lists.
     "problems": Task(problems, votes=True),
@@ -112,7 +108,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     "hard_calculator": Task(problems, {"family": "hard", "calculator": True}, votes=True),
 
     # Answers that are generated.
-    "gsm8k": Task(gsm8k, votes=True),  # word problems with a chain of thought
+    # Arithmetic word problems with a chain of thought: GSM8K, SVAMP, MAWPS, ASDiv.
+    **{name: Task(word_problems, {"name": name}, votes=True) for name in word_problems.HUB},
     "hotpotqa": Task(open_qa, {"name": "hotpotqa"}, votes=True),  # questions answered from memory
     "triviaqa": Task(open_qa, {"name": "triviaqa"}, votes=True),
     "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function

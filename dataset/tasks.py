@@ -7,38 +7,82 @@
     # ("a great film\\nQuestion: Is this sentence positive or negative?\\nAnswer:", "positive")
 
 The prompts are those that evals/tasks/ asks with --chat=True, so a model is tuned on what it is measured by.
-Each task has the forms of row that its evaluation reads. In addition, "mawps" reads the rows of MAWPS
-(original_text, equation, ans) with an answer like GSM8K's: the equation, then "#### " and the number.
+Each task has the forms of row that its evaluation reads. The answer of an arithmetic word problem has
+GSM8K's form: the work, which is an equation in MAWPS, SVAMP and ASDiv, then "#### " and the number.
 """
 
 import re
 from typing import Any, Literal
 
-from dataset.conversations import require_text
+from dataset.conversations import first_value
 from dataset.sources import Skip
 
-TaskName = Literal["sst2", "cola", "rte", "gsm8k", "mawps", "summarize"]
+TaskName = Literal["sst2", "cola", "rte", "mnli", "mrpc", "qqp", "qnli", "wnli", "gsm8k", "mawps", "svamp",
+                   "asdiv", "summarize"]
 # GLUE, in the words of lm-evaluation-harness (evals/tasks/glue.py).
 PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
            "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
-           "rte": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:"}
-ANSWERS = {"sst2": ("negative", "positive"), "cola": ("no", "yes"), "rte": ("True", "False")}  # labels 0, 1
-COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "sentence"),  # of a .tsv
-           "rte": ("index", "sentence1", "sentence2", "label")}
-LABELS = {"sst2": {"0": 0, "1": 1}, "cola": {"0": 0, "1": 1},  # as texts, in a .tsv
-          "rte": {"0": 0, "1": 1, "entailment": 0, "not_entailment": 1}}
+           "rte": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
+           "mnli": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
+           "mrpc": ("Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+                    "Question: Do both sentences mean the same thing?\nAnswer:"),
+           "qqp": ("Question 1: {question1}\nQuestion 2: {question2}\n"
+                   "Question: Do both questions ask the same thing?\nAnswer:"),
+           "qnli": "{question}\n{sentence}\nQuestion: Does this response answer the question?\nAnswer:",
+           "wnli": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:"}
+# The answers of the labels 0, 1, ..
+ANSWERS = {"sst2": ("negative", "positive"), "cola": ("no", "yes"), "rte": ("True", "False"),
+           "mnli": ("True", "Neither", "False"), "mrpc": ("no", "yes"), "qqp": ("no", "yes"),
+           "qnli": ("yes", "no"), "wnli": ("False", "True")}
+# The columns of a .tsv. MNLI is read from the hub or as JSON only: its files differ in their columns.
+COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "sentence"),
+           "rte": ("index", "sentence1", "sentence2", "label"),
+           "mrpc": ("label", "id1", "id2", "sentence1", "sentence2"),
+           "qqp": ("id", "id1", "id2", "question1", "question2", "label"),
+           "qnli": ("index", "question", "sentence", "label"),
+           "wnli": ("index", "sentence1", "sentence2", "label")}
+# Labels that are words in a .tsv. All other labels are the number of an answer.
+LABELS = {"entailment": 0, "not_entailment": 1}
 ASK_SUMMARY = "\n\nSummarize this text in a few sentences."
 
 
 def question_prompt(question: str) -> str:
     """The prompt of a question that is answered in words."""
-    return f"Question: {question}\nAnswer:"
+    return "Question: " + question + "\nAnswer:"  # TypeError for a number
+
+
+def word_problem(row: dict[str, Any]) -> tuple[str, str]:
+    """(prompt, worked answer) of a row in the names of GSM8K, MAWPS, SVAMP or ASDiv. KeyError for others."""
+    row = {key.lower(): value for key, value in row.items()}
+    work = first_value(row, "equation", "formula")
+    if work is None:
+        return question_prompt(row["question"]), row["answer"]
+    question = " ".join(row[key].strip() for key in ("body", "original_text", "question") if key in row)
+    work = re.sub(r"\.0\b", "", work)  # numbers may be floats: 22.0
+    text = str(first_value(row, "answer", "ans", "result_float"))  # such as 51.0, "1,200 (miles)"
+    number = float(text.split(" (")[0].replace(",", ""))
+    return question_prompt(question), f"{work}\n#### {int(number) if number.is_integer() else number}"
 
 
 def summary_of(row: dict[str, Any]) -> tuple[str, str]:
     """(document, summary) of a row, in the names of CNN/DailyMail, SAMSum or ours. KeyError for others."""
     text = next((key for key in ("article", "dialogue") if key in row), "document")
     return row[text].strip(), row["highlights" if text == "article" else "summary"].strip()
+
+
+def glue_question(task: str, row: dict[str, Any]) -> tuple[str, int]:
+    """(prompt, index of the right one of ANSWERS) of a row of GLUE.
+
+    The label is a number, or that number as text, or a word of LABELS. Raises KeyError, TypeError or
+    ValueError if a text or the label is not one.
+    """
+    texts = {key: row[key] for key in re.findall(r"{(\w+)}", PROMPTS[task])}
+    if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]} is not a text")
+    if task == "mnli":  # the harness ends each hypothesis with a dot
+        texts["hypothesis"] = texts["hypothesis"].strip().removesuffix(".") + "."
+    labels = [str(number) for number in range(len(ANSWERS[task]))]
+    return PROMPTS[task].format_map(texts), labels.index(str(LABELS.get(row["label"], row["label"])))
 
 
 def example(task: str, row: dict[Any, Any]) -> tuple[str, str]:
@@ -48,15 +92,12 @@ def example(task: str, row: dict[Any, Any]) -> tuple[str, str]:
             named = dict(zip(COLUMNS[task], row.values(), strict=True)) if 1 in row else row
             if named["label"] == "label":
                 raise Skip("the line of headers")
-            return PROMPTS[task].format_map(named), ANSWERS[task][LABELS[task][str(named["label"])]]
+            prompt, gold = glue_question(task, named)
+            return prompt, ANSWERS[task][gold]
         if task == "summarize":
             document, summary = summary_of(row)
             return document + ASK_SUMMARY, summary
-        if task == "mawps":  # the numbers are floats: 22.0
-            work = re.sub(r"\.0\b", "", row["equation"])
-            number = require_text(float(row["ans"]), "ans")
-            return question_prompt(row["original_text"]), f"{work}\n#### {number}"
-        return question_prompt(row["question"]), row["answer"]
+        return word_problem(row)
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise Skip(f"not a row of {task} ({type(error).__name__}: {error})") from None
 

@@ -18,6 +18,7 @@ from dataset.conversations import is_list_of_dicts
 from dataset.sources import file_kind, files_under, find_files, hub_rows, read_rows, row_value, usable_rows
 
 ROW_KINDS = {".jsonl", ".json", ".parquet", ".tsv"}
+LONGER_NAMES = ("mmlu_pro",)  # tasks whose names begin with the name of another task
 
 
 class Questions(NamedTuple):
@@ -100,8 +101,9 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
         return [root]
     # eval.py writes its own output to answers/.
     candidates, _ = files_under(root, lambda part: part.startswith(".") or part == "answers")
-    files = [path for path in candidates
-             if path.name.lower().startswith(name.lower()) and file_kind(path) in kinds]
+    others = tuple(longer for longer in LONGER_NAMES if longer.startswith(name) and longer != name)
+    files = [path for path in candidates if path.name.lower().startswith(name.lower())
+             and not path.name.lower().startswith(others) and file_kind(path) in kinds]
     if not files:
         raise UserError(f"data={source}: no file {name}*; give --data=TASK=PLACE (without --data: the hub)")
     unpacked = {path.with_name(path.name.lower().partition(file_kind(path))[0]): path for path in files}

@@ -2,7 +2,7 @@
 
     request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])         # or encode_turn: chat format
     texts, lost = fit_context(request, request.continuations[0], block_size)  # cut to the model's context
-    text_log_probs(model, texts)                                              # [-0.1]
+    score_texts(model, texts)                                                 # [Score(-0.1, True)]
 
 Benchmark texts share prefixes: the choices of a question share the question, and all questions share the
 worked examples. The texts are sorted, so that each one shares its longest prefix with the text before it.
@@ -61,6 +61,7 @@ class Likelihood:
 
     log_prob: float  # sum over its tokens, in nats
     truncated: int = 0  # tokens dropped from the beginning of the context
+    greedy: bool = True  # whether each of its tokens is the most likely one
 
 
 class Request(NamedTuple):
@@ -77,6 +78,13 @@ class Text(NamedTuple):
 
     ids: np.ndarray  # (2 .. block_size + 1,) int32
     num_targets: int
+
+
+class Score(NamedTuple):
+    """What `score_texts` returns for a text."""
+
+    log_prob: float  # sum over the scored tokens, in nats
+    greedy: bool  # whether each scored token is the most likely one
 
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
@@ -225,8 +233,8 @@ def batches(texts: list[np.ndarray], max_tokens: int) -> Iterator[list[tuple[int
 
 
 def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
-                targets: list[np.ndarray]) -> list[np.ndarray]:
-    """log p(target) after each slot of each text, in nats, float64.
+                targets: list[np.ndarray]) -> list[Score]:
+    """The score of each text: the targets after its slots.
 
     states: (slots, n_embd). slots, targets: one integer array per text, of equal lengths.
     """
@@ -237,7 +245,7 @@ def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
     # Choices with the same context share the slot before their first token: its logits are computed once.
     unique, place = np.unique(np.concatenate(slots), return_inverse=True)  # (U,), (N,)
     ids = np.concatenate(targets).astype(np.int64)  # (N,)
-    values = np.zeros(len(ids))
+    values, best = np.zeros(len(ids)), np.zeros(len(ids), bool)  # log p(target); is it the largest one?
     chunk = chunk_rows(states, V)
     for begin in range(0, len(unique), chunk):
         here = torch.from_numpy(unique[begin:begin + chunk]).to(states.device)
@@ -245,12 +253,14 @@ def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
         mine = np.flatnonzero((begin <= place) & (place < begin + chunk))  # the targets of this chunk
         row, wanted = (torch.from_numpy(each[mine]).to(states.device) for each in (place - begin, ids))
         values[mine] = (logits[row, wanted] - logits.logsumexp(dim=-1)[row]).cpu().numpy()
-    return np.split(values, ends)
+        best[mine] = (logits.argmax(dim=-1)[row] == wanted).cpu().numpy()
+    return [Score(float(value.sum()), bool(hit.all()))
+            for value, hit in zip(np.split(values, ends), np.split(best, ends), strict=True)]
 
 
 @torch.inference_mode()
-def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[float]:
-    """The sum of the log-probabilities of each text's targets, in nats.
+def score_texts(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[Score]:
+    """The sum of the log-probabilities of each text's targets, and whether greedy decoding yields them.
 
     max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device.
     """
@@ -258,7 +268,7 @@ def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None)
     max_tokens = max_tokens or MAX_PASS_TOKENS.get(device.type, 4096)
     inputs = [text.ids[:-1] for text in texts]
     tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
-    sums = [0.0] * len(texts)
+    scores = [Score(0.0, True)] * len(texts)
     with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
         for batch in batches(inputs, max_tokens):
             pieces = [inputs[index][:end] for index, end in batch]
@@ -269,11 +279,11 @@ def text_log_probs(model: GPT, texts: list[Text], max_tokens: int | None = None)
             # A text is scored once it is read to its end. Its last `num_targets` slots predict the targets.
             slots = [path[len(path) - texts[index].num_targets:] for index, path in complete]
             targets = [texts[index].ids[-texts[index].num_targets:] for index, _ in complete]
-            values = score_slots(model, tree.states, slots, targets)
-            for (index, _), log_probs in zip(complete, values, strict=True):
-                sums[index] = float(log_probs.sum())
+            new = score_slots(model, tree.states, slots, targets)
+            for (index, _), score in zip(complete, new, strict=True):
+                scores[index] = score
             bar.update(len(complete))
-    return sums
+    return scores
 
 
 # ---- Running text -----------------------------------------------------------------------------------------

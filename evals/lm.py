@@ -16,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from configurator import UserError
-from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, text_log_probs
+from evals.likelihood import Likelihood, Score, Text, encode_plain, encode_turn, fit_context, score_texts
 from formats import chat_format, hf
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
@@ -226,6 +226,13 @@ class LM:
         self.cut = ["cut" in messages[-1] for messages in self.replies]
         return self.replies
 
+    def score_texts(self, texts: list[Text]) -> list[Score]:
+        """The score of each text of ids. Raises UserError if a log-probability is not finite."""
+        scores = score_texts(self.model, texts)
+        if broken := [score.log_prob for score in scores if not math.isfinite(score.log_prob)]:
+            raise UserError(f"{self.folder}: a log-probability of {broken[0]}: its weights are broken")
+        return scores
+
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
         """How likely each continuation is after its context, for each (context, continuations).
 
@@ -241,8 +248,7 @@ class LM:
                 texts += parts
                 owners += row[-1:] * len(parts)
             rows.append(row)
-        for owner, log_prob in zip(owners, text_log_probs(self.model, texts), strict=True):
-            if not math.isfinite(log_prob):
-                raise UserError(f"{self.folder}: a log-probability of {log_prob}: its weights are broken")
-            owner.log_prob += log_prob
+        for owner, score in zip(owners, self.score_texts(texts), strict=True):
+            owner.log_prob += score.log_prob
+            owner.greedy = owner.greedy and score.greedy
         return rows

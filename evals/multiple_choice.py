@@ -22,6 +22,7 @@ from evals.likelihood import Likelihood
 from evals.lm import LM
 from evals.results import Result, mean, truncated
 
+LETTERS = "ABCDEFGHIJ"  # of choices; no benchmark has more
 # Splits to take worked examples from, in this order, after those that the protocol names.
 EXAMPLE_SPLITS = ("train", "dev", "val", "validation")
 # Splits to take questions from, in this order, for each split that a protocol names. None: rows whose split
@@ -41,10 +42,25 @@ class Question:
     gold: tuple[int, ...]  # indices of the right choices
     shots: str = ""  # text before the prompt: instructions, worked examples
     group: str = ""  # a subject
+    ending: str = ""  # is scored after each choice (WinoGrande); without it, the choices are scored
+    value: float = 0.0  # a right answer that is a number (STS-B)
 
     def __post_init__(self) -> None:
         if not self.gold or not all(0 <= gold < len(self.choices) for gold in self.gold):
             raise ValueError("no right answer")
+
+    def scored(self, index: int) -> tuple[str, str]:
+        """(text before, text that is scored) of a choice."""
+        if self.ending:
+            return self.prompt + self.choices[index], f" {self.ending}"
+        return self.prompt, f" {self.choices[index]}"
+
+
+def lettered(question: str, choices: Sequence[str], gold: int, group: str = "") -> Question:
+    """A question that lists its choices as "A. ..", one per line; the answer is a letter."""
+    lines = [f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices, strict=False)]
+    return Question("\n".join([question, *lines, "Answer:"]), tuple(LETTERS[:len(choices)]), (gold,),
+                    group=group)
 
 
 # ---- Questions --------------------------------------------------------------------------------------------
@@ -83,7 +99,7 @@ def shots_text(examples: Sequence[Question], count: int) -> str:
     if count > len(examples):
         place = f" of {examples[0].group}" if examples and examples[0].group else ""
         raise UserError(f"shots={count}: there are {len(examples)} examples{place}")
-    return "".join(f"{each.prompt} {each.choices[each.gold[0]]}\n\n" for each in examples[:count])
+    return "".join("".join(each.scored(each.gold[0])) + "\n\n" for each in examples[:count])
 
 
 def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: int,
@@ -97,8 +113,18 @@ def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: 
 
 def ask(lm: LM, questions: list[Question]) -> list[list[Likelihood]]:
     """The likelihood of each choice of each question."""
-    return lm.loglikelihood([(question.shots + question.prompt, [f" {choice}" for choice in question.choices])
-                             for question in questions])
+    requests, owners = [], []  # one request per text before the choices
+    for number, question in enumerate(questions):
+        texts: dict[str, list[str]] = {}
+        for index in range(len(question.choices)):
+            before, scored = question.scored(index)
+            texts.setdefault(question.shots + before, []).append(scored)
+        requests += texts.items()
+        owners += [number] * len(texts)
+    likelihoods: list[list[Likelihood]] = [[] for _ in questions]
+    for owner, row in zip(owners, lm.loglikelihood(requests), strict=True):
+        likelihoods[owner] += row
+    return likelihoods
 
 
 def log_probs_of(likelihoods: list[list[Likelihood]]) -> list[list[float]]:

@@ -1,7 +1,8 @@
-"""Three tasks of GLUE (arXiv 1804.07461), each without worked examples and with a few.
+"""The nine tasks of GLUE (arXiv 1804.07461) without worked examples; three of them also with a few.
 
-SST-2: is a review positive? CoLA: is a sentence acceptable English? RTE: does one sentence follow from
-another?
+SST-2: is a review positive? CoLA: is a sentence acceptable English? RTE, WNLI: does one sentence follow from
+another? MNLI: does it follow, or its opposite, or neither? MRPC, QQP: do two sentences or two questions mean
+the same? QNLI: does a sentence answer a question? STS-B: how similar are two sentences?
 
     {"sentence": "one long string of cliches", "label": 0}                                      sst2
     {"sentence": "The sailors rode the breeze clear of the rocks.", "label": 1}                 cola
@@ -19,12 +20,23 @@ followed by " negative" or " positive". The prompt of CoLA asks "Does this sente
     Question: Weapons of Mass Destruction Found in Iraq. True or False?
     Answer:
 
-followed by " True" or " False". The figures are accuracy and F1 of the second answer. CoLA has Matthews'
-correlation first, which is 0 for a model that always gives the same answer. The prompts (dataset/tasks.py)
-are those of lm-evaluation-harness (tasks sst2, cola, rte), the questions those of the validation split. The
-examples are the first ones of the train split, taking the two answers in turn. On the hub: nyu-mll/glue.
-Lines of tab-separated values have the columns of GLUE's files: sentence, label (SST-2); source, label,
-mark, sentence (CoLA); index, two sentences, entailment or not_entailment (RTE).
+followed by " True" or " False". The figures are accuracy and, for two answers, F1 of the second one. CoLA has
+Matthews' correlation first, which is 0 for a model that always gives the same answer. The prompts
+(dataset/tasks.py) are those of lm-evaluation-harness, the questions those of the validation split (MNLI: of
+the same genres as the training rows). The examples are the first ones of the train split, taking the answers
+in turn.
+
+lm-evaluation-harness has no STS-B. Here the choices are " 0" to " 5", and the model's answer is their mean,
+weighted by the probabilities:
+
+    Sentence 1: A plane is taking off.
+    Sentence 2: An air plane is taking off.
+    Question: How similar are the two sentences in meaning, from 0 to 5?
+    Answer:
+
+The figures are Pearson's and Spearman's correlation with the label, such as 3.8. On the hub: nyu-mll/glue.
+Lines of tab-separated values have the columns of GLUE's files (dataset/tasks.py), without those of MNLI and
+STS-B.
 """
 
 import functools
@@ -34,39 +46,50 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from dataset.tasks import ANSWERS, COLUMNS, LABELS, PROMPTS
-from evals.benchmarks import convert, label_number, text_of
+import numpy as np
+
+from dataset.tasks import ANSWERS, COLUMNS, PROMPTS, glue_question
+from evals.benchmarks import convert, text_of
 from evals.lm import LM
 from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
 from evals.results import Figure, Result
 
+NAMES = (*PROMPTS, "stsb")
+SIMILARITY = ("Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
+              "Question: How similar are the two sentences in meaning, from 0 to 5?\nAnswer:")
+GRADES = tuple("012345")
+HEADERS = ("label", "Quality", "is_duplicate")  # what stands above the column of labels
 Statistic = Callable[[dict[tuple[int, int], int]], float]
 
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The rows, with the columns of a .tsv under their names, and without a .tsv's line of headers."""
-    named = [row | dict(zip(COLUMNS[name], row["fields"], strict=False)) if "fields" in row else row
+    named = [row | dict(zip(COLUMNS.get(name, ()), row["fields"], strict=False)) if "fields" in row else row
              for row in rows]
-    return [row for row in named if not ("fields" in row and row.get("label") == "label")]
+    return [row for row in named if not ("fields" in row and row.get("label") in HEADERS)]
 
 
 def question_of(row: dict[str, Any], name: str) -> Question:
-    sentences = {key: text_of(row[key]) for key in COLUMNS[name] if key.startswith("sentence")}
-    label = row["label"]
-    gold = label_number(label, 2) if isinstance(label, int) else LABELS[name][label]
-    return Question(PROMPTS[name].format_map(sentences), ANSWERS[name], (gold,))
+    if name == "stsb":
+        sentences = {key: text_of(row[key]) for key in ("sentence1", "sentence2")}
+        if not (type(row["label"]) in (int, float) and 0 <= row["label"] <= 5):
+            raise ValueError(f"the label {row['label']!r} is not a number from 0 to 5")
+        return Question(SIMILARITY.format_map(sentences), GRADES, (round(row["label"]),), value=row["label"])
+    prompt, gold = glue_question(name, row)
+    return Question(prompt, ANSWERS[name], (gold,))
 
 
 def in_turns(examples: list[Question]) -> list[Question]:
-    """The examples, taking the two answers in turn, each answer's examples in their order."""
-    answers = [[each for each in examples if each.gold == (gold,)] for gold in (0, 1)]
-    return [each for pair in itertools.zip_longest(*answers) for each in pair if each is not None]
+    """The examples, taking the answers in turn, each answer's examples in their order."""
+    answers = [[each for each in examples if each.gold == (gold,)] for gold in range(len(GRADES))]
+    return [each for turn in itertools.zip_longest(*answers) for each in turn if each is not None]
 
 
 def load(source: str | None, limit: int, shots: int | None, name: str, few: int = 0) -> list[Question]:
     """The first `limit` questions, each after `shots` examples; None takes `few` examples."""
     shots = few if shots is None else shots
-    hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:validation"}
+    asked = "validation_matched" if name == "mnli" else "validation"
+    hub = {"train": f"nyu-mll/glue:{name}:train", "dev": f"nyu-mll/glue:{name}:{asked}"}
     examples, rows = splits(source, name, hub if shots else {"dev": hub["dev"]})
     convert_row = functools.partial(question_of, name=name)
     shown = convert(named_columns(examples, name), convert_row) if shots else []
@@ -103,10 +126,39 @@ def jackknife(gold: list[int], said: list[int], statistic: Statistic) -> Figure:
     return Figure(statistic(counts), math.sqrt(spread * (n - 1) / n), n)
 
 
+def ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 1; equal values share the mean of their ranks. (n,) -> (n,) float64."""
+    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
+    return (np.cumsum(counts) - (counts - 1) / 2)[place]
+
+
+def pearson(one: np.ndarray, two: np.ndarray) -> Figure:
+    """Pearson's correlation of two columns, 0 if one is constant; its standard error is that of normal
+    values."""
+    r = 0.0 if one.std() == 0 or two.std() == 0 else float(np.corrcoef(one, two)[0, 1])
+    return Figure(r, math.sqrt((1 - r * r) / max(len(one) - 2, 1)), len(one))
+
+
+def similarity(questions: list[Question], result: Result) -> Result:
+    """The result of STS-B: the mean grade of each answer, correlated with the labels."""
+    log_probs = np.array([answer["log_probs"] for answer in result.answers])  # (n, 6)
+    likely = np.exp(log_probs - log_probs.max(axis=1, keepdims=True))
+    grades = likely @ np.arange(len(GRADES)) / likely.sum(axis=1)  # (n,)
+    labels = np.array([question.value for question in questions])
+    for answer, grade, label in zip(result.answers, grades.tolist(), labels.tolist(), strict=True):
+        answer |= {"grade": grade, "label": label}
+    result.figures = {"pearson": pearson(grades, labels), "spearman": pearson(ranks(grades), ranks(labels)),
+                      **{key: figure for key, figure in result.figures.items() if key == "truncated"}}
+    return result
+
+
 def score(lm: LM, questions: list[Question], name: str, few: int = 0) -> Result:
     result = score_by_log_prob(lm, questions)
+    if name == "stsb":
+        return similarity(questions, result)
     columns = [question.gold[0] for question in questions], [answer["said"] for answer in result.answers]
     if name == "cola":
         result.figures = {"matthews": jackknife(*columns, correlation)} | result.figures
-    result.figures["f1"] = jackknife(*columns, f1)
+    if len(ANSWERS[name]) == 2:
+        result.figures["f1"] = jackknife(*columns, f1)
     return result

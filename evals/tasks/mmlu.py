@@ -28,13 +28,12 @@ from typing import Any
 
 from evals.benchmarks import convert, label_index, label_number, text_of, texts_of
 from evals.lm import LM
-from evals.multiple_choice import Question, score_by_log_prob, shots_text, splits
+from evals.multiple_choice import LETTERS, Question, lettered, score_by_log_prob, shots_text, splits
 from evals.results import Result, mean
 
 HUB = {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"}
 SHOTS = 5
 OPENING = "The following are multiple choice questions (with answers) about {}.\n\n"
-LETTERS = "ABCDEFGHIJ"
 GROUPS = {group: set(subjects.split()) for group, subjects in {
     "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
         college_mathematics college_physics computer_security conceptual_physics electrical_engineering
@@ -53,12 +52,10 @@ GROUPS = {group: set(subjects.split()) for group, subjects in {
 
 def question_of(row: dict[str, Any]) -> Question:
     choices, answer = texts_of(row["choices"]), row["answer"]
-    letters = list(LETTERS[:len(choices)])
-    lines = [f"{letter}. {choice}" for letter, choice in zip(letters, choices, strict=True)]
     # The hub has the answer's number, the original files have its letter.
-    gold = label_number(answer, len(choices)) if isinstance(answer, int) else label_index(answer, letters)
-    return Question("\n".join([row["question"].strip(), *lines, "Answer:"]), tuple(letters), (gold,),
-                    group=text_of(row["subject"]))
+    gold = (label_number(answer, len(choices)) if isinstance(answer, int) else
+            label_index(answer, list(LETTERS[:len(choices)])))
+    return lettered(row["question"].strip(), choices, gold, text_of(row["subject"]))
 
 
 def by_subject(questions: list[Question]) -> dict[str, list[Question]]:

@@ -17,7 +17,7 @@ from evals.likelihood import (
     encode_plain,
     encode_turn,
     fit_context,
-    text_log_probs,
+    score_texts,
     token_losses,
 )
 from evals.lm import LM
@@ -54,14 +54,15 @@ def tree_of_texts(seed=0):
 
 
 def alone(peer, texts):
-    """The sum of the targets' log-probabilities of each text, in a forward pass of its own."""
-    sums = []
+    """(sum of the targets' log-probabilities, whether all are the likeliest) of each text, each in a pass."""
+    scores = []
     for ids, asked in texts:
         ids = torch.from_numpy(ids).long()
         with torch.inference_mode():
             rows = peer(ids[None, :-1]).logits[0, -asked:].double().log_softmax(-1)  # (asked, V)
-        sums.append(rows[torch.arange(asked), ids[-asked:]].sum().item())
-    return sums
+        scores.append((rows[torch.arange(asked), ids[-asked:]].sum().item(),
+                       torch.equal(rows.argmax(-1), ids[-asked:])))
+    return scores
 
 
 @pytest.mark.parametrize("changes", [{}, GPT2, dict(qk_norm=True)], ids=["llama", "gpt2", "qwen3"])
@@ -73,7 +74,9 @@ def test_a_tree_of_texts_equals_transformers_on_each_text(changes, tmp_path):
     texts = tree_of_texts()
     expected = alone(peer, texts)
     for max_tokens in (1, 40, 256, 10_000):
-        assert text_log_probs(model, texts, max_tokens) == pytest.approx(expected, abs=1e-5)
+        scores = score_texts(model, texts, max_tokens)
+        assert [each.log_prob for each in scores] == pytest.approx([each for each, _ in expected], abs=1e-5)
+        assert [score.greedy for score in scores] == [greedy for _, greedy in expected]
 
 
 def test_the_picture_of_the_module_docstring():
@@ -98,7 +101,7 @@ def test_no_token_of_the_tree_is_computed_twice(monkeypatch):
     forward = model_file.GPT.forward
     monkeypatch.setattr(model_file.GPT, "forward", lambda self, ids, **more: (
         computed.append(ids.shape[1]), forward(self, ids, **more))[1])
-    text_log_probs(model, texts, max_tokens=64)
+    score_texts(model, texts, max_tokens=64)
     nodes = {tuple(text.ids[:end]) for text in texts for end in range(1, len(text.ids))}
     assert sum(computed) == len(nodes) < sum(len(text.ids) - 1 for text in texts) / 2
     assert len(computed) > 5 and max(computed) <= 64
@@ -115,7 +118,7 @@ def test_losses_of_running_text_equal_transformers(tmp_path):
     found = token_losses(model, rows, asked)
     assert [len(each) for each in found] == asked
     texts = [Text(row, count) for row, count in zip(rows, asked, strict=True)]
-    assert [-sum(each) for each in found] == pytest.approx(alone(peer, texts), abs=1e-4)
+    assert [-sum(each) for each in found] == pytest.approx([each for each, _ in alone(peer, texts)], abs=1e-4)
 
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ def test_likelihoods_of_a_model(trained):
               for at in range(0, len(ids) - len(ids) % 64, 64)]
     rest = len(ids) % 64
     pieces += [Text(np.array(ids[-65:], np.int32), rest)] if rest else []
-    expected = sum(text_log_probs(lm.model, pieces))
+    expected = sum(score.log_prob for score in score_texts(lm.model, pieces))
     assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
 
 

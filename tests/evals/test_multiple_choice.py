@@ -15,7 +15,7 @@ import eval as evaluation
 from configurator import UserError
 from evals.likelihood import Likelihood
 from evals.multiple_choice import Question, credit, per_character, shots_text, splits
-from evals.tasks import arc, glue, hellaswag, mmlu, truthfulqa
+from evals.tasks import choice, glue, mmlu, truthfulqa
 from tests.conftest import SHARED
 
 TASKS = ("mmlu", "hellaswag", "arc_easy", "arc_challenge", "truthfulqa", "sst2", "cola", "rte", "sst2_few",
@@ -83,14 +83,14 @@ def test_hellaswag(tmp_path):
            "endings": ["is using wrap.", "is  [step] ripping.", "[title] holds [x]a cube.", "starts."]}
     expected = Question("Roof shingle removal: A man is sitting on a roof. He",
                         ("is using wrap.", "is ripping.", "holds a cube.", "starts."), (3,))
-    found = hellaswag.load(write_rows(tmp_path, hellaswag_val=[row]), 5, None)
+    found = choice.load(write_rows(tmp_path, hellaswag_val=[row]), 5, None, "hellaswag")
     assert found[0].prompt == expected.prompt and found[0].gold == (3,)
-    assert hellaswag.clean(" [header] How to [title] Begin [step] Now. ") == " How to. Begin Now."
+    assert choice.without_markup(" [header] How to [title] Begin [step] Now. ") == " How to. Begin Now."
     other = {"question": "[header] How to sew [title] Cut. [step] Fold", "answer": "B", "id": 1,
              "choices": {"B": "[title] two", "A": "one", "C": "three", "D": "four"}}
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "hellaswag_2.json").write_text(json.dumps({"dev": [other], "test": [other, other]}))
-    found = hellaswag.load(str(tmp_path / "other"), 5, 1)
+    found = choice.load(str(tmp_path / "other"), 5, 1, "hellaswag")
     assert found[0] == Question(" How to sew. Cut. Fold", ("one", " two", "three", "four"), (1,),
                                 " How to sew. Cut. Fold  two\n\n") and len(found) == 2
 
@@ -107,11 +107,11 @@ def test_arc(tmp_path):
         folder = tmp_path / str(number)
         folder.mkdir()
         write_rows(folder, arc_challenge_dev=[row] * 3, arc_challenge_test=[row] * 2)
-        assert arc.load(str(folder), 9, 2, "arc_challenge") == [expected] * 2
+        assert choice.load(str(folder), 9, 2, "arc_challenge") == [expected] * 2
     write_rows(tmp_path, arc_easy=[flat] * 5)
-    assert arc.load(str(tmp_path), 9, 2, "arc_easy") == [expected] * 3, "the examples are not asked"
+    assert choice.load(str(tmp_path), 9, 2, "arc_easy") == [expected] * 3, "the examples are not asked"
     with pytest.raises(UserError, match="shots=25: there are 5 examples"):
-        arc.load(str(tmp_path), 9, None, "arc_easy")
+        choice.load(str(tmp_path), 9, None, "arc_easy")
 
 
 def test_truthfulqa(tmp_path):
@@ -175,7 +175,7 @@ def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
 ])
 def test_a_row_that_does_not_fit_is_reported(row, message, tmp_path):
     with pytest.raises(UserError, match=message):
-        arc.load(write_rows(tmp_path, arc_easy=[row]), 5, 0, "arc_easy")
+        choice.load(write_rows(tmp_path, arc_easy=[row]), 5, 0, "arc_easy")
 
 
 def test_which_split_the_questions_come_from(tmp_path):
@@ -203,9 +203,9 @@ def test_which_split_the_questions_come_from(tmp_path):
 def test_the_answer_is_the_choice_that_was_scored(tmp_path):
     """After "Why?", " so" is more likely, but " thus it is" is more likely per character."""
     row = {"query": "Why?", "choices": ["so", "thus it is"], "gold": 1}
-    questions = arc.load(write_rows(tmp_path, arc_easy=[row]), 1, 0, "arc_easy")
-    found = arc.score(Scorer(lambda context, choice: {" so": -4.0, " thus it is": -5.0}[choice]), questions,
-                      "arc_easy")
+    questions = choice.load(write_rows(tmp_path, arc_easy=[row]), 1, 0, "arc_easy")
+    likely = {" so": -4.0, " thus it is": -5.0}
+    found = choice.score(Scorer(lambda context, text: likely[text]), questions, "arc_easy")
     assert found.figures["accuracy_norm"].value == 1 and found.figures["accuracy"].value == 0
     assert (found.answers[0]["said"], found.answers[0]["right"]) == (1, 1)
 
