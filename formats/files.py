@@ -36,6 +36,22 @@ def path_in_errors(path: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def content_errors(path: object, what: str = "damaged") -> Iterator[None]:
+    """Turn every error that the content of a file causes inside into a UserError of one line: "path: what".
+
+    The `tokenizers` library raises a bare Exception or, where its Rust code panics, a BaseException.
+    """
+    try:
+        yield
+    except (UserError, OSError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:
+        is_missing = isinstance(error, KeyError)
+        reason = f"needs the key {error}" if is_missing else f"{type(error).__name__}: {error}"
+        raise UserError(f"{path}: {what} ({' '.join(reason.split())[:200]})") from None
+
+
 def file_sha256(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
@@ -116,10 +132,8 @@ def require_utf8_name(name: str, remedy: str) -> None:
 
 def read_json(path: Path) -> dict[str, Any]:
     """The JSON object in a file, or {} if the file is missing. Raises UserError for anything else."""
-    try:
+    with content_errors(path):
         content = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: damaged ({error})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: damaged (not a JSON object)")
     return content

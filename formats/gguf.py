@@ -36,7 +36,7 @@ from formats import hf, kquants
 from formats.files import path_in_errors
 from formats.gguf_reader import FUSED, GPT2_KEYS, LAYER_NAMES, LLAMA_KEYS, NAMES
 from formats.hf import GPTConfig
-from formats.names import split_name
+from formats.names import QKV, split_name
 from modeling.rope import rope_frequencies, yarn_factor
 
 # {our name of a file's type: gguf.LlamaFileType's}
@@ -113,8 +113,8 @@ def rename_tensors(config: GPTConfig, state: dict[str, Tensor]) -> Iterator[tupl
         if arch == "gpt2" and theirs in FUSED:
             if theirs != "attn_q":
                 continue
-            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            theirs, tensor = "attn_qkv", torch.cat(parts)  # (3 C, ..)
+            tensor = torch.cat([state[name.replace(module, part)] for part in QKV])  # (3 C, ..)
+            theirs = "attn_qkv"
         elif arch == "llama" and theirs in ("attn_q", "attn_k"):
             tensor = interleave_pairs(tensor, config.head_dim)
         yield f"blk.{layer}.{theirs}.{kind}" if layer else f"{theirs}.{kind}", tensor
@@ -149,7 +149,7 @@ def encode(values: np.ndarray, type_name: str) -> np.ndarray:
     """float32 (.., n) -> the bytes of a type, uint8 (.., m)."""
     import gguf
     if type_name in kquants.BYTES:
-        return kquants.quantize(values, type_name)[0]
+        return kquants.quantize(values, type_name)
     return gguf.quants.quantize(values, gguf.GGMLQuantizationType[type_name]).view(np.uint8)
 
 
@@ -174,10 +174,9 @@ def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dic
     """
     import gguf
     writer = gguf.GGUFWriter(None, hf.architecture(config))
-    add: dict[type, Any] = {bool: writer.add_bool, int: writer.add_uint32, float: writer.add_float32,
-                            str: writer.add_string, list: writer.add_array}
     for key, value in (model_metadata(config, kind) | metadata).items():
-        add[type(value)](key, value)
+        value_type = gguf.GGUFValueType.get_type(value)
+        writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else value_type)
     infos = []
     for name, tensor in tqdm(rename_tensors(config, state), path.name, leave=False,
                              disable=not sys.stderr.isatty()):
@@ -199,11 +198,9 @@ def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dic
 
 def type_table(infos: list[TensorInfo]) -> str:
     """The types in a file as a table, and one line per kind of matrix that could not have its wanted type."""
-    groups: dict[str, list[TensorInfo]] = {}
-    for info in infos:
-        groups.setdefault(info.type, []).append(info)
     lines = [f"  {'type':6} {'tensors':>8} {'weights':>14} {'bytes':>14} {'bits':>6}"]
-    for name, group in [*groups.items(), ("all", infos)]:
+    for name in [*dict.fromkeys(info.type for info in infos), "all"]:
+        group = [info for info in infos if name in (info.type, "all")]
         weights, size = sum(math.prod(info.shape) for info in group), sum(info.bytes for info in group)
         lines.append(f"  {name:6} {len(group):8} {weights:14,} {size:14,} {8 * size / weights:6.2f}")
     replaced = Counter((re.sub(r"blk\.\d+\.", "", info.name), info.shape[-1], info.wanted, info.type)

@@ -16,7 +16,6 @@ import functools
 import json
 import math
 import mmap
-import re
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,11 +24,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import decoders, models, normalizers, processors
 from torch import Tensor
 
 from configurator import UserError
-from formats.splits import LLAMA3_NAMES, SPLITS
+from formats.files import content_errors
+from formats.names import split_name
+from formats.splits import LLAMA3_NAMES, SPLITS, byte_level_bpe
 from modeling.rope import rope_frequencies, yarn_factor
 
 # {key of a file, after its architecture: GPTConfig's field}
@@ -54,7 +55,7 @@ LAYER_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_
 OUR_NAMES = {theirs: ours for ours, theirs in (NAMES | LAYER_NAMES).items()}
 FUSED = ("attn_q", "attn_k", "attn_v")  # in gpt2 these are one tensor, attn_qkv
 # {type of a value: its code for struct}; besides these there are texts and lists
-SCALARS = {0: "B", 1: "b", 2: "<H", 3: "<h", 4: "<I", 5: "<i", 6: "<f", 7: "?", 10: "<Q", 11: "<q", 12: "<d"}
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
 NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # types of tokens
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' and GGUF's names
@@ -66,37 +67,25 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-@contextlib.contextmanager
-def file_errors(path: Path) -> Iterator[None]:
+def file_errors(path: Path) -> contextlib.AbstractContextManager[None]:
     """Turn what damaged content raises into a UserError of one line."""
-    try:
-        yield
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError, ArithmeticError, struct.error,
-            RecursionError, NotImplementedError) as error:
-        raise UserError(f"{path}: not a GGUF file that can be read ({type(error).__name__}: {error})"
-                        ) from None
+    return content_errors(path, "not a GGUF file that can be read")
 
 
 # ---- Header -----------------------------------------------------------------------------------------------
 
-class Cursor:
-    """Reads one value after another. Raises struct.error at the end of the file."""
+def read_scalar(data: mmap.mmap, code: str) -> Any:
+    """The next number. Raises struct.error at the end of the file."""
+    return struct.unpack(f"<{code}", data.read(struct.calcsize(f"<{code}")))[0]
 
-    def __init__(self, data: Any):
-        self.data, self.place = data, 0
 
-    def take(self, code: str) -> Any:
-        value, = struct.unpack_from(code, self.data, self.place)
-        self.place += struct.calcsize(code)
-        return value
-
-    def value(self, kind: int) -> Any:
-        if kind == TEXT:
-            return self.take(f"<{self.take('<Q')}s").decode()
-        if kind == LIST:
-            kind, count = self.take("<I"), self.take("<Q")
-            return [self.value(kind) for _ in range(count)]
-        return self.take(SCALARS[kind])
+def read_value(data: mmap.mmap, kind: int) -> Any:
+    if kind == TEXT:
+        return data.read(read_scalar(data, "Q")).decode()
+    if kind == LIST:
+        kind, count = read_scalar(data, "I"), read_scalar(data, "Q")
+        return [read_value(data, kind) for _ in range(count)]
+    return read_scalar(data, SCALARS[kind])
 
 
 class Stored(NamedTuple):
@@ -108,24 +97,24 @@ class Stored(NamedTuple):
     size: int
 
 
-def parse(data: Any) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """The metadata and the tensors of a file's bytes. Raises what `file_errors` catches."""
+def parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
+    """The metadata and the tensors of a file's bytes. Any error means damaged content."""
     import gguf
-    cursor, tensors = Cursor(data), {}
-    magic, version = cursor.take("4s"), cursor.take("<I")
+    magic, version = data.read(4), read_scalar(data, "I")
     if magic != b"GGUF" or version not in (2, 3):
         is_swapped = magic == b"GGUF" and version % 2**16 == 0
         raise ValueError("big-endian" if is_swapped else f"begins with {magic}, version {version}")
-    count, fields_count = cursor.take("<Q"), cursor.take("<Q")
-    fields = {cursor.value(TEXT): cursor.value(cursor.take("<I")) for _ in range(fields_count)}
+    count, fields_count = read_scalar(data, "Q"), read_scalar(data, "Q")
+    fields = {read_value(data, TEXT): read_value(data, read_scalar(data, "I")) for _ in range(fields_count)}
+    tensors = {}
     for _ in range(count):
-        name, dimensions = cursor.value(TEXT), cursor.take("<I")
-        shape = tuple(reversed([cursor.take("<Q") for _ in range(dimensions)]))
-        kind = gguf.GGMLQuantizationType(cursor.take("<I"))
+        name, dimensions = read_value(data, TEXT), read_scalar(data, "I")
+        shape = tuple(reversed([read_scalar(data, "Q") for _ in range(dimensions)]))
+        kind = gguf.GGMLQuantizationType(read_scalar(data, "I"))
         weights, size = gguf.GGML_QUANT_SIZES[kind]
-        tensors[name] = Stored(shape, kind, cursor.take("<Q"), math.prod(shape) // weights * size)
+        tensors[name] = Stored(shape, kind, read_scalar(data, "Q"), math.prod(shape) // weights * size)
     align = fields.get("general.alignment", 32)
-    start = math.ceil(cursor.place / align) * align
+    start = math.ceil(data.tell() / align) * align
     tensors = {name: each._replace(begin=start + each.begin) for name, each in tensors.items()}
     if (end := max((each.begin + each.size for each in tensors.values()), default=0)) > len(data):
         raise ValueError(f"cut: {len(data):,} of {end:,} bytes")
@@ -221,9 +210,8 @@ def our_tensors(name: str, tensor: Tensor, head_dim: int) -> Iterator[tuple[str,
 
     head_dim: 0 for an architecture whose q and k have Hugging Face's order of rows.
     """
-    theirs, _, kind = name.rpartition(".")
-    layer = re.match(r"blk\.(\d+)\.", theirs)
-    prefix, theirs = (f"model.layers.{layer[1]}.", theirs[layer.end():]) if layer else ("", theirs)
+    layer, theirs, kind = split_name(name)
+    prefix = f"model.layers.{layer}." if layer else ""
     parts = {theirs: tensor}
     if theirs == "attn_qkv":
         parts = dict(zip(FUSED, tensor.chunk(3), strict=True))  # (3 C, ..) -> three (C, ..)
@@ -260,12 +248,7 @@ def byte_level(fields: dict[str, Any], vocab: dict[str, int]) -> tokenizers.Toke
     if name not in SPLITS:
         raise ValueError(f"tokenizer.ggml.pre={name} is not supported, only {', '.join(SPLITS)}")
     merges = [tuple(merge.split(" ")) for merge in fields["merges"]]
-    hf = tokenizers.Tokenizer(models.BPE(vocab, merges, ignore_merges=name in LLAMA3_NAMES))
-    hf.pre_tokenizer = pre_tokenizers.Sequence([
-        *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in SPLITS[name]),
-        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-    hf.decoder = decoders.ByteLevel()
-    return hf
+    return byte_level_bpe(models.BPE(vocab, merges, ignore_merges=name in LLAMA3_NAMES), SPLITS[name])
 
 
 def sentencepiece(fields: dict[str, Any], vocab: dict[str, int]) -> tokenizers.Tokenizer:

@@ -20,12 +20,12 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from configurator import UserError
 from formats import checkpoint, gguf_reader, peft
-from formats.files import file_sha256, read_json, require_utf8_name, write_tensors
+from formats.files import content_errors, file_sha256, read_json, require_utf8_name, write_tensors
 from formats.names import MIXTRAL_NAMES, from_hf, to_gpt2
 from modeling import ternary
 
@@ -55,21 +55,20 @@ EXPERT_KEYS = {"mixtral": SHARED_EXPERT_KEYS | {"n_expert": "num_local_experts"}
                "qwen3_moe": SHARED_EXPERT_KEYS | {
                    "n_expert": "num_experts", "expert_size": "moe_intermediate_size",
                    "norm_topk": "norm_topk_prob", "dense_layers": "mlp_only_layers"}}
-# {model_type: the values that transformers assumes for keys that a config.json leaves out}
-LLAMA_DEFAULTS = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
-                  "tie_word_embeddings": False}
+# {model_type: the values that transformers assumes for keys that a config.json leaves out}. None is derived
+# from other sizes. All other sizes are required.
+QWEN3_DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
+                                  "tie_word_embeddings": False}
+LLAMA_DEFAULTS = QWEN3_DEFAULTS | {"head_dim": None}
 DEFAULTS: dict[str, dict[str, Any]] = {
-    "llama": LLAMA_DEFAULTS, "mistral": LLAMA_DEFAULTS | {"sliding_window": 4096}, "qwen2": LLAMA_DEFAULTS,
-    "qwen3": LLAMA_DEFAULTS,
+    "llama": LLAMA_DEFAULTS | {"num_key_value_heads": None}, "qwen2": LLAMA_DEFAULTS, "qwen3": QWEN3_DEFAULTS,
+    "mistral": LLAMA_DEFAULTS | {"sliding_window": 4096},
     "mixtral": LLAMA_DEFAULTS | {"rms_norm_eps": 1e-5, "num_local_experts": 8, "num_experts_per_tok": 2,
                                  "router_aux_loss_coef": 0.001},
-    "qwen3_moe": LLAMA_DEFAULTS | {"num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": [],
+    "qwen3_moe": QWEN3_DEFAULTS | {"num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": [],
                                    "norm_topk_prob": False, "router_aux_loss_coef": 0.001},
     "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
              "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
-# Sizes that transformers derives from other sizes if they are left out. All other sizes are required.
-DERIVED = {"llama": {"num_key_value_heads", "head_dim"}, "mistral": {"head_dim"}, "qwen2": {"head_dim"},
-           "mixtral": {"head_dim"}}
 SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
          "block_size"}
 DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
@@ -82,15 +81,6 @@ BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
 def is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() or peft.is_adapter(folder)
-
-
-def best_checkpoint(out_dir: Path) -> Path:
-    """The best checkpoint of a run or, if none was evaluated, the last. Raises UserError if it is missing."""
-    pointers = checkpoint.read_pointers(out_dir)
-    name = pointers.get("best") or pointers.get("last")
-    if name is None or not is_model(out_dir / name):
-        raise UserError(f"{out_dir / 'checkpoints.json'}: names no existing checkpoint; give a step's folder")
-    return out_dir / name
 
 
 def home(model: Path) -> Path:
@@ -110,8 +100,11 @@ def find_folder(path: str | Path) -> Path:
         return file
     if is_model(path):
         return path
-    if (path / "checkpoints.json").is_file():
-        return best_checkpoint(path)
+    if pointers := checkpoint.read_pointers(path):
+        name = pointers.get("best") or pointers.get("last")
+        if name is None or not is_model(path / name):
+            raise UserError(f"{path / 'checkpoints.json'}: names no checkpoint that exists; give a step")
+        return path / name
     # A hub id is "name" or "owner/name". If the parent folder exists, the path is a typing mistake instead.
     parent_exists = path.parent != Path(".") and path.parent.exists()
     if path.exists() or parent_exists or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):
@@ -203,8 +196,9 @@ def refuse_unsupported(config: dict[str, Any], path: Path) -> None:
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     """GPTConfig's fields for a Llama, Mistral, Qwen2 or Qwen3."""
     kind = config["model_type"]
-    derived = DERIVED.get(kind, set()) - config.keys()
-    fields = {ours: config[theirs] for ours, theirs in LLAMA_KEYS.items() if theirs not in derived}
+    # Qwen's own files say num_experts; transformers 5 writes num_local_experts in its place.
+    config = config | {"num_experts": config.get("num_local_experts", config.get("num_experts"))}
+    fields = {ours: config[theirs] for ours, theirs in (LLAMA_KEYS | EXPERT_KEYS.get(kind, {})).items()}
     # Newer files keep all rotary keys in rope_parameters; older files have rope_theta at the top level.
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
@@ -212,9 +206,6 @@ def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
     scaling = {"rope_type": rope_type} | {k: v for k, v in rope.items() if k not in ("type", "rope_theta")}
     if rope_type == "yarn":  # transformers' default
         scaling.setdefault("original_max_position_embeddings", config["max_position_embeddings"])
-    # Qwen's own files say num_experts; transformers 5 writes num_local_experts in its place.
-    config = config | {"num_experts": config.get("num_local_experts", config.get("num_experts"))}
-    fields |= {ours: config[theirs] for ours, theirs in EXPERT_KEYS.get(kind, {}).items()}
     bias = "all" if config.get("mlp_bias") else "none"
     return fields | {"rope_theta": float(theta), "rope_scaling": None if rope_type == "default" else scaling,
                      "qk_norm": kind in ("qwen3", "qwen3_moe"), "bias": "qkv" if kind == "qwen2" else bias}
@@ -268,14 +259,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     if kind not in list(DEFAULTS):  # a list, because a damaged file may have an unhashable value here
         raise UserError(f"{path}: model_type {kind!r} is not supported (use {', '.join(DEFAULTS)})")
     config = DEFAULTS[kind] | config
-    try:
+    with content_errors(path):
         refuse_unsupported(config, path)
         return with_sizes(gpt2_fields(config) if kind == "gpt2" else llama_fields(config), path)
-    except UserError:
-        raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        reason = f"needs the key {error}" if isinstance(error, KeyError) else error
-        raise UserError(f"{path}: {reason}") from None
 
 
 def end_ids(folder: Path) -> list[int]:
@@ -370,10 +356,8 @@ def weight_files(folder: Path) -> list[Path]:
     index = folder / "model.safetensors.index.json"
     names = ["model.safetensors"]
     if index.is_file() and not (folder / names[0]).is_file():  # transformers prefers the single file
-        try:
+        with content_errors(index):
             names = sorted(set(read_json(index)["weight_map"].values()))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{index}: damaged ({type(error).__name__}: {error})") from None
     for name in names:
         if Path(str(name)).name != name:  # "../x" in a stranger's index
             raise UserError(f"{index}: {name}: a file of another folder is not read")
@@ -387,18 +371,15 @@ def read_file(file: Path, packed: bool) -> Iterator[tuple[str, Tensor]]:
 
     packed: the matrices of uint8 are packed ternary weights, each with a scale; they are unpacked.
     """
-    try:
-        with safe_open(file, framework="pt") as stored:
-            for name in stored.keys():
-                if BUFFER.search(name) or (packed and name.endswith(".weight_scale")):
-                    continue  # a buffer of an old file; a scale is read together with its matrix
-                tensor = stored.get_tensor(name)
-                if packed and tensor.dtype == torch.uint8:
-                    tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
-                peft.require_float(file, name, tensor)
-                yield from from_hf(name, tensor)
-    except SafetensorError as error:
-        raise UserError(f"{file}: damaged: {error}") from None
+    with content_errors(file), safe_open(file, framework="pt") as stored:
+        for name in stored.keys():
+            if BUFFER.search(name) or (packed and name.endswith(".weight_scale")):
+                continue  # a buffer of an old file; a scale is read together with its matrix
+            tensor = stored.get_tensor(name)
+            if packed and tensor.dtype == torch.uint8:
+                tensor = ternary.unpack_codes(tensor) * stored.get_tensor(f"{name}_scale")
+            peft.require_float(file, name, tensor)
+            yield from from_hf(name, tensor)
 
 
 def read_tensors(folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -1,15 +1,15 @@
 """K-quants: 256 weights in 144, 176 or 210 bytes, in the layout that llama.cpp and the package gguf read.
 
-    blocks, values = quantize(rows, "Q4_K")       # (n, 256 k) float32 -> (n, 144 k) uint8, (n, 256 k) float32
+    blocks = quantize(rows, "Q4_K")       # (n, 256 k) float32 -> (n, 144 k) uint8
 
     Q4_K  4.5 bits per weight    8 groups of 32    weight = d s q - m t     q 4 bits, s and t 6 bits, unsigned
     Q5_K  5.5                    the same                                   q 5 bits
     Q6_K  6.5625                16 groups of 16    weight = d s q           q 6 bits and s 8 bits, signed
 
-A block has one d and one m, both float16. A group has one s and one t, and a weight has one q. `values` is
-exactly what a reader computes from the blocks. ggml-quants.h of llama.cpp describes the formats and leaves
-open how to choose the numbers. We search for the step of each group, then find d and m by least squares with
-everything else fixed. Left out: weighting the errors by the size of the activations (an importance matrix).
+A block has one d and one m, both float16. A group has one s and one t, and a weight has one q. ggml-quants.h
+of llama.cpp describes the formats and leaves open how to choose the numbers. We search for the step of each
+group, then find d and m by least squares with everything else fixed. Left out: weighting the errors by the
+size of the activations (an importance matrix).
 """
 
 import numpy as np
@@ -23,19 +23,14 @@ CHUNK = 1024  # blocks at a time: 1 MB of float32, which fits into a CPU's cache
 SHIFTS = np.linspace(-1, 1, 21, dtype=np.float32)
 
 
-def divide_positive(a: ndarray, b: ndarray) -> ndarray:
-    """a / b, or 0 where b is not positive."""
-    return np.where(b > 0, a / np.where(b > 0, b, 1), 0)
-
-
-def divide_nonzero(a: ndarray, b: ndarray) -> ndarray:
+def divide(a: ndarray, b: ndarray) -> ndarray:
     """a / b, or 0 where b is 0."""
     return np.where(b != 0, a / np.where(b != 0, b, 1), 0)
 
 
 def rounded(x: ndarray, low: int, high: int) -> ndarray:
-    """The nearest integers from low to high, as float32. -0 becomes +0, which is what a reader computes."""
-    return np.clip(np.rint(x), low, high) + np.float32(0)
+    """The nearest integers from low to high, as float32."""
+    return np.clip(np.rint(x), low, high)
 
 
 def as_float16(x: ndarray) -> ndarray:
@@ -62,7 +57,7 @@ def bytes_of(x: ndarray) -> ndarray:
 
 def codes(x: ndarray, step: ndarray, depth: ndarray, levels: int) -> ndarray:
     """The integers q from 0 to `levels` for which step * q - depth is closest to x."""
-    return rounded(divide_positive(x + depth, step), 0, levels)
+    return rounded(divide(x + depth, step), 0, levels)
 
 
 def affine_step(x: ndarray, weight: ndarray, levels: int) -> tuple[ndarray, ndarray]:
@@ -80,11 +75,11 @@ def affine_step(x: ndarray, weight: ndarray, levels: int) -> tuple[ndarray, ndar
         q = codes(x, (top + depth) / (levels + shift), depth, levels)
         wq = weight * q
         sum_q, sum_qq, sum_qx = total(wq), total(wq * q), total(wq * x)
-        determinant = sum_w * sum_qq - sum_q * sum_q
-        new_depth = divide_positive(sum_q * sum_qx - sum_qq * sum_x, determinant)
-        new_step = divide_positive(sum_w * sum_qx - sum_q * sum_x, determinant)
+        determinant = np.maximum(sum_w * sum_qq - sum_q * sum_q, 0)  # rounding may make it negative
+        new_depth = divide(sum_q * sum_qx - sum_qq * sum_x, determinant)
+        new_step = divide(sum_w * sum_qx - sum_q * sum_x, determinant)
         # A negative depth cannot be stored: take the best step for depth 0 instead.
-        new_step = np.where(new_depth < 0, divide_positive(sum_qx, sum_qq), new_step)
+        new_step = np.where(new_depth < 0, divide(sum_qx, sum_qq), new_step)
         new_depth = np.maximum(new_depth, 0)
         new_error = total(weight * (new_step * q - new_depth - x) ** 2)
         better = (new_error < error) & (determinant > 0)
@@ -96,7 +91,7 @@ def affine_step(x: ndarray, weight: ndarray, levels: int) -> tuple[ndarray, ndar
 def in_fixed_point(values: ndarray) -> tuple[ndarray, ndarray]:
     """Split values (n, 8, 1), not negative, into a float16 unit (n, 1, 1) and integers from 0 to 63."""
     unit = values.max(1, keepdims=True) / 63
-    return as_float16(unit), rounded(divide_positive(values, unit), 0, 63)
+    return as_float16(unit), rounded(divide(values, unit), 0, 63)
 
 
 def least_squares(x: ndarray, weight: ndarray, a: ndarray, b: ndarray) -> tuple[ndarray, ndarray]:
@@ -105,8 +100,8 @@ def least_squares(x: ndarray, weight: ndarray, a: ndarray, b: ndarray) -> tuple[
     Both are 0 if a and b are linearly dependent.
     """
     aa, ab, bb, ax, bx = (block_total(weight * y) for y in (a * a, a * b, b * b, a * x, b * x))
-    determinant = aa * bb - ab * ab
-    d, m = (as_float16(np.maximum(divide_positive(part, determinant), 0))
+    determinant = np.maximum(aa * bb - ab * ab, 0)
+    d, m = (as_float16(np.maximum(divide(part, determinant), 0))
             for part in (bb * ax - ab * bx, ab * ax - aa * bx))
     return d, m
 
@@ -128,8 +123,8 @@ def pack_q45(d: ndarray, m: ndarray, s: ndarray, t: ndarray, q: ndarray, bits: i
     return np.concatenate([bytes_of(d), bytes_of(m), *scales, *fifths, lower.reshape(-1, 128)], axis=1)
 
 
-def q45_k(blocks: ndarray, bits: int) -> tuple[ndarray, ndarray]:
-    """(n, 256) -> packed (n, 144 or 176) and values (n, 256)."""
+def q45_k(blocks: ndarray, bits: int) -> ndarray:
+    """(n, 256) -> packed (n, 144 or 176)."""
     x, levels = blocks.reshape(-1, 8, 32), 2**bits - 1  # (n, 8, 32)
     # Large weights count more, as in llama.cpp: they contribute most to a product.
     weight = np.sqrt(total(x * x) / 32) + abs(x)  # (n, 8, 32)
@@ -143,8 +138,7 @@ def q45_k(blocks: ndarray, bits: int) -> tuple[ndarray, ndarray]:
     old, new = (block_total(weight * (d * s * q - m * t - x) ** 2)
                 for d, m, q in ((d, m, q), (new_d, new_m, new_q)))
     d, m, q = (np.where(new < old, *pair) for pair in ((new_d, d), (new_m, m), (new_q, q)))
-    values = (d * s) * q - (m * t)
-    return pack_q45(d, m, s, t, q.astype(np.uint8), bits), values.reshape(-1, BLOCK)
+    return pack_q45(d, m, s, t, q.astype(np.uint8), bits)
 
 
 # ---- Q6_K -------------------------------------------------------------------------------------------------
@@ -158,10 +152,10 @@ def symmetric_step(x: ndarray) -> ndarray:
     outermost = np.take_along_axis(x, abs(x).argmax(-1, keepdims=True), axis=-1)
     step, gain = np.zeros_like(outermost), np.zeros_like(outermost)
     for shift in SHIFTS:
-        q = rounded(divide_nonzero(x, outermost / -(32 + shift)), -32, 31)
+        q = rounded(divide(x, outermost / -(32 + shift)), -32, 31)
         qx, qq = total(x * x * q * x), total(x * x * q * q)
-        new_gain = divide_positive(qx * qx, qq)  # how much q, with its best step, reduces the error
-        step = np.where(new_gain > gain, divide_positive(qx, qq), step)
+        new_gain = divide(qx * qx, qq)  # how much q, with its best step, reduces the error
+        step = np.where(new_gain > gain, divide(qx, qq), step)
         gain = np.maximum(new_gain, gain)
     return step
 
@@ -180,25 +174,20 @@ def pack_q6(d: ndarray, s: ndarray, q: ndarray) -> ndarray:
                            s[:, :, 0].astype(np.int8).view(np.uint8), bytes_of(d)], axis=1)
 
 
-def q6_k(blocks: ndarray) -> tuple[ndarray, ndarray]:
-    """(n, 256) -> packed (n, 210) and values (n, 256)."""
+def q6_k(blocks: ndarray) -> ndarray:
+    """(n, 256) -> packed (n, 210)."""
     x = blocks.reshape(-1, 16, 16)  # (n, 16, 16)
     step = symmetric_step(x)  # (n, 16, 1)
     largest = np.take_along_axis(step, abs(step).argmax(1, keepdims=True), axis=1)  # (n, 1, 1)
     d = as_float16(largest / -128)
-    s = rounded(divide_nonzero(step, largest / -128), -128, 127)
-    q = rounded(divide_nonzero(x, d * s), -32, 31)
-    values = (d * s) * q
-    return pack_q6(d, s, (q + 32).astype(np.uint8)), values.reshape(-1, BLOCK)
+    s = rounded(divide(step, largest / -128), -128, 127)
+    q = rounded(divide(x, d * s), -32, 31)
+    return pack_q6(d, s, (q + 32).astype(np.uint8))
 
 
-def quantize(rows: ndarray, kind: str) -> tuple[ndarray, ndarray]:
-    """(n, 256 k) float32 -> blocks (n, k * BYTES[kind]) uint8, and the values that they represent."""
+def quantize(rows: ndarray, kind: str) -> ndarray:
+    """(n, 256 k) float32 -> blocks (n, k * BYTES[kind]) uint8."""
     blocks = np.ascontiguousarray(rows, dtype=np.float32).reshape(-1, BLOCK)
-    packed = np.empty((len(blocks), BYTES[kind]), dtype=np.uint8)
-    values = np.empty_like(blocks)
-    for first in range(0, len(blocks), CHUNK):
-        part = slice(first, first + CHUNK)
-        x = blocks[part]
-        packed[part], values[part] = q6_k(x) if kind == "Q6_K" else q45_k(x, bits=int(kind[1]))
-    return packed.reshape(len(rows), -1), values.reshape(rows.shape)
+    chunks = (blocks[first:first + CHUNK] for first in range(0, len(blocks), CHUNK))
+    packed = [q6_k(x) if kind == "Q6_K" else q45_k(x, bits=int(kind[1])) for x in chunks]
+    return np.concatenate(packed).reshape(len(rows), -1)

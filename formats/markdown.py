@@ -1,5 +1,6 @@
-"""Markdown tables, for reports, model cards and the terminal."""
+"""Markdown tables and code blocks, for reports, model cards and the terminal."""
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,3 +19,10 @@ def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]], align: str = ""
     text = ["| " + " | ".join(line) + " |" for line in lines]
     text.insert(1, "|" + "|".join(rules[letter] for letter in align or "-" * len(headers)) + "|")
     return "\n".join(text)
+
+
+def fenced(text: str) -> str:
+    """The text as a code block. The fence is longer than any run of backticks in the text, so that the text
+    cannot end the block."""
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}text\n{text}\n{fence}"

@@ -33,8 +33,8 @@ from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 
 # {a key that only this stage's script has: the name of the stage}
-STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "packing": "fine-tuning",
-          "reference": "preferences"}
+STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "num_problems": "verifier",
+          "group_size": "reinforcement learning", "packing": "fine-tuning", "reference": "preferences"}
 # The settings of a run in the table of main settings.
 SHOWN = ("optimizer", "learning_rate", "min_lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2",
          "grad_clip", "global_batch_size", "block_size", "dtype", "seed", "lora_rank", "teacher", "alpha",
@@ -60,6 +60,14 @@ def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
     return markdown.table(map(shown, headers), [map(shown, row) for row in rows])
 
 
+def summary(c: GPTConfig, parameters: int) -> str:
+    """One sentence on an architecture."""
+    kind = "ternary" if c.ternary else hf.architecture(c)
+    return (f"A {kind} model with {parameters:,} parameters: {c.n_layer} layers, width {c.n_embd}, "
+            f"{c.n_head} query heads, {c.n_kv_head} key/value heads, MLP width {c.intermediate_size:,}, "
+            f"{c.vocab_size:,} token ids, and a context of {c.block_size:,} tokens.")
+
+
 # ---- Runs -------------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -76,6 +84,10 @@ class RunSummary:
     @property
     def name(self) -> str:
         return self.out_dir.name
+
+    @property
+    def stage(self) -> str:
+        return next((stage for key, stage in STAGES.items() if key in self.config), "training")
 
     def logged(self, event: dict[str, Any], key: str) -> Any:
         """A value of an event, followed by its step if that is not the checkpoint's step."""
@@ -122,21 +134,25 @@ def lineage(model: str | None) -> list[RunSummary]:
 
 # ---- Sections ---------------------------------------------------------------------------------------------
 
+def run_tables(runs: list[RunSummary]) -> str:
+    """The result of each run, and its main settings."""
+    rows = [[f"{run.stage} ({run.name})", run.config.get("dataset"), run.step,
+             run.logged(run.trained, "tokens"), run.logged(run.validated, "val_loss")] for run in runs]
+    keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
+    settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
+    return (table(["run", "data", "steps", "tokens", "validation loss"], rows) + "\n\n"
+            + table(["setting", *(run.name for run in runs)], settings))
+
+
 def training(runs: list[RunSummary]) -> str:
-    """The result of each run, its main settings, and all its settings in a block that unfolds."""
+    """The tables of the runs, and all their settings in a block that unfolds."""
     if not runs:
         return "## Training\n\nUnknown: there is no run of nanollama next to this model."
     first = runs[0].config.get("init_from")
     start = f"\n\nThe first of these runs started from {shown(first)}." if first else ""
-    stages = [next((stage for key, stage in STAGES.items() if key in run.config), "training") for run in runs]
-    rows = [[f"{stage} ({run.name})", run.config.get("dataset"), run.step, run.logged(run.trained, "tokens"),
-             run.logged(run.validated, "val_loss")] for stage, run in zip(stages, runs, strict=True)]
-    keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
-    settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
     everything = public(json.dumps({run.name: run.config for run in runs}, indent=1))
     return "\n\n".join([
-        "## Training" + start, table(["run", "data", "steps", "tokens", "validation loss"], rows),
-        table(["setting", *(run.name for run in runs)], settings),
+        "## Training" + start, run_tables(runs),
         f"<details><summary>all settings</summary>\n\n```json\n{everything}\n```\n</details>"])
 
 
@@ -231,13 +247,6 @@ class Card:
                                 eval_results=results or None, ignore_metadata_errors=False)
         return f"---\n{content.to_yaml().strip()}\n---"
 
-    def summary(self, parameters: int) -> str:
-        c = self.config
-        kind = "ternary" if c.ternary else hf.architecture(c)
-        return (f"A {kind} model with {parameters:,} parameters: {c.n_layer} layers, width {c.n_embd}, "
-                f"{c.n_head} query heads, {c.n_kv_head} key/value heads, MLP width {c.intermediate_size:,}, "
-                f"{c.vocab_size:,} token ids, and a context of {c.block_size:,} tokens.")
-
     def origin(self, digest: str) -> str:
         versions = [f"Python {platform.python_version()}",
                     *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
@@ -252,6 +261,7 @@ class Card:
         rows, settings = scores([Path(self.results)] if self.results else nearby, digest)
         if self.results and not rows:
             raise UserError(f"results={self.results}: has no scores of the weights of {self.model}")
-        sections = [self.front_matter(rows), f"# {self.name}", self.summary(parameters), f"## Use\n\n{use}",
-                    training(runs), data(runs), evaluation(rows, settings), self.origin(digest)]
+        sections = [self.front_matter(rows), f"# {self.name}", summary(self.config, parameters),
+                    f"## Use\n\n{use}", training(runs), data(runs), evaluation(rows, settings),
+                    self.origin(digest)]
         return "\n\n".join(filter(None, sections)) + "\n"

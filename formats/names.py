@@ -15,30 +15,29 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses q, k and v into c_attn.
+# {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses QKV into c_attn.
 GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
 GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
                     "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
                     "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+GPT2_TO_OURS = {theirs: ours for ours, theirs in (GPT2_NAMES | GPT2_LAYER_NAMES).items()}
+QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # {a part of Mixtral's names: ours}
 MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
                  ".w3.": ".up_proj."}
-QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 
 
 # ---- Models -----------------------------------------------------------------------------------------------
 
 def split_name(name: str) -> tuple[str, str, str]:
-    """Split a name of ours into layer, module and kind.
+    """Split a name of ours, GPT-2's or GGUF's into layer, module and kind.
 
-    "model.layers.3.mlp.up_proj.weight" -> ("3", "mlp.up_proj", "weight"); "model.norm.weight" ->
-    ("", "model.norm", "weight").
+    "model.layers.3.mlp.up_proj.weight" -> ("3", "mlp.up_proj", "weight"), and so are "h.3..." and "blk.3...".
+    "model.norm.weight" -> ("", "model.norm", "weight").
     """
-    layer = ""
-    if name.startswith("model.layers."):
-        _, _, layer, name = name.split(".", 3)
-    module, _, kind = name.rpartition(".")
-    return layer, module, kind
+    match = re.match(r"(?:model\.layers|h|blk)\.(\d+)\.", name)
+    module, _, kind = name[match.end() if match else 0:].rpartition(".")
+    return match[1] if match else "", module, kind
 
 
 def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -47,21 +46,16 @@ def from_hf(name: str, tensor: Tensor) -> Iterator[tuple[str, Tensor]]:
     if ".block_sparse_moe." in name:
         for theirs, mine in MIXTRAL_NAMES.items():
             name = name.replace(theirs, mine)
-    match = re.fullmatch(r"(?:h\.(\d+)\.)?(.+)\.(\w+)", name)
-    if match is None:  # no name of ours either: loading refuses it
-        yield name, tensor
-        return
-    layer, module, kind = match.groups()
-    ours = {theirs: ours for ours, theirs in (GPT2_NAMES if layer is None else GPT2_LAYER_NAMES).items()}
-    if layer is None:
-        yield f"{ours.get(module, module)}.{kind}", tensor
+    layer, module, kind = split_name(name)
+    if not name.startswith("h."):
+        yield f"{GPT2_TO_OURS[module]}.{kind}" if module in GPT2_TO_OURS else name, tensor
         return
     tensor = tensor.T if tensor.ndim == 2 else tensor  # GPT-2's Conv1D stores (in, out)
+    parts = {GPT2_TO_OURS.get(module, module): tensor}
     if module == "attn.c_attn":
-        for letter, part in zip("qkv", tensor.chunk(3), strict=True):  # (3 C, ..) -> three (C, ..)
-            yield f"model.layers.{layer}.self_attn.{letter}_proj.{kind}", part
-        return
-    yield f"model.layers.{layer}.{ours.get(module, module)}.{kind}", tensor
+        parts = dict(zip(QKV, tensor.chunk(3), strict=True))  # (3 C, ..) -> three (C, ..)
+    for part, values in parts.items():
+        yield f"model.layers.{layer}.{part}.{kind}", values
 
 
 def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -73,11 +67,10 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
             root = "" if module == "lm_head" else "transformer."
             result[f"{root}{GPT2_NAMES.get(module, module)}.{kind}"] = tensor
             continue
-        if module in ("self_attn.k_proj", "self_attn.v_proj"):
+        if module in QKV[1:]:
             continue  # fused into c_attn
-        if module == "self_attn.q_proj":
-            parts = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
-            tensor = torch.cat(parts)  # (3 C, ..)
+        if module == QKV[0]:
+            tensor = torch.cat([state[name.replace(module, part)] for part in QKV])  # (3 C, ..)
         tensor = tensor.T.contiguous() if tensor.ndim == 2 else tensor
         result[f"transformer.h.{layer}.{GPT2_LAYER_NAMES[module]}.{kind}"] = tensor
     return result
@@ -114,16 +107,13 @@ def adapter_to_gpt2(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
 def split_c_attn(A: Tensor, B: Tensor, rank: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield A and B of q, k and v, from an adapter of c_attn: (r', C) and (3 C, r').
 
-    If r' is 3 rank and B is block-diagonal, the three have the given rank. Otherwise, as in an adapter that
-    PEFT trained, they share A.
+    Where B is block-diagonal, they have the given rank. Otherwise, as in an adapter that PEFT trained, they
+    share A.
     """
-    blocks = B.unflatten(0, (3, -1))  # (3, C, r')
-    if len(A) == 3 * rank:
-        squares = blocks.unflatten(2, (3, -1)).abs().amax(dim=(1, 3))  # (3, 3): the largest of each block
-        if not squares.fill_diagonal_(0).any():
-            yield from ((A[i * rank:(i + 1) * rank], blocks[i, :, i * rank:(i + 1) * rank]) for i in range(3))
-            return
-    yield from ((A, block) for block in blocks)
+    for i, block in enumerate(B.unflatten(0, (3, -1))):  # (C, r')
+        own = slice(i * rank, (i + 1) * rank)
+        others = block.index_fill(1, torch.arange(len(A))[own], 0)
+        yield (A, block) if others.any() else (A[own], block[:, own])
 
 
 def adapter_from_gpt2(adapter: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

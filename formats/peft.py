@@ -21,13 +21,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from configurator import UserError
 from formats import names as tensor_names
-from formats.files import file_sha256, read_json, write_tensors
+from formats.files import content_errors, file_sha256, read_json, write_tensors
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # the dtypes of weights that are read
@@ -130,7 +129,7 @@ def by_our_names(stored: dict[str, Tensor], spec: AdapterSpec, place: Path | Non
 
 def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     """An adapter's tensors by our names, and its settings. Raises UserError for files it cannot read."""
-    try:
+    with content_errors(folder, "not an adapter"):
         config = read_json(folder / CONFIG)
         if config.get("rank_pattern"):  # GPT-2 as we write it?
             settings = c_attn_settings(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
@@ -148,11 +147,6 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
         for name, tensor in stored.items():
             require_float(folder / WEIGHTS, name, tensor)
         adapter = by_our_names(stored, spec, None if isinstance(targets, str) else folder / CONFIG)
-    except UserError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError, IndexError, AttributeError, RuntimeError,
-            SafetensorError) as error:
-        raise UserError(f"{folder}: not an adapter ({type(error).__name__}: {error})") from None
     return adapter, spec
 
 

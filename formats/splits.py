@@ -5,6 +5,9 @@
 A GGUF file has such a name, a tokenizer.json has the expressions.
 """
 
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers
+
 GPT2_SPLIT = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 # Qwen2 splits off each digit, allows one punctuation mark in front of a word, and keeps newlines apart from
 # other white space.
@@ -24,3 +27,13 @@ SPLITS = {name: patterns for names, patterns in (
     ((*LLAMA3_NAMES, "dbrx", "smaug-bpe"), (LLAMA3_SPLIT,)),
     (("smollm", "starcoder", "refact", "command-r", "codeshell"), (r"\p{N}", GPT2_SPLIT)),
     (("default",), DEFAULT)) for name in names}
+
+
+def byte_level_bpe(model: models.BPE, patterns: tuple[str, ...]) -> tokenizers.Tokenizer:
+    """A byte-level BPE with this vocabulary that splits a text by these regular expressions."""
+    hf = tokenizers.Tokenizer(model)
+    hf.pre_tokenizer = pre_tokenizers.Sequence([
+        *(pre_tokenizers.Split(tokenizers.Regex(pattern), "isolated") for pattern in patterns),
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    hf.decoder = decoders.ByteLevel()
+    return hf

@@ -17,7 +17,7 @@ anything but BPE, and chats (formats/chat_format.py).
 import contextlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +28,8 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configurator import UserError
 from formats import gguf_reader
-from formats.files import read_json
-from formats.splits import GPT2_SPLIT, QWEN2_SPLIT
+from formats.files import content_errors, read_json
+from formats.splits import GPT2_SPLIT, QWEN2_SPLIT, byte_level_bpe
 
 END_OF_TEXT = "<|endoftext|>"
 END_OF_TURN = "<|im_end|>"  # in our chats (formats/chat_format.py)
@@ -147,20 +147,9 @@ def check_definition(definition: dict[str, Any]) -> None:
             raise UserError("tokenizer.json: the post_processor uses a token that it does not define")
 
 
-@contextlib.contextmanager
-def library_errors(place: object) -> Iterator[None]:
-    """Turn every error of the `tokenizers` library into a UserError of one line that names `place`.
-
-    A file that it does not expect makes it raise a bare Exception or, where its Rust code panics, a
-    BaseException.
-    """
-    try:
-        yield
-    except (UserError, OSError, KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise UserError(f"{place}: not a tokenizer.json ({reason})") from None
+def library_errors(place: object) -> contextlib.AbstractContextManager[None]:
+    """Turn every error of the `tokenizers` library into a UserError of one line."""
+    return content_errors(place, "not a tokenizer.json")
 
 
 # ---- The fast encoder -------------------------------------------------------------------------------------
@@ -319,11 +308,7 @@ class Tokenizer:
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train a byte-level BPE of at most `vocab_size` ids: all bytes, the merges, END_OF_TEXT last."""
-        hf = tokenizers.Tokenizer(models.BPE())
-        hf.pre_tokenizer = pre_tokenizers.Sequence([
-            pre_tokenizers.Split(tokenizers.Regex(QWEN2_SPLIT), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
-        hf.decoder = decoders.ByteLevel()
+        hf = byte_level_bpe(models.BPE(), (QWEN2_SPLIT,))
         hf.train_from_iterator(texts, trainers.BpeTrainer(
             vocab_size=vocab_size - 1, show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
