@@ -51,8 +51,8 @@ from model import GPT, GPTConfig
 from modeling.devices import DTYPES, to_device
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
-from training.staged_data import StagedData, chat_rows_text, check_vocabulary, in_epochs, prepare_default
-from training.stages import configure_run, require_multipliers
+from training.staged_data import StagedData, chat_rows_text, check_vocabulary, prepare_default
+from training.stages import configure_run, context_length, require_free_keys, require_multipliers
 
 CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
@@ -343,12 +343,11 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
         return cfg, []
     # A model folder determines the architecture. Rows may be shorter than its context, and a pruned student
     # may be narrower than its teacher.
-    source, free = f"init_from={cfg.init_from}", {"block_size"}
     if cfg.student_layers:
-        source, free = f"student_layers={cfg.student_layers}", {"block_size", *WIDTHS, *CHOICES}
-    architecture = {each.name for each in dataclasses.fields(GPTConfig)}
-    if both := sorted(architecture & provenance.keys() - free):
-        raise UserError(f"{provenance[both[0]]}: {both[0]} comes with {source} and cannot be given")
+        require_free_keys(provenance, f"student_layers={cfg.student_layers}",
+                          {"block_size", *WIDTHS, *CHOICES})
+    else:
+        require_free_keys(provenance, f"init_from={cfg.init_from}", {"block_size"})
     fields, layers = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher)), []
     if cfg.student_layers:
         # Here `fields` is the architecture of the teacher, which pruned_config makes smaller.
@@ -364,10 +363,9 @@ def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Modul
     """The frozen teacher, in shards with parallel=fsdp."""
     # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
     dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
-    longest = max(stage.block_size for stage in stage_configs(cfg))
     if cfg.align == "bytes":  # it reads its own ids
         tokenizer = Tokenizer.load(hf.find_folder(cfg.teacher))
-    teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, longest)
+    teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, context_length(cfg, None))
     shard_teacher(teacher, cfg.parallel, run)
     return teacher
 
@@ -375,12 +373,9 @@ def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Modul
 def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: Run) -> Student:
     """The student: with its weights if it is pruned from the teacher's `layers`, else on the meta device."""
     stages, pairs, width = stage_configs(cfg), [], None
-    # The context: the longest rows of any stage.
-    longest = max(stage.block_size for stage in stages)
-    if cfg.init_from or layers:  # a model that exists keeps its context
-        longest = max(longest, hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher))["block_size"])
+    folder = (cfg.init_from or cfg.teacher) if cfg.init_from or layers else None
     config = GPTConfig.from_keys(cfg, vocab_size=cfg.vocab_size or data.tokenizer.vocab_size,
-                                 block_size=longest)
+                                 block_size=context_length(cfg, folder))
     # Layer losses: which layers are paired, and whether projections are needed.
     if any(stage.uses_layer_losses for stage in stages):
         fields = hf.read_config(hf.find_folder(cfg.teacher))
@@ -433,10 +428,9 @@ def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float
 
 def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     """Prepare data, teacher and student, and train. layers: what with_architecture returned."""
-    # Data: the default set is made here if it is missing. Stages may count epochs; fit counts steps.
+    # Data: the default set is made here if it is missing.
     prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
     kind = row_kind(cfg)
-    user_cfg, cfg = cfg, in_epochs(cfg, kind)
     data = StagedData(cfg, kind, run.rank, run.world_size)
     tokenizer = run.tokenizer = data.tokenizer
     check_vocabulary(cfg, cfg.vocab_size, tokenizer)
@@ -451,7 +445,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
                   "teacher's too")
     student = make_student(cfg, layers, data, run)
     # Compile the teacher's blocks if fit compiles the student's. A model of transformers stays as it is.
-    if isinstance(teacher, GPT) and compiles(cfg, student, run):
+    if isinstance(teacher, GPT) and compiles(data.cfg, student, run):
         for block in teacher.model["layers"]:
             block.compile()
     for rows, _ in data.used():
@@ -463,12 +457,12 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
-    run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
+    run.write_run_json(cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
     # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
     loss_fn = Distillation(student, teacher, stage_configs(cfg), end_ids, tokenizer.vocab_size, aligner)
-    results = fit(cfg, student, lambda step: batches_at(data, caches, step, aligner), loss_fn, evaluation,
-                  run)
+    results = fit(data.cfg, student, lambda step: batches_at(data, caches, step, aligner), loss_fn,
+                  evaluation, run)
     print_summary(cfg, student, results, run, kind.kind)
 
 

@@ -43,9 +43,10 @@ from model import GPT
 from modeling.devices import to_device
 from prepare import prepare_problems
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
-from training.losses import linear_log_probs, preference_loss
-from training.staged_data import StagedData, in_epochs, prepare_default, validation_sums
+from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.losses import preference_loss
+from training.reference import ReferenceModel, check_reference, token_log_probs
+from training.staged_data import MixEvaluation, StagedData, prepare_default
 from training.stages import configure_run
 
 
@@ -78,25 +79,14 @@ class DPOConfig(PostTrainingConfig):
         require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
         if self.label_smoothing and self.loss == "ipo":
             raise UserError("label_smoothing: only works with loss=dpo")
-        if self.reference == "adapter_off" and not self.lora_rank:
-            raise UserError("reference=adapter_off: needs an adapter; set lora_rank")
-        if self.quantize_base and self.reference != "adapter_off":
-            raise UserError(f"reference={self.reference}: would use the base in full precision; with "
-                            "quantize_base set reference=adapter_off")
-        if self.lora_dropout:
-            raise UserError("lora_dropout: must be 0, because dropout would make policy and reference differ")
+        check_reference(self)
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
 
 def answer_log_probs(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> Tensor:
     """log p(answer | prompt), summed over the answer's tokens: (2, n), row 0 chosen and row 1 rejected."""
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        # Only the positions that predict a token of an answer need logits.
-        hidden = hidden.flatten(0, 1)[batch["positions"]]  # (1, N, C) -> (targets, C)
-        return linear_log_probs(hidden, weight, batch["targets"], vocab_size)
-
-    log_probs = model(batch["input_ids"], paths=batch["paths"], head=head)  # (targets,)
+    log_probs = token_log_probs(model, batch, vocab_size)  # (targets,)
     # The targets are in the order chosen, rejected, chosen, ...: sum each answer's.
     sums = torch.segment_reduce(log_probs, "sum", lengths=batch["lengths"].flatten(), unsafe=True)  # (2n,)
     return sums.view(-1, 2).T  # (2, n)
@@ -224,15 +214,15 @@ def batches_at(data: StagedData[DPOConfig], reference: Reference, step: int) -> 
     return [reference.batch(pairs[start:start + size]) for start in range(0, count, size)]
 
 
-class PreferenceEvaluation:
+class PreferenceEvaluation(MixEvaluation):
     """Losses, accuracy and margin over the validation pairs of the last stage's mix."""
 
     def __init__(self, cfg: DPOConfig, mix: Mix, reference: Reference, run: Run):
-        self.cfg, self.run, self.reference, self.mix = cfg, run, reference, mix
-        self.rows = [PairRows(folder, "val", cfg.block_size) for folder in mix.folders]
+        super().__init__(cfg, mix, PairRows, run)
+        self.reference = reference
         self.names = ("loss", f"loss/{cfg.loss}", "loss/nll", "rewards/accuracies", "rewards/margins")
 
-    def pairs(self, rows: PairRows) -> int:
+    def num_rows(self, rows: PairRows) -> int:
         """The number of pairs in a folder's first cfg.eval_tokens; a pair counts as two rows."""
         return validation_rows(rows, self.cfg.eval_tokens and max(1, self.cfg.eval_tokens // 2))
 
@@ -242,23 +232,17 @@ class PreferenceEvaluation:
         prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
         for text in sample_answers(model, self.mix.tokenizer, prompts):
             self.run.print(log_text("sample    ", text))
-        results = dict.fromkeys((f"val_{name}" for name in self.names), 0.0)
-        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
-            *totals, pairs = self.sums(model, rows)
-            for name, total in zip(results, totals, strict=True):
-                results[name] += weight * total / pairs
-        return results
+        return self.means(lambda rows: self.values(model, rows))
 
-    def sums(self, model: nn.Module, rows: PairRows) -> list[float]:
-        """The metrics `names` of one folder and its pairs: sums over its pairs and all ranks."""
-        def make_batch(numbers: np.ndarray) -> dict[str, Any]:
-            return self.reference.batch([(rows, number) for number in numbers])
-
+    def values(self, model: nn.Module, rows: PairRows) -> dict[str, float]:
+        """Means over the pairs of one folder."""
         def measure(batch: dict[str, Any]) -> list[Tensor | int]:
             metrics = pair_loss(model, batch, self.reference, self.cfg)[1]
             return [*(metrics[name] for name in self.names), batch["count"]]
 
-        return validation_sums(self.run, self.pairs(rows), self.cfg.micro_batch_size, make_batch, measure)
+        *totals, pairs = self.sums(
+            rows, lambda numbers: self.reference.batch([(rows, number) for number in numbers]), measure)
+        return {f"val_{name}": total / pairs for name, total in zip(self.names, totals, strict=True)}
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -266,10 +250,9 @@ class PreferenceEvaluation:
 def main(argv: list[str]) -> int:
     cfg, provenance = configure_run(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
-        # Data: the embedded pairs are tokenized for this model. Stages may count epochs, fit counts steps.
+        # Data: the embedded pairs are tokenized for this model.
         prepare_default(cfg, run, "problems_preference",
                         lambda: prepare_problems("preference", cfg.init_from))
-        user_cfg, cfg = cfg, in_epochs(cfg, PairRows)
         data = StagedData(cfg, PairRows, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # saved with every checkpoint
         # The model. Dropout would make the policy differ from the reference before the first step.
@@ -277,10 +260,11 @@ def main(argv: list[str]) -> int:
         # The policy and the reference start from the same model, which `identity` names.
         reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
-        run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
+        run.write_run_json(cfg, data.tokens(), data=data.hashes(), **identity)
         # The reference: every pair that training or evaluation reads. Later runs find the table in the data
         # folder, so only the first run on these pairs pays for it.
-        for rows, indices in [*data.used(), *((r, np.arange(evaluation.pairs(r))) for r in evaluation.rows)]:
+        evaluated = [(rows, np.arange(evaluation.num_rows(rows))) for rows in evaluation.rows]
+        for rows, indices in [*data.used(), *evaluated]:
             if cfg.reference == "precomputed":
                 reference.precompute(rows, indices)
             run.print(f"data      {rows.data.folder}: {len(rows):,} {rows.split} pairs")
@@ -289,7 +273,7 @@ def main(argv: list[str]) -> int:
         if cfg.reference == "precomputed":
             reference.frozen.model = None  # free its memory
         # Train. With an adapter, everything else is frozen.
-        results = fit(cfg, model, lambda step: batches_at(data, reference, step),
+        results = fit(data.cfg, model, lambda step: batches_at(data, reference, step),
                       lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)
         if cfg.merge:
             write_merged(run, data.tokenizer)

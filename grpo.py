@@ -53,8 +53,9 @@ from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
 from training.curves import print_end
-from training.finetuning import PostTrainingConfig, ReferenceModel, chat_model, write_merged
-from training.losses import group_advantages, kl_estimate, linear_log_probs, policy_loss
+from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.losses import group_advantages, kl_estimate, policy_loss
+from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.stages import Stage, configure_run, with_steps
 
 MOST_REFILLS = 3  # times that other prompts are sampled in place of even groups
@@ -113,27 +114,12 @@ class GRPOConfig(PostTrainingConfig):
         require(self, "group_size", self.group_size > 1 or self.advantage == "reinforce",
                 "at least 2 (or set advantage=reinforce)")
         family_names(self.families)  # raises UserError for an unknown one
-        if self.reference == "adapter_off" and not self.lora_rank:
-            raise UserError("reference=adapter_off: needs an adapter; set lora_rank")
-        if self.quantize_base and self.kl_weight and self.reference != "adapter_off":
-            raise UserError(f"reference={self.reference}: would use the base in full precision; with "
-                            "quantize_base set reference=adapter_off")
-        if self.lora_dropout:
-            raise UserError("lora_dropout: must be 0, because the policy that samples has none")
+        check_reference(self, is_used=self.kl_weight > 0)
         if self.parallel == "fsdp":  # all ranks would have to sample the same number of tokens
             raise UserError("parallel=fsdp: does not work with sampling; use parallel=ddp or none")
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
-
-def token_log_probs(model: nn.Module, batch: dict[str, Any], temperature: float, vocab_size: int) -> Tensor:
-    """log p(token) of every sampled token at the sampling temperature, (targets,)."""
-    def head(hidden: Tensor, weight: Tensor) -> Tensor:
-        hidden = hidden.flatten(0, 1)[batch["positions"]]  # (1, N, C) -> (targets, C)
-        return linear_log_probs(hidden / temperature, weight, batch["targets"], vocab_size)
-
-    return model(batch["input_ids"], paths=batch["paths"], head=head)
-
 
 def loss_fn(log_probs: Tensor, batch: dict[str, Any], reference: Tensor | None,
             cfg: GRPOConfig) -> tuple[Tensor, dict[str, Tensor]]:
@@ -201,10 +187,10 @@ class PolicyGradient:
         # Every micro-batch needs a backward pass (DDP), also one that has nothing to learn from.
         learned = to_device(group_batch(part or self.groups[:1]), batch["input_ids"].device)
         vocab_size = self.source.tokenizer.vocab_size
-        log_probs, reference = token_log_probs(forward, learned, cfg.temperature, vocab_size), None
+        log_probs, reference = token_log_probs(forward, learned, vocab_size, cfg.temperature), None
         if cfg.kl_weight:
             reference = self.reference.compute(lambda model: token_log_probs(
-                model, to_device(learned, model.head_weight.device), cfg.temperature, vocab_size))
+                model, to_device(learned, model.head_weight.device), vocab_size, cfg.temperature))
             reference = reference.to(log_probs.device)  # it may be on the CPU
         loss, sums = loss_fn(log_probs, learned, reference, cfg)
         scale = self.scale if part else 0.0

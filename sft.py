@@ -18,7 +18,6 @@ With --lora_rank the model's weights are frozen, and a checkpoint is an adapter 
 """
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal
@@ -28,15 +27,14 @@ from torch import Tensor, nn
 
 from configurator import run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
-from dataset.dataloader import Mix, validation_rows
 from generation.samples import log_text, sample_answers
-from loop import Run, fit, start_run
+from loop import fit, start_run
 from model import GPT
 from prepare import prepare_problems
 from training.curves import print_end
 from training.finetuning import PostTrainingConfig, chat_model, write_merged
 from training.losses import linear_cross_entropy
-from training.staged_data import StagedData, chat_rows_text, in_epochs, prepare_default, validation_sums
+from training.staged_data import MixEvaluation, StagedData, chat_rows_text, prepare_default
 from training.stages import configure_run
 
 
@@ -81,32 +79,24 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[T
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
-class ChatEvaluation:
+class ChatEvaluation(MixEvaluation):
     """Loss and perplexity of the validation conversations: the weighted mean over a mix's folders."""
-
-    def __init__(self, cfg: SFTConfig, mix: Mix, kind: Callable[..., ChatRows], run: Run):
-        self.cfg, self.mix, self.run = cfg, mix, run
-        self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         rows = self.rows[0]
         prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
         for text in sample_answers(model, self.mix.tokenizer, prompts):
             self.run.print(log_text("sample    ", text))
-        # The folders' losses with their weights in training, whatever their sizes are.
-        loss = sum(weight * self.loss(model, rows)
-                   for rows, weight in zip(self.rows, self.mix.weights, strict=True))
-        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))}
+        means = self.means(lambda rows: self.values(model, rows))
+        return means | {"val_perplexity": math.exp(min(means["val_loss"], 700))}
 
-    def loss(self, model: nn.Module, rows: ChatRows) -> float:
-        """Nats per target over one folder's first cfg.eval_tokens; the ranks share the work."""
+    def values(self, model: nn.Module, rows: ChatRows) -> dict[str, float]:
+        """Nats per target over one folder's validation rows; the ranks share the work."""
         def measure(batch: dict[str, Any]) -> tuple[Tensor, int]:
             return loss_fn(model, batch, self.mix.tokenizer.vocab_size)[1]["loss"], batch["count"]
 
-        nats, targets = validation_sums(
-            self.run, validation_rows(rows, self.cfg.eval_tokens), self.cfg.micro_batch_size,
-            lambda numbers: chat_batch(rows.read(numbers)), measure)
-        return nats / targets
+        nats, targets = self.sums(rows, lambda numbers: chat_batch(rows.read(numbers)), measure)
+        return {"val_loss": nats / targets}
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -114,22 +104,21 @@ class ChatEvaluation:
 def main(argv: list[str]) -> int:
     cfg, provenance = configure_run(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
-        # Data: the embedded problems are tokenized for this model. Stages may count epochs, fit counts steps.
+        # Data: the embedded problems are tokenized for this model.
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))
         # Packing fills rows with whole conversations; without it most of a row is padding.
         kind = partial(ChatRows if cfg.packing else UnpackedChatRows, overlong=cfg.overlong)
-        user_cfg, cfg = cfg, in_epochs(cfg, kind)
         data = StagedData(cfg, kind, run.rank, run.world_size)
         run.tokenizer = data.tokenizer  # the base's, plus the chat tokens; saved with every checkpoint
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, identity = chat_model(cfg, data.tokenizer, run)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
-        run.write_run_json(user_cfg, data.tokens(), data=data.hashes(), **identity)
+        run.write_run_json(cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(chat_rows_text(rows, "; --overlong=drop leaves them out"))
         # Train. With an adapter, everything else is frozen. The lambdas bind arguments that the loop does not
         # know.
-        results = fit(cfg, model, lambda step: batches_at(data, step),
+        results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
         if cfg.merge:

@@ -22,20 +22,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import UserError, require_not_negative, run_script
-from dataset.dataloader import Mix, Rows, rank_batches, text_batch, validation_rows
+from configurator import require_not_negative, run_script
+from dataset.dataloader import Mix, Rows, rank_batches, text_batch
 from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, generate
 from generation.samples import log_text
-from loop import Run, RunConfig, fit, stage_configs, start_run
+from loop import Run, RunConfig, fit, start_run
 from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.losses import linear_cross_entropy
-from training.staged_data import StagedData, check_vocabulary, in_epochs, prepare_default, validation_sums
-from training.stages import configure_run, require_multipliers
+from training.staged_data import MixEvaluation, StagedData, check_vocabulary, prepare_default
+from training.stages import configure_run, context_length, require_free_keys, require_multipliers
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,60 +96,50 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     return tokenizer.decode([token for (token,) in steps if token is not None and token != eot_id])
 
 
-class TextEvaluation:
+class TextEvaluation(MixEvaluation):
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read.
 
-    A run has one evaluation, made from its last stage: the same text, rows and masks at every step. So the
-    results of different stages can be compared, also to decide which checkpoint is the best. Only the rotary
-    base is that of the current step. Positions beyond this row length, which a stage with longer rows trains,
-    are not evaluated here; `eval.py --tasks=context_length` does that.
+    Rows and masks are those of the last stage; only the rotary base is that of the current step. Positions
+    beyond this row length, which a stage with longer rows trains, are not evaluated here;
+    `eval.py --tasks=context_length` does that.
     """
 
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
         """Raises UserError, on all ranks, for too little validation text or an id that does not exist."""
-        self.cfg, self.mix, self.run = cfg, mix, run
-        lengths = [len(token) for token in mix.tokenizer.token_bytes()]
-        self.byte_counts = torch.tensor(lengths, device=run.device)  # (V,)
-        self.rows = [Rows(folder, "val", cfg.block_size) for folder in mix.folders]
+        super().__init__(cfg, mix, Rows, run)
         # Read everything once: `read` checks the ids, and hours of training should not end in a bad id.
         for rows in self.rows:
-            for numbers in rank_batches(validation_rows(rows, cfg.eval_tokens), 1024, rank=0, world_size=1):
+            for numbers in rank_batches(self.num_rows(rows), 1024, rank=0, world_size=1):
                 rows.read(numbers)
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         """Evaluate the first cfg.eval_tokens validation tokens of each folder; the ranks share the work.
 
-        The result of a mix is the mean over its folders, with their weights in training. Rows do not overlap,
-        so a token sees half a row of context on average; a file compressor sees everything before it.
+        Rows do not overlap, so a token sees half a row of context on average; a file compressor sees
+        everything before it.
         """
         # The sample shows progress better than a number. The last one is longer, and part of the summary.
         if self.cfg.sample_tokens and not last:
             text = sample_text(model, self.mix.tokenizer, self.cfg.sample_tokens)
             self.run.print(log_text("sample    ", text))
-        results = {"val_loss": 0.0, "val_perplexity": 0.0, "val_bits_per_byte": 0.0}
-        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
-            nll, targets, text_bytes = self.sums(model, rows)
-            # nats / ln 2 = bits. Bits per byte, unlike the loss, compare between tokenizers.
-            loss, bits = nll / targets, nll / math.log(2) / max(text_bytes, 1)
-            results["val_loss"] += weight * loss
-            results["val_bits_per_byte"] += weight * bits
-            if len(self.mix.folders) > 1:
-                name = rows.data.folder.name
-                results |= {f"val_loss/{name}": loss, f"val_bits_per_byte/{name}": bits}
+        means = self.means(lambda rows: self.values(model, rows))
         # math.exp overflows above 709; a diverged run should still get its log line.
-        return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
+        loss = means["val_loss"]
+        return {"val_loss": loss, "val_perplexity": math.exp(min(loss, 700))} | means
 
-    def sums(self, model: GPT, rows: Rows) -> list[float]:
-        """[nats, targets, bytes of text] of one folder's validation rows, summed over all ranks."""
-        cfg, tokenizer = self.cfg, self.mix.tokenizer
-        eot_id = tokenizer.eot_id if cfg.document_mask else None
+    def values(self, model: GPT, rows: Rows) -> dict[str, float]:
+        """Loss and bits per byte of one folder's validation rows."""
+        tokenizer = self.mix.tokenizer
+        eot_id = tokenizer.eot_id if self.cfg.document_mask else None
 
         def measure(batch: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
             nll = next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"]
             return nll, batch["count"], self.byte_counts[batch["targets"]].sum()
 
-        return validation_sums(self.run, validation_rows(rows, cfg.eval_tokens), cfg.micro_batch_size,
-                               lambda numbers: text_batch(rows.read(numbers), eot_id), measure)
+        nll, targets, text_bytes = self.sums(rows, lambda numbers: text_batch(rows.read(numbers), eot_id),
+                                             measure)
+        # nats / ln 2 = bits. Bits per byte, unlike the loss, compare between tokenizers.
+        return {"val_loss": nll / targets, "val_bits_per_byte": nll / math.log(2) / max(text_bytes, 1)}
 
 
 def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float]:
@@ -171,23 +161,11 @@ def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, st
 
     Only block_size may be set: rows may be shorter than the model's context or, with RoPE, longer.
     """
-    # A user's n_layer could contradict the weights in the folder. The message names where it was set.
+    require_free_keys(provenance, f"init_from={source}", {"block_size"})
     fields = hf.read_config(hf.find_folder(source))
-    architecture = {each.name for each in dataclasses.fields(GPTConfig)}
-    if user_keys := sorted(architecture & provenance.keys() - {"block_size"}):
-        key = user_keys[0]
-        raise UserError(f"{provenance[key]}: {key} comes with init_from={source} and cannot be given")
     if "block_size" in provenance:
         fields["block_size"] = cfg.block_size
     return dataclasses.replace(cfg, **fields)
-
-
-def context_length(cfg: TrainConfig) -> int:
-    """The model's block_size: the longest rows of any stage, and at least that of init_from."""
-    lengths = [stage.block_size for stage in stage_configs(cfg)]
-    if cfg.init_from:
-        lengths.append(hf.read_config(hf.find_folder(cfg.init_from))["block_size"])
-    return max(lengths)
 
 
 def make_model(cfg: TrainConfig, tokenizer: Tokenizer, run: Run) -> GPT:
@@ -195,7 +173,8 @@ def make_model(cfg: TrainConfig, tokenizer: Tokenizer, run: Run) -> GPT:
     # All stages use one model, so its context is the longest one.
     with torch.device("meta"):
         model = GPT(GPTConfig.from_keys(
-            cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size, block_size=context_length(cfg)))
+            cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size,
+            block_size=context_length(cfg, cfg.init_from)))
     require_multipliers(cfg, model)
     run.print(f"model     {model.num_parameters():,} parameters, "
               f"{model.flops_per_token(cfg.block_size) / 1e6:,.1f} MFLOP per token; "
@@ -230,18 +209,17 @@ def main(argv: list[str]) -> int:
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, provenance)
     with start_run(cfg, provenance) as run:
-        # Data: the default set is made on the spot. Stages may count epochs, fit counts steps.
+        # Data: the default set is made on the spot.
         prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
-        user_cfg, cfg = cfg, in_epochs(cfg)
         data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
         run.tokenizer = data.tokenizer  # saved with every checkpoint
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
         model = make_model(cfg, data.tokenizer, run)
-        run.write_run_json(user_cfg, data.tokens(), data=data.hashes())
+        run.write_run_json(cfg, data.tokens(), data=data.hashes())
         # Train.
-        results = fit(cfg, model, lambda step: batches_at(data, step),
+        results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: next_token_loss(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
         print_summary(model.eval(), data, results, run)

@@ -7,58 +7,49 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from dataset.chat_rows import batch_of
-from dataset.dataloader import Mix, validation_rows
+from dataset.dataloader import Mix
 from distillation.divergences import DenseTeacher, comparison_sums, select_targets
 from training.run import Run
-from training.staged_data import validation_sums
+from training.staged_data import MixEvaluation
 
 
-class StudentEvaluation:
+class StudentEvaluation(MixEvaluation):
     """Evaluates a student on the validation rows of a mix of data folders.
 
-    The results are averages over the folders, with the weights that the folders have in training. If the
-    teacher is in memory (it is not when distillation reads a cache), they include the teacher's own loss,
-    KL(teacher || student), and how often both models have the same most likely token.
+    If the teacher is in memory (it is not when distillation reads a cache), the results include the teacher's
+    own loss, KL(teacher || student), and how often both models have the same most likely token.
     """
 
     def __init__(self, cfg: Any, mix: Mix, kind: Any, teacher: nn.Module | None, run: Run):
-        """kind: the class of the rows. cfg has block_size, eval_tokens, micro_batch_size, packing and
-        document_mask."""
-        self.cfg, self.mix, self.run, self.teacher = cfg, mix, run, teacher
-        self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
-        lengths = [len(token) for token in mix.tokenizer.token_bytes()]
-        self.byte_counts = torch.tensor(lengths, device=run.device)  # (V,)
+        """kind: the class of the rows. cfg: as in MixEvaluation, with packing and document_mask."""
+        super().__init__(cfg, mix, kind, run)
+        self.teacher = teacher
 
     def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
         """Read the first cfg.eval_tokens tokens of each folder, shared by the ranks. Losses are in nats per
         token."""
-        results: dict[str, float] = {}
-        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
-            count, nats, teacher_nats, kl, agree, text_bytes = self.folder_sums(model, rows)
-            values = {"val_loss": nats / count}
-            if rows.kind == "text":  # the bytes of a chat are not all targets
-                values["val_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
-            if self.teacher is not None:
-                values |= {"val_teacher_loss": teacher_nats / count, "val_kl": kl / count,
-                           "val_agreement": agree / count}
-            for name, value in values.items():
-                results[name] = results.get(name, 0.0) + weight * value
-        return results | {"val_perplexity": math.exp(min(results["val_loss"], 700))}
+        means = self.means(lambda rows: self.values(model, rows))
+        return means | {"val_perplexity": math.exp(min(means["val_loss"], 700))}
 
-    def folder_sums(self, model: nn.Module, rows: Any) -> list[float]:
-        """`comparison_sums` of one folder, summed over all ranks, and the bytes of the targets' text."""
-        cfg, eot_id = self.cfg, self.mix.tokenizer.eot_id
-
+    def values(self, model: nn.Module, rows: Any) -> dict[str, float]:
+        """The results of one folder."""
         def measure(batch: dict[str, Any]) -> list[Tensor]:
             targets = batch["targets"]
             return [*self.batch_sums(model, batch), self.byte_counts[targets[targets >= 0]].sum()]
 
-        return validation_sums(self.run, validation_rows(rows, cfg.eval_tokens), cfg.micro_batch_size,
-                               lambda numbers: batch_of(rows.read(numbers), cfg, eot_id), measure)
+        eot_id = self.mix.tokenizer.eot_id
+        count, nats, teacher_nats, kl, agree, text_bytes = self.sums(
+            rows, lambda numbers: batch_of(rows.read(numbers), self.cfg, eot_id), measure)
+        values = {"val_loss": nats / count}
+        if rows.kind == "text":  # the bytes of a chat are not all targets
+            values["val_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
+        if self.teacher is not None:
+            values |= {"val_teacher_loss": teacher_nats / count, "val_kl": kl / count,
+                       "val_agreement": agree / count}
+        return values
 
     def batch_sums(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """`comparison_sums` of a batch, (5,). Without a teacher, the student is compared with itself.

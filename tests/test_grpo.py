@@ -123,7 +123,7 @@ def test_the_models_gradient_by_hand(chat, advantage):
                               strict=True):
         rollout.advantage = value
     batch, cfg = group_batch(groups), config(f"--advantage={advantage}")
-    log_probs = grpo.token_log_probs(model, batch, 1.0, model.config.vocab_size)
+    log_probs = grpo.token_log_probs(model, batch, model.config.vocab_size)
     loss, _ = grpo.loss_fn(log_probs, batch, None, cfg)
     (loss / len(batch["targets"])).backward()
     exact, total = GPT.from_pretrained(chat[0]).double(), 0
@@ -156,7 +156,7 @@ def test_loss_and_gradient_are_trls(chat, tmp_path, kl, updates):
     generator = torch.Generator().manual_seed(2)
     batch["old"] += 0.3 * torch.randn(len(batch["old"]), generator=generator)  # so that some are clipped
     reference = batch["old"] + torch.randn(len(batch["old"]), generator=generator)
-    log_probs = grpo.token_log_probs(model, batch, 0.8, model.config.vocab_size)
+    log_probs = grpo.token_log_probs(model, batch, model.config.vocab_size, 0.8)
     loss, metrics = grpo.loss_fn(log_probs, batch, reference if kl else None, cfg)
     (loss / len(batch["targets"])).backward()
 
@@ -273,7 +273,7 @@ def test_dropping_even_groups_changes_no_gradient(chat):
     grads = []
     for kept in (groups, groups[:1]):
         batch = group_batch(kept)
-        log_probs = grpo.token_log_probs(model, batch, 1.0, model.config.vocab_size)
+        log_probs = grpo.token_log_probs(model, batch, model.config.vocab_size)
         loss, _ = grpo.loss_fn(log_probs, batch, None, config())
         grads.append(torch.autograd.grad(loss, list(model.parameters())))
     for one, two in zip(*grads, strict=True):

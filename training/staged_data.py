@@ -1,4 +1,4 @@
-"""Which samples each training step reads, across the stages of a run; and sums over validation rows.
+"""Which samples each training step reads, across the stages of a run; and what it evaluates.
 
     data = StagedData(cfg, Rows, rank=0, world_size=2)
     stage_cfg, mix, first, count = data.shard_for_step(step)     # this rank's samples of the step
@@ -13,15 +13,17 @@ Stages that read the same data set with the same row length share one position i
 continues where the earlier one stopped.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from configurator import UserError
 from dataset.chat_rows import ChatRows
-from dataset.dataloader import Mix, Rows, validation_batches
+from dataset.dataloader import Mix, Rows, validation_batches, validation_rows
 from formats import hf
 from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
@@ -35,7 +37,10 @@ class StagedData(Generic[Config]):
 
     def __init__(self, cfg: Config, kind: Callable[..., Any] = Rows, rank: int = 0, world_size: int = 1):
         """kind: the class of the rows, as in Mix. Raises UserError if the stages' tokenizers differ."""
-        self.stages, self.rank, self.world_size = plan_stages(cfg), rank, world_size
+        # Stages may count epochs; self.cfg counts steps, as fit does.
+        self.cfg = with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind)
+                              .epoch_samples() / stage.global_batch_size)
+        self.stages, self.rank, self.world_size = plan_stages(self.cfg), rank, world_size
         self.mixes = {self.key(stage.cfg): Mix(stage.cfg.dataset, stage.cfg.block_size, cfg.seed, kind)
                       for stage in self.stages}
         self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
@@ -78,26 +83,57 @@ class StagedData(Generic[Config]):
                 for folder in mix.folders}
 
 
-def validation_sums(run: Run, total: int, batch_size: int, make_batch: Callable[[np.ndarray], dict[str, Any]],
-                    measure: Callable[[dict[str, Any]], Sequence[Tensor | int]]) -> list[float]:
-    """The numbers that measure(batch) returns, summed over the rows 0 to total - 1 and over all ranks.
+class MixEvaluation:
+    """What the evaluations of all stages share: the validation rows of a mix, sums and means over them.
 
-    make_batch(row numbers) makes a batch of CPU tensors; measure gets it on the run's device. Its numbers are
-    scalars, and stay on the device until the end.
+    A run has one evaluation, made from its last stage: the same rows at every step. So the results of
+    different stages can be compared, also to decide which checkpoint is the best.
     """
-    sums: list[Tensor | int] = []
-    for batch in validation_batches(make_batch, total, batch_size, run.rank, run.world_size):
-        values = measure(to_device(batch, run.device))
-        # A count of 0 marks a filler: all ranks must run the same number of forward passes.
-        if batch["count"]:
-            sums = [a + b for a, b in zip(sums or [0] * len(values), values, strict=True)]
-    return run.sum([float(value) for value in sums or [0] * len(values)])
 
+    def __init__(self, cfg: Any, mix: Mix, kind: Callable[..., Any], run: Run):
+        """kind: the class of the rows. cfg has block_size, eval_tokens and micro_batch_size. Raises UserError
+        for too little validation data."""
+        self.cfg, self.mix, self.run = cfg, mix, run
+        self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 
-def in_epochs(cfg: Config, kind: Callable[..., Any] = Rows) -> Config:
-    """`cfg` with the epochs of its stages turned into steps."""
-    return with_steps(cfg, lambda stage: Mix(stage.dataset, stage.block_size, cfg.seed, kind).epoch_samples()
-                      / stage.global_batch_size)
+    @functools.cached_property
+    def byte_counts(self) -> Tensor:
+        """The number of bytes of each token, (V,)."""
+        lengths = [len(token) for token in self.mix.tokenizer.token_bytes()]
+        return torch.tensor(lengths, device=self.run.device)
+
+    def means(self, values: Callable[[Any], dict[str, float]]) -> dict[str, float]:
+        """The means of values(rows) over the folders, with their weights in training.
+
+        A mix also gets the losses and the bits per byte of each folder: {"val_loss/books": 3.2, ...}.
+        """
+        means, each = dict[str, float](), dict[str, float]()
+        for rows, weight in zip(self.rows, self.mix.weights, strict=True):
+            for name, value in values(rows).items():
+                means[name] = means.get(name, 0.0) + weight * value
+                if len(self.rows) > 1 and name in ("val_loss", "val_bits_per_byte"):
+                    each[f"{name}/{rows.data.folder.name}"] = value
+        return means | each
+
+    def num_rows(self, rows: Any) -> int:
+        """The number of rows in a folder's first cfg.eval_tokens tokens."""
+        return validation_rows(rows, self.cfg.eval_tokens)
+
+    def sums(self, rows: Any, make_batch: Callable[[np.ndarray], dict[str, Any]],
+             measure: Callable[[dict[str, Any]], Sequence[Tensor | int]]) -> list[float]:
+        """The numbers that measure(batch) returns, summed over one folder's rows and over all ranks.
+
+        make_batch(row numbers) makes a batch of CPU tensors; measure gets it on the run's device. Its numbers
+        are scalars, and stay on the device until the end.
+        """
+        run, sums = self.run, list[Tensor | int]()
+        for batch in validation_batches(make_batch, self.num_rows(rows), self.cfg.micro_batch_size, run.rank,
+                                        run.world_size):
+            values = measure(to_device(batch, run.device))
+            # A count of 0 marks a filler: all ranks must run the same number of forward passes.
+            if batch["count"]:
+                sums = [a + b for a, b in zip(sums or [0] * len(values), values, strict=True)]
+        return run.sum([float(value) for value in sums or [0] * len(values)])
 
 
 def chat_rows_text(rows: ChatRows, remedy: str = "") -> str:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 from configurator import UserError, configure, override
+from formats import hf
 from model import GPT, GPTConfig
 from training.config import RunConfig
 from training.optim import multipliers
@@ -106,6 +107,25 @@ def require_multipliers(cfg: RunConfig, model: GPT) -> None:
     """Raise UserError if the lr_multipliers of a stage do not fit the model."""
     for stage in stage_configs(cfg):
         multipliers(model, stage.lr_multipliers)
+
+
+def require_free_keys(provenance: dict[str, str], source: str, free: set[str]) -> None:
+    """Raise UserError if the user set a key of the architecture, which the model folder of `source` brings.
+
+    free: the keys that may be set nevertheless. A user's n_layer could contradict the weights in the folder.
+    """
+    architecture = {field.name for field in dataclasses.fields(GPTConfig)}
+    if user_keys := sorted(architecture & provenance.keys() - free):
+        key = user_keys[0]
+        raise UserError(f"{provenance[key]}: {key} comes with {source} and cannot be given")
+
+
+def context_length(cfg: RunConfig, source: str | None) -> int:
+    """The block_size of a run's model: the longest rows of any stage, and at least that of a model folder."""
+    lengths = [stage.block_size for stage in stage_configs(cfg)]
+    if source:
+        lengths.append(hf.read_config(hf.find_folder(source))["block_size"])
+    return max(lengths)
 
 
 def with_steps(cfg: Config, steps_in_epoch: Callable[[Config], float]) -> Config:

@@ -75,7 +75,7 @@ def test_the_planned_stages_of_the_large_run():
     assert stages[1].rope_theta_at(184_000) == pytest.approx(10_000 * 50**1e-4)
     assert stages[1].rope_theta_at(188_999) == pytest.approx(10_000 * 50**0.5)
     assert cfg.z_loss == 1e-4 and cfg.schedule == "wsd"
-    assert train.context_length(cfg) == 16_384
+    assert train.context_length(cfg, None) == 16_384
     assert [stage.cfg.dataset for stage in stages] == ["web", "web", "books:0.5,code:0.5",
                                                       "maths:0.4,qa:0.3,stem:0.3"]
     assert [stage.cfg.document_mask for stage in stages] == [False, True, True, False]
