@@ -74,25 +74,12 @@ def summary(c: GPTConfig, parameters: int) -> str:
 class RunSummary:
     """A run that the model was trained in, up to the checkpoint that was used."""
 
-    out_dir: Path
+    name: str
     config: dict[str, Any]  # of run.json
     identity: dict[str, Any]  # of run.json: hashes of the data, and of the base model or teacher
     step: int | str  # of the checkpoint; "?" if unknown
-    trained: dict[str, Any]  # the last event of metrics.jsonl with "tokens"
-    validated: dict[str, Any]  # the last event with "val_loss"
-
-    @property
-    def name(self) -> str:
-        return self.out_dir.name
-
-    @property
-    def stage(self) -> str:
-        return next((stage for key, stage in STAGES.items() if key in self.config), "training")
-
-    def logged(self, event: dict[str, Any], key: str) -> Any:
-        """A value of an event, followed by its step if that is not the checkpoint's step."""
-        value, step = event.get(key, "?"), event.get("step", self.step)
-        return value if step == self.step else f"{shown(value)} (step {shown(step)})"
+    tokens: str  # that it was trained on
+    val_loss: str
 
 
 def summarize(out_dir: Path, step: int | None) -> RunSummary:
@@ -101,9 +88,16 @@ def summarize(out_dir: Path, step: int | None) -> RunSummary:
     events = [event for event in read_jsonl(out_dir / "metrics.jsonl")
               if step is None or event.get("step", 0) <= step]
     last = {key: event for event in events for key in event}  # {key: the last event that has it}
-    trained, validated = last.get("tokens", {}), last.get("val_loss", {})
-    return RunSummary(out_dir, run["config"], run["identity"],
-                      trained.get("step", "?") if step is None else step, trained, validated)
+    reached = last.get("tokens", {}).get("step", "?") if step is None else step
+
+    def logged(key: str) -> str:
+        """The last value, followed by its step if that is not the checkpoint's step."""
+        event = last.get(key, {})
+        value, at = shown(event.get(key, "?")), event.get("step", reached)
+        return value if at == reached else f"{value} (step {shown(at)})"
+
+    return RunSummary(out_dir.name, run["config"], run["identity"], reached, logged("tokens"),
+                      logged("val_loss"))
 
 
 def lineage(model: str | None) -> list[RunSummary]:
@@ -112,17 +106,18 @@ def lineage(model: str | None) -> list[RunSummary]:
     The list stops where a folder is missing, or contains other weights than the next run started from.
     """
     runs: list[RunSummary] = []
+    seen: set[Path] = set()
     digest = None  # of the model's weights, if the run that started from it recorded one
     while model and Path(model).is_dir():
         try:
             path = hf.find_folder(model)
         except UserError:  # its checkpoints were deleted
             break
-        if digest and digest not in (weights_sha256(path), model_sha256(path)):
-            break
         out_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
-        if out_dir is None or any(out_dir == run.out_dir for run in runs):  # the second is a circle
+        has_changed = digest and digest not in (weights_sha256(path), model_sha256(path))
+        if has_changed or out_dir is None or out_dir in seen:  # seen: a circle
             break
+        seen.add(out_dir)
         step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else None
         runs.insert(0, summarize(out_dir, step))
         # A student with student_layers is cut from its teacher.

@@ -8,7 +8,6 @@ Speed is that of one greedy row, the best of three runs. Both models must have a
 Left out: memory, because one process cannot measure it separately for two models.
 """
 
-import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +22,7 @@ from distillation.student import PROJECTIONS
 from distillation.teacher import pieces
 from formats import hf
 from formats.files import write_text
-from formats.markdown import table
+from formats.markdown import fenced, table
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, append_tokens, generate
 from model import GPT
@@ -112,13 +111,6 @@ def continuations(cfg: CompareConfig, sampling: Sampling, model: GPT, tokenizer:
                            Options(vocab_size=tokenizer.vocab_size)):
         append_tokens(new, tokens)
     return [tokenizer.decode([i for i in row if i not in end_ids], inside=True) for row in new]
-
-
-def fenced(text: str) -> str:
-    """The text as a code block. The fence is longer than any run of backticks in the text, so that the text
-    cannot end the block."""
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}text\n{text}\n{fence}"
 
 
 def writing(cfg: CompareConfig, folders: list[Path], models: list[GPT], tokenizer: Tokenizer,

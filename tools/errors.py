@@ -29,11 +29,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from configurator import UserError, configure, run_script
 from dataset.problems import DAYS, work
 from dataset.sources import Row, Skip, read_rows, row_value, usable_rows
-from evals.tasks.gsm8k import flexible
 from evals.tasks.open_qa import normalized
+from evals.tasks.word_problems import flexible
 from formats.files import write_text
 from formats.markdown import table
 from generation.calculator import calculate
@@ -44,6 +46,8 @@ KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong 
 REFUSAL = re.compile(r"\b(can ?not|can't|unable|don't know|do not know|no comment|sorry)\b", re.I)
 VERDICTS = ("right", "accuracy", "strict", "exact_match")  # keys that say whether an answer is right
 EXAMPLES = 3  # per kind and model
+
+Found = dict[str, dict[str, list[dict[str, Any]]]]  # {"model, task (answers)": {kind: the wrong answers}}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,33 +127,50 @@ def read_answer(row: Row) -> dict[str, Any]:
     return value
 
 
+def sort_answers(paths: list[Path]) -> tuple[Found, list[str]]:
+    """The wrong answers in files answers/TASK.jsonl by kind, and tables of confusions."""
+    answers, found, confusions = defaultdict(list), {}, []
+    for path in paths:
+        for _, row in usable_rows(read_rows([path], None, piece=2**20), read_answer):
+            answers[f"{row['model']}, {path.stem}"].append(row)
+    for name, rows in answers.items():
+        if "choices" not in rows[0]:
+            by_kind = found[f"{name} ({len(rows):,} answers)"] = {kind: [] for kind in KINDS}
+            for row in rows:
+                by_kind.get(kind_of(row), []).append(row)  # a right answer has no kind
+        elif all(row["choices"] == rows[0]["choices"] for row in rows):
+            confusions.append(confusion(name, rows))
+    kinds = [kind for kind in KINDS if any(rows[kind] for rows in found.values())]
+    return {name: {kind: rows[kind] for kind in kinds} for name, rows in found.items() if kinds}, confusions
+
+
+def count_table(found: Found) -> str:
+    """One row per kind of mistake, one column per model and task."""
+    kinds = next(iter(found.values()), {})
+    rows = [[kind, *(len(each[kind]) for each in found.values())] for kind in kinds]
+    return table(["mistake", *found], rows) if rows else "No mistakes."
+
+
+def count_chart(found: Found) -> Figure:
+    return bar_chart({name: {kind: [len(rows)] for kind, rows in kinds.items()}
+                      for name, kinds in found.items()}, "wrong answers")
+
+
 def main(argv: list[str]) -> int:
     # Arguments without -- are files of answers here, not config files.
     cfg, _ = configure(ErrorsConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     paths = [Path(arg) for arg in argv if not arg.startswith("-")]
     if not paths:
         raise UserError("name files of answers: python -m tools.errors out/sft/answers/*.jsonl")
-    answers, parts, found = defaultdict(list), [], {}
-    for path in paths:
-        for _, row in usable_rows(read_rows([path], None, piece=2**20), read_answer):
-            answers[f"{row['model']}, {path.stem}"].append(row)
-    for name, rows in answers.items():
-        if "choices" not in rows[0]:
-            found[f"{name} ({len(rows):,} answers)"] = {
-                kind: [row for row in rows if kind_of(row) == kind] for kind in KINDS}
-        elif all(row["choices"] == rows[0]["choices"] for row in rows):
-            parts.append(confusion(name, rows))
-    kinds = [kind for kind in KINDS if any(rows[kind] for rows in found.values())]
-    counts = {name: {kind: [len(rows[kind])] for kind in kinds} for name, rows in found.items()}
-    parts.insert(0, table(["mistake", *counts], [
-        [kind, *(each[kind][0] for each in counts.values())] for kind in kinds]) if kinds else "No mistakes.")
-    for kind, (name, rows) in itertools.product(kinds, found.items()):
-        for row in rows[kind][:EXAMPLES]:
+    found, confusions = sort_answers(paths)
+    parts = [count_table(found), *confusions]
+    for kind, (name, rows) in itertools.product(KINDS, found.items()):
+        for row in rows.get(kind, [])[:EXAMPLES]:
             parts.append(f"**{kind}**, {name}\n\n```json\n{json.dumps(row, ensure_ascii=False)}\n```")
     out = Path(cfg.out) if cfg.out else paths[0].with_name("errors.md")
     write_text(out, "\n\n".join(["# Mistakes", *parts]) + "\n")
-    if kinds:
-        bar_chart(counts, "wrong answers").savefig(out.with_suffix(".png"), dpi=130)
+    if found:
+        count_chart(found).savefig(out.with_suffix(".png"), dpi=130)
     print(parts[0], f"{out}: written", sep="\n\n")
     return 0
 
