@@ -108,14 +108,15 @@ TASKS = {  # in the order of the table and of --tasks=all
     "hard_calculator": Task(problems, {"family": "hard", "calculator": True}, votes=True),
 
     # Answers that are generated.
-    # Arithmetic word problems with a chain of thought: GSM8K, SVAMP, MAWPS, ASDiv.
+    # Arithmetic word problems with worked answers: GSM8K, SVAMP, MAWPS, ASDiv.
     **{name: Task(word_problems, {"name": name}, votes=True) for name in word_problems.HUB},
-    "hotpotqa": Task(open_qa, {"name": "hotpotqa"}, votes=True),  # questions answered from memory
-    "triviaqa": Task(open_qa, {"name": "triviaqa"}, votes=True),
+    # Short answers from memory (HotpotQA, TriviaQA) or from a passage (SQuAD 1.1 and 2.0).
+    **{name: Task(open_qa, {"name": name}, votes=True) for name in open_qa.HUB},
     "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function
     "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
-    "summarize": Task(summarize),  # ROUGE of summaries
+    # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.
+    **{name: Task(summarize, {"name": name}) for name in summarize.HUB},
 }
 # Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is
 # named must run.

@@ -1,4 +1,5 @@
-"""Summaries of texts, scored by ROUGE (Lin 2004, "ROUGE: a package for automatic evaluation of summaries").
+"""Summaries of texts, scored by ROUGE (Lin 2004, "ROUGE: a package for automatic evaluation of summaries"):
+CNN/DailyMail (arXiv 1704.04368), XSum (arXiv 1808.08745) and SAMSum (arXiv 1911.12237).
 
     {"document": "The council met on Monday and ...", "summary": "The council agreed on a new bridge."}
 
@@ -11,8 +12,8 @@ ROUGE is the F-measure of the package rouge_score, without stemming. Words are r
 counts common words, rouge2 common pairs of words. rougeL is the longest common subsequence of the two texts,
 each as one sequence (the sentence level). rougeLsum takes lines for sentences (the summary level, which
 papers on CNN/DailyMail report): each line of the reference counts the union of its common subsequences with
-all lines of the summary. Files: summarize*, with document, article or dialogue; hub:
-abisee/cnn_dailymail, 3.0.0, test.
+all lines of the summary. Files: summarize*, xsum*, samsum*, with document, article or dialogue; hub: the test
+splits in HUB.
 """
 
 import re
@@ -24,7 +25,8 @@ from evals.benchmarks import Questions, answer_text, read, with_last_as_shots
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
-HUB = "abisee/cnn_dailymail:3.0.0:test"
+HUB = {"summarize": "abisee/cnn_dailymail:3.0.0:test", "xsum": "EdinburghNLP/xsum::test",
+       "samsum": "knkarthick/samsum::test"}
 ROUGE = ("rouge1", "rouge2", "rougeL", "rougeLsum")
 MAX_NEW_TOKENS = 128
 ASK = "\n\nTL;DR:"
@@ -89,12 +91,12 @@ def texts_of(row: dict[str, Any]) -> tuple[str, str]:
     return document, answer_text(summary)
 
 
-def load(source: str | None, limit: int, shots: int | None) -> Questions:
+def load(source: str | None, limit: int, shots: int | None, name: str = "summarize") -> Questions:
     """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
-    return with_last_as_shots(read(source, "summarize", HUB), limit, shots or 0, texts_of)
+    return with_last_as_shots(read(source, name, HUB[name]), limit, shots or 0, texts_of)
 
 
-def score(lm: LM, questions: Questions) -> Result:
+def score(lm: LM, questions: Questions, name: str = "summarize") -> Result:
     """The four kinds of ROUGE, each the mean over the summaries."""
     request = ASK_SUMMARY if lm.chat else ASK
     shots = lm.tokenizer.encode("".join(f"{document}{request} {summary}\n\n\n"

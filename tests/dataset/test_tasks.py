@@ -7,7 +7,7 @@ import pytest
 from configurator import UserError
 from dataset.sources import Skip
 from dataset.tasks import conversation_of, example
-from evals.tasks import glue, gsm8k, summarize
+from evals.tasks import glue, summarize, word_problems
 from prepare import PrepareConfig, main
 
 
@@ -52,7 +52,7 @@ def test_the_prompts_are_those_of_the_evaluation():
     asked = glue.question_of(row, "sst2")
     assert example("sst2", row) == (asked.prompt, asked.choices[asked.gold[0]])
     row = {"question": "Q?", "answer": "#### 4", "file": "x"}
-    assert example("gsm8k", row)[0] == gsm8k.problem_of(row).prompt
+    assert example("gsm8k", row)[0] == word_problems.problem_of(row).prompt
     assert summarize.texts_of({"dialogue": "a", "summary": "b"}) == ("a", "b")
 
 

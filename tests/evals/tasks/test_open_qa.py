@@ -93,3 +93,40 @@ def test_a_passage_comes_before_the_question():
     assert found.prompt == "Emma is by Jane Austen.\n\nQuestion: Who wrote Emma?\nAnswer:"
     assert found.passage == row["passage"]
     assert open_qa.question_of(row | {"passage": ""}).prompt == "Question: Who wrote Emma?\nAnswer:"
+
+
+SQUAD = {"title": "Emma", "context": "Jane Austen wrote Emma.", "id": "7"}
+FLAT = [{**SQUAD, "question": "Who wrote Emma?", "answers": {"text": ["Jane Austen", "Austen"],
+                                                           "answer_start": [0, 5]}},
+        {**SQUAD, "question": "Who wrote Ulysses?", "answers": {"text": [], "answer_start": []}}]
+NESTED = {"version": "v2.0", "data": [{"title": "Emma", "paragraphs": [{
+    "context": "Jane Austen wrote Emma.", "qas": [
+        {"question": "Who wrote Emma?", "id": "7", "is_impossible": False,
+         "answers": [{"text": "Jane Austen", "answer_start": 0}, {"text": "Austen", "answer_start": 5}]},
+        {"question": "Who wrote Ulysses?", "id": "8", "is_impossible": True, "answers": [],
+         "plausible_answers": [{"text": "Jane Austen", "answer_start": 0}]}]}]}]}
+
+
+def test_squad(trained, tmp_path, monkeypatch):
+    """Both forms of SQuAD's rows; a right, a wrong and no answer to a question with and without one."""
+    (tmp_path / "squad_v2_dev.jsonl").write_text("".join(json.dumps(row) + "\n" for row in FLAT))
+    (tmp_path / "dev-v2.0.json").write_text(json.dumps(NESTED))
+    lm = LM(str(trained), device="cpu")
+    questions = open_qa.load(str(tmp_path), 500, None, "squad_v2")
+    assert questions == open_qa.load(str(tmp_path / "dev-v2.0.json"), 500, None, "squad_v2")
+    assert questions.asked[0].prompt == ("Title: Emma\n\nBackground: Jane Austen wrote Emma.\n\n"
+                                         "Question: Who wrote Emma?\n\nAnswer:")
+    for said, exact, overlap in ((("Austen", "unanswerable."), (1, 1), (1, 1)),
+                                 (("a Austen yes", ""), (0, 1), (2 / 3, 1)),
+                                 (("unanswerable", "it is unanswerable"), (0, 0), (0, 0)),
+                                 (("", "Jane Austen"), (0, 0), (0, 0))):
+        monkeypatch.setattr(lm, "generate_until", lambda *words, said=said: list(said))
+        result = open_qa.score(lm, questions, "squad_v2")
+        assert [answer["exact_match"] for answer in result.answers] == list(exact), said
+        assert [answer["f1"] for answer in result.answers] == pytest.approx(overlap), said
+    assert result.details["types"] == {"answerable": 0, "unanswerable": 0}
+    assert open_qa.load(str(tmp_path), 500, 1, "squad_v2").shots[0].answers[0] == "unanswerable"
+    assert f1("yes it is", "yes", {"unanswerable"}) == 0.5
+    (tmp_path / "squad_v2_dev.jsonl").write_text(json.dumps(FLAT[0] | {"answers": {"text": "Austen"}}))
+    with pytest.raises(UserError, match="'Austen' is not a list"):
+        open_qa.load(str(tmp_path), 500, None, "squad_v2")

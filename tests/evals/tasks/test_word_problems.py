@@ -8,8 +8,8 @@ import pytest
 
 from configurator import UserError
 from evals.lm import LM
-from evals.tasks import gsm8k
-from evals.tasks.gsm8k import flexible, strict
+from evals.tasks import word_problems
+from evals.tasks.word_problems import flexible, strict
 from tests.conftest import shared
 
 NUMBERS = [0, 1, 5, 18, 64, 72, 100, 366, 999, 1000, 1080, 2250, 15620, 109200000, -1, -7, -47, -1200,
@@ -94,11 +94,11 @@ def folder(tmp_path):
 
 def test_prompt_oracle_and_wrong_answers(folder, trained, monkeypatch):
     lm, asked = LM(str(trained), device="cpu"), []
-    questions = gsm8k.load(str(folder), 500, None)
+    questions = word_problems.load(str(folder), 500, None)
 
     def scored(texts):
         monkeypatch.setattr(lm, "generate_until", lambda *words: asked.append(words) or texts)
-        return gsm8k.score(lm, questions)
+        return word_problems.score(lm, questions)
 
     oracle = scored([" " + problem.answer for problem in questions.asked])
     assert oracle.figures == {"strict": (1, 0, 3), "flexible": (1, 0, 3)} and oracle.details["shots"] == 8
@@ -115,17 +115,38 @@ def test_prompt_oracle_and_wrong_answers(folder, trained, monkeypatch):
 
 
 def test_shots_and_files(folder):
-    assert [len(part) for part in gsm8k.load(str(folder), 2, 0)[:2]] == [2, 0]
-    with pytest.raises(UserError, match="for shots=10, a gsm8k_train file"):
-        gsm8k.load(str(folder), 2, 10)
-    with pytest.raises(UserError, match="for shots=8, a gsm8k_train file"):
-        gsm8k.load(str(folder / "gsm8k_test.jsonl"), 2, None)
-    (folder / "gsm8k_test.jsonl").write_text('{"question": "What?"}\n')
-    with pytest.raises(UserError, match="gsm8k_test.jsonl: row 1 does not fit .* .KeyError: 'answer'"):
-        gsm8k.load(str(folder), 2, None)
-    (folder / "gsm8k_test.jsonl").write_text('{"question": "What?", "answer": "12"}\n')
-    with pytest.raises(UserError, match="ValueError: no number after ####"):
-        gsm8k.load(str(folder), 2, None)
-    (folder / "gsm8k_test.jsonl").write_text('{"question": 12, "answer": "#### 12"}\n')
-    with pytest.raises(UserError, match="row 1 does not fit this benchmark .TypeError"):
-        gsm8k.load(str(folder), 2, None)
+    assert [len(part) for part in word_problems.load(str(folder), 2, 0)[:2]] == [2, 0]
+    with pytest.raises(UserError, match="shots=10: gsm8k has 9 rows of training"):
+        word_problems.load(str(folder), 2, 10)
+    alone = str(folder / "gsm8k_test.jsonl")  # without training rows, the last rows are the examples
+    assert [len(part) for part in word_problems.load(alone, 500, 2)] == [1, 2]
+    with pytest.raises(UserError, match="shots=8: there are 3 rows, so none is left to ask"):
+        word_problems.load(alone, 2, None)
+    for line, reason in (('{"question": "What?"}', "KeyError: 'answer'"),
+                         ('{"question": "What?", "answer": "12"}', "ValueError: no number after ####"),
+                         ('{"question": 12, "answer": "#### 12"}', "TypeError"),
+                         ('{"Body": "A", "Question": "B", "Equation": "1", "Answer": "two"}', "ValueError"),
+                         ('{"Body": "A", "Question": "B", "Equation": "1", "Answer": 1e999}', "ValueError")):
+        (folder / "gsm8k_test.jsonl").write_text(line + "\n")
+        with pytest.raises(UserError, match=f"gsm8k_test.jsonl: row 1 does not fit .* .{reason}"):
+            word_problems.load(str(folder), 2, None)
+
+
+@pytest.mark.parametrize("name, row, prompt, answer", [
+    ("svamp", {"ID": "chal-1", "Body": "A pack costs $ 76 and a discount is $ 25", "Question": "What now? ",
+               "Equation": "( 76.0 - 25.0 )", "Answer": 51.0, "Type": "Subtraction"},
+     "A pack costs $ 76 and a discount is $ 25 What now?", "( 76 - 25 )\n#### 51"),
+    ("mawps", {"original_text": "How many ?", "equation": "X=(22.0/4.0)", "ans": 5.5}, "How many ?",
+     "X=(22/4)\n#### 5.5"),
+    ("mawps", {"question": "How many ?", "equation": "22/4", "result": "5_500", "result_float": 5500.0,
+               "chain": "<a>"}, "How many ?", "22/4\n#### 5500"),
+    ("asdiv", {"body": "Cats sleep.", "question": "How long?", "formula": "500*2=1,000",
+               "answer": "1,000 (hours)"}, "Cats sleep. How long?", "500*2=1,000\n#### 1000"),
+])
+def test_the_rows_of_the_other_sets(name, row, prompt, answer, tmp_path):
+    left_out = {"body": "", "question": "Who?", "formula": "1<2", "answer": "Ann"}
+    rows = [row, *([left_out] if name == "asdiv" else []), row]
+    (tmp_path / f"{name}.json").write_text(json.dumps(rows))
+    asked, shots = word_problems.load(str(tmp_path), 500, 1, name)
+    assert asked == shots and len(asked) == 1
+    assert asked[0][:2] == (f"Question: {prompt}\nAnswer:", answer) and strict(answer) == asked[0].number
