@@ -75,6 +75,7 @@ class RunSummary:
     """A run that the model was trained in, up to the checkpoint that was used."""
 
     name: str
+    stage: str
     config: dict[str, Any]  # of run.json
     identity: dict[str, Any]  # of run.json: hashes of the data, and of the base model or teacher
     step: int | str  # of the checkpoint; "?" if unknown
@@ -96,7 +97,8 @@ def summarize(out_dir: Path, step: int | None) -> RunSummary:
         value, at = shown(event.get(key, "?")), event.get("step", reached)
         return value if at == reached else f"{value} (step {shown(at)})"
 
-    return RunSummary(out_dir.name, run["config"], run["identity"], reached, logged("tokens"),
+    stage = next((stage for key, stage in STAGES.items() if key in run["config"]), "training")
+    return RunSummary(out_dir.name, stage, run["config"], run["identity"], reached, logged("tokens"),
                       logged("val_loss"))
 
 
@@ -131,8 +133,8 @@ def lineage(model: str | None) -> list[RunSummary]:
 
 def run_tables(runs: list[RunSummary]) -> str:
     """The result of each run, and its main settings."""
-    rows = [[f"{run.stage} ({run.name})", run.config.get("dataset"), run.step,
-             run.logged(run.trained, "tokens"), run.logged(run.validated, "val_loss")] for run in runs]
+    rows = [[f"{run.stage} ({run.name})", run.config.get("dataset"), run.step, run.tokens, run.val_loss]
+            for run in runs]
     keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
     settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
     return (table(["run", "data", "steps", "tokens", "validation loss"], rows) + "\n\n"
@@ -186,9 +188,9 @@ def evaluation(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
     used = ", ".join(f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
                      if settings.get(key) not in (None, ""))
     keys = ("task", "figure", "value", "stderr", "n")
-    return ("## Evaluation\n\n" + table(["task", "figure", "value", "standard error", "n"],
-                                        [[row.get(key, "") for key in keys] for row in rows])
-            + (f"\n\nMeasured by `eval.py` with {used}." if used else ""))
+    figures = table(["task", "figure", "value", "standard error", "n"],
+                    [[row.get(key, "") for key in keys] for row in rows])
+    return f"## Evaluation\n\n{figures}" + (f"\n\nMeasured by `eval.py` with {used}." if used else "")
 
 
 def scores(paths: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
