@@ -37,7 +37,7 @@ from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
 from generation.constraints import BatchGuide, Constraint, ConstraintKeys, RowGuide, grammar
-from generation.generate import Sampling
+from generation.generate import Sampling, TextSampling, visible_text
 from generation.verifier import Verifier
 from model import GPT
 
@@ -58,7 +58,7 @@ class Busy(UserError):
 # ---- Requests ---------------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
-class CompletionRequest(Sampling):
+class CompletionRequest(TextSampling):
     """The body of a request."""
 
     model: str | None = None  # None is the first one
@@ -67,7 +67,6 @@ class CompletionRequest(Sampling):
     max_tokens: int = 16
     n: int = 1  # answers per prompt
     best_of: int = 1  # answers to generate per prompt; the verifier chooses the n best
-    stop: str | list | None = None
     stream: bool = False
     stream_options: dict | None = None
     echo: bool = False  # repeat the prompt before the answer
@@ -80,18 +79,13 @@ class CompletionRequest(Sampling):
         super().__post_init__()
         require_positive(self, "n", "best_of", "max_tokens")
         require(self, "logprobs", self.logprobs is None or 0 <= self.logprobs <= 20, "from 0 to 20")
-        fits = all(isinstance(text, str) and text for text in self.stops) and len(self.stops) <= 16
-        require(self, "stop", fits, "a text or a list of at most 16 texts, none of them empty")
+        require(self, "stop", len(self.stops) <= 16, "a text or a list of at most 16 texts")
         of_texts, of_chats = ("prompt", "echo", "logprobs"), ("tools", "tool_choice", "response_format")
         for key in of_texts if self.is_chat else of_chats:
             require(self, key, not getattr(self, key), "left out with messages" if self.is_chat else
                     "left out without messages")
         if self.sinks or self.window is not None:
             raise UserError("sinks and window do not work in the server, whose rows share one cache")
-
-    @property
-    def stops(self) -> list[str]:
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
 
     @property
     def is_chat(self) -> bool:
@@ -191,20 +185,6 @@ class Served:
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
-
-def visible_text(text: str, stops: list[str], finished: bool) -> str:
-    """The text up to the earliest of the stop texts in it.
-
-    Until it is finished, leave out an end that may still change: an incomplete character, or the beginning of
-    a stop text.
-    """
-    if ends := [text.find(stop) for stop in stops if stop in text]:
-        return text[:min(ends)]
-    if finished:
-        return text
-    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
-
 
 class Job:
     """A running request. It has `size` rows per prompt; the n rows in `shown` become the answer."""

@@ -243,7 +243,15 @@ def append_tokens(rows: list[list[int]], tokens: list[int | None]) -> None:
 def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
                    is_done: Callable[[int, list[int]], bool] | None = None,
                    options: Options = Options()) -> Iterator[list[int | None]]:
-    """`generate` without inference_mode, for on-policy training: the autograd mode is the caller's."""
+    """Yield one token per row and step, None for rows that have ended, for at most max_new_tokens steps.
+
+    prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read
+        (and the sinks).
+    is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
+        every row reach max_new_tokens.
+    Raises ValueError for an empty prompt, and UserError if the logits of the model are not finite.
+    The autograd mode is the caller's: on-policy training uses this function, and all others use `generate`.
+    """
     if not prompts or not all(prompts):
         raise ValueError("every prompt needs at least one token")
     prefix, limits = options.prefix, sink_limits(model, sampling)
@@ -300,32 +308,78 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
             return
 
 
-@torch.inference_mode()  # 15 % faster than no_grad, but its tensors cannot be used in training
-def generate(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
-             is_done: Callable[[int, list[int]], bool] | None = None,
-             options: Options = Options()) -> Iterator[list[int | None]]:
-    """Yield one token per row and step, None for rows that have ended, for at most max_new_tokens steps.
+# inference_mode is 15 % faster than no_grad, but its tensors cannot be used in training.
+generate = torch.inference_mode()(generate_steps)
 
-    prompts: token ids, at least one per row. If a prompt is longer than the context, only its end is read
-        (and the sinks).
-    is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
-        every row reach max_new_tokens.
-    Raises ValueError for an empty prompt, and UserError if the logits of the model are not finite.
+
+# ---- Text -------------------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, kw_only=True)
+class TextSampling(Sampling):
+    """How the next token is chosen, and what ends a text."""
+
+    stop: list | str | None = None  # text that ends a sample, or a list of texts: '["\\n\\n", "def "]'
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        are_texts = all(isinstance(text, str) and text for text in self.stops)
+        require(self, "stop", are_texts, "a text or a list of texts, none of them empty")
+
+    @property
+    def stops(self) -> list[str]:
+        """`stop` as a list."""
+        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+
+
+def visible_text(text: str, stops: list[str], finished: bool = True) -> str:
+    """The text up to the earliest of the stop texts in it.
+
+    Until it is finished, leave out an end that may still change: an incomplete character, or the beginning of
+    a stop text.
     """
-    yield from generate_steps(model, prompts, max_new_tokens, sampling, is_done, options)
+    if ends := [text.find(stop) for stop in stops if stop in text]:
+        return text[:min(ends)]
+    if finished:
+        return text
+    begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
+    return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
+
+
+class TextEnd:
+    """What ends a text: a token of end_ids, or a stop text. Neither is shown."""
+
+    def __init__(self, tokenizer: Tokenizer, end_ids: set[int], stops: list[str]):
+        self.tokenizer, self.end_ids, self.stops = tokenizer, end_ids, stops
+        # A stop text that the last token completes spans at most one token per byte. One token more, because
+        # a tokenizer may drop a space from the first token that it decodes.
+        self.window = 1 + max((len(stop.encode()) for stop in stops), default=0)
+
+    def is_reached(self, new: list[int]) -> bool:
+        """Whether the last of the generated ids ends the text."""
+        if new[-1] in self.end_ids or not self.stops:
+            return new[-1] in self.end_ids
+        tail = self.tokenizer.decode(new[-self.window:], inside=True)
+        return any(stop in tail for stop in self.stops)
+
+    def text(self, new: list[int], finished: bool = True) -> str:
+        """The generated ids as `visible_text`."""
+        text = self.tokenizer.decode([i for i in new if i not in self.end_ids], inside=True)
+        return visible_text(text, self.stops, finished)
 
 
 def complete(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_tokens: int = 200,
-             sampling: Sampling = Sampling()) -> list[str]:
-    """Continue each text, all in one batch; return what follows each, up to an end-of-text token.
+             sampling: Sampling = Sampling(), end_ids: set[int] | None = None) -> list[str]:
+    """Continue each text, all in one batch; return what follows each, up to a token of end_ids.
 
-    An empty prompt starts after the end-of-text token, as in sample.py, which returns the same texts for the
-    same seed and the same numbers of rows. Raises UserError as `generate` does.
+    end_ids: None takes the tokenizer's. An empty prompt starts after the end-of-text token, as in sample.py,
+    which returns the same texts for the same seed and the same numbers of rows. Raises UserError as
+    `generate` does.
     """
-    ends = tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids]
+    if end_ids is None:
+        end_ids = {*(tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids])}
+    end, new = TextEnd(tokenizer, end_ids, []), list[list[int]]([] for _ in prompts)
     rows = [tokenizer.prefix_ids + tokenizer.encode(prompt) or [tokenizer.eot_id] for prompt in prompts]
-    new: list[list[int]] = [[] for _ in rows]
-    for tokens in generate(model, rows, max_new_tokens, sampling, lambda row, ids: ids[-1] in ends,
+    for tokens in generate(model, rows, max_new_tokens, sampling, lambda row, ids: end.is_reached(ids),
                            Options(vocab_size=tokenizer.vocab_size)):
         append_tokens(new, tokens)
-    return [tokenizer.decode([token for token in row if token not in ends], inside=True) for row in new]
+    return [end.text(row) for row in new]

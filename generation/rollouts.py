@@ -19,12 +19,13 @@ only. Shapes: P prompts, B rows, V vocab_size, S tokens of the longest prompt an
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from configurator import UserError
+from dataset.chat_rows import prefix_batch
 from formats.chat_format import encode_chat, encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Message, call_tool
@@ -77,39 +78,25 @@ def is_even(group: list[Rollout]) -> bool:
     return len({rollout.reward for rollout in group}) == 1
 
 
-def group_batch(groups: list[list[Rollout]]) -> dict[str, Any]:
-    """Groups of answers as one row without padding, each prompt followed by its answers, as in pair_batch.
+def group_batch(groups: list[list[Rollout]]) -> dict[str, Tensor]:
+    """Groups of answers as a `prefix_batch`, whose targets are the sampled tokens alone.
 
-    Returns {"input_ids": (1, N), "paths": (answers, S), "positions", "targets", "old", "advantages":
-    (targets,)}. Targets are the sampled tokens only; "old" has their log-probabilities when they were
-    sampled. One prompt p with the answers a, where a tool writes t after a0, and b:
+    Adds "old" and "advantages", (targets,) float32: the tokens' log-probabilities when they were sampled, and
+    what their answers are worth. One prompt p with the answers a, where a tool writes t after a0, and b:
 
         slot         0   1   2   3   4   5
         input_ids   p0  p1  a0  t0  t1  b0      an answer's last token is no input
         paths       0 1 2 3 4                   positions   1  4   1  5
                     0 1 5 5 5                   targets    a0 a1  b0 b1
     """
-    inputs: list[int] = []
-    paths: list[list[int]] = []
-    positions, targets, old, advantages = list[int](), list[int](), list[float](), list[float]()
-    for group in groups:
-        prompt = group[0].prompt
-        shared = list(range(len(inputs), len(inputs) + len(prompt)))
-        inputs += prompt
-        for rollout in group:
-            path = shared + list(range(len(inputs), len(inputs) + len(rollout.ids) - 1))
-            inputs += rollout.ids[:-1]
-            paths.append(path)
-            sampled = [place for place, is_sampled in enumerate(rollout.sampled) if is_sampled]
-            positions += [path[len(prompt) - 1 + place] for place in sampled]  # the token before predicts it
-            targets += [rollout.ids[place] for place in sampled]
-            old += [rollout.log_probs[place] for place in sampled]
-            advantages += [rollout.advantage] * len(sampled)
-    longest = max(map(len, paths))
-    paths = [path + path[-1:] * (longest - len(path)) for path in paths]
-    return {"input_ids": torch.tensor([inputs]), "paths": torch.tensor(paths),
-            "positions": torch.tensor(positions), "targets": torch.tensor(targets),
-            "old": torch.tensor(old), "advantages": torch.tensor(advantages)}  # float32 both
+    answers = [rollout for group in groups for rollout in group]
+    batch = prefix_batch([(np.array(group[0].prompt), [np.array(each.ids) for each in group])
+                          for group in groups])
+    sampled = torch.tensor([mark for each in answers for mark in each.sampled])  # (answers' tokens,)
+    advantages = torch.tensor([each.advantage for each in answers])
+    batch |= {"old": torch.tensor([value for each in answers for value in each.log_probs]),
+              "advantages": advantages.repeat_interleave(batch.pop("lengths"))}
+    return batch | {key: batch[key][sampled] for key in ("positions", "targets", "old", "advantages")}
 
 
 def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[Tensor, Tensor]:

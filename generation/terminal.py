@@ -4,10 +4,14 @@
 
 /reset starts over, /save FILE appends the conversation as one line of JSON, which prepare.py --kind=chat
 reads, and /quit (or the end of input) leaves. Ctrl-C stops an answer and removes its question. The cache
-keeps the keys and values of earlier turns. When the context is full, the oldest turns are dropped.
+keeps the keys and values of earlier turns. When the context is full, the oldest turns are dropped. On a
+terminal, the arrow keys recall the lines of this and earlier conversations, from ~/.nanollama_history.
 """
 
+import atexit
+import contextlib
 import json
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +21,7 @@ from generation.assistant import Assistant, Message
 from generation.generate import PrefixCache
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # terminal styles
+HISTORY, MOST_LINES = os.path.expanduser("~/.nanollama_history"), 1000
 HELP = "/reset starts over, /save FILE saves, /quit leaves; Ctrl-C stops an answer\n"
 
 
@@ -43,6 +48,17 @@ class Printer:
         text = self.tokenizer.decode(self.ids, inside=True).rstrip("\N{REPLACEMENT CHARACTER}")
         self.write(text[self.written:])
         self.written = len(text)
+
+
+def edit_lines() -> None:
+    """From now on, input() edits lines, and recalls those of this and earlier conversations."""
+    # Some Pythons are built without readline, and at first there is no file.
+    with contextlib.suppress(ImportError, OSError):
+        import readline
+        readline.set_history_length(MOST_LINES)
+        if os.access(os.path.dirname(HISTORY), os.W_OK):
+            atexit.register(readline.write_history_file, HISTORY)
+        readline.read_history_file(HISTORY)
 
 
 def read_line(ask: Callable[[str], str], write: Callable[[str], Any]) -> str | None:

@@ -91,7 +91,7 @@ def test_the_pipeline_and_the_chat_template(chat_model, tokenizer, tmp_path):
     answer = generate(CHAT, max_new_tokens=8, do_sample=False, return_full_text=False)[0]["generated_text"]
     config = sample.SampleConfig(model=str(out), temperature=0, max_new_tokens=8)
     sampler = sample.Sampler(config)
-    ours = sampler.run([ids], 0, stream=False)[0][0]
+    ours = sampler.run([ids], 0, stream=False)[0]["completion"]
     assert answer.replace("\ufffd", "") == generate.tokenizer.decode(
         tokenizer.encode(ours), skip_special_tokens=True).replace("\ufffd", "") and answer
     assert generate.model.generation_config.eos_token_id == tokenizer.end_ids

@@ -384,10 +384,10 @@ def test_streaming_never_takes_back_a_character(trained, monkeypatch):
     sampler = sample.Sampler(sample.SampleConfig(model=str(trained), device="cpu", stop="END"))
     tokenizer = sampler.tokenizer
     ids = tokenizer.encode("née 中 EN E EN") + tokenizer.encode("D after")
-    shown = [sampler.visible_text(ids[:n], finished=False) for n in range(len(ids) + 1)]
+    shown = [sampler.end.text(ids[:n], finished=False) for n in range(len(ids) + 1)]
     assert all(later.startswith(earlier) for earlier, later in zip(shown, shown[1:], strict=False))
     assert not any("\N{REPLACEMENT CHARACTER}" in text for text in shown)
-    assert sampler.visible_text(ids, finished=True) == "née 中 EN E "
+    assert sampler.end.text(ids) == "née 中 EN E "
 
 
 def test_prompts_are_text_and_long_ones_are_cut_with_a_note(capsys, trained):
