@@ -21,17 +21,12 @@ from formats import chat_format, hf
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
 from generation.constraints import ConstraintKeys, constraint_of
-from generation.generate import Options, Sampling, append_tokens, generate
+from generation.generate import Options, Sampling, TextEnd, append_tokens, generate, visible_text
 from generation.rollouts import Limits, Rollout, RolloutSampler
 from model import GPT
 from modeling.devices import DTYPES, pick_device
 
 MAX_BATCH_TOKENS = 2**17  # prompt tokens per batch: long prompts (16,384 tokens) go eight at a time
-
-
-def cut_at_stop(text: str, stops: list[str]) -> str:
-    """Text up to the first of the stop texts in it."""
-    return text[:min([at for stop in stops if (at := text.find(stop)) >= 0], default=len(text))]
 
 
 class LM:
@@ -129,20 +124,11 @@ class LM:
         """
         answers: list[list[int]] = [[] for _ in prompts]
         guide = self.constraint and self.constraint.guide([[] if self.chat else None] * len(prompts))
-        # A stop text that the last token completes spans at most one token per byte. One token
-        # more, because a tokenizer may drop a space from the first token that it decodes.
-        window = 1 + max((len(stop.encode()) for stop in stops), default=0)
-
-        def is_done(row: int, new: list[int]) -> bool:
-            if new[-1] in self.end_ids or self.chat or not stops:
-                return new[-1] in self.end_ids
-            tail = self.tokenizer.decode(new[-window:], inside=True)
-            return any(stop in tail for stop in stops)
-
-        for tokens in generate(self.model, prompts, max_new_tokens,
-                               Sampling(temperature=self.temperature, seed=self.seed), is_done,
-                               Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers,
-                                       guide=guide)):
+        end = TextEnd(self.tokenizer, self.end_ids, [] if self.chat else stops)
+        sampling = Sampling(temperature=self.temperature, seed=self.seed)
+        options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers, guide=guide)
+        for tokens in generate(self.model, prompts, max_new_tokens, sampling,
+                               lambda row, new: end.is_reached(new), options):
             append_tokens(answers, tokens)
         self.tokens += sum(map(len, answers))
         return answers
@@ -170,7 +156,7 @@ class LM:
                         for prompt, answer in zip(prompts, answers, strict=True)]
         self.replies = []
         self.cut = [len(answer) == max_new_tokens and answer[-1] not in self.end_ids for answer in answers]
-        return [cut_at_stop(self.answer_text(ids), stops) for ids in answers]
+        return [visible_text(self.answer_text(ids), stops) for ids in answers]
 
     # ---- Conversations ------------------------------------------------------------------------------------
 

@@ -24,7 +24,7 @@ from formats import hf
 from formats.files import write_text
 from formats.markdown import fenced, table
 from formats.tokenizer import Tokenizer
-from generation.generate import Options, Sampling, append_tokens, generate
+from generation.generate import Sampling, complete, generate
 from model import GPT
 from modeling.devices import device_name, pick_device
 from training.run import Run
@@ -102,22 +102,11 @@ def read_prompts(path: str | None) -> list[str]:
     return prompts
 
 
-def continuations(cfg: CompareConfig, sampling: Sampling, model: GPT, tokenizer: Tokenizer,
-                  prompts: list[str], end_ids: set[int]) -> list[str]:
-    """What the model writes after each prompt, up to an id of end_ids or cfg.max_new_tokens tokens."""
-    ids = [tokenizer.prefix_ids + tokenizer.encode(prompt) for prompt in prompts]
-    new: list[list[int]] = [[] for _ in prompts]
-    for tokens in generate(model, ids, cfg.max_new_tokens, sampling, lambda row, new: new[-1] in end_ids,
-                           Options(vocab_size=tokenizer.vocab_size)):
-        append_tokens(new, tokens)
-    return [tokenizer.decode([i for i in row if i not in end_ids], inside=True) for row in new]
-
-
 def writing(cfg: CompareConfig, folders: list[Path], models: list[GPT], tokenizer: Tokenizer,
             prompts: list[str]) -> list[str]:
     """The parts of the page that show what both models write after each prompt."""
     end_ids = {tokenizer.eot_id, *(i for folder in folders for i in hf.end_ids(folder))}
-    texts = {f"{name}, {how}": continuations(cfg, sampling, model, tokenizer, prompts, end_ids)
+    texts = {f"{name}, {how}": complete(model, tokenizer, prompts, cfg.max_new_tokens, sampling, end_ids)
              for how, sampling in (("greedy", GREEDY), ("sampled", cfg))
              for name, model in zip(("Teacher", "Student"), models, strict=True)}
     parts = [f"## What they write\n\nAt most {cfg.max_new_tokens:,} tokens after each prompt. Sampled: "

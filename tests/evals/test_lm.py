@@ -6,8 +6,9 @@ import pytest
 
 import evals.lm
 import generation.assistant
-from evals.lm import LM, cut_at_stop
+from evals.lm import LM
 from formats.chat_format import encode_answer, encode_prompt
+from generation.generate import visible_text
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +47,7 @@ def test_generation_stops_at_a_stop_text_however_it_is_tokenized(base, monkeypat
     for ids in spelled:  # as the tokenizer encodes it, and letter by letter
         monkeypatch.setattr(evals.lm, "generate", scripted(ids))
         before = base.tokens
-        assert base.generate_until(["x"], stops, 100) == [written] == [cut_at_stop(text, stops)]
+        assert base.generate_until(["x"], stops, 100) == [written] == [visible_text(text, stops)]
         asked.append(base.tokens - before)
         least = next((n for n in range(1, len(ids)) if any(s in tokenizer.decode(ids[:n]) for s in stops)),
                      len(ids))
