@@ -113,6 +113,9 @@ TASKS = {  # in the order of the table and of --tasks=all
     # Short answers from memory (HotpotQA, TriviaQA) or from a passage (SQuAD 1.1 and 2.0).
     **{name: Task(open_qa, {"name": name}, votes=True) for name in open_qa.HUB},
     "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function
+    # One of several functions; several calls; both.
+    **{f"bfcl_{name}": Task(bfcl, {"category": name})
+       for name in ("multiple", "parallel", "parallel_multiple")},
     "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
     # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.

@@ -1,4 +1,5 @@
-"""Tool use: the simple (Python) and the irrelevance questions of the Berkeley Function Calling Leaderboard.
+"""Tool use: Python questions of the Berkeley Function Calling Leaderboard: simple, multiple, parallel,
+parallel_multiple, irrelevance.
 
     {"id": "simple_python_0", "question": [[{"role": "user", "content": "Area of a triangle, base 10, ..?"}]],
      "function": [{"name": "triangle_area", "description": "..", "parameters": {"required": ["base"],
@@ -10,28 +11,32 @@ The system message offers the function as our chats offer the calculator, then d
     You can call triangle_area(base, unit).
     {"name": "triangle_area", "description": "..", "parameters": {..}}
 
-The first message of the assistant is judged; nothing is run. A simple question has four figures:
+A multiple question offers several functions, of which one is right. A parallel question needs several calls,
+in any order; parallel_multiple is both. The first message of the assistant is judged; nothing is run. There
+are four figures:
 
-- accuracy: exactly one call, of the right function, with right arguments;
+- accuracy: exactly the right calls, each of the right function with right arguments;
 - valid_syntax: there are calls, and all of them are JSON with a name and arguments;
-- right_function: exactly one call, with the right name;
-- right_arguments: exactly one call with right arguments, whatever its name.
+- right_function: exactly the right names, each as often as it is needed;
+- right_arguments: as many calls as needed, with right arguments, whatever their names.
 
 An irrelevance question asks for something the function cannot do. Its accuracy is the share of messages
 without a call, so a model that never calls gets them all right. A malformed call counts as a call here; on
 the leaderboard it counts as none.
 
 Right arguments are those that the leaderboard's checker accepts (ast_checker.py of the package bfcl_eval,
-from github.com/ShishirPatil/gorilla). Each parameter has a list of possible values; "" in the list means that
-the parameter is optional. A value must have the described type. An integer is accepted as a float, but not
-inside an array. Strings are compared without case, spaces and the characters ,./-_*^. If the possible values
-have another type than the description, they are compared as they are. Files: bfcl_v4*; hub (version 3):
+from github.com/ShishirPatil/gorilla). Like the checker, we take for each right call the first call that fits.
+Each parameter has a list of possible values; "" in the list means that the parameter is optional. A value
+must have the described type. An integer is accepted as a float, but not inside an array. Strings are compared
+without case, spaces and the characters ,./-_*^. If the possible values have another type than the
+description, they are compared as they are. Files: bfcl_v4*; hub (version 3):
 gorilla-llm/Berkeley-Function-Calling-Leaderboard.
 """
 
 import re
+from collections import Counter
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 from configurator import UserError
 from dataset.tool_problems import offer
@@ -42,8 +47,11 @@ from formats.chat_format import require_chat
 from generation.assistant import Message
 
 HUB = "gorilla-llm/Berkeley-Function-Calling-Leaderboard"
-HUB_FILES = {"simple_python": ["BFCL_v3_simple.json", "possible_answer/BFCL_v3_simple.json"],
-             "irrelevance": ["BFCL_v3_irrelevance.json"]}
+HUB_FILES = {
+    **{name: [f"BFCL_v3_{file}.json", f"possible_answer/BFCL_v3_{file}.json"] for name, file in (
+        ("simple_python", "simple"), ("multiple", "multiple"), ("parallel", "parallel"),
+        ("parallel_multiple", "parallel_multiple"))},
+    "irrelevance": ["BFCL_v3_irrelevance.json"]}
 MAX_NEW_TOKENS = 200
 TYPES = {"string": str, "integer": int, "float": float, "boolean": bool, "array": list, "tuple": list,
          "dict": dict, "any": str}
@@ -121,9 +129,8 @@ def wrong_argument(arguments: Any, parameters: dict[str, Any], possible: dict[st
 class ToolQuestion(NamedTuple):
     id: str
     messages: list[Message]
-    name: str  # of the function
-    parameters: dict[str, Any]  # its description: {"properties": {name: {"type": ..}}, "required": [..]}
-    possible: dict[str, list]  # possible values of each parameter; {} for irrelevance questions
+    functions: dict[str, dict[str, Any]]  # {name: {"properties": {name: {"type": ..}}, "required": [..]}}
+    calls: list[tuple[str, dict[str, list]]]  # right calls: a name, possible values of each parameter
 
 
 def download(names: list[str]) -> Path:
@@ -139,61 +146,75 @@ def download(names: list[str]) -> Path:
 
 def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> ToolQuestion:
     """truth: [{function: {parameter: possible values}}], or None for an irrelevance question."""
-    [messages], [function] = row["question"], row["function"]
-    name, properties = text_of(function["name"]), function["parameters"]["properties"]
-    conversation = [{"role": "system", "content": offer(function)}]
+    [messages], offered = row["question"], row["function"]
+    functions = {text_of(function["name"]): function["parameters"] for function in offered}
+    conversation = [{"role": "system", "content": "\n".join(map(offer, offered))}]
     conversation += [{"role": message["role"], "content": message["content"].strip()} for message in messages]
-    possible = {}
-    if truth is not None:
-        [call] = truth  # ValueError unless there is exactly one
-        [(called, possible)] = call.items()
-        if called != name:
-            raise ValueError(f"the right call is of {called!r}, but {name!r} is offered")
-        texts_of(function["parameters"]["required"])
-    for parameter, values in possible.items():
-        described_types(properties[parameter])  # KeyError for a type that this file does not know
-        if not isinstance(values, list):
-            raise TypeError(f"{parameter}: the possible values {values!r} are not a list")
-    return ToolQuestion(row["id"], conversation, name, function["parameters"], possible)
+    calls = []
+    for each in truth or []:
+        [(name, possible)] = each.items()
+        parameters = functions[name]  # KeyError for a function that is not offered
+        texts_of(parameters["required"])
+        for parameter, values in possible.items():
+            if parameter in parameters["properties"]:  # parallel_multiple_12 has one that is not described
+                described_types(parameters["properties"][parameter])  # KeyError for an unknown type
+            if not isinstance(values, list):
+                raise TypeError(f"{parameter}: the possible values {values!r} are not a list")
+        calls.append((name, possible))
+    if truth == []:
+        raise ValueError("no right call")
+    return ToolQuestion(row["id"], conversation, functions, calls)
 
 
-def load(source: str | None, limit: int, shots: int | None,
-         category: Literal["simple_python", "irrelevance"]) -> Questions:
+def load(source: str | None, limit: int, shots: int | None, category: str) -> Questions:
     """The first `limit` questions. There are no worked examples."""
     if source is None:
         rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
     else:
-        rows = read(source, f"bfcl_v4_{category}", "")
+        rows = [row for row in read(source, f"bfcl_v4_{category}", "")  # parallel* is also parallel_multiple*
+                if not str(row.get("id")).startswith(f"{category}_multiple")]
     # Answers are rows of their own, in another file, with the id of their question.
     truths = dict(convert([row for row in rows if "ground_truth" in row],
                           lambda row: (text_of(row["id"]), row["ground_truth"] or [])))
     questions = [row for row in rows if "ground_truth" not in row][:limit]
-    simple = category == "simple_python"
+    silent = category == "irrelevance"
     return Questions(convert(questions,
-                             lambda row: question_of(row, truths[row["id"]] if simple else None)), [])
+                             lambda row: question_of(row, None if silent else truths[row["id"]])), [])
 
 
 def judge_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
     return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
 
 
+def wrong_call(question: ToolQuestion, calls: list[dict[str, Any]], named: bool) -> str | None:
+    """What is wrong with the calls, or None. named: whether their names have to be right, too."""
+    if len(calls) != len(question.calls):
+        return f"{len(calls)} calls instead of {len(question.calls)}"
+    left = list(calls)
+    for name, possible in question.calls:
+        reasons = ["wrong function" if named and call["name"] != name else
+                   wrong_argument(call["arguments"], question.functions[name], possible) for call in left]
+        if None not in reasons:
+            return reasons[0]
+        del left[reasons.index(None)]
+    return None
+
+
 def judge_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
     """The four verdicts, and under "wrong" what is wrong with the arguments, or None."""
     calls = message.get("tool_calls", [])
     valid = bool(calls) and not message.get("malformed")
-    right_function, wrong = False, "not one call"
-    if valid and len(calls) == 1:
-        right_function = calls[0]["name"] == question.name
-        wrong = wrong_argument(calls[0]["arguments"], question.parameters, question.possible)
-    return {"accuracy": right_function and not wrong, "valid_syntax": valid,
-            "right_function": right_function, "right_arguments": not wrong, "wrong": wrong}
+    said, needed = Counter(call["name"] for call in calls), Counter(name for name, _ in question.calls)
+    wrong = wrong_call(question, calls, named=False) if valid else "no valid call"
+    return {"accuracy": valid and not wrong_call(question, calls, named=True), "valid_syntax": valid,
+            "right_function": valid and said == needed, "right_arguments": not wrong, "wrong": wrong}
 
 
 def score(lm: LM, questions: Questions, category: str) -> Result:
-    """Four figures for simple questions, one for irrelevance. UserError for a model without chat tokens."""
+    """Four figures, or one for irrelevance. UserError for a model without chat tokens."""
     require_chat(lm.tokenizer, str(lm.folder))
     replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
-    judge = judge_call if category == "simple_python" else judge_silence
+    judge = judge_silence if category == "irrelevance" else judge_call
     answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
                 **judge(question, message)}
                for question, [message] in zip(questions.asked, replies, strict=True)]

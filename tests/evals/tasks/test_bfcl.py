@@ -101,9 +101,33 @@ def first(values):
 
 
 def oracle(question):
-    arguments = {key: first(values) for key, values in question.possible.items() if values != [""]}
-    calls = [{"name": question.name, "arguments": arguments}]
+    calls = [{"name": name, "arguments": {key: first(values) for key, values in possible.items()
+                                          if values != [""]}} for name, possible in question.calls]
     return [{"role": "assistant", "content": "", "tool_calls": calls}]
+
+
+def test_several_functions_and_several_calls():
+    """Calls fit in any order; each right call needs a call of its own."""
+    functions = [ROW["function"][0], {"name": "geo.side", "description": "", "parameters": {
+        "type": "dict", "properties": {"base": kind("integer")}, "required": ["base"]}}]
+    truth = [{"geo.area": {"base": [10], "height": [5]}}, {"geo.side": {"base": [3]}},
+             {"geo.side": {"base": [3, 4]}}]
+    question = question_of(ROW | {"function": functions}, truth)
+    assert question.messages[0]["content"].count("You can call geo.") == 2
+
+    def verdicts(*calls):
+        given = [{"name": f"geo.{name}", "arguments": arguments} for name, arguments in calls]
+        judged = judge_call(question, {"tool_calls": given})
+        return judged["accuracy"], judged["right_function"], judged["right_arguments"]
+
+    area, three, four = ("area", {"base": 10, "height": 5}), ("side", {"base": 3}), ("side", {"base": 4})
+    assert verdicts(area, three, four) == verdicts(four, area, three) == (True, True, True)
+    assert verdicts(area, three, three) == (True, True, True)
+    assert verdicts(area, four, four) == (False, True, False)
+    assert verdicts(area, three, ("area", {"base": 3})) == (False, False, True)
+    assert verdicts(area, three) == verdicts(area, three, four, four) == (False, False, False)
+    with pytest.raises(KeyError, match="geo.other"):
+        question_of(ROW | {"function": functions}, [{"geo.other": {}}])
 
 
 def test_system_message_oracle_and_wrong_answers(chat_folder, trained, tmp_path, monkeypatch):
@@ -153,7 +177,7 @@ def test_files(tmp_path, monkeypatch):
         json.dumps(row) + "\n" for row in (strange, {"id": ROW["id"], "ground_truth": ROW["ground_truth"]})))
     with pytest.raises(UserError, match="row 1 does not fit this benchmark .KeyError: 'list'"):
         bfcl.load(str(tmp_path), 5, None, "simple_python")
-    for truth in (None, [], [{}], [{"other": {}}], ROW["ground_truth"] * 2, [{"geo.area": {"base": 10}}]):
+    for truth in (None, [], [{}], [{"other": {}}], [{"geo.area": {"base": 10}}]):
         (tmp_path / "bfcl_v4_simple_python.jsonl").write_text("".join(
             json.dumps(row) + "\n" for row in (QUESTION, {"id": ROW["id"], "ground_truth": truth})))
         with pytest.raises(UserError, match="row 1 does not fit this benchmark"):
