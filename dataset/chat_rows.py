@@ -17,6 +17,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from configurator import UserError
 from dataset.dataloader import IGNORE, more_rows_hint, text_batch
@@ -215,13 +216,13 @@ def batch_of(rows: np.ndarray, cfg: BatchConfig, eot_id: int) -> dict[str, Any]:
     return batch
 
 
-def pair_batch(pairs: list[tuple[np.ndarray, int, int]]) -> dict[str, Any]:
-    """n pairs of `PairRows.pair` as one row without padding, each prompt followed by both answers.
+def prefix_batch(groups: list[tuple[np.ndarray, list[np.ndarray]]]) -> dict[str, Tensor]:
+    """Prompts with several answers each as one row without padding: every prompt, then its answers.
 
-    Returns {"input_ids": (1, N), "paths": (2n, S), "positions", "targets": (targets,), "lengths": (n, 2),
-    "count": n, "context": S}, all int64. A path lists the slots of a prompt and of one answer, chosen before
-    rejected. GPT attends along paths, so the prompt is computed once. One pair of prompt p, chosen c and
-    rejected r:
+    groups: (ids of a prompt, ids of its answers). Returns {"input_ids": (1, N), "paths": (answers, S),
+    "positions", "targets": (targets,), "lengths": (answers,)}, all int64. A path lists the slots of a prompt
+    and of one answer. GPT attends along paths, so the prompt is computed once. One prompt p with the answers
+    c and r:
 
         slot         0   1   2   3   4
         input_ids   p0  p1  c0  r0  r1     an answer's last token is no input
@@ -231,20 +232,29 @@ def pair_batch(pairs: list[tuple[np.ndarray, int, int]]) -> dict[str, Any]:
         targets    c0 c1  r0 r1 r2
         lengths       2      3             targets of each answer
     """
-    inputs, targets, paths, positions, begin = [], [], [], [], 0
-    for ids, prompt, chosen in pairs:
-        middle = prompt + chosen - 1  # slot of the first rejected token, because c's last token is no input
-        inputs.append(np.delete(ids, [middle, -1]))
-        slots = np.arange(begin, begin + len(ids) - 2)
-        both = slots[:middle], np.concatenate((slots[:prompt], slots[middle:]))
-        paths += both
-        positions += [path[prompt - 1:] for path in both]
-        targets.append(ids[prompt:])
-        begin += len(slots)
+    inputs, targets, paths, positions, end = [], [], [], [], 0
+    for prompt, answers in groups:
+        inputs.append(prompt)
+        shared = np.arange(end, end + len(prompt))
+        end += len(prompt)
+        for answer in answers:
+            inputs.append(answer[:-1])
+            targets.append(answer)
+            paths.append(np.append(shared, np.arange(end, end + len(answer) - 1)))
+            positions.append(paths[-1][len(prompt) - 1:])  # the token before predicts it
+            end += len(answer) - 1
     longest = max(map(len, paths))
     batch = {"input_ids": np.concatenate(inputs)[None],  # (1, N)
              "paths": np.stack([np.pad(path, (0, longest - len(path)), mode="edge") for path in paths]),
              "positions": np.concatenate(positions), "targets": np.concatenate(targets),
-             "lengths": np.array([len(each) for each in positions]).reshape(-1, 2)}
-    tensors = {key: torch.from_numpy(array) for key, array in batch.items()}
-    return tensors | {"count": len(pairs), "context": longest}
+             "lengths": np.array([len(each) for each in positions])}
+    return {key: torch.from_numpy(array) for key, array in batch.items()}
+
+
+def pair_batch(pairs: list[tuple[np.ndarray, int, int]]) -> dict[str, Any]:
+    """n pairs of `PairRows.pair` as a `prefix_batch`, chosen before rejected, with "lengths" (n, 2), "count"
+    n, and "context" S."""
+    batch = prefix_batch([(ids[:prompt], [ids[prompt:prompt + chosen], ids[prompt + chosen:]])
+                          for ids, prompt, chosen in pairs])
+    return batch | {"lengths": batch["lengths"].view(-1, 2), "count": len(pairs),
+                    "context": batch["paths"].shape[1]}

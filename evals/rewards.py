@@ -23,7 +23,7 @@ from configurator import UserError
 from dataset.conversations import Message
 from dataset.prompts import LETTERS, Prompt
 from dataset.sources import Skip
-from evals.tasks.gsm8k import flexible, strict
+from evals.tasks.word_problems import flexible, strict
 from formats.files import file_sha256
 
 BUILT_IN = "answer"
