@@ -47,7 +47,6 @@ from dataset.shards import DataFolder, ShardWriter, describe, open_writers
 from dataset.sources import KINDS, Row, Skip, find_files, hub_rows, parse_json, printable, read_rows
 from dataset.tasks import TaskName
 from dataset.tool_problems import TOOL_ROWS, TOOL_ROWS_VERSION, tool_rows
-from formats import hf
 from formats.chat_format import require_chat, with_chat_tokens
 from formats.chat_template import own_template
 from formats.files import atomic_folder, file_sha256, write_json
@@ -337,6 +336,8 @@ def make_tokenizer(texts: Iterable[str], cfg: PrepareConfig) -> Tokenizer:
         # Qwen/Qwen3-0.6B is a hub id unless there is a folder Qwen/ here; out/base is an out_dir.
         is_hub_id = cfg.tokenizer.count("/") == 1 and not path.parent.exists()
         is_model = (path / "checkpoints.json").is_file() or is_hub_id
+        from formats import hf  # imports torch, which only a model's tokenizer needs
+
         tokenizer = Tokenizer.load(hf.find_folder(path) if is_model else cfg.tokenizer)
     if cfg.kind != "text":
         tokenizer = with_chat_tokens(tokenizer, ours=cfg.chat_format == "nanollama")
@@ -488,6 +489,8 @@ def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFol
 
     Raises UserError if a user made the folder with other settings.
     """
+    from formats import hf
+
     # find_folder turns an out_dir into its checkpoint and a hub id into its download, which have a tokenizer.
     cfg = PrepareConfig(kind=kind, source="problems", out=f"data/problems_{kind}",
                         tokenizer=str(hf.find_folder(model)))

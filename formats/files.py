@@ -17,13 +17,14 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from safetensors.torch import save_file
-from torch import Tensor
 
 from configurator import UserError
+
+if TYPE_CHECKING:  # prepare.py handles no tensors, so it starts without torch, in a fifth of the time
+    from torch import Tensor
 
 
 @contextlib.contextmanager
@@ -116,10 +117,12 @@ def write_json(path: Path, content: Any) -> None:
     write_bytes(path, text.encode("utf-8", "backslashreplace"))
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+def write_tensors(path: Path, tensors: "dict[str, Tensor]") -> None:
     """Write a safetensors file with the umask's mode; the library alone gives it to its owner only."""
     path.touch()
     mode = path.stat().st_mode
+    from safetensors.torch import save_file
+
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(mode)
 

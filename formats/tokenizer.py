@@ -27,7 +27,6 @@ from tiktoken.load import read_file_cached
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from configurator import UserError
-from formats import gguf_reader
 from formats.files import content_errors, read_json
 from formats.splits import GPT2_SPLIT, QWEN2_SPLIT, byte_level_bpe
 
@@ -281,6 +280,8 @@ class Tokenizer:
         """Load `gpt2`, a folder with tokenizer.json, such a file, or a GGUF file. UserError otherwise."""
         if str(source) == "gpt2":
             return cls(gpt2_definition())
+        from formats import gguf_reader  # imports torch; a new BPE does not need it
+
         path = Path(source)
         if gguf_reader.is_gguf(path):
             with library_errors(path):

@@ -21,7 +21,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from configurator import UserError
 
@@ -32,7 +31,8 @@ MOST_THREADS = 1024  # more cores than a machine has; torch would start any numb
 
 def gather_full(tensor: Tensor) -> Tensor:
     """Return the full tensor of a parameter that may be sharded. Every rank must call this function."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    # Only a DTensor has this method. Importing the class to ask for it would cost every process a second.
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
 def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
@@ -40,8 +40,10 @@ def shard_like(parameter: Tensor, value: Tensor) -> Tensor:
 
     If `parameter` is not sharded, return `value`.
     """
-    if not isinstance(parameter, DTensor):
+    if not hasattr(parameter, "full_tensor"):
         return value
+    from torch.distributed.tensor import distribute_tensor
+
     value = value.to(parameter.device)
     return distribute_tensor(value, parameter.device_mesh, parameter.placements, src_data_rank=None)
 

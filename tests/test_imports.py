@@ -57,6 +57,26 @@ def test_no_import_runs_upward(name):
         assert other == room or LEVEL[other] < LEVEL[room], f"{name} imports {imported}"
 
 
+def start_imports(name: str) -> set[str]:
+    """What a module imports when it is imported, through the project's own modules too; not TYPE_CHECKING."""
+    seen, left = set(), [name]
+    while left:
+        body = ast.parse(modules()[left.pop()].read_text()).body
+        new = {alias.name if isinstance(node, ast.Import) else f"{node.module}.{alias.name}"
+               for node in body if isinstance(node, ast.Import | ast.ImportFrom) for alias in node.names}
+        new |= {imported.rpartition(".")[0] for imported in new}
+        left += (new - seen) & modules().keys()
+        seen |= new
+    return seen
+
+
+def test_prepare_starts_without_torch():
+    """Importing torch takes two seconds, and text needs none of it."""
+    found = start_imports("prepare")
+    assert "formats.tokenizer" in found and not {name for name in found if name.split(".")[0] == "torch"}
+    assert "torch" in start_imports("sample")
+
+
 def test_no_circles():
     """Take away what imports nothing that is left, again and again: a circle would remain."""
     left = {name: set(imported) for name, imported in GRAPH.items()}
