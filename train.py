@@ -182,10 +182,12 @@ def make_model(cfg: TrainConfig, tokenizer: Tokenizer, run: Run) -> GPT:
     return model
 
 
-def print_summary(model: GPT, data: StagedData, results: dict[str, float], run: Run) -> None:
+def print_summary(cfg: TrainConfig, model: GPT, data: StagedData, results: dict[str, float],
+                  run: Run) -> None:
     """Print the run's size and speed, its loss compared with compressors, a sample, and the next command."""
-    tokenizer, folder = data.tokenizer, data.last_mix.folders[0]
-    sample = sample_text(model, tokenizer, 128)  # before any rank returns: a sharded model needs them all
+    tokenizer, folder, sample = data.tokenizer, data.last_mix.folders[0], ""
+    if cfg.sample_tokens:  # before any rank returns: a sharded model needs them all
+        sample = "\n" + log_text("sample      ", sample_text(model, tokenizer, 128))
     if run.rank > 0 or not results:
         return
     # From the log, because the run may have been resumed. The log may be lost, too.
@@ -197,8 +199,7 @@ def print_summary(model: GPT, data: StagedData, results: dict[str, float], run: 
 trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens in {event["seconds"]:,.0f} s \
 ({event["tokens"] / max(event["seconds"], 1e-9):,.0f} tokens/s)
 validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
-bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}
-{log_text("sample      ", sample)}""")
+bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}{sample}""")
     prompt = ' --prompt="import os"' if folder.folder.name == "pystdlib" else ""
     print_end(run, f"python -m tools.plot {run.quoted}", f"python sample.py --model={run.quoted}{prompt}",
               run.next_stage("sft.py", "out/base"))
@@ -222,7 +223,7 @@ def main(argv: list[str]) -> int:
         results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: next_token_loss(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
-        print_summary(model.eval(), data, results, run)
+        print_summary(cfg, model.eval(), data, results, run)
     return 0
 
 

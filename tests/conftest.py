@@ -18,10 +18,25 @@ from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
+from training import curves
 
 ROOT = Path(__file__).parent.parent
 torch.set_num_threads(1)  # tiny models gain nothing from more threads, and lose much on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
+
+
+class OnePixel:
+    """Stands for the picture of a run. Drawing it would take half of the time of a tiny run."""
+
+    def savefig(self, file, **options):
+        file.write(ONE_PIXEL)
+
+
+# A PNG image: its signature, then the chunks IHDR (1 x 1 pixels, 8 bits, grey), IDAT and IEND.
+ONE_PIXEL = bytes.fromhex("89504e470d0a1a0a0000000d4948445200000001000000010800000000"
+                          "3a7e9b550000000a49444154789c636000000002000148afa4710000000049454e44ae426082")
+DRAW = curves.draw
+curves.draw = lambda runs: OnePixel()  # also in the processes of `two_ranks`, which import this module
 SHARED = ROOT.parent / "shared" / "data"  # public data next to the repository; tests skip without it
 # The smallest run that still has grouped queries, several rows per batch and several batches per step.
 TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_size=128 --block_size=64
@@ -237,6 +252,12 @@ def two_ranks():
     for process in processes:
         process.join(timeout=20)
         process.kill()
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Runs draw their real loss.png."""
+    monkeypatch.setattr(curves, "draw", DRAW)
 
 
 def config_of(schema, *argv):

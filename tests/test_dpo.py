@@ -21,7 +21,8 @@ from tests.test_sft import assert_equal, edited
 from training.losses import linear_log_probs, preference_loss
 
 SIZES = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=10 --learning_rate=1e-3
-    --eval_tokens=2048 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+    --eval_tokens=2048 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0
+    --sample_answers=0""".split()
 TINY = [*SIZES, "--nll_weight=0"]
 
 

@@ -21,7 +21,8 @@ from tests.runs import events, kill_in_step, losses, stopped_in_step
 from training.staged_data import StagedData
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
-    --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
+    --eval_tokens=512 --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0
+    --sample_answers=0""".split()
 LORA = ["--lora_rank=4", "--lora_dropout=0.1"]
 
 
@@ -74,17 +75,17 @@ def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
     assert theirs.generation_config.eos_token_id == tokenizer.end_ids
 
 
-def test_what_it_prints(trained, chats, tmp_path, capsys):
+def test_what_it_prints(trained, chats, tmp_path, capsys, pictures):
     """Answers to read at each evaluation; the next commands, also for a folder with a space in its name."""
     out = tmp_path / "my run"
-    run(trained, chats, out, "--max_steps=2", "--eval_interval=1")
+    run(trained, chats, out, "--max_steps=2", "--eval_interval=1", "--sample_answers=2")
     printed = capsys.readouterr().out
     assert printed.count("\nsample    user: ") == 4 and printed.count("\n          assistant:") == 4
     assert "\ncurves      training    █" in printed and f"\n            {out / 'loss.png'}\n" in printed
     assert printed.endswith(f"\nnext        python sample.py --model='{out}' --chat=True\n"
                             f"            python dpo.py --init_from='{out}' --out_dir='{out}_dpo'\n")
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
-    run(trained, chats, tmp_path / "b", "--max_steps=1", "--sample_answers=0")
+    run(trained, chats, tmp_path / "b", "--max_steps=1")
     assert "sample    " not in capsys.readouterr().out
 
 

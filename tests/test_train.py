@@ -33,7 +33,7 @@ def test_config_files_describe_runs(path):
     assert comment.startswith("# ") and len(comment) > 40  # says what the run is
 
 
-def test_the_default_run_makes_its_own_data(tmp_path, monkeypatch, capsys):
+def test_the_default_run_makes_its_own_data(tmp_path, monkeypatch, capsys, pictures):
     """No arguments but a smaller size: the data is made, and the summary compares with compressors."""
     monkeypatch.chdir(tmp_path)
     shape = [word for word in TINY_RUN if not word.startswith(("--log", "--eval_tokens"))]

@@ -148,7 +148,7 @@ def test_an_on_policy_run_is_killed_while_it_trains(trained, data, chats, tmp_pa
     if source == chats:  # the teacher has to know the chat tokens
         teacher = tmp_path / "teacher"
         sft.main([f"--init_from={trained}", f"--dataset={chats}", f"--out_dir={teacher}", "--block_size=64",
-                  "--max_steps=2", "--eval_tokens=512", "--device=cpu"])
+                  "--max_steps=2", "--eval_tokens=512", "--sample_answers=0", "--device=cpu"])
     base = """--n_layer=1 --n_embd=32 --n_head=2 --intermediate_size=64 --block_size=64 --global_batch_size=8
         --micro_batch_size=4 --max_steps=10 --learning_rate=3e-3 --eval_tokens=512 --device=cpu
         --log_interval=1 --eval_interval=5 --save_interval=3""".split()

@@ -6,12 +6,14 @@ import sys
 import pytest
 
 from configurator import UserError
+from tests.conftest import DRAW
 from tests.runs import EVENTS
 from tools import plot
 
 
 @pytest.fixture
-def run(tmp_path):
+def run(tmp_path, monkeypatch):
+    monkeypatch.setattr(plot, "draw", DRAW)
     (tmp_path / "run").mkdir()
     lines = [json.dumps(event) for event in EVENTS] + ['{"step": 30, "lo']  # a line that a kill cut
     (tmp_path / "run" / "metrics.jsonl").write_text("\n".join(lines))

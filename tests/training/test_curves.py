@@ -12,6 +12,8 @@ from training import curves
 from training.metrics import duration, log_line, time_left
 from training.run import Run
 
+pytestmark = pytest.mark.usefixtures("pictures")
+
 
 @pytest.fixture
 def run(tmp_path):
