@@ -43,7 +43,7 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset.conversations import preference, tool_call
 from dataset.sources import Skip
-from generation.api import Busy, CompletionRequest, Job, Served, TooLong, parse
+from generation.api import CompletionRequest, Job, Served, parse
 from generation.assistant import call_tool
 from generation.generate import Sampling
 from modeling.devices import DTYPES, pick_device, use_threads
@@ -58,8 +58,8 @@ POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; co
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that no other computer can reach
 # The status of an answer to an error. UnicodeEncodeError is half of a surrogate pair; 499 is read by nobody.
 STATUS: dict[type[Exception], int] = {
-    TooLong: 413, Busy: 429, UserError: 400, Skip: 400, UnicodeEncodeError: 400, TimeoutError: 408,
-    ClientDisconnect: 499, Exception: 500}
+    UserError: 400, Skip: 400, UnicodeEncodeError: 400, TimeoutError: 408, ClientDisconnect: 499,
+    Exception: 500}
 
 
 @dataclass(frozen=True, kw_only=True)

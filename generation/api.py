@@ -1,4 +1,4 @@
-"""OpenAI's API without HTTP: the body of a request -> prompts -> rows of a batcher -> answers.
+"""OpenAI's API, without connections: the body of a request -> prompts -> rows of a batcher -> answers.
 
     served = Served("out/dpo", torch.device("cpu"), torch.float32, slots=16, context_length=2048)
     request = parse({"messages": [{"role": "user", "content": "Hi"}]}, CompletionRequest(max_tokens=200))
@@ -26,6 +26,7 @@ from itertools import takewhile
 from typing import Any, Literal
 
 import torch
+from starlette.exceptions import HTTPException
 
 from configurator import UserError, override, require, require_positive
 from dataset.conversations import Message, listed, system_message
@@ -45,14 +46,6 @@ from model import GPT
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
            "prompt_cache_key"}
 MARKS = ("<think>", "<tool_call>")  # of models with their own chat format: what follows is no content
-
-
-class TooLong(UserError):
-    """A prompt that does not fit the context."""
-
-
-class Busy(UserError):
-    """More texts than may wait for a slot."""
 
 
 # ---- Requests ---------------------------------------------------------------------------------------------
@@ -190,7 +183,8 @@ class Job:
     """A running request. It has `size` rows per prompt; the n rows in `shown` become the answer."""
 
     def __init__(self, served: Served, request: CompletionRequest, timeout: float, most_rows: int):
-        """After `timeout` seconds the rows end with a TimeoutError. Raises UserError, TooLong and Busy."""
+        """After `timeout` seconds the rows end with a TimeoutError. Raises UserError, and HTTPException for
+        a prompt that does not fit the context, or for more than most_rows rows."""
         self.served, self.request, self.tokenizer = served, request, served.tokenizer
         self.ends, self.size = served.ends[request.is_chat], max(request.n, request.best_of)
         self.head = {"id": uuid.uuid4().hex, "created": int(time.time()), "model": served.name}
@@ -202,11 +196,12 @@ class Job:
         else:
             prompts = read_prompts(request, self.tokenizer)
         if (longest := max(map(len, prompts))) > served.context_length:
-            raise TooLong(f"the prompt has {longest:,} tokens, and the context {served.context_length:,}")
+            raise HTTPException(413, f"the prompt has {longest:,} tokens, and the context "
+                                     f"{served.context_length:,}")
         if request.best_of > request.n and served.verifier is None:
             raise UserError("best_of: needs a server with --verifier=")
         if len(prompts) * self.size > most_rows:
-            raise Busy("too many texts are waiting for a slot; try again later")
+            raise HTTPException(429, "too many texts are waiting for a slot; try again later")
         # As in Assistant.reply, the rounds after a tool's result draw other random numbers.
         newest = takewhile(lambda message: message["role"] != "user", reversed(messages))
         rounds = sum(message["role"] == "assistant" for message in newest)

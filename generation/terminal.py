@@ -30,7 +30,7 @@ class Printer:
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any], styled: bool):
         self.tokenizer, self.write = tokenizer, write
-        dim, plain = (DIM, PLAIN) if styled else ("", "")
+        self.dim, self.plain = dim, plain = (DIM, PLAIN) if styled else ("", "")
         spelled = {THOUGHT: dim, THOUGHT_END: f"{plain}\n", CALL: dim, END: f"{plain}\n", RESPONSE: ""}
         # Those of other models' formats.
         spelled |= {"<think>": dim, "</think>": plain, "<tool_call>": dim, "</tool_call>": plain}
@@ -48,6 +48,10 @@ class Printer:
         text = self.tokenizer.decode(self.ids, inside=True).rstrip("\N{REPLACEMENT CHARACTER}")
         self.write(text[self.written:])
         self.written = len(text)
+
+    def show_result(self, result: str) -> None:
+        """Write the result of a tool."""
+        self.write(f"{self.dim}= {result}{self.plain}\n")
 
 
 def edit_lines() -> None:
@@ -101,19 +105,16 @@ def save(messages: list[Message], path: str) -> str:
     return f"appended {len(messages)} messages to {path}\n"
 
 
-def answer(assistant: Assistant, messages: list[Message], prefix: PrefixCache, write: Callable[[str], Any],
-           styled: bool) -> None:
+def answer(assistant: Assistant, messages: list[Message], prefix: PrefixCache, printer: Printer) -> None:
     """Print the answer to the last message, and append it; after Ctrl-C remove the question instead."""
-    dim, plain = (DIM, PLAIN) if styled else ("", "")
     try:
-        replies = assistant.reply([messages], Printer(assistant.tokenizer, write, styled), prefix,
-                                  show_result=lambda result: write(f"{dim}= {result}{plain}\n"))[0]
+        replies = assistant.reply([messages], printer, prefix, show_result=printer.show_result)[0]
     except KeyboardInterrupt:
-        write(f"{plain}\n")
+        printer.write(f"{printer.plain}\n")
         messages.pop()
         return
     if replies[-1].pop("cut", False):
-        write(f"{plain} [...]\n")
+        printer.write(f"{printer.plain} [...]\n")
     messages += replies
 
 
@@ -136,4 +137,4 @@ def converse(assistant: Assistant, system: str, ask: Callable[[str], str], write
         elif text:
             messages.append({"role": "user", "content": text})
             write(drop_turns(assistant, messages, len(opening)))
-            answer(assistant, messages, prefix, write, styled)
+            answer(assistant, messages, prefix, Printer(assistant.tokenizer, write, styled))

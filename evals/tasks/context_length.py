@@ -24,7 +24,6 @@ With --sinks or --window the rows are read one token at a time through a cache o
 
 import contextlib
 import itertools
-import math
 from typing import Any
 
 import numpy as np
@@ -34,7 +33,7 @@ from configurator import UserError
 from evals.likelihood import token_losses
 from evals.lm import LM
 from evals.results import Figure, Result, mean
-from evals.tasks.perplexity import Texts, read_texts
+from evals.tasks.perplexity import Texts, perplexity_of, read_texts
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.sinks import SinkCache, cache_limits
@@ -81,13 +80,6 @@ def streamed_losses(model: GPT, rows: list[np.ndarray], limits: tuple[int, int])
     return np.concatenate(losses)
 
 
-def perplexity(losses: np.ndarray) -> Figure:
-    """Losses in nats, (rows, T) -> e^mean. The standard error takes the rows as independent."""
-    loss = mean(losses.mean(1))
-    value = math.exp(loss.value)
-    return Figure(value, value * loss.stderr, losses.size)
-
-
 def loss_by_position(losses: np.ndarray) -> list[dict[str, Any]]:
     """Losses, (rows, T) -> the mean of each range of positions. Each power of two has three ranges."""
     T = losses.shape[1]
@@ -129,7 +121,9 @@ def score(lm: LM, texts: Texts, model: str, context_length: int | None = None, s
                   streamed_losses(lm.model, rows, limits))  # (rows, longest)
         contexts = loss_by_context(lm.model, rows, losses) if limits is None else []
     lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
-    perplexities = {length: perplexity(losses[:, :length]) for length in lengths if length <= longest}
+    # The standard error takes the rows as independent.
+    perplexities = {length: perplexity_of(mean(losses[:, :length].mean(1))._replace(n=length * len(rows)))
+                    for length in lengths if length <= longest}
     shown = sorted({min(trained, longest), longest})
     figures = {f"perplexity_{length}": perplexities[length] for length in shown}
     if short := [each for each in contexts if each["context"] <= longest // 4]:

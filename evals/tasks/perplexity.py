@@ -47,15 +47,6 @@ class Texts(NamedTuple):
     place: str  # the file or folder they come from
 
 
-def file_documents(files: list[Path], limit: int) -> Iterator[str]:
-    """Documents of files: the value of the key "text" in each row, or a whole text file.
-
-    A text file of more than 2 * limit bytes comes in pieces, of which the first has at least `limit` bytes.
-    """
-    rows = read_rows(files, "text", piece=2 * limit)  # pieces are at least half as long as `piece`
-    return (text for _, text in usable_rows(rows, lambda row: document(row, "text")))
-
-
 def validation_documents(folder: Path) -> Iterator[str]:
     """The documents of a prepared folder's validation split. Raises UserError if it holds chats or pairs."""
     data = DataFolder(folder)
@@ -100,10 +91,14 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
         files = find_files(source, "data")[0] if not Path(source).is_dir() else [
             path for path in files_under(Path(source), lambda part: part.startswith("."))[0]
             if path.name.lower().startswith("perplexity") and file_kind(path) in TEXT_KINDS]
-    if not files:
+    if files:  # a long text file comes in pieces, which are at least half as long as `piece`
+        rows = read_rows(files, "text", piece=2 * limit)
+        texts: Iterator[str] = (text for _, text in usable_rows(rows, lambda row: document(row, "text")))
+    else:
         prepared = prepared or own_data(model)
+        texts = validation_documents(prepared)
     documents, left = [], limit
-    for text in file_documents(files, limit) if files else validation_documents(prepared):
+    for text in texts:
         piece = text.encode("utf-8")[:left]
         # The incremental decoder drops a character that the limit has cut in two.
         documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))
@@ -156,6 +151,12 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
     return spans
 
 
+def perplexity_of(loss: Figure) -> Figure:
+    """e^loss, for a mean loss in nats per token."""
+    value = math.exp(loss.value)
+    return Figure(value, value * loss.stderr, loss.n)
+
+
 def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
     ids, context = join_documents(lm, texts), lm.model.config.block_size
     stride = context // 2 if stride is None else stride
@@ -167,9 +168,7 @@ def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext:
     token_bytes = np.array([len(token) for token in lm.tokenizer.token_bytes()])  # bytes of each id, (V,)
     sizes = [int(token_bytes[ids[end - new:end]].sum()) for _, end, new in spans]  # bytes per window
     per_token, per_byte = ratio(sums, counts), ratio(sums, sizes)  # nats
-    perplexity = math.exp(per_token.value)
     bits = Figure(per_byte.value / math.log(2), per_byte.stderr / math.log(2), per_byte.n)
-    return Result({"perplexity": Figure(perplexity, perplexity * per_token.stderr, per_token.n),
-                   "bits_per_byte": bits},
+    return Result({"perplexity": perplexity_of(per_token), "bits_per_byte": bits},
                   details={"text": texts.place, "documents": len(texts.documents), "context": context,
                            "stride": stride, "windows": len(spans), "loss": per_token._asdict()})
