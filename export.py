@@ -34,7 +34,7 @@ from formats import checkpoint, hf
 from formats import gguf as gguf_file
 from formats.files import atomic_folder, file_sha256, read_json, require_utf8_name, sibling_path
 from formats.gguf_tokenizer import vocabulary
-from formats.model_card import Card
+from formats.model_card import card
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from modeling import ternary
@@ -57,22 +57,13 @@ class ExportConfig:
         if unknown := [kind for kind in self.kinds if kind not in gguf_file.KINDS]:
             known = ", ".join(gguf_file.KINDS)
             raise UserError(f"quantize={self.quantize}: {unknown[0]!r} is not a type (choose from {known})")
-        if len(set(self.kinds)) < len(self.kinds):
-            raise UserError(f"quantize={self.quantize}: names a type twice")
         if self.name is not None and (Path(self.name).name != self.name or self.name == ".."):
             raise UserError(f"name={self.name}: must be a plain name, without a folder")
 
-    # The next four are derived from the keys; they are properties, so they are not keys themselves.
+    # The next three are derived from the keys; they are properties, so they are not keys themselves.
     @property
     def kinds(self) -> list[str]:
-        return self.quantize.lower().split(",")  # llama.cpp writes Q4_K_M
-
-    @property
-    def needs_float16(self) -> bool:
-        """True if something is stored as float16: the weights, or the scales of quantized weights."""
-        if self.format == "gguf":  # blocks of q8_0 and of the K-quants have float16 scales
-            return not set(self.kinds) <= {"f32", "bf16"}
-        return self.format == "hf" and self.dtype == "float16"
+        return list(dict.fromkeys(self.quantize.lower().split(",")))  # llama.cpp writes Q4_K_M
 
     @property
     def title(self) -> str:
@@ -117,8 +108,10 @@ class Source:
         """The model in float32. Raises UserError for a weight that is not finite or too large to store."""
         # float32, whatever the export's dtype: a quantizer must not start from rounded weights.
         model = GPT.from_pretrained(self.folder).eval()
-        # bfloat16 has float32's range, so its limit only catches infinities.
-        limit = torch.finfo(torch.float16 if self.cfg.needs_float16 else torch.bfloat16).max
+        stored = {"hf": {self.cfg.dtype}, "gguf": set(self.cfg.kinds), "ternary": set()}[self.cfg.format]
+        # Only these have float32's range. Blocks of q8_0 and of the K-quants have float16 scales.
+        is_wide = stored <= {"f32", "bf16", "float32", "bfloat16"}
+        limit = torch.finfo(torch.bfloat16 if is_wide else torch.float16).max
         for name, parameter in model.named_parameters():
             if not parameter.detach().abs().max() <= limit:  # not "> limit", which is False for NaN
                 raise UserError(f"{self.folder}: {name}: a weight is larger than {limit:.5g} or not a number")
@@ -154,13 +147,10 @@ TEXT_USE = {"prompt": '"import os"', "our_args": '--prompt="import os"',
 def card_text(cfg: ExportConfig, source: Source) -> str:
     with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
-    # The hub shows how to load a model by the name of its library.
-    library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[cfg.format]
-    card = Card(cfg.title, cfg.model, source.folder, source.config, source.tokenizer, cfg.license, library,
-                cfg.results)
     # A base model continues a text; a chat model answers messages.
     use = CHAT_USE if "chat_template" in source.tokenizer.settings else TEXT_USE
-    return card.text(parameters, HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **use))
+    return card(cfg, source, parameters,
+                HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **use))
 
 
 # ---- Formats ----------------------------------------------------------------------------------------------
@@ -255,8 +245,8 @@ def main(argv: list[str]) -> int:
     source = Source(cfg)
     if hf.home(source.folder).resolve() == cfg.folder.resolve():
         raise UserError(f"out={cfg.folder}: is the model itself; give another folder")
-    card = card_text(cfg, source)
-    inputs = inputs_of(cfg, source, card)
+    text = card_text(cfg, source)
+    inputs = inputs_of(cfg, source, text)
     if is_done(cfg.folder, inputs, cfg.overwrite):
         # If an earlier process was killed after its last rename, the export it replaced is still here.
         shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)
@@ -267,7 +257,7 @@ def main(argv: list[str]) -> int:
         with atomic_folder(cfg.folder, marker="manifest.json", kind="export") as folder:
             report = WRITERS[cfg.format](folder, cfg, source, source.weights())
             source.tokenizer.save(folder)
-            (folder / "README.md").write_text(card, encoding="utf-8")
+            (folder / "README.md").write_text(text, encoding="utf-8")
             checkpoint.write_manifest(folder, export=inputs)  # last: it marks a complete folder
     except (OSError, SafetensorError) as error:
         raise UserError(f"out={cfg.folder}: could not be written ({error})") from error

@@ -103,7 +103,7 @@ def parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
     magic, version = data.read(4), read_scalar(data, "I")
     if magic != b"GGUF" or version not in (2, 3):
         is_swapped = magic == b"GGUF" and version % 2**16 == 0
-        raise ValueError("big-endian" if is_swapped else f"begins with {magic}, version {version}")
+        raise ValueError("big-endian" if is_swapped else f"begins with {magic!r}, version {version}")
     count, fields_count = read_scalar(data, "Q"), read_scalar(data, "Q")
     fields = {read_value(data, TEXT): read_value(data, read_scalar(data, "I")) for _ in range(fields_count)}
     tensors = {}

@@ -269,14 +269,12 @@ def end_ids(folder: Path) -> list[int]:
     if gguf_reader.is_gguf(folder):
         return gguf_reader.end_ids(folder)
     for name in ("generation_config.json", "config.json"):
-        path = folder / name
-        ids = read_json(path).get("eos_token_id")
-        ids = ids if isinstance(ids, list) else [ids]
-        if ids in ([], [None]):
-            continue
+        ids = read_json(folder / name).get("eos_token_id")
+        ids = [each for each in (ids if isinstance(ids, list) else [ids]) if each is not None]
         if not all(type(each) is int for each in ids):
-            raise UserError(f"{path}: eos_token_id={str(ids)[:40]}: must be an integer or a list of integers")
-        return ids
+            raise UserError(f"{folder / name}: eos_token_id={str(ids)[:40]}: must be integers")
+        if ids:
+            return ids
     return []
 
 

@@ -1,8 +1,6 @@
 """The model card: the README.md of an export, as the Hugging Face hub reads it.
 
-    card = Card(name="dpo", model="out/dpo", folder=Path("out/dpo/step_000060"), config=config,
-                tokenizer=tokenizer, license="mit")
-    text = card.text(parameters, use="...")
+    text = card(cfg, source, parameters=3_600_000, use="...")        # cfg, source: of export.py
 
 What the card reports, and where it comes from:
 
@@ -30,7 +28,6 @@ from formats import checkpoint, hf, markdown
 from formats.files import file_sha256, read_json, read_jsonl
 from formats.hf import GPTConfig, model_sha256
 from formats.peft import weights_sha256
-from formats.tokenizer import Tokenizer
 
 # {a key that only this stage's script has: the name of the stage}
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "num_problems": "verifier",
@@ -46,8 +43,8 @@ ROOT = Path(__file__).parent.parent
 
 def public(text: str) -> str:
     """The text without absolute paths: each is cut to its last part, also in JSON."""
-    # A path begins the text or follows a comma or a quote: dataset=/data/a:0.5,/data/b:0.5 contains two.
-    return re.sub(r"""(^|["',])/(?:[^"',]*/)?(?=[^"',/])""", r"\1", text)
+    # A path begins the text or follows a comma, a quote or "=": dataset=/data/a:0.5,/data/b:0.5 contains two.
+    return re.sub(r"""(^|["',=])/(?:[^"',]*/)?(?=[^"',/])""", r"\1", text)
 
 
 def shown(value: Any) -> str:
@@ -218,47 +215,42 @@ def commit() -> str:
         return "not in a git checkout"
 
 
-@dataclass(frozen=True)
-class Card:
-    """What is known about a model. `text` writes it down."""
+def front_matter(cfg: Any, source: Any, rows: list[dict[str, Any]]) -> str:
+    """The YAML header that the hub reads. It lists every score."""
+    from huggingface_hub import EvalResult, ModelCardData
+    results = [EvalResult(task_type="text-generation", dataset_type=row["task"], dataset_name=row["task"],
+                          metric_type=row["figure"], metric_name=row["figure"], metric_value=row["value"])
+               for row in rows]
+    tags = ["nanollama", hf.architecture(source.config)]
+    tags += ["conversational"] if "chat_template" in source.tokenizer.settings else []
+    # The hub shows how to load a model by the name of its library.
+    library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[cfg.format]
+    content = ModelCardData(license=cfg.license, library_name=library, tags=tags,
+                            pipeline_tag="text-generation", model_name=cfg.title,
+                            eval_results=results or None, ignore_metadata_errors=False)
+    return f"---\n{content.to_yaml().strip()}\n---"
 
-    name: str
-    model: str  # as the user gave it
-    folder: Path  # where it was found
-    config: GPTConfig
-    tokenizer: Tokenizer
-    license: str | None = None
-    library: str = "transformers"  # what loads these files, by the hub's name
-    results: str | None = None  # results.json of eval.py; None looks for one next to the model
 
-    def front_matter(self, rows: list[dict[str, Any]]) -> str:
-        """The YAML header that the hub reads. It lists every score."""
-        from huggingface_hub import EvalResult, ModelCardData
-        results = [EvalResult(task_type="text-generation", dataset_type=row["task"], dataset_name=row["task"],
-                              metric_type=row["figure"], metric_name=row["figure"], metric_value=row["value"])
-                   for row in rows]
-        tags = ["nanollama", hf.architecture(self.config)]
-        tags += ["conversational"] if "chat_template" in self.tokenizer.settings else []
-        content = ModelCardData(license=self.license, library_name=self.library, tags=tags,
-                                pipeline_tag="text-generation", model_name=self.name,
-                                eval_results=results or None, ignore_metadata_errors=False)
-        return f"---\n{content.to_yaml().strip()}\n---"
+def origin(folder: Path, digest: str) -> str:
+    versions = [f"Python {platform.python_version()}",
+                *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
+    rows = [["exported from", str(folder)], ["sha256 of its weights", f"`{digest}`"],
+            ["nanollama, commit", commit()], ["versions", ", ".join(versions)]]
+    return f"## Origin\n\n{table(['', ''], rows)}\n\nThe sha256 of every file here is in manifest.json."
 
-    def origin(self, digest: str) -> str:
-        versions = [f"Python {platform.python_version()}",
-                    *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
-        rows = [["exported from", str(self.folder)], ["sha256 of its weights", f"`{digest}`"],
-                ["nanollama, commit", commit()], ["versions", ", ".join(versions)]]
-        return f"## Origin\n\n{table(['', ''], rows)}\n\nThe sha256 of every file here is in manifest.json."
 
-    def text(self, parameters: int, use: str) -> str:
-        """The complete card. use: Markdown that explains how to use the files."""
-        runs, digest = lineage(self.model) or lineage(str(self.folder)), weights_sha256(self.folder)
-        nearby = [path / "results.json" for path in (Path(self.model), self.folder, self.folder.parent)]
-        rows, settings = scores([Path(self.results)] if self.results else nearby, digest)
-        if self.results and not rows:
-            raise UserError(f"results={self.results}: has no scores of the weights of {self.model}")
-        sections = [self.front_matter(rows), f"# {self.name}", summary(self.config, parameters),
-                    f"## Use\n\n{use}", training(runs), data(runs), evaluation(rows, settings),
-                    self.origin(digest)]
-        return "\n\n".join(filter(None, sections)) + "\n"
+def card(cfg: Any, source: Any, parameters: int, use: str) -> str:
+    """The complete card. Raises UserError if cfg.results has no scores of this model.
+
+    cfg, source: an ExportConfig and a Source of export.py. use: Markdown that explains how to use the files.
+    """
+    folder, digest = source.folder, weights_sha256(source.folder)
+    runs = lineage(cfg.model) or lineage(str(folder))
+    nearby = [path / "results.json" for path in (Path(cfg.model), folder, folder.parent)]
+    rows, settings = scores([Path(cfg.results)] if cfg.results else nearby, digest)
+    if cfg.results and not rows:
+        raise UserError(f"results={cfg.results}: has no scores of the weights of {cfg.model}")
+    sections = [front_matter(cfg, source, rows), f"# {cfg.title}", summary(source.config, parameters),
+                f"## Use\n\n{use}", training(runs), data(runs), evaluation(rows, settings),
+                origin(folder, digest)]
+    return "\n\n".join(filter(None, sections)) + "\n"

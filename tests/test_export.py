@@ -336,7 +336,6 @@ def test_names(trained, tmp_path, monkeypatch):
     (["--format=gguf", "--dtype=float32"], "command line: dtype only works with --format=hf"),
     (["--format=gguf", "--quantize=q5_k_m"], "'q5_k_m' is not a type .* f32, f16, bf16, q8_0, q6_k, q4_k_m"),
     (["--format=gguf", "--quantize=q8_0,"], "'' is not a type"),
-    (["--format=gguf", "--quantize=f16,f16"], "names a type twice"),
     (["--format=ternary"], "has no ternary weights"),
     (["--format=onnx"], "expected hf|gguf|ternary"),
     (["--name=../x"], "must be a plain name"),

@@ -3,15 +3,17 @@
 import hashlib
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 
 import sft
 from configurator import UserError
+from export import ExportConfig
 from formats import checkpoint, hf
 from formats.hf import model_sha256
-from formats.model_card import Card, commit, lineage, shown
+from formats.model_card import card, commit, lineage, shown
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -35,9 +37,8 @@ def copied(pipeline, tmp_path):
 
 def card_of(model, **changes):
     folder = hf.find_folder(model)
-    settings = dict(name="mine", model=str(model), folder=folder, config=GPTConfig.read(folder),
-                    tokenizer=Tokenizer.load(folder))
-    return Card(**settings | changes).text(1_234_567, "How to use it.")
+    source = SimpleNamespace(folder=folder, config=GPTConfig.read(folder), tokenizer=Tokenizer.load(folder))
+    return card(ExportConfig(model=str(model), name="mine", **changes), source, 1_234_567, "How to use it.")
 
 
 def results(folder):
