@@ -52,6 +52,7 @@ from evals.tasks import (
     context_length,
     core,
     glue,
+    math_problems,
     mmlu,
     needle,
     open_qa,
@@ -110,6 +111,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     # Answers that are generated.
     # Arithmetic word problems with worked answers: GSM8K, SVAMP, MAWPS, ASDiv.
     **{name: Task(word_problems, {"name": name}, votes=True) for name in word_problems.HUB},
+    # Competition mathematics, compared as expressions: MATH, MATH-500.
+    **{name: Task(math_problems, {"name": name}, votes=True) for name in math_problems.HUB},
     # Short answers from memory (HotpotQA, TriviaQA) or from a passage (SQuAD 1.1 and 2.0).
     **{name: Task(open_qa, {"name": name}, votes=True) for name in open_qa.HUB},
     "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function

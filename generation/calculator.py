@@ -9,11 +9,13 @@ and so does a calculation that would take long.
 
 import ast
 import operator
+from collections.abc import Mapping
 from typing import Any
 
 OPERATORS = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul, ast.Div: operator.truediv,
              ast.FloorDiv: operator.floordiv, ast.Mod: operator.mod, ast.Pow: operator.pow,
              ast.UAdd: operator.pos, ast.USub: operator.neg}
+NO_NAMES: Mapping[str, float] = {}
 LONGEST = 200  # characters of an expression; this also bounds the depth of its tree
 LARGEST = 10**30  # of any intermediate result, so that no power takes long
 
@@ -31,14 +33,19 @@ def calculate(expression: Any) -> str:
     return str(int(value)) if value == value // 1 else f"{value:.12g}"
 
 
-def evaluate(node: ast.expr) -> int | float:
-    """Return the value of a syntax tree; ValueError for anything but arithmetic, or a number too large."""
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):
+def evaluate(node: ast.expr, names: Mapping[str, float] = NO_NAMES) -> int | float:
+    """Return the value of a syntax tree; ValueError for anything but arithmetic, or a number too large.
+
+    names: values of variables.
+    """
+    if isinstance(node, ast.Name) and node.id in names:
+        value = names[node.id]
+    elif isinstance(node, ast.Constant) and type(node.value) in (int, float):
         value = node.value
     elif isinstance(node, ast.UnaryOp) and type(node.op) in OPERATORS:
-        value = OPERATORS[type(node.op)](evaluate(node.operand))
+        value = OPERATORS[type(node.op)](evaluate(node.operand, names))
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        left, right = evaluate(node.left), evaluate(node.right)
+        left, right = evaluate(node.left, names), evaluate(node.right, names)
         if isinstance(node.op, ast.Pow) and abs(right) > 100:
             raise ValueError("the exponent is too large")
         value = OPERATORS[type(node.op)](left, right)
