@@ -37,7 +37,7 @@ from formats.chat_template import own_template
 from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
 from generation.batcher import Batcher, Row
-from generation.constraints import BatchGuide, Constraint, ConstraintKeys, RowGuide, grammar
+from generation.constraints import Constraint, ConstraintKeys, Guide, grammar
 from generation.generate import Sampling, TextSampling, visible_text
 from generation.verifier import Verifier
 from model import GPT
@@ -164,7 +164,7 @@ class Served:
             stepped, self.stepped = self.stepped, asyncio.Event()
             stepped.set()
 
-    def guide(self, request: CompletionRequest, messages: list[Message]) -> RowGuide | None:
+    def guide(self, request: CompletionRequest, messages: list[Message]) -> Guide | None:
         """The grammar that an answer must fit: a JSON schema, or calls. UserError without llguidance."""
         shape = request.response_format or {"type": "text"}
         if shape.get("type") != "text":
@@ -172,9 +172,11 @@ class Served:
                 (shape.get("json_schema") or {}).get("schema")
             if not isinstance(schema, dict):
                 raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
-            return self.constraint(ConstraintKeys()).row_of(grammar("json", dict(schema)), "response_format")
-        is_forced = request.tool_choice == "required"
-        return self.constraint(ConstraintKeys(constrain="tools")).row(messages) if is_forced else None
+            rules = grammar("json", dict(schema))
+            return self.constraint(ConstraintKeys()).guide_of([rules], "response_format")
+        if request.tool_choice == "required":
+            return self.constraint(ConstraintKeys(constrain="tools")).guide([messages])
+        return None
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
@@ -209,7 +211,7 @@ class Job:
         echo = request.echo and request.logprobs is not None
         self.rows = [Row(prompt=prompts[number // self.size], max_new_tokens=request.max_tokens,
                          sampling=request, number=number + rounds * ROUND_STRIDE, is_done=self.is_done,
-                         top=request.logprobs, echo=echo, guide=guide and BatchGuide([guide]))
+                         top=request.logprobs, echo=echo, guide=guide)
                      for number, guide in enumerate(guides)]
         self.shown = self.rows if self.size == request.n else []  # the best ones are known at the end
         self.timer = asyncio.get_running_loop().call_later(timeout, self.end)

@@ -17,8 +17,8 @@ from typing import Any
 from formats.chat_format import encode_prompt, end_of_turn, read_answer
 from formats.tokenizer import Tokenizer
 from generation.calculator import calculate
-from generation.constraints import Constraint
-from generation.generate import Guide, Options, PrefixCache, Sampling, append_tokens, generate
+from generation.constraints import Constraint, Guide
+from generation.generate import Options, PrefixCache, Sampling, append_tokens, generate
 from model import GPT
 
 TOOLS: dict[str, Callable[..., str]] = {"calculator": calculate}

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from generation.generate import NO_TOKEN, SEED_STRIDE, Guide, Sampling, next_ids, penalize, shift_context
+from generation.constraints import Guide
+from generation.generate import NO_TOKEN, SEED_STRIDE, Sampling, next_ids, penalize, shift_context
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache

@@ -4,10 +4,9 @@
     python eval.py --model=out/sft --tasks=bfcl_simple --constrain=tools    # a call of an offered tool
 
     constraint = Constraint(tokenizer, end_ids, ConstraintKeys(json_schema="person.json"))
-    row = constraint.row(messages)                 # the state of one answer, at its beginning
-    row.allowed(vocab_size)                        # (V,) bool: the tokens that may come next
-    row.advance(token)                             # the token that was chosen
-    guide = constraint.guide([messages, ...])      # the rows of a batch, for Options(guide=...) of `generate`
+    guide = constraint.guide([messages, ...])      # the answers of a batch, for Options(guide=...)
+    logits = guide.mask(logits)                    # (B, V): only the tokens that may come next
+    guide.advance(tokens)                          # the tokens that were chosen
 
 The package llguidance (github.com/guidance-ai/llguidance) follows the grammar. The mask is applied before
 temperature and filters, and it only removes tokens: the order of the legal ones stays, and a legal word may
@@ -88,46 +87,37 @@ def grammar(start: str, schema: dict[str, Any], tokenizer: Tokenizer | None = No
 
 # ---- Answers ----------------------------------------------------------------------------------------------
 
-class RowGuide:
-    """The state of one answer: which tokens may come next."""
+class Guide:
+    """The state of the answers of a batch: which tokens may come next."""
 
-    def __init__(self, matcher: Any, end_ids: set[int]):
-        self.matcher, self.end_ids, self.ended = matcher, sorted(end_ids), False
+    def __init__(self, matchers: list[Any], end_ids: set[int]):
+        """matchers: of llguidance, one for each answer; None for one that has ended."""
+        self.matchers, self.end_ids = matchers, sorted(end_ids)
 
-    def allowed(self, vocab_size: int) -> np.ndarray:
+    def allowed(self, row: int, vocab_size: int) -> np.ndarray:
         """(vocab_size,) bool, all True after the end. Raises UserError if no token can come next."""
-        if self.ended:
+        if (matcher := self.matchers[row]) is None:
             return np.ones(vocab_size, bool)
-        bits = np.frombuffer(self.matcher.compute_bitmask(), np.uint8)
+        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
         allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool)
-        allowed[self.end_ids] = self.matcher.is_accepting()
+        allowed[self.end_ids] = matcher.is_accepting()
         if not allowed.any():
-            reason = self.matcher.get_error().split("\n")[0] or "no token can come next"
+            reason = matcher.get_error().split("\n")[0] or "no token can come next"
             raise UserError(f"the answer cannot be constrained: {reason}")
         return allowed
 
-    def advance(self, token: int | None) -> None:
-        """Go on after an allowed token. None or an end token ends the answer."""
-        self.ended |= token is None or token in self.end_ids
-        if not self.ended and not self.matcher.consume_token(token):
-            raise ValueError(f"token {token} is not allowed")
-
-
-class BatchGuide:
-    """The answers of a batch, for Options(guide=...) of generation/generate.py."""
-
-    def __init__(self, rows: list[RowGuide]):
-        self.rows = rows
-
     def mask(self, logits: Tensor) -> Tensor:
         """logits (B, V), with -inf for the tokens that may not come next, but for rows that have ended."""
-        allowed = torch.from_numpy(np.stack([row.allowed(logits.shape[1]) for row in self.rows]))
-        return logits.masked_fill(~allowed.to(logits.device), float("-inf"))
+        allowed = np.stack([self.allowed(row, logits.shape[1]) for row in range(len(self.matchers))])
+        return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
 
     def advance(self, tokens: Sequence[int | None]) -> None:
-        """Pass each row its token; None ends a row."""
-        for row, token in zip(self.rows, tokens, strict=True):
-            row.advance(token)
+        """Go on after the token of each row; None or an end token ends an answer."""
+        for row, (matcher, token) in enumerate(zip(self.matchers, tokens, strict=True)):
+            if token is None or token in self.end_ids:
+                self.matchers[row] = None
+            elif matcher is not None and not matcher.consume_token(token):
+                raise ValueError(f"token {token} is not allowed")
 
 
 class Constraint:
@@ -145,7 +135,7 @@ class Constraint:
             self.schema = read_json(Path(keys.json_schema))
             if not self.schema:
                 raise UserError(f"json_schema={keys.json_schema}: not a file with a JSON schema")
-            self.row()
+            self.guide([None])
 
     def rules(self, messages: list[Message] | None) -> str:
         """The grammar of an answer. Raises UserError if a call is due and no tool is offered."""
@@ -163,23 +153,20 @@ class Constraint:
         start = "call+" if forced else "thought? TEXT call*" if schemas else "thought? TEXT"
         return grammar(start, {"anyOf": schemas} if schemas else {}, self.tokenizer)
 
-    def row(self, messages: list[Message] | None = None) -> RowGuide:
-        """The answer to messages, or a text (None), at its beginning. Raises UserError as `rules` does."""
+    def guide(self, conversations: Sequence[list[Message] | None]) -> Guide:
+        """The answers to conversations, or texts (None), at their beginning. UserError as for `rules`."""
         place = f"json_schema={self.keys.json_schema}" if self.keys.json_schema else "an offered tool"
-        return self.row_of(self.rules(messages), place)
+        return self.guide_of([self.rules(messages) for messages in conversations], place)
 
-    def row_of(self, rules: str, place: str) -> RowGuide:
-        """The beginning of an answer that a grammar describes. A UserError about it names `place`."""
-        faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)[1]
-        # llguidance allows a 30th of February.
-        faults += ["format date and date-time"] if '"format": "date' in rules else []
-        if faults:
-            raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
-        return RowGuide(self.matcher(self.vocabulary, rules), self.end_ids)
-
-    def guide(self, conversations: Sequence[list[Message] | None]) -> BatchGuide:
-        """A row for each conversation, or for each text (None)."""
-        return BatchGuide([self.row(messages) for messages in conversations])
+    def guide_of(self, grammars: list[str], place: str) -> Guide:
+        """The beginnings of answers that grammars describe. A UserError about them names `place`."""
+        for rules in dict.fromkeys(grammars):
+            faults = self.matcher.validate_grammar_with_warnings(rules, self.vocabulary)[1]
+            # llguidance allows a 30th of February.
+            faults += ["format date and date-time"] if '"format": "date' in rules else []
+            if faults:
+                raise UserError(f"{place}: cannot be enforced: {' '.join(faults[0].split())}")
+        return Guide([self.matcher(self.vocabulary, rules) for rules in grammars], self.end_ids)
 
 
 def constraint_of(tokenizer: Tokenizer, end_ids: set[int], keys: ConstraintKeys | None) -> Constraint | None:

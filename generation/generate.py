@@ -22,13 +22,13 @@ import functools
 import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from configurator import UserError, require, require_not_negative, require_positive
 from formats.tokenizer import Tokenizer
+from generation.constraints import Guide
 from generation.step_graph import SPARE_SLOTS, StepGraph
 from model import GPT
 from modeling.devices import autocast_dtype
@@ -73,16 +73,6 @@ class PrefixCache:
 
     cache: KVCache | None = None
     ids: list[int] = field(default_factory=list)
-
-
-class Guide(Protocol):
-    """What constrains the tokens of a batch (generation/constraints.py)."""
-
-    def mask(self, logits: Tensor) -> Tensor:
-        """logits (B, V), with -inf for the tokens that may not come next."""
-
-    def advance(self, tokens: Sequence[int | None]) -> None:
-        """Called with the token of each row; None for a row that has ended before."""
 
 
 @dataclass(frozen=True, kw_only=True)

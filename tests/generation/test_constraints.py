@@ -116,10 +116,10 @@ def test_ten_thousand_samples(chat, tmp_path):
 def accepts(tokenizer, row, ids):
     """Whether every id may come next, one after the other, and then an end."""
     for token in ids:
-        if not row.allowed(tokenizer.vocab_size)[token]:
+        if not row.allowed(0, tokenizer.vocab_size)[token]:
             return False
-        row.advance(token)
-    return bool(row.allowed(tokenizer.vocab_size)[tokenizer.eot_id])
+        row.advance([token])
+    return bool(row.allowed(0, tokenizer.vocab_size)[tokenizer.eot_id])
 
 
 def test_a_legal_choice_is_never_changed(chat, tmp_path):
@@ -131,10 +131,10 @@ def test_a_legal_choice_is_never_changed(chat, tmp_path):
     table = {token: index for index, token in enumerate(tokenizer.token_bytes())}
     for text in (json.dumps(value), json.dumps(value, indent=4, ensure_ascii=False),
                  json.dumps(value, separators=(",", ":"))):
-        assert accepts(tokenizer, rules.row(), tokenizer.encode(text)), text
-        assert accepts(tokenizer, rules.row(), [table[bytes([byte])] for byte in text.encode()]), text
+        assert accepts(tokenizer, rules.guide([None]), tokenizer.encode(text)), text
+        assert accepts(tokenizer, rules.guide([None]), [table[bytes([byte])] for byte in text.encode()]), text
     for text in ('{"a": 12}', '{"a": 1.5, "b": []}', '{"a": 12, "b": []} x', '{"a": 12, "b": [], "c": 1}'):
-        assert not accepts(tokenizer, rules.row(), tokenizer.encode(text)), text
+        assert not accepts(tokenizer, rules.guide([None]), tokenizer.encode(text)), text
 
 
 def test_the_mask_only_removes_tokens(chat, tmp_path):
@@ -157,12 +157,12 @@ def test_special_and_unused_ids_are_no_text(chat, tmp_path):
     """Inside a string and inside a thought, no special token may come."""
     _, tokenizer = chat
     special = sorted(tokenizer.special_ids)
-    row = constraint(tokenizer, json_schema=schema_file(tmp_path, STRING)).row()
-    row.advance(tokenizer.encode('"')[0])
-    assert not row.allowed(tokenizer.vocab_size)[special].any()
-    row = constraint(tokenizer, constrain="auto").row([{"role": "user", "content": "Hi"}])
-    row.advance(tokenizer.token_id("<|start_thought|>"))
-    allowed = row.allowed(tokenizer.vocab_size)
+    row = constraint(tokenizer, json_schema=schema_file(tmp_path, STRING)).guide([None])
+    row.advance([tokenizer.encode('"')[0]])
+    assert not row.allowed(0, tokenizer.vocab_size)[special].any()
+    row = constraint(tokenizer, constrain="auto").guide([[{"role": "user", "content": "Hi"}]])
+    row.advance([tokenizer.token_id("<|start_thought|>")])
+    allowed = row.allowed(0, tokenizer.vocab_size)
     assert [index for index in special if allowed[index]] == [tokenizer.token_id("<|end_thought|>")]
 
 
@@ -193,16 +193,16 @@ def test_the_right_answers_are_legal(chat):
         *prompt, answer = row["messages"]
         ids = encode_answer(tokenizer, answer)[:-1]
         assert read_answer(tokenizer, ids).get("tool_calls") == answer.get("tool_calls")
-        assert accepts(tokenizer, rules["auto"].row(prompt), ids)
-        assert accepts(tokenizer, rules["tools"].row(prompt), ids) == ("tool_calls" in answer)
+        assert accepts(tokenizer, rules["auto"].guide([prompt]), ids)
+        assert accepts(tokenizer, rules["tools"].guide([prompt]), ids) == ("tool_calls" in answer)
         after = [*prompt, answer, {"role": "tool", "content": "done"}]
-        assert accepts(tokenizer, rules["tools"].row(after), tokenizer.encode("It is done."))
+        assert accepts(tokenizer, rules["tools"].guide([after]), tokenizer.encode("It is done."))
 
 
 def test_the_calculator_needs_no_description(chat):
     _, tokenizer = chat
     system = {"role": "system", "content": "You can call calculator(expression)."}
-    row = constraint(tokenizer, constrain="tools").row([system, {"role": "user", "content": "2 + 2?"}])
+    row = constraint(tokenizer, constrain="tools").guide([[system, {"role": "user", "content": "2 + 2?"}]])
     call = {"name": "calculator", "arguments": {"expression": "2 + 2"}}
     assert accepts(tokenizer, row, encode_answer(tokenizer, {"role": "assistant", "content": "",
                                                              "tool_calls": [call]})[:-1])
@@ -235,9 +235,9 @@ def test_mistakes_have_one_line(chat, tmp_path):
         Constraint(Tokenizer.train(["text"], 260), {256}, ConstraintKeys(constrain="tools"))
     tools = constraint(tokenizer, constrain="tools")
     with pytest.raises(UserError, match="no tool is offered"):
-        tools.row([{"role": "user", "content": "Hi"}])
+        tools.guide([[{"role": "user", "content": "Hi"}]])
     with pytest.raises(UserError, match="a tool's description is damaged"):
-        tools.row([{"role": "system", "content": "You can call f(x).\n{\"name\": }"}])
+        tools.guide([[{"role": "system", "content": "You can call f(x).\n{\"name\": }"}]])
     endless = schema_file(tmp_path, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})
     with pytest.raises(UserError, match="cannot be"):
-        constraint(tokenizer, json_schema=endless).row().allowed(tokenizer.vocab_size)
+        constraint(tokenizer, json_schema=endless).guide([None]).allowed(0, tokenizer.vocab_size)
