@@ -53,12 +53,9 @@ def version() -> str:
 OTHER_NAMES = {
     # Training: nanoGPT, nanochat, transformers, TRL, PEFT.
     "max_steps": "max_iters iters num_iterations num_steps n_steps total_steps train_steps lr_decay_iters",
-    "max_steps (or in a config file stages = [dict(epochs=2)])": "epochs epoch num_epochs n_epochs "
-                                                               "num_train_epochs max_epochs",
-    "global_batch_size (rows per optimizer step) and micro_batch_size (rows per forward pass)":
-        "batch_size bs train_batch_size total_batch_size",
-    "global_batch_size (passes of micro_batch_size rows are accumulated until it is reached)":
-        "gradient_accumulation_steps grad_accumulation_steps grad_accum_steps accumulation_steps grad_accum",
+    "max_steps (or in a config file stages = [dict(epochs=2)])": "epochs num_epochs num_train_epochs",
+    "global_batch_size (rows per optimizer step, in passes of micro_batch_size rows)":
+        "batch_size bs train_batch_size total_batch_size gradient_accumulation_steps grad_accum_steps",
     "micro_batch_size": "per_device_train_batch_size per_device_batch_size device_batch_size",
     "batch_size": "bs per_device_eval_batch_size eval_batch_size",
     "learning_rate": "lr max_lr peak_lr",

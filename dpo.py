@@ -36,14 +36,13 @@ from torch import Tensor, nn
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
-from formats.files import file_sha256, write_bytes
+from formats.files import content_errors, file_sha256, write_bytes
 from generation.samples import log_text, sample_answers
 from loop import Run, fit, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
 from prepare import prepare_problems
-from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.finetuning import PostTrainingConfig, chat_model, finish
 from training.losses import preference_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.staged_data import MixEvaluation, StagedData, prepare_default
@@ -123,13 +122,11 @@ def read_table(path: Path, rows: int) -> np.ndarray:
     """(rows, 2) float32 from a file; all NaN if there is no file. Raises UserError if it is damaged."""
     if not path.is_file():
         return np.full((rows, 2), np.nan, np.float32)
-    try:
+    with content_errors(path, "damaged; delete it, and it is computed again"):
         table = np.load(path, allow_pickle=False)  # a pickle could execute code
-    except (ValueError, EOFError) as error:
-        raise UserError(f"{path}: damaged ({error}); delete it, and it is computed again") from None
-    if table.shape != (rows, 2) or table.dtype != np.float32:
-        raise UserError(f"{path}: damaged (shape {table.shape}); delete it, and it is computed again")
-    return table
+        if table.shape != (rows, 2) or table.dtype != np.float32:
+            raise ValueError(f"{table.dtype} of shape {table.shape}")
+        return table
 
 
 def save_array(path: Path, table: np.ndarray) -> None:
@@ -275,13 +272,10 @@ def main(argv: list[str]) -> int:
         # Train. With an adapter, everything else is frozen.
         results = fit(data.cfg, model, lambda step: batches_at(data, reference, step),
                       lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)
-        if cfg.merge:
-            write_merged(run, data.tokenizer)
-        if results:
-            run.print(f"\nvalidation  loss {results['val_loss']:.4f}, the chosen answer is preferred in "
-                      f"{100 * results['val_rewards/accuracies']:.1f} % of pairs")
-            print_end(run, f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",
-                      f"python export.py --model={run.quoted} --format=gguf --quantize=q8_0")
+        finish(cfg, run, results, "loss {val_loss:.4f}, the chosen answer is preferred in "
+                                  "{val_rewards/accuracies:.1%} of pairs",
+               f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",
+               f"python export.py --model={run.quoted} --format=gguf --quantize=q8_0")
     return 0
 
 

@@ -52,8 +52,7 @@ from generation.samples import log_text
 from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
-from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.finetuning import PostTrainingConfig, chat_model, finish
 from training.losses import group_advantages, kl_estimate, policy_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.stages import Stage, configure_run, with_steps
@@ -230,10 +229,9 @@ class PolicyGradient:
         tokens = sum(each.num_sampled for group in groups for each in group)
         all_tokens, reward, answers = self.run.sum([tokens, rewards.sum().item(), rewards.numel()])
         self.begin, self.groups, self.scale = batch["begin"], groups, answers / all_tokens
-        advantages = group_advantages(rewards, cfg.advantage, reward / answers).tolist()  # (P, G)
-        for group, values in zip(groups, advantages, strict=True):
-            for rollout, value in zip(group, values, strict=True):
-                rollout.advantage = value
+        advantages = group_advantages(rewards, cfg.advantage, reward / answers)  # (P, G)
+        for rollout, value in zip(sum(groups, []), advantages.flatten().tolist(), strict=True):
+            rollout.advantage = value
         if cfg.updates_per_rollout > 1:
             self.write(cfg.updates_per_rollout)
         return self.sampling_metrics(groups + replaced, seconds)
@@ -332,14 +330,10 @@ def main(argv: list[str]) -> int:
         results = fit(cfg, model,
                       lambda step: batches_at(stages, source, run, step), learner,
                       lambda policy, last: evaluate(stages[-1].cfg, learner, run), run)
-        if cfg.merge:
-            write_merged(run, tokenizer)
-        if results:
-            run.print(f"\nvalidation  reward {results['val_reward']:.3f}, {results['val_length']:.1f} tokens "
-                      "per answer")
-            print_end(run, f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)} "
-                           "--tasks=problems,calculator,hard_calculator",
-                      f"python sample.py --model={run.quoted} --chat=True")
+        finish(cfg, run, results, "reward {val_reward:.3f}, {val_length:.1f} tokens per answer",
+               f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)} "
+               "--tasks=problems,calculator,hard_calculator",
+               f"python sample.py --model={run.quoted} --chat=True")
     return 0
 
 

@@ -22,7 +22,6 @@ parallel=fsdp (FSDP2, arXiv 2304.11277) a shard of it. Left out: tensor and pipe
 
 import dataclasses
 import math
-import pickle
 import signal
 import sys
 import time
@@ -42,7 +41,7 @@ from tqdm import tqdm
 
 from configurator import UserError
 from formats import checkpoint
-from formats.files import write_json
+from formats.files import content_errors, write_json
 from formats.hf import find_folder
 from model import GPT
 from modeling import moe
@@ -369,10 +368,8 @@ def save(state: TrainState) -> None:
 def load_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
     """What `save` wrote next to the weights: the progress, and {"optimizer": by parameter name, "scaler"}."""
     path = folder / "trainer" / "state.pt"
-    try:
+    with content_errors(path, "holds more than numbers, so it is not loaded"):
         saved = torch.load(path, map_location="cpu", weights_only=True)  # executes no code from the file
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path}: holds more than numbers, so it is not loaded: {error}") from None
     return Progress(**saved.pop("progress")), saved
 
 

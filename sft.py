@@ -31,8 +31,7 @@ from generation.samples import log_text, sample_answers
 from loop import fit, start_run
 from model import GPT
 from prepare import prepare_problems
-from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, write_merged
+from training.finetuning import PostTrainingConfig, chat_model, finish
 from training.losses import linear_cross_entropy
 from training.staged_data import MixEvaluation, StagedData, chat_rows_text, prepare_default
 from training.stages import configure_run
@@ -121,13 +120,8 @@ def main(argv: list[str]) -> int:
         results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
                       evaluation, run)
-        if cfg.merge:
-            write_merged(run, data.tokenizer)
-        if results:
-            run.print(f"\nvalidation  loss {results['val_loss']:.4f}, "
-                      f"perplexity {results['val_perplexity']:.2f}")
-            print_end(run, f"python sample.py --model={run.quoted} --chat=True",
-                      run.next_stage("dpo.py", "out/sft"))
+        finish(cfg, run, results, "loss {val_loss:.4f}, perplexity {val_perplexity:.2f}",
+               f"python sample.py --model={run.quoted} --chat=True", run.next_stage("dpo.py", "out/sft"))
     return 0
 
 

@@ -161,8 +161,8 @@ def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, st
 
     Only block_size may be set: rows may be shorter than the model's context or, with RoPE, longer.
     """
-    require_free_keys(provenance, f"init_from={source}", {"block_size"})
     fields = hf.read_config(hf.find_folder(source))
+    require_free_keys(provenance, f"init_from={source}", {"block_size"})
     if "block_size" in provenance:
         fields["block_size"] = cfg.block_size
     return dataclasses.replace(cfg, **fields)

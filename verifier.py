@@ -45,8 +45,7 @@ from generation.verifier import answer_logits, answer_rows
 from loop import Run, fit, start_run
 from model import GPT, GPTConfig
 from modeling.devices import to_device
-from training.curves import print_end
-from training.finetuning import PostTrainingConfig, chat_model, require_no_adapter
+from training.finetuning import PostTrainingConfig, chat_model, finish, require_no_adapter
 from training.lora import AdaptedGPT, targets_of
 from training.losses import linear_log_probs
 from training.stages import configure_run
@@ -241,15 +240,13 @@ def main(argv: list[str]) -> int:
                       lambda step: answers.batches_at(step, run.rank, run.world_size),
                       lambda forward, batch: loss_fn(forward, batch, model),
                       lambda scorer, last: evaluate(model, answers.val, cfg, run), run)
-        if results:
-            within = results["val_auc_within"]
-            run.print(f"\nvalidation  ROC-AUC {results['val_auc']:.3f}, within family and length "
-                      f"{within:.3f}; accepts {results['val_false_accepts']:.1%} of wrong answers, rejects "
-                      f"{results['val_false_rejects']:.1%} of right ones")
-            if not within >= LEAST_AUC:
-                run.print("note      among answers of one family and length it hardly tells right from "
-                          "wrong: do not use it")
-            print_end(run, f"python eval.py --model={cfg.init_from} --num_samples=8 --verifier={run.quoted}")
+        if results and not results["val_auc_within"] >= LEAST_AUC:
+            run.print("note      among answers of one family and length it hardly tells right from wrong: do "
+                      "not use it")
+        finish(cfg, run, results, "ROC-AUC {val_auc:.3f}, within family and length {val_auc_within:.3f}; "
+                                  "accepts {val_false_accepts:.1%} of wrong answers, rejects "
+                                  "{val_false_rejects:.1%} of right ones",
+               f"python eval.py --model={cfg.init_from} --num_samples=8 --verifier={run.quoted}")
     return 0
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from configurator import UserError
+from configurator import UserError, optional_import
 from formats import hf
 from formats.files import read_json
 from formats.peft import is_adapter
@@ -32,13 +32,9 @@ class ForeignTeacher(nn.Module):
     def __init__(self, folder: Path, device: torch.device | str, dtype: torch.dtype):
         """Raises UserError if transformers is not installed or cannot load the folder."""
         super().__init__()
+        transformers = optional_import("transformers", f"teacher={folder}, an architecture of its own")
         try:
-            from transformers import AutoModelForCausalLM
-        except ImportError:
-            raise UserError(f"teacher={folder}: model.py does not have this architecture; to load it, run "
-                            "pip install transformers") from None
-        try:
-            inner: Any = AutoModelForCausalLM.from_pretrained(
+            inner: Any = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, trust_remote_code=False, use_safetensors=True, dtype=dtype)
         except (ValueError, OSError) as error:  # the folder needs code of its own, or has no safetensors
             raise UserError(f"teacher={folder}: transformers cannot load it: {str(error).splitlines()[0]}"

@@ -39,7 +39,7 @@ from torch import Tensor
 from configurator import UserError
 from distillation.alignment import AlignedRows
 from distillation.divergences import DenseTeacher
-from formats.files import HashedFile, file_sha256, lock_path, sync_folder, write_json
+from formats.files import HashedFile, content_errors, file_sha256, lock_path, sync_folder, write_json
 from training.losses import chunk_rows
 
 VERSION = 1
@@ -117,36 +117,23 @@ def rows_done(meta: dict[str, Any]) -> int:
     return sum(shard["rows"] for shard in meta["shards"])
 
 
-def shard_sizes(folder: Path, meta: dict[str, Any]) -> dict[Path, int]:
-    """{path of a shard: its size in bytes}."""
-    row_bytes = meta["identity"]["block_size"] * meta["bytes_a_token"]
-    return {folder / shard["name"]: shard["rows"] * row_bytes for shard in meta["shards"]}
-
-
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta.json of a cache. Raises UserError if it is damaged."""
-    try:
+    """The meta.json of a cache. Raises UserError if it is damaged, or if a shard has not the size it says."""
+    with content_errors(folder / "meta.json", f"damaged; delete {folder} and cache again"):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
-        shard_sizes(folder, meta)
         record_type(meta["identity"], 2)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder / 'meta.json'}: damaged ({type(error).__name__}: {error}); delete {folder} "
-                        "and cache again") from None
+        row_bytes = meta["identity"]["block_size"] * meta["bytes_a_token"]
+        for shard in meta["shards"]:
+            path, size = folder / shard["name"], shard["rows"] * row_bytes
+            if not path.is_file() or path.stat().st_size != size:
+                raise UserError(f"{path}: missing, or not {size:,} bytes long; delete {folder} and cache "
+                                "again")
     return meta
-
-
-def require_shards(folder: Path, meta: dict[str, Any]) -> None:
-    """Raises UserError if a shard is missing or has the wrong size."""
-    for path, size in shard_sizes(folder, meta).items():
-        if not path.is_file() or path.stat().st_size != size:
-            raise UserError(f"{path}: missing, or not {size:,} bytes long; delete {folder} and cache again")
 
 
 def verify(folder: Path) -> None:
     """Raises UserError if the content of a shard does not match its sha256."""
-    meta = read_meta(folder)
-    require_shards(folder, meta)
-    for shard in meta["shards"]:
+    for shard in read_meta(folder)["shards"]:
         if file_sha256(folder / shard["name"]) != shard["sha256"]:
             raise UserError(f"{folder / shard['name']}: content does not match its sha256; delete {folder} "
                             "and cache again")
@@ -177,7 +164,6 @@ class CacheWriter:
                                      "bytes_a_token": self.dtype.itemsize, "shards": []}
         if (self.folder / "meta.json").is_file():
             self.meta["shards"] = read_meta(self.folder)["shards"]
-            require_shards(self.folder, self.meta)
         lock = lock_path(self.folder)
         if lock is None:
             raise UserError(f"{self.folder}: another process is writing this cache")
@@ -269,7 +255,6 @@ def find_cache(rows: Any, wanted: dict[str, Any], hint: str) -> tuple[Path, dict
     if len(matches) > 1:
         names = ", ".join(str(folder) for folder, _ in matches)
         raise UserError(f"cache={wanted['method']}: {names} all match; delete all but one")
-    require_shards(*matches[0])
     return matches[0]
 
 

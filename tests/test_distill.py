@@ -250,7 +250,7 @@ def test_a_damaged_cache_does_no_harm_if_it_is_not_read(trained, own_data, tmp_p
     damaged.mkdir()
     (damaged / "meta.json").write_text('{"shards": 7}')
     run(trained, own_data, tmp_path / "a", "--cache=sample", "--max_steps=1")
-    with pytest.raises(UserError, match="none in .*; .*meta.json: damaged .*; delete .*. Make it: python"):
+    with pytest.raises(UserError, match="none in .*; .*meta.json: damaged; delete .*. Make it: python"):
         run(trained, own_data, tmp_path / "b", "--cache=topk", "--max_steps=1")
 
 

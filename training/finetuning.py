@@ -21,6 +21,7 @@ from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from training.config import RunConfig
+from training.curves import print_end
 from training.lora import AdaptedGPT, targets_of
 from training.run import Run
 from training.stages import require_multipliers, stage_configs
@@ -120,12 +121,25 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
     return model, identity
 
 
-def write_merged(run: Run, tokenizer: Tokenizer) -> None:
+def write_merged(run: Run) -> None:
     """Write the best checkpoint's adapter, merged into its base, as a model folder out_dir/merged."""
     def write() -> None:
+        assert run.tokenizer is not None
         with atomic_folder(run.out_dir / "merged", marker="config.json", kind="model") as folder:
-            GPT.from_pretrained(run.out_dir).save_pretrained(folder, eos_token_id=tokenizer.end_ids)
-            tokenizer.save(folder)
+            GPT.from_pretrained(run.out_dir).save_pretrained(folder, eos_token_id=run.tokenizer.end_ids)
+            run.tokenizer.save(folder)
 
     run.run_on_rank0(write)
     run.print(f"merged    {run.out_dir / 'merged'}")
+
+
+def finish(cfg: PostTrainingConfig, run: Run, results: dict[str, float], text: str, *commands: str) -> None:
+    """End a run: the merged adapter if there is one, the last evaluation, and what to do next.
+
+    results: of the last evaluation; {} if the run was finished before. text: a template of their names.
+    """
+    if cfg.merge:
+        write_merged(run)
+    if results:
+        run.print(f"\nvalidation  {text.format(**results)}")
+        print_end(run, *commands)

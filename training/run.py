@@ -31,7 +31,7 @@ from tqdm import tqdm
 from configurator import UserError, differences, optional_import, version
 from formats import hf
 from formats.checkpoint import clean_tmp, read_pointers, read_run, remove_checkpoints, step_folders
-from formats.files import lock_path, path_in_errors, read_jsonl, write_json, write_text
+from formats.files import content_errors, lock_path, path_in_errors, read_jsonl, write_json, write_text
 from formats.model_card import commit
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
@@ -237,10 +237,8 @@ def refuse_changes(out_dir: Path, old: dict[str, Any], new: dict[str, Any]) -> N
 
 def refuse_changed_keys(cfg: RunConfig, out_dir: Path) -> None:
     """Raises UserError if out_dir holds a run that this configuration would change."""
-    try:
+    with content_errors("stages", "cannot be saved as JSON"):
         new = json.loads(json.dumps(dataclasses.asdict(cfg)))  # as run.json spells it: tuples become lists
-    except TypeError as error:
-        raise UserError(f"the configuration cannot be saved as JSON: {error}") from None
     if can_resume(out_dir):
         # An old run lacks the keys that were added since. Their defaults are what it did.
         defaults = json.loads(json.dumps(dataclasses.asdict(type(cfg)())))
@@ -276,29 +274,27 @@ def require_own_folder(cfg: RunConfig, out_dir: Path) -> None:
                                     "give another --out_dir")
 
 
-def make_folder(out_dir: Path) -> None:
-    """Make out_dir. Raises UserError if that is not possible, or if it is no place for a run."""
-    path = out_dir.resolve()
-    if path in {Path("/"), Path.home().resolve(), ROOT, *ROOT.parents}:
+def claim_folder(cfg: RunConfig, run: Run) -> None:
+    """Make and lock out_dir, and compare this configuration with the run in it, if there is one. Rank 0 only.
+
+    Raises UserError if that is not possible, or if out_dir is no place for a run.
+    """
+    out_dir = run.out_dir
+    if out_dir.resolve() in {Path("/"), Path.home().resolve(), ROOT, *ROOT.parents}:
         raise UserError(f"out_dir={out_dir}: a run needs a folder of its own, such as out/base")
     try:
         out_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:  # a file, or a place where we may not write
         raise UserError(f"out_dir={out_dir}: this folder cannot be made ({error.strerror})") from None
-
-
-def claim_folder(cfg: RunConfig, run: Run) -> None:
-    """Lock out_dir, and compare this configuration with the run in it, if there is one. Rank 0 only."""
-    make_folder(run.out_dir)
-    run.lock = lock_path(run.out_dir / ".lock")
+    run.lock = lock_path(out_dir / ".lock")
     if run.lock is None:
-        raise UserError(f"out_dir={cfg.out_dir}: another process is training here")
+        raise UserError(f"out_dir={out_dir}: another process is training here")
     try:
-        require_own_folder(cfg, run.out_dir)
-        clean_tmp(run.out_dir)
+        require_own_folder(cfg, out_dir)
+        clean_tmp(out_dir)
         if not cfg.overwrite:
-            read_pointers(run.out_dir)  # raises UserError if checkpoints.json is damaged
-            refuse_changed_keys(cfg, run.out_dir)
+            read_pointers(out_dir)  # raises UserError if checkpoints.json is damaged
+            refuse_changed_keys(cfg, out_dir)
     except BaseException:
         run.release()
         raise
