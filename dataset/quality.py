@@ -10,8 +10,8 @@
 Datasets", arXiv 2406.17557, 3.6, and the rule "newlines", which only their code has. The rules were made for
 English web pages. Other text needs some of them switched off: a book is a long_document.
 
-A word is what white space delimits. Lines are stripped, and blank lines do not count. The characters of a
-top_n_gram include the spaces between its words; those of duplicate_n_grams do not.
+A word is what white space delimits. Blank lines, and white space at the end of a line, do not count. The
+characters of a top_n_gram include the spaces between its words; those of duplicate_n_grams do not.
 
 Near-duplicates are documents whose sets of five consecutive words have an estimated Jaccard similarity of at
 least the threshold (dataset/minhash.py). Documents of fewer than five words are not compared. Left out:
@@ -76,7 +76,8 @@ def first_failure(text: str, rules: Limits) -> tuple[str, float] | None:
 
 
 def lines_of(text: str) -> list[str]:
-    return [line for line in map(str.strip, text.split("\n")) if line]
+    """The lines that are not blank, without the white space at their ends."""
+    return [line for line in map(str.rstrip, text.split("\n")) if line]
 
 
 def repeats(parts: list[str]) -> tuple[int, int]:
@@ -106,7 +107,7 @@ def gopher_values(text: str) -> Iterator[tuple[str, float]]:
     yield "word_length", lengths[named].sum() / max(named.sum(), 1)
     yield "hashes", text.count("#") / len(words)
     yield "ellipses", sum(map(text.count, ELLIPSES)) / len(words)
-    yield "bullet_lines", sum(line.startswith(("\u2022", "-")) for line in lines) / len(lines)
+    yield "bullet_lines", sum(line.lstrip().startswith(("\u2022", "-")) for line in lines) / len(lines)
     yield "ellipsis_lines", sum(line.endswith(ELLIPSES) for line in lines) / len(lines)
     yield "alphabetic_words", np.array([any(map(str.isalpha, word)) for word in numbers])[ids].mean()
     yield "stop_words", len(STOP_WORDS & numbers.keys())
