@@ -4,8 +4,8 @@
     python -m bench prepare --source=novels.jsonl.xz --copies=1 --sets=gsm8k_test.jsonl,mmlu.jsonl.gz
 
 Encodes the same texts with tokenizers' encode_batch_fast on one core, with our encoder, and with prepare.py
-from start to end. With --sets, one more arm removes the documents that hold items of these evaluation sets.
-First checks that the ids are equal.
+from start to end: plain, with the quality rules, and without near-duplicates. With --sets, one more arm
+removes the documents that hold items of these evaluation sets. First checks that the ids are equal.
 """
 
 import functools
@@ -68,7 +68,10 @@ def measure(cfg: Config) -> dict[str, Any]:
         arms = {"tokenizers encode_batch_fast": lambda: tokenizer.plain.encode_batch_fast(texts),
                 "our encode": lambda: [tokenizer.encode(text) for text in texts],
                 "prepare.py, 1 process": lambda: run_prepare(folder, "--num_proc=1"),
-                "prepare.py, 2 processes": lambda: run_prepare(folder, "--num_proc=2")}
+                "prepare.py, 2 processes": lambda: run_prepare(folder, "--num_proc=2"),
+                "prepare.py, 1 process, quality": lambda: run_prepare(
+                    folder, "--num_proc=1", "--quality=gopher,fineweb"),
+                "prepare.py, 1 process, dedup": lambda: run_prepare(folder, "--num_proc=1", "--dedup=0.8")}
         if cfg.sets:
             arms["prepare.py, 1 process, decontaminated"] = lambda: run_prepare(
                 folder, "--num_proc=1", f"--decontaminate={cfg.sets}")

@@ -366,12 +366,13 @@ def test_the_speed_of_preparing_text(tmp_path, text_folder, capsys):
     figures = json.loads((tmp_path / "b.json").read_text())
     assert list(figures["arms"]) == [
         "tokenizers encode_batch_fast", "our encode", "prepare.py, 1 process", "prepare.py, 2 processes",
+        "prepare.py, 1 process, quality", "prepare.py, 1 process, dedup",
         "prepare.py, 1 process, decontaminated"]  # fmt: skip
     assert figures["megabytes"] > 1
     assert all(rate > 0 for arm in figures["arms"].values() for rates in arm.values() for rate in rates)
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].split() == ["MB/s", "wall", "(min", "-", "max)", "cpu", "x", "peer"]
-    assert lines[1].endswith("1.00") and lines[5].startswith("prepare.py, 1 process, decontaminated")
+    assert lines[1].endswith("1.00") and lines[7].startswith("prepare.py, 1 process, decontaminated")
 
 
 @pytest.mark.slow
