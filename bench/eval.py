@@ -7,9 +7,10 @@
 --data is a folder with the files of the benchmarks (evals/tasks/ has their names). The arms take turns, each
 in a process of its own. Before that, lm-evaluation-harness answers a few questions at each of --batch_sizes;
 it then runs with the fastest one. Seconds are CPU time of encoding and computing, without loading packages,
-model and rows. "agree" counts the questions where both sides prefer the same choice. A question is a near tie
-if the best two choices are closer than 1e-4 nats on either side; near ties are counted separately. A text
-that only one side scores is an error.
+model and rows. "agree" counts the questions where both sides prefer the same choice. For LAMBADA, both sides
+have to agree whether greedy decoding writes the word. A question is a near tie if the best two choices are
+closer than 1e-4 nats on either side; near ties are counted separately. A text that only one side scores is an
+error.
 """
 
 import functools
@@ -26,6 +27,7 @@ from configurator import UserError, require_positive
 from eval import TASKS
 from evals.benchmarks import read
 from evals.lm import LM
+from evals.tasks import truthfulqa
 from formats import hf
 from formats.tokenizer import Tokenizer
 from model import GPT
@@ -53,30 +55,42 @@ class Config(BenchConfig):
 # ---- The arms, each in a process of its own ---------------------------------------------------------------
 
 class TimedLM(LM):
-    """Keeps the log-probability of every choice, and the CPU seconds of encoding and computing."""
+    """Keeps the score of every choice, and the CPU seconds of encoding and computing."""
 
     def __init__(self, path: str):
         super().__init__(path, "cpu")
-        self.answers: list[tuple[str, list[str], list[float]]] = []  # context, choices, log-probabilities
+        self.scores: dict[tuple[str, str], tuple[float, bool]] = {}  # (context, text): log-prob., greedy
         self.seconds = 0.0
 
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Any]]:
         begin = time.process_time()
         rows = super().loglikelihood(requests)
         self.seconds += time.process_time() - begin
-        self.answers += [(context, choices, [each.log_prob for each in row])
-                         for (context, choices), row in zip(requests, rows, strict=True)]
+        self.scores |= {(context, text): (each.log_prob, each.greedy)
+                        for (context, texts), row in zip(requests, rows, strict=True)
+                        for text, each in zip(texts, row, strict=True)}
         return rows
 
+    def answers(self, questions: Any) -> list[list[list[Any]]]:
+        """[context, text, log-probability, greedy] of each choice of each question that was asked."""
+        if isinstance(questions, truthfulqa.Questions):
+            questions = questions.one + questions.many
+        return [[[each.shots + before, text, *self.scores[each.shots + before, text]]
+                 for before, text in map(each.scored, range(len(each.choices)))] for each in questions]
 
-def run_ours(model: str, folder: str, task: str, shots: int | None) -> dict[str, Any]:
-    """Our task on the rows of a folder: answers, seconds, and the results of the task."""
-    lm, begin = TimedLM(model), time.process_time()
-    settings, module = TASKS[task].settings, TASKS[task].module
-    result = module.score(lm, module.load(folder, 10**9, shots, **settings), **settings)
-    seconds = {"asking": lm.seconds, "whole": time.process_time() - begin}
-    return {"answers": lm.answers, "seconds": seconds,
-            "figures": {key: figure._asdict() for key, figure in result.figures.items()}}
+
+def run_ours(model: str, folder: str, tasks: list[str], shots: int | None) -> dict[str, Any]:
+    """Our tasks on the rows of a folder: {task: answers, seconds, and the results of the task}."""
+    lm, runs = TimedLM(model), {}
+    for task in tasks:
+        lm.seconds, begin = 0.0, time.process_time()
+        settings, module = TASKS[task].settings, TASKS[task].module
+        questions = module.load(folder, 10**9, shots, **settings)
+        result = module.score(lm, questions, **settings)
+        seconds = {"asking": lm.seconds, "whole": time.process_time() - begin}
+        runs[task] = {"answers": lm.answers(questions), "seconds": seconds,
+                      "figures": {key: figure._asdict() for key, figure in result.figures.items()}}
+    return runs
 
 
 # ---- The comparison ---------------------------------------------------------------------------------------
@@ -104,41 +118,44 @@ def measure(cfg: Config) -> dict[str, Any]:
         tasks = harness.write_tasks(full, cfg.data, names, cfg.limit, cfg.shots)
         write_model(cfg, model)
         parameters = LM(str(model), "cpu").model.num_parameters()
-        results = {}
+        sizes, results = numbers(cfg, "batch_sizes"), {}
+        tried = {size: run_child(harness.run, str(model), str(few), few_tasks, dict.fromkeys(names, size))
+                 for size in (sizes if len(sizes) > 1 else [])}
+        best = {name: min(sizes, key=lambda size, name=name: tried[size][name]["seconds"]["asking"])
+                if tried else sizes[0] for name in names}
+        runs = in_turns({
+            "ours": functools.partial(run_child, run_ours, str(model), str(full), names, cfg.shots),
+            "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks, best),
+        }, cfg.rounds)
         for name in names:
-            sizes, tried = numbers(cfg, "batch_sizes"), {}
-            for size in sizes if len(sizes) > 1 else []:
-                few_run = run_child(harness.run, str(model), str(few), few_tasks[name], size)
-                tried[size] = few_run["seconds"]["asking"]
-            best = min(tried, key=tried.__getitem__, default=sizes[0])
-            runs = in_turns({
-                "ours": functools.partial(run_child, run_ours, str(model), str(full), name, cfg.shots),
-                "theirs": functools.partial(run_child, harness.run, str(model), str(full), tasks[name], best),
-            }, cfg.rounds)
-            results[name] = compare(runs["ours"][0]["answers"], runs["theirs"][0]["answers"]) | {
-                "figures": runs["ours"][0]["figures"], "batch_size": best, "seconds_of_few": tried,
-                **{f"{side}_seconds": [run["seconds"] for run in runs[side]] for side in runs}}
+            ours, theirs = (runs[side][0][name] for side in ("ours", "theirs"))
+            results[name] = compare(ours["answers"], theirs["answers"]) | {
+                "figures": ours["figures"], "batch_size": best[name],
+                "seconds_of_few": {size: run[name]["seconds"]["asking"] for size, run in tried.items()},
+                **{f"{side}_seconds": [run[name]["seconds"] for run in runs[side]] for side in runs}}
     return {"model": cfg.model or "random", "parameters": parameters, "limit": cfg.limit, "shots": cfg.shots,
             "tasks": results}
 
 
-def compare(ours: list[tuple[str, list[str], list[float]]],
-            theirs: list[tuple[str, str, float]]) -> dict[str, Any]:
+def compare(ours: list[list[list[Any]]], theirs: list[list[Any]]) -> dict[str, Any]:
     """Count the questions where both sides prefer the same choice. UserError if they score other texts.
 
-    ours: (context, choices, their log-probabilities) per question. theirs: (context, choice,
-    log-probability).
+    ours: [context, choice, log-probability, greedy] of each choice, per question. theirs: the same of all
+    choices.
     """
-    their_values = {(context, choice): value for context, choice, value in theirs}
-    texts = {(context, choice) for context, choices, _ in ours for choice in choices}
-    if texts != their_values.keys():
-        context, choice = min(texts ^ their_values.keys())
+    their_scores = {(context, choice): score for context, choice, *score in theirs}
+    texts = {(context, choice) for question in ours for context, choice, *_ in question}
+    if texts != their_scores.keys():
+        context, choice = min(texts ^ their_scores.keys())
         raise UserError(f"only one side scores {choice!r} after {context[-80:]!r}")
     counts, largest = {"agree": 0, "differ": 0, "near_ties": 0}, 0.0
-    for context, choices, values in ours:
-        sides = [values, [their_values[context, choice] for choice in choices]]
+    for question in ours:
+        scores = [their_scores[context, choice] for context, choice, *_ in question]
+        sides = [[value for _, _, value, _ in question], [value for value, _ in scores]]
         largest = max(largest, *(abs(one - two) for one, two in zip(*sides, strict=True)))
-        if any(gap(side) < NEAR_TIE for side in sides):
+        if len(question) == 1:
+            counts["agree" if question[0][3] == scores[0][1] else "differ"] += 1
+        elif any(gap(side) < NEAR_TIE for side in sides):
             counts["near_ties"] += 1
         else:
             best = [side.index(max(side)) for side in sides]

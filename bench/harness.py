@@ -2,11 +2,13 @@
 evaluate.
 
     names = write_tasks(Path("scratch"), "../data", ["mmlu", "hellaswag"], limit=100)
-    run("out/base", "scratch", names["mmlu"], batch_size=4)["answers"]
+    run("out/base", "scratch", names, {"mmlu": 4, "hellaswag": 4})["mmlu"]["answers"]
 
 The task files of the package are included, with local rows in place of the hub's rows, in the hub's form. The
 few-shot examples are the first ones, as ours are. HellaSwag files with the key `question` lack two of the
-hub's keys: here the activity is made up, and the last sentence becomes ctx_b.
+hub's keys: here the activity is made up, and the last sentence becomes ctx_b. The rows of llm-foundry
+(scripts/eval/local_data: query, choices, gold) are turned back into the hub's form. Its CommonsenseQA has
+four of the five choices, so the fifth is made up.
 """
 
 import contextlib
@@ -21,14 +23,22 @@ from typing import Any
 
 from bench.measure import write_jsonl
 from configurator import UserError
+from dataset.tasks import COLUMNS
 from evals.benchmarks import read
 
 Row = dict[str, Any]
 INCLUDED = {"mmlu": "mmlu/default/_default_template_yaml", "hellaswag": "hellaswag/hellaswag.yaml",
             "arc_easy": "arc/arc_easy.yaml", "arc_challenge": "arc/arc_challenge.yaml",
             "truthfulqa": "truthfulqa/truthfulqa_mc1.yaml", "sst2": "glue/sst2/default.yaml",
-            "cola": "glue/cola/default.yaml", "rte": "glue/rte/default.yaml"}
-SHOTS = {"mmlu": 5, "arc_easy": 25, "arc_challenge": 25}
+            "openbookqa": "openbookqa/openbookqa.yaml", "commonsense_qa": "commonsense_qa/default.yaml",
+            "mmlu_pro": "leaderboard/mmlu_pro/mmlu_pro.yaml", "piqa": "piqa/piqa.yaml",
+            "winogrande": "winogrande/default.yaml", "boolq": "super_glue/boolq/default.yaml",
+            "sciq": "sciq/sciq.yaml", "copa": "super_glue/copa/default.yaml",
+            "lambada": "lambada/lambada_openai.yaml",
+            **{name: f"glue/{name}/default.yaml"
+               for name in ("cola", "rte", "mnli", "mrpc", "qqp", "qnli", "wnli")}}
+SHOTS = {"mmlu": 5, "arc_easy": 25, "arc_challenge": 25, "mmlu_pro": 5}
+HEADERS = ("index", "Quality", "id", "sentence")  # first cells of lines of headers
 
 
 # ---- Rows in the hub's form -------------------------------------------------------------------------------
@@ -55,16 +65,48 @@ def hub_form(name: str, row: Row) -> Row:
         return {"question": row["question"], **{
             key: {"choices": list(row[key]), "labels": list(row[key].values())}
             for key in ("mc1_targets", "mc2_targets")}}
-    if name == "rte":
-        return {"sentence1": row["fields"][1], "sentence2": row["fields"][2],
-                "label": int(row["fields"][3] == "not_entailment")}
-    return {"sentence": row["fields"][0 if name == "sst2" else 3],  # sst2 and cola
-            "label": int(row["fields"][1])}
+    if "fields" in row:  # a line of a .tsv
+        named = dict(zip(COLUMNS[name], row["fields"], strict=True))
+        labels = {"entailment": 0, "not_entailment": 1}
+        return named | {"label": labels[named["label"]] if named["label"] in labels else int(named["label"])}
+    if {"gold", "continuation"} & row.keys():
+        return from_foundry(name, row)
+    return {key: value for key, value in row.items() if key not in ("file", "split")}
+
+
+def from_foundry(name: str, row: Row) -> Row:
+    """A row of llm-foundry in the hub's form."""
+    if name == "lambada":
+        return {"text": f"{row['context']} {row['continuation']}"}
+    if name == "winogrande":
+        before = os.path.commonprefix(row["context_options"])
+        options = [text.removeprefix(before) for text in row["context_options"]]
+        return {"sentence": f"{before}_ {row['continuation']}", "answer": str(row["gold"] + 1),
+                "option1": options[0], "option2": options[1]}
+    query, choices, gold = row["query"], row["choices"], row["gold"]
+    if name == "piqa":
+        return {"goal": query.removeprefix("Question: ").strip(), "sol1": choices[0], "sol2": choices[1],
+                "label": gold}
+    if name == "copa":
+        premise, _, word = query.rpartition(" ")
+        return {"premise": premise.rstrip(",") + ".", "question": "cause" if word == "because" else "effect",
+                "choice1": choices[0], "choice2": choices[1], "label": gold}
+    if name == "boolq":
+        passage, question = query.removeprefix("Passage: ").rsplit("\nQuestion: ", 1)
+        return {"passage": passage, "question": question.removesuffix("?"),
+                "label": ["no", "yes"].index(choices[gold])}
+    if name == "commonsense_qa":
+        question, *options = query.removeprefix("Question: ").removesuffix("\nAnswer:").split("\n")
+        choices = [option[3:] for option in options if option != "Choices:"] + ["something else"]
+        return {"question": question, "answerKey": "ABCDE"[gold],
+                "choices": {"text": choices, "label": list("ABCDE")}}
+    return {"question_stem": query, "answerKey": "ABCD"[gold],  # openbookqa
+            "choices": {"text": choices, "label": list("ABCD")}}
 
 
 def question_rows(name: str, data: str, limit: int) -> tuple[list[Row], list[Row]]:
     """The few-shot examples and the questions. MMLU takes the first question of each subject, and so on."""
-    rows = read(data, name, "")
+    rows = [row for row in read(data, name, "") if row.get("fields", [""])[0] not in HEADERS]
     if name == "arc_easy":
         rows = [row | {"split": "train" if number < SHOTS[name] else "test"}
                 for number, row in enumerate(rows)]
@@ -74,8 +116,7 @@ def question_rows(name: str, data: str, limit: int) -> tuple[list[Row], list[Row
         subjects = [[row for row in questions if row["subject"] == subject]
                     for subject in sorted({row["subject"] for row in questions})]
         questions = [row for turn in itertools.zip_longest(*subjects) for row in turn if row]
-    return ([hub_form(name, row) for row in examples if row.get("fields", [""])[0] != "index"],
-            [hub_form(name, row) for row in questions[:limit]])
+    return [hub_form(name, row) for row in examples], [hub_form(name, row) for row in questions[:limit]]
 
 
 def is_example(name: str, row: Row) -> bool:
@@ -83,7 +124,7 @@ def is_example(name: str, row: Row) -> bool:
         return False
     if "split" in row:
         return row["split"] in ("dev", "train")
-    return ("train" if name in ("sst2", "cola", "rte") else "dev") in row["file"]
+    return ("train" if name in (*COLUMNS, "mnli") else "dev") in row["file"]
 
 
 # ---- Task files -------------------------------------------------------------------------------------------
@@ -161,11 +202,11 @@ def import_package() -> Any:
 
 # ---- Answers ----------------------------------------------------------------------------------------------
 
-def run(model: str, folder: str, tasks: list[str], batch_size: int) -> dict[str, Any]:
-    """lm-evaluation-harness on the rows of a folder, as JSON.
+def run(model: str, folder: str, tasks: dict[str, list[str]], batch_sizes: dict[str, int]) -> dict[str, Any]:
+    """lm-evaluation-harness on the rows of a folder, as JSON: {our task: {"answers", "seconds"}}.
 
-    "answers" lists [context, continuation, log-probability]. "seconds" are CPU seconds: "asking", which is
-    encoding and computing, and "whole", from task files to scores.
+    "answers" lists [context, continuation, log-probability, greedy]. "seconds" are CPU seconds: "asking",
+    which is encoding and computing, and "whole", from task files to scores.
     """
     lm_eval = import_package()
     logging.disable(logging.WARNING)  # it warns about each context that is cut
@@ -178,13 +219,15 @@ def run(model: str, folder: str, tasks: list[str], batch_size: int) -> dict[str,
             seconds["asking"] += time.process_time() - begin
             return result
 
-    lm = TimedLM(pretrained=model, device="cpu", batch_size=batch_size, dtype="float32")
-    begin = time.process_time()
-    with contextlib.redirect_stderr(io.StringIO()):
-        manager = lm_eval.tasks.TaskManager(include_path=f"{folder}/harness", include_defaults=False)
-        results = lm_eval.simple_evaluate(lm, tasks=tasks, task_manager=manager, bootstrap_iters=0)
-    seconds["whole"] = time.process_time() - begin
+    lm, runs = TimedLM(pretrained=model, device="cpu", batch_size=1, dtype="float32"), {}
+    manager = lm_eval.tasks.TaskManager(include_path=f"{folder}/harness", include_defaults=False)
+    for name, parts in tasks.items():
+        lm.batch_size_per_gpu, seconds["asking"], begin = batch_sizes[name], 0.0, time.process_time()
+        with contextlib.redirect_stderr(io.StringIO()):
+            results = lm_eval.simple_evaluate(lm, tasks=parts, task_manager=manager, bootstrap_iters=0)
+        answers = {tuple(pair): reply for samples in results["samples"].values() for sample in samples
+                   for pair, reply in zip(sample["arguments"], sample["filtered_resps"], strict=True)}
+        runs[name] = {"answers": [[*text, *reply] for text, reply in answers.items()],
+                      "seconds": seconds | {"whole": time.process_time() - begin}}
     logging.disable(logging.NOTSET)
-    answers = {tuple(pair): reply[0] for samples in results["samples"].values() for sample in samples
-               for pair, reply in zip(sample["arguments"], sample["filtered_resps"], strict=True)}
-    return {"answers": [[*text, value] for text, value in answers.items()], "seconds": seconds}
+    return runs

@@ -120,8 +120,8 @@ def hellaswag(row: Row) -> Question:
     Roof shingle removal: A man is sitting on a roof. He
 
     Rows {question, choices {A: .., B: .., ..}, answer} are read as well. They name no activity, and do not
-    show where ctx_b begins, which the prompt capitalizes. Their prompt is the question alone. Markup in brackets
-    is removed.
+    show where ctx_b begins, which the prompt capitalizes. Their prompt is the question alone. Markup in
+    brackets is removed.
     """
     if "endings" in row:
         activity, before, begin = (text_of(row[key]) for key in ("activity_label", "ctx_a", "ctx_b"))
@@ -151,9 +151,9 @@ def winogrande(row: Row) -> Question:
     The choices are "Sarah was .. so Sarah" and "Sarah was .. so Maria". The answer is the one after which
     " always got the easier cases." is more likely.
     """
-    before, after = map(answer_text, row["sentence"].split("_", 1))
+    before, after = text_of(row["sentence"]).split("_", 1)
     return Question("", tuple(before + text_of(row[key]) for key in ("option1", "option2")),
-                    (label_index(row["answer"], ["1", "2"]),), ending=after.strip())
+                    (label_index(row["answer"], ["1", "2"]),), ending=answer_text(after).strip())
 
 
 def boolq(row: Row) -> Question:

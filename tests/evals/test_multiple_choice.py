@@ -156,6 +156,62 @@ def test_glue(tmp_path):
     assert glue.load(str(tmp_path / "hub"), 9, 0, "sst2")[0].prompt == f"{{c}} {ask}"
 
 
+def test_the_other_tasks_of_glue(tmp_path):
+    """Rows of the hub and lines of GLUE's files; MNLI's hypothesis ends with one dot."""
+    pairs = {"mnli": ({"premise": "A.", "hypothesis": "B ", "label": 1},
+                      Question("A.\nQuestion: B. True, False or Neither?\nAnswer:",
+                               ("True", "Neither", "False"), (1,))),
+             "qnli": ({"question": "Q?", "sentence": "S.", "label": 1},
+                      Question("Q?\nS.\nQuestion: Does this response answer the question?\nAnswer:",
+                               ("yes", "no"), (1,))),
+             "wnli": ({"sentence1": "A.", "sentence2": "B.", "label": 1},
+                      Question("A.\nQuestion: B. True or False?\nAnswer:", ("False", "True"), (1,))),
+             "qqp": ({"question1": "A?", "question2": "B?", "label": 0},
+                     Question("Question 1: A?\nQuestion 2: B?\n"
+                              "Question: Do both questions ask the same thing?\nAnswer:",
+                              ("no", "yes"), (0,))),
+             "mrpc": ({"sentence1": "A.", "sentence2": "B.", "label": 1},
+                      Question("Sentence 1: A.\nSentence 2: B.\n"
+                               "Question: Do both sentences mean the same thing?\nAnswer:",
+                               ("no", "yes"), (1,))),
+             "stsb": ({"sentence1": "A.", "sentence2": "B.", "label": 2.6},
+                      Question("Sentence 1: A.\nSentence 2: B.\n"
+                               "Question: How similar are the two sentences in meaning, from 0 to 5?\n"
+                               "Answer:", tuple("012345"), (3,), value=2.6))}
+    tables = {"qnli": "index\tquestion\tsentence\tlabel\n7\tQ?\tS.\tnot_entailment\n",
+              "wnli": "index\tsentence1\tsentence2\tlabel\n7\tA.\tB.\t1\n",
+              "qqp": "id\tqid1\tqid2\tquestion1\tquestion2\tis_duplicate\n5\t6\t7\tA?\tB?\t0\n",
+              "mrpc": "Quality\t#1 ID\t#2 ID\t#1 String\t#2 String\n1\t5\t6\tA.\tB.\n"}
+    for name, (row, expected) in pairs.items():
+        data = write_rows(tmp_path, **{name: [row]})
+        assert glue.load(f"{data}/{name}.jsonl", 9, None, name) == [expected]
+        (tmp_path / f"{name}.tsv").write_text(tables.get(name, ""))
+        assert name not in tables or glue.load(f"{data}/{name}.tsv", 9, None, name) == [expected]
+        for label in (-1, "", None, True, 6, "entailed"):
+            write_rows(tmp_path, **{name: [row | {"label": label}]})
+            with pytest.raises(UserError, match=f"{name}.jsonl: row 1 does not fit"):
+                glue.load(f"{data}/{name}.jsonl", 9, None, name)
+    row = pairs["mnli"][0] | {"hypothesis": "B."}
+    assert glue.load(write_rows(tmp_path, mnli=[row]) + "/mnli.jsonl", 9, None, "mnli")[0] == pairs["mnli"][1]
+
+
+def test_similarity_is_correlated_with_the_labels():
+    """Three questions; the grade is the mean of 0 to 5 under the model's probabilities: by hand."""
+    questions = [Question("a", tuple("012345"), (0,), value=value) for value in (0.0, 2.0, 5.0)]
+    likely = iter([[0, -900, -900, -900, -900, -900], [0] * 6, [-900, -900, -900, -900, 0, 0]])
+    lm = Scorer(lambda context, choice: next(scores))
+    scores = itertools.chain.from_iterable(likely)
+    result = glue.score(lm, questions, "stsb")
+    assert [answer["grade"] for answer in result.answers] == pytest.approx([0, 2.5, 4.5])
+    # Deviations from the means 7/3 and 7/3: products 49/9 - 1/18 + 52/9, squares 61/6 and 38/3.
+    expected = (49 / 9 - 1 / 18 + 52 / 9) / (61 / 6 * 38 / 3) ** 0.5
+    assert result.figures["pearson"].value == pytest.approx(expected)
+    assert result.figures["spearman"].value == pytest.approx(1)
+    assert list(result.figures) == ["pearson", "spearman"]
+    assert glue.ranks(glue.np.array([3.0, 1.0, 3.0, 2.0])).tolist() == [3.5, 1, 3.5, 2]
+    assert glue.pearson(glue.np.ones(3), glue.np.arange(3.0)).value == 0
+
+
 def test_the_hub_is_read_like_files(tmp_path, monkeypatch):
     """`datasets` reads a local folder in place of the hub."""
     rows = {split: [{"sentence": f"{split} {number}", "label": number % 2} for number in range(4)]
