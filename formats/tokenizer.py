@@ -124,15 +124,20 @@ def as_llama_tokenizer(definition: dict[str, Any], settings: dict[str, Any]) -> 
         "type": "Metaspace", "replacement": "\u2581", "prepend_scheme": scheme, "split": False}}
 
 
-def check_ids(definition: dict[str, Any]) -> None:
-    """Raise UserError for ids of tokens that no memory is enough for, and for one that is there twice."""
-    vocab = definition["model"]["vocab"]
+def check_definition(definition: dict[str, Any]) -> None:
+    """Raise UserError for values that end the process inside the library, or that no memory is enough for."""
+    model = definition["model"]
+    vocab, prefix = model["vocab"], model.get("continuing_subword_prefix")
     ids = list(vocab.values()) if isinstance(vocab, dict) else list(range(len(vocab)))
     added = [token["id"] for token in definition["added_tokens"]]
     if not all(type(index) is int and 0 <= index < MAX_ID for index in ids + added):
         raise UserError(f"tokenizer.json: an id is not an integer from 0 to {MAX_ID - 1:,}")
     if len(set(ids)) < len(ids):
         raise UserError("tokenizer.json: two tokens have the same id")
+    if prefix and "merges" in model:
+        seconds = [pair.split(" ")[1] if isinstance(pair, str) else pair[1] for pair in model["merges"]]
+        if not all(second.startswith(prefix) for second in seconds):
+            raise UserError("tokenizer.json: a merge does not have continuing_subword_prefix")
 
 
 def library_errors(place: object) -> contextlib.AbstractContextManager[None]:
@@ -285,7 +290,7 @@ class Tokenizer:
         if settings and template.is_file():  # transformers 5 saves it here and reads it first
             settings["chat_template"] = template.read_text(encoding="utf-8", errors="replace")
         with library_errors(path):
-            check_ids(definition)
+            check_definition(definition)
             kind = str(settings.get("tokenizer_class")).removesuffix("Fast")
             is_mistral = read_json(path.with_name("config.json")).get("model_type") == "mistral"
             is_byte_level = "ByteLevel" in json.dumps(definition.get("decoder"))
