@@ -49,6 +49,7 @@ from evals.results import Figure, Result
 from evals.tasks import (
     bfcl,
     choice,
+    code,
     context_length,
     core,
     glue,
@@ -120,6 +121,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     **{f"bfcl_{name}": Task(bfcl, {"category": name})
        for name in ("multiple", "parallel", "parallel_multiple")},
     "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
+    # Programs that are run; needs --allow_code=True.
+    **{name: Task(code, {"name": name}, keys=("allow_code",)) for name in code.HUB},
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
     # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.
     **{name: Task(summarize, {"name": name}) for name in summarize.HUB},
@@ -144,6 +147,7 @@ class EvalConfig(VoteSettings, ConstraintKeys):
     sinks: int = 0  # context_length: first tokens that stay in a small cache, such as 4 (modeling/sinks.py)
     window: int | None = None  # context_length: last tokens in that cache; None fills the context
     num_tests: int = 100  # needle: number of tests over all lengths and depths
+    allow_code: bool = False  # run the programs that a model writes, within limits that are no sandbox
     batch_size: int = 64  # prompts that are generated together
     out_dir: str | None = None  # folder for the results; None is the model's folder
     device: str | None = None  # cpu, cuda, mps; None picks the best one of this machine

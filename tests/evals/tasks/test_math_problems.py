@@ -14,7 +14,8 @@ from evals.tasks.math_problems import boxed, equal
 @pytest.mark.parametrize("said, answer, verdict", [
     (r"\frac12", "0.5", True), (r"\dfrac{1}{2}", "1/2", True), (r"-\frac{1}{3}", r"\frac{-1}{3}", True),
     ("0.333", r"\frac{1}{3}", False), (r"3\frac{1}{2}", "3.5", True), ("x=5", "5", True),
-    ("y = 5.", "x=5", True), ("10,000", "10000", True), (r"1{,}000", "1000", True), ("12345678901", "12345678902", False),
+    ("y = 5.", "x=5", True), ("10,000", "10000", True), (r"1{,}000", "1000", True),
+    ("12345678901", "12345678902", False),
     (r"2\sqrt{2}", r"\sqrt8", True), (r"\frac{\sqrt{3}}{3}", r"\frac{1}{\sqrt3}", True),
     (r"\sqrt[3]{27}", "3", True), ("x^2+2x+1", "(x+1)^2", True), ("x^2+2x+2", "(x+1)^2", False),
     ("2x", "x2", True), (r"\frac{x^{2}}{\sqrt{y}}", "x^2/y^{1/2}", True), (r"2\pi", r"\pi\cdot 2", True),
@@ -31,8 +32,9 @@ def test_answers(said, answer, verdict):
 
 @pytest.mark.parametrize("hostile", [
     "9^{9^{9^9}}", "((9^{99})^{99})^{99}", "(" * 150, "{" * 190, "-" * 199 + "1", r"\frac{1}{0}",
-    r"\sqrt{-1}", "1**1**" * 30, "__import__('os').abort()", "exec", "x.real", "9" * 10_000, "1," * 5000, ")(", r"\frac",
-    "^", "0x10", "1_0", "1e9", "lambda:0", "\ud800", "2" + "!" * 100, r"\frac{" * 40])
+    r"\sqrt{-1}", "1**1**" * 30, "__import__('os').abort()", "exec", "x.real",
+    "9" * 10_000, "1," * 5000, ")(", r"\frac", "^",
+    "0x10", "1_0", "1e9", "lambda:0", "\ud800", "2" + "!" * 100, r"\frac{" * 40])
 def test_hostile_answers(hostile):
     begin = time.process_time()
     assert not equal(hostile, "7")
