@@ -34,7 +34,7 @@ from tqdm import tqdm
 from configurator import UserError
 from formats import hf, kquants
 from formats.files import path_in_errors
-from formats.gguf_reader import FUSED, GPT2_KEYS, LAYER_NAMES, LLAMA_KEYS, NAMES
+from formats.gguf_reader import FUSED, GPT2_KEYS, LLAMA_KEYS, NAMES
 from formats.hf import GPTConfig
 from formats.names import QKV, split_name
 from modeling.rope import rope_frequencies, yarn_factor
@@ -107,7 +107,7 @@ def rename_tensors(config: GPTConfig, state: dict[str, Tensor]) -> Iterator[tupl
     arch = hf.architecture(config)
     for name, tensor in state.items():
         layer, module, kind = split_name(name)
-        theirs = LAYER_NAMES[module] if layer else NAMES[module]
+        theirs = NAMES[module]
         if name in hf.VOCABULARY_TABLES:
             tensor = tensor[:config.vocab_size]  # (P, C) -> (V, C)
         if arch == "gpt2" and theirs in FUSED:

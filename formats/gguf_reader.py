@@ -44,20 +44,19 @@ LLAMA_KEYS = SIZES | {"attention.layer_norm_rms_epsilon": "norm_eps", "rope.freq
 SETTINGS: dict[str, dict[str, Any]] = {
     "llama": {}, "qwen2": {"bias": "qkv"}, "qwen3": {"qk_norm": True},
     "gpt2": {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"}}
-# {our module: GGUF's}, outside and inside a layer
+# {our module: GGUF's}
 NAMES = {"model.embed_tokens": "token_embd", "model.embed_positions": "position_embd",
-         "model.norm": "output_norm", "lm_head": "output"}
-LAYER_NAMES = {"input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm",
-               "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v",
-               "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
-               "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
-               "mlp.down_proj": "ffn_down"}
-OUR_NAMES = {theirs: ours for ours, theirs in (NAMES | LAYER_NAMES).items()}
+         "model.norm": "output_norm", "lm_head": "output", "input_layernorm": "attn_norm",
+         "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q", "self_attn.k_proj": "attn_k",
+         "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output", "self_attn.q_norm": "attn_q_norm",
+         "self_attn.k_norm": "attn_k_norm", "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up",
+         "mlp.down_proj": "ffn_down"}
+OUR_NAMES = {theirs: ours for ours, theirs in NAMES.items()}
 FUSED = ("attn_q", "attn_k", "attn_v")  # in gpt2 these are one tensor, attn_qkv
 # {type of a value: its code for struct}; besides these there are texts and lists
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 TEXT, LIST = 8, 9
-NORMAL, USER_DEFINED, UNUSED, BYTE = 1, 4, 5, 6  # types of tokens
+NORMAL, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 3, 4, 5, 6  # gguf.TokenType
 SPECIAL = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}  # transformers' and GGUF's names
 SPACE = "\u2581"  # how a token of the sentencepiece kind spells a space
 

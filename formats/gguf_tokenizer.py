@@ -10,12 +10,12 @@ from typing import Any
 
 from configurator import UserError
 from formats.chat_format import TEMPLATE, end_of_turn
+from formats.gguf_reader import CONTROL, NORMAL, UNUSED, USER_DEFINED
 from formats.splits import SPLITS
 from formats.tokenizer import Tokenizer, split_patterns
 
 # The first name of each way of splitting.
 NAMES: dict[tuple[str, ...], str] = {patterns: name for name, patterns in reversed(SPLITS.items())}
-NORMAL, CONTROL, USER_DEFINED, UNUSED = 1, 3, 4, 5  # gguf.TokenType
 
 
 def pre_tokenizer(tokenizer: Tokenizer, place: str) -> str:

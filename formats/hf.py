@@ -57,9 +57,8 @@ EXPERT_KEYS = {"mixtral": SHARED_EXPERT_KEYS | {"n_expert": "num_local_experts"}
                    "norm_topk": "norm_topk_prob", "dense_layers": "mlp_only_layers"}}
 # {model_type: the values that transformers assumes for keys that a config.json leaves out}. None is derived
 # from other sizes. All other sizes are required.
-QWEN3_DEFAULTS: dict[str, Any] = {"hidden_act": "silu", "attention_dropout": 0.0, "rms_norm_eps": 1e-6,
-                                  "tie_word_embeddings": False}
-LLAMA_DEFAULTS = QWEN3_DEFAULTS | {"head_dim": None}
+QWEN3_DEFAULTS = {"attention_dropout": 0.0, "rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+LLAMA_DEFAULTS: dict[str, Any] = QWEN3_DEFAULTS | {"head_dim": None}
 DEFAULTS: dict[str, dict[str, Any]] = {
     "llama": LLAMA_DEFAULTS | {"num_key_value_heads": None}, "qwen2": LLAMA_DEFAULTS, "qwen3": QWEN3_DEFAULTS,
     "mistral": LLAMA_DEFAULTS | {"sliding_window": 4096},
@@ -67,11 +66,14 @@ DEFAULTS: dict[str, dict[str, Any]] = {
                                  "router_aux_loss_coef": 0.001},
     "qwen3_moe": QWEN3_DEFAULTS | {"num_experts": 128, "num_experts_per_tok": 8, "mlp_only_layers": [],
                                    "norm_topk_prob": False, "router_aux_loss_coef": 0.001},
-    "gpt2": {"activation_function": "gelu_new", "tie_word_embeddings": True, "n_inner": None,
-             "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
+    "gpt2": {"tie_word_embeddings": True, "n_inner": None, "layer_norm_epsilon": 1e-5, "resid_pdrop": 0.1}}
 SIZES = {"vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd", "head_dim", "intermediate_size",
          "block_size"}
 DERIVED_SIZES = {"n_kv_head", "head_dim", "intermediate_size"}  # may be None
+# {key: the only value that our model computes}; a config.json that leaves the key out has this value.
+ONLY = {"quantization_config": None, "hidden_act": "silu", "activation_function": "gelu_new",
+        "decoder_sparse_step": 1, "partial_rotary_factor": 1.0, "scale_attn_by_inverse_layer_idx": False,
+        "scale_attn_weights": True, "add_cross_attention": False}
 MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for which no memory is enough
 # The masks and tables that old files of transformers contain.
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
@@ -176,18 +178,9 @@ def refuse_unsupported(config: dict[str, Any], path: Path) -> None:
     if kind in ("qwen2", "qwen3", "qwen3_moe") and not config.get("use_sliding_window"):
         window = None  # these state a window even where it is not used
     biases = config.get("attention_bias", False), config.get("mlp_bias", False)
-    unsupported = {
-        "quantization_config": config.get("quantization_config") is not None,
-        "hidden_act": kind != "gpt2" and config["hidden_act"] != "silu",
-        "activation_function": kind == "gpt2" and config["activation_function"] != "gelu_new",
+    unsupported = {key: config.get(key, value) != value for key, value in ONLY.items()} | {
         "sliding_window": window is not None and window < config.get("max_position_embeddings", 0),
-        "decoder_sparse_step": config.get("decoder_sparse_step", 1) != 1,
-        "partial_rotary_factor": config.get("partial_rotary_factor", 1.0) != 1.0,
-        "attention_bias": biases[0] != biases[1] or (any(biases) and kind != "llama"),
-        "scale_attn_by_inverse_layer_idx": config.get("scale_attn_by_inverse_layer_idx", False),
-        "scale_attn_weights": not config.get("scale_attn_weights", True),
-        "add_cross_attention": config.get("add_cross_attention", False),
-    }
+        "attention_bias": biases[0] != biases[1] or (any(biases) and kind != "llama")}
     for key, is_set in unsupported.items():
         if is_set:
             raise UserError(f"{path}: {key}={config.get(key)} is not supported")

@@ -15,12 +15,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-# {our module: GPT-2's}, outside and inside a layer. GPT-2 fuses QKV into c_attn.
-GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f"}
-GPT2_LAYER_NAMES = {"input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
-                    "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
-                    "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
-GPT2_TO_OURS = {theirs: ours for ours, theirs in (GPT2_NAMES | GPT2_LAYER_NAMES).items()}
+# {our module: GPT-2's}. GPT-2 fuses QKV into c_attn.
+GPT2_NAMES = {"model.embed_tokens": "wte", "model.embed_positions": "wpe", "model.norm": "ln_f",
+              "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2",
+              "self_attn.q_proj": "attn.c_attn", "self_attn.o_proj": "attn.c_proj",
+              "mlp.up_proj": "mlp.c_fc", "mlp.down_proj": "mlp.c_proj"}
+GPT2_TO_OURS = {theirs: ours for ours, theirs in GPT2_NAMES.items()}
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 # {a part of Mixtral's names: ours}
 MIXTRAL_NAMES = {".block_sparse_moe.": ".mlp.", ".w1.": ".gate_proj.", ".w2.": ".down_proj.",
@@ -72,7 +72,7 @@ def to_gpt2(state: dict[str, Tensor]) -> dict[str, Tensor]:
         if module == QKV[0]:
             tensor = torch.cat([state[name.replace(module, part)] for part in QKV])  # (3 C, ..)
         tensor = tensor.T.contiguous() if tensor.ndim == 2 else tensor
-        result[f"transformer.h.{layer}.{GPT2_LAYER_NAMES[module]}.{kind}"] = tensor
+        result[f"transformer.h.{layer}.{GPT2_NAMES[module]}.{kind}"] = tensor
     return result
 
 
@@ -93,7 +93,7 @@ def adapter_to_gpt2(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
         if not layer:  # a table
             result[to_gpt2({name: tensor}).popitem()[0]] = tensor
             continue
-        place = f"transformer.h.{layer}.{GPT2_LAYER_NAMES.get(module, 'attn.c_attn')}.{kind}"
+        place = f"transformer.h.{layer}.{GPT2_NAMES.get(module, 'attn.c_attn')}.{kind}"
         if module in QKV:
             (n, m), i = tensor.shape, QKV.index(module)
             whole = result.setdefault(place, tensor.new_zeros(3 * n, m if kind == "lora_A" else 3 * m))
@@ -112,8 +112,8 @@ def split_c_attn(A: Tensor, B: Tensor, rank: int) -> Iterator[tuple[Tensor, Tens
     """
     for i, block in enumerate(B.unflatten(0, (3, -1))):  # (C, r')
         own = slice(i * rank, (i + 1) * rank)
-        others = block.index_fill(1, torch.arange(len(A))[own], 0)
-        yield (A, block) if others.any() else (A[own], block[:, own])
+        is_shared = block[:, :own.start].any() or block[:, own.stop:].any()
+        yield (A, block) if is_shared else (A[own], block[:, own])
 
 
 def adapter_from_gpt2(adapter: dict[str, Tensor], rank: int) -> dict[str, Tensor]:

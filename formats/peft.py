@@ -101,11 +101,9 @@ def require_float(file: Path, name: str, tensor: Tensor) -> None:
 
 def check_spec(spec: AdapterSpec, path: Path) -> None:
     """Raise UserError for settings that no adapter has."""
-    is_number = {key: type(value) in (int, float) and abs(value) < 2**20
-                 for key, value in (("lora_alpha", spec.alpha), ("lora_dropout", spec.dropout))}
     checks = {"r": type(spec.rank) is int and 0 < spec.rank < 2**20,
-              "lora_alpha": is_number["lora_alpha"],
-              "lora_dropout": is_number["lora_dropout"] and 0 <= spec.dropout < 1,
+              "lora_alpha": type(spec.alpha) in (int, float) and abs(spec.alpha) < 2**20,
+              "lora_dropout": type(spec.dropout) in (int, float) and 0 <= spec.dropout < 1,
               "target_modules": all(isinstance(name, str) for name in spec.targets),
               "modules_to_save": all(isinstance(name, str) for name in spec.tables)}
     if wrong := [key for key, fits in checks.items() if not fits]:

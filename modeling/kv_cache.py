@@ -65,6 +65,7 @@ class KVCache:
         """
         if self.used + T > self.block_size:
             raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
+        self.begin, self.end = self.used, self.used + T  # of even rows' new slots; of the visible slots
         # Equal rows need no mask if the cache is empty (causal) or if one query sees all that there is.
         if self.even and (self.used == 0 or T == 1):
             return None, slice(self.used, self.used + T)
@@ -80,16 +81,15 @@ class KVCache:
 
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Store k and v, (B, K, T, D), in the reserved slots; return what to attend to, (B, K, S, D) each."""
-        T, S = k.shape[2], self.used + k.shape[2]
         stored = self.k[layer], self.v[layer]  # (B, K, all slots, D)
         for slots, new in zip(stored, (k, v), strict=True):
             if self.even:
-                slots.narrow(2, self.used, T).copy_(new)
+                slots.narrow(2, self.begin, k.shape[2]).copy_(new)
             else:
                 slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, T, K, D)
         if self.used == 0:  # the new keys and values are all there is, and causal attention will do
             return k, v
-        return stored[0].narrow(2, 0, S).to(k.dtype), stored[1].narrow(2, 0, S).to(v.dtype)
+        return stored[0].narrow(2, 0, self.end).to(k.dtype), stored[1].narrow(2, 0, self.end).to(v.dtype)
 
     def set_lengths(self, lengths: list[int]) -> None:
         """Set the number of tokens in each row, after a forward pass. Later slots count as empty."""

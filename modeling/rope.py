@@ -47,8 +47,6 @@ def require_valid(theta: float, scaling: dict | None) -> None:
     required, optional = KEYS[kind]
     for key in (*required, *optional):
         value = scaling.get(key)
-        if key in required and key not in scaling:
-            raise UserError(f"rope_scaling={str(scaling)[:200]}: the key {key!r} is missing")
         is_default = key in optional and (value is None or (value == 0 and key != "attention_factor"))
         if not is_default and not (type(value) in (int, float) and 0 < value < 1e12):
             raise UserError(f"rope_scaling: {key}={str(value)[:40]}: must be a positive number")

@@ -98,11 +98,12 @@ class SinkCache(KVCache):
             young = torch.tensor(inside, device=device).view(-1, 1, 1, 1) < self.size - 1
             self.first = torch.where(young, sinks, self.first)
         self.keys[..., :self.sinks, :] = self.turned(self.first, steps, 1)
-        self.ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
-                     for n in self.lengths]
+        ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
+                for n in self.lengths]
+        self.begin, self.end = ring[0], self.size
         if self.even and full:
             return None, slice(steps[0] + inside[0], steps[0] + inside[0] + 1)
-        self.slots, seen = (torch.tensor(each, device=device)[:, None] for each in (self.ring, inside))
+        self.slots, seen = (torch.tensor(each, device=device)[:, None] for each in (ring, inside))
         # slots, seen: (B, 1)
         mask = torch.arange(self.size, device=device) <= seen[:, None, :, None]  # (B, 1, 1, S)
         return mask, seen + torch.tensor(steps, device=device)[:, None]
@@ -113,17 +114,6 @@ class SinkCache(KVCache):
         cos, sin = (table[rows][:, None, None] for table in self.tables)  # (B, 1, 1, D)
         k = k.float()
         return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
-
-    def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if not self.wrapped:
-            return super().update(layer, k, v)
-        stored = self.k[layer], self.v[layer]  # (B, K, S, D)
-        for slots, new in zip(stored, (k, v), strict=True):
-            if self.even:
-                slots.narrow(2, self.ring[0], 1).copy_(new)
-            else:
-                slots[self.rows, :, self.slots] = new.transpose(1, 2).to(slots.dtype)  # (B, 1, K, D)
-        return stored[0].to(k.dtype), stored[1].to(v.dtype)
 
 
 def attend_with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, sink: Tensor) -> Tensor:
