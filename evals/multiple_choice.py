@@ -147,20 +147,36 @@ def grade(questions: list[Question], likelihoods: list[list[Likelihood]],
     """The accuracy of the choice with the highest score, for each kind of score, and one answer per question.
 
     scores: {figure: the scores of each question's choices}; the answers are those of the first figure. The
-    details have the first prompt, the accuracy of guessing ("chance"), and the number of questions whose
-    context lost its beginning. If there are any, their share is a figure as well.
+    details have the accuracy of guessing ("chance"), and those of `result_of`.
     """
     right = {name: [credit(row, question.gold) for row, question in zip(rows, questions, strict=True)]
              for name, rows in scores.items()}
     first = next(iter(scores))
+    result = result_of(questions, likelihoods, right, [row.index(max(row)) for row in scores[first]])
+    result.details["chance"] = mean([len(each.gold) / len(each.choices) for each in questions]).value
+    return result
+
+
+def grade_greedy(questions: list[Question], likelihoods: list[list[Likelihood]]) -> Result:
+    """The share of questions whose one choice greedy decoding would write, and one answer per question."""
+    return result_of(questions, likelihoods, {"accuracy": [float(row[0].greedy) for row in likelihoods]},
+                     [0] * len(questions))
+
+
+def result_of(questions: list[Question], likelihoods: list[list[Likelihood]], right: dict[str, list[float]],
+              said: list[int]) -> Result:
+    """The mean of each list of points, and one answer per question, with the points of the first list.
+
+    The details have the first prompt, and the number of questions whose context lost its beginning. If there
+    are any, their share is a figure as well.
+    """
     answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
-                "log_probs": log_probs, "said": score.index(max(score)), "right": points}
-               for question, log_probs, score, points in zip(questions, log_probs_of(likelihoods),
-                                                             scores[first], right[first], strict=True)]
+                "log_probs": log_probs, "said": choice, "right": points}
+               for question, log_probs, choice, points in zip(questions, log_probs_of(likelihoods), said,
+                                                              next(iter(right.values())), strict=True)]
     cut = [any(each.truncated for each in row) for row in likelihoods]
-    chance = mean([len(question.gold) / len(question.choices) for question in questions]).value
     return Result({name: mean(points) for name, points in right.items()} | truncated(cut), answers, {
-        "chance": chance, "truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
+        "truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
 
 
 def score_by_log_prob(lm: LM, questions: list[Question]) -> Result:

@@ -28,12 +28,13 @@ from evals.multiple_choice import (
     Question,
     ask,
     few_shot,
+    grade_greedy,
     lettered,
     score_by_character,
     score_by_log_prob,
     splits,
 )
-from evals.results import Figure, Result, mean, truncated
+from evals.results import Figure, Result, mean
 
 Row = dict[str, Any]
 
@@ -205,17 +206,14 @@ def lambada(row: Row) -> Question:
     return Question(before, (answer_text(word),), (0,))
 
 
-def score_by_greedy(lm: LM, questions: list[Question]) -> Result:
-    """The share of questions whose one choice greedy decoding would write, and its perplexity per choice."""
-    likelihoods = [row[0] for row in ask(lm, questions)]
-    answers = [{"prompt": question.prompt, "choices": list(question.choices), "log_probs": [each.log_prob],
-                "right": int(each.greedy)} for question, each in zip(questions, likelihoods, strict=True)]
-    nats = mean([-each.log_prob for each in likelihoods])
+def score_last_word(lm: LM, questions: list[Question]) -> Result:
+    """The share of words that greedy decoding would write, and the perplexity per word."""
+    likelihoods = ask(lm, questions)
+    result = grade_greedy(questions, likelihoods)
+    nats = mean([-row[0].log_prob for row in likelihoods])
     perplexity = math.exp(min(nats.value, 700))  # a larger exponent overflows
-    cut = [bool(each.truncated) for each in likelihoods]
-    return Result({"accuracy": mean([answer["right"] for answer in answers]),
-                   "perplexity": Figure(perplexity, perplexity * nats.stderr, nats.n)} | truncated(cut),
-                  answers, {"truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
+    result.figures["perplexity"] = Figure(perplexity, perplexity * nats.stderr, nats.n)
+    return result
 
 
 # ---- The table --------------------------------------------------------------------------------------------
@@ -233,7 +231,7 @@ BENCHMARKS = {
     "boolq": Benchmark(boolq, "aps/super_glue:boolq", VALIDATION, score_by_log_prob),
     "sciq": Benchmark(sciq, "allenai/sciq:", TEST, score_by_character),
     "copa": Benchmark(copa, "aps/super_glue:copa", VALIDATION, score_by_log_prob),
-    "lambada": Benchmark(lambada, "EleutherAI/lambada_openai:default", TEST, score_by_greedy),
+    "lambada": Benchmark(lambada, "EleutherAI/lambada_openai:default", TEST, score_last_word),
 }
 
 

@@ -22,30 +22,32 @@ the number of tasks. The first --limit rows of each task are asked. There is not
 
 import math
 import random
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from configurator import UserError
-from evals.benchmarks import convert, file_rows, label_number, text_of, texts_of
-from evals.likelihood import Score, Text, opening_id, shared_prefix_length
+from evals.benchmarks import answer_text, convert, file_rows, label_number, text_of, texts_of
+from evals.likelihood import Likelihood, Text, opening_id, shared_prefix_length
 from evals.lm import LM
-from evals.multiple_choice import credit
-from evals.results import Figure, Result, mean, truncated
+from evals.multiple_choice import Question, grade, grade_greedy, log_probs_of, shots_text
+from evals.results import Figure, Result
 from formats.tokenizer import Tokenizer
 
 
 class Setting(NamedTuple):
-    """A task: its file, worked examples, chance in percent, and the text before the answer."""
+    """A task: its file, worked examples, chance in percent, and the text before the space and the answer."""
 
     file: str
     shots: int
     chance: float
-    delimiter: str = " "
+    before: str = ""
 
 
-ANSWER = "\nAnswer: "
+ANSWER = "\nAnswer:"
 SETTINGS = {
     "hellaswag_zeroshot": Setting("hellaswag", 0, 25),
     "jeopardy": Setting("jeopardy_all", 10, 0, ANSWER),
@@ -72,30 +74,22 @@ SETTINGS = {
 }
 
 
-class Item(NamedTuple):
-    """A row: (text before, text after) of each choice; the right one; the kind of row."""
-
-    sides: list[tuple[str, str]]
-    gold: int
-    kind: str  # its key: "choices", "context_options" or "continuation"
-
-    def texts(self, delimiter: str) -> list[str]:
-        return [before + delimiter + after for before, after in self.sides]
-
-
 # ---- Questions --------------------------------------------------------------------------------------------
 
-def item_of(row: dict[str, Any]) -> Item:
-    if "choices" in row:
-        sides = [(text_of(row["query"]), choice) for choice in texts_of(row["choices"])]
-        return Item(sides, label_number(row["gold"], len(sides)), "choices")
+def question_of(row: dict[str, Any], before: str) -> Question:
+    """A row of one of the three kinds. before: text between the question and the answer."""
     if "context_options" in row:
-        sides = [(context, text_of(row["continuation"])) for context in texts_of(row["context_options"])]
-        return Item(sides, label_number(row["gold"], len(sides)), "context_options")
-    return Item([(text_of(row["context"]).strip(), text_of(row["continuation"]))], 0, "continuation")
+        contexts = texts_of(row["context_options"])
+        return Question("", tuple(contexts), (label_number(row["gold"], len(contexts)),),
+                        ending=answer_text(row["continuation"]))
+    if "choices" in row:
+        choices = texts_of(row["choices"])
+        return Question(text_of(row["query"]) + before, tuple(choices),
+                        (label_number(row["gold"], len(choices)),))
+    return Question(text_of(row["context"]).strip() + before, (answer_text(row["continuation"]),), (0,))
 
 
-def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Item]]:
+def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Question]]:
     """{task: its first `limit` rows in nanochat's order}; `shots` has no effect.
 
     Raises UserError if the folder has no file of CORE, or if a file has too few rows.
@@ -107,61 +101,56 @@ def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[It
         raise UserError(f"data={source}: no file of CORE; give --data=core=FOLDER with piqa.jsonl, ..")
     tasks = {}
     for name, path in found.items():
-        rows = list(file_rows(path))
+        rows, setting = list(file_rows(path)), SETTINGS[name]
         random.Random(1337).shuffle(rows)
-        tasks[name] = convert(rows[:limit], item_of)
-        if len(tasks[name]) <= SETTINGS[name].shots:
-            raise UserError(f"{path}: {len(tasks[name])} rows, with limit={limit}; CORE takes "
-                            f"{SETTINGS[name].shots} of them as worked examples")
+        questions = convert(rows[:limit], partial(question_of, before=setting.before))
+        if len(questions) <= setting.shots:
+            raise UserError(f"{path}: {len(questions)} rows, with limit={limit}; CORE takes "
+                            f"{setting.shots} of them as worked examples")
+        tasks[name] = [replace(each, shots=examples(questions, index, setting.shots))
+                       for index, each in enumerate(questions)]
     return tasks
 
 
-def examples(items: list[Item], index: int, setting: Setting) -> str:
+def examples(questions: list[Question], index: int, shots: int) -> str:
     """The worked examples of a question: other rows of its file, drawn as nanochat draws them."""
-    others = [number for number in range(len(items)) if number != index]
-    drawn = [items[number] for number in random.Random(1234 + index).sample(others, setting.shots)]
-    return "".join(each.texts(setting.delimiter)[each.gold] + "\n\n" for each in drawn)
-
-
-def choice_texts(tokenizer: Tokenizer, item: Item, before: str, delimiter: str) -> list[Text]:
-    """The choices of a question, after its worked examples, as ids that end in the tokens to score."""
-    texts = [before + text for text in item.texts(delimiter)]
-    if item.kind == "continuation":  # scored are the tokens that the text without it does not have
-        texts.append((before + item.sides[0][0] + delimiter).strip())
-    rows = [np.array([opening_id(tokenizer), *tokenizer.encode(text)], np.int32) for text in texts]
-    if item.kind == "context_options":  # the tokens of the common end
-        same = min(shared_prefix_length(rows[0][::-1], row[::-1]) for row in rows[1:])
-        counts = [same] * len(rows)
-    else:  # the tokens after the common beginning
-        same = min(shared_prefix_length(rows[0], row) for row in rows[1:])
-        counts = [len(row) - same for row in rows]
-    # One token at least: a choice may be the beginning of another one.
-    return [Text(row, min(max(count, 1), len(row) - 1))
-            for row, count in zip(rows, counts, strict=True)][:len(item.sides)]
+    others = questions[:index] + questions[index + 1:]
+    return shots_text(random.Random(1234 + index).sample(others, shots), shots)
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
 
-def answer_of(item: Item, texts: list[Text], scores: list[Score]) -> dict[str, Any]:
-    """What the model said, and the credit for it. texts, scores: one per choice."""
-    if item.kind == "continuation":
-        return {"prompt": item.sides[0][0], "choices": [item.sides[0][1]], "gold": [0],
-                "log_probs": [scores[0].log_prob], "right": int(scores[0].greedy)}
-    means = [score.log_prob / text.num_targets for score, text in zip(scores, texts, strict=True)]
-    return {"choices": item.texts(" "), "gold": [item.gold], "log_probs": means,
-            "said": means.index(max(means)), "right": credit(means, (item.gold,))}
+def scored_texts(tokenizer: Tokenizer, question: Question) -> list[Text]:
+    """The choices of a question as ids that end in the tokens to score."""
+    count = len(question.choices)
+    texts = [question.shots + "".join(question.scored(index)) for index in range(count)]
+    if count == 1:  # scored are the tokens that the text without the choice does not have
+        texts.append(question.shots + question.prompt)
+    rows = [np.array([opening_id(tokenizer), *tokenizer.encode(text)], np.int32) for text in texts]
+    if question.ending:  # the tokens of the common end
+        targets = [min(shared_prefix_length(rows[0][::-1], row[::-1]) for row in rows[1:])] * count
+    else:  # the tokens after the common beginning
+        same = min(shared_prefix_length(rows[0], row) for row in rows[1:])
+        targets = [len(row) - same for row in rows[:count]]
+    # One token at least: a choice may be the beginning of another one.
+    return [Text(row, min(max(target, 1), len(row) - 1))
+            for row, target in zip(rows[:count], targets, strict=True)]
 
 
-def answers_of(lm: LM, name: str, items: list[Item]) -> list[dict[str, Any]]:
-    """The answers to a task, one per item."""
-    setting, most = SETTINGS[name], lm.model.config.block_size + 1  # the last token is not read
-    rows = [choice_texts(lm.tokenizer, item, examples(items, index, setting), setting.delimiter)
-            for index, item in enumerate(items)]
-    scores = iter(lm.score_texts([Text(text.ids[-most:], min(text.num_targets, most - 1))
-                                  for row in rows for text in row]))
-    return [{"task": name, **answer_of(item, row, [next(scores) for _ in row]),
-             "truncated": any(len(text.ids) > most for text in row)}
-            for item, row in zip(items, rows, strict=True)]
+def score_task(lm: LM, questions: list[Question]) -> Result:
+    """The accuracy by mean log-probability per token or, for one choice, by greedy decoding."""
+    most = lm.model.config.block_size + 1  # the last token is not read
+    rows = [scored_texts(lm.tokenizer, question) for question in questions]
+    cut = [Text(text.ids[-most:], min(text.num_targets, most - 1)) for row in rows for text in row]
+    scores = iter(zip(lm.score_texts(cut), cut, strict=True))
+    likelihoods = []
+    for row in rows:
+        pairs = [(text, *next(scores)) for text in row]
+        likelihoods.append([Likelihood(score.log_prob / kept.num_targets, len(text.ids) - len(kept.ids),
+                                       score.greedy) for text, score, kept in pairs])
+    if len(questions[0].choices) == 1:
+        return grade_greedy(questions, likelihoods)
+    return grade(questions, likelihoods, {"accuracy": log_probs_of(likelihoods)})
 
 
 def centre(figure: Figure, chance: float) -> Figure:
@@ -169,17 +158,17 @@ def centre(figure: Figure, chance: float) -> Figure:
     return Figure((figure.value - chance) / (1 - chance), figure.stderr / (1 - chance), figure.n)
 
 
-def score(lm: LM, tasks: dict[str, list[Item]]) -> Result:
+def score(lm: LM, tasks: dict[str, list[Question]]) -> Result:
     """CORE, and the accuracy of each task. The details have each task centred, and the missing tasks."""
     if lm.chat:
         raise UserError("chat=True: CORE has no chat form; its texts are continued")
-    answers = [answer for name, items in tasks.items() for answer in answers_of(lm, name, items)]
-    figures = {name: mean([each["right"] for each in answers if each["task"] == name]) for name in tasks}
+    results = {name: score_task(lm, questions) for name, questions in tasks.items()}
+    figures = {name: result.figures["accuracy"] for name, result in results.items()}
     centred = {name: centre(figure, SETTINGS[name].chance / 100) for name, figure in figures.items()}
-    n = len(centred)
+    n, cut = len(centred), sum(result.details["truncated"] for result in results.values())
     core = Figure(sum(each.value for each in centred.values()) / n,
                   math.sqrt(sum(each.stderr**2 for each in centred.values())) / n, n)
-    cut = truncated([answer["truncated"] for answer in answers])
-    return Result({"core": core, **figures} | cut, answers, {
-        "centred": {name: figure._asdict() for name, figure in centred.items()},
+    answers = [{"task": name, **answer} for name, result in results.items() for answer in result.answers]
+    return Result({"core": core, **figures}, answers, {
+        "centred": {name: figure._asdict() for name, figure in centred.items()}, "truncated": cut,
         "missing": [name for name in SETTINGS if name not in tasks]})
