@@ -612,8 +612,12 @@ async def visit(server, script, monkeypatch):
         await page.click("Send")
         await page.until(done.format(1))
         assert "2 / 2" in await page.js("document.querySelector('.user').innerText")
-        await page.js("document.querySelector('[aria-label=\"Previous branch\"]').click()")
-        assert "never ends" in await page.js("document.querySelector('.bubble').innerText")
+        # The keyboard alone switches branches: the focus stays where it was.
+        await page.js("document.querySelector('[aria-label=\"Previous branch\"]').focus()")
+        for shown in ("never ends", "ends soon", "never ends"):
+            await page.press("Enter", 13, text="\r")
+            assert await page.js("document.querySelector('.bubble').innerText") == shown
+        assert await page.js("document.activeElement.ariaLabel") == "Next branch"
         # Compare two answers and vote. (With one model, they differ in their random numbers.)
         await page.click("New chat")
         await page.click("Compare")

@@ -158,23 +158,32 @@ def chat_folder(tokenizer, tmp_path_factory):
 
 
 def test_arrow_keys_edit_the_line_in_a_chat(chat_folder, tmp_path):
-    """In a terminal: "2", the left arrow, "1" is the question "12"; the up arrow brings it back."""
+    """In a terminal: "2", the left arrow, "1" is "12". The up arrow brings it back, also in the next chat."""
     pytest.importorskip("readline")
-    screen, keyboard = pty.openpty()
+    saved = tmp_path / "saved.jsonl"
     command = [sys.executable, "sample.py", f"--model={chat_folder}", "--chat=True", "--device=cpu",
                "--max_new_tokens=1"]
-    process = subprocess.Popen(command, cwd=ROOT, stdin=keyboard, stdout=keyboard, stderr=keyboard,
-                               env=os.environ | {"TERM": "xterm"})
-    os.close(keyboard)
-    saved, printed = tmp_path / "saved.jsonl", b""
-    for line in (b"2\x1b[D1\n", b"\x1b[A\n", f"/save {saved}\n".encode(), b"/quit\n"):
-        while not printed.endswith(b"> "):
-            printed += os.read(screen, 1024)
-        os.write(screen, line)
+
+    def chat(*lines):
+        screen, keyboard = pty.openpty()
+        process = subprocess.Popen(command, cwd=ROOT, stdin=keyboard, stdout=keyboard, stderr=keyboard,
+                                   env=os.environ | {"TERM": "xterm", "HOME": str(tmp_path)})
+        os.close(keyboard)
         printed = b""
-    assert process.wait(60) == 0
-    messages = json.loads(saved.read_text())["messages"]
-    assert [each["content"] for each in messages if each["role"] == "user"] == ["12", "12"]
+        for line in (*lines, f"/save {saved}\n".encode(), b"/quit\n"):
+            while not printed.endswith(b"> "):
+                printed += os.read(screen, 1024)
+            os.write(screen, line)
+            printed = b""
+        assert process.wait(60) == 0
+        return [each["content"] for row in saved.read_text().splitlines()
+                for each in json.loads(row)["messages"] if each["role"] == "user"]
+
+    assert chat(b"2\x1b[D1\n", b"\x1b[A\n") == ["12", "12"]
+    up = b"\x1b[A"
+    assert chat(up * 3 + b"\n") == ["12", "12", "12"], "before it in the history: /save and /quit"
+    history = tmp_path / ".nanollama_history"
+    assert history.read_text().startswith("12\n/save") and history.stat().st_mode & 0o077 == 0
 
 
 def test_a_chat_needs_stdin(chat_folder, monkeypatch):
