@@ -136,7 +136,7 @@ class DistillConfig(RunConfig, GPTConfig):
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
-Caches = dict[tuple[str, int], list[TeacherCache]]  # by StagedData.key; one cache per folder of the mix
+Caches = dict[Any, TeacherCache]  # {rows of a folder: the predictions for them}
 
 
 def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
@@ -173,17 +173,16 @@ def open_caches(cfg: DistillConfig, data: StagedData, teacher_hash: str) -> Cach
         if (stage.temperature, stage.document_mask) != (cfg.temperature, cfg.document_mask):
             raise UserError("stages: temperature and document_mask cannot change with a cache; set them for "
                             "the whole run")
-    caches = {key: [open_cache(cfg, rows, teacher_hash) for rows in mix.rows]
-              for key, mix in data.mixes.items()}
+    caches = {rows: open_cache(cfg, rows, teacher_hash) for mix in data.mixes.values() for rows in mix.rows}
     # A batch may mix rows of several folders, so their records must have the same format.
-    if len({cache.dtype for mix_caches in caches.values() for cache in mix_caches}) > 1:
+    if len({cache.dtype for cache in caches.values()}) > 1:
         raise UserError(f"cache={cfg.cache}: the caches of these data sets differ in k or values")
     return caches
 
 
-def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.ndarray,
-                       batch: dict[str, Any]) -> dict[str, Tensor]:
-    """The teacher's predictions for the targets of a batch, whose rows are row[i] of folder[i].
+def cached_predictions(caches: Caches, places: list[tuple[Any, int]],
+                       batch: dict[str, Any]) -> dict[str, Any]:
+    """The teacher's predictions for the targets of a batch. places: its rows, as (rows of a folder, number).
 
     Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,); for a teacher with
     another tokenizer, the keys of `cached_spans`.
@@ -191,7 +190,7 @@ def cached_predictions(caches: list[TeacherCache], folder: np.ndarray, row: np.n
     # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
     # compute logits at the targets only.
     T = batch["input_ids"].shape[1]
-    records = np.concatenate([caches[f].read(r)[:T] for f, r in zip(folder, row, strict=True)])  # (B T,)
+    records = np.concatenate([caches[rows].read(number)[:T] for rows, number in places])  # (B T,)
     if "length" in (records.dtype.names or ()):
         return cached_spans(batch, records["length"].astype(np.int64), decode(records))
     if "positions" in batch:
@@ -203,7 +202,8 @@ def batches_at(data: StagedData, caches: Caches, step: int,
                aligner: Aligner | None = None) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step, with cached predictions, or with prompts if it is on-policy."""
     cfg, mix, first, count = data.shard_for_step(step)
-    folder, row = mix.locate(first, count)  # (count,) each: where each sample is, to find its cached records
+    # Where each sample is, to find its cached records.
+    places = [(mix.rows[folder], row) for folder, row in zip(*mix.locate(first, count), strict=True)]
     # Drawn from (seed, step) alone, so all ranks agree on whether the student writes the text of this step.
     is_on_policy = np.random.default_rng((cfg.seed, step, 1)).random() < cfg.on_policy
     batches = []
@@ -211,8 +211,7 @@ def batches_at(data: StagedData, caches: Caches, step: int,
         rows = mix.samples(first + start, cfg.micro_batch_size)  # (B, T + 1) of text or (B, 3, T) of chats
         batch = batch_of(rows, cfg, mix.tokenizer.eot_id)
         if caches:
-            part = slice(start, start + cfg.micro_batch_size)
-            batch |= cached_predictions(caches[data.key(cfg)], folder[part], row[part], batch)
+            batch |= cached_predictions(caches, places[start:start + cfg.micro_batch_size], batch)
         if is_on_policy:
             # The text itself is generated in the loss, with the current weights. The rows' numbers in the run
             # seed it, so that it does not depend on how a step is split.
@@ -456,7 +455,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     judge = teacher if cfg.align == "ids" else None
     evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
-    names = sorted(cache.folder.name for mix_caches in caches.values() for cache in mix_caches)
+    names = sorted(cache.folder.name for cache in caches.values())
     run.write_run_json(cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
     # The student's answer to a chat ends with the turn. Text continues after an end-of-text token.
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()

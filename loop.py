@@ -373,16 +373,19 @@ def load_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
     return Progress(**saved.pop("progress")), saved
 
 
-def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None) -> TrainState:
-    """The state of the checkpoint `folder`, or of step 0 for None. The model already has the weights."""
+def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Progress) -> TrainState:
+    """The state of the checkpoint `folder`, or of step 0 for None. The model already has the weights.
+
+    before: the progress at a rollback, which the checkpoint does not know of.
+    """
     state = TrainState(cfg, model, run)
     if folder:
         state.progress, saved = load_state(folder)
         state.saved_step, state.saved_optimizer = state.progress.step, saved.get("optimizer", {})
         if saved.get("scaler"):  # only dtype=float16 has one
             state.scaler.load_state_dict(saved["scaler"])
-    state.progress.rollbacks = run.rollbacks = max(state.progress.rollbacks, run.rollbacks)
-    state.progress.bad_step = run.bad_step = max(state.progress.bad_step, run.bad_step)
+    state.progress.rollbacks = max(state.progress.rollbacks, before.rollbacks)
+    state.progress.bad_step = max(state.progress.bad_step, before.bad_step)
     set_rope(model, state.stages, max(state.progress.step - 1, 0))
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
     run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
@@ -405,7 +408,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
     From there the run continues at half the learning rate. Raises UserError if there is no checkpoint or
     cfg.max_rollbacks are used up.
     """
-    cfg, run = state.cfg, state.run
+    cfg, run, progress = state.cfg, state.run, state.progress
     # The data is a function of the step, so the batch that broke the run can be made again.
     batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
                            for key, value in batch.items()} for batch in batches_at(step)])
@@ -416,16 +419,15 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
     remedy = "A lower --learning_rate or --dtype=float32, in another out_dir, may help"
     if folder is None:
         raise UserError(f"{fault}; there is no checkpoint to return to. {remedy}")
-    if run.rollbacks >= cfg.max_rollbacks:
-        raise UserError(f"{fault}; {folder} is intact. --max_rollbacks={run.rollbacks + 3} continues from it "
-                        f"at half the learning rate. {remedy} too")
-    # The run keeps both numbers, since the checkpoint that is loaded next may have smaller ones.
-    run.rollbacks, run.bad_step = run.rollbacks + 1, step
+    if progress.rollbacks >= cfg.max_rollbacks:
+        raise UserError(f"{fault}; {folder} is intact. --max_rollbacks={progress.rollbacks + 3} continues "
+                        f"from it at half the learning rate. {remedy} too")
+    progress.rollbacks, progress.bad_step = progress.rollbacks + 1, step
     saved_step = checkpoint.folder_step(folder)
     run.run_on_rank0(lambda: run.truncate_log(saved_step))
-    run.log({"step": saved_step, "rollbacks": run.rollbacks, "not_finite_step": step})
-    run.print(f"rollback  {run.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
-              f"{dump}); continues from {folder} at {0.5 ** run.rollbacks:g} of the learning rate")
+    run.log({"step": saved_step, "rollbacks": progress.rollbacks, "not_finite_step": step})
+    run.print(f"rollback  {progress.rollbacks}/{cfg.max_rollbacks}: step {step:,} was not finite (its batch: "
+              f"{dump}); continues from {folder} at {0.5 ** progress.rollbacks:g} of the learning rate")
     state.model.load(folder)
     return folder
 
@@ -562,10 +564,11 @@ def fit(cfg: RunConfig, model: GPT, batches_at: BatchesAt, loss_fn: LossFn, eval
     run.run_on_rank0(lambda: checkpoint.require_space(run.out_dir, size))
     place(model, cfg, run, folder)
     # Once through, unless a loss is not finite: then again from the newest checkpoint, at a lower rate.
+    progress = Progress()
     while True:
-        state = resume(cfg, model, run, folder)
+        state = resume(cfg, model, run, folder, progress)
         note_longer_schedule(state)
         try:
             return train(state, batches_at, loss_fn, evaluate)
         except NotFinite as fault:
-            folder = roll_back(state, fault.step, batches_at)
+            folder, progress = roll_back(state, fault.step, batches_at), state.progress

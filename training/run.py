@@ -56,8 +56,6 @@ class Run:
     tensorboard: Any = None  # rank 0's SummaryWriter, from `truncate_log` on
     lock: int | None = None  # `lock_path` of out_dir, while this process holds it
     stop_signal: int = 0  # SIGINT or SIGTERM after one arrived; the loop then saves and exits
-    rollbacks: int = 0  # times this process returned to a checkpoint
-    bad_step: int = -1  # the newest step that was not finite
     on_end: str | None = None  # the user's command, for `run_on_end`
 
     def __enter__(self) -> "Run":

@@ -39,7 +39,7 @@ def saved_again(source, out, parallel):
         with torch.device("meta"):
             model = GPT(GPTConfig.from_keys(cfg, vocab_size=500, block_size=64))
         loop.place(model, cfg, process, folder)
-        resumed = loop.resume(cfg, model, process, folder)
+        resumed = loop.resume(cfg, model, process, folder, loop.Progress())
         loop.enter_stage(resumed)
         loop.save(resumed)
 
