@@ -1,10 +1,11 @@
-"""What sft.py, dpo.py and grpo.py share: a start from a model, an adapter, and a frozen reference.
+"""What the stages after pre-training share: a start from a model, an adapter, and the end of a run.
 
     cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
     model, identity = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
-    fit(cfg, model, ...)                                    # trains the adapter alone, if there is one
+    results = fit(cfg, model, ...)                          # trains the adapter alone, if there is one
+    finish(cfg, run, results, "loss {val_loss:.4f}", "python sample.py --model=out/sft")
 
-The adapter itself is in training/lora.py.
+The adapter itself is in training/lora.py, the frozen reference of DPO and GRPO in training/reference.py.
 """
 
 from collections.abc import Callable
