@@ -18,6 +18,10 @@ the reason.
 --num_samples=8 also samples answers to questions that are answered in text, and measures votes and choices by
 a --verifier (evals/votes.py): a second table and a picture of accuracy against tokens.
 
+--reference=True adds a table of published figures (SmolLM2, TinyLlama, Pythia, GPT-2) for the tasks measured.
+--allow_code=True runs the programs of humaneval and mbpp, within limits that are no sandbox
+(evals/tasks/code.py).
+
 Writes to out_dir: results.json (each figure with its n and standard error, the settings, the hashes of data
 and weights), results.md (the same table), answers/<task>.jsonl (one line per question and model), pictures.
 All files are written again after each task, so an interrupted run keeps what is finished.
@@ -53,6 +57,7 @@ from evals.tasks import (
     context_length,
     core,
     glue,
+    ifeval,
     math_problems,
     mmlu,
     needle,
@@ -121,6 +126,7 @@ TASKS = {  # in the order of the table and of --tasks=all
     **{f"bfcl_{name}": Task(bfcl, {"category": name})
        for name in ("multiple", "parallel", "parallel_multiple")},
     "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
+    "ifeval": Task(ifeval),  # instructions whose obedience a program can check
     # Programs that are run; needs --allow_code=True.
     **{name: Task(code, {"name": name}, keys=("allow_code",)) for name in code.HUB},
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
@@ -130,6 +136,8 @@ TASKS = {  # in the order of the table and of --tasks=all
 # Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is
 # named must run.
 GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "hard_calculator"]}
+
+REFERENCE = Path(__file__).parent / "docs/results/reference.json"  # published figures, with their sources
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,6 +155,7 @@ class EvalConfig(VoteSettings, ConstraintKeys):
     sinks: int = 0  # context_length: first tokens that stay in a small cache, such as 4 (modeling/sinks.py)
     window: int | None = None  # context_length: last tokens in that cache; None fills the context
     num_tests: int = 100  # needle: number of tests over all lengths and depths
+    reference: bool = False  # also print the published figures of known models (docs/results/reference.json)
     allow_code: bool = False  # run the programs that a model writes, within limits that are no sandbox
     batch_size: int = 64  # prompts that are generated together
     out_dir: str | None = None  # folder for the results; None is the model's folder
@@ -348,6 +357,18 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
     return rows
 
 
+def reference_rows(model: dict[str, Any]) -> list[list[str]]:
+    """Published figures for the tasks that were measured, next to those of a model, with their settings."""
+    rows = [["published", "task", "figure", "value", model["name"], "settings"]]
+    for each in json.loads(REFERENCE.read_text(encoding="utf-8")):
+        if figures := model["tasks"].get(each["task"], {}).get("figures"):
+            # A figure of another name (exact match) stands next to the task's first one.
+            own = figures.get(each["figure"], next(iter(figures.values())))
+            rows.append([each["model"], each["task"], each["figure"], f"{each['value']:.4f}",
+                         shown(Figure(**own)), each["settings"]])
+    return rows
+
+
 def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as text for the terminal: two columns of names to the left, numbers to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
@@ -364,6 +385,8 @@ def report(results: dict[str, Any], targets: dict[str, str], show: Callable[[lis
     """
     models, absent = results["models"], results["not_run"]
     tables = [table_rows(models, absent, targets), method_rows(models)]
+    if results["settings"]["reference"]:
+        tables.append(reference_rows(models[0]))
     reasons = [*absent.items(), *((task, f"{model['model']}: {reason}") for model in models
                                   for task, reason in model["not_run"].items())]
     notes = "\n".join(f"{bullet}not run: {task}: {reason}" for task, reason in reasons)

@@ -82,6 +82,21 @@ def test_targets(chat_folder, tmp_path, capsys, monkeypatch):
         assert all(f"| {cell} |" in (tmp_path / "e" / "results.md").read_text() for cell in cells.values())
 
 
+def test_published_figures():
+    """Every published figure is of a task that exists, and has a source; measured tasks are listed."""
+    published = json.loads(evaluation.REFERENCE.read_text())
+    assert all(each["task"] in evaluation.TASKS and each["source"] and each["settings"]
+               and 0 < each["value"] < 1 for each in published)
+    figure = mean([1, 0])._asdict()
+    model = {"name": "mine", "tasks": {"gsm8k": {"figures": {"strict": figure}},
+                                       "piqa": {"figures": {"accuracy_norm": mean([1])._asdict(),
+                                                            "accuracy": figure}}}}
+    rows = evaluation.reference_rows(model)
+    assert rows[0][4] == "mine" and {row[1] for row in rows[1:]} == {"gsm8k", "piqa"}
+    assert ["SmolLM2-135M", "gsm8k", "exact match", "0.0140", "0.5000 +- 0.5000", "5-shot, lighteval"] in rows
+    assert ["SmolLM2-135M", "piqa", "accuracy", "0.6840", "0.5000 +- 0.5000", "0-shot, lighteval"] in rows
+
+
 def test_a_task_that_is_not_run_misses_its_target(trained, chat_folder, tmp_path, capsys, monkeypatch):
     """Targets are for --model; the models of --compare may miss them."""
     argv = [f"--model={trained}", f"--compare={chat_folder}", f"--out_dir={tmp_path}", "--tasks=all",

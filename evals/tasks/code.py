@@ -10,13 +10,13 @@
 HumanEval's prompt is the function's head; the text ends where the next top-level statement begins. MBPP's
 prompt is that of its paper, with three worked examples, the tasks 2, 3 and 4; the tasks 11 to 510 are asked.
 
-    You are an expert Python programmer, and here is your task: Write a .. Your code should pass these tests:
+    You are an expert Python programmer, and here is your task: .. Your code should pass these tests:
 
     assert add(1, 2) == 3
     [BEGIN]
 
-Both are those of lm-evaluation-harness. If the text has a Markdown block of code, as in chats, its first block
-is the program. The figure is pass@1 of the greedy text: the program and its tests run to their end.
+Both are those of lm-evaluation-harness. If the text has a Markdown block of code, as in chats, its first
+block is the program. The figure is pass@1 of the greedy text: the program and its tests run to their end.
 
 This executes what a model wrote, so it needs --allow_code=True. A program runs in a process of its own, with
 at most 5 s of CPU time, 20 s in all, 1 GiB of memory and files of at most 1 MiB, no further processes, an
@@ -117,10 +117,10 @@ def humaneval_problem(row: dict[str, Any]) -> CodeProblem:
 
 def mbpp_problem(row: dict[str, Any]) -> CodeProblem:
     tests = "\n".join(texts_of(row["test_list"]))
-    task = text_of(row["text"] if "text" in row else row["prompt"])  # in the sanitized version
+    task = text_of(row["text"] if "text" in row else row["prompt"])  # in sanitized-mbpp
     setup = "\n".join([row.get("test_setup_code", ""), *row.get("test_imports", [])])
-    prompt = (f"You are an expert Python programmer, and here is your task: {task} Your code should pass these "
-              f"tests:\n\n{tests}\n[BEGIN]\n")
+    prompt = (f"You are an expert Python programmer, and here is your task: {task} Your code should pass "
+              f"these tests:\n\n{tests}\n[BEGIN]\n")
     return CodeProblem(prompt, "", f"{setup}\n{tests}", text_of(row["code"]))
 
 

@@ -21,8 +21,9 @@ MBPP = [{"task_id": number, "text": f"Add {number}.", "code": f"def f(a):\n  ret
 
 
 @pytest.mark.parametrize("program, outcome", [
-    ("assert 1 + 1 == 2", "passed"), ("assert 1 + 1 == 3", "AssertionError"), ("def f(:", "SyntaxError: "),
-    ("import sys; sys.exit()", "ended by 0"), ("import os; os._exit(0)", "ended by 0"), ("raise SystemExit", "ended by 0"),
+    ("assert 1 + 1 == 2", "passed"), ("assert 1 + 1 == 3", "AssertionError"), ("def f(:", "SyntaxError"),
+    ("import sys; sys.exit()", "ended by 0"),
+    ("import os; os._exit(0)", "ended by 0"), ("raise SystemExit", "ended by 0"),
     ("print('\\ud800')", "UnicodeEncodeError"), ("input()", "EOFError"),
     ("import os; assert not dict(os.environ), dict(os.environ)", "passed|AssertionError: .*LC_CTYPE"),
     ("import os; assert len(os.listdir()) == 1", "passed"),
@@ -82,10 +83,10 @@ def test_the_tasks(trained, tmp_path, monkeypatch):
     texts = ["    return a + b\n", "    return a - b", "```python\ndef add(a, b):\n  return 3\n```"]
     assert scored("humaneval", texts) == ["passed", "AssertionError", "passed"]
     assert asked[0] == ([HUMANEVAL["prompt"]] * 3, code.STOPS["humaneval"], 1024)
-    texts = ["def f(a):\n  return a + 11", "def f(a): return math.pi"]
+    texts = ["def f(a):\n  return a + 11", "def f(a): return 0"]
     assert scored("mbpp", texts) == ["passed", "AssertionError"]
-    prompt = ("You are an expert Python programmer, and here is your task: Add {0}. Your code should pass these "
-              "tests:\n\nassert f(1) == {1}\n[BEGIN]\n")
+    prompt = ("You are an expert Python programmer, and here is your task: Add {0}. Your code should pass "
+              "these tests:\n\nassert f(1) == {1}\n[BEGIN]\n")
     shots = "".join(prompt.format(n, n + 1) + f"def f(a):\n  return a + {n}\n[DONE]\n\n" for n in (2, 3, 4))
     assert asked[1][0] == [shots + prompt.format(n, n + 1) for n in (11, 12)]
     with pytest.raises(UserError, match="executes the programs that the model writes: --allow_code=True"):
