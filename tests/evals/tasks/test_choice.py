@@ -7,6 +7,7 @@ import math
 import pytest
 
 from configurator import UserError
+from dataset.decontaminate import Index
 from dataset.eval_items import item_text
 from evals.likelihood import Likelihood
 from evals.multiple_choice import Question, ask, lettered, shots_text
@@ -86,6 +87,18 @@ def test_a_label_that_is_none_is_refused(name, label, tmp_path):
 def test_a_row_without_its_texts_is_refused(name, changes, tmp_path):
     with pytest.raises(UserError, match="row 1 does not fit this benchmark"):
         load(tmp_path, name, [ROWS[name][0] | changes])
+
+
+def test_decontamination_finds_a_gap_that_is_filled():
+    """Where WinoGrande's row has "_", a text has a word: a near-duplicate."""
+    sentence = "The nurse thanked the doctor for the long letter because _ had explained each step clearly."
+    rows = {"winogrande": WINOGRANDE | {"sentence": sentence},
+            "lambada": {"text": "He looked at the old harbour, the boats and the gulls, and then he said no"}}
+    index = Index([(name, [("x:1", item_text(row))]) for name, row in rows.items()])
+    filled = sentence.replace("_", "she")
+    found = index.find([f"Some text.\n{filled}\nMore.", f"A. {rows['lambada']['text']}.", "Nothing of it."])
+    assert [{each["benchmark"] for each in overlaps} for overlaps in found] == [
+        {"winogrande"}, {"lambada"}, set()]
 
 
 def test_other_forms_of_rows(tmp_path):
