@@ -7,7 +7,7 @@
 `base` is a list of commands; each starts from the model of the one before. A change is a text: key=value
 (one or several) is added to the first command, and -dpo.py leaves that command out. The table has the metric
 of each variant: val_loss at the end or, with --tasks, the first figure of each task of eval.py. "difference"
-is the mean over the seeds of variant minus base. "/ spread" is its size over the standard deviation of the
+is the mean over the seeds of variant minus base. "over spread" is its size over the standard deviation of the
 seeds' differences: below about 2, the seeds alone could have made it.
 
 Runs are in out_dir, named by their commands: variants share the stages that are equal. The same command again
@@ -22,6 +22,8 @@ from functools import partial
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from configurator import UserError, configure, require_positive, run_script
 from formats.files import write_json
@@ -109,8 +111,14 @@ def report(results: Runs, metric: str) -> str:
                      f"{abs(mean(change)) / deviation:.1f}" if deviation else "",
                      f"{mean(run['speed'] for run in runs):,.0f}",
                      f"{max(run['memory_gb'] for run in runs):.2f}", f"{first['parameters']:,}{active}"])
-    headers = [f"{len(runs)} seeds", metric, "difference", "/ spread", "tokens/s", "GB", "parameters"]
+    headers = [f"seeds: {len(runs)}", metric, "difference", "over spread", "tokens/s", "GB", "parameters"]
     return table(headers, rows, "lrrrrrr")
+
+
+def chart(results: Runs) -> Figure:
+    """The differences of all metrics."""
+    changes = {metric: differences(results, metric) for metric in results["base"][0]["metrics"]}
+    return bar_chart(changes, "difference from the base (points: seeds)")
 
 
 def main(argv: list[str]) -> int:
@@ -122,8 +130,7 @@ def main(argv: list[str]) -> int:
     if cfg.json:
         write_json(Path(cfg.json), {"base": cfg.base, "commands": cfg.variants, "runs": results})
     if cfg.png:
-        changes = {metric: differences(results, metric) for metric in metrics}
-        bar_chart(changes, "difference from the base (points: seeds)").savefig(cfg.png, dpi=110)
+        chart(results).savefig(cfg.png, dpi=110)
     return 0
 
 

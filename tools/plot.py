@@ -29,7 +29,7 @@ def bar_chart(series: dict[str, dict[str, list[float]]], xlabel: str) -> Figure:
     All series have the same labels.
     """
     labels = list(next(iter(series.values()), {}))
-    figure = Figure(figsize=(8, 1 + 0.35 * len(labels) * len(series)), layout="constrained")
+    figure = Figure(figsize=(8, 1 + len(labels) * (0.2 + 0.15 * len(series))), layout="constrained")
     axes, height = figure.subplots(), 0.8 / max(len(series), 1)
     for number, (name, bars) in enumerate(series.items()):
         places = np.arange(len(labels)) + (number + 0.5) * height - 0.4
