@@ -82,9 +82,12 @@ def visible_text(content: Content) -> str:
 
 
 def parse_content(row: Row, recipe: Recipe) -> Content:
-    """The row's content. Raises Skip if the row cannot be used."""
+    """The row's content. Raises Skip if the row cannot be used, or if a text violates a quality rule."""
     if recipe.kind == "text":
-        return document(row, recipe.text_key)
+        text = document(row, recipe.text_key)
+        if failure := first_failure(text, recipe.rules):
+            raise Skip(f"quality rule {failure[0]}", value=failure[1], text=text[:EXCERPT])
+        return text
     value = row_value(row)
     if recipe.task:
         value = conversation_of(recipe.task, value)
@@ -107,14 +110,9 @@ def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
         try:
             contents[i] = parse_content(row, recipe)
         except Skip as reason:
-            reasons[i] = str(reason)
-    if recipe.rules:
-        for i, text in enumerate(contents):
-            if text is not None and (failure := first_failure(text, recipe.rules)):
-                contents[i], reasons[i] = None, f"quality rule {failure[0]}"
-                details[i] = {"value": failure[1], "text": text[:EXCERPT]}
+            reasons[i], details[i] = str(reason), reason.details
     if recipe.index:
-        overlaps = recipe.index.find(["" if each is None else visible_text(each) for each in contents])
+        overlaps = recipe.index.find([visible_text(each or "") for each in contents])
         for i in range(len(rows)):
             if overlaps[i]:
                 contents[i], reasons[i], details[i] = None, OVERLAPS, {"overlaps": overlaps[i]}
@@ -179,8 +177,8 @@ def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
                 ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
                 masks.append(np.array([*mask, SEPARATOR] if mask else [], np.uint8))
                 lengths[i] += len(ids[-1])
-    signatures = document_signatures(["" if each is None else visible_text(each) for each in contents]
-                                     ) if recipe.dedup else None
+    texts = [visible_text(each or "") for each in contents]
+    signatures = document_signatures(texts) if recipe.dedup else None
     return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, details,
                  signatures)
 

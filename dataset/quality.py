@@ -42,7 +42,6 @@ GOPHER = {"short_document": (50, ANY), "long_document": (0, 100_000),  # words w
           "duplicate_8_grams": (0, 0.12), "duplicate_9_grams": (0, 0.11), "duplicate_10_grams": (0, 0.1)}
 FINEWEB = {"punctuated_lines": (0.12, 1), "short_lines": (0, 0.67), "repeated_line_characters": (0, 0.1),
            "newlines": (0, 0.3)}  # per word
-RULES = {"gopher": GOPHER, "fineweb": FINEWEB}
 STOP_WORDS = {"the", "be", "to", "of", "and", "that", "have", "with"}
 ELLIPSES = ("...", "\u2026")
 # C4's: a period, an exclamation mark, a question mark, or a closing quotation mark; here, also full-width.
@@ -56,13 +55,13 @@ Limits = dict[str, tuple[float, float]]
 # ---- Rules ------------------------------------------------------------------------------------------------
 
 def chosen_rules(names: str | None, off: str = "") -> Limits:
-    """The rules of the named sets (with commas between) but those of `off`. UserError for an unknown rule."""
-    rules: Limits = {rule: limits for name in (names or "").split(",") if name
-                     for rule, limits in RULES[name].items()}
-    for rule in off.split(",") if off else ():
+    """The rules of the sets in `names` without those in `off`. Raises UserError for an unknown rule."""
+    rules = (GOPHER if "gopher" in (names or "") else {}) | (FINEWEB if "fineweb" in (names or "") else {})
+    left_out = off.split(",") if off else []
+    for rule in left_out:
         if rule not in rules:
             raise UserError(f"quality_off={off}: no rule {rule!r} in quality={names}: {', '.join(rules)}")
-    return {rule: limits for rule, limits in rules.items() if rule not in off.split(",")}
+    return {rule: limits for rule, limits in rules.items() if rule not in left_out}
 
 
 def first_failure(text: str, rules: Limits) -> tuple[str, float] | None:

@@ -65,9 +65,11 @@ class Row(NamedTuple):
 class Skip(Exception):
     """A row that cannot be used. The message is the reason under which the row is counted."""
 
-    def __init__(self, reason: str):
-        """The reason may quote the row, so what cannot be printed in it is escaped."""
+    def __init__(self, reason: str, **details: Any):
+        """The reason may quote the row, so what cannot be printed in it is escaped. details: what a rule that
+        the user asked for saw in a row that is well-formed."""
         super().__init__(printable(reason))
+        self.details = details
 
 
 class Blank(Skip):
@@ -127,33 +129,29 @@ def standard_library() -> list[Path]:
     return files
 
 
-def files_under(root: Path, leave_out: Callable[[str], bool]) -> tuple[list[Path], int]:
+def files_under(root: Path, leave_out: Callable[[str], bool],
+                seen: set[str] | None = None) -> tuple[list[Path], int]:
     """(all files below a folder, sorted; number of ignored files and folders).
 
     Ignored are files and folders for whose name leave_out() is True, links that lead nowhere or to a folder
-    that is read anyway (such as the folder of the link), and what is no file, such as a pipe.
+    that is read anyway (such as the folder of the link), and what is no file, such as a pipe. seen: the real
+    paths of the folders that were entered so far.
     """
-    files: list[str] = []
-    ignored, seen = 0, {os.path.realpath(root)}
-    for folder, folders, names in os.walk(root, onerror=raise_error, followlinks=True):
-        files += [os.path.join(folder, name) for name in names if not leave_out(name)]
-        ignored += sum(map(leave_out, names))
-        entered = []
-        # os.walk enters the folders of this list only. Links come after folders: a link to one is ignored.
-        for name in sorted(folders, key=lambda name: (os.path.islink(os.path.join(folder, name)), name)):
-            real = os.path.realpath(os.path.join(folder, name))
-            if not leave_out(name) and real not in seen:
-                seen.add(real)
-                entered.append(name)
-        ignored += len(folders) - len(entered)
-        folders[:] = entered
-    found = [path for path in map(Path, sorted(files)) if path.is_file()]
-    return found, ignored + len(files) - len(found)
-
-
-def raise_error(error: OSError) -> None:
-    """For os.walk, which would leave out a folder that it may not read."""
-    raise error
+    files, folders, ignored = [], [], 0
+    seen = {os.path.realpath(root)} if seen is None else seen
+    # Links come after folders: a link to one of them is ignored.
+    for path in sorted(root.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
+        if leave_out(path.name) or os.path.realpath(path) in seen or not (path.is_dir() or path.is_file()):
+            ignored += 1
+        elif path.is_dir():
+            seen.add(os.path.realpath(path))
+            folders.append(path)
+        else:
+            files.append(path)
+    for folder in folders:
+        inside, left_out = files_under(folder, leave_out, seen)
+        files, ignored = files + inside, ignored + left_out
+    return sorted(files, key=str), ignored
 
 
 def file_kind(path: Path) -> str:

@@ -302,14 +302,14 @@ def test_links_are_followed_once_and_what_is_left_out_is_counted(tmp_path):
 def test_a_folder_that_may_not_be_read_is_an_error(tmp_path, monkeypatch):
     (tmp_path / "a.txt").write_text("x")
     (tmp_path / "closed").mkdir()
-    scandir = os.scandir
+    iterdir = Path.iterdir
 
     def refuse(path):
-        if str(path).endswith("closed"):
+        if path.name == "closed":
             raise PermissionError(13, "Permission denied", str(path))
-        return scandir(path)
+        return iterdir(path)
 
-    monkeypatch.setattr(os, "scandir", refuse)
+    monkeypatch.setattr(Path, "iterdir", refuse)
     with pytest.raises(PermissionError, match="closed"):
         find_files(str(tmp_path))
 
