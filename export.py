@@ -108,9 +108,9 @@ class Source:
         """The model in float32. Raises UserError for a weight that is not finite or too large to store."""
         # float32, whatever the export's dtype: a quantizer must not start from rounded weights.
         model = GPT.from_pretrained(self.folder).eval()
-        stored = {"hf": {self.cfg.dtype}, "gguf": set(self.cfg.kinds), "ternary": set()}[self.cfg.format]
+        stored = {"hf": [self.cfg.dtype], "gguf": self.cfg.kinds, "ternary": []}[self.cfg.format]
         # Only these have float32's range. Blocks of q8_0 and of the K-quants have float16 scales.
-        is_wide = stored <= {"f32", "bf16", "float32", "bfloat16"}
+        is_wide = set(stored) <= {"f32", "bf16", "float32", "bfloat16"}
         limit = torch.finfo(torch.bfloat16 if is_wide else torch.float16).max
         for name, parameter in model.named_parameters():
             if not parameter.detach().abs().max() <= limit:  # not "> limit", which is False for NaN
