@@ -29,7 +29,7 @@ from configurator import UserError, configure, require_positive, run_script
 from formats.files import write_json
 from formats.markdown import table
 from model import GPT
-from tools.arms import mean_and_range, run_arms, run_eval, run_once
+from tools.arms import mean_and_range, require_writable, run_arms, run_eval, run_once
 from tools.plot import bar_chart
 
 Runs = dict[str, list[dict[str, Any]]]  # {variant: one result of `train_variant` per seed}
@@ -123,6 +123,7 @@ def chart(results: Runs) -> Figure:
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(AblateConfig, argv, usage=__doc__)
+    require_writable(cfg.json, cfg.png)
     arms = {name: partial(train_variant, cfg, commands) for name, commands in cfg.variants.items()}
     results = run_arms(arms, range(1, cfg.seeds + 1))
     metrics = results["base"][0]["metrics"]

@@ -25,6 +25,14 @@ ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
 
 
+def require_writable(*files: str | None) -> None:
+    """Raises UserError unless these files (None is none) can be written, before a training of hours."""
+    for file in filter(None, files):
+        folder = Path(file).parent
+        if Path(file).is_dir() or not os.access(folder, os.W_OK):
+            raise UserError(f"{file}: cannot be written; name a file in a folder that exists")
+
+
 def run_process(script: str, argv: list[str], threads: int | None = None) -> None:
     """Run a script of the root in a process of its own. Raises UserError if it fails.
 

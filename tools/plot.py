@@ -3,7 +3,8 @@
     python -m tools.plot out/base                          # writes out/base/curves.png
     python -m tools.plot out/base out/more --out=both.png  # several runs in one picture
 
-Reads metrics.jsonl of each run. training/curves.py draws; a run itself keeps such a picture in its loss.png.
+Reads metrics.jsonl of each run; training/curves.py draws. A run keeps a picture of itself in loss.png, and
+replaces it at each evaluation. curves.png has another name, so that no run overwrites it.
 `bar_chart` draws the pictures of tools/errors.py and tools/ablate.py.
 """
 

@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from configurator import UserError, configure, run_script
 from formats.files import write_json
-from tools.arms import run_once
+from tools.arms import require_writable, run_once
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +67,7 @@ def draw(axes: dict[str, list[str]], values: list[float], metric: str) -> Figure
 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
+    require_writable(cfg.json, cfg.png)
     points = [dict(zip(cfg.axes, values, strict=True)) for values in itertools.product(*cfg.axes.values())]
     values = [run_point(cfg, point) for point in points]
     if cfg.json:

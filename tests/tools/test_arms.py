@@ -1,5 +1,6 @@
 """Runs of every arm with every seed: each once, in order; and the mean with its range."""
 
+import importlib
 import json
 
 import pytest
@@ -48,3 +49,13 @@ def test_a_run_that_fails_names_its_exit_code_and_error(tmp_path):
 def test_mean_and_range():
     assert arms.mean_and_range([2.0]) == "2.000"
     assert arms.mean_and_range([1.0, 1.5, 2.0], digits=2) == "1.50 (1.00 - 2.00)"
+
+
+@pytest.mark.parametrize("tool", ["ablate", "sweep"])
+def test_a_result_that_cannot_be_written_is_refused_before_the_training(tool, tmp_path, monkeypatch):
+    main = importlib.import_module(f"tools.{tool}").main
+    monkeypatch.setattr(arms.subprocess, "run", lambda *args, **options: pytest.fail("it trains"))
+    for key, path in (("json", tmp_path / "absent/a.json"), ("png", tmp_path)):
+        with pytest.raises(UserError, match="cannot be written; name a file in a folder that exists"):
+            main([f"--{key}={path}", f"--out_dir={tmp_path / 'out'}"])
+    arms.require_writable(None, str(tmp_path / "a.json"))
