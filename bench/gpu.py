@@ -2,17 +2,31 @@
 
     bench/gpu.sh train                              # one of PARTS; writes docs/results/gpu/train.json
     bench/gpu.sh decode --minutes=2.5 --out=DIR     # stop in time; the next call goes on
-    nanogpt=../nanoGPT bench/gpu.sh train           # compare with nanoGPT, from that folder
+    bench/gpu.sh real --arm=teacher                 # one figure of a part
     bench/gpu.sh train --toy=True --out=DIR         # the same commands on a CPU, in toy size
 
-A part is a list of benchmarks (python -m bench ...) and tests. Its file is written again after each of them,
-and holds the GPU, the versions, the commit, the fastest matrix product (8,192 cubed, bfloat16) and the copy
-speed of the same call. A benchmark that fails or runs out of time costs none of the others, and is tried
-again by the next call. A file of another GPU or commit is replaced.
+correct     the tests that need a GPU             long     8,192 and 16,384 tokens per row, and a needle
+train       an optimizer step, and the loss head  run      124 M parameters, ours and nanoGPT in equal time
+decode      greedy decoding                       real     half of SmolLM2's layers (bench/gpu_smollm2.py)
+post        fine-tuning, compared with TRL        grpo     SmolLM2 learns GSM8K's word problems
+distill     distillation, compared with TRL
+
+A part is a list of figures: benchmarks and tests. Its file is written again after each of them, and holds the
+GPU, the versions, the commit, the fastest matrix product (8,192 cubed, bfloat16) and the copy speed of the
+same call. A figure that fails or runs out of time costs none of the others, and is tried again by the next
+call; training runs go on where they were. A file of another GPU or commit is replaced.
+
+A user copies the input into --inputs, by default .gpu/:
+
+  nanoGPT/              github.com/karpathy/nanoGPT; without it, train and decode have no such peer
+  smollm2/              the folder that tools/get_smollm2.py makes
+  novels*, cpp_docs*    text files that prepare.py reads; wikitext*, the test split of WikiText-2
+  gsm8k_train*, gsm8k_test*      JSON lines; the tokenizer of GPT-2 is in tiktoken's cache
 """
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -31,6 +45,7 @@ from modeling.devices import device_name, pick_device
 
 TIMING = ["--rounds=3", "--seconds=0.3", "--device=cuda"]
 GPT2 = ["--n_layer=12", "--n_head=12", "--n_embd=768", "--vocab_size=50304", "--block_size=1024"]
+LONG = ["--size=1.1b", "--transformers=False", "--arms=our Llama, bfloat16, compiled"]
 TRAINED = ["--device=cuda", "--rounds=1", "--n_layer=24", "--n_embd=1024", "--block_size=1024",
            "--batch_size=16"]
 # {part: {figure: (seconds at most, arguments of python -m)}}
@@ -52,6 +67,17 @@ PARTS: dict[str, dict[str, tuple[int, list[str]]]] = {
     "post": {"sft": (150, ["bench", "sft", *TRAINED]), "dpo": (150, ["bench", "dpo", *TRAINED])},
     "distill": {"0.3b": (240, ["bench", "distill", *TRAINED, "--teacher_n_layer=22", "--teacher_n_embd=2048",
                                "--batch_size=8"])},
+    "long": {
+        "1.1b_8k": (90, ["bench", "train", *TIMING, *LONG, "--block_size=8192", "--batch_size=2"]),
+        "1.1b_16k": (90, ["bench", "train", *TIMING, *LONG, "--block_size=16384", "--batch_size=1"]),
+        "1.1b_16k_documents": (90, ["bench", "train", *TIMING, *LONG, "--block_size=16384", "--batch_size=1",
+                                    "--document_mask=True"]),
+        "needle_16k": (150, ["bench.gpu_smollm2", "--arm=needle"])},
+    "run": {arm: (420, ["bench.gpu_run", f"--arm={arm}"])
+            for arm in ("ours", "nanoGPT", "ours_half", "compare")},
+    "real": {arm: (420, ["bench.gpu_smollm2", f"--arm={arm}"])
+             for arm in ("whole", "cut", "text", "teacher", "ternary")},
+    "grpo": {arm: (540, ["bench.gpu_smollm2", f"--arm={arm}"]) for arm in ("sft", "grpo")},
 }
 TOY = {"bench loss": ["--n=64", "--d=32", "--v=500"],
        "bench train": ["--n_layer=1", "--n_head=2", "--n_embd=32", "--vocab_size=300", "--block_size=16",
@@ -67,6 +93,9 @@ TOY["bench distill"] = [*TOY["bench sft"], "--teacher_n_layer=1", "--teacher_n_e
 @dataclass(frozen=True, kw_only=True)
 class Config:
     out: str = "docs/results/gpu"  # folder of the parts' files
+    arm: str | None = None  # only this figure of the part
+    inputs: str = ".gpu"  # folder of the user's files
+    work: str = "out/gpu"  # where run, real, grpo and the needle keep data and runs
     minutes: float = 10.0  # start no benchmark that may take longer than this in all
     toy: bool = False  # the same commands on a CPU with tiny models
 
@@ -86,14 +115,18 @@ def machine(device: torch.device) -> dict[str, Any]:
             "copy_bytes_per_second": copied / timings["copy"].median}
 
 
-def command(words: list[str], toy: bool) -> list[str]:
-    """The arguments of python -m: in toy size if wanted, with the folder of nanoGPT where it is compared."""
+def command(words: list[str], cfg: Config) -> list[str]:
+    """The arguments of python -m: in toy size if wanted, with the folders that the module needs."""
     name = " ".join(words[:2]) if words[0] == "bench" else words[0]
-    if toy and words[0] == "bench":
-        words = [*words[:2], "--rounds=1", *TOY[name]]
+    if name.startswith("bench.gpu_"):
+        words = [*words, f"--inputs={cfg.inputs}", f"--work={cfg.work}", f"--toy={cfg.toy}"]
+        words += ["--device=cpu"] * cfg.toy
+    elif cfg.toy and words[0] == "bench":
+        words = [*words, "--rounds=1", *TOY[name]]
         words += ["--seconds=0.01"] * (name in ("bench loss", "bench train", "bench generate"))
-    if os.environ.get("nanogpt") and name in ("bench train", "bench generate"):
-        words = [*words, f"--nanogpt={os.environ['nanogpt']}"]
+    nanogpt = Path(cfg.inputs) / "nanoGPT"
+    if nanogpt.is_dir() and name in ("bench train", "bench generate"):
+        words = [*words, f"--nanogpt={nanogpt}"]
     return words
 
 
@@ -101,15 +134,40 @@ def run_figure(words: list[str], seconds: float) -> Any:
     """The JSON of a benchmark, or the last line of a test run. UserError if it fails or takes too long."""
     with tempfile.TemporaryDirectory() as scratch:
         path = Path(scratch) / "figure.json"
-        argv = [sys.executable, "-m", *words, *([f"--json={path}"] if words[0] == "bench" else [])]
+        argv = [sys.executable, "-m", *words, *([f"--json={path}"] if words[0] != "pytest" else [])]
+        process = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                                   start_new_session=True)
         try:
-            done = subprocess.run(argv, capture_output=True, text=True, timeout=seconds)
+            printed, errors = process.communicate(timeout=seconds)
         except subprocess.TimeoutExpired:
+            stop(process)
             raise UserError(f"took more than {seconds:.0f} s") from None
-        print(done.stdout, flush=True)
-        if done.returncode:
-            raise UserError(f"exit code {done.returncode}: {(done.stderr or done.stdout).strip()[-1500:]}")
-        return json.loads(path.read_text()) if path.exists() else done.stdout.strip().splitlines()[-1]
+        print(printed, flush=True)
+        if process.returncode:
+            raise UserError(f"exit code {process.returncode}: {(errors or printed).strip()[-1500:]}")
+        return json.loads(path.read_text()) if path.exists() else printed.strip().splitlines()[-1]
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a process and its children. A training run among them saves its step first, and has 20 s for it."""
+    os.killpg(process.pid, signal.SIGTERM)
+    end = time.monotonic() + 20
+    while time.monotonic() < end:
+        process.poll()  # takes its exit code, so that it is no longer in the group
+        try:
+            os.killpg(process.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
+def chosen_figures(part: str, arm: str | None) -> dict[str, tuple[int, list[str]]]:
+    """The figures of a part, or only the named one. Raises UserError for an unknown name."""
+    if arm and arm not in PARTS[part]:
+        raise UserError(f"arm={arm}: {part} has the figures {', '.join(PARTS[part])}")
+    return {name: figure for name, figure in PARTS[part].items() if arm in (None, name)}
 
 
 def main(argv: list[str]) -> int:
@@ -124,11 +182,12 @@ def main(argv: list[str]) -> int:
     before = json.loads(path.read_text()) if path.exists() else {}
     goes_on = all(before.get(key) == about[key] for key in ("gpu", "commit"))
     figures = before["figures"] if goes_on else {}
-    for name, (seconds, words) in PARTS[part].items():
+    wanted = chosen_figures(part, cfg.arm)
+    for name, (seconds, words) in wanted.items():
         left = 60 * cfg.minutes - (time.monotonic() - begin)
         if name in figures or left < min(seconds, 20):
             continue
-        words = command(words, cfg.toy)
+        words = command(words, cfg)
         print(f"== {part} {name}: python -m {' '.join(words)}", flush=True)
         try:
             result = run_figure(words, min(seconds, left))
@@ -136,7 +195,7 @@ def main(argv: list[str]) -> int:
         except UserError as error:
             print(f"{part} {name}: {error}", file=sys.stderr, flush=True)
         write_json(path, {"part": part, **about, "command": f"bench/gpu.sh {part}", "figures": figures})
-    missing = PARTS[part].keys() - figures
+    missing = wanted.keys() - figures
     print(f"{path}: {len(figures)} of {len(PARTS[part])} figures; missing: {', '.join(missing) or 'none'}")
     return int(bool(missing))
 

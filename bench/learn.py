@@ -9,12 +9,7 @@ and the end of text), and both are measured on the same rows of validation text.
 tokens (a complete run with its own schedule), and ours with one part of the recipe taken back (one seed).
 """
 
-import os
-import pickle
-import shutil
 import statistics
-import subprocess
-import sys
 import tempfile
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +19,7 @@ import numpy as np
 import torch
 
 from bench.measure import run_benchmark, text_table
-from bench.peers import load_nanogpt
+from bench.peers import run_nanogpt
 from configurator import UserError, run_script
 from dataset.dataloader import Rows
 from dataset.shards import DataFolder
@@ -35,10 +30,10 @@ from tools.arms import mean_and_range, run_arms, run_once
 LAYERS, HEADS, WIDTH, T, BATCH, STEPS = 4, 4, 128, 64, 12, 2000
 EVAL_TOKENS = 200_000  # validation tokens that every arm is measured on
 NANOGPT = "nanoGPT's README"
-THEIR_ARGV = ["config/train_shakespeare_char.py", "--dataset=same", "--device=cpu", "--compile=False",
+THEIR_ARGV = ["config/train_shakespeare_char.py", "--device=cpu", "--compile=False",
               "--eval_iters=20", f"--eval_interval={STEPS}", f"--block_size={T}", f"--batch_size={BATCH}",
               f"--n_layer={LAYERS}", f"--n_head={HEADS}", f"--n_embd={WIDTH}", f"--max_iters={STEPS}",
-              f"--lr_decay_iters={STEPS}", "--dropout=0.0", "--always_save_checkpoint=True", "--out_dir=out"]
+              f"--lr_decay_iters={STEPS}", "--dropout=0.0", "--always_save_checkpoint=True"]
 # An MLP of width 341 makes a Llama block as large as a GPT-2 block: 4 + 8 = 4 + 3 x 341 / 128 squared widths.
 OUR_ARGV = [f"--n_layer={LAYERS}", f"--n_head={HEADS}", f"--n_embd={WIDTH}", "--intermediate_size=344",
             f"--block_size={T}", f"--global_batch_size={BATCH}", f"--micro_batch_size={BATCH}",
@@ -70,27 +65,11 @@ class LearnConfig:
             raise UserError(f"nanogpt={self.nanogpt}: must be a folder with nanoGPT's train.py and model.py")
 
 
-def train_nanogpt(cfg: LearnConfig, data: DataFolder, folder: Path, seed: int) -> dict[str, float]:
-    """Run nanoGPT's own train.py in a copy that differs in the seed only."""
-    shutil.copytree(cfg.nanogpt, folder, ignore=lambda _, names: {"data", ".git", "assets"} & set(names))
-    same = folder / "data" / "same"
-    same.mkdir(parents=True)
-    for split, shards in data.shards.items():
-        np.concatenate(shards).astype(np.uint16).tofile(same / f"{split}.bin")
-    (same / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": data.meta["vocab_size"]}))
-    script = folder / "train.py"
-    code = script.read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
-    script.write_text(code, encoding="utf-8")
-    process = subprocess.run([sys.executable, "train.py", *THEIR_ARGV], cwd=folder, capture_output=True,
-                             text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
-    if process.returncode:
-        raise UserError(f"nanoGPT's train.py: exit code {process.returncode}: {process.stderr[-500:]}")
-    saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
-    module = load_nanogpt(str(folder))
-    model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
-    model.load_state_dict(saved["model"])
-    return {"val_loss": nanogpt_loss(model, data),
-            "parameters": sum(p.numel() for p in model.parameters()), "tokens": saved["iter_num"] * BATCH * T}
+def train_nanogpt(cfg: LearnConfig, data: DataFolder, seed: int) -> dict[str, float]:
+    """Run nanoGPT's own train.py, and measure its model as ours."""
+    _, model = run_nanogpt(cfg.nanogpt, data, THEIR_ARGV, data.meta["vocab_size"], seed)
+    return {"val_loss": nanogpt_loss(model, data), "parameters": sum(p.numel() for p in model.parameters()),
+            "tokens": STEPS * BATCH * T}
 
 
 @torch.no_grad()
@@ -121,7 +100,7 @@ def measure(cfg: LearnConfig) -> dict[str, dict[str, list[dict[str, float]]]]:
 
         def run(name: str, seed: int) -> dict[str, float]:
             folder, arm = Path(scratch) / f"{name}_{seed}", (ARMS | ABLATIONS).get(name)
-            result = train_ours(data, folder, arm, seed) if arm else train_nanogpt(cfg, data, folder, seed)
+            result = train_ours(data, folder, arm, seed) if arm else train_nanogpt(cfg, data, seed)
             print(f"{name:30} seed {seed}: {result['val_loss']:.4f}", flush=True)
             return {"seed": seed, **result}
 

@@ -15,6 +15,11 @@ import contextlib
 import importlib.util
 import io
 import math
+import os
+import pickle
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -29,6 +34,7 @@ from torch import Tensor, nn
 
 from bench.measure import PeerConfig
 from configurator import UserError
+from dataset.shards import DataFolder
 from formats.hf import VOCABULARY_TABLES
 from formats.names import from_hf
 from model import GPT, GPTConfig
@@ -140,6 +146,39 @@ def nanogpt_model(module: ModuleType, shape: Shape) -> nn.Module:
         return module.GPT(module.GPTConfig(
             n_layer=shape.n_layer, n_head=shape.n_head, n_embd=shape.n_embd, block_size=shape.block_size,
             vocab_size=shape.vocab_size, dropout=0.0, bias=False))
+
+
+def run_nanogpt(source: str | Path, data: DataFolder, argv: list[str], vocab_size: int | None = None,
+                seed: int = 1337) -> tuple[str, nn.Module]:
+    """Run nanoGPT's own train.py in a copy that differs in the seed only.
+
+    Returns what it printed, and the model of its checkpoint on the CPU. It reads the shards of `data` as
+    --dataset=same. vocab_size: the number of ids in its meta.pkl; None writes no such file. Raises UserError
+    if it fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "nanoGPT"
+        shutil.copytree(source, folder, ignore=lambda _, names: {"data", ".git", "assets"} & set(names))
+        same = folder / "data" / "same"
+        same.mkdir(parents=True)
+        for split, shards in data.shards.items():
+            np.concatenate(shards).astype(np.uint16).tofile(same / f"{split}.bin")
+        if vocab_size:
+            (same / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": vocab_size}))
+        script = folder / "train.py"
+        code = script.read_text(encoding="utf-8").replace("manual_seed(1337", f"manual_seed({seed}")
+        script.write_text(code, encoding="utf-8")
+        process = subprocess.run([sys.executable, "train.py", *argv, "--dataset=same", "--out_dir=out"],
+                                 cwd=folder, capture_output=True, text=True,
+                                 env=os.environ | {"OMP_NUM_THREADS": "1"})
+        if process.returncode:
+            raise UserError(f"nanoGPT's train.py: exit code {process.returncode}: {process.stderr[-500:]}")
+        saved = torch.load(folder / "out" / "ckpt.pt", map_location="cpu", weights_only=True)
+        module = load_nanogpt(folder)
+    model = module.GPT(module.GPTConfig(**saved["model_args"])).eval()
+    # A compiled model's names begin with a prefix.
+    model.load_state_dict({name.removeprefix("_orig_mod."): value for name, value in saved["model"].items()})
+    return process.stdout, model
 
 
 @contextlib.contextmanager

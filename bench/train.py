@@ -54,6 +54,7 @@ RATE, BETAS, WEIGHT_DECAY, CLIP = 1e-3, (0.9, 0.99), 0.1, 1.0  # nanoGPT's READM
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelConfig):
     dtype: Literal["float32", "bfloat16", "both"] | None = None  # None: both on the CPU, bfloat16 on cuda
+    document_mask: bool = False  # our runs attend within documents (FlexAttention on a GPU)
     arms: str = ""  # time only the arms whose name matches this regular expression
 
 
@@ -83,7 +84,8 @@ class Setup:
                            dtype=dtype, global_batch_size=self.batch_size,
                            micro_batch_size=self.batch_size, learning_rate=RATE, schedule="constant",
                            warmup_steps=0, max_steps=10**6, lr_multipliers={}, weight_decay=WEIGHT_DECAY,
-                           beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP)
+                           beta1=BETAS[0], beta2=BETAS[1], grad_clip=CLIP,
+                           document_mask=self.cfg.document_mask)
 
     def flops(self, name: str) -> float:
         """Model FLOPs per step of one of our models."""

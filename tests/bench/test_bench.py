@@ -7,14 +7,12 @@ both sides have the same number of parameters, and that the JSON holds every num
 import functools
 import json
 import math
-import os
-import subprocess
 
 import pytest
 import torch
 
 import generation.generate
-from bench import distill, generate, gpu, llama_cpp, loss, peers, serve, train
+from bench import distill, generate, llama_cpp, loss, peers, serve, train
 from bench.__main__ import main
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import in_turns, run_child, text_table, time_in_turns
@@ -22,7 +20,6 @@ from bench.peers import Shape, llama_config, nanogpt_parameters
 from configurator import UserError
 from dataset.shards import DataFolder
 from model import GPT
-from tests.conftest import ROOT
 
 TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
 QUICK = ["--rounds=2", "--seconds=0.001"]
@@ -317,45 +314,6 @@ def test_help_lists_every_key(capsys):
         printed = capsys.readouterr().out
         assert module.__doc__.strip() in printed and "--rounds=5" in printed and "--threads=1" in printed
     assert main(["--help"]) == 0 and "python -m bench train" in capsys.readouterr().out
-
-
-def run_gpu_part(part, out, nanogpt, *words):
-    environment = os.environ | {"nanogpt": str(nanogpt), "OMP_NUM_THREADS": "1"}
-    return subprocess.run(["bench/gpu.sh", part, "--toy=True", f"--out={out}", *words], cwd=ROOT,
-                          capture_output=True, text=True, env=environment)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("part", gpu.PARTS)
-def test_the_parts_for_a_gpu_at_toy_size(part, tmp_path, nanogpt):
-    """The same commands on this CPU; on a GPU only the sizes differ."""
-    process = run_gpu_part(part, tmp_path, nanogpt)
-    assert process.returncode == 0, process.stderr
-    results = json.loads((tmp_path / f"{part}.json").read_text())
-    assert results["figures"].keys() == gpu.PARTS[part].keys()
-    assert results["matmul_flops"] > 1e8 and results["copy_bytes_per_second"] > 1e8
-    before = (tmp_path / f"{part}.json").stat().st_mtime_ns
-    assert run_gpu_part(part, tmp_path, nanogpt).returncode == 0  # everything is there
-    assert (tmp_path / f"{part}.json").stat().st_mtime_ns == before
-
-
-def test_a_part_for_a_gpu_goes_on_and_survives_a_failure(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(gpu, "machine", lambda device: {"gpu": "a GPU", "commit": "1"})
-    argv = ["post", "--toy=True", f"--out={tmp_path}"]
-
-    def fail_once(words, seconds):
-        if words[1] == "sft":
-            raise UserError("exit code 1: no memory")
-        return {"arms": []}
-
-    monkeypatch.setattr(gpu, "run_figure", fail_once)
-    assert gpu.main(argv) == 1 and "missing: sft" in capsys.readouterr().out
-    monkeypatch.setattr(gpu, "run_figure", lambda words, seconds: {"arms": words[:2]})
-    assert gpu.main(argv) == 0
-    figures = json.loads((tmp_path / "post.json").read_text())["figures"]
-    assert figures["sft"]["result"] == {"arms": ["bench", "sft"]} and figures["dpo"]["result"] == {"arms": []}
-    with pytest.raises(UserError, match="name a part"):
-        gpu.main(["pots"])
 
 
 @pytest.mark.slow
