@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
 # The whole pipeline on this machine: prepare, pre-train, distil, fine-tune, align, reinforce, evaluate, export.
 #   ./speedrun.sh          at most 30 minutes on two CPU cores; ends in tables of all models and exported files
-#   ./speedrun.sh smoke    the same commands with 10 training steps each
+#   ./speedrun.sh smoke    the same commands with 10 small training steps each, and two of the four exports
 set -euo pipefail
 cd "$(dirname "$0")"
 
 out=out
 exports=exports
+batch=16  # sequences per step
+kinds=(f16 q8_0 q4_k_m)  # of the exported GGUF files
 train_flags=()
 grpo_flags=()
 eval_flags=(--tasks=problems,hard_calculator --limit=100)
@@ -14,19 +16,25 @@ vote_flags=(--num_samples=8 --verifier=$out/verifier)
 if [ "${1:-}" = smoke ]; then
     out=out/smoke
     exports=out/smoke/exports
-    train_flags=(--max_steps=10 --eval_tokens=4096 --overwrite=True)
+    batch=4
+    kinds=(q4_k_m)
+    train_flags=(--max_steps=10 --global_batch_size=$batch --eval_tokens=4096 --overwrite=True)
     grpo_flags=(--group_size=2 --max_new_tokens=8 --eval_prompts=4)
     eval_flags=(--tasks=problems --limit=4)
     vote_flags=(--num_samples=2)
 fi
 
-# The GPUs share a batch of 16 sequences, so use a number of GPUs that divides 16.
+# The GPUs share a batch, so use a number of GPUs that divides it.
 gpus=$(python -c "import torch; print(torch.cuda.device_count())")
-while [ "$gpus" -gt 1 ] && [ $((16 % gpus)) -ne 0 ]; do gpus=$((gpus - 1)); done
+while [ "$gpus" -gt 1 ] && [ $((batch % gpus)) -ne 0 ]; do gpus=$((gpus - 1)); done
 launch=(python)
 if [ "$gpus" -gt 1 ]; then
     launch=(torchrun --standalone --nproc_per_node="$gpus")
-    train_flags+=(--micro_batch_size=$((16 / gpus)))
+else
+    gpus=1
+fi
+if [ $((batch / gpus)) -lt 16 ]; then
+    train_flags+=(--micro_batch_size=$((batch / gpus)))
 fi
 
 # Text -> base model -> a smaller model taught by it.
@@ -51,9 +59,9 @@ fi
 # Every stage in one table: greedy, 8 samples, votes, and the verifier's choice.
 python eval.py --model=$out/base --compare=$out/sft,$out/dpo,$out/grpo "${eval_flags[@]}" "${vote_flags[@]}"
 
-# Export the last model in four formats. Evaluate every export, and the small model.
+# Export the last model. Evaluate every export, and the small model.
 gguf=()
-for kind in f16 q8_0 q4_k_m; do
+for kind in "${kinds[@]}"; do
     python export.py --model=$out/grpo --format=gguf --quantize=$kind --out=$exports/$kind --overwrite=True
     gguf+=("$exports/$kind")
 done

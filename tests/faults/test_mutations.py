@@ -211,7 +211,9 @@ def models(tmp_path_factory):
 
 @pytest.mark.parametrize("name", MODELS)
 def test_config(models, name):
-    assert mutate(models / name / "config.json", lambda: use_model(models / name)) > 150
+    """All mutations of two kinds of file; the others share most of their keys with Llama's."""
+    limit = 10**6 if name in ("llama", "gpt2") else 100
+    assert mutate(models / name / "config.json", lambda: use_model(models / name), limit) > 90
 
 
 def test_generation_config(models):
@@ -225,7 +227,7 @@ def test_tokenizer(kind, tmp_path):
     (tmp_path / "tokenizer.json").write_text(definition)
     (tmp_path / "tokenizer_config.json").write_text(settings)
     (tmp_path / "config.json").write_text('{"model_type": "llama"}')
-    assert mutate(tmp_path / "tokenizer.json", lambda: use_tokenizer(tmp_path), 400) > 300
+    assert mutate(tmp_path / "tokenizer.json", lambda: use_tokenizer(tmp_path), 250) > 200
     assert mutate(tmp_path / "tokenizer_config.json", lambda: use_tokenizer(tmp_path)) > 50
 
 

@@ -61,10 +61,10 @@ def prompts_of(count, longest=60, seed=0):
 @pytest.mark.parametrize(
     "changes", [{}, dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)]
 )
-def test_greedy_tokens_of_200_prompts(changes):
+def test_greedy_tokens_of_80_prompts(changes):
     """Cached = uncached, and a ragged batch = each row alone, also past the end of the context (64)."""
-    model, prompts = busy_model(tiny_config(**changes)), prompts_of(100)
-    together = [row for first in range(0, 100, 25) for row in run(model, prompts[first : first + 25], 20)]
+    model, prompts = busy_model(tiny_config(**changes)), prompts_of(40)
+    together = [row for first in (0, 20) for row in run(model, prompts[first : first + 20], 20)]
     for prompt, row in zip(prompts, together, strict=True):
         assert row == uncached(model, prompt, 20)
         assert [row] == run(model, [prompt], 20)
@@ -139,17 +139,17 @@ def test_steps_of_one_shape_have_the_same_tokens(monkeypatch, changes, dtype):
     torch._dynamo.reset()  # else the counter includes the graphs of earlier tests
     traced = torch.compile(generation.generate.last_logits, backend="eager")
     monkeypatch.setattr(generation.generate, "compiled_step", lambda: traced)
-    model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(10), [3], list(range(64))]
+    model, prompts = busy_model(tiny_config(**changes)).to(dtype), [*prompts_of(4), [3], list(range(64))]
     counts, shared = torch._dynamo.utils.counters["stats"], [[7] * 70 + tail for tail in ([], [5], [6, 7])]
     texts, begin = [], counts["unique_graphs"]
     for model.compiled_steps in (False, True):
         ended = run(model, prompts, 30, is_done=lambda row, new: row % 2 == 0 and len(new) == 3)
         prefix = PrefixCache()
         turns = [run(model, [prompts[0] + list(range(n))], 9, prefix=prefix) for n in (1, 20)]
-        texts.append([run(model, prompts, 80), run(model, shared, 70), ended, turns])
+        texts.append([run(model, prompts, 70), run(model, shared, 20), ended, turns])
     assert texts[0] == texts[1]
     assert isinstance(prefix.cache, generation.generate.StepCache)
-    assert counts["unique_graphs"] - begin <= 3  # one for 12 rows, one for any number, one for a single row
+    assert counts["unique_graphs"] - begin <= 3  # one for 6 rows, one for any number, one for a single row
 
 
 def test_a_compiled_step_has_the_same_tokens():
@@ -408,15 +408,15 @@ def test_other_keys_of_a_prompt_are_copied(capsys, trained, tmp_path):
         call(capsys, trained, f"--prompt_file={tmp_path / 'q.jsonl'}")
 
 
-@pytest.mark.parametrize("how, code", [(">&-", 0), ("2>&-", 0), ("<&-", 0)])
-def test_a_stream_may_be_closed(trained, how, code):
+@pytest.mark.parametrize("how", [">&-", "2>&- <&-"])
+def test_a_stream_may_be_closed(trained, how):
     command = f"{sys.executable} sample.py --model={trained} --prompt=a --max_new_tokens=3 --device=cpu {how}"
     found = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True,
                            env=os.environ | {"PYTHONIOENCODING": "ascii"})
-    assert found.returncode == code and "Traceback" not in found.stderr
+    assert found.returncode == 0 and "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "utf-8"])
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii"])  # UTF-8 is the default of other tests
 def test_every_line_is_json_in_every_encoding_of_stdout(trained, tmp_path, encoding):
     """A latin-1 stdout cannot show most characters; the lines still hold them."""
     keys = {"k": "\u00e9 \u4e2d \U0001f600"}
