@@ -132,7 +132,8 @@ def test_our_scripts_take_it(trained, data, chats, tmp_path, capsys):
     sample.main([f"--model={out}", "--prompt=def", "--max_new_tokens=5", "--device=cpu"])
     assert capsys.readouterr().out
     tiny = ["--block_size=64", "--global_batch_size=4", "--micro_batch_size=4", "--max_steps=2",
-            "--device=cpu", "--eval_tokens=256", "--save_interval=0", "--eval_interval=0"]  # fmt: skip
+            "--device=cpu", "--eval_tokens=256", "--save_interval=0", "--eval_interval=0",
+            "--sample_answers=0"]
     sft.main([*tiny, f"--init_from={out}", f"--dataset={chats}", f"--out_dir={tmp_path / 'sft'}"])
     run(tmp_path / "sft", tmp_path / "chatty", "--dtype=float32")
     assert Tokenizer.load(tmp_path / "chatty").settings["chat_template"]

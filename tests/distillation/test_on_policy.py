@@ -88,7 +88,8 @@ def teacher(trained, chats, tmp_path_factory):
     folder = tmp_path_factory.mktemp("own")
     data = shutil.copytree(chats, folder / "chats")
     argv = [arg for arg in TINY if not arg.startswith(("--n_", "--inter"))]
-    sft.main([*argv, f"--init_from={trained}", f"--dataset={data}", f"--out_dir={folder / 'teacher'}"])
+    sft.main([*argv, "--sample_answers=0", f"--init_from={trained}", f"--dataset={data}",
+              f"--out_dir={folder / 'teacher'}"])
     return folder / "teacher", data
 
 

@@ -230,7 +230,8 @@ def test_a_run_lowers_its_loss(learnt):
 
 def test_fine_tuning_keeps_it_ternary(learnt, chats, tmp_path):
     words = ["--device=cpu", "--block_size=64", "--global_batch_size=8", "--micro_batch_size=8",
-             "--max_steps=2", f"--dataset={chats}", f"--init_from={learnt[0]}", f"--out_dir={tmp_path / 'o'}"]
+             "--max_steps=2", "--eval_tokens=512", "--sample_answers=0", f"--dataset={chats}",
+             f"--init_from={learnt[0]}", f"--out_dir={tmp_path / 'o'}"]
     assert sft.main(words) == 0
     assert GPT.from_pretrained(tmp_path / "o").config.ternary
 
