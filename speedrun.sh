@@ -10,6 +10,8 @@ exports=exports
 batch=16  # sequences per step
 kinds=(f16 q8_0 q4_k_m)  # of the exported GGUF files
 train_flags=()
+sft_flags=()
+dpo_flags=()
 grpo_flags=()
 eval_flags=(--tasks=problems,hard_calculator --limit=100)
 vote_flags=(--num_samples=8 --verifier=$out/verifier)
@@ -19,6 +21,8 @@ if [ "${1:-}" = smoke ]; then
     batch=4
     kinds=(q4_k_m)
     train_flags=(--max_steps=10 --global_batch_size=$batch --eval_tokens=4096 --overwrite=True)
+    sft_flags=(--dataset=$out/chats)
+    dpo_flags=(--dataset=$out/pairs)
     grpo_flags=(--group_size=2 --max_new_tokens=8 --eval_prompts=4)
     eval_flags=(--tasks=problems --limit=4)
     vote_flags=(--num_samples=2)
@@ -44,9 +48,15 @@ python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
 "${launch[@]}" distill.py config/distill_tiny.py --teacher=$out/base --out_dir=$out/distilled \
     "${train_flags[@]}"
 
-# Base model -> chat model -> chat model trained on preferences.
-"${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${train_flags[@]}"
-"${launch[@]}" dpo.py --init_from=$out/sft --out_dir=$out/dpo "${train_flags[@]}"
+# Base model -> chat model -> chat model trained on preferences. Both stages make 40,000 problems as their data.
+if [ "${1:-}" = smoke ]; then  # a few are enough
+    for data in chat:chats preference:pairs; do
+        python prepare.py --kind=${data%:*} --source=problems --tokenizer=$out/base --max_tokens=50000 \
+            --out=$out/${data#*:} --overwrite=True
+    done
+fi
+"${launch[@]}" sft.py --init_from=$out/base --out_dir=$out/sft "${sft_flags[@]}" "${train_flags[@]}"
+"${launch[@]}" dpo.py --init_from=$out/sft --out_dir=$out/dpo "${dpo_flags[@]}" "${train_flags[@]}"
 
 # Chat model -> right answers become likelier -> a verifier that scores answers.
 "${launch[@]}" grpo.py --init_from=$out/dpo --out_dir=$out/grpo "${grpo_flags[@]}" "${train_flags[@]}"

@@ -97,7 +97,7 @@ def train_ours(cfg: Config, data: DataFolder, out: Path) -> dict[str, Any]:
     """Time 40 steps, then train for as many as fit. Returns the steps, their time, and the curve."""
     argv, rows = our_argv(cfg, data), ROWS * cfg.sizes()["block_size"]
     probe = run_once("train.py", [*argv, "--max_steps=40", "--log_interval=10", "--eval_interval=0",
-                                  "--save_interval=0"], out.with_name(f"{out.name}_probe"))
+                                  "--save_interval=0"], out.with_name("our_speed"))
     speeds = [event["tokens_per_second"] for event in probe if "tokens_per_second" in event]
     steps = cfg.steps(rows / max(speeds))
     every = max(1, steps // 12)
