@@ -159,14 +159,14 @@ def source_rows(cfg: PrepareConfig, files: list[Path],
     yield from read_rows(files, text_key, piece, progress)
 
 
-def in_batches(rows: Iterable[Row]) -> Iterator[list[Row]]:
-    """Consecutive rows, about BATCH_BYTES at a time."""
+def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES) -> Iterator[list[Row]]:
+    """Consecutive rows, about `size_limit` bytes at a time."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
         # Rows of Parquet and the hub are Python values; their length as text is close enough.
         size += len(row.content if isinstance(row.content, bytes | str) else str(row.content))
-        if size >= BATCH_BYTES:
+        if size >= size_limit:
             yield batch
             batch, size = [], 0
     if batch:
@@ -392,7 +392,9 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     # The bar, on a terminal only, counts bytes of packed files: how many they unpack to is not known.
     with tqdm(total=size or rows, unit="B" if files else "row", unit_scale=True, leave=False,
               disable=None) as bar:
-        batches = in_batches(source_rows(cfg, files, bar.update))
+        # Batches are encoded ahead. With max_tokens, of about 4 bytes, most of a large one would be in vain.
+        size_limit = min(BATCH_BYTES, 4 * (cfg.max_tokens or BATCH_BYTES))
+        batches = in_batches(source_rows(cfg, files, bar.update), size_limit)
         write_shards(batches, recipe, cfg, val_limit, writers, tally)
     meta = describe(writers, cfg.kind, tokenizer, cfg.tokenizer)
     seconds, megabytes = time.perf_counter() - begin, sum(meta["bytes"].values()) / 1e6

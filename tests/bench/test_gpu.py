@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import subprocess
 from pathlib import Path
 
@@ -11,8 +10,9 @@ import pytest
 from bench import gpu
 from bench.measure import write_jsonl
 from configurator import UserError
+from formats.tokenizer import Tokenizer
 from tests.bench.test_bench import STAND_IN
-from tests.conftest import ROOT
+from tests.conftest import ROOT, busy_model, tiny_config
 
 # The interface of nanoGPT's train.py: its keys, what it prints, and its checkpoint.
 TRAINING = """
@@ -50,7 +50,10 @@ def inputs(tmp_path_factory, text_folder, chat_folder):
     (folder / "nanoGPT").mkdir()
     (folder / "nanoGPT" / "model.py").write_text(STAND_IN)
     (folder / "nanoGPT" / "train.py").write_text(TRAINING)
-    shutil.copytree(chat_folder, folder / "smollm2")
+    tokenizer = Tokenizer.load(chat_folder)
+    model = busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=256))
+    model.save_pretrained(folder / "smollm2", eos_token_id=tokenizer.end_ids)
+    tokenizer.save(folder / "smollm2")
     files = [path for place in text_folder.split(",") for path in sorted(Path(place).glob("*.py"))]
     for name, texts in (("novels.jsonl", files[:12]), ("cpp_docs.jsonl", files[12:30])):
         write_jsonl(folder / name, [{"text": path.read_text("utf-8")} for path in texts])
