@@ -24,7 +24,7 @@ if [ "${1:-}" = smoke ]; then
     sft_flags=(--dataset=$out/chats)
     dpo_flags=(--dataset=$out/pairs)
     grpo_flags=(--group_size=2 --max_new_tokens=8 --eval_prompts=4)
-    eval_flags=(--tasks=problems --limit=4)
+    eval_flags=(--tasks=problems --limit=2)
     vote_flags=(--num_samples=2)
 fi
 
