@@ -200,6 +200,7 @@ class Tree(KVCache):
 
     def prepare(self, T: int) -> tuple[Tensor, Tensor]:
         """The mask and the positions of the pass that `read` has set up (a plain cache: causal, in order)."""
+        self.begin, self.end = self.used, self.used + T
         return self.mask, self.positions
 
     def keep(self, length: int) -> None:
