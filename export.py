@@ -108,7 +108,7 @@ class Source:
         """The model in float32. Raises UserError for a weight that is not finite or too large to store."""
         # float32, whatever the export's dtype: a quantizer must not start from rounded weights.
         model = GPT.from_pretrained(self.folder).eval()
-        stored = {"hf": [self.cfg.dtype], "gguf": self.cfg.kinds, "ternary": []}[self.cfg.format]
+        stored = self.cfg.kinds if self.cfg.format == "gguf" else [self.cfg.dtype]  # ternary: bfloat16
         # Only these have float32's range. Blocks of q8_0 and of the K-quants have float16 scales.
         is_wide = set(stored) <= {"f32", "bf16", "float32", "bfloat16"}
         limit = torch.finfo(torch.bfloat16 if is_wide else torch.float16).max
