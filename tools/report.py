@@ -174,9 +174,10 @@ def ablations(folder: Path, out: Path) -> str:
     """A table and a picture for each JSON file of tools/ablate.py in the folder."""
     parts = []
     for path in sorted(folder.glob("*.json")):
-        if {"base", "commands", "runs"} <= (content := read_json(path)).keys():
-            runs = content["runs"]
-            parts += [f"**Table.** {path.stem}: {metric} of variants of `{'`, `'.join(content['base'])}`.\n\n"
+        content = json.loads(path.read_bytes())  # files of other programs may hold lists
+        if isinstance(content, dict) and {"base", "commands", "runs"} <= content.keys():
+            runs, base = content["runs"], "`, `".join(content["base"])
+            parts += [f"**Table.** {path.stem}: {metric} of variants of `{base}`.\n\n"
                       f"{ablate.report(runs, metric)}" for metric in runs["base"][0]["metrics"]]
             parts.append(figure(out / f"{path.stem}.png", ablate.chart(runs), f"{path.stem}: differences."))
     return "\n\n".join(parts)
@@ -223,8 +224,8 @@ def page(folders: list[Path], cfg: ReportConfig) -> str:
     results = {folder: each for folder in folders if (each := read_json(folder / "results.json"))}
     base = {folder: run for folder, run in runs.items() if run.stage in ("pre-training", "distillation")}
     found = measurements(results, out)
-    lines = [f"{run.stage.capitalize()} ({run.name}) read {run.tokens} tokens; its validation loss is "
-             f"{run.val_loss}." for run in runs.values()]
+    lines = [f"{run.stage.capitalize()} ({run.name}): {run.tokens} tokens, validation loss {run.val_loss}."
+             for run in runs.values()]
     found |= {
         "Abstract": " ".join([*lines, found.get("Abstract", "").replace("\n\n", " ")]).strip(),
         "Model": architectures(runs), "Data": data([*runs.values()]).removeprefix("## Data\n\n"),
@@ -249,8 +250,7 @@ def main(argv: list[str]) -> int:
     if cfg.pdf:
         pandoc = optional_import("pypandoc", "pdf=True", "pypandoc_binary")
         typst = optional_import("typst", "pdf=True")
-    out = Path(cfg.out)
-    out.mkdir(parents=True, exist_ok=True)
+    (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", text := page(folders, cfg))
     if cfg.pdf:
         body = pandoc.convert_text(text, "typst", "gfm", ["--standalone", "--wrap=none"])

@@ -36,10 +36,11 @@ def run(trained, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def studies(tmp_path_factory):
-    """A folder with one study of tools/ablate.py, and a JSON file of another kind."""
+    """A folder with one study of tools/ablate.py, and JSON files of other kinds."""
     folder = tmp_path_factory.mktemp("studies")
     (folder / "width.json").write_text(json.dumps(STUDY))
     (folder / "base.json").write_text('{"runs": []}')
+    (folder / "list.json").write_text("[1]")
     return folder
 
 
