@@ -5,8 +5,8 @@
     python eval.py --model=out/base --tasks=mmlu,hellaswag --data=../data --limit=1000
     python eval.py --model=out/base --tasks=all --data=../data,perplexity=book.txt
 
-Each task is a file in evals/tasks/, or a line of a table in one. The docstrings show raw examples, prompts and
-the sources of the protocols. Its load() reads the questions, its score() runs them on a model.
+Each task is a file in evals/tasks/, or a line of a table in such a file. The docstrings show raw examples,
+prompts and the sources of the protocols. load() reads the questions, score() runs them on a model.
 
 --data is a folder with the benchmarks' files; TASK=PLACE names another file or folder for one task. Without
 --data the benchmarks come from the Hugging Face hub. A task of --tasks=all that cannot be run is listed with
