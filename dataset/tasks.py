@@ -41,7 +41,7 @@ COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "s
            "qqp": ("id", "id1", "id2", "question1", "question2", "label"),
            "qnli": ("index", "question", "sentence", "label"),
            "wnli": ("index", "sentence1", "sentence2", "label")}
-# Labels that are words in a .tsv. All other labels are the number of an answer.
+# Labels that are words in the .tsv of RTE and QNLI. All other labels are the number of an answer.
 LABELS = {"entailment": 0, "not_entailment": 1}
 ASK_SUMMARY = "\n\nSummarize this text in a few sentences."
 
@@ -77,12 +77,15 @@ def glue_question(task: str, row: dict[str, Any]) -> tuple[str, int]:
     ValueError if a text or the label is not one.
     """
     texts = {key: row[key] for key in re.findall(r"{(\w+)}", PROMPTS[task])}
-    if wrong := [key for key, text in texts.items() if not isinstance(text, str)]:
-        raise TypeError(f"{wrong[0]} is not a text")
+    if wrong := [text for text in texts.values() if not isinstance(text, str)]:
+        raise TypeError(f"{wrong[0]!r} is not a text")
     if task == "mnli":  # the harness ends each hypothesis with a dot
         texts["hypothesis"] = texts["hypothesis"].strip().removesuffix(".") + "."
     labels = [str(number) for number in range(len(ANSWERS[task]))]
-    return PROMPTS[task].format_map(texts), labels.index(str(LABELS.get(row["label"], row["label"])))
+    label = LABELS.get(row["label"], row["label"]) if task in ("rte", "qnli") else row["label"]
+    if str(label) not in labels:
+        raise ValueError(f"the label {label!r} is not one of {', '.join(labels)}")
+    return PROMPTS[task].format_map(texts), int(label)
 
 
 def example(task: str, row: dict[Any, Any]) -> tuple[str, str]:

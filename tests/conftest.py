@@ -29,7 +29,10 @@ class OnePixel:
     """Stands for the picture of a run. Drawing it would take half of the time of a tiny run."""
 
     def savefig(self, file, **options):
-        file.write(ONE_PIXEL)
+        if isinstance(file, Path):
+            file.write_bytes(ONE_PIXEL)
+        else:
+            file.write(ONE_PIXEL)
 
 
 # A PNG image: its signature, then the chunks IHDR (1 x 1 pixels, 8 bits, grey), IDAT and IEND.

@@ -44,6 +44,7 @@ VALID = {
     "tools.make_pairs": "--model=model --out=own.jsonl --num_problems=1 --num_samples=1 --max_new_tokens=2 "
                         "--device=cpu",
     "tools.plot": "log --out=curves.png",
+    "tools.report": "measured --out=report --pdf=False",
     "tools.search_layers": "--teacher=base --student=base --dataset=text --block_size=32",
     "tools.sweep": "--grid=seed=1 --out_dir=sweep",
     "tools.synthesize": "--teacher=base --out=free --tokens=200 --length=8 --val_fraction=0.3 --device=cpu",
@@ -285,9 +286,6 @@ KINDS = {
         ("distill", ["--student_layers=middle:2", "--student_layers=5", "--student_layers=first:9"]),
         ("tools.sweep", ["--grid=seed", "--grid==1", "--grid=a=1 b=1 c=1 d=1"]),
     ],
-    "name twice": [
-        ("export", ["--format=gguf + --quantize=q8_0,q8_0", "--format=gguf + --quantize=q8_0,Q8_0"]),
-    ],
     "bad weight": [
         ("train", ["--dataset=text:0", "--dataset=text:-1", "--dataset=text:nan", "--dataset=,",
                    "--dataset=:1", "--dataset=text:inf"]),
@@ -334,6 +332,7 @@ KINDS = {
     ],
     "missing run": [
         ("tools.plot", ["nosuch", "empty", "base", "file.txt"]),
+        ("tools.report", ["nosuch", "empty", "base"]),
     ],
     "file instead of a model": [
         (MODELS, ["--model=file.txt"]),
@@ -486,6 +485,8 @@ LINES = [(kind, program, argument) for kind, rows in KINDS.items() for programs,
          for program in programs.split() for argument in arguments]
 
 FILES = {
+    "measured/results.json": '{"models": [{"name": "a", "model": "a", "tasks": {}, "not_run": {}}], '
+                             '"not_run": {}, "settings": {}}',
     "syntax.py": "max_steps = = 3\n", "key.py": "max_step = 3\n", "type.py": "max_steps = '3'\n",
     "choice.py": "optimizer = 'sgd'\n", "raises.py": "max_steps = 1 / 0\n", "exits.py": "raise SystemExit\n",
     "imports.py": "import nosuch\n", "returns.py": "return\n", "zero.py": "log_interval = 0\n",

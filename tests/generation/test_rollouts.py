@@ -60,7 +60,7 @@ def test_greedy_answers_are_the_assistants(chat):
 
 def test_log_probs_are_the_learners(chat):
     """At the sampling temperature, for rows of unequal length, before and after the batch is compacted."""
-    model, found = chat[0], sample(chat, temperature=1.5)
+    model, found = chat[0], sample(chat, group_size=16, temperature=1.5)
     assert len({len(rollout.ids) for rollout in found}) > 1
     for rollout in found:
         logits = model(torch.tensor([rollout.prompt + rollout.ids[:-1]]))[0, len(rollout.prompt) - 1:]
