@@ -1,7 +1,8 @@
 """What reinforcement learning adds to a fine-tuned model, and what cheaper methods add in the same time.
 
     python -m bench.reason --init_from=out/sft --folder=out/reason --json=docs/results/reason.json
-    python -m bench.reason --init_from=out/grpo --arms= --folder=out/measured     # only measure a model
+    python -m bench.reason --init_from=out/sft --folder=out/reason --png=docs/results/reason.png
+    python -m bench.reason --init_from=out/grpo --arms=none --folder=out/measured   # only measure a model
 
 Every arm starts from the same model and trains with each seed. The test problems are those of eval.py, from
 the test split: without a tool ("problems"), with the calculator offered, and products of three digits with
@@ -32,6 +33,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 
 from bench.measure import run_benchmark, text_table, write_jsonl
 from configurator import UserError, require_positive, run_script
@@ -65,21 +67,24 @@ SAMPLES = 8
 class ReasonConfig:
     init_from: str = "out/sft"  # the fine-tuned model that every arm starts from
     folder: str = "out/reason"  # folder of the runs and measurements
-    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; none: measure init_from
+    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; or none: measure init_from
     seeds: int = 3  # runs per arm, with the seeds 1, 2, ..
     limit: int = 1000  # test problems per column
     sampled: int = 300  # test problems that get eight answers
     json: str | None = None  # also write the results to this file
+    png: str | None = None  # draw the rewards of the GRPO arms to this file
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "limit", "sampled")
         if unknown := [arm for arm in self.names if arm not in (*GRPO, *OTHERS)]:
             raise UserError(f"arms={self.arms}: no arm {unknown[0]!r}; there are "
                             f"{', '.join((*GRPO, *OTHERS))}")
+        if self.png and not set(GRPO) & set(self.names):
+            raise UserError(f"png={self.png}: no arm of grpo.py is in arms={self.arms}")
 
     @property
     def names(self) -> list[str]:
-        return [name for name in self.arms.split(",") if name]
+        return [] if self.arms == "none" else self.arms.split(",")
 
 
 # ---- Training ---------------------------------------------------------------------------------------------
@@ -197,7 +202,28 @@ def measure(cfg: ReasonConfig) -> dict[str, Any]:
     start = read_json(done) or measure_model(cfg, cfg.init_from)
     write_json(done, start)
     arms = {arm: partial(run_arm, cfg, arm) for arm in cfg.names}
-    return {"start": start, "arms": run_arms(arms, range(1, cfg.seeds + 1))}
+    results = {"start": start, "arms": run_arms(arms, range(1, cfg.seeds + 1))}
+    if cfg.png:
+        draw_rewards(cfg).savefig(cfg.png, dpi=130)
+    return results
+
+
+def draw_rewards(cfg: ReasonConfig) -> Figure:
+    """The share of right sampled answers at each step, one panel per GRPO arm, one line per seed."""
+    arms = [arm for arm in cfg.names if arm in GRPO]
+    picture = Figure((3.2 * len(arms), 3), layout="constrained")
+    for axes, arm in zip(picture.subplots(1, len(arms), sharey=True, squeeze=False)[0], arms, strict=True):
+        for path in sorted(Path(cfg.folder).glob(f"{arm}_*/metrics.jsonl")):
+            events = [event for event in read_jsonl(path) if "reward/answer" in event]
+            rewards = [event["reward/answer"] for event in events]
+            # The mean of ten steps, because 256 answers to 32 prompts vary much.
+            smooth = [statistics.mean(rewards[max(0, i - 9):i + 1]) for i in range(len(rewards))]
+            axes.plot([event["step"] for event in events], smooth, label=path.parent.name.split("_")[-1])
+        axes.set(title=arm, xlabel="step")
+        axes.grid(alpha=0.3)
+        axes.legend(title="seed")
+    picture.axes[0].set_ylabel("right answers, mean of 10 steps")
+    return picture
 
 
 def report(results: dict[str, Any]) -> str:
