@@ -51,7 +51,7 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
 # TRAINED or are named in NOT_FAST are left out. The others start no training run and no child process.
 FAST = """
     test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
-    bench/test_learn.py bench/test_reason.py bench/test_teach.py
+    bench/test_learn.py bench/test_reason.py bench/test_scoring.py bench/test_teach.py
     dataset/test_chat_rows.py dataset/test_conversations.py dataset/test_download.py
     dataset/test_eval_items.py dataset/test_minhash.py dataset/test_problems.py dataset/test_prompts.py
     dataset/test_sources.py dataset/test_words.py
