@@ -11,7 +11,7 @@ Each part makes right and altered answers, and both sides judge them. No model i
 - ifeval: texts put together from fragments that matter to the rules. Reference: the harness's checkers. Left
   out are number_sentences and capital_word_frequency, for which the harness needs NLTK's data.
 - bfcl: the right calls, reordered, shortened or changed. Reference: the Berkeley leaderboard's checker.
-  Only ast_checker.py is executed; stand-ins replace what it imports for Java, JavaScript and the names of models.
+  Only ast_checker.py runs; stand-ins replace what it imports for Java, JavaScript and the names of models.
 - humaneval: the file's canonical solutions must pass, and every fifth function must fail if it returns None.
   This runs the file's programs (evals/tasks/code.py describes the limits).
 

@@ -36,8 +36,8 @@ def measured(part, folder, **keys):
 def test_math_and_a_comparison_that_is_too_kind(tmp_path, monkeypatch):
     pytest.importorskip("lm_eval.tasks.hendrycks_math.utils")
     write(tmp_path / "hendrycks_math.jsonl",
-          *({"problem": "?", "solution": f"\\boxed{{{answer}}}"} for answer in ("\\frac{1}{2}", "(1, 2)", "21"))
-          )
+          *({"problem": "?", "solution": f"\\boxed{{{answer}}}"}
+            for answer in ("\\frac{1}{2}", "(1, 2)", "21")))
     result = measured("math", tmp_path, pairs=10)
     assert (result["compared"], result["only_ours"], result["only_theirs"]) == (30, 0, 0)
     assert 0 < result["accepted"] < 30
