@@ -36,7 +36,7 @@ def test_a_row_of_each_form(task, row, prompt, answer):
 
 @pytest.mark.parametrize("task, row, reason", [
     ("rte", {1: "index", 2: "sentence1", 3: "sentence2", 4: "label"}, "the line of headers"),
-    ("sst2", {"sentence": "x", "label": -1}, "not a row of sst2 .ValueError: '-1' is"),
+    ("sst2", {"sentence": "x", "label": -1}, "not a row of sst2 .ValueError: the label -1 is"),
     ("sst2", {1: "gj04", 2: "1", 3: "", 4: "x"}, "ValueError"),
     ("gsm8k", {"question": "Q"}, "KeyError: 'answer'"),
     ("mawps", {"original_text": "Q", "equation": "X=1", "ans": "many"}, "ValueError"),
