@@ -67,7 +67,7 @@ SAMPLES = 8
 class ReasonConfig:
     init_from: str = "out/sft"  # the fine-tuned model that every arm starts from
     folder: str = "out/reason"  # folder of the runs and measurements
-    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; or none: measure init_from
+    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; none: init_from alone
     seeds: int = 3  # runs per arm, with the seeds 1, 2, ..
     limit: int = 1000  # test problems per column
     sampled: int = 300  # test problems that get eight answers
