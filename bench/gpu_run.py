@@ -8,8 +8,8 @@ Reads the files that bench/gpu.py lists from --inputs. The text is novels and C+
 tokens. nanoGPT's train.py runs in a copy, with its own defaults for GPT-2 124M, but 32 rows per step without
 accumulation, and with a schedule as long as the run. Ours is train.py with the default recipe at this size.
 
-Equal time: the first steps of each side give the time of a step, and a run has as many steps as fit into
---seconds. Compilation, evaluation and saving do not count on either side. eval.py measures both models.
+Equal time: the first steps of each side give the time of a step, which gives the number of steps that fit
+into --seconds. Compilation, evaluation and saving do not count on either side. eval.py measures both models.
 nanoGPT's weights are saved as our GPT-2 for that; its GELU is the exact one, ours the tanh approximation.
 A stopped run of ours continues; nanoGPT's starts again.
 """
@@ -94,7 +94,7 @@ def our_argv(cfg: Config, data: DataFolder) -> list[str]:
 
 
 def train_ours(cfg: Config, data: DataFolder, out: Path) -> dict[str, Any]:
-    """Time 40 steps, then train for as many as fit. Returns the steps, their time, and the curve."""
+    """Time 40 steps, then train for the number that fits. Returns the steps, their time, and the curve."""
     argv, rows = our_argv(cfg, data), ROWS * cfg.sizes()["block_size"]
     probe = run_once("train.py", [*argv, "--max_steps=40", "--log_interval=10", "--eval_interval=0",
                                   "--save_interval=0"], out.with_name("our_speed"))

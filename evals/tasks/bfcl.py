@@ -18,7 +18,7 @@ are four figures:
 - accuracy: exactly the right calls, each of the right function with right arguments;
 - valid_syntax: there are calls, and all of them are JSON with a name and arguments;
 - right_function: exactly the right names, each as often as it is needed;
-- right_arguments: as many calls as needed, with right arguments, whatever their names.
+- right_arguments: the right number of calls, with right arguments; the names may be wrong.
 
 An irrelevance question asks for something the function cannot do. Its accuracy is the share of messages
 without a call, so a model that never calls gets them all right. A malformed call counts as a call here; on

@@ -42,7 +42,7 @@ from evals.lm import LM
 from evals.results import Result, means, truncated
 
 SECONDS = 20  # in all
-# Of the process: CPU seconds, bytes of memory, bytes per file, bytes of a core dump, further processes.
+# The process's limits: CPU seconds, bytes of memory, bytes per file, bytes of a core dump, child processes.
 LIMITS = {"CPU": 5, "AS": 2**30, "FSIZE": 2**20, "CORE": 0, "NPROC": 0}
 NOBODY = 65534
 HUB = {"humaneval": ["openai/openai_humaneval::test"],

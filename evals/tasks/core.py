@@ -94,7 +94,7 @@ def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Qu
 
     Raises UserError if the folder has no file of CORE, or if a file has too few rows.
     """
-    # Of two files with the same name, the last one in the order of the paths counts.
+    # If two files have the same name, the path that sorts last is read.
     files = {path.stem: path for path in sorted(Path(source).rglob("*.jsonl"))} if source else {}
     found = {name: files[each.file] for name, each in SETTINGS.items() if each.file in files}
     if not found:
