@@ -25,6 +25,7 @@ import os
 import re
 import signal
 import sys
+import time
 import tomllib
 import types
 import typing
@@ -408,6 +409,8 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
         # All ranks raise the same UserError, but an OSError may concern one rank's machine only.
         if first_rank or not isinstance(error, UserError):
             print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        else:  # torchrun stops all processes as soon as one ends, so the first one must have printed by then
+            time.sleep(10)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, whose text tells
         reason = str(error).split("\n")[0]
