@@ -4,6 +4,7 @@
     logits = model(ids)                                # (B, T) int64 -> (B, T, V)
     loss = model(ids, head=loss_head)                  # loss_head(hidden, weight): no (B, T, V) tensor needed
     model = GPT.from_pretrained("out/base")            # our checkpoints are Hugging Face folders
+    ids = model.eval().generate(ids, 20)               # (B, T) -> (B, T + 20)
 
 Read it from top to bottom: GPTConfig, norms and rotary positions, attention, MLP, block, GPT. Parameters have
 the names of Hugging Face's Llama in every architecture, as `model.layers.0.self_attn.q_proj.weight`. Other
@@ -312,6 +313,26 @@ class GPT(nn.Module):
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: hidden states after the last norm (..., C) -> logits (..., V)."""
         return linear(x, self.head_weight)[..., :self.config.vocab_size]
+
+    @torch.inference_mode()
+    def generate(self, ids: Tensor, max_new_tokens: int, temperature: float = 1.0,
+                 top_k: int | None = None) -> Tensor:
+        """Continue texts of one length: ids (B, T) -> (B, T + max_new_tokens), drawn with torch's generator.
+
+        temperature=0 takes the most likely token. generation/generate.py also has rows of different lengths,
+        end tokens, and more ways to sample. Raises ValueError beyond block_size.
+        """
+        (B, T), new = ids.shape, ids
+        cache = KVCache(self.config, B, T + max_new_tokens, ids.device, self.head_weight.dtype)
+        for length in range(T, T + max_new_tokens):
+            logits = self(new, cache=cache)[:, -1].float()  # (B, V)
+            cache.set_lengths([length] * B)
+            if top_k is not None:
+                logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
+            new = (logits / temperature).softmax(-1).multinomial(1) if temperature > 0 else \
+                logits.argmax(-1, keepdim=True)  # (B, 1)
+            ids = torch.cat((ids, new), dim=1)
+        return ids
 
     # ---- Weights ------------------------------------------------------------------------------------------
 

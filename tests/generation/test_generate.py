@@ -305,6 +305,24 @@ def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
     assert call(capsys, trained, *words).out == expected + "\n"
 
 
+def test_the_method_of_the_model_takes_the_same_tokens():
+    """GPT.generate: greedy, and as often as the probabilities of the k most likely tokens say."""
+    model = busy_model(tiny_config()).eval()
+    ids = torch.tensor([[5, 6, 7], [8, 9, 10]])
+    greedy = model.generate(ids, 20, temperature=0)
+    assert greedy[:, :3].equal(ids)
+    assert greedy[:, 3:].tolist() == run(model, ids.tolist(), 20)
+    torch.manual_seed(0)
+    drawn = model.generate(ids[:1].repeat(4000, 1), 1, temperature=2.0, top_k=3)[:, -1]
+    values, kept = model(ids[:1])[0, -1].topk(3)
+    shares = torch.stack([(drawn == token).float().mean() for token in kept])
+    assert shares.sum() == 1
+    assert shares.tolist() == pytest.approx((values / 2).softmax(-1).tolist(), abs=0.03)
+    assert model.generate(ids, 0).equal(ids)
+    with pytest.raises(ValueError, match="do not fit block_size"):
+        model.generate(ids, 10**4)
+
+
 def test_complete_returns_the_texts_of_the_command(capsys, trained, tmp_path):
     (tmp_path / "p.jsonl").write_text('{"prompt": "def "}\n{"prompt": ""}\n{"prompt": "import os"}\n')
     options = [f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=20", "--seed=5"]
