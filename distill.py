@@ -431,7 +431,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
     kind = row_kind(cfg)
     data = StagedData(cfg, kind, run.rank, run.world_size)
-    tokenizer = run.tokenizer = data.tokenizer
+    tokenizer = run.tokenizer = data.tokenizer if kind is not Rows else data.tokenizer.with_sinks(0)
     check_vocabulary(cfg, cfg.vocab_size, tokenizer)
     # The two models. A resumed run must have the same teacher, so its hash goes into run.json.
     teacher_hash = run.run_on_rank0(lambda: model_sha256(hf.find_folder(cfg.teacher)))

@@ -16,14 +16,15 @@ import gzip
 import lzma
 import math
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from configurator import require_not_negative, run_script
-from dataset.dataloader import Mix, Rows, rank_batches, text_batch
+from configurator import require, require_not_negative, run_script
+from dataset.dataloader import IGNORE, Mix, Rows, rank_batches, text_batch
 from dataset.shards import DataFolder
 from formats import hf
 from formats.tokenizer import Tokenizer
@@ -48,26 +49,36 @@ class TrainConfig(RunConfig, GPTConfig):
         default_factory=lambda: {"embed_tokens": 5.0})
     z_loss: float = 0.0  # weight of logsumexp^2, which keeps logits small; PaLM uses 1e-4
     document_mask: bool = False  # attend only within a document
+    sink_tokens: int = 0  # end-of-text tokens before each row, to be attended to; they predict nothing
     sample_tokens: int = 64  # length of the sample printed with each evaluation; 0 prints none
 
     resume_free = frozenset({"sample_tokens"})
+    stage_fixed = frozenset({"sink_tokens"})
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
         GPTConfig.from_keys(self, vocab_size=self.vocab_size or 64)  # checks the architecture's keys
-        require_not_negative(self, "z_loss", "sample_tokens")
+        require_not_negative(self, "z_loss", "sample_tokens", "sink_tokens")
+        require(self, "sink_tokens", self.sink_tokens < self.block_size, "less than block_size")
+        require(self, "sink_tokens", not (self.sink_tokens and self.document_mask),
+                "0 with document_mask=True, which hides them from all documents")
 
 
 # ---- Data -------------------------------------------------------------------------------------------------
 
+def make_batch(rows: np.ndarray, tokenizer: Tokenizer, cfg: TrainConfig) -> dict[str, Any]:
+    """The batch of rows of text, (B, T + 1) ids without the sink tokens."""
+    # Without a mask, a token also attends to the documents that are packed before its own in the row.
+    return text_batch(rows, tokenizer.eot_id if cfg.document_mask else None,
+                      [tokenizer.eot_id] * cfg.sink_tokens)
+
+
 def batches_at(data: StagedData[TrainConfig], step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
     cfg, mix, first, count = data.shard_for_step(step)
-    # Without a mask, a token also attends to the documents that are packed before its own in the row.
-    eot_id = mix.tokenizer.eot_id if cfg.document_mask else None
-    rows = mix.samples(first, count)  # (count, T + 1)
+    rows = mix.samples(first, count)  # (count, T + 1 - sink_tokens)
     # z_loss travels with the batch because a stage may change it.
-    return [text_batch(micro, eot_id) | {"z_loss": cfg.z_loss}
+    return [make_batch(micro, mix.tokenizer, cfg) | {"z_loss": cfg.z_loss}
             for micro in np.split(rows, count // cfg.micro_batch_size)]
 
 
@@ -90,8 +101,9 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     """At most `length` tokens sampled from the model, starting from the end-of-text token alone."""
     # As between packed documents: end-of-text is what a new document follows.
     eot_id = tokenizer.eot_id
+    start = tokenizer.prefix_ids or [eot_id]
     # Every rank samples, because a sharded model needs them all, and with the same seed they sample the same.
-    steps = generate(model, [[eot_id]], length, Sampling(top_p=0.95), lambda row, new: new[-1] == eot_id,
+    steps = generate(model, [start], length, Sampling(top_p=0.95), lambda row, new: new[-1] == eot_id,
                      Options(vocab_size=tokenizer.vocab_size))
     return tokenizer.decode([token for (token,) in steps if token is not None and token != eot_id])
 
@@ -106,7 +118,7 @@ class TextEvaluation(MixEvaluation):
 
     def __init__(self, cfg: TrainConfig, mix: Mix, run: Run):
         """Raises UserError, on all ranks, for too little validation text or an id that does not exist."""
-        super().__init__(cfg, mix, Rows, run)
+        super().__init__(cfg, mix, partial(Rows, sink_tokens=cfg.sink_tokens), run)
         # Read everything once: `read` checks the ids, and hours of training should not end in a bad id.
         for rows in self.rows:
             for numbers in rank_batches(self.num_rows(rows), 1024, rank=0, world_size=1):
@@ -130,14 +142,13 @@ class TextEvaluation(MixEvaluation):
     def values(self, model: GPT, rows: Rows) -> dict[str, float]:
         """Loss and bits per byte of one folder's validation rows."""
         tokenizer = self.mix.tokenizer
-        eot_id = tokenizer.eot_id if self.cfg.document_mask else None
 
         def measure(batch: dict[str, Any]) -> tuple[Tensor, int, Tensor]:
-            nll = next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"]
-            return nll, batch["count"], self.byte_counts[batch["targets"]].sum()
+            nll, targets = next_token_loss(model, batch, tokenizer.vocab_size)[1]["loss"], batch["targets"]
+            return nll, batch["count"], self.byte_counts[targets[targets != IGNORE]].sum()
 
-        nll, targets, text_bytes = self.sums(rows, lambda numbers: text_batch(rows.read(numbers), eot_id),
-                                             measure)
+        nll, targets, text_bytes = self.sums(
+            rows, lambda numbers: make_batch(rows.read(numbers), tokenizer, self.cfg), measure)
         # nats / ln 2 = bits. Bits per byte, unlike the loss, compare between tokenizers.
         return {"val_loss": nll / targets, "val_bits_per_byte": nll / math.log(2) / max(text_bytes, 1)}
 
@@ -212,8 +223,9 @@ def main(argv: list[str]) -> int:
     with start_run(cfg, provenance) as run:
         # Data: the default set is made on the spot.
         prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
-        data = StagedData(cfg, rank=run.rank, world_size=run.world_size)
-        run.tokenizer = data.tokenizer  # saved with every checkpoint
+        data = StagedData(cfg, partial(Rows, sink_tokens=cfg.sink_tokens), run.rank, run.world_size)
+        # The tokenizer is saved with every checkpoint, so all that read it put the sinks before a prompt.
+        run.tokenizer = data.tokenizer = data.last_mix.tokenizer = data.tokenizer.with_sinks(cfg.sink_tokens)
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
         evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)

@@ -15,7 +15,7 @@ Shapes: B rows, T block_size.
 import math
 import os
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,16 +67,19 @@ class Rows:
 
     kind = "text"
 
-    def __init__(self, data: DataFolder, split: str, block_size: int):
-        """Raises UserError if the folder is of another kind, or if no shard holds a whole row."""
+    def __init__(self, data: DataFolder, split: str, block_size: int, sink_tokens: int = 0):
+        """sink_tokens: how many positions of a row `text_batch` fills; T is what is left of block_size.
+
+        Raises UserError if the folder is of another kind, or if no shard holds a whole row.
+        """
         data.require_kind(self.kind)
-        self.data, self.T, self.shards = data, block_size, data.shards[split]
-        counts = [(len(shard) - 1) // block_size for shard in self.shards]
+        self.data, self.T, self.shards = data, block_size - sink_tokens, data.shards[split]
+        counts = [(len(shard) - 1) // self.T for shard in self.shards]
         self.ends = np.cumsum(counts, dtype=np.int64)  # (shards,) rows up to the end of each shard
         if sum(counts) < 1:
             tokens = sum(map(len, self.shards))
             raise UserError(f"{data.folder}: {tokens:,} {split} tokens make no row of "
-                            f"block_size={block_size} + 1{more_rows_hint(split)}")
+                            f"block_size={self.T} + 1{more_rows_hint(split)}")
 
     def __len__(self) -> int:
         return int(self.ends[-1])
@@ -194,18 +197,24 @@ class Mix:
 
 # ---- Batches ----------------------------------------------------------------------------------------------
 
-def text_batch(rows: np.ndarray, eot_id: int | None = None) -> dict[str, Any]:
+def text_batch(rows: np.ndarray, eot_id: int | None = None, sinks: Sequence[int] = ()) -> dict[str, Any]:
     """(B, T + 1) ids -> {"input_ids", "targets": (B, T) int64, "count": number of targets, "context": T}.
+
+    sinks: n ids that are put before each row. They are read, but predict nothing, so only the T - n tokens
+    that follow the first one of `rows`, which is then (B, T + 1 - n), are targets.
 
     With eot_id, the batch also has "document_ids" (B, T), which go up by one at each end-of-text token. That
     token opens the next document: it is the target of the document before it, and the only context of the
     first token after it.
     """
+    n = len(sinks)
+    rows = np.concatenate((np.tile(np.array(sinks, np.int64), (len(rows), 1)), rows), axis=1)  # (B, T + 1)
     batch = {"input_ids": torch.from_numpy(rows[:, :-1].copy()),  # (B, T)
              "targets": torch.from_numpy(rows[:, 1:].copy())}  # (B, T)
+    batch["targets"][:, :n] = IGNORE
     if eot_id is not None:
         batch["document_ids"] = (batch["input_ids"] == eot_id).cumsum(dim=1)  # (B, T)
-    return batch | {"count": batch["targets"].numel(), "context": rows.shape[1] - 1}
+    return batch | {"count": batch["targets"][:, n:].numel(), "context": rows.shape[1] - 1}
 
 
 def rank_batches(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:

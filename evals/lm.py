@@ -33,8 +33,9 @@ class LM:
     """A model folder, loaded for evaluation.
 
     tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
-    its beginning. prefix, suffix: ids that the chat format puts around a prompt. rows, sampled: for each
-    prompt of the last call that generated, the ids that were read and generated, and True for the generated.
+    its beginning. prefix, suffix: ids that the chat format puts around a prompt. sinks: the sink tokens
+    that the model was trained with. rows, sampled: for each prompt of the last call that generated, the ids
+    that were read and generated, and True for the generated.
     replies: after `reply`, the messages that follow each conversation. cut: whether the limit of new tokens
     has ended each answer.
 
@@ -50,6 +51,7 @@ class LM:
         self.folder, self.chat, self.batch_size = hf.find_folder(path), chat, batch_size
         self.tokenizer = Tokenizer.load(self.folder)
         self.prefix, self.suffix = self.tokenizer.prefix_ids, []
+        self.sinks = [index for index in self.prefix if index == self.tokenizer.eot_id]
         if chat:
             chat_format.require_chat(self.tokenizer, path)
             self.prefix, self.suffix = chat_format.turn_frame(self.tokenizer)

@@ -24,7 +24,7 @@ from typing import Any
 import tiktoken
 import tokenizers
 from tiktoken.load import read_file_cached
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from configurator import UserError
 from formats.files import content_errors, read_json
@@ -216,7 +216,8 @@ class Tokenizer:
     end_ids: eot_id or, with a chat template, the list of the ids that end a turn or a text.
     bos_id: the id that begins a text, or None.
     special_ids: the ids that no text is encoded to.
-    prefix_ids: the ids that every text and conversation begins with: Llama's <s>; none for ours.
+    prefix_ids: the ids that every text and conversation begins with: Llama's <s>; none for ours, unless the
+        model was trained with sink tokens.
     """
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
@@ -318,6 +319,23 @@ class Tokenizer:
         hf = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
         hf.add_special_tokens(special_tokens)
         return Tokenizer(json.loads(hf.to_str()), self.settings | settings)
+
+    def with_sinks(self, count: int) -> "Tokenizer":
+        """A copy that begins every text with `count` end-of-text tokens, also in other programs.
+
+        Raises UserError if this one begins texts with something else, or with another number of them.
+        """
+        end, ids = self.named_token("eos_token") or END_OF_TEXT, [self.eot_id] * count
+        if self.prefix_ids == ids or not count and self.eot_id not in self.prefix_ids:
+            return self
+        if self.prefix_ids:
+            raise UserError(f"sink_tokens={count}: the data's tokenizer begins every text with "
+                            f"{self.decode(self.prefix_ids)}")
+        hf = tokenizers.Tokenizer.from_str(json.dumps(self.definition))
+        hf.post_processor = processors.TemplateProcessing(
+            single=[end] * count + ["$A"], pair=[end] * count + ["$A", "$B:1"],
+            special_tokens=[(end, self.eot_id)])
+        return Tokenizer(json.loads(hf.to_str()), self.settings)
 
     def encode(self, text: str, inside: bool = False) -> list[int]:
         """The ids of a text, none of them special, except for unk_token if the vocabulary needs it.

@@ -656,6 +656,18 @@ def test_text_batch_by_hand():
     assert batch["count"] == 6
 
 
+def test_sink_tokens_before_a_row_by_hand(data):
+    """They are read and predict nothing, so that every token of the text is a target once."""
+    batch = text_batch(np.array([[5, 9, 7], [7, 8, 6]]), sinks=[0, 0])
+    assert batch["input_ids"].tolist() == [[0, 0, 5, 9], [0, 0, 7, 8]]
+    assert batch["targets"].tolist() == [[-100, -100, 9, 7], [-100, -100, 8, 6]]
+    assert batch["count"] == 4 and batch["context"] == 4
+    folder = DataFolder(data)
+    short, rows = Rows(folder, "train", 60), Rows(folder, "train", 64, sink_tokens=4)
+    assert len(rows) == len(short) and rows.T == 60
+    assert np.array_equal(rows.read(np.arange(3)), short.read(np.arange(3)))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("limit", [None, 64 * 7, 1])
 def test_validation_is_shared_without_loss(data, world_size, limit):

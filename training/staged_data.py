@@ -171,4 +171,4 @@ def check_vocabulary(cfg: RunConfig, vocab_size: int | None, tokenizer: Tokenize
                         "give at least that many")
     if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
         raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset} "
-                        f"(prepare.py --tokenizer={cfg.init_from})")
+                        f"(prepare.py --tokenizer={cfg.init_from}, and the same sink_tokens)")

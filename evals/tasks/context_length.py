@@ -33,7 +33,7 @@ from configurator import UserError
 from evals.likelihood import token_losses
 from evals.lm import LM
 from evals.results import Figure, Result, mean
-from evals.tasks.perplexity import Texts, perplexity_of, read_texts
+from evals.tasks.perplexity import Texts, after_sinks, perplexity_of, read_texts
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.sinks import SinkCache, cache_limits
@@ -88,7 +88,7 @@ def loss_by_position(losses: np.ndarray) -> list[dict[str, Any]]:
             for first, end in itertools.pairwise(edges) if end <= T]
 
 
-def loss_by_context(model: GPT, rows: list[np.ndarray], losses: np.ndarray) -> list[dict[str, Any]]:
+def loss_by_context(lm: LM, rows: list[np.ndarray], losses: np.ndarray) -> list[dict[str, Any]]:
     """The loss of the last eighth of each row's targets, after the last 16, 32, .. tokens before them.
 
     rows: T + 1 ids each; losses: (rows, T), in nats. "extra_loss" is the mean over the rows of how much more
@@ -102,7 +102,7 @@ def loss_by_context(model: GPT, rows: list[np.ndarray], losses: np.ndarray) -> l
         loss = whole
         if context < T - count:
             short = [row[-(context + count + 1):] for row in rows]
-            loss = np.array(token_losses(model, short, [count] * len(rows))).mean(1)  # (rows,)
+            loss = np.array(token_losses(lm.model, after_sinks(lm, short), [count] * len(rows))).mean(1)
         results.append({"context": context, "loss": float(loss.mean()),
                         "extra_loss": mean(loss - whole)._asdict()})
     return results
@@ -112,14 +112,15 @@ def score(lm: LM, texts: Texts, model: str, context_length: int | None = None, s
           window: int | None = None) -> Result:
     """The perplexity of the trained context and of the longest one; the three measurements as details."""
     limits = cache_limits(lm.model.config, sinks, window)
-    config = lm.model.config
-    trained = config.block_size
+    config, first = lm.model.config, len(lm.sinks)  # first: position of a row's first token
+    trained = config.block_size - first
     longest = context_length or (trained if config.position == "learned" else 2 * trained)
     rows = cut_rows(lm, texts, longest)
-    with lm.extended_context(longest) if limits is None else contextlib.nullcontext():
-        losses = (np.array(token_losses(lm.model, rows, [longest] * len(rows))) if limits is None else
-                  streamed_losses(lm.model, rows, limits))  # (rows, longest)
-        contexts = loss_by_context(lm.model, rows, losses) if limits is None else []
+    read = after_sinks(lm, rows)
+    with lm.extended_context(first + longest) if limits is None else contextlib.nullcontext():
+        losses = (np.array(token_losses(lm.model, read, [longest] * len(rows))) if limits is None else
+                  streamed_losses(lm.model, read, limits)[:, first:])  # (rows, longest)
+        contexts = loss_by_context(lm, rows, losses) if limits is None else []
     lengths = sorted({2**power for power in range(3, longest.bit_length())} | {trained, longest})
     # The standard error takes the rows as independent.
     perplexities = {length: perplexity_of(mean(losses[:, :length].mean(1))._replace(n=length * len(rows)))

@@ -5,9 +5,10 @@
 All documents together are one row of tokens, with an end-of-text token between two documents. A window as
 long as the model's context moves over the row by `stride` tokens (default: half the context). In each window
 the tokens that were in no earlier window are scored, except the first token of a window, which has no
-context. That is the recipe of transformers' guide (huggingface.co/docs/transformers/perplexity). Bits per
-byte compare models with different tokenizers: the same nats, divided by the bytes of the scored tokens.
-Standard errors take the windows as independent.
+context. That is the recipe of transformers' guide (huggingface.co/docs/transformers/perplexity). The sink
+tokens that a model was trained with come before each window. Bits per byte compare models with different
+tokenizers: the same nats, divided by the bytes of the scored tokens. Standard errors take the windows as
+independent.
 
 The text is a file or a prepared data folder (--data=perplexity=FILE). In any other folder it is the text
 files named perplexity*. Without --data it is the validation split of the model's own data. --limit=500 reads
@@ -112,6 +113,11 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
 
 # ---- The task ---------------------------------------------------------------------------------------------
 
+def after_sinks(lm: LM, rows: list[np.ndarray]) -> list[np.ndarray]:
+    """Rows of ids, int32, each after the sink tokens that the model was trained with."""
+    return [np.concatenate((np.array(lm.sinks, np.int32), row)) for row in rows]
+
+
 def load(source: str | None, limit: int, shots: int | None, model: str, stride: int | None = None,
          wikitext: bool = False) -> Texts:
     """The first `limit` KiB of the text."""
@@ -126,7 +132,7 @@ def load(source: str | None, limit: int, shots: int | None, model: str, stride: 
 
 def join_documents(lm: LM, texts: Texts) -> np.ndarray:
     """The ids of all documents in one row, (T,) int32. Raises UserError for fewer than two ids."""
-    ids = list(lm.tokenizer.prefix_ids)
+    ids = [] if lm.sinks else list(lm.tokenizer.prefix_ids)
     for number, text in enumerate(texts.documents):
         ids += ([lm.tokenizer.eot_id] if number else []) + lm.tokenizer.encode(text)
     if len(ids) < 2:
@@ -158,12 +164,13 @@ def perplexity_of(loss: Figure) -> Figure:
 
 
 def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
-    ids, context = join_documents(lm, texts), lm.model.config.block_size
+    ids, context = join_documents(lm, texts), lm.model.config.block_size - len(lm.sinks)
     stride = context // 2 if stride is None else stride
     if not 0 < stride <= context:
         raise UserError(f"stride={stride}: must be positive, and at most the context of {context}")
     spans = windows(len(ids), context, stride)
-    losses = token_losses(lm.model, [ids[begin:end] for begin, end, _ in spans], [new for *_, new in spans])
+    rows = after_sinks(lm, [ids[begin:end] for begin, end, _ in spans])
+    losses = token_losses(lm.model, rows, [new for *_, new in spans])
     sums, counts = [sum(each) for each in losses], [new for *_, new in spans]  # nats and tokens per window
     token_bytes = np.array([len(token) for token in lm.tokenizer.token_bytes()])  # bytes of each id, (V,)
     sizes = [int(token_bytes[ids[end - new:end]].sum()) for _, end, new in spans]  # bytes per window

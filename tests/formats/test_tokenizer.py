@@ -189,6 +189,22 @@ def test_the_prefix_of_a_post_processor_is_known(trained_bpe):
     assert tokenizer.encode("word") == trained_bpe.encode("word")
 
 
+def test_sink_tokens_begin_every_text(trained_bpe, tmp_path):
+    """Here, after saving, and in transformers."""
+    tokenizer = trained_bpe.with_sinks(3)
+    sinks = [trained_bpe.eot_id] * 3
+    tokenizer.save(tmp_path)
+    again = Tokenizer.load(tmp_path)
+    assert again.prefix_ids == sinks and again.definition == tokenizer.definition
+    theirs = pytest.importorskip("transformers").AutoTokenizer.from_pretrained(tmp_path)
+    assert theirs("the cat").input_ids == sinks + trained_bpe.encode("the cat")
+    assert again.encode("the cat") == trained_bpe.encode("the cat")
+    assert again.with_sinks(3) is again and trained_bpe.with_sinks(0) is trained_bpe
+    for count in (0, 2):
+        with pytest.raises(UserError, match=f"sink_tokens={count}: the data's tokenizer begins every text"):
+            again.with_sinks(count)
+
+
 @pytest.mark.parametrize(
     "content, message",
     [(None, "there .copy the model's"), ("{", "tokenizer.json: damaged"), ("{}", "not a tokenizer.json")],
