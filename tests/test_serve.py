@@ -26,7 +26,7 @@ import prepare
 import sample
 import serve
 from configurator import UserError, configure
-from dataset.conversations import preference
+from dataset.conversations import listed, preference
 from dataset.shards import DataFolder
 from formats import peft
 from formats.chat_format import encode_answer, with_chat_tokens
@@ -564,7 +564,7 @@ print('<b>')
 
 
 async def visit(server, script, monkeypatch):
-    """Send, stream, tool call, markup, stop, edit, compare, vote, phone."""
+    """Send, stream, tool call, retry, export, markup, stop, edit, compare, vote, settings, dark, phone."""
     done = ("document.querySelectorAll('[aria-busy=false]').length >= {} && "
             "!document.querySelector('[aria-busy=true]')")
     async with Browser() as page:
@@ -581,6 +581,15 @@ async def visit(server, script, monkeypatch):
         assert await page.js("document.querySelector('.assistant .md').innerText") == "It is 360."
         assert not await page.js("document.querySelector('.thought').open")
         await page.picture("tool")
+        # Retry is another branch; the export is a file for prepare.py.
+        await page.click("Retry")
+        await page.until("document.querySelector('.assistant').innerText.includes('2 / 2') && "
+                         + done.format(1))
+        await page.js("URL.createObjectURL = (blob) => { window.exported = blob.text(); return '#' }")
+        await page.js("HTMLAnchorElement.prototype.click = () => {}")  # no download
+        await page.click("Export JSON")
+        (exported,) = json.loads(await page.js("window.exported"))
+        assert [message["role"] for message in listed(exported)] == ["user", "assistant", "tool", "assistant"]
         # Markup of a model and of a person stays text; Markdown becomes elements.
         await page.js("state.choices.calculator = false; state.choices.max_new_tokens = 200")
         await page.click("New chat")
@@ -618,7 +627,7 @@ async def visit(server, script, monkeypatch):
             await page.press("Enter", 13, text="\r")
             assert await page.js("document.querySelector('.bubble').innerText") == shown
         assert await page.js("document.activeElement.ariaLabel") == "Next branch"
-        # Compare two answers and vote. (With one model, they differ in their random numbers.)
+        # Compare the answers of two models, and vote.
         await page.click("New chat")
         await page.click("Compare")
         await page.write("which?")
@@ -628,11 +637,21 @@ async def visit(server, script, monkeypatch):
         assert await page.js(shown)
         await page.picture("compare")
         votes = Path(server.cfg.votes)
-        before = len(votes.read_text().splitlines()) if votes.exists() else 0
         await page.click("This one is better")
         await page.until("!!document.querySelector('.chosen')")
-        rows = [json.loads(line) for line in votes.read_text().splitlines()][before:]
+        rows = [json.loads(line) for line in votes.read_text().splitlines()]
         assert len(rows) == 1 and preference(rows[0])[0][-1] == {"role": "user", "content": "which?"}
+        assert {rows[0]["chosen_model"], rows[0]["rejected_model"]} == {server.cfg.model, server.cfg.compare}
+        # The settings hold for the next request; dark is a choice, too.
+        await page.click("Settings")
+        await page.js("document.querySelector('#seed').value = 3")
+        await page.picture("settings")
+        await page.click("Done")
+        assert await page.js("state.choices.seed") == 3
+        await page.click("Dark")
+        await page.picture("dark")
+        assert await page.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)"
+                             ".every((c) => c < 60)")
         # A phone: nothing is wider than the screen, and the list opens and closes.
         await page.size(390, 844)
         await page.until("getComputedStyle(document.querySelector('#side')).visibility === 'hidden'")
@@ -651,5 +670,10 @@ async def visit(server, script, monkeypatch):
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
-def test_the_page_in_a_browser(server, script, monkeypatch):
+def test_the_page_in_a_browser(start, chat_folder, script, monkeypatch, tmp_path):
+    other, tokenizer = tmp_path / "other", Tokenizer.load(chat_folder)
+    busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=256), seed=1).save_pretrained(
+        other, eos_token_id=tokenizer.end_ids)
+    tokenizer.save(other)
+    server = start(f"--model={chat_folder}", f"--compare={other}", f"--votes={tmp_path / 'votes.jsonl'}")
     asyncio.run(visit(server, script, monkeypatch))
