@@ -213,9 +213,8 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     if cfg.rollback_grad_clip is not None and follows_rollback(state, progress.step):
         clip = cfg.rollback_grad_clip
     norm = update(state.model, state.optimizers, state.scaler, clip)
-    progress.expert_load = load = moe.end_step(state.model)
-    if load is not None:  # for the log: the largest load over the mean; like all sums, divided by the count
-        sums["expert_load"] = load.max() * load.shape[1] / scale
+    progress.expert_load, shares = moe.end_step(state.model)
+    sums |= {name: share / scale for name, share in shares.items()}  # for the log, which divides by the count
     state.metrics.add(progress.step, sums, data.count, data.tokens, norm)
     progress.step += 1
     progress.tokens += int(data.tokens)

@@ -76,6 +76,7 @@ class GPTConfig:
     n_expert_per_token: int = 2  # experts that a token uses
     expert_size: Derived = None  # width of an expert; None is intermediate_size
     dense_layers: list = field(default_factory=list)  # blocks (from 0) with one MLP in place of experts
+    capacity_factor: float | None = None  # limit of an expert's load in training, over the mean; None: none
     norm_topk: bool = True  # divide the weights of a token's experts by their sum
     balance: Literal["aux", "bias"] = "aux"  # equal load of the experts by a loss, or by a bias when choosing
     balance_weight: float = 0.01  # weight of that loss, or step of the bias

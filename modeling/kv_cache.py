@@ -20,7 +20,7 @@ slots that queries see, D head_dim.
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,23 +33,14 @@ Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 STEP_SLOTS = 128  # StepCache: the visible slots are a multiple of this number
 
 
-class CacheSizes(Protocol):
-    """What a cache needs to know about a model; GPTConfig has it."""
-
-    n_layer: int
-    n_kv_head: int
-    head_dim: int
-    block_size: int
-
-
 class KVCache:
     """Keys and values of every layer, (B, K, max_length, D) each, allocated once.
 
-    lengths: the number of tokens in each row. used: the length of the longest row. even: True if all rows
-    have the same length.
+    config: a GPTConfig. lengths: the number of tokens in each row. used: the length of the longest row.
+    even: True if all rows have the same length.
     """
 
-    def __init__(self, config: CacheSizes, batch_size: int, max_length: int, device: Any = None,
+    def __init__(self, config: Any, batch_size: int, max_length: int, device: Any = None,
                  dtype: torch.dtype | None = None):
         shape = (batch_size, config.n_kv_head, max_length, config.head_dim)
         self.k, self.v = ([torch.zeros(shape, device=device, dtype=dtype) for _ in range(config.n_layer)]
@@ -111,7 +102,7 @@ class StepCache(KVCache):
     which sizes change between calls, so that it compiles once for all of them.
     """
 
-    def __init__(self, config: CacheSizes, batch_size: int, max_length: int, device: Any = None,
+    def __init__(self, config: Any, batch_size: int, max_length: int, device: Any = None,
                  dtype: torch.dtype | None = None):
         self.all_slots = torch.arange(STEP_SLOTS * math.ceil(max_length / STEP_SLOTS), device=device)
         self.seen = self.all_slots[:0]

@@ -5,7 +5,7 @@
 
     mlp = MoE(config, [MLP(config) for _ in range(8)])     # Block.mlp
     begin_step(model, scale, load)                         # loop.py, before the forward passes of a step
-    load = end_step(model)                                 # after its update: the share of each expert
+    load, metrics = end_step(model)                        # after its update: the share of each expert
 
 The router is a linear layer in float32. A token's output is the sum of its experts' outputs, weighted by the
 router's probabilities (Mixtral, arXiv 2401.04088). Ties go to the lower index.
@@ -20,12 +20,18 @@ Experts must get about the same number of tokens. Both ways count over the *glob
                    2408.15664). Only this project loads such a model.
 
 The router z-loss, router_z_loss * logsumexp(logits)^2, keeps logits small (ST-MoE, arXiv 2202.08906).
-No token is dropped: an expert takes all tokens that choose it. Left out: capacity factors, shared experts,
-and expert parallelism.
+
+Without a capacity_factor no token is dropped: an expert takes all tokens that choose it. With one, in a
+forward pass of training, it takes the first capacity_factor * N k / E choices, rounded up, in the order of
+the tokens. (GShard, arXiv 2006.16668, takes all first choices before the second ones. Then tokens depend on
+later ones.) A choice that is dropped adds nothing, so a token that loses all goes on by the residual alone.
+N is that of a micro-batch on one process, so what is dropped depends on both. Left out: shared experts and
+expert parallelism.
 
 Shapes: B rows, T tokens of a row, N = B T tokens, C n_embd, E experts, k experts per token.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -33,13 +39,14 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from configurator import UserError, require, require_not_negative
+from configurator import UserError, require, require_not_negative, require_positive
 from modeling.devices import autocast_dtype, gather_full, shard_like
 
 
 def check_experts(config: Any) -> None:
     """Raise UserError for settings of a GPTConfig that do not fit a mixture of experts. n_expert=0: dense."""
     require_not_negative(config, "n_expert", "balance_weight", "router_z_loss")
+    require_positive(config, "capacity_factor")
     require(config, "n_expert", config.n_expert <= 4096, "at most 4,096")
     if not config.n_expert:
         return
@@ -78,8 +85,8 @@ class MoE(nn.Module):
         self.expert_bias = None  # saved with the weights, and moved by end_step; no optimizer trains it
         if config.balance == "bias":
             self.expert_bias = nn.Parameter(torch.zeros(E), requires_grad=False)
-        # Set by begin_step, float32: the factor of the loss, (), the load of the step before, (E,), and the
-        # number of tokens in this step, (E,).
+        # Set by begin_step, float32: the factor of the loss, (), the load of the step before, (E,), and what
+        # is counted in this step: the choices of each expert, then those that were dropped, (E + 1,).
         self.scale: Tensor | None = None
 
     def route(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -97,19 +104,24 @@ class MoE(nn.Module):
         logits, chosen, weights = self.route(tokens)
         E, k = self.config.n_expert, chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (N k,): the choices, sorted by expert
-        counts = chosen.flatten().bincount(minlength=E)  # (E,)
-        rows = tokens.to(autocast_dtype(tokens))[order // k]  # (N k, C)
+        counts = kept = chosen.flatten().bincount(minlength=E)  # (E,)
+        trains = self.training and self.scale is not None and torch.is_grad_enabled()
+        if trains and self.config.capacity_factor is not None:
+            capacity = math.ceil(self.config.capacity_factor * len(order) / E)
+            order = torch.cat([part[:capacity] for part in order.split(counts.tolist())])  # (n,)
+            kept = counts.clamp(max=capacity)
+        rows = tokens.to(autocast_dtype(tokens))[order // k]  # (n, C), for the n choices that stay
         if rows.is_cuda and rows.dtype == torch.bfloat16:
-            y = grouped_swiglu(rows, self.experts, counts)  # (N k, C)
+            y = grouped_swiglu(rows, self.experts, kept)  # (n, C)
         else:  # An expert without rows is called, too: its gradient has to be 0, not None, on every rank.
             y = torch.cat([expert(part) for expert, part in
-                           zip(self.experts, rows.split(counts.tolist()), strict=True)])  # (N k, C)
+                           zip(self.experts, rows.split(kept.tolist()), strict=True)])  # (n, C)
         # Back to the order of the tokens. A sum over k, unlike index_add, has one result on a GPU, too.
-        y = torch.empty_like(y).index_copy(0, order, y).view(-1, k, x.shape[-1])  # (N, k, C)
-        y = (y * weights[..., None].to(y.dtype)).sum(1).view(x.shape)  # (B, T, C)
-        if not (self.training and self.scale is not None and torch.is_grad_enabled()):
+        y = y.new_zeros(chosen.numel(), x.shape[-1]).index_copy(0, order, y).view(-1, k, x.shape[-1])
+        y = (y * weights[..., None].to(y.dtype)).sum(1).view(x.shape)  # (N, k, C) -> (B, T, C)
+        if not trains:
             return y
-        self.counts += counts
+        self.counts += torch.cat((counts, (counts - kept).sum(0, keepdim=True)))
         loss = self.config.router_z_loss * logits.logsumexp(-1).square().sum()
         if self.expert_bias is None:
             loss = loss + self.config.balance_weight * E * (logits.softmax(-1) * self.load).sum()
@@ -140,23 +152,28 @@ def begin_step(model: nn.Module, scale: Tensor | float, load: Tensor | None) -> 
         E, device = layer.config.n_expert, layer.gate.weight.device
         layer.scale = torch.as_tensor(scale, dtype=torch.float32, device=device)
         layer.load = torch.full((E,), 1 / E, device=device) if load is None else load[number].to(device)
-        layer.counts = torch.zeros(E, device=device)
+        layer.counts = torch.zeros(E + 1, device=device)
 
 
 @torch.no_grad()
-def end_step(model: nn.Module) -> Tensor | None:
+def end_step(model: nn.Module) -> tuple[Tensor | None, dict[str, Tensor]]:
     """Sum the counts over all ranks and move the biases. All ranks call it.
 
-    Returns the share of the choices that each expert got, (layers, E) float32; None for a dense model.
+    Returns the share of the choices that each expert got, (layers, E) float32, and metrics: the largest load
+    over the mean and, with a capacity_factor, the share of dropped choices. (None, {}) for a dense model.
     """
     if not (layers := moe_layers(model)):
-        return None
-    counts = torch.stack([layer.counts for layer in layers])  # (layers, E)
+        return None, {}
+    counts = torch.stack([layer.counts for layer in layers])  # (layers, E + 1)
     if dist.is_initialized():
         dist.all_reduce(counts)
+    counts, dropped = counts[:, :-1], counts[:, -1]  # (layers, E), (layers,)
     load = counts / counts.sum(1, keepdim=True)
     for layer, shares in zip(layers, load, strict=True):
         if layer.expert_bias is not None:
             step = layer.config.balance_weight * (1 / len(shares) - shares).sign()
             layer.expert_bias.copy_(shard_like(layer.expert_bias, gather_full(layer.expert_bias) + step))
-    return load
+    metrics = {"expert_load": load.max() * load.shape[1]}
+    if layers[0].config.capacity_factor is not None:
+        metrics["expert_dropped"] = dropped.sum() / counts.sum()
+    return load, metrics

@@ -66,9 +66,10 @@ def test_gradient_of_both_router_losses():
     expected, = torch.autograd.grad(0.5 * loss, layer.gate.weight)
     assert (found - expected).abs().max() <= 1e-6
     counts = layer.route(x)[1].flatten().bincount(minlength=4)
-    assert layer.counts.tolist() == counts.tolist()  # of the one pass after begin_step
+    assert layer.counts.tolist() == [*counts.tolist(), 0]  # of the one pass after begin_step; none is dropped
     model.model["layers"][1].mlp.counts += 1
-    assert moe.end_step(model)[0].tolist() == (counts / 10).tolist()
+    load, metrics = moe.end_step(model)
+    assert load[0].tolist() == (counts / 10).tolist() and metrics == {"expert_load": load.max() * 4}
 
 
 def test_grouped_products_equal_the_loop():
@@ -84,6 +85,37 @@ def test_grouped_products_equal_the_loop():
     pairs = zip(*(torch.autograd.grad(y.square().sum(), weights) for y in (grouped, loop)), strict=True)
     for found, expected in pairs:
         assert (found - expected).abs().max() <= 0.03 * expected.abs().max()
+
+
+def test_capacity_by_hand():
+    """Four experts with room for ceil(1.0 * 10 / 4) = 3 choices; 5 tokens have the same two experts."""
+    model = GPT(tiny_config(n_expert=4, capacity_factor=1.0))
+    layer, x = model.model["layers"][0].mlp, torch.randn(1, 5, 64, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():  # every token likes expert 1 best, then 3
+        layer.gate.weight.zero_()
+        layer.gate.weight[:, 0] = torch.tensor([0.0, 3, 1, 2])
+        x[..., 0] = 1
+    assert layer.route(x[0])[1].tolist() == [[1, 3]] * 5
+    dropless = layer(x)  # before begin_step, as in evaluation and generation
+    moe.begin_step(model, 1.0, None)
+    y = layer(x)
+    assert torch.allclose(y[:, :3], dropless[:, :3], atol=1e-6) and y[:, 3:].count_nonzero() == 0
+    assert layer.counts.tolist() == [0, 5, 0, 5, 4] and torch.equal(layer.eval()(x), dropless)
+    model.model["layers"][1].mlp.counts += 1
+    assert moe.end_step(model)[1]["expert_dropped"].item() == pytest.approx((4 + 1) / (10 + 4))
+    with pytest.raises(UserError, match="capacity_factor=0.0: must be positive"):
+        tiny_config(n_expert=4, capacity_factor=0.0)
+
+
+def test_a_large_capacity_drops_nothing(data, tmp_path):
+    """The same run as without a limit. With a small one, drops are counted and the run goes on."""
+    argv = [*EXPERTS, "--max_steps=4", "--eval_tokens=256"]
+    logs = [run(data, tmp_path / str(factor), *argv, f"--capacity_factor={factor}")
+            for factor in (None, 4.0, 0.5)]
+    assert losses(logs[0]) == losses(logs[1]) != losses(logs[2])
+    shares = [[event.get("expert_dropped") for event in log if "loss" in event] for log in logs]
+    assert shares[0] == [None] * 4 and shares[1] == [0.0] * 4
+    assert all(0.5 <= share < 0.75 for share in shares[2])  # experts take half of the choices at most
 
 
 @pytest.mark.parametrize("balance", ["aux", "bias"])
