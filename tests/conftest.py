@@ -1,5 +1,6 @@
 """What the tests share: markers, a tiny model, small data sets, a short run, and two ranks in one group."""
 
+import json
 import multiprocessing
 import os
 import socket
@@ -18,6 +19,7 @@ from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
 from prepare import PrepareConfig, prepare
+from tests.mistakes import mistake_rows
 from training import curves
 
 ROOT = Path(__file__).parent.parent
@@ -180,7 +182,9 @@ def chats(tmp_path_factory, trained):
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory, trained):
     """Problems with right and wrong answers as preferences, with the tokenizer of `trained`."""
-    return problems_folder(tmp_path_factory, trained, "preference", source="mistakes")
+    rows = tmp_path_factory.mktemp("pairs") / "mistakes.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in mistake_rows(2000, seed=1)))
+    return problems_folder(tmp_path_factory, trained, "preference", source=str(rows))
 
 
 @pytest.fixture(scope="session")

@@ -8,12 +8,12 @@ from configurator import UserError
 from dataset.chat_rows import ChatRows, PairRows, UnpackedChatRows, chat_batch, pack_rows, pair_batch
 from dataset.conversations import conversation, preference
 from dataset.dataloader import IGNORE
-from dataset.problems import problem_rows
 from dataset.shards import DataFolder
 from formats.chat_format import encode_answer, encode_chat, encode_prompt
 from formats.tokenizer import Tokenizer
 from prepare import main as prepare_main
 from tests.conftest import busy_model, tiny_config
+from tests.mistakes import mistake_rows
 
 CHATS = [
     {"question": "2 + 2?", "answer": "4"},
@@ -30,7 +30,7 @@ def folders(tmp_path_factory):
     import json
 
     root = tmp_path_factory.mktemp("chats")
-    rows = {"chat": CHATS, "preference": list(problem_rows("mistakes", 60, seed=2))}
+    rows = {"chat": CHATS, "preference": list(mistake_rows(60, seed=2))}
     for kind, content in rows.items():
         (root / f"{kind}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
         prepare_main([f"--source={root / kind}.jsonl", f"--kind={kind}", f"--out={root / kind}",

@@ -250,7 +250,7 @@ KINDS = {
         ("sample", ["--chat=True + --prompt=x", "--prompt=x + --prompt_file=rows.jsonl",
                     "--system=x + --prompt=y", "--chat=True + --num_samples=2"]),
         ("prepare", ["--kind=text + --keys=question=q", "--kind=chat + --text_key=body",
-                     "--tokenizer=gpt2 + --vocab_size=500", "--source=mistakes + --kind=chat"]),
+                     "--tokenizer=gpt2 + --vocab_size=500", "--kind=text + --source=tools"]),
         ("grpo", ["--reference=adapter_off", "--parallel=fsdp"]),
         ("verifier", ["--parallel=fsdp", "--merge=True + --lora_rank=2", "--stages=[{'steps':3}]"]),
         ("serve", ["--sinks=2 + --window=8"]),

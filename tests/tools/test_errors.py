@@ -1,4 +1,4 @@
-"""Kinds of mistakes: those of the embedded mistake makers are recovered; every other kind has an example."""
+"""Kinds of mistakes: those of the mistake makers are recovered; every other kind has an example."""
 
 import json
 import random
@@ -7,7 +7,8 @@ from itertools import islice
 import pytest
 
 from configurator import UserError
-from dataset.problems import REFUSAL, is_right, mistake, mistake_kinds, problems, solution
+from dataset.problems import REFUSAL, is_right, problems, solution
+from tests.mistakes import mistake, mistake_kinds
 from tools.errors import confusion, is_unsupported, kind_of, main
 
 NAMES = {"slip": "slipped digit", "format": "right answer in wrong form", "operator": "wrong operator",
@@ -22,7 +23,7 @@ def row_of(problem, message, **more):
 
 
 def mistakes(count):
-    """(name of its kind, row) of mistakes by the embedded makers, each of one known kind."""
+    """(name of its kind, row) of mistakes by the makers, each of one known kind."""
     draw = random.Random(5)
     for problem in islice(problems("test", 3), count):
         for kind in mistake_kinds(problem):
