@@ -1,17 +1,14 @@
 """Write a data set with a teacher, for distillation without the data that the teacher was trained on.
 
     python -m tools.synthesize --teacher=out/base --kind=sampled --tokens=1_000_000 --out=data/free
-    python -m tools.synthesize --teacher=out/base --seeds=prompts.txt --out=data/seeded
     python distill.py --dataset=free --alpha=1
 
-sampled   Text of the teacher. A document starts after the end-of-text token, or with the first tokens of a
-          line of --seeds. Its first tokens are drawn at a higher temperature, so that the documents differ
-          from the start. (LLM-QAT, arXiv 2305.17888, starts with each token of the vocabulary in turn;
-          --first_tokens=1 --first_temperature=1e9 covers the vocabulary in the same way.)
+sampled   Text of the teacher. Its first three tokens are drawn at a higher temperature, so that the documents
+          differ from the start. (LLM-QAT, arXiv 2305.17888, starts with each token in turn.)
 uniform   Noise: independent, equally likely token ids.
-unlike    Out of distribution: text of the teacher at a temperature well above 1. The teacher finds it
-          unlikely, but each token still depends on the context. Not done: drawing tokens by 1 / probability,
-          which repeats the few dozen tokens that the teacher thinks least likely.
+unlike    Out of distribution: text of the teacher at the temperature 2. The teacher finds it unlikely, but
+          each token still depends on the context. Not done: drawing tokens by 1 / probability, which repeats
+          the few dozen tokens that the teacher thinks least likely.
 
 Writes a data folder of text as prepare.py does: split by the documents' hashes, without duplicates, which are
 counted. The same command writes the same bytes on the same machine, torch version and number of threads.
@@ -35,9 +32,8 @@ from tqdm import tqdm
 from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
 from dataset.encoding import text_hash
 from dataset.shards import ShardWriter, describe, open_writers
-from dataset.sources import Row, document, file_kind, read_rows, usable_rows
 from formats import hf
-from formats.files import atomic_folder, file_sha256, write_json
+from formats.files import atomic_folder, write_json
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, append_tokens, generate
@@ -46,8 +42,8 @@ from modeling.devices import pick_device
 from prepare import unchanged
 
 MAX_IN_VAIN = 1000  # after this many empty or duplicate documents in a row, more will not help
-ONLY_SAMPLED = {"seeds", "seed_tokens", "first_tokens", "first_temperature"}
-UNUSED_KEYS = {"sampled": set(), "unlike": ONLY_SAMPLED, "uniform": ONLY_SAMPLED | {"temperature"}}
+TEMPERATURES = {"sampled": 1.0, "unlike": 2.0}
+FIRST_TOKENS, FIRST_TEMPERATURE = 3, 1.5  # the beginning of a sampled document
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,12 +52,7 @@ class SynthesizeConfig:
     kind: Literal["sampled", "uniform", "unlike"] = "sampled"  # the content, see above
     tokens: int = 1_000_000  # stop after the document that reaches this number
     out: str = "data/free"  # the data folder
-    length: int | None = None  # most new tokens of a document; None fills the teacher's context
-    seeds: str | None = None  # sampled: a text or .jsonl file ({"text": ..}); its lines start the documents
-    seed_tokens: int = 8  # sampled: tokens that are used of each line
-    first_tokens: int = 3  # sampled: new tokens that are drawn at first_temperature
-    first_temperature: float = 1.5  # sampled: temperature of the first tokens; 0 takes the most likely token
-    temperature: float | None = None  # temperature of all other tokens; None is 1 for sampled, 2 for unlike
+    length: int | None = None  # most tokens of a document; None fills the teacher's context
     seed: int = 1337  # each document is drawn from this seed and its number
     val_fraction: float = 0.03  # share of the documents for validation, chosen by their hash
     batch_size: int = 64  # documents that are generated together
@@ -69,11 +60,9 @@ class SynthesizeConfig:
     overwrite: bool = False  # replace a folder that was made from other inputs
 
     def __post_init__(self) -> None:
-        require_positive(self, "tokens", "length", "seed_tokens", "batch_size")
-        require_not_negative(self, "first_tokens", "seed", "first_temperature", "temperature")
+        require_positive(self, "tokens", "length", "batch_size")
+        require_not_negative(self, "seed")
         require(self, "val_fraction", 0 <= self.val_fraction < 1, "at least 0 and below 1")
-        if self.kind == "unlike" and self.temperature is not None and self.temperature <= 1:
-            raise UserError(f"temperature={self.temperature}: kind=unlike needs a temperature above 1")
 
 
 # ---- Documents, without end -------------------------------------------------------------------------------
@@ -102,38 +91,21 @@ def extend_documents(model: GPT, tokenizer: Tokenizer, text_ids: set[int], docum
 
 
 def teacher_documents(cfg: SynthesizeConfig, model: GPT, tokenizer: Tokenizer, text_ids: set[int],
-                      length: int, seeds: list[list[int]]) -> Iterator[list[int]]:
-    """Documents of up to `length` ids that the model writes after each of the seeds in turn.
+                      length: int) -> Iterator[list[int]]:
+    """Documents of up to `length` ids that the model writes.
 
     A document is written in two phases: the first tokens, then the rest at another temperature. The phases
     use different random seeds; otherwise both would draw the same random numbers.
     """
-    first = min(cfg.first_tokens, length) if cfg.kind == "sampled" else 0
-    default = 1.0 if cfg.kind == "sampled" else 2.0
-    temperature = default if cfg.temperature is None else cfg.temperature
+    first = min(FIRST_TOKENS, length) if cfg.kind == "sampled" else 0
     for begin in count(step=cfg.batch_size):
-        documents = {n: list(seeds[n % len(seeds)]) for n in range(begin, begin + cfg.batch_size)}
+        documents: dict[int, list[int]] = {n: [] for n in range(begin, begin + cfg.batch_size)}
         extend_documents(model, tokenizer, text_ids, documents, first,
-                         Sampling(temperature=cfg.first_temperature, seed=2 * cfg.seed))
+                         Sampling(temperature=FIRST_TEMPERATURE, seed=2 * cfg.seed))
         extend_documents(model, tokenizer, text_ids, documents, length - first,
-                         Sampling(temperature=temperature, seed=2 * cfg.seed + 1))
+                         Sampling(temperature=TEMPERATURES[cfg.kind], seed=2 * cfg.seed + 1))
         for ids in documents.values():
             yield ids if ids[-1] in text_ids else ids[:-1]  # without the token that ended it
-
-
-def read_seeds(path: str, tokenizer: Tokenizer, tokens: int) -> list[list[int]]:
-    """The first ids of each line that is not blank. Raises UserError, with file:line, for a line that is not
-    text."""
-    if file_kind(Path(path)) == ".jsonl":
-        rows: Iterable[Row] = read_rows([Path(path)], "text", 2**20)
-    else:
-        lines = Path(path).read_bytes().removeprefix(b"\xef\xbb\xbf").split(b"\n")
-        rows = (Row(f"{path}:{number}", "text", line) for number, line in enumerate(lines, 1))
-    texts = usable_rows(rows, lambda row: document(row, "text"))
-    seeds = [tokenizer.encode(text)[:tokens] for _, text in texts]
-    if not seeds:
-        raise UserError(f"seeds={path}: no text in it")
-    return seeds
 
 
 # ---- The data folder --------------------------------------------------------------------------------------
@@ -154,7 +126,7 @@ def write_documents(cfg: SynthesizeConfig, documents: Iterable[list[int]], token
                 skipped["duplicate document" if ids else "empty text"] += 1
                 if number - last_new == MAX_IN_VAIN:
                     raise UserError(f"tokens={cfg.tokens}: at {tokens:,}, {MAX_IN_VAIN:,} documents brought "
-                                    "nothing new; raise temperature or length, or add seeds")
+                                    "nothing new; raise length")
                 continue
             seen.add(digest)
             writer = writers["val" if digest < cfg.val_fraction * 2**64 else "train"]
@@ -173,16 +145,12 @@ def write_documents(cfg: SynthesizeConfig, documents: Iterable[list[int]], token
 def build(cfg: SynthesizeConfig, teacher: Path, tokenizer: Tokenizer, folder: Path) -> dict[str, Any]:
     """Write shards and tokenizer into an empty folder. Returns the content of meta.json except its inputs."""
     text_ids = set(tokenizer.hf.get_vocab().values()) - tokenizer.special_ids - {tokenizer.eot_id}
-    seeds = read_seeds(cfg.seeds, tokenizer, cfg.seed_tokens) if cfg.seeds else [[]]
-    length = cfg.length or hf.read_config(teacher)["block_size"] - max(map(len, seeds))
-    if length < 1:
-        raise UserError(f"seed_tokens={cfg.seed_tokens}: the seeds fill the teacher's context; lower "
-                        "seed_tokens or give --length=")
+    length = cfg.length or hf.read_config(teacher)["block_size"]
     if cfg.kind == "uniform":
         documents = uniform_documents(cfg, text_ids, length)
     else:
         model = GPT.from_pretrained(teacher, pick_device(cfg.device)).eval()
-        documents = teacher_documents(cfg, model, tokenizer, text_ids, length, seeds)
+        documents = teacher_documents(cfg, model, tokenizer, text_ids, length)
     writers = open_writers(folder, tokenizer.vocab_size)
     rows = write_documents(cfg, documents, tokenizer, writers)
     return describe(writers, "text", tokenizer, cfg.teacher) | {
@@ -190,12 +158,9 @@ def build(cfg: SynthesizeConfig, teacher: Path, tokenizer: Tokenizer, folder: Pa
 
 
 def main(argv: list[str]) -> int:
-    cfg, provenance = configure(SynthesizeConfig, argv, usage=__doc__)
-    if unused := sorted(provenance.keys() & UNUSED_KEYS[cfg.kind]):
-        raise UserError(f"{provenance[unused[0]]}: {unused[0]} has no meaning for kind={cfg.kind}")
+    cfg, _ = configure(SynthesizeConfig, argv, usage=__doc__)
     teacher, out = hf.find_folder(cfg.teacher), Path(cfg.out)
     inputs = dataclasses.asdict(cfg) | {"teacher": weights_sha256(teacher)}
-    inputs["seeds"] = file_sha256(Path(cfg.seeds)) if cfg.seeds else None
     for key in ("out", "batch_size", "device", "overwrite"):  # these do not change the content
         del inputs[key]
     if (out / "meta.json").exists() and not cfg.overwrite:

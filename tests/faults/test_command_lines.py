@@ -260,7 +260,6 @@ KINDS = {
         ("distill", ["--cache=topk + --on_policy=0.5", "--cache=topk + --divergence=mse",
                      "--student_layers=first:1 + --init_from=base"]),
         ("export", ["--format=hf + --quantize=q8_0", "--format=gguf + --dtype=float16"]),
-        ("tools.synthesize", ["--kind=uniform + --temperature=1", "--kind=unlike + --seed_tokens=3"]),
     ],
     "stage": [
         ("train", ["--stages=[3]", "--stages=[{}]", "--stages=[{'steps':0}]", "--stages=[{'steps':'3'}]",
@@ -327,7 +326,6 @@ KINDS = {
         ("tools.sweep", ["--script=nosuch.py"]),
         ("export", ["--results=nosuch.json"]),
         ("tools.compare", ["--prompts=nosuch.txt"]),
-        ("tools.synthesize", ["--seeds=nosuch.txt"]),
         ("eval", ["--data=perplexity=nosuch.txt", "--data=nosuch + --tasks=mmlu"]),
     ],
     "missing run": [

@@ -116,9 +116,10 @@ def test_a_large_vocabulary_needs_four_bytes_per_id(trained, tmp_path, monkeypat
 # ---- What the documents are -------------------------------------------------------------------------------
 
 
-def test_documents_are_text_of_the_teacher(trained, tmp_path):
+def test_documents_are_text_of_the_teacher(trained, tmp_path, monkeypatch):
     """With one temperature, the documents are those of `generate`, in the same order."""
-    data = make(trained, tmp_path / "free", "--first_tokens=0", "--length=20", "--seed=4")
+    monkeypatch.setattr(synthesize, "FIRST_TOKENS", 0)
+    data = make(trained, tmp_path / "free", "--length=20", "--seed=4")
     model, tokenizer = GPT.from_pretrained(trained).eval(), Tokenizer.load(data.folder)
     rows = [[] for _ in range(16)]
     for tokens in generate(model, [[tokenizer.eot_id]] * 16, 20, Sampling(temperature=1.0, seed=9)):
@@ -129,33 +130,16 @@ def test_documents_are_text_of_the_teacher(trained, tmp_path):
     assert all(row in found for row in expected if row) and max(map(len, found)) == 20
 
 
-def test_the_first_tokens_have_their_own_temperature(trained, tmp_path):
-    """At 0, all documents start with the most likely tokens; at a very high temperature, with any token."""
-    (tmp_path / "seeds.txt").write_text("import os")
-    greedy = ["--first_temperature=0", "--first_tokens=2"]
-    seeds = [f"--seeds={tmp_path / 'seeds.txt'}", "--seed_tokens=1"]
-    cold = all_documents(make(trained, tmp_path / "cold", *greedy, *seeds))
-    assert len({tuple(row[:3]) for row in cold}) == 1 < len({row[3] for row in cold if len(row) > 3})
-    wide = ["--first_temperature=1e9", "--first_tokens=1", "--length=8"]
-    firsts = [row[0] for row in all_documents(make(trained, tmp_path / "wide", *wide))]
+def test_the_first_tokens_have_their_own_temperature(trained, tmp_path, monkeypatch):
+    """At a very high temperature, documents start with any token."""
+    def documents_at(temperature, *more):
+        monkeypatch.setattr(synthesize, "FIRST_TEMPERATURE", temperature)
+        return all_documents(make(trained, tmp_path / f"{temperature}", *more))
+
+    monkeypatch.setattr(synthesize, "FIRST_TOKENS", 1)
+    firsts = [row[0] for row in documents_at(1e9, "--length=8")]
     assert len(set(firsts)) > 0.6 * len(firsts), "about 330 draws from 499 tokens make 242 different ones"
-    warm = all_documents(make(trained, tmp_path / "warm", "--first_tokens=0", "--length=8"))
-    assert len({row[0] for row in warm}) < len(set(firsts))
-
-
-def test_documents_start_with_the_seeds(trained, tmp_path):
-    lines = ["import os and more", "", "def main(argv):"]
-    (tmp_path / "seeds.txt").write_bytes(b"\xef\xbb\xbf" + "\n".join(lines).encode())
-    (tmp_path / "seeds.jsonl").write_text("".join(json.dumps({"text": x}) + "\n" for x in lines if x) + "\n")
-    text, rows = (
-        make(trained, tmp_path / kind, f"--seeds={tmp_path}/seeds.{kind}", "--seed_tokens=3", "--length=10")
-        for kind in ("txt", "jsonl")
-    )
-    assert text.meta["shards"] == rows.meta["shards"]
-    tokenizer = Tokenizer.load(text.folder)
-    begins = {tuple(tokenizer.encode(line)[:3]) for line in (lines[0], lines[2])}
-    assert {tuple(row[:3]) for row in all_documents(text)} == begins
-    assert max(map(len, all_documents(text))) == 13
+    assert len({row[0] for row in documents_at(1, "--length=8")}) < len(set(firsts))
 
 
 def test_noise_is_unlikely_to_the_teacher(trained, tmp_path):
@@ -171,12 +155,13 @@ def test_noise_is_unlikely_to_the_teacher(trained, tmp_path):
     assert counts[499] == 0 and counts[:499].min() > 0 and counts.max() < 45  # about 16 each
 
 
-def test_special_tokens_end_a_document(trained, tmp_path):
+def test_special_tokens_end_a_document(trained, tmp_path, monkeypatch):
     """The chat tokens too, which an untrained teacher writes sometimes."""
     tokenizer = with_chat_tokens(Tokenizer.load(hf.find_folder(trained)))
     busy_model(tiny_config(vocab_size=512)).save_pretrained(tmp_path / "chatty")
     tokenizer.save(tmp_path / "chatty")
-    data = make(tmp_path / "chatty", tmp_path / "free", "--kind=unlike", "--temperature=3")
+    monkeypatch.setitem(synthesize.TEMPERATURES, "unlike", 3.0)
+    data = make(tmp_path / "chatty", tmp_path / "free", "--kind=unlike")
     lengths = [len(row) for row in all_documents(data)]
     assert len(tokenizer.special_ids) == 7 and min(lengths) < 40 and max(lengths) == 64
     assert not tokenizer.special_ids & {i for row in all_documents(data) for i in row}
@@ -191,25 +176,13 @@ def test_special_tokens_end_a_document(trained, tmp_path):
     "more, message",
     [
         (["--tokens=0"], "tokens=0: must be positive"),
-        (["--first_temperature=-1"], "first_temperature=-1.0: must be at least 0"),
         (["--val_fraction=1"], "val_fraction=1.0: must be at least 0 and below 1"),
-        (["--kind=unlike", "--temperature=1"], "temperature=1.0: kind=unlike needs a temperature above 1"),
-        (["--kind=unlike", "--first_tokens=1"], "command line: first_tokens has no meaning for kind=unlike"),
-        (["--kind=uniform", "--temperature=2"], "temperature has no meaning for kind=uniform"),
-        (["--seeds={tmp}/blank.txt"], "blank.txt: no text in it"),
-        (["--seeds={tmp}/latin.txt"], "latin.txt:2: not UTF-8"),
-        (["--seeds={tmp}/bad.jsonl"], "bad.jsonl:1: no key 'text'"),
-        (["--seeds={tmp}/long.txt", "--seed_tokens=64"], "seed_tokens=64: the seeds fill the teacher's"),
-        (["--temperature=0", "--first_tokens=0"], "1,000 documents brought nothing new"),
+        (["--kind=uniform", "--length=1"], "1,000 documents brought nothing new"),
         (["--tokens=60", "--val_fraction=0.001"], "none of . documents fell to val"),
         (["--teacher={tmp}/nowhere"], "no model here"),
     ],
 )
 def test_mistakes_are_one_line(trained, tmp_path, more, message):
-    (tmp_path / "blank.txt").write_text("\n \n")
-    (tmp_path / "latin.txt").write_bytes(b"one\nd\xe9ux\n")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n')
-    (tmp_path / "long.txt").write_text("word " * 500)
     with pytest.raises(UserError, match=message) as error:
         make(trained, tmp_path / "free", *(word.replace("{tmp}", str(tmp_path)) for word in more))
     assert "\n" not in str(error.value) and not (tmp_path / "free").exists()
