@@ -213,30 +213,6 @@ def training_texts(rows: Iterable[Row], recipe: Recipe, val_limit: int) -> Itera
 
 # ---- Counting ---------------------------------------------------------------------------------------------
 
-class SeenHashes:
-    """A set of uint64 hashes in 8 bytes each (a Python set takes about 60): a few sorted arrays."""
-
-    def __init__(self) -> None:
-        self.arrays: list[np.ndarray] = []  # each at least twice as long as the next
-
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add (n,) uint64 hashes; returns (n,) bool, True for the first of each hash that is new."""
-        unique, first = np.unique(hashes, return_index=True)  # (u,) sorted; (u,) first position of each
-        new = np.ones(len(unique), dtype=bool)
-        for known in self.arrays:
-            # A hash is known if it stands where it would be inserted (past the end: at the last place).
-            at = np.searchsorted(known, unique)
-            new &= known[np.minimum(at, len(known) - 1)] != unique
-        if new.any():
-            self.arrays.append(unique[new])
-        # Merging arrays of similar length keeps their number logarithmic, so each hash is moved rarely.
-        while len(self.arrays) > 1 and len(self.arrays[-2]) < 2 * len(self.arrays[-1]):
-            self.arrays[-2:] = [np.sort(np.concatenate(self.arrays[-2:]))]
-        result = np.zeros(len(hashes), dtype=bool)
-        result[first[new]] = True
-        return result
-
-
 class Tally:
     """Rows in, rows kept, and rows skipped by reason, with the first places of each reason."""
 
@@ -281,14 +257,18 @@ def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter],
         writers[split].write(batch.ids[tokens], int(chosen.sum()), int(batch.byte_counts[chosen].sum()), mask)
 
 
-def drop_duplicates(rows: list[Row], batch: Batch, seen: SeenHashes, near: SeenDocuments | None) -> None:
+def drop_duplicates(rows: list[Row], batch: Batch, seen: set[int], near: SeenDocuments | None) -> None:
     """Give each row that repeats an earlier one a reason. Only the parent process sees every row."""
-    usable = np.flatnonzero(batch.lengths)  # (usable rows,)
-    new = seen.add(batch.hashes[usable])
-    for row in usable[~new]:
-        batch.reasons[row] = DUPLICATE
+    usable, new = np.flatnonzero(batch.lengths), list[int]()  # (usable rows,)
+    for row in usable.tolist():
+        if (digest := int(batch.hashes[row])) in seen:
+            batch.reasons[row] = DUPLICATE
+        else:
+            seen.add(digest)
+            new.append(row)
     if near:
-        usable = usable[new & batch.signatures[usable].any(axis=1)]  # a text of a few words has no signature
+        usable = np.array(new, int)
+        usable = usable[batch.signatures[usable].any(axis=1)]  # a text of a few words has no signature
         found = near.add([printable(rows[row].place) for row in usable], batch.signatures[usable])
         for row, place in zip(usable, found, strict=True):
             if place:
@@ -298,7 +278,7 @@ def drop_duplicates(rows: list[Row], batch: Batch, seen: SeenHashes, near: SeenD
 def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfig, val_limit: int,
                  writers: dict[str, ShardWriter], tally: Tally) -> None:
     """Tokenize all rows, count them, and write them to the train and val shards. val_limit: `split_limit`."""
-    seen, near, tokens = SeenHashes(), SeenDocuments(cfg.dedup) if cfg.dedup else None, 0
+    seen, near, tokens = set[int](), SeenDocuments(cfg.dedup) if cfg.dedup else None, 0
     for rows, batch in tokenize_all(batches, recipe, cfg.num_proc or os.cpu_count() or 1):
         drop_duplicates(rows, batch, seen, near)
         keep = np.array([reason is None for reason in batch.reasons])  # (rows,)

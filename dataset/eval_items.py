@@ -1,6 +1,6 @@
 """Evaluation sets -> texts, whatever the form of their rows. (Decontamination, file 1 of 4.)
 
-    for benchmark in find_benchmarks("eval/,gsm8k_test.jsonl,hf:openai/gsm8k:main:test,held_out")[0]:
+    for benchmark in find_benchmarks("eval/,gsm8k_test.jsonl,hf:openai/gsm8k:main:test")[0]:
         benchmark.name, benchmark.digest()
         for place, text in benchmark.items(): ...         # "gsm8k_test.jsonl:1", "Janet's ducks lay ..."
 
@@ -11,7 +11,6 @@ What an item is:
     .json                an element of the array; or of each list in an object: {"dev": [..], "test": [..]}
     .parquet, hf:NAME    a row
     .txt .md .py         the file, in pieces of a MiB
-    a data folder        a document of either split, as prepare.py wrote it
 
 An item's text is every string in the row, at any depth, in the row's order, with blank lines between them:
 question, choices, answers, descriptions of functions. A key of several words is text, too (TruthfulQA's
@@ -19,25 +18,18 @@ choices are keys). A value of one word is not: it is an id, a subject, a role, a
 """
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from configurator import UserError
 from dataset import sources
 from dataset.conversations import is_list_of_dicts
-from dataset.shards import DataFolder
 from dataset.sources import Row, find_files, hub_rows, read_rows
 from dataset.words import normalised
-from formats.chat_format import ROLES
 from formats.files import file_sha256
-from formats.tokenizer import Tokenizer
 
 KEY = "decontaminate"  # the config key that names evaluation sets, for error messages
-ROLE = re.compile(rf"(?:{'|'.join(ROLES)})\n")  # the text that follows the special token of a chat's turn
 
 
 # ---- A row's text -----------------------------------------------------------------------------------------
@@ -88,38 +80,17 @@ def file_items(path: Path) -> Iterator[tuple[str, str]]:
             yield row.place, item_text(value)
 
 
-def folder_items(folder: Path) -> Iterator[tuple[str, str]]:
-    """The documents of a data folder as text; of chats and preferences, the messages without their roles."""
-    data, tokenizer = DataFolder(folder), Tokenizer.load(folder)
-    special = np.array(sorted(tokenizer.special_ids))
-    for split, shards in data.shards.items():
-        number = 0
-        for shard in shards:
-            ends = np.flatnonzero(shard == tokenizer.eot_id)
-            for document in np.split(shard, ends + 1)[:len(ends)]:
-                # Special tokens are not text. In chats they separate the messages.
-                parts = np.split(document, np.flatnonzero(np.isin(document, special)))
-                texts = [tokenizer.decode(part[~np.isin(part, special)].tolist()) for part in parts]
-                if data.meta["kind"] != "text":
-                    texts = [text[match.end():] if (match := ROLE.match(text)) else text for text in texts]
-                yield f"{folder}/{split}[{number}]", "\n\n".join(filter(None, map(str.strip, texts)))
-                number += 1
-
-
 # ---- Evaluation sets --------------------------------------------------------------------------------------
 
 class Benchmark(NamedTuple):
-    """An evaluation set: a file, a data folder, or hf:NAME[:CONFIG[:SPLIT]]."""
+    """An evaluation set: a file, or hf:NAME[:CONFIG[:SPLIT]]."""
 
     name: str
     source: str
 
     def digest(self) -> str:
         """What decides if the items are the same: a hash of the file, or the name of a set on the hub."""
-        if self.source.startswith("hf:"):
-            return self.source
-        path = Path(self.source)
-        return file_sha256(path / "meta.json" if path.is_dir() else path)
+        return self.source if self.source.startswith("hf:") else file_sha256(Path(self.source))
 
     def items(self) -> Iterator[tuple[str, str]]:
         """(place, text) of every item. Raises UserError if a row cannot be read, or if no item has text."""
@@ -127,7 +98,7 @@ class Benchmark(NamedTuple):
             rows = hub_rows(self.source.removeprefix("hf:"), None, KEY)
             items = ((row.place, item_text(row.content)) for row in rows)
         else:
-            items = (folder_items if Path(self.source).is_dir() else file_items)(Path(self.source))
+            items = file_items(Path(self.source))
         empty = True
         for place, text in items:
             empty = empty and not text
@@ -139,18 +110,16 @@ class Benchmark(NamedTuple):
 def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
     """(evaluation sets, number of ignored files and folders) of a comma-separated list.
 
-    An entry is a file, folder or glob (one set per file), a data folder or its name below data/ (one set), or
-    hf:NAME. Sets are named after their files, or by their paths if two have the same name. Raises UserError
-    if an entry does not exist.
+    An entry is a file, folder or glob (one set per file), or hf:NAME. Sets are named after their files, or by
+    their paths if two have the same name. Raises UserError if an entry does not exist, or is a data folder.
     """
     names: list[str] = []
     ignored = 0
     for name in [spec] if os.path.exists(spec) else spec.split(","):  # Path raises where a name is too long
-        path = Path(name) if os.path.exists(name) else Path("data") / name
         if name.startswith("hf:"):
             names.append(name)
-        elif (path / "meta.json").is_file():
-            names.append(str(path))
+        elif os.path.isfile(os.path.join(name, "meta.json")):
+            raise UserError(f"{KEY}={name}: is a data folder; give the file that it was made from")
         else:
             files, others = find_files(name, KEY, sources.KINDS | sources.TABLE_KINDS)
             names += map(str, files)

@@ -23,7 +23,7 @@ from dataset.shards import DataFolder
 from dataset.sources import Row
 from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
-from prepare import PrepareConfig, SeenHashes, main, prepare, prepare_problems
+from prepare import PrepareConfig, main, prepare, prepare_problems
 from tests.conftest import ROOT, config_of
 
 
@@ -544,18 +544,6 @@ def test_ten_gigabytes_open_at_once(tmp_path, data):
 
 
 # ---- Duplicates, mixes, batches ---------------------------------------------------------------------------
-
-
-def test_seen_hashes_equals_a_set():
-    generator, seen, known = np.random.default_rng(0), SeenHashes(), set()
-    for _ in range(200):
-        hashes = generator.integers(0, 5000, size=generator.integers(0, 60)).astype(np.uint64)
-        new = seen.add(hashes)
-        for value, is_new in zip(hashes.tolist(), new.tolist(), strict=True):
-            assert is_new == (value not in known)
-            known.add(value)
-    sizes = [len(array) for array in seen.arrays]
-    assert sum(sizes) == len(known) and all(a >= 2 * b for a, b in zip(sizes, sizes[1:], strict=False))
 
 
 def test_parse_mix(tmp_path, monkeypatch):

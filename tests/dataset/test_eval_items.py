@@ -9,7 +9,6 @@ import pytest
 from configurator import UserError
 from dataset.eval_items import find_benchmarks, item_text
 from dataset.words import words_of
-from prepare import main as prepare_main
 from tests.conftest import SHARED, shared
 
 
@@ -132,28 +131,9 @@ def test_what_is_not_there(tmp_path):
     for spec in (tmp_path / "nowhere.jsonl", f"{tmp_path}/*.jsonl", "no_such_data", tmp_path, ","):
         with pytest.raises(UserError, match="decontaminate=.*: no such file, or nothing to read in it"):
             find_benchmarks(str(spec))
-
-
-@pytest.mark.parametrize("kind", ["text", "chat", "preference"])
-def test_a_data_folder_gives_back_its_messages(tmp_path, monkeypatch, kind):
-    """By its path or its name below data/; both splits; without special tokens and roles."""
-    prompt = {"role": "user", "content": "user\nWhich is it?"}
-    row = {"text": lambda n: {"text": f"number {n} is a text\n\nof two parts"},
-           "chat": lambda n: {"messages": [prompt, {"role": "assistant", "thought": f"that is {n}",
-                                                    "content": "it is it"}]},
-           "preference": lambda n: {"prompt": [prompt], "chosen": f"it is {n}",
-                                    "rejected": "none of it"}}[kind]  # fmt: skip
-    expected = {"text": "number 7 is a text\n\nof two parts",
-                "chat": "user\nWhich is it?\n\nthat is 7\n\nit is it",
-                "preference": "user\nWhich is it?\n\nit is 7\n\nnone of it"}
-    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row(n)) + "\n" for n in range(40)))
-    monkeypatch.chdir(tmp_path)
-    prepare_main([f"--kind={kind}", "--source=a.jsonl", "--out=data/held_out", "--vocab_size=300",
-                  "--val_fraction=0.3", "--num_proc=1"])  # fmt: skip
-    found = items("held_out")
-    assert len(found) == 40 and {place.split("[")[0] for place, _ in found} == {"train", "val"}
-    assert expected[kind] in [text for _, text in found]
-    assert find_benchmarks("data/held_out")[0][0].name == "held_out"
+    (tmp_path / "meta.json").write_text("{}")
+    with pytest.raises(UserError, match="is a data folder; give the file that it was made from"):
+        find_benchmarks(str(tmp_path))
 
 
 @pytest.mark.skipif(not SHARED.exists(), reason="public data next to the repository")

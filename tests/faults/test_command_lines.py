@@ -36,8 +36,7 @@ VALID = {
     "tools.ablate": "--changes=n_layer=1 --out_dir=sweep",
     "tools.attention": "--model=base --out=attention.png",
     "tools.cache_teacher": "--teacher=base --dataset=text --block_size=32",
-    "tools.compare": "--teacher=base --student=base --dataset=text --eval_tokens=64 --max_new_tokens=2 "
-                     "--out=page.md --device=cpu",
+    "tools.compare": "base base --dataset=text --eval_tokens=64 --max_new_tokens=2 --out=page.md",
     "tools.errors": "answers.jsonl --out=errors.md",
     "tools.finetune_seq2seq": "--model=nosuch --source=summaries.jsonl --out_dir=seq2seq",
     "tools.get_smollm2": "--out=smollm2",
@@ -53,7 +52,7 @@ VALID = {
 TRAINING = "train distill sft dpo grpo verifier"
 TOKENIZED = "train distill sft dpo"  # programs that train on a data set of prepare.py
 MODELS = "sample eval export serve tools.attention tools.make_pairs"
-TEACHERS = "distill tools.cache_teacher tools.compare tools.search_layers tools.synthesize"
+TEACHERS = "distill tools.cache_teacher tools.search_layers tools.synthesize"
 ALL = " ".join(VALID)
 
 # {kind: [(programs, wrong arguments), ..]}; " + " joins two arguments that are wrong together.
@@ -442,7 +441,6 @@ KINDS = {
         ("export", ["--format=ternary + --model=base"]),
         ("train", ["--vocab_size=300"]),
         ("distill", ["--layer_map=all + --hidden_weight=1", "--student_layers=last:3"]),
-        ("tools.compare", ["--student=model"]),
         ("sft", ["--dataset=data/chats:1,text:1"]),
     ],
     "missing cache": [
