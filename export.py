@@ -50,7 +50,6 @@ class ExportConfig:
     out: str | None = None  # folder to write; None is exports/<name>-<format>
     name: str | None = None  # name in the card and of GGUF files; None is the name of the model's folder
     license: str | None = None  # the card's license by the hub's name (mit, apache-2.0, ..); None states none
-    results: str | None = None  # results.json of eval.py for the card; None looks for one next to the model
     overwrite: bool = False  # replace an export that was made from other inputs
 
     def __post_init__(self) -> None:

@@ -7,7 +7,7 @@
 What an item is:
 
     source               item
-    .jsonl .tsv .csv     a line or record
+    .jsonl .tsv          a line
     .json                an element of the array; or of each list in an object: {"dev": [..], "test": [..]}
     .parquet, hf:NAME    a row
     .txt .md .py         the file, in pieces of a MiB
@@ -121,7 +121,7 @@ def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
         elif os.path.isfile(os.path.join(name, "meta.json")):
             raise UserError(f"{KEY}={name}: is a data folder; give the file that it was made from")
         else:
-            files, others = find_files(name, KEY, sources.KINDS | sources.TABLE_KINDS)
+            files, others = find_files(name, KEY, sources.KINDS | {".tsv"})
             names += map(str, files)
             ignored += others
     names = list(dict.fromkeys(names))  # each once, in order

@@ -14,7 +14,7 @@ What is read, and what a row of it is:
                    the whole file, if it holds one object                  a.json:1
                    a line, if it holds JSON lines                          a.json:7
     .parquet       a value of the text column, or all columns as a dict    a.parquet:7
-    .tsv .csv      a record {1: cell, 2: cell, ..}; only evaluation sets   a.tsv:7
+    .tsv           a line {1: cell, 2: cell, ..}; only evaluation sets     a.tsv:7
     hf:NAME        a row that the package `datasets` streams               hf:NAME:7
 
 Every file may be packed as .gz, .xz or .zst. Lines end at \\n only; U+2028 and the like are text. Left out:
@@ -22,7 +22,6 @@ HTML, PDF, archives of several files, and encodings other than UTF-8.
 """
 
 import contextlib
-import csv
 import glob
 import gzip
 import io
@@ -40,7 +39,6 @@ from configurator import UserError, optional_import
 
 TEXT_KINDS = {".txt", ".md", ".py"}
 KINDS = TEXT_KINDS | {".jsonl", ".json", ".parquet"}
-TABLE_KINDS = {".tsv", ".csv"}
 PACKED = {".gz", ".xz", ".zst"}
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory
 LARGEST_JSON = 512 * 2**20  # bytes; a .json is read whole, a .jsonl line by line
@@ -311,22 +309,12 @@ def is_json_lines(data: bytes) -> bool:
     return bool(rest.strip())
 
 
-def table_rows(stream: BinaryIO, path: Path, kind: str) -> Iterator[Row]:
-    """One row per line of a .tsv or record of a .csv: {number of the column, from 1: cell}.
-
-    A .tsv has no quoting: a quotation mark is an ordinary character. A record of a .csv may span lines; its
-    place is its first line.
-    """
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n" if kind == ".tsv" else "")
-    if kind == ".tsv":
-        for number, line in enumerate(text, 1):
-            yield Row(f"{path}:{number}", "value", dict(enumerate(line.rstrip("\r\n").split("\t"), 1)))
-    else:
-        csv.field_size_limit(LONGEST_LINE)
-        reader, number = csv.reader(text, strict=True), 1
-        for record in reader:
-            yield Row(f"{path}:{number}", "value", dict(enumerate(record, 1)))
-            number = reader.line_num + 1
+def table_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
+    """One row per line of a .tsv: {number of the column, from 1: cell}. A quotation mark is an ordinary
+    character."""
+    text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
+    for number, line in enumerate(text, 1):
+        yield Row(f"{path}:{number}", "value", dict(enumerate(line.rstrip("\r\n").split("\t"), 1)))
     text.detach()  # else the wrapper closes the stream, which is not its own
 
 
@@ -370,8 +358,8 @@ def file_rows(raw: BinaryIO, path: Path, text_key: str | None, piece: int) -> It
     stream = open_packed(path, raw)
     if kind in TEXT_KINDS:
         return text_pieces(stream, path, piece)
-    if kind in TABLE_KINDS:
-        return table_rows(stream, path, kind)
+    if kind == ".tsv":
+        return table_rows(stream, path)
     return json_lines(stream, path) if kind == ".jsonl" else json_file(stream, path)
 
 
@@ -394,7 +382,7 @@ def read_rows(files: list[Path], text_key: str | None, piece: int,
                         before = raw.tell()
         except UserError:
             raise
-        except (EOFError, OSError, ValueError, csv.Error, lzma.LZMAError, zlib.error) as error:
+        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's fault, not the file's, and the error names the path
             raise UserError(f"{path}: damaged: {error}") from None

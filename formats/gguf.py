@@ -37,7 +37,7 @@ from formats.files import path_in_errors
 from formats.gguf_reader import FUSED, GPT2_KEYS, LLAMA_KEYS, NAMES
 from formats.hf import GPTConfig
 from formats.names import QKV, split_name
-from modeling.rope import rope_frequencies, yarn_factor
+from modeling.rope import rope_frequencies
 
 # {our name of a file's type: gguf.LlamaFileType's}
 KINDS = {"f32": "ALL_F32", "f16": "MOSTLY_F16", "bf16": "MOSTLY_BF16", "q8_0": "MOSTLY_Q8_0",
@@ -59,13 +59,9 @@ def require_supported(config: GPTConfig) -> None:
     if arch == "qwen2" and config.n_head * config.head_dim != config.n_embd:
         raise UserError(f"format=gguf: llama.cpp's qwen2 needs n_embd = n_head * head_dim, this model has "
                         f"{config.n_embd} and {config.n_head} * {config.head_dim}")
-    if scaling.get("rope_type") == "llama3" and arch != "llama":
-        raise UserError(f"format=gguf: llama.cpp's {arch} does not support rope_scaling of type llama3")
-    if scaling.get("rope_type") == "yarn":
-        for key, value in {"beta_fast": 32, "beta_slow": 1, "truncate": True}.items():
-            if scaling.get(key) not in (None, value):
-                raise UserError(f"format=gguf: llama.cpp's {arch} does not support rope_scaling with "
-                                f"{key}={scaling[key]}")
+    if scaling and (scaling["rope_type"] != "llama3" or arch != "llama"):
+        raise UserError(f"format=gguf: rope_scaling of type {scaling['rope_type']} is not written for {arch} "
+                        "(only llama3 for llama)")
 
 
 def model_metadata(config: GPTConfig, kind: str) -> dict[str, Any]:
@@ -76,13 +72,6 @@ def model_metadata(config: GPTConfig, kind: str) -> dict[str, Any]:
     sizes = {key: getattr(config, ours) for key, ours in keys.items()} | {"vocab_size": config.vocab_size}
     if arch != "gpt2":
         sizes |= {"rope.dimension_count": config.head_dim, "attention.value_length": config.head_dim}
-    if config.rope_scaling and config.rope_scaling["rope_type"] == "yarn":
-        factor = float(config.rope_scaling["factor"])
-        usual = yarn_factor({"factor": factor})  # llama.cpp computes this one itself
-        sizes |= {"rope.scaling.type": "yarn", "rope.scaling.factor": factor,
-                  "rope.scaling.original_context_length":
-                      int(config.rope_scaling["original_max_position_embeddings"]),
-                  "rope.scaling.attn_factor": yarn_factor(config.rope_scaling) / usual}
     return {"general.file_type": int(gguf.LlamaFileType[KINDS[kind]]),
             "general.quantization_version": gguf.GGML_QUANT_VERSION,
             **{f"{arch}.{key}": value for key, value in sizes.items()}}
@@ -118,7 +107,7 @@ def rename_tensors(config: GPTConfig, state: dict[str, Tensor]) -> Iterator[tupl
         elif arch == "llama" and theirs in ("attn_q", "attn_k"):
             tensor = interleave_pairs(tensor, config.head_dim)
         yield f"blk.{layer}.{theirs}.{kind}" if layer else f"{theirs}.{kind}", tensor
-    if config.rope_scaling and config.rope_scaling["rope_type"] == "llama3":
+    if config.rope_scaling:  # of type llama3
         plain, _ = rope_frequencies(config.head_dim, config.rope_theta, None)
         scaled, _ = rope_frequencies(config.head_dim, config.rope_theta, config.rope_scaling)
         yield "rope_freqs.weight", plain / scaled  # (D/2,)

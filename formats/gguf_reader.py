@@ -31,7 +31,7 @@ from configurator import UserError
 from formats.files import content_errors
 from formats.names import split_name
 from formats.splits import LLAMA3_NAMES, SPLITS, byte_level_bpe
-from modeling.rope import rope_frequencies, yarn_factor
+from modeling.rope import rope_frequencies
 
 # {key of a file, after its architecture: GPTConfig's field}
 SIZES = {"context_length": "block_size", "embedding_length": "n_embd", "block_count": "n_layer",
@@ -153,18 +153,6 @@ def llama3_scaling(ratios: Tensor, head_dim: int, theta: float) -> dict[str, Any
     raise ValueError("rope_freqs.weight is not the rotary scaling of Llama 3")
 
 
-def rope_scaling(fields: dict[str, Any], prefix: str) -> dict[str, Any] | None:
-    """The rotary scaling that the metadata describes. YaRN is computed; loading refuses other types."""
-    kind = fields.get(f"{prefix}.type", "none")
-    if kind == "none":
-        return None
-    scaling = {"rope_type": kind, "factor": fields[f"{prefix}.factor"]}
-    if kind == "yarn":
-        scaling["original_max_position_embeddings"] = fields[f"{prefix}.original_context_length"]
-        scaling["attention_factor"] = fields.get(f"{prefix}.attn_factor", 1.0) * yarn_factor(scaling)
-    return scaling
-
-
 def read_config(path: Path) -> dict[str, Any]:
     """GPTConfig's fields. Raises UserError for what our model does not compute."""
     header, tensors = read_header(path)
@@ -177,11 +165,10 @@ def read_config(path: Path) -> dict[str, Any]:
                    "tie_embeddings": "output.weight" not in tensors}
         D = fields.setdefault("head_dim", fields["n_embd"] // fields["n_head"])
         for key, plain in (("rope.dimension_count", D), ("attention.value_length", D), ("expert_count", 0),
-                           ("attention.sliding_window", 0), ("rope.scale_linear", 1), ("split.count", 1)):
+                           ("attention.sliding_window", 0), ("rope.scale_linear", 1), ("split.count", 1),
+                           ("rope.scaling.type", "none")):
             if keys.get(key, plain) not in (plain, 0):
                 raise UserError(f"{path}: {key}={keys[key]} is not supported")
-        if arch != "gpt2":
-            fields["rope_scaling"] = rope_scaling(keys, "rope.scaling")
         if arch == "llama" and "blk.0.attn_output.bias" in tensors:
             fields["bias"] = "all"
         if "rope_freqs.weight" in tensors:

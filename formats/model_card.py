@@ -240,16 +240,14 @@ def origin(folder: Path, digest: str) -> str:
 
 
 def card(cfg: Any, source: Any, parameters: int, use: str) -> str:
-    """The complete card. Raises UserError if cfg.results has no scores of this model.
+    """The complete card.
 
     cfg, source: an ExportConfig and a Source of export.py. use: Markdown that explains how to use the files.
     """
     folder, digest = source.folder, weights_sha256(source.folder)
     runs = lineage(cfg.model) or lineage(str(folder))
     nearby = [path / "results.json" for path in (Path(cfg.model), folder, folder.parent)]
-    rows, settings = scores([Path(cfg.results)] if cfg.results else nearby, digest)
-    if cfg.results and not rows:
-        raise UserError(f"results={cfg.results}: has no scores of the weights of {cfg.model}")
+    rows, settings = scores(nearby, digest)
     sections = [front_matter(cfg, source, rows), f"# {cfg.title}", summary(source.config, parameters),
                 f"## Use\n\n{use}", training(runs), data(runs), evaluation(rows, settings),
                 origin(folder, digest)]

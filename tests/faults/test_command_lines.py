@@ -323,7 +323,6 @@ KINDS = {
         ("tools.errors", ["nosuch.jsonl"]),
         ("grpo", ["--reward=nosuch.py:score", "--reward=nosuch"]),
         ("tools.sweep", ["--script=nosuch.py"]),
-        ("export", ["--results=nosuch.json"]),
         ("tools.compare", ["--prompts=nosuch.txt"]),
         ("eval", ["--data=perplexity=nosuch.txt", "--data=nosuch + --tasks=mmlu"]),
     ],
@@ -353,7 +352,6 @@ KINDS = {
         ("tools.make_pairs", ["--out=empty"]),
         ("tools.plot", ["--out=empty"]),
         ("tools.compare", ["--out=empty"]),
-        ("export", ["--results=base"]),
     ],
     "data set instead of a model": [
         (MODELS, ["--model=data/text"]),

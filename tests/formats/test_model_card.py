@@ -85,17 +85,6 @@ def test_every_number_is_in_its_file(copied, trained, chats, data):
     assert "A llama model with 1,234,567 parameters: 2 layers, width 64, 4 query heads, 2 key/value" in text
 
 
-def test_scores_from_elsewhere(copied, tmp_path):
-    """eval.py with several models writes one file, which is not next to this model."""
-    (tmp_path / "r.json").write_text(json.dumps(results(hf.find_folder(copied))))
-    assert "| problems | accuracy | 0.8275 |" in card_of(copied, results=str(tmp_path / "r.json"))
-    for name, content in (("none.json", None), ("other.json", '{"models": []}')):
-        if content:
-            (tmp_path / name).write_text(content)
-        with pytest.raises(UserError, match=f"{name}: has no scores of the weights of"):
-            card_of(copied, results=str(tmp_path / name))
-
-
 def test_an_earlier_checkpoint_has_its_own_numbers(copied):
     text = card_of(copied / "step_000002")
     assert "| fine-tuning (chatty) | " in text and " | 2 | " in text.split("fine-tuning (chatty)")[1][:60]
