@@ -319,15 +319,6 @@ def make_tokenizer(texts: Iterable[str], cfg: PrepareConfig) -> Tokenizer:
     return tokenizer
 
 
-def make_index(benchmarks: list[Benchmark]) -> decontaminate.Index:
-    """An index of the items of all benchmarks."""
-    begin = time.perf_counter()
-    index = decontaminate.Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
-    print(f"items     {len(index.places):,} of {len(benchmarks)} evaluation sets indexed in "
-          f"{time.perf_counter() - begin:.1f} s")
-    return index
-
-
 def row_keys(row: Row | None, kind: str) -> str:
     """A hint such as "; --text_key= one of a, b", if the row is a JSON object; else nothing."""
     # A hint must never hide the error it belongs to: a first row that is no JSON object gives none.
@@ -357,7 +348,10 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     rows = problems.ROWS if cfg.source in EMBEDDED else None  # about: nobody knows how many the hub has
     amount = f": {size / 1e6:,.1f} MB in {len(files):,} files" if files else ""
     print(f"reading   {cfg.source}{amount}")
-    index = make_index(benchmarks) if benchmarks else None
+    index = None
+    if benchmarks:
+        index = decontaminate.Index([(benchmark.name, list(benchmark.items())) for benchmark in benchmarks])
+        print(f"items     {len(index.places):,} of {len(benchmarks)} evaluation sets indexed")
     recipe = Recipe(cfg.kind, cfg.text_key, cfg.key_names, index, None, cfg.task,
                     chosen_rules(cfg.quality, cfg.quality_off), bool(cfg.dedup))
     val_limit = split_limit(source_rows(cfg, files), recipe, cfg.val_fraction)

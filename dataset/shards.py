@@ -22,12 +22,12 @@ import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from configurator import UserError
-from formats.files import HashedFile, file_sha256
+from formats.files import append, close_new, file_sha256
 from formats.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
@@ -58,7 +58,7 @@ class ShardWriter:
         self.folder, self.split, self.dtype, self.masked = folder, split, dtype, masked
         self.documents, self.tokens, self.bytes = 0, 0, 0
         self.shards: list[dict[str, Any]] = []  # meta.json's entry of each closed shard
-        self.files: list[HashedFile] = []  # of the open shard: its ids and, if masked, its mask
+        self.files: list[BinaryIO] = []  # of the open shard: its ids and, if masked, its mask
 
     def write(self, ids: np.ndarray, documents: int, byte_count: int, mask: np.ndarray | None = None) -> None:
         """Append whole documents.
@@ -71,9 +71,9 @@ class ShardWriter:
         if not self.files:
             self.name, self.size = f"{self.split}_{len(self.shards):05d}.bin", 0
             path = self.folder / self.name
-            self.files = [HashedFile(each) for each in ([path, mask_path(path)] if self.masked else [path])]
+            self.files = [open(each, "wb") for each in ([path, mask_path(path)] if self.masked else [path])]
         for file, values in zip(self.files, (ids.astype(self.dtype, copy=False), mask), strict=False):
-            file.write(values)
+            append(file, values)
         self.size += len(ids)
         self.documents += documents
         self.tokens += len(ids)
@@ -84,7 +84,7 @@ class ShardWriter:
     def close(self) -> None:
         """Force the open shard, if there is one, to disk."""
         if self.files:
-            hashes = [file.close() for file in self.files]
+            hashes = [close_new(file) for file in self.files]
             self.shards.append({"name": self.name, "tokens": self.size,
                                 **dict(zip(("sha256", "mask_sha256"), hashes, strict=False))})
             self.files = []

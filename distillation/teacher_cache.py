@@ -39,7 +39,7 @@ from torch import Tensor
 from configurator import UserError
 from distillation.alignment import AlignedRows
 from distillation.divergences import DenseTeacher
-from formats.files import HashedFile, content_errors, file_sha256, lock_path, sync_folder, write_json
+from formats.files import append, close_new, content_errors, file_sha256, lock_path, sync_folder, write_json
 from training.losses import chunk_rows
 
 VERSION = 1
@@ -198,15 +198,15 @@ class CacheWriter:
         first, last = self.done, min(len(self.rows), self.done + self.rows_per_shard)
         name = f"train_{len(self.meta['shards']):05d}.cache"
         temporary = self.folder / f"{name}.tmp"
-        file = HashedFile(temporary)
+        file = open(temporary, "wb")
         for begin in range(first, last, batch_size):
             numbers = np.arange(begin, min(begin + batch_size, last))
             teacher = run_teacher(numbers)
             for place, number in enumerate(numbers):
                 for records in self.encode_row(teacher, place, int(number)):
-                    file.write(records)
+                    append(file, records)
             progress(len(numbers))
-        digest = file.close()
+        digest = close_new(file)
         temporary.replace(self.folder / name)
         sync_folder(self.folder)
         self.meta["shards"].append({"name": name, "rows": last - first, "sha256": digest})

@@ -17,7 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
@@ -58,25 +58,18 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-class HashedFile:
-    """A new file that computes the SHA-256 of its content while it is written."""
+def append(file: BinaryIO, values: np.ndarray) -> None:
+    """Append the bytes of an array to an open file."""
+    with path_in_errors(Path(file.name)):
+        file.write(values.tobytes())
 
-    def __init__(self, path: Path):
-        self.path, self.digest, self.file = path, hashlib.sha256(), open(path, "wb")
 
-    def write(self, values: np.ndarray) -> None:
-        data = values.tobytes()
-        with path_in_errors(self.path):
-            self.file.write(data)
-        self.digest.update(data)
-
-    def close(self) -> str:
-        """Force the file to disk and return its hash."""
-        with path_in_errors(self.path):
-            self.file.flush()
-            os.fsync(self.file.fileno())
-        self.file.close()
-        return self.digest.hexdigest()
+def close_new(file: BinaryIO) -> str:
+    """Force a new file to disk and close it. Returns its hash."""
+    with file, path_in_errors(Path(file.name)):
+        file.flush()
+        os.fsync(file.fileno())
+    return file_sha256(Path(file.name))
 
 
 # ---- Files ------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ A card never guesses: it says so if something is missing. Absolute paths are cut
 nothing about this machine is published.
 """
 
-import json
 import platform
 import re
 import subprocess
@@ -139,15 +138,12 @@ def run_tables(runs: list[RunSummary]) -> str:
 
 
 def training(runs: list[RunSummary]) -> str:
-    """The tables of the runs, and all their settings in a block that unfolds."""
+    """The tables of the runs."""
     if not runs:
         return "## Training\n\nUnknown: there is no run of nanollama next to this model."
     first = runs[0].config.get("init_from")
     start = f"\n\nThe first of these runs started from {shown(first)}." if first else ""
-    everything = public(json.dumps({run.name: run.config for run in runs}, indent=1))
-    return "\n\n".join([
-        "## Training" + start, run_tables(runs),
-        f"<details><summary>all settings</summary>\n\n```json\n{everything}\n```\n</details>"])
+    return f"## Training{start}\n\n{run_tables(runs)}"
 
 
 def overlap_rows(folder: Path, is_same: bool) -> list[list[Any]]:

@@ -57,8 +57,6 @@ def main(argv: list[str]) -> int:
         if not any("loss" in event or "val_loss" in event for event in events):
             raise UserError(f"{name}: no run here (no losses in its metrics.jsonl)")
     path = Path(cfg.out) if cfg.out else folders[0] / "curves.png"
-    if path.is_dir():
-        raise UserError(f"out={path}: is a folder; give the name of a picture, such as curves.png")
     draw(runs).savefig(path, dpi=110)
     print(f"curves    {path}")
     return 0

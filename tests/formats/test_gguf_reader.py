@@ -258,7 +258,7 @@ def test_lengths_that_no_file_has(tokenizer, tmp_path):
     ({"llama.expert_count": 8}, "expert_count=8 is not supported"),
     ({"llama.attention.sliding_window": 32}, "attention.sliding_window=32 is not supported"),
     ({"split.count": 2}, "not supported"),
-    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, "rope.scaling.type=linear is not"),
+    ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0}, "scaling.type=linear is not"),
     ({"llama.embedding_length": 2**31}, "must be an integer from 1 to"),
     ({"tokenizer.ggml.model": "bert"}, "tokenizer.ggml.model=bert is not supported"),
     ({"tokenizer.ggml.pre": "bloom"}, "tokenizer.ggml.pre=bloom is not supported, only gpt-2"),
