@@ -6,7 +6,6 @@ What the card reports, and where it comes from:
 
     data, tokens, settings, losses    run.json and metrics.jsonl of the run, and of the runs it started from
     documents and tokens of the data  data/<name>/meta.json
-    overlap with benchmarks           data/<name>/contaminated.json
     scores                            results.json of eval.py, only for the same weights
 
 A card never guesses: it says so if something is missing. Absolute paths are cut to their last part, so that
@@ -146,18 +145,9 @@ def training(runs: list[RunSummary]) -> str:
     return f"## Training{start}\n\n{run_tables(runs)}"
 
 
-def overlap_rows(folder: Path, is_same: bool) -> list[list[Any]]:
-    """[data set, benchmark, counts of documents] for each benchmark that the data set overlaps with."""
-    report = folder / "contaminated.json"
-    if not is_same or not report.is_file():
-        return [[folder.name, "not checked" if is_same else "unknown", "", "", ""]]
-    return [[folder.name, benchmark, *(counts.get(key, "") for key in ("documents", "ngram", "minhash"))]
-            for benchmark, counts in read_json(report).get("benchmarks", {}).items()]
-
-
 def data(runs: list[RunSummary]) -> str:
-    """The source of each data set, and the benchmarks that were found in it."""
-    rows, overlaps = [], []
+    """The source of each data set."""
+    rows = []
     digests = {path: digest for run in runs for path, digest in run.identity.get("data", {}).items()}
     for path, digest in digests.items():  # digest: of the folder's meta.json
         folder, meta_path = Path(path), Path(path) / "meta.json"
@@ -167,12 +157,8 @@ def data(runs: list[RunSummary]) -> str:
         counts = [sum((meta.get(key) or {}).values()) or "?" for key in ("documents", "tokens")]
         source = meta.get("source", "no longer available")
         rows.append([folder.name, source, *counts, f"`{str(digest)[:16]}`"])
-        overlaps += overlap_rows(folder, is_same)
-    if not rows:
-        return ""
-    return "\n\n".join(["## Data", table(["set", "source", "documents", "tokens", "start of sha256"], rows),
-                        "Documents that overlap with a benchmark. `prepare.py --decontaminate` removed them:",
-                        table(["set", "benchmark", "documents", "by 13-grams", "by MinHash"], overlaps)])
+    headers = ["set", "source", "documents", "tokens", "start of sha256"]
+    return f"## Data\n\n{table(headers, rows)}" if rows else ""
 
 
 def evaluation(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
