@@ -259,18 +259,17 @@ def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter],
 
 def drop_duplicates(rows: list[Row], batch: Batch, seen: set[int], near: SeenDocuments | None) -> None:
     """Give each row that repeats an earlier one a reason. Only the parent process sees every row."""
-    usable, new = np.flatnonzero(batch.lengths), list[int]()  # (usable rows,)
-    for row in usable.tolist():
+    new = list[int]()  # the rows whose text occurs for the first time
+    for row in np.flatnonzero(batch.lengths).tolist():
         if (digest := int(batch.hashes[row])) in seen:
             batch.reasons[row] = DUPLICATE
         else:
             seen.add(digest)
             new.append(row)
     if near:
-        usable = np.array(new, int)
-        usable = usable[batch.signatures[usable].any(axis=1)]  # a text of a few words has no signature
-        found = near.add([printable(rows[row].place) for row in usable], batch.signatures[usable])
-        for row, place in zip(usable, found, strict=True):
+        new = [row for row in new if batch.signatures[row].any()]  # a text of a few words has no signature
+        found = near.add([printable(rows[row].place) for row in new], batch.signatures[new])
+        for row, place in zip(new, found, strict=True):
             if place:
                 batch.reasons[row], batch.details[row] = "near-duplicate document", {"near": place}
 
