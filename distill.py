@@ -42,6 +42,7 @@ from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned
 from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
 from distillation.teacher import context_of, load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, decode, identity_of
+from evals.all_tasks import with_tasks
 from formats import hf
 from formats.chat_format import end_of_turn
 from formats.hf import model_sha256
@@ -453,7 +454,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # One evaluation for the whole run, so that the results of different stages can be compared.
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
-    evaluation = StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run)
+    evaluate = with_tasks(cfg, run, StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run))
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for cache in caches.values())
     run.write_run_json(cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)
@@ -461,7 +462,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     end_ids = {tokenizer.eot_id, end_of_turn(tokenizer)} if kind.kind == "chat" else set()
     loss_fn = Distillation(student, teacher, stage_configs(cfg), end_ids, tokenizer.vocab_size, aligner)
     results = fit(data.cfg, student, lambda step: batches_at(data, caches, step, aligner), loss_fn,
-                  evaluation, run)
+                  evaluate, run)
     print_summary(cfg, student, results, run, kind.kind)
 
 

@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
+from evals.all_tasks import with_tasks
 from formats.files import content_errors, file_sha256, write_bytes
 from generation.samples import log_text, sample_answers
 from loop import Run, fit, start_run, training_dtype
@@ -257,6 +258,7 @@ def main(argv: list[str]) -> int:
         # The policy and the reference start from the same model, which `identity` names.
         reference = Reference(cfg, model, identity, data.tokenizer.vocab_size, run)
         evaluation = PreferenceEvaluation(data.stages[-1].cfg, data.last_mix, reference, run)
+        evaluate = with_tasks(cfg, run, evaluation)
         run.write_run_json(cfg, data.tokens(), data=data.hashes(), **identity)
         # The reference: every pair that training or evaluation reads. Later runs find the table in the data
         # folder, so only the first run on these pairs pays for it.
@@ -271,7 +273,7 @@ def main(argv: list[str]) -> int:
             reference.frozen.model = None  # free its memory
         # Train. With an adapter, everything else is frozen.
         results = fit(data.cfg, model, lambda step: batches_at(data, reference, step),
-                      lambda module, batch: pair_loss(module, batch, reference, cfg), evaluation, run)
+                      lambda module, batch: pair_loss(module, batch, reference, cfg), evaluate, run)
         finish(cfg, run, results, "loss {val_loss:.4f}, the chosen answer is preferred in "
                                   "{val_rewards/accuracies:.1%} of pairs",
                f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",

@@ -28,7 +28,6 @@ All files are written again after each task, so an interrupted run keeps what is
 """
 
 import dataclasses
-import difflib
 import hashlib
 import io
 import itertools
@@ -42,32 +41,13 @@ from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from types import ModuleType
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
 from evals import votes
-from evals.benchmarks import Questions
+from evals.all_tasks import TASKS, load, places_of, refuse_unknown, task_names
 from evals.lm import LM
 from evals.results import Figure, Result
-from evals.tasks import (
-    bfcl,
-    choice,
-    code,
-    context_length,
-    core,
-    glue,
-    ifeval,
-    math_problems,
-    mmlu,
-    needle,
-    open_qa,
-    perplexity,
-    problems,
-    summarize,
-    truthfulqa,
-    word_problems,
-)
 from evals.votes import Asker, VoteSettings, add_votes, method_rows
 from formats import hf
 from formats.chat_format import end_of_turn, require_chat
@@ -78,64 +58,6 @@ from formats.tokenizer import Tokenizer
 from generation.constraints import ConstraintKeys
 from generation.verifier import Verifier, find_verifier
 from modeling.devices import pick_device, use_threads
-
-
-class Task(NamedTuple):
-    """A benchmark: its module in evals/tasks/, and the keyword arguments of its load() and score()."""
-
-    module: ModuleType
-    settings: dict[str, Any] = {}  # arguments with fixed values
-    keys: tuple[str, ...] = ()  # keys of EvalConfig that are arguments as well
-    draw: Callable[[dict[str, Any]], Any] | None = None  # {model: details} -> a matplotlib Figure
-    votes: bool = False  # answers can be sampled and voted on (evals/votes.py)
-    falls: bool = False  # a better model has a lower first figure: a perplexity, not a share of right answers
-
-
-TASKS = {  # in the order of the table and of --tasks=all
-    # Running text.
-    "perplexity": Task(perplexity, keys=("model", "stride"), falls=True),  # by a sliding window
-    "wikitext": Task(perplexity, {"wikitext": True}, keys=("model", "stride"), falls=True),  # WikiText-2
-    # Loss by position, and after shorter and longer contexts.
-    "context_length": Task(context_length, keys=("model", "context_length", "sinks", "window"),
-                           draw=context_length.draw, falls=True),
-
-    # Multiple choice: the most likely choice is the answer.
-    "mmlu": Task(mmlu),  # 57 subjects of school and university
-    **{name: Task(choice, {"name": name}) for name in choice.BENCHMARKS},  # HellaSwag, ARC, PIQA, ...
-    "truthfulqa": Task(truthfulqa),  # true answers against common misconceptions
-    **{name: Task(glue, {"name": name}) for name in glue.NAMES},  # the nine tasks of GLUE
-    # Three of them with 8 worked examples.
-    **{f"{name}_few": Task(glue, {"name": name, "few": 8}) for name in ("sst2", "cola", "rte")},
-    "core": Task(core),  # CORE: the centred mean over 22 tasks of DCLM
-
-    # The embedded problems, which need no data: arithmetic, dates, lists.
-    "problems": Task(problems, votes=True),
-    "calculator": Task(problems, {"calculator": True}, votes=True),  # the model may call the calculator
-    "hard": Task(problems, {"family": "hard"}, votes=True),  # arithmetic that is hard without a calculator
-    "hard_calculator": Task(problems, {"family": "hard", "calculator": True}, votes=True),
-
-    # Answers that are generated.
-    # Arithmetic word problems with worked answers: GSM8K, SVAMP, MAWPS, ASDiv.
-    **{name: Task(word_problems, {"name": name}, votes=True) for name in word_problems.HUB},
-    # Competition mathematics, compared as expressions: MATH, MATH-500.
-    **{name: Task(math_problems, {"name": name}, votes=True) for name in math_problems.HUB},
-    # Short answers from memory (HotpotQA, TriviaQA) or from a passage (SQuAD 1.1 and 2.0).
-    **{name: Task(open_qa, {"name": name}, votes=True) for name in open_qa.HUB},
-    "bfcl_simple": Task(bfcl, {"category": "simple_python"}),  # a call of the offered function
-    # One of several functions; several calls; both.
-    **{f"bfcl_{name}": Task(bfcl, {"category": name})
-       for name in ("multiple", "parallel", "parallel_multiple")},
-    "bfcl_irrelevance": Task(bfcl, {"category": "irrelevance"}),  # no call: the function does not help
-    "ifeval": Task(ifeval),  # instructions whose obedience a program can check
-    # Programs that are run; needs --allow_code=True.
-    **{name: Task(code, {"name": name}, keys=("allow_code",)) for name in code.HUB},
-    "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
-    # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.
-    **{name: Task(summarize, {"name": name}) for name in summarize.HUB},
-}
-# Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is
-# named must run.
-GROUPS = {"all": list(TASKS), "embedded": ["problems", "calculator", "hard", "hard_calculator"]}
 
 REFERENCE = Path(__file__).parent / "docs/results/reference.json"  # published figures, with their sources
 
@@ -174,36 +96,19 @@ class EvalConfig(VoteSettings, ConstraintKeys):
         require_not_negative(self, "shots", "sinks")
         if (self.sinks or self.window is not None) and set(self.task_names) != {"context_length"}:
             raise UserError("sinks and window only work with --tasks=context_length")
-        for key, names, known in (("tasks", self.task_names, [*GROUPS, *TASKS]),
-                                  ("data", self.places[1], [*TASKS]),
-                                  ("target", self.targets, [*TASKS])):
-            if unknown := next((name for name in names if name not in TASKS), None):
-                [nearest] = difflib.get_close_matches(unknown, known, n=1, cutoff=0)
-                raise UserError(f"{key}={getattr(self, key)}: unknown task {unknown!r}, did you mean "
-                                f"{nearest!r}? (known: {', '.join(known)})")
+        places_of("data", self.data)  # raises UserError
+        refuse_unknown("target", self.target, list(self.targets), list(TASKS))
         if unmeasured := [name for name in self.targets if name not in self.task_names]:
             raise UserError(f"target={self.target}: {unmeasured[0]} is not in tasks={self.tasks}")
 
     @property
     def task_names(self) -> list[str]:
         """The tasks, each once, in the order in which --tasks names them."""
-        names = self.tasks.split(",")
-        # dict.fromkeys drops a task that is named twice, and keeps the order.
-        return list(dict.fromkeys(task for name in names for task in GROUPS.get(name, [name])))
+        return task_names("tasks", self.tasks)
 
     @property
     def models(self) -> list[str]:
         return [self.model, *filter(None, map(str.strip, self.compare.split(",")))]
-
-    @property
-    def places(self) -> tuple[str | None, dict[str, str]]:
-        """--data as (the folder for all tasks or None, {task: its own file or folder})."""
-        parts = [part for part in self.data.split(",") if part]  # "../data,mmlu=a.jsonl" has two
-        pairs = dict(part.split("=", 1) for part in parts if "=" in part)
-        folders = [part for part in parts if "=" not in part]
-        if len(folders) > 1:
-            raise UserError(f"data={self.data}: give one folder for all tasks, and TASK=PLACE for others")
-        return (folders[0] if folders else None), pairs
 
     @property
     def targets(self) -> dict[str, float]:
@@ -224,8 +129,8 @@ class EvalConfig(VoteSettings, ConstraintKeys):
         return targets
 
     def arguments(self, name: str) -> dict[str, Any]:
-        """The keyword arguments of a task's load() and score()."""
-        return TASKS[name].settings | {key: getattr(self, key) for key in TASKS[name].keys}
+        """The keys that are arguments of a task's load() and score()."""
+        return {key: getattr(self, key) for key in TASKS[name].keys}
 
 
 # ---- Questions --------------------------------------------------------------------------------------------
@@ -236,16 +141,12 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     A task that has no questions is left out with the reason if a group brought it in. Raises UserError if the
     user named it, or if no task is left.
     """
-    folder, pairs = cfg.places
+    folder, pairs = places_of("data", cfg.data)
     loaded, absent = {}, {}
     for name in cfg.task_names:
-        place = pairs.get(name, folder)
         try:
-            questions = TASKS[name].module.load(place, cfg.limit, cfg.shots, **cfg.arguments(name))
-            # Texts and needles are never empty; questions can be, if all rows became worked examples.
-            if not (questions.asked if isinstance(questions, Questions) else questions):
-                raise UserError(f"{name}: there is no question in {place}")
-            loaded[name] = questions
+            place = pairs.get(name, folder)
+            loaded[name] = load(name, place, cfg.limit, cfg.shots, **cfg.arguments(name))
         except UserError as reason:
             if name in cfg.tasks.split(","):  # named by the user, not by a group
                 raise
@@ -282,7 +183,7 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
         print(f"{path}: {name}", file=sys.stderr)  # progress; only the table goes to stdout
         begin, tokens = time.perf_counter(), lm.tokens
         try:
-            score = partial(TASKS[name].module.score, **cfg.arguments(name))
+            score = partial(TASKS[name].module.score, **TASKS[name].settings, **cfg.arguments(name))
             result = score(lm, loaded)
             if cfg.num_samples and TASKS[name].votes:
                 add_votes(Asker(lm, score, loaded, cfg, verifier), result)

@@ -40,6 +40,7 @@ from torch import Tensor, nn
 
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.prompts import EMBEDDED, VALIDATION, Prompt, PromptSource, family_names
+from evals.all_tasks import with_tasks
 from evals.judged import judge
 from evals.rewards import BUILT_IN, Reward, is_well_formed, require_reference
 from formats import hf
@@ -323,13 +324,13 @@ def main(argv: list[str]) -> int:
         model, identity = chat_model(cfg, tokenizer, run, dropout=0.0)
         reference = ReferenceModel(model, cfg.init_from, cfg.reference, run.device, training_dtype(cfg, run))
         learner = PolicyGradient(stages, model, source, reference, run)
+        evaluation = with_tasks(cfg, run, lambda policy, last: evaluate(stages[-1].cfg, learner, run))
         run.write_run_json(user_cfg, {}, data=source.hashes, reward=learner.reward.identity, **identity)
         if source.train:
             run.print(f"data      {len(source.train):,} prompts for training, {len(source.val):,} for "
                       f"validation, {source.left_out:,} left out: longer than {cfg.block_size} tokens")
-        results = fit(cfg, model,
-                      lambda step: batches_at(stages, source, run, step), learner,
-                      lambda policy, last: evaluate(stages[-1].cfg, learner, run), run)
+        results = fit(cfg, model, lambda step: batches_at(stages, source, run, step), learner, evaluation,
+                      run)
         finish(cfg, run, results, "reward {val_reward:.3f}, {val_length:.1f} tokens per answer",
                f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)} "
                "--tasks=problems,calculator,hard_calculator",

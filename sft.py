@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from configurator import run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
+from evals.all_tasks import with_tasks
 from generation.samples import log_text, sample_answers
 from loop import fit, start_run
 from model import GPT
@@ -112,6 +113,7 @@ def main(argv: list[str]) -> int:
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         model, identity = chat_model(cfg, data.tokenizer, run)
         evaluation = ChatEvaluation(data.stages[-1].cfg, data.last_mix, kind, run)
+        evaluate = with_tasks(cfg, run, evaluation)
         run.write_run_json(cfg, data.tokens(), data=data.hashes(), **identity)
         for rows in [*(rows for rows, _ in data.used()), *evaluation.rows]:
             run.print(chat_rows_text(rows, "; --overlong=drop leaves them out"))
@@ -119,7 +121,7 @@ def main(argv: list[str]) -> int:
         # know.
         results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: loss_fn(module, batch, data.tokenizer.vocab_size),
-                      evaluation, run)
+                      evaluate, run)
         finish(cfg, run, results, "loss {val_loss:.4f}, perplexity {val_perplexity:.2f}",
                f"python sample.py --model={run.quoted} --chat=True", run.next_stage("dpo.py", "out/sft"))
     return 0

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from configurator import require, require_not_negative, run_script
 from dataset.dataloader import IGNORE, Mix, Rows, rank_batches, text_batch
 from dataset.shards import DataFolder
+from evals.all_tasks import with_tasks
 from formats import hf
 from formats.tokenizer import Tokenizer
 from generation.generate import Options, Sampling, generate
@@ -228,13 +229,13 @@ def main(argv: list[str]) -> int:
         run.tokenizer = data.tokenizer = data.last_mix.tokenizer = data.tokenizer.with_sinks(cfg.sink_tokens)
         # Do all checks first: with overwrite=True, write_run_json deletes the old run.
         check_vocabulary(cfg, cfg.vocab_size, data.tokenizer)
-        evaluation = TextEvaluation(data.stages[-1].cfg, data.last_mix, run)
+        evaluate = with_tasks(cfg, run, TextEvaluation(data.stages[-1].cfg, data.last_mix, run))
         model = make_model(cfg, data.tokenizer, run)
         run.write_run_json(cfg, data.tokens(), data=data.hashes())
         # Train.
         results = fit(data.cfg, model, lambda step: batches_at(data, step),
                       lambda module, batch: next_token_loss(module, batch, data.tokenizer.vocab_size),
-                      evaluation, run)
+                      evaluate, run)
         print_summary(cfg, model.eval(), data, results, run)
     return 0
 

@@ -79,7 +79,7 @@ class VerifierConfig(AnswerKeys, PostTrainingConfig):
         PostTrainingConfig.__post_init__(self)
         AnswerKeys.__post_init__(self)
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
-                          ("stages", ([],))):
+                          ("stages", ([],)), ("eval_tasks", ("",))):
             require(self, key, getattr(self, key) in only, f"{only[-1]!r} in verifier.py")
 
 

@@ -1,6 +1,6 @@
 """A model as a benchmark sees it: prompts in, text out; or choices in, log-probabilities out.
 
-    lm = LM("out/sft", chat=True)
+    lm = LM("out/sft", chat=True)          # or LM((model, tokenizer)), a model in memory
     lm.generate_until(["Q: 2 + 2?\nA:"], stops=["\n"], max_new_tokens=16)     # [" 4"]
     lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1), ..]]
 
@@ -11,6 +11,7 @@ the text or the choice is read as the assistant's answer. Decoding is greedy unl
 import contextlib
 import math
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from tqdm import tqdm
@@ -30,7 +31,7 @@ MAX_BATCH_TOKENS = 2**17  # prompt tokens per batch: long prompts (16,384 tokens
 
 
 class LM:
-    """A model folder, loaded for evaluation.
+    """A model for evaluation: of a folder, or one that is in memory and in eval mode.
 
     tokens: number of tokens generated so far. truncated: for each prompt of the last call, whether it lost
     its beginning. prefix, suffix: ids that the chat format puts around a prompt. sinks: the sink tokens
@@ -44,21 +45,30 @@ class LM:
     which each conversation's last message, the question, comes again; only with temperature 0.
     """
 
-    def __init__(self, path: str, device: str | None = None,
+    def __init__(self, source: str | tuple[GPT, Tokenizer], device: str | None = None,
                  dtype: Literal["float32", "bfloat16"] = "float32", chat: bool = False, batch_size: int = 64,
                  keys: ConstraintKeys | None = None):
-        """Load the model. Raises UserError if there is none, or if chat=True and it has no chat tokens."""
-        self.folder, self.chat, self.batch_size = hf.find_folder(path), chat, batch_size
-        self.tokenizer = Tokenizer.load(self.folder)
+        """source: a folder, or a model with its tokenizer; then device and dtype have no effect.
+
+        Raises UserError if there is no model, or if chat=True and it has no chat tokens.
+        """
+        self.chat, self.batch_size = chat, batch_size
+        if isinstance(source, str):
+            self.folder = hf.find_folder(source)
+            self.tokenizer, end_ids = Tokenizer.load(self.folder), hf.end_ids(self.folder)
+        else:
+            self.model, self.tokenizer = source
+            self.folder, end_ids = Path(self.model.source), []
         self.prefix, self.suffix = self.tokenizer.prefix_ids, []
         self.sinks = [index for index in self.prefix if index == self.tokenizer.eot_id]
         if chat:
-            chat_format.require_chat(self.tokenizer, path)
+            chat_format.require_chat(self.tokenizer, str(self.folder))
             self.prefix, self.suffix = chat_format.turn_frame(self.tokenizer)
-        self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
+        if isinstance(source, str):
+            self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         turn_end = chat_format.end_of_turn(self.tokenizer)
-        self.end_ids = {self.tokenizer.eot_id, turn_end, *hf.end_ids(self.folder)} - {None}
-        self.tokenizer.require_rows(self.model.config.vocab_size, path)
+        self.end_ids = {self.tokenizer.eot_id, turn_end, *end_ids} - {None}
+        self.tokenizer.require_rows(self.model.config.vocab_size, str(self.folder))
         self.constraint = constraint_of(self.tokenizer, self.end_ids, keys)
         self.tokens, self.truncated = 0, []
         self.rows, self.sampled, self.replies = list[list[int]](), list[list[bool]](), list[list[Message]]()

@@ -1,6 +1,7 @@
 """dpo.py: its losses against TRL and by hand, every way to compute the reference, and the whole run."""
 
 import itertools
+import json
 import math
 import shutil
 
@@ -14,8 +15,10 @@ from dataset.chat_rows import PairRows, pair_batch
 from dataset.shards import DataFolder
 from formats import checkpoint, files, hf
 from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 from model import GPT
-from tests.conftest import busy_model, tiny_config
+from prepare import PrepareConfig, prepare
+from tests.conftest import busy_model, shared, smollm2, tiny_config
 from tests.runs import events, kill_in_step, losses, stopped_in_step
 from tests.test_sft import assert_equal, edited
 from training.losses import linear_log_probs, preference_loss
@@ -135,6 +138,48 @@ def test_loss_and_gradient_are_trls(chat_model, pairs, tmp_path, kind):
             assert (grad - named[name].grad).abs().max() <= 1e-5 * scale, name
 
 
+@pytest.mark.slow
+def test_first_20_losses_of_smollm2_are_trls(tmp_path, monkeypatch):
+    """A real model and real pairs: 20 steps of AdamW with the same batches, by dpo.py and by TRL."""
+    trl, datasets, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "transformers"))
+    source, model = shared("prefs/rasbt_instruction_preference.json"), tmp_path / "model"
+    GPT.from_pretrained(smollm2()).save_pretrained(model)
+    Tokenizer.load(smollm2()).save(model)
+    rows = sorted((row for row in json.loads(source.read_text()) if row["chosen"] != row["rejected"]),
+                  key=lambda row: len(str(row)))[:100]
+    pairs = [{"prompt": [{"role": "user", "content": f"{row['instruction']} {row['input']}".strip()}]}
+             | {side: [{"role": "assistant", "content": row[side]}] for side in ("chosen", "rejected")}
+             for row in rows]
+    (tmp_path / "rows.jsonl").write_text("\n".join(map(json.dumps, pairs)))
+    prepare(PrepareConfig(source=str(tmp_path / "rows.jsonl"), kind="preference", tokenizer=str(model),
+                          out=str(tmp_path / "pairs"), val_fraction=0.05, num_proc=1))
+    batches = []
+    monkeypatch.setattr(dpo, "pair_batch", lambda pairs: batches.append(pairs) or pair_batch(pairs))
+    dpo.main(f"""--init_from={model} --dataset={tmp_path / "pairs"} --out_dir={tmp_path / "out"}
+        --max_steps=20 --global_batch_size=2 --micro_batch_size=2 --block_size=256 --optimizer=adamw
+        --beta2=0.999 --schedule=constant --warmup_steps=0 --learning_rate=1e-5 --nll_weight=0
+        --reference=device --eval_interval=0 --save_interval=0 --eval_tokens=128 --log_interval=1
+        --sample_answers=0 --device=cpu""".split())
+    trainer = trl.DPOTrainer(
+        model=transformers.AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32),
+        args=trl.DPOConfig(
+            output_dir=str(tmp_path / "trl"), max_steps=20, per_device_train_batch_size=2, learning_rate=1e-5,
+            lr_scheduler_type="constant", train_sampling_strategy="sequential", max_length=256, use_cpu=True,
+            bf16=False, gradient_checkpointing=False, logging_steps=1, save_strategy="no", report_to=[]),
+        train_dataset=datasets.Dataset.from_list(pairs[:1]),
+        processing_class=transformers.AutoTokenizer.from_pretrained(model),
+    )  # fmt: skip
+    # TRL also teaches the line break after the token that ends an answer, so it gets our ids.
+    trainer.train_dataset = datasets.Dataset.from_list([
+        {"prompt_ids": ids[:prompt], "chosen_ids": ids[prompt:prompt + chosen],
+         "rejected_ids": ids[prompt + chosen:]}
+        for batch in batches[:20] for ids, prompt, chosen in batch])
+    trainer.train()
+    found = [event["loss"] for event in trainer.state.log_history if "loss" in event]
+    assert losses(events(tmp_path / "out")) == pytest.approx(found, abs=1e-4)
+    assert max(found) - min(found) > 0.2  # the model has moved
+
+
 @pytest.mark.parametrize("changes", [
     dict(n_head=6, n_kv_head=2, n_embd=96),
     dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4),
@@ -183,7 +228,8 @@ def test_the_chosen_answers_nll_is_added(chat_model, pairs):
 
 def test_it_learns_to_prefer(chat_model, pairs, tmp_path):
     before = weights_sha256(hf.find_folder(chat_model))
-    found = run(chat_model, pairs, tmp_path / "a", "--max_steps=30", "--learning_rate=3e-3")
+    found = run(chat_model, pairs, tmp_path / "a", "--max_steps=30", "--learning_rate=3e-3",
+                "--eval_tasks=problems", "--eval_limit=2")
     first, last = found[0], found[-2]
     assert first["loss"] == pytest.approx(math.log(2), abs=1e-6)
     assert first["loss/dpo"] == first["loss"] and abs(first["rewards/margins"]) < 1e-5
@@ -192,7 +238,7 @@ def test_it_learns_to_prefer(chat_model, pairs, tmp_path):
     margin = last["rewards/chosen"] - last["rewards/rejected"]
     assert margin == pytest.approx(last["rewards/margins"], abs=1e-5)
     assert weights_sha256(hf.find_folder(chat_model)) == before
-    assert found[-1]["val_loss"] < 0.65
+    assert found[-1]["val_loss"] < 0.65 and "val_problems_accuracy" in found[-1]
 
 
 @pytest.mark.parametrize("words", [[], ["--loss=ipo"]])

@@ -10,6 +10,7 @@ import torch
 
 import eval as evaluation
 from configurator import UserError
+from evals.all_tasks import places_of
 from evals.benchmarks import convert, read
 from evals.lm import LM
 from evals.results import Result, mean
@@ -190,7 +191,7 @@ def test_an_interrupted_run_keeps_the_finished_tasks(trained, tmp_path, monkeypa
 
 def test_places_of_data():
     def places(data):
-        return evaluation.EvalConfig(data=data).places
+        return places_of("data", data)
 
     assert places("") == (None, {}) and places("../data") == ("../data", {})
     assert places("mmlu=a.jsonl,d,perplexity=b.txt") == ("d", {"mmlu": "a.jsonl", "perplexity": "b.txt"})

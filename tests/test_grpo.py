@@ -201,7 +201,9 @@ def test_loss_and_gradient_are_trls(chat, tmp_path, kl, updates):
 def test_it_learns(chat, tmp_path):
     """The reward rises, the start model does not change, and the log has what a reader needs."""
     before = weights_sha256(hf.find_folder(chat[0]))
-    log = run(chat, tmp_path / "a", "--max_steps=14", "--global_batch_size=8", "--micro_batch_size=8")
+    log = run(chat, tmp_path / "a", "--max_steps=14", "--global_batch_size=8", "--micro_batch_size=8",
+              "--eval_tasks=problems", "--eval_limit=2")
+    assert "val_problems_accuracy" in log[-1]
     rewards = [event["reward"] for event in log if "reward" in event]
     assert np.mean(rewards[-5:]) > 1.5 * np.mean(rewards[:5])
     assert log[-1]["val_reward"] == -log[-1]["val_loss"] == log[-1]["val_reward/custom"]

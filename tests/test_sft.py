@@ -78,7 +78,9 @@ def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):
 def test_what_it_prints(trained, chats, tmp_path, capsys, pictures):
     """Answers to read at each evaluation; the next commands, also for a folder with a space in its name."""
     out = tmp_path / "my run"
-    run(trained, chats, out, "--max_steps=2", "--eval_interval=1", "--sample_answers=2")
+    found = run(trained, chats, out, "--max_steps=2", "--eval_interval=1", "--sample_answers=2",
+                "--eval_tasks=calculator", "--eval_limit=2")
+    assert "val_calculator_accuracy" in found[-1]
     printed = capsys.readouterr().out
     assert printed.count("\nsample    user: ") == 4 and printed.count("\n          assistant:") == 4
     assert "\ncurves      training    █" in printed and f"\n            {out / 'loss.png'}\n" in printed

@@ -54,6 +54,9 @@ class RunConfig:
     # ---- Evaluation and checkpoints
     eval_interval: int = 275  # steps between evaluations; 0 evaluates only at the end of each stage
     eval_tokens: int | None = None  # validation tokens per evaluation, always the first ones; None uses all
+    eval_tasks: str = ""  # tasks of eval.py that are measured at each evaluation, such as problems,hellaswag
+    eval_data: str = ""  # folder with their files, and TASK=PLACE, separated by commas; "" reads the hub
+    eval_limit: int = 100  # largest number of questions per task
     save_interval: int = 275  # steps between checkpoints; 0 saves only at the end of each stage
     keep_checkpoints: int = 2  # newest checkpoints to keep; the best and each stage's last are kept as well
     patience: int = 0  # end the run after so many evaluations without a lower val_loss; 0 never does
@@ -79,7 +82,7 @@ class RunConfig:
     def __post_init__(self) -> None:
         """Raises UserError for a value outside its range."""
         require_positive(self, "global_batch_size", "micro_batch_size", "block_size", "learning_rate",
-                         "keep_checkpoints", "log_interval")
+                         "keep_checkpoints", "log_interval", "eval_limit")
         require_not_negative(self, "min_lr", "weight_decay", "grad_clip", "eval_interval", "save_interval",
                              "seed", "warmup_steps", "decay_steps", "eval_tokens", "max_rollbacks",
                              "patience", "rollback_grad_clip", "rollback_steps", "max_steps")
@@ -99,4 +102,5 @@ RESUMABLE_CHANGES = {"device", "parallel", "micro_batch_size", "compile", "resha
                      "activation_checkpointing", "max_steps", "eval_interval", "save_interval",
                      "keep_checkpoints", "patience", "max_rollbacks", "rollback_grad_clip",
                      "rollback_steps", "on_end", "log_interval", "wandb", "wandb_project",
-                     "tensorboard", "threads", "run_name", "out_dir", "overwrite"}
+                     "tensorboard", "threads", "run_name", "out_dir", "overwrite", "eval_tasks", "eval_data",
+                     "eval_limit"}

@@ -124,7 +124,7 @@ def mbpp_problem(row: dict[str, Any]) -> CodeProblem:
     return CodeProblem(prompt, "", f"{setup}\n{tests}", text_of(row["code"]))
 
 
-def load(source: str | None, limit: int, shots: int | None, name: str, allow_code: bool) -> Questions:
+def load(source: str | None, limit: int, shots: int | None, name: str, allow_code: bool = False) -> Questions:
     """The first `limit` problems; for MBPP, the examples are tasks 2 to 4. UserError without allow_code."""
     if not allow_code:
         raise UserError(f"{name} executes the programs that the model writes: --allow_code=True")
@@ -143,7 +143,7 @@ def program_of(problem: CodeProblem, text: str) -> str:
     return f"{problem.head}{block[1] if block else text}\n{problem.tests}"
 
 
-def score(lm: LM, questions: Questions, name: str, allow_code: bool) -> Result:
+def score(lm: LM, questions: Questions, name: str, allow_code: bool = False) -> Result:
     """pass@1: the share of programs that pass their tests."""
     shots = "".join(f"{each.prompt}{each.solution}\n[DONE]\n\n" for each in questions.shots)
     prompts = [shots + problem.prompt for problem in questions.asked]

@@ -42,7 +42,7 @@ from training.losses import linear_log_probs
 STREAMED_ROWS = 64  # rows that are read together through a cache of sinks and a window
 
 
-def load(source: str | None, limit: int, shots: int | None, model: str,
+def load(source: str | None, limit: int, shots: int | None, model: str = "",
          context_length: int | None = None, sinks: int = 0, window: int | None = None) -> Texts:
     """The first `limit` KiB of the text."""
     return read_texts(source, model, 1024 * limit)
@@ -108,7 +108,7 @@ def loss_by_context(lm: LM, rows: list[np.ndarray], losses: np.ndarray) -> list[
     return results
 
 
-def score(lm: LM, texts: Texts, model: str, context_length: int | None = None, sinks: int = 0,
+def score(lm: LM, texts: Texts, model: str = "", context_length: int | None = None, sinks: int = 0,
           window: int | None = None) -> Result:
     """The perplexity of the trained context and of the longest one; the three measurements as details."""
     limits = cache_limits(lm.model.config, sinks, window)

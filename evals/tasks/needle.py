@@ -76,8 +76,8 @@ def haystack(source: str | None) -> str:
     return "\n".join(texts)[:TEXT]
 
 
-def load(source: str | None, limit: int, shots: int | None, context_length: int | None,
-         num_tests: int) -> Tests:
+def load(source: str | None, limit: int, shots: int | None, context_length: int | None = None,
+         num_tests: int = 100) -> Tests:
     """The text and the tests, the same for every model. There are no worked examples."""
     count = min(limit, num_tests)
     side = max(1, min(10, math.isqrt(count // 4)))  # at least four tests per cell
@@ -118,7 +118,8 @@ def prompts_of(lm: LM, questions: Tests, longest: int) -> tuple[list[int], list[
     return lengths, prompts
 
 
-def score(lm: LM, questions: Tests, context_length: int | None, num_tests: int) -> Result:
+def score(lm: LM, questions: Tests, context_length: int | None = None,
+          num_tests: int = 100) -> Result:
     """The share of needles that are found; the details have it by depth and length."""
     trained = lm.model.config.block_size
     longest = context_length or trained

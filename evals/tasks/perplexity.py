@@ -75,8 +75,8 @@ def own_data(model: str) -> Path:
             step = config.get("init_from")
         except (ValueError, OSError, KeyError, TypeError):  # no checkpoint, or no run.json that can be read
             break
-    raise UserError(f"the text that {model} was trained on is not here: give --data=perplexity=FILE, a text "
-                    "file or a data folder, and --data=context_length=FILE likewise")
+    raise UserError(f"the training text of {model or 'this model'} is not here: give --data=perplexity=FILE, "
+                    "a text file or a data folder, and --data=context_length=FILE likewise")
 
 
 def read_texts(source: str | None, model: str, limit: int) -> Texts:
@@ -118,7 +118,7 @@ def after_sinks(lm: LM, rows: list[np.ndarray]) -> list[np.ndarray]:
     return [np.concatenate((np.array(lm.sinks, np.int32), row)) for row in rows]
 
 
-def load(source: str | None, limit: int, shots: int | None, model: str, stride: int | None = None,
+def load(source: str | None, limit: int, shots: int | None, model: str = "", stride: int | None = None,
          wikitext: bool = False) -> Texts:
     """The first `limit` KiB of the text."""
     if wikitext and source is not None:
@@ -163,7 +163,7 @@ def perplexity_of(loss: Figure) -> Figure:
     return Figure(value, value * loss.stderr, loss.n)
 
 
-def score(lm: LM, texts: Texts, model: str, stride: int | None = None, wikitext: bool = False) -> Result:
+def score(lm: LM, texts: Texts, model: str = "", stride: int | None = None, wikitext: bool = False) -> Result:
     ids, context = join_documents(lm, texts), lm.model.config.block_size - len(lm.sinks)
     stride = context // 2 if stride is None else stride
     if not 0 < stride <= context:
