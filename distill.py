@@ -210,7 +210,7 @@ def batches_at(data: StagedData, caches: Caches, step: int,
     batches = []
     for start in range(0, count, cfg.micro_batch_size):
         rows = mix.samples(first + start, cfg.micro_batch_size)  # (B, T + 1) of text or (B, 3, T) of chats
-        batch = batch_of(rows, cfg, mix.tokenizer.eot_id)
+        batch = batch_of(rows, mix.tokenizer.eot_id, cfg.packing, cfg.document_mask)
         if caches:
             batch |= cached_predictions(caches, places[start:start + cfg.micro_batch_size], batch)
         if is_on_policy:
@@ -394,7 +394,8 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
     if layers and not cfg.new_weights:
         # For a moment, each rank holds the whole teacher. 16 rows of data show which parts are active.
         source = GPT.from_pretrained(hf.find_folder(cfg.teacher))
-        ids = batch_of(data.last_mix.samples(0, 16), cfg, data.tokenizer.eot_id)["input_ids"]
+        rows = data.last_mix.samples(0, 16)
+        ids = batch_of(rows, data.tokenizer.eot_id, cfg.packing, cfg.document_mask)["input_ids"]
         student.materialize("cpu", cfg.seed)
         # strict=False: the projections, which a pruned GPT does not have, keep their random weights.
         student.load_state_dict(prune(source.eval(), config, layers, ids).state_dict(), strict=False)

@@ -13,7 +13,7 @@ conversation that loses all its answers to the cut, and a preference that does n
 Shapes: n rows, T block_size.
 """
 
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -23,17 +23,6 @@ from configurator import UserError
 from dataset.dataloader import IGNORE, more_rows_hint, text_batch
 from dataset.shards import SEPARATOR, DataFolder
 from formats.tokenizer import Tokenizer
-
-
-class BatchConfig(Protocol):
-    """The configuration that `batch_of` needs."""
-
-    @property
-    def packing(self) -> bool: ...
-
-    @property
-    def document_mask(self) -> bool: ...
-
 
 # ---- Rows -------------------------------------------------------------------------------------------------
 
@@ -206,12 +195,12 @@ def chat_batch(rows: np.ndarray) -> dict[str, Any]:
             "targets": targets.flatten()[positions], "count": len(positions), "context": ids.shape[1]}
 
 
-def batch_of(rows: np.ndarray, cfg: BatchConfig, eot_id: int) -> dict[str, Any]:
+def batch_of(rows: np.ndarray, eot_id: int, packing: bool, document_mask: bool) -> dict[str, Any]:
     """The batch of text rows (n, T + 1) or of chat rows (n, 3, T)."""
     if rows.ndim == 2:
-        return text_batch(rows, eot_id if cfg.document_mask else None)
+        return text_batch(rows, eot_id if document_mask else None)
     batch = chat_batch(rows)
-    if not cfg.packing:  # one conversation per row, padded at the end: causal attention needs no mask
+    if not packing:  # one conversation per row, padded at the end: causal attention needs no mask
         del batch["document_ids"]
     return batch
 

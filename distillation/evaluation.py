@@ -7,6 +7,7 @@
 import math
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from dataset.chat_rows import batch_of
@@ -40,9 +41,11 @@ class StudentEvaluation(MixEvaluation):
             targets = batch["targets"]
             return [*self.batch_sums(model, batch), self.byte_counts[targets[targets >= 0]].sum()]
 
-        eot_id = self.mix.tokenizer.eot_id
-        count, nats, teacher_nats, kl, agree, text_bytes = self.sums(
-            rows, lambda numbers: batch_of(rows.read(numbers), self.cfg, eot_id), measure)
+        def make_batch(numbers: np.ndarray) -> dict[str, Any]:
+            return batch_of(rows.read(numbers), self.mix.tokenizer.eot_id, self.cfg.packing,
+                            self.cfg.document_mask)
+
+        count, nats, teacher_nats, kl, agree, text_bytes = self.sums(rows, make_batch, measure)
         values = {"val_loss": nats / count}
         if rows.kind == "text":  # the bytes of a chat are not all targets
             values["val_bits_per_byte"] = nats / math.log(2) / max(text_bytes, 1)
