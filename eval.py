@@ -79,6 +79,10 @@ class EvalConfig(VoteSettings, ConstraintKeys):
     num_tests: int = 100  # needle: number of tests over all lengths and depths
     reference: bool = False  # also print the published figures of known models (docs/results/reference.json)
     allow_code: bool = False  # run the programs that a model writes, within limits that are no sandbox
+    classifier: str = ""  # toxicity: folder of transformers' text classification; "" looks for listed words
+    judge: str = ""  # mt_bench: the model that compares answers: a model folder, or the address of an API
+    judge_model: str = ""  # mt_bench: the judge's name, for an API
+    opponent: str = ""  # mt_bench: the model whose answers are compared with those of --model
     batch_size: int = 64  # prompts that are generated together
     out_dir: str | None = None  # folder for the results; None is the model's folder
     device: str | None = None  # cpu, cuda, mps; None picks the best one of this machine

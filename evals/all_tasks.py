@@ -18,17 +18,20 @@ from evals.tasks import (
     bfcl,
     choice,
     code,
+    conll,
     context_length,
     core,
     glue,
     ifeval,
     math_problems,
     mmlu,
+    mt_bench,
     needle,
     open_qa,
     perplexity,
     problems,
     summarize,
+    toxicity,
     truthfulqa,
     word_problems,
 )
@@ -91,6 +94,10 @@ TASKS = {  # in the order of the table and of --tasks=all
     "needle": Task(needle, keys=("context_length", "num_tests"), draw=needle.draw),  # a number in a long text
     # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.
     **{name: Task(summarize, {"name": name}) for name in summarize.HUB},
+    "conll2003": Task(conll),  # persons, organizations and places in a sentence
+    "toxicity": Task(toxicity, keys=("classifier",), falls=True),  # judged by a classifier of the user's
+    # Open questions: a model of the user's compares the answers with those of another model.
+    "mt_bench": Task(mt_bench, keys=("judge", "judge_model", "opponent")),
 }
 # Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is
 # named must run.
