@@ -7,7 +7,14 @@
 Every arm is distill.py with other arguments, run once per seed. The students of "quarter" have a quarter of
 the parameters of the default model, as the teacher above. Those of "half" have half the layers of any
 teacher, like DistilGPT-2. Those of "tokenizer" have a teacher with another tokenizer, and those of "details"
-other losses, maps and batches. Finished runs are kept, so the command may be stopped and started again.
+other losses, maps and batches. Those of "no_data" learn from token ids that tools/synthesize.py wrote, and
+are judged on the text like the others:
+
+    for kind in sampled uniform unlike; do
+        python -m tools.synthesize --teacher=out/teacher --kind=$kind --tokens=600_000 --out=data/$kind; done
+    python -m bench.teach --teacher=out/teacher --students=no_data --json=docs/results/no_data.json
+
+Finished runs are kept, so the command may be stopped and started again.
 Prints validation bits per byte (mean and range over the seeds); how much of the gap between the first arm and
 the teacher is closed; how often student and teacher have the same most likely token; and tokens per second.
 The arms with a cached teacher need its caches (tools/cache_teacher.py).
@@ -32,7 +39,7 @@ from distillation.divergences import DenseTeacher, token_log_probs
 from distillation.teacher import context_of, load_teacher
 from formats import hf
 from formats.tokenizer import Tokenizer
-from tools.arms import mean_and_range, run_arms, run_once
+from tools.arms import mean_and_range, run_arms, run_eval, run_once
 
 CUT = "--student_layers=0,2 --n_embd=128 --n_head=2 --intermediate_size=256"
 SAME = "--n_layer=3 --n_embd=256 --n_head=4 --intermediate_size=768"
@@ -73,7 +80,11 @@ ARMS = {
         "cut out, relations_mse": f"{CUT} --attention_weight=25 --attention_loss=relations_mse",
         "cut out, ternary": f"{CUT} --ternary=True",
         **{f"cut out, map {name}": f"{CUT} --hidden_weight=0.5 --layer_map={name}"
-           for name in ("last", "last_k_uniform", "uniform_consecutive", "uniform_plus_last", "0:0,1:2")}}}
+           for name in ("last", "last_k_uniform", "uniform_consecutive", "uniform_plus_last", "0:0,1:2")}},
+    "no_data": {
+        "text alone": "--alpha=0",
+        "teacher": "--alpha=1",
+        **{f"teacher, {kind}": f"--alpha=1 --dataset={kind}" for kind in ("sampled", "unlike", "uniform")}}}
 TEACHER = "the teacher itself"
 Logs = dict[str, list[list[dict[str, Any]]]]  # {arm: one log per seed}
 
@@ -83,7 +94,7 @@ class TeachConfig:
     teacher: str = "out/teacher"  # model folder or out_dir
     dataset: str = "pystdlib"  # folder under data/ (or path)
     out_dir: str = "out/teach"  # gets one folder per run
-    students: Literal["quarter", "half", "tokenizer", "details"] = "quarter"  # which students and arms
+    students: Literal["quarter", "half", "tokenizer", "details", "no_data"] = "quarter"  # the arms
     seeds: str = "1,2,3"  # separated by commas
     arms: str = "all"  # numbers of the arms, from 0, separated by commas; or all
     steps: int = 300  # steps per run
@@ -118,8 +129,17 @@ def run_arm(cfg: TeachConfig, name: str, seed: int) -> list[dict[str, Any]]:
     else:
         argv.append(f"--max_steps={steps}")
     log = run_once("distill.py", argv, out, steps=steps)
+    if cfg.students == "no_data":  # most logs have the figures of synthetic rows
+        log[-1] = {"val_bits_per_byte": bits_on_text(cfg, str(out), out / "eval")}
     print(f"{name}, seed {seed}: {log[-1]['val_bits_per_byte']:.4f}", flush=True)
     return log
+
+
+def bits_on_text(cfg: TeachConfig, model: str, out: Path) -> float:
+    """The bits per byte of a model on the validation text."""
+    figures = run_eval([f"--model={model}", "--tasks=perplexity",
+                        f"--data=perplexity={dataset_folder(cfg.dataset)}"], out)
+    return figures["perplexity"]["bits_per_byte"]["value"]
 
 
 def summarize(logs: Logs) -> dict[str, Any]:
@@ -166,6 +186,9 @@ def measure(cfg: TeachConfig) -> dict[str, Any]:
     logs = run_arms({name: functools.partial(run_arm, cfg, name) for name in cfg.arm_names},
                     map(int, cfg.seeds.split(",")))
     arms = summarize(logs)
+    if cfg.students == "no_data":
+        arms[TEACHER] = {"bits": [bits_on_text(cfg, cfg.teacher, Path(cfg.out_dir) / "teacher_eval")],
+                         "speeds": [], "agreement": []}
     if cfg.students == "tokenizer":
         arms[TEACHER] = {"bits": [aligned_bits(cfg)], "speeds": [], "agreement": []}
     return {"steps": cfg.steps, "seeds": cfg.seeds, "arms": arms}
