@@ -6,8 +6,10 @@
 Trains a small model per tokenizer (BPE of 4,096 and bytes) and seed on the standard library with rows of 64
 tokens. Each one reads rows of 16 times that length from validation text in three ways: with plain attention,
 with a window of 64 tokens, and with 4 sinks and a window of 60 (evals/tasks/context_length.py). Then it times
-each new token of one row past the context (CPU time), with sinks and without, where half the context is read
-again. Finished runs in out_dir are kept. docs/architecture_studies.md shows the results.
+each new token of one row past the context, with sinks and without, where half the context is read again. The
+time of a token is the median of several runs in turns, in CPU seconds: what another program delays in one run
+is not counted, and a token that is slow in every run is. Finished runs in out_dir are kept.
+docs/architecture_studies.md shows the results.
 """
 
 import statistics
@@ -46,23 +48,35 @@ class SinksConfig:
     json: str | None = None  # write the results to this file
     png: str | None = None  # draw the curves to this file
     times: bool = False  # only time untrained models
+    rounds: int = 7  # of these times; the tokens' times are medians of them
 
     def __post_init__(self) -> None:
-        require_positive(self, "seeds", "steps", "limit")
+        require_positive(self, "seeds", "steps", "limit", "rounds")
         known = set(self.tokenizers.split(",")) <= VOCABULARIES.keys()
         require(self, "tokenizers", known, "bytes, BPE or both")
 
 
-def token_times(model: GPT, sinks: int, tokens: int) -> dict[str, float]:
-    """CPU seconds per new token past the context: the median, the slowest over it, and the mean."""
+def token_times(model: GPT, sampling: Sampling, tokens: int) -> list[float]:
+    """CPU seconds of each new token past the context."""
     times, begin = [], time.thread_time()
     prompt = [1] * (model.config.block_size - 2)
-    for _ in generate(model, [prompt], tokens, Sampling(temperature=0, sinks=sinks)):
+    for _ in generate(model, [prompt], tokens, sampling):
         times.append(time.thread_time() - begin)
         begin = time.thread_time()
-    past = times[3:]
-    median = statistics.median(past)
-    return {"median": median, "slowest": max(past) / median, "mean": statistics.mean(past)}
+    return times[3:]
+
+
+def compared_times(model: GPT, tokens: int, rounds: int, ways: dict[str, Sampling]) -> dict[str, dict]:
+    """Of the tokens' times, which are medians of `rounds` in turns: the median, the slowest over it, and the
+    mean."""
+    turns = [{name: token_times(model, sampling, tokens) for name, sampling in ways.items()}
+             for _ in range(rounds)]
+    result = {}
+    for name in ways:
+        times = [statistics.median(each) for each in zip(*(turn[name] for turn in turns), strict=True)]
+        median = statistics.median(times)
+        result[name] = {"median": median, "slowest": max(times) / median, "mean": statistics.mean(times)}
+    return result
 
 
 def measure_model(folder: Path, data: Path, limit: int) -> dict:
@@ -70,32 +84,30 @@ def measure_model(folder: Path, data: Path, limit: int) -> dict:
     if (folder / "sinks.json").is_file():
         return read_json(folder / "sinks.json")
     lm, texts = LM(str(folder), device="cpu"), read_texts(str(data), "", 1024 * limit)
-    result: dict = {"losses": {}, "times": {}}
+    result: dict = {"losses": {}}
     for name, (sinks, window) in WAYS.items():
         details = context_length.score(lm, texts, "", FACTOR * T, sinks, window).details
         result["losses"][name] = [[each["first"], each["last"], each["value"]]
                                   for each in details["loss_by_position"]]
         result["rows"] = details["rows"]
-    runs = [{name: token_times(lm.model, sinks, 8 * T) for name, sinks in (("sinks", 4), ("read again", 0))}
-            for _ in range(3)]
-    for name in ("sinks", "read again"):  # the middle of three runs
-        result["times"][name] = sorted((run[name] for run in runs), key=lambda each: each["slowest"])[1]
+    ways = {"sinks": Sampling(temperature=0, sinks=4), "read again": Sampling(temperature=0)}
+    result["times"] = compared_times(lm.model, 8 * T, 5, ways)
     write_json(folder / "sinks.json", result)
     return result
 
 
-def time_table(rounds: int = 5) -> str:
-    """The times of untrained models, without sinks and with 4; medians of rounds in turns."""
+def time_table(rounds: int) -> str:
+    """The times of untrained models: without sinks, and with 4 and two windows. Without sinks, three quarters
+    of the context are read on average."""
     rows = []
     for sizes in (dict(n_embd=128, vocab_size=257, block_size=64), {}, dict(block_size=1024)):
         model = GPT(GPTConfig(**sizes)).eval()
-        tokens = min(600, 2 * model.config.block_size)
-        turns = [[token_times(model, sinks, tokens) for sinks in (0, 4)] for _ in range(rounds)]
-        for name, runs in zip(("read again", "4 sinks"), zip(*turns, strict=True), strict=True):
-            median = {key: statistics.median(run[key] for run in runs) for key in runs[0]}
-            rows.append([f"3 x {model.config.n_embd}, {model.config.block_size:,}", name,
-                         f"{1e3 * median['mean']:.2f}", f"{1e3 * median['median']:.2f}",
-                         f"{median['slowest']:.1f}"])
+        context, ways = model.config.block_size, {"read again": Sampling(temperature=0)}
+        for window in (context - 4, 3 * context // 4 - 4):
+            ways[f"4 sinks, window of {window:,}"] = Sampling(temperature=0, sinks=4, window=window)
+        for name, times in compared_times(model, min(600, 2 * context), rounds, ways).items():
+            rows.append([f"3 x {model.config.n_embd}, {context:,}", name, f"{1e3 * times['mean']:.2f}",
+                         f"{1e3 * times['median']:.2f}", f"{times['slowest']:.2f}"])
     return text_table(["model, context", "", "mean ms", "median ms", "slowest / median"], rows)
 
 
@@ -142,7 +154,7 @@ def main(argv: list[str]) -> int:
     cfg, _ = configure(SinksConfig, argv, usage=__doc__)
     if cfg.times:
         torch.set_num_threads(1)
-        print(time_table())
+        print(time_table(cfg.rounds))
         return 0
     results: dict[str, list[dict]] = {}
     for name in cfg.tokenizers.split(","):

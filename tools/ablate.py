@@ -11,8 +11,9 @@ is the mean over the seeds of variant minus base. "over spread" is its size over
 seeds' differences: below about 2, the seeds alone could have made it.
 
 Runs are in out_dir, named by their commands: variants share the stages that are equal. The same command again
-repeats no finished run. Left out: equal time in place of equal tokens, changes of later commands, and
-combinations of changes (tools/sweep.py).
+repeats no finished run. All variants train on equally many tokens. With --equal_time=True they train equally
+long: these runs time the first command, and it is run again with the steps that fit the base's time. Left
+out: changes of later commands, and combinations of changes (tools/sweep.py).
 """
 
 import hashlib
@@ -41,6 +42,7 @@ class AblateConfig:
     changes: dict | str = ""  # {name: change}, or changes with ";" between them
     seeds: int = 3  # runs of each variant, with seeds 1, 2, ..
     tasks: str = ""  # tasks of eval.py, separated by commas; "" compares val_loss
+    equal_time: bool = False  # give the first commands equal training seconds, not equal steps
     out_dir: str = "out/ablate"  # folder of the runs
     json: str | None = None  # write all results to this file
     png: str | None = None  # draw the differences to this file
@@ -73,8 +75,9 @@ def variant(base: list[str], change: str) -> list[str]:
     return commands
 
 
-def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str, Any]:
-    """Run the commands one after the other. Returns {"metrics", "speed", "memory_gb", "parameters", ..}."""
+def run_commands(cfg: AblateConfig, commands: list[str], seed: int) -> tuple[Path, dict[str, Any], float]:
+    """Run the commands one after the other. Returns the last one's folder, last training event and val_loss.
+    """
     folder = None
     for number, command in enumerate(commands, 1):
         script, *argv = shlex.split(command)
@@ -82,8 +85,23 @@ def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str
         digest = hashlib.sha256(repr(commands[:number]).encode()).hexdigest()[:8]
         folder = Path(cfg.out_dir) / f"{Path(script).stem}_{digest}_{seed}"
         log = run_once(script, [*argv, f"--seed={seed}", "--eval_interval=0"], folder)
-    last, model = [event for event in log if "tokens" in event][-1], GPT.from_pretrained(folder)
-    metrics = {"val_loss": log[-1]["val_loss"]}
+    return folder, [event for event in log if "tokens" in event][-1], log[-1]["val_loss"]
+
+
+def at_equal_time(cfg: AblateConfig, first: str, seed: int) -> str:
+    """The first command of a variant, with the steps that it takes in the training time of the base's."""
+    base, own = (run_commands(cfg, [command], seed)[1] for command in (cfg.base[0], first))
+    if base == own:
+        return first
+    return f"{first} --max_steps={max(1, round(own['step'] * base['seconds'] / own['seconds']))}"
+
+
+def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str, Any]:
+    """Run the commands. Returns {"metrics", "speed", "memory_gb", "parameters", ..}."""
+    if cfg.equal_time:
+        commands = [at_equal_time(cfg, commands[0], seed), *commands[1:]]
+    folder, last, val_loss = run_commands(cfg, commands, seed)
+    model, metrics = GPT.from_pretrained(folder), {"val_loss": val_loss}
     if cfg.tasks:
         found = run_eval([f"--model={folder}", f"--tasks={cfg.tasks}"], folder / "eval")
         metrics = {task: next(iter(figures.values()))["value"] for task, figures in found.items()}

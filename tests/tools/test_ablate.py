@@ -61,6 +61,25 @@ def test_two_variants_and_again(data, tmp_path, monkeypatch, capsys):
     assert main(argv) == 0 and capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
 
 
+def test_equal_time_by_hand(tmp_path, monkeypatch):
+    """The base takes 20 seconds for 10 steps, the variant 50: it gets 4 steps, in the base's time."""
+    ran = []
+
+    def run_once(script, argv, folder):
+        ran.append(argv)
+        seconds = 50 if "--norm=layernorm" in argv else 20
+        return [{"step": 10, "tokens": 1, "seconds": seconds, "memory_gb": 1}, {"val_loss": 1.0}]
+
+    monkeypatch.setattr(ablate, "run_once", run_once)
+    monkeypatch.setattr(ablate.GPT, "from_pretrained", lambda folder: GPT(GPTConfig(n_layer=1)))
+    cfg = AblateConfig(base=["train.py --max_steps=10"], changes="norm=layernorm", equal_time=True,
+                       out_dir=str(tmp_path))
+    for commands in cfg.variants.values():
+        ablate.train_variant(cfg, commands, 1)
+    steps = [[word for word in argv if word.startswith("--max_steps")] for argv in ran]
+    assert steps == [["--max_steps=10"]] * 5 + [["--max_steps=10", "--max_steps=4"]]
+
+
 def test_stages_before_a_difference_are_shared(tmp_path, monkeypatch):
     folders = []
 
