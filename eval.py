@@ -18,7 +18,7 @@ the reason.
 --num_samples=8 also samples answers to questions that are answered in text, and measures votes and choices by
 a --verifier (evals/votes.py): a second table and a picture of accuracy against tokens.
 
---reference=True adds a table of published figures (SmolLM2, TinyLlama, Pythia, GPT-2) for the tasks measured.
+--reference=True adds a table of published figures (SmolLM2, Qwen3, ..) for the tasks measured.
 --allow_code=True runs the programs of humaneval and mbpp, within limits that are no sandbox
 (evals/tasks/code.py).
 

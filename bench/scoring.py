@@ -14,9 +14,10 @@ Each part makes right and altered answers, and both sides judge them. No model i
   Only ast_checker.py runs; stand-ins replace what it imports for Java, JavaScript and the names of models.
 - humaneval: the file's canonical solutions must pass, and every fifth function must fail if it returns None.
   This runs the file's programs (evals/tasks/code.py describes the limits).
+- conll: the names in BIO tags, as they are and changed. Reference: the package seqeval.
 
-The folder --data has hendrycks_math*, bfcl_v4_*, and humaneval*. A part whose package or file is missing is
-skipped, and the report says why. The table counts what only our side accepts and what only theirs accepts.
+The folder --data has hendrycks_math*, bfcl_v4_*, humaneval* and conll2003*. A part whose package or file
+is missing is skipped, and the report says why. The table counts what only our side accepts and what only theirs accepts.
 """
 
 import copy
@@ -33,7 +34,7 @@ from unittest import mock
 from bench.measure import BenchConfig, run_benchmark, text_table
 from configurator import UserError, optional_import, require_positive, run_script
 from evals.benchmarks import read
-from evals.tasks import bfcl, code, ifeval, math_problems
+from evals.tasks import bfcl, code, conll, ifeval, math_problems
 
 Verdicts = Iterator[tuple[bool, bool, Any]]  # our verdict, that of the reference, and what was judged
 EXAMPLES = 5  # disagreements that the JSON shows
@@ -41,7 +42,7 @@ EXAMPLES = 5  # disagreements that the JSON shows
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BenchConfig):
-    parts: str = "math,ifeval,bfcl,humaneval"  # what to compare
+    parts: str = "math,ifeval,bfcl,humaneval,conll"  # what to compare
     data: str = "../benchmarks"  # folder with the files of the benchmarks
     gorilla: str = "../gorilla"  # a clone of gorilla
     limit: int = 1_000_000  # number of questions per file
@@ -250,9 +251,25 @@ def compare_humaneval(cfg: Config) -> Verdicts:
         yield outcome == "passed", right, [problem.prompt, text, outcome]
 
 
+# ---- CoNLL-2003 -------------------------------------------------------------------------------------------
+
+def compare_conll(cfg: Config) -> Verdicts:
+    """Names in the file's tags, and in the same tags with a fifth drawn at random, that either side finds."""
+    seqeval = optional_import("seqeval.metrics.sequence_labeling", "parts=conll", "seqeval")
+    draw = random.Random(1)
+    for row in read(cfg.data, "conll2003", "")[:cfg.limit]:
+        right = conll.tags_of(row)
+        for tags in (right, [draw.choice(conll.TAGS) if draw.random() < 0.2 else tag for tag in right]):
+            ours = conll.names_of(tags)
+            theirs = {(kind, first, last + 1) for kind, first, last in seqeval.get_entities(tags)}
+            for name in sorted(ours | theirs):
+                yield name in ours, name in theirs, [name, tags]
+
+
 # ---- The command ------------------------------------------------------------------------------------------
 
-PARTS = {"math": compare_math, "ifeval": compare_ifeval, "bfcl": compare_bfcl, "humaneval": compare_humaneval}
+PARTS = {"math": compare_math, "ifeval": compare_ifeval, "bfcl": compare_bfcl, "humaneval": compare_humaneval,
+         "conll": compare_conll}
 
 
 def tally(verdicts: Verdicts) -> dict[str, Any]:

@@ -19,7 +19,7 @@ needed). A name that is not in the sentence counts as said and wrong. Files: con
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from evals.benchmarks import Questions, label_index, read, texts_of, with_last_as_shots
+from evals.benchmarks import Questions, label_index, label_number, read, texts_of, with_last_as_shots
 from evals.lm import LM
 from evals.results import Figure, Result, ratio, truncated
 
@@ -48,12 +48,17 @@ def names_of(tags: Sequence[str]) -> set[Name]:
     return found
 
 
+def tags_of(row: dict[str, Any]) -> list[str]:
+    """The tags of a row, which has them as texts or, on the hub, as numbers."""
+    return [TAGS[label_number(tag, len(TAGS))] if isinstance(tag, int) else TAGS[label_index(tag, TAGS)]
+            for tag in row["ner_tags"]]
+
+
 def sentence_of(row: dict[str, Any]) -> Sentence:
-    words, tags = texts_of(row["tokens"]), row["ner_tags"]
+    words, tags = texts_of(row["tokens"]), tags_of(row)
     if len(words) != len(tags) or not words:
         raise ValueError(f"{len(words)} words and {len(tags)} tags")
-    return Sentence(words, names_of([TAGS[label_index(tag, list(range(len(TAGS))))] if isinstance(tag, int)
-                                     else TAGS[label_index(tag, TAGS)] for tag in tags]))
+    return Sentence(words, names_of(tags))
 
 
 def prompt_of(sentence: Sentence) -> str:

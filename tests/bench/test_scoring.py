@@ -1,12 +1,13 @@
 """bench/scoring.py: agreement and disagreement are counted, and absent parts are skipped with a reason."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
 from bench import scoring
 from configurator import UserError
-from evals.tasks import code, ifeval, math_problems
+from evals.tasks import code, conll, ifeval, math_problems
 
 # The imports and the interface of gorilla's ast_checker.py. It accepts every answer with the right names.
 CHECKER = """
@@ -75,6 +76,21 @@ def test_bfcl_with_a_checker_that_ignores_arguments(tmp_path):
     result = measured("bfcl", tmp_path, calls=20)
     assert result["compared"] == 80 and result["only_theirs"] > 0 == result["only_ours"]
     assert all(said != [{"area": {"base": 10}}] for _, _, (_, said) in result["examples"])
+
+
+def test_conll_with_a_reference_that_knows_one_kind(tmp_path, monkeypatch):
+    """The reference finds persons alone, so all other names are ours alone."""
+    write(tmp_path / "conll2003.jsonl", {"tokens": ["Ann", "Lee", "Rome"], "ner_tags": [1, 2, 5]},
+          {"tokens": ["Rome", "."], "ner_tags": ["B-LOC", "O"]})
+
+    def get_entities(tags):
+        return [(kind, first, end - 1) for kind, first, end in conll.names_of(tags) if kind == "PER"]
+
+    module = SimpleNamespace(get_entities=get_entities)
+    monkeypatch.setattr(scoring, "optional_import", lambda *names: module)
+    found = measured("conll", tmp_path)
+    assert found["only_theirs"] == 0 and found["only_ours"] == found["compared"] - found["accepted"] > 1
+    assert found["accepted"] >= 1 and ["LOC", 2, 3] in [list(example[2][0]) for example in found["examples"]]
 
 
 def test_humaneval_and_parts_that_are_skipped(tmp_path, monkeypatch):
