@@ -17,7 +17,8 @@ Each part makes right and altered answers, and both sides judge them. No model i
 - conll: the names in BIO tags, as they are and changed. Reference: the package seqeval.
 
 The folder --data has hendrycks_math*, bfcl_v4_*, humaneval* and conll2003*. A part whose package or file
-is missing is skipped, and the report says why. The table counts what only our side accepts and what only theirs accepts.
+is missing is skipped, and the report says why. The table counts what only our side accepts and what only
+theirs accepts.
 """
 
 import copy
