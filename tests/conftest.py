@@ -62,6 +62,7 @@ FAST = """
     evals/tasks/test_bfcl.py evals/tasks/test_math_problems.py evals/tasks/test_ifeval.py
     evals/tasks/test_needle.py evals/tasks/test_open_qa.py evals/tasks/test_word_problems.py
     evals/tasks/test_choice.py evals/tasks/test_perplexity.py evals/tasks/test_summarize.py
+    evals/tasks/test_conll.py evals/tasks/test_mt_bench.py
     evals/test_likelihood.py evals/test_lm.py evals/test_rewards.py evals/test_votes.py
     generation/test_rollouts.py generation/test_verifier.py generation/test_batcher.py
     formats/test_chat_format.py formats/test_kquants.py generation/test_assistant.py
