@@ -160,32 +160,6 @@ def forward_last(model: GPT, rows: list[list[int]], cache: KVCache) -> Tensor:
         return last_logits(model, ids, cache, last)
 
 
-def prefill(model: GPT, context: list[list[int]], steps_left: int, prefix: PrefixCache | None,
-            limits: tuple[int, int] | None) -> tuple[KVCache, list[list[int]]]:
-    """Make a cache for these rows; return it and the tokens of each row that it does not hold yet.
-
-    A long prefix that all rows share, such as worked examples before a question, is computed once and copied
-    to every row. Each row keeps its last token at least, because the logits after it are needed.
-    """
-    # A row may grow by one token per step. With `prefix`, a later call may fill the whole context.
-    longest = min(model.config.block_size, max(map(len, context)) + steps_left)
-    slots = longest if prefix is None else model.config.block_size
-    device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
-    kind = StepCache if model.compiled_steps and device.type == "cpu" else KVCache
-    slots += SPARE_SLOTS if model.compiled_steps else 0
-    cache = (kind(model.config, len(context), slots, device, dtype) if limits is None else
-             SinkCache(model.config, len(context), limits, model.rope, dtype))
-    shared = min(len(os.path.commonprefix(context)), *(len(row) - 1 for row in context))
-    if len(context) == 1 or shared < MIN_SHARED_PREFIX:
-        return cache, context
-    one = KVCache(model.config, 1, shared, device, dtype)
-    forward_last(model, [context[0][:shared]], one)
-    for stored, computed in zip((*cache.k, *cache.v), (*one.k, *one.v), strict=True):
-        stored[:, :, :shared] = computed  # (1, K, shared, D) -> (B, K, shared, D)
-    cache.set_lengths([shared] * len(context))
-    return cache, [row[shared:] for row in context]
-
-
 def graph_steps(model: GPT, cache: KVCache, unread: list[list[int]], uniform: Tensor, sampling: Sampling,
                 options: Options) -> Iterator[list[int]]:
     """Return the tokens of further steps, one list of ids per step. unread: one token per row."""
@@ -230,6 +204,78 @@ def append_tokens(rows: list[list[int]], tokens: list[int | None]) -> None:
             row.append(token)
 
 
+class Reader:
+    """What the model has read of each row, for one call of `generate`.
+
+    context: the tokens that each row attends to: all, or the sinks and the last ones. cache: their keys and
+    values; None where everything has to be read. unread: the tokens of each row that the cache does not hold.
+    """
+
+    def __init__(self, model: GPT, prompts: list[list[int]], sampling: Sampling, prefix: PrefixCache | None):
+        if not prompts or not all(prompts):
+            raise ValueError("every prompt needs at least one token")
+        self.model, self.prefix, self.limits = model, prefix, sink_limits(model, sampling)
+        sinks, size = (self.limits[0], sum(self.limits)) if self.limits else (0, model.config.block_size)
+        self.size = size
+        self.context = [prompt[:] if len(prompt) <= size else prompt[:sinks] + prompt[sinks - size:]
+                        for prompt in prompts]
+        self.cache: KVCache | None = None
+        self.unread = self.context
+        # A cache that has dropped tokens cannot go back, so it is not used again.
+        if prefix and prefix.cache and max(prefix.cache.used, len(self.context[0])) <= size:
+            shared = len(os.path.commonprefix([prefix.ids, self.context[0][:-1]]))
+            self.cache, self.unread = prefix.cache, [self.context[0][shared:]]
+            self.cache.set_lengths([shared])
+
+    def read(self, steps_left: int) -> Tensor:
+        """Read what is unread; return the logits after the last token of each row, (B, V)."""
+        if self.cache is None:
+            self.cache = self.new_cache(steps_left)
+        return forward_last(self.model, self.unread, self.cache)
+
+    def new_cache(self, steps_left: int) -> KVCache:
+        """Make a cache for the rows, and set what it does not hold yet.
+
+        A long prefix that all rows share, such as worked examples before a question, is computed once and
+        copied to every row. Each row keeps its last token at least, because the logits after it are needed.
+        """
+        model, rows, block_size = self.model, self.context, self.model.config.block_size
+        # A row may grow by one token per step. With `prefix`, a later call may fill the whole context.
+        slots = block_size if self.prefix else min(block_size, max(map(len, rows)) + steps_left)
+        slots += SPARE_SLOTS if model.compiled_steps else 0
+        device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
+        kind = StepCache if model.compiled_steps and device.type == "cpu" else KVCache
+        cache = (kind(model.config, len(rows), slots, device, dtype) if self.limits is None else
+                 SinkCache(model.config, len(rows), self.limits, model.rope, dtype))
+        self.unread = rows
+        shared = min(len(os.path.commonprefix(rows)), *(len(row) - 1 for row in rows))
+        if len(rows) > 1 and shared >= MIN_SHARED_PREFIX:
+            one = KVCache(model.config, 1, shared, device, dtype)
+            forward_last(model, [rows[0][:shared]], one)
+            for stored, computed in zip((*cache.k, *cache.v), (*one.k, *one.v), strict=True):
+                stored[:, :, :shared] = computed  # (1, K, shared, D) -> (B, K, shared, D)
+            cache.set_lengths([shared] * len(rows))
+            self.unread = [row[shared:] for row in rows]
+        return cache
+
+    def append(self, tokens: list[int | None], live: list[bool]) -> bool:
+        """Append one step's tokens, which are unread then. Returns False if the rows must be read again.
+
+        A row that is not live stays in the batch, with one token.
+        """
+        if self.prefix is not None:
+            self.prefix.cache, self.prefix.ids = self.cache, self.context[0].copy()
+        append_tokens(self.context, tokens)
+        self.context = [row if alive else row[-1:] for row, alive in zip(self.context, live, strict=True)]
+        self.unread = [row[-1:] for row in self.context]
+        if self.limits is None and shift_context(self.context, self.size):
+            self.cache = None
+            return False
+        assert self.cache is not None
+        self.cache.set_lengths([len(row) - 1 for row in self.context])  # all but the tokens just chosen
+        return True
+
+
 def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling,
                    is_done: Callable[[int, list[int]], bool] | None = None,
                    options: Options = Options()) -> Iterator[list[int | None]]:
@@ -240,65 +286,39 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
     is_done(row, new ids): called after each token of a row; True ends the row with that token. None lets
         every row reach max_new_tokens.
     Raises ValueError for an empty prompt, and UserError if the logits of the model are not finite.
-    The autograd mode is the caller's: on-policy training uses this function, and all others use `generate`.
     """
-    if not prompts or not all(prompts):
-        raise ValueError("every prompt needs at least one token")
-    prefix, limits = options.prefix, sink_limits(model, sampling)
-    sinks, block_size = (0, model.config.block_size) if limits is None else (limits[0], sum(limits))
-    # The tokens that each row attends to: all, or the sinks and the last ones.
-    context = [prompt[:] if len(prompt) <= block_size else prompt[:sinks] + prompt[sinks - block_size:]
-               for prompt in prompts]
+    reader, guide = Reader(model, prompts, sampling, options.prefix), options.guide
     new: list[list[int]] = [[] for _ in prompts]  # the tokens that each row has generated
     live = [True] * len(prompts)  # False for a row that has ended
     numbers = options.row_numbers or range(len(prompts))
     uniform = uniform_numbers(sampling.seed, numbers, max_new_tokens).to(model.head_weight.device)
-    cache, unread = None, context  # unread: the tokens of each row that the cache does not hold
+    uses_graph = model.compiled_steps and uniform.is_cuda and not guide and sampling.repetition_penalty == 1
     graph: Iterator[list[int]] | None = None  # the tokens of further steps, from a CUDA graph
-    uses_graph = (model.compiled_steps and uniform.is_cuda and options.guide is None
-                  and sampling.repetition_penalty == 1)
-    # A cache that has dropped tokens cannot go back, so it is not used again.
-    if prefix and prefix.cache and max(prefix.cache.used, len(context[0])) <= block_size:
-        shared = len(os.path.commonprefix([prefix.ids, context[0][:-1]]))
-        cache, unread = prefix.cache, [context[0][shared:]]
-        cache.set_lengths([shared])
     for step in range(max_new_tokens):
-        # At the start, and after a shift of the context, there is no cache: read every row from its start.
-        if cache is None:
-            cache, unread = prefill(model, context, max_new_tokens - step, prefix, limits)
         chosen = next(graph, None) if graph is not None else None
         if chosen is None:
-            logits = forward_last(model, unread, cache)[:, :options.vocab_size].float()  # (B, V)
-            logits = penalize(logits, context, sampling.repetition_penalty)
-            if options.guide is not None:
-                logits = options.guide.mask(logits)
-            chosen = next_ids(logits, uniform[:, step], sampling).tolist()
-            graph = None
-        if prefix is not None:
-            prefix.cache, prefix.ids = cache, context[0].copy()
+            logits = reader.read(max_new_tokens - step)[:, :options.vocab_size].float()  # (B, V)
+            logits = penalize(logits, reader.context, sampling.repetition_penalty)
+            logits = logits if guide is None else guide.mask(logits)
+            graph, chosen = None, next_ids(logits, uniform[:, step], sampling).tolist()
         if NO_TOKEN in chosen:
             raise UserError(f"{model.source}: its logits are not finite, so its weights are broken")
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
-        if options.guide is not None:
-            options.guide.advance(tokens)
+        if guide is not None:
+            guide.advance(tokens)
         append_tokens(new, tokens)
-        append_tokens(context, tokens)
-        for row, token in enumerate(tokens):
-            if token is not None and is_done is not None and is_done(row, new[row]):
-                live[row], context[row] = False, [token]  # the row stays in the batch, with one token
-        unread = [row[-1:] for row in context]
-        if limits is None and shift_context(context, block_size):
-            cache = graph = None
-        else:
-            cache.set_lengths([len(row) - 1 for row in context])  # all but the tokens just chosen
-            if uses_graph and graph is None:
-                graph = graph_steps(model, cache, unread, uniform[:, step + 1:], sampling, options)
+        live = [alive and not (is_done and is_done(row, new[row])) for row, alive in enumerate(live)]
+        if not reader.append(tokens, live):
+            graph = None
+        elif uses_graph and graph is None:
+            graph = graph_steps(model, reader.cache, reader.unread, uniform[:, step + 1:], sampling, options)
         yield tokens
         if not any(live):
             return
 
 
-# inference_mode is 15 % faster than no_grad, but its tensors cannot be used in training.
+# inference_mode is 15 % faster than no_grad, but its tensors cannot be used in training: on-policy training
+# calls generate_steps, and all others call this function.
 generate = torch.inference_mode()(generate_steps)
 
 
