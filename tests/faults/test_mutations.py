@@ -10,7 +10,10 @@ import copy
 import io
 import json
 import random
+import resource
 import shutil
+import sys
+import time
 import warnings
 
 import numpy as np
@@ -90,16 +93,23 @@ def mutations(content, limit):
             yield place, change, text
 
 
+def peak_memory():
+    """The most memory that this process has had, in bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1024 if sys.platform == "linux" else 1)
+
+
 def mutate(file, use, limit=10**6):
     """Call use() for each mutation of a file, which must raise a UserError of one line or return.
 
-    Returns the number of mutations. The file is put back at the end.
+    Each call has 10 s of CPU time, and all of them 2 GB of memory. Returns the number of mutations. The file
+    is put back at the end.
     """
+    memory = peak_memory()
     good = file.read_bytes()
     content, count, bad = json.loads(good), 0, []
     for place, change, text in mutations(content, limit):
         file.write_text(text)
-        count += 1
+        count, begin = count + 1, time.process_time()
         try:
             use()
         except UserError as error:
@@ -107,7 +117,10 @@ def mutate(file, use, limit=10**6):
                 bad.append((place, change, f"long: {str(error)[:200]}"))
         except BaseException as error:  # the tokenizers library has panics that are no Exception
             bad.append((place, change, f"{type(error).__name__}: {str(error)[:200]}"))
+        if time.process_time() - begin > 10:
+            bad.append((place, change, "10 seconds"))
     file.write_bytes(good)
+    assert peak_memory() < memory + 2e9
     assert not bad, "\n".join(map(str, [len(bad), *bad[:12]]))
     return count
 
