@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent.parent))  # the scripts are in the root, as their users find them
 
 from configurator import configure
+from dataset.problems import problem_rows
 from formats.chat_format import with_chat_tokens
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -192,7 +193,8 @@ def pairs(tmp_path_factory, trained):
 def chat_folder(tmp_path_factory):
     """A model folder with chat tokens and random weights."""
     folder = tmp_path_factory.mktemp("chat") / "model"
-    tokenizer = with_chat_tokens(Tokenizer.train([open(__file__, encoding="utf-8").read()], 400))
+    texts = [row["text"] for row in problem_rows("text", 500, seed=0)]
+    tokenizer = with_chat_tokens(Tokenizer.train(texts, 400))
     model = busy_model(tiny_config(vocab_size=tokenizer.vocab_size))
     model.save_pretrained(folder, eos_token_id=tokenizer.end_ids)
     tokenizer.save(folder)
