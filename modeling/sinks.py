@@ -54,6 +54,9 @@ def cache_limits(config: Any, sinks: int, window: int | None) -> tuple[int, int]
     return sinks, window
 
 
+AHEAD = 16  # steps for which the sinks of equal rows are rotated at once, because every operation costs time
+
+
 class SinkCache(KVCache):
     """A cache of sinks + window slots that never fills up: see the module docstring.
 
@@ -72,6 +75,7 @@ class SinkCache(KVCache):
                              rope.cos.device)
         self.tables = [table / rope.cos[0, 0] for table in (rope.cos, rope.sin)]  # without YaRN's factor
         self.base, self.wrapped = [0] * batch_size, False
+        self.ahead: dict[int, Tensor] = {}  # {step: the sinks, turned by so many positions}
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
         self.keys = torch.stack(self.k)  # (layers, B, K, S, D)
         self.k, self.first = list(self.keys), self.keys[..., :0, :]  # views, one per layer
@@ -97,7 +101,15 @@ class SinkCache(KVCache):
         if not full:  # rows with room may still get their sinks
             young = torch.tensor(inside, device=device).view(-1, 1, 1, 1) < self.size - 1
             self.first = torch.where(young, sinks, self.first)
-        self.keys[..., :self.sinks, :] = self.turned(self.first, steps, 1)
+        if not (self.even and full):
+            sinks.copy_(self.turned(self.first, steps, 1))
+            self.ahead = {}
+        else:
+            if steps[0] not in self.ahead:
+                flat = self.first.flatten(0, 2)[None]  # (1, layers B K, sinks, D)
+                turned = self.turned(flat, slice(steps[0], steps[0] + AHEAD), 1).unflatten(1, sinks.shape[:3])
+                self.ahead = dict(enumerate(turned.to(sinks.dtype), steps[0]))
+            sinks.copy_(self.ahead[steps[0]])
         ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
                 for n in self.lengths]
         self.begin, self.end = ring[0], self.size
@@ -108,10 +120,9 @@ class SinkCache(KVCache):
         mask = torch.arange(self.size, device=device) <= seen[:, None, :, None]  # (B, 1, 1, S)
         return mask, seen + torch.tensor(steps, device=device)[:, None]
 
-    def turned(self, k: Tensor, steps: list[int], sign: int) -> Tensor:
-        """Move keys (layers, B, K, n, D) by sign * steps positions, one number per row, in float32."""
-        rows = slice(steps[0], steps[0] + 1) if self.even else steps  # a slice is faster than an index
-        cos, sin = (table[rows][:, None, None] for table in self.tables)  # (B, 1, 1, D)
+    def turned(self, k: Tensor, steps: list[int] | slice, sign: int) -> Tensor:
+        """Move keys (.., B, K, n, D) by sign * steps positions, one number for each of B, in float32."""
+        cos, sin = (table[steps][:, None, None] for table in self.tables)  # (B, 1, 1, D)
         k = k.float()
         return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
 
