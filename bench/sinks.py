@@ -48,7 +48,7 @@ class SinksConfig:
     json: str | None = None  # write the results to this file
     png: str | None = None  # draw the curves to this file
     times: bool = False  # only time untrained models
-    rounds: int = 7  # of these times; the tokens' times are medians of them
+    rounds: int = 15  # of these times; the tokens' times are medians of them
 
     def __post_init__(self) -> None:
         require_positive(self, "seeds", "steps", "limit", "rounds")
