@@ -647,11 +647,11 @@ async def visit(server, script, monkeypatch):
         await page.js("document.querySelector('#seed').value = 3")
         await page.picture("settings")
         await page.click("Done")
-        assert await page.js("state.choices.seed") == 3
+        await page.until("state.choices.seed === 3")  # a dialog tells that it closes a little later
         await page.click("Dark")
+        await page.until("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)"
+                         ".every((c) => c < 60)")
         await page.picture("dark")
-        assert await page.js("getComputedStyle(document.body).backgroundColor.match(/\\d+/g)"
-                             ".every((c) => c < 60)")
         # A phone: nothing is wider than the screen, and the list opens and closes.
         await page.size(390, 844)
         await page.until("getComputedStyle(document.querySelector('#side')).visibility === 'hidden'")
