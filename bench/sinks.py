@@ -67,8 +67,10 @@ def token_times(model: GPT, sampling: Sampling, tokens: int) -> list[float]:
 
 
 def compared_times(model: GPT, tokens: int, rounds: int, ways: dict[str, Sampling]) -> dict[str, dict]:
-    """Of the tokens' times, which are medians of `rounds` in turns: the median, the slowest over it, and the
-    mean."""
+    """The seconds per token of each way: {"median", "slowest" (divided by the median), "mean"}.
+
+    All ways are timed in turns, `rounds` times, and the time of a token is its median over the rounds.
+    """
     turns = [{name: token_times(model, sampling, tokens) for name, sampling in ways.items()}
              for _ in range(rounds)]
     result = {}
