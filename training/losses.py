@@ -24,8 +24,12 @@ from modeling.devices import autocast_dtype
 
 
 def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
-    """Positions per chunk: enough to fill a GPU; on a CPU at most 16 MB of logits, to stay near its cache."""
-    return 4096 if hidden.is_cuda else min(512, max(32, 2**22 // vocab_size))
+    """Positions per chunk: enough to fill a GPU; on a CPU about 16 MB of logits, to stay near its cache.
+
+    Each chunk also passes over the gradient of the whole table. With a large vocabulary and less than 256
+    positions, that costs more than the matrix products.
+    """
+    return 4096 if hidden.is_cuda else min(512, max(256, 2**22 // vocab_size))
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
