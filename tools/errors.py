@@ -12,8 +12,8 @@ A wrong answer has the first of these kinds that fits:
                                 function where none is right
     right answer in wrong form  the right answer, with more or other words around it
     missing step                all steps are right ones, but some are left out
+    slipped digit               the first mistake is one digit, wrong, left out or added; or a wrong day
     wrong operator              what another operation gives for the same numbers
-    slipped digit               one digit, or the day, is wrong
     not in the passage          a number, a name or, if it has none, a word is not in the text that was given
     wrong                       anything else
 
@@ -58,10 +58,9 @@ class ErrorsConfig:
 # ---- Kinds of mistakes ------------------------------------------------------------------------------------
 
 def is_slip(said: str, answer: str) -> bool:
-    """Whether two texts of the same length differ in one digit, or are two days."""
-    changed = [a + b for a, b in zip(said, answer, strict=False) if a != b]
-    is_digit = len(said) == len(answer) and len(changed) == 1 and changed[0].isdigit()
-    return is_digit or {said, answer} <= {*DAYS}
+    """Whether two texts differ in one digit, which is changed, left out or added, or are two days."""
+    is_digit = re.fullmatch(r"(.*)\d?(.*)\n\1\d?\2", f"{said}\n{answer}")
+    return said != answer and bool(is_digit or {said, answer} <= {*DAYS})
 
 
 def other_results(expression: str | None) -> list[str]:
@@ -86,9 +85,10 @@ def kind_of(row: dict[str, Any]) -> str | None:
                if not is_call and isinstance(each["arguments"], dict)]
     answers = [*map(str, row.get("answers", [row.get("answer", "")]))]
     endings = [rf"(?<![\w-]){re.escape(normalized(each))}$" for each in answers if normalized(each)]
-    steps, right_steps = message.get("thought", "").split("; "), row.get("steps", [])
+    steps, right_steps = [*filter(None, message.get("thought", "").split("; "))], row.get("steps", [])
     is_number = "steps" in row or "strict" in row  # the answer is a number, numbers or a day
     result = str(flexible(said)) if "strict" in row else said
+    pairs = [*zip(steps, right_steps, strict=False), (result, answers[0])]  # the first that differs decides
     passage = row.get("passage") or row.get("document")
     rules = (
         ("stopped early", message.get("cut")),
@@ -99,9 +99,9 @@ def kind_of(row: dict[str, Any]) -> str | None:
         ("right answer in wrong form", row.get("flexible") or any(
             re.search(ending, normalized(said)) for ending in endings)),
         ("malformed", is_number and flexible(said) is None and said not in DAYS),
-        ("missing step", len(steps) < len(right_steps) and {*steps} < {*right_steps}),
+        ("missing step", 0 < len(steps) < len(right_steps) and {*steps} < {*right_steps}),
+        ("slipped digit", is_number and next((is_slip(*pair) for pair in pairs if pair[0] != pair[1]), None)),
         ("wrong operator", said in other_results(row.get("expression"))),
-        ("slipped digit", is_number and is_slip(result, answers[0])),
         ("not in the passage", passage and is_unsupported(said, passage)))
     kind = next((kind for kind, fits in rules if fits), "wrong")
     verdict = next((row[key] for key in VERDICTS if key in row), None)
