@@ -21,7 +21,7 @@ from configurator import UserError, configure, optional_import, require, require
 from dataset.sources import find_files, hub_rows, read_rows, row_value, usable_rows
 from dataset.tasks import ASK_SUMMARY, example
 from evals.results import means
-from evals.tasks.summarize import ROUGE, rouge
+from evals.tasks.summarize import ROUGE, rouge, scorer
 from formats.files import write_json
 from formats.markdown import table
 
@@ -104,7 +104,8 @@ def summarize(cfg: Seq2SeqConfig, trainer: Any, rows: list[dict[str, str]]) -> l
 def main(argv: list[str]) -> int:
     cfg, _ = configure(Seq2SeqConfig, argv, usage=__doc__)
     pairs = read_pairs(cfg)
-    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)  # a wrong place ends the run now, not after training
+    scorer()  # a missing package and a wrong place end the run now, not after training
+    Path(cfg.out_dir).mkdir(parents=True, exist_ok=True)
     rows, trainer = pairs[True][:cfg.limit], make_trainer(cfg, pairs[False])
     texts = {"zero-shot": summarize(cfg, trainer, rows)}  # a new adapter changes nothing
     trainer.train()

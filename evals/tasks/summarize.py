@@ -8,18 +8,17 @@ model (--chat=True) it is the document, a blank line and "Summarize this text in
 summary ends at a blank line or after 128 tokens. A document that does not fit into the context loses its end.
 With --shots=k the last k rows, which are not asked then, come first with their summaries.
 
-ROUGE is the F-measure of the package rouge_score, without stemming. Words are runs of a-z and 0-9. rouge1
-counts common words, rouge2 common pairs of words. rougeL is the longest common subsequence of the two texts,
-each as one sequence (the sentence level). rougeLsum takes lines for sentences (the summary level, which
-papers on CNN/DailyMail report): each line of the reference counts the union of its common subsequences with
-all lines of the summary. Files: summarize*, xsum*, samsum*, with document, article or dialogue; hub: the test
+ROUGE is the F-measure of the package rouge_score (pip install rouge_score), without stemming. rouge1 counts
+common words, rouge2 common pairs of words. rougeL is the longest common subsequence of the two texts, each as
+one sequence (the sentence level). rougeLsum takes lines for sentences (the summary level, which papers on
+CNN/DailyMail report). Files: summarize*, xsum*, samsum*, with document, article or dialogue; hub: the test
 splits in HUB.
 """
 
-import re
-from collections import Counter
+import functools
 from typing import Any
 
+from configurator import optional_import
 from dataset.tasks import ASK_SUMMARY, summary_of
 from evals.benchmarks import Questions, answer_text, read, with_last_as_shots
 from evals.lm import LM
@@ -32,59 +31,16 @@ MAX_NEW_TOKENS = 128
 ASK = "\n\nTL;DR:"
 
 
-# ---- ROUGE ------------------------------------------------------------------------------------------------
-
-def words(text: str) -> list[str]:
-    return re.findall("[a-z0-9]+", text.lower())
-
-
-def f_measure(hits: int, reference: int, summary: int) -> float:
-    """The harmonic mean of recall, hits / reference, and precision, hits / summary."""
-    return 2 * hits / (reference + summary) if hits else 0.0
-
-
-def common_subsequence(a: list[str], b: list[str]) -> list[int]:
-    """Indices into `a` of a longest common subsequence; if there are several, the one rouge_score takes."""
-    longest = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]  # [i][j]: its length for a[:i] and b[:j]
-    for i, left in enumerate(a, 1):
-        above, row = longest[i - 1], longest[i]
-        for j, right in enumerate(b, 1):
-            row[j] = above[j - 1] + 1 if left == right else max(above[j], row[j - 1])
-    indices, i, j = [], len(a), len(b)
-    while i and j:  # walk back from the end
-        if a[i - 1] == b[j - 1]:
-            i, j = i - 1, j - 1
-            indices.append(i)
-        elif longest[i][j - 1] > longest[i - 1][j]:
-            j -= 1
-        else:
-            i -= 1
-    return indices[::-1]
-
-
-def summary_level_hits(reference: str, summary: str) -> int:
-    """Common words by lines; a word counts at most as often as it is in both texts."""
-    lines = [words(line) for line in summary.split("\n")]
-    left = Counter(words(reference)) & Counter(words(summary))
-    hits = 0
-    for line in map(words, reference.split("\n")):
-        for index in sorted({index for other in lines for index in common_subsequence(line, other)}):
-            hits += left[line[index]] > 0
-            left[line[index]] -= 1
-    return hits
+@functools.cache
+def scorer() -> Any:
+    """The scorer of the package rouge_score. UserError if it is missing."""
+    return optional_import("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE), use_stemmer=False)
 
 
 def rouge(summary: str, reference: str) -> dict[str, float]:
     """{"rouge1": F-measure, ..} of a summary against a reference."""
-    a, b = words(reference), words(summary)
-    pairs = [Counter(zip(text, text[1:], strict=False)) for text in (a, b)]
-    return {"rouge1": f_measure((Counter(a) & Counter(b)).total(), len(a), len(b)),
-            "rouge2": f_measure((pairs[0] & pairs[1]).total(), len(a) - 1, len(b) - 1),
-            "rougeL": f_measure(len(common_subsequence(a, b)), len(a), len(b)),
-            "rougeLsum": f_measure(summary_level_hits(reference, summary), len(a), len(b))}
+    return {name: each.fmeasure for name, each in scorer().score(reference, summary).items()}
 
-
-# ---- The task -------------------------------------------------------------------------------------------
 
 def texts_of(row: dict[str, Any]) -> tuple[str, str]:
     document, summary = summary_of(row)
@@ -93,6 +49,7 @@ def texts_of(row: dict[str, Any]) -> tuple[str, str]:
 
 def load(source: str | None, limit: int, shots: int | None, name: str = "summarize") -> Questions:
     """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
+    scorer()  # a missing package ends the program now
     return with_last_as_shots(read(source, name, HUB[name]), limit, shots or 0, texts_of)
 
 

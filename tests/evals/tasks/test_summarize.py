@@ -1,7 +1,6 @@
-"""Summaries: ROUGE by hand and against the package rouge_score; the prompt; right and wrong models."""
+"""Summaries: ROUGE by hand; the prompt; right and wrong models."""
 
 import json
-import random
 
 import pytest
 
@@ -26,19 +25,6 @@ def test_rouge_by_hand():
 @pytest.mark.parametrize("said, right", [("", "a b"), ("a b", ""), ("...", "a"), ("a", "b"), ("", "")])
 def test_rouge_of_nothing(said, right):
     assert set(rouge(said, right).values()) == {0.0}
-
-
-def test_rouge_equals_rouge_score():
-    scorer = pytest.importorskip("rouge_score.rouge_scorer").RougeScorer(list(ROUGE), use_stemmer=False)
-    draw = random.Random(0)
-    pieces = ["a", "b", "c", "d", "The", "the", "it's", "2.5", "caf\u00e9", "\u0130x", "--", "\n", "\n\n"]
-
-    def text():
-        return " ".join(draw.choices(pieces, k=draw.randrange(40)))
-
-    for said, right in ((text(), text()) for _ in range(500)):
-        theirs = {key: score.fmeasure for key, score in scorer.score(right, said).items()}
-        assert rouge(said, right) == pytest.approx(theirs, abs=1e-12)
 
 
 ROWS = [{"document": f"Number {n} met number {n + 1} on Monday. " * 3, "summary": f"{n} met {n + 1}."}
