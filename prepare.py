@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset import decontaminate, problems
 from dataset.download import download, is_url, url_name
-from dataset.encoding import Batch, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
+from dataset.encoding import Document, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.quality import SeenDocuments, chosen_rules
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
@@ -124,17 +124,8 @@ class PrepareConfig:
 
 # ---- Rows in ----------------------------------------------------------------------------------------------
 
-def source_rows(cfg: PrepareConfig, files: list[Path],
-                progress: Callable[[int], Any] | None = None) -> Iterator[Row]:
-    """All rows of the source, in the same order at each call.
-
-    progress: as for `read_rows`; if there are no files, it is called with 1 after each row.
-    """
-    if not files and progress:
-        for row in source_rows(cfg, files):
-            yield row
-            progress(1)
-        return
+def source_rows(cfg: PrepareConfig, files: list[Path]) -> Iterator[Row]:
+    """All rows of the source, in the same order at each call."""
     if cfg.source in EMBEDDED:
         # The seed is fixed: everybody's embedded data is the same, and evaluation draws from another split.
         values = (tool_rows(TOOL_ROWS, seed=1) if cfg.source == "tools" else
@@ -153,17 +144,19 @@ def source_rows(cfg: PrepareConfig, files: list[Path],
         size = sum(path.stat().st_size for path in files)
         smallest = 2**10 if size > 2**10 else max(size // 2, 8)
         piece = min(piece, max(int(size * cfg.val_fraction / 10), smallest))
-    yield from read_rows(files, text_key, piece, progress)
+    yield from read_rows(files, text_key, piece)
 
 
-def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES) -> Iterator[list[Row]]:
-    """Consecutive rows, about `size_limit` bytes at a time."""
+def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES,
+               progress: Callable[[int], Any] = lambda size: None) -> Iterator[list[Row]]:
+    """Consecutive rows, about `size_limit` bytes at a time. progress: called with the bytes of each batch."""
     batch, size = [], 0
     for row in rows:
         batch.append(row)
         # Rows of Parquet and the hub are Python values; their length as text is close enough.
         size += len(row.content if isinstance(row.content, bytes | str) else str(row.content))
         if size >= size_limit:
+            progress(size)
             yield batch
             batch, size = [], 0
     if batch:
@@ -173,10 +166,10 @@ def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES) -> Iterator[l
 def usable_contents(rows: Iterable[Row], recipe: Recipe) -> Iterator[tuple[Any, int, int]]:
     """(content, its hash, its size in bytes) of each row that can be used; write_shards counts the others."""
     for batch in in_batches(rows):
-        for content in parse_rows(batch, recipe)[0]:
-            if content is not None:
-                data = identity_bytes(content)
-                yield content, text_hash(data), len(data)
+        for document in parse_rows(batch, recipe):
+            if document.content is not None:
+                data = identity_bytes(document.content)
+                yield document.content, text_hash(data), len(data)
 
 
 def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int:
@@ -248,52 +241,40 @@ class Tally:
 
 # ---- Shards out -------------------------------------------------------------------------------------------
 
-def write_batch(batch: Batch, keep: np.ndarray, writers: dict[str, ShardWriter], val_limit: int) -> None:
-    """Append the documents to keep, (rows,) bool, to the shards of their split."""
-    is_val = batch.hashes < np.uint64(val_limit)  # (rows,) hashes are uniform
-    for split, chosen in (("train", keep & ~is_val), ("val", keep & is_val)):
-        tokens = np.repeat(chosen, batch.lengths)  # (tokens,) from documents to their tokens
-        mask = batch.mask[tokens] if len(batch.mask) else None
-        writers[split].write(batch.ids[tokens], int(chosen.sum()), int(batch.byte_counts[chosen].sum()), mask)
-
-
-def drop_duplicates(rows: list[Row], batch: Batch, seen: set[int], near: SeenDocuments | None) -> None:
+def drop_duplicates(rows: list[Row], documents: list[Document], seen: set[int],
+                    near: SeenDocuments | None) -> None:
     """Give each row that repeats an earlier one a reason. Only the parent process sees every row."""
-    new = list[int]()  # the rows whose text occurs for the first time
-    for row in np.flatnonzero(batch.lengths).tolist():
-        if (digest := int(batch.hashes[row])) in seen:
-            batch.reasons[row] = DUPLICATE
-        else:
-            seen.add(digest)
-            new.append(row)
-    if near:
-        new = [row for row in new if batch.signatures[row].any()]  # a text of a few words has no signature
-        found = near.add([printable(rows[row].place) for row in new], batch.signatures[new])
-        for row, place in zip(new, found, strict=True):
+    new = []  # texts that occur for the first time; one of a few words has no signature
+    for row, document in zip(rows, documents, strict=True):
+        if document.reason is None and document.hash in seen:
+            document.reason = DUPLICATE
+        elif document.reason is None:
+            seen.add(document.hash)
+            if near and document.signature.any():
+                new.append((printable(row.place), document))
+    if near and new:
+        places = near.add([place for place, _ in new], np.stack([document.signature for _, document in new]))
+        for (_, document), place in zip(new, places, strict=True):
             if place:
-                batch.reasons[row], batch.details[row] = "near-duplicate document", {"near": place}
+                document.reason, document.details = "near-duplicate document", {"near": place}
 
 
 def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfig, val_limit: int,
                  writers: dict[str, ShardWriter], tally: Tally) -> None:
     """Tokenize all rows, count them, and write them to the train and val shards. val_limit: `split_limit`."""
     seen, near, tokens = set[int](), SeenDocuments(cfg.dedup) if cfg.dedup else None, 0
-    for rows, batch in tokenize_all(batches, recipe, cfg.num_proc or os.cpu_count() or 1):
-        drop_duplicates(rows, batch, seen, near)
-        keep = np.array([reason is None for reason in batch.reasons])  # (rows,)
-        total = tokens + np.cumsum(batch.lengths * keep)  # (rows,) tokens up to the end of each row
-        used = len(rows)
-        if cfg.max_tokens is not None:
-            # The document that reaches the limit is the last; rows after it are not even counted.
-            used = min(used, int(np.searchsorted(total, cfg.max_tokens)) + 1)
-            keep[used:] = False
+    for rows, documents in tokenize_all(batches, recipe, cfg.num_proc or os.cpu_count() or 1):
+        drop_duplicates(rows, documents, seen, near)
         # Counting in the order of the source makes the listed places the first ones.
-        for i, row in enumerate(rows[:used]):
-            tally.count(row, batch.reasons[i], batch.details[i])
-        write_batch(batch, keep, writers, val_limit)
-        tokens = total[used - 1]
-        if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
-            return  # this ends the generators too: no more rows are read
+        for row, document in zip(rows, documents, strict=True):
+            tally.count(row, document.reason, document.details)
+            if document.reason is None:
+                writer = writers["val" if document.hash < val_limit else "train"]
+                writer.write(document.ids, document.byte_count, document.mask)
+                tokens += len(document.ids)
+                # The document that reaches the limit is the last; rows after it are not even counted.
+                if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
+                    return  # this ends the generators too: no more rows are read
 
 
 # ---- The folder -------------------------------------------------------------------------------------------
@@ -344,7 +325,6 @@ def require_documents(cfg: PrepareConfig, tally: Tally, tokens: dict[str, int]) 
 def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[Benchmark]) -> dict[str, Any]:
     """Write shards and tokenizer into an empty folder; returns meta.json's content but for its inputs."""
     size = sum(path.stat().st_size for path in files)
-    rows = problems.ROWS if cfg.source in EMBEDDED else None  # about: nobody knows how many the hub has
     amount = f": {size / 1e6:,.1f} MB in {len(files):,} files" if files else ""
     print(f"reading   {cfg.source}{amount}")
     index = None
@@ -359,12 +339,11 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     recipe = recipe._replace(tokenizer=tokenizer)  # until here, rows were parsed but not encoded
     writers = open_writers(folder, tokenizer.vocab_size, masked=cfg.kind != "text")
     begin, tally = time.perf_counter(), Tally(cfg.strict)
-    # The bar, on a terminal only, counts bytes of packed files: how many they unpack to is not known.
-    with tqdm(total=size or rows, unit="B" if files else "row", unit_scale=True, leave=False,
-              disable=None) as bar:
+    # The bar, on a terminal only, counts bytes of text: a packed file has more of them than its own size.
+    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
         # Batches are encoded ahead. With max_tokens, of about 4 bytes, most of a large one would be in vain.
         size_limit = min(BATCH_BYTES, 4 * (cfg.max_tokens or BATCH_BYTES))
-        batches = in_batches(source_rows(cfg, files, bar.update), size_limit)
+        batches = in_batches(source_rows(cfg, files), size_limit, bar.update)
         write_shards(batches, recipe, cfg, val_limit, writers, tally)
     meta = describe(writers, cfg.kind, tokenizer, cfg.tokenizer)
     seconds, megabytes = time.perf_counter() - begin, sum(meta["bytes"].values()) / 1e6

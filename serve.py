@@ -147,8 +147,7 @@ class Server:
         self.defaults = CompletionRequest(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)
         names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
-        self.models = {name: Served(name, device, dtype, cfg.slots, cfg.context_length, cfg.verifier)
-                       for name in names}
+        self.models = {name: Served(name, device, dtype, cfg) for name in names}
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The JSON of a request, whose headers are checked. Too large is status 413, too slow 408."""

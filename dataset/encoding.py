@@ -1,6 +1,6 @@
 """Rows -> token ids, in parallel: what each worker process of prepare.py does.
 
-    for rows, batch in tokenize_all(batches, recipe, processes): ...     # in order
+    for rows, documents in tokenize_all(batches, recipe, processes): ...     # in order
 
 The parent process reads files and writes shards. The workers parse rows, apply the rules of
 dataset/quality.py, look for evaluation items, and encode: text as it is, chats and preferences in the format
@@ -16,6 +16,7 @@ import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -48,17 +49,18 @@ class Recipe(NamedTuple):
     dedup: bool = False  # whether rows get a signature, to find near-duplicates by
 
 
-class Batch(NamedTuple):
-    """What some consecutive rows became."""
+@dataclass
+class Document:
+    """What a row becomes: a content or a reason by `parse_rows`, the rest by `tokenize`."""
 
-    ids: np.ndarray  # (tokens,) uint16 or uint32, document after document, each with its end-of-text token
-    mask: np.ndarray  # (tokens,) uint8 for chats and preferences (dataset/shards.py); empty for text
-    lengths: np.ndarray  # (rows,) int64, tokens; 0 for a row that was skipped
-    byte_counts: np.ndarray  # (rows,) int64, bytes of UTF-8
-    hashes: np.ndarray  # (rows,) uint64, `text_hash`
-    reasons: list[str | None]  # (rows) why a row was skipped
-    details: list[dict[str, Any]]  # (rows) what a rule that dropped the row saw; else empty
-    signatures: np.ndarray  # (rows, PERMUTATIONS) uint32, or None without dedup
+    content: Content | None = None  # None if the row is skipped; it does not travel between processes
+    reason: str | None = None  # why the row is skipped
+    details: dict[str, Any] = field(default_factory=dict)  # what a rule that dropped the row saw
+    ids: np.ndarray | None = None  # (tokens,) uint16 or uint32, with end-of-text tokens
+    mask: np.ndarray | None = None  # (tokens,) uint8 for chats and preferences (dataset/shards.py)
+    byte_count: int = 0  # of UTF-8
+    hash: int = 0  # `text_hash`
+    signature: np.ndarray | None = None  # (PERMUTATIONS,) uint32, with Recipe.dedup
 
 
 # ---- Rows -> contents -------------------------------------------------------------------------------------
@@ -96,27 +98,23 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 
-def parse_rows(rows: list[Row], recipe: Recipe) -> tuple[
-        list[Content | None], list[str | None], list[dict[str, Any]]]:
-    """(contents, reasons, details), one entry per row.
+def parse_rows(rows: list[Row], recipe: Recipe) -> list[Document]:
+    """A document for each row, with its content.
 
-    A row that cannot be used, violates a quality rule, or overlaps an evaluation item, has the content None
-    and a reason. The latter two have details: what the rule saw.
+    A row that cannot be used, violates a quality rule, or overlaps an evaluation item, has a reason in place
+    of a content. The latter two have details: what the rule saw.
     """
-    contents: list[Content | None] = [None] * len(rows)
-    reasons: list[str | None] = [None] * len(rows)
-    details: list[dict[str, Any]] = [{} for _ in rows]
-    for i, row in enumerate(rows):
+    documents = []
+    for row in rows:
         try:
-            contents[i] = parse_content(row, recipe)
+            documents.append(Document(parse_content(row, recipe)))
         except Skip as reason:
-            reasons[i], details[i] = str(reason), reason.details
+            documents.append(Document(None, str(reason), reason.details))
     if recipe.index:
-        overlaps = recipe.index.find([visible_text(each or "") for each in contents])
-        for i in range(len(rows)):
-            if overlaps[i]:
-                contents[i], reasons[i], details[i] = None, OVERLAPS, {"overlaps": overlaps[i]}
-    return contents, reasons, details
+        overlaps = recipe.index.find([visible_text(document.content or "") for document in documents])
+        documents = [Document(None, OVERLAPS, {"overlaps": found}) if found else document
+                     for document, found in zip(documents, overlaps, strict=True)]
+    return documents
 
 
 # ---- Contents -> ids --------------------------------------------------------------------------------------
@@ -154,33 +152,35 @@ def encode(tokenizer: Tokenizer, kind: str, content: Any) -> list[tuple[list[int
     return [encode_pair(tokenizer, prompt, answers)]
 
 
-def tokenize(rows: list[Row], recipe: Recipe) -> Batch:
-    """Parse, hash and encode some rows."""
+def encode_document(document: Document, recipe: Recipe) -> None:
+    """Set what follows from a document's content. Raises UserError as `encode` does."""
     tokenizer = recipe.tokenizer
+    # Each part ends with a separator. In masks it has a value of its own, because some models' token for the
+    # end of a text also ends the turns inside a chat.
+    parts = encode(tokenizer, recipe.kind, document.content)
     dtype = token_dtype(tokenizer.vocab_size)
-    ids, masks = [np.empty(0, dtype)], [np.empty(0, np.uint8)]
-    lengths, byte_counts = np.zeros((2, len(rows)), np.int64)
-    hashes = np.zeros(len(rows), np.uint64)
-    contents, reasons, details = parse_rows(rows, recipe)
-    for i, content in enumerate(contents):
-        if content is not None:
+    document.ids = np.concatenate([np.array([*ids, tokenizer.eot_id], dtype) for ids, _ in parts])
+    if recipe.kind != "text":
+        document.mask = np.concatenate([np.array([*mask, SEPARATOR], np.uint8) for _, mask in parts])
+    data = identity_bytes(document.content)
+    document.byte_count, document.hash = len(data), text_hash(data)
+
+
+def tokenize(rows: list[Row], recipe: Recipe) -> list[Document]:
+    """Parse, hash and encode some rows."""
+    documents = parse_rows(rows, recipe)
+    if recipe.dedup:
+        texts = [visible_text(document.content or "") for document in documents]
+        for document, signature in zip(documents, document_signatures(texts), strict=True):
+            document.signature = signature
+    for document in documents:
+        if document.content is not None:
             try:
-                documents = encode(tokenizer, recipe.kind, content)
+                encode_document(document, recipe)
             except UserError as reason:
-                reasons[i] = str(reason)
-                continue
-            data = identity_bytes(content)
-            byte_counts[i], hashes[i] = len(data), text_hash(data)
-            # A document ends with a separator. In masks it has a value of its own, because some models' token
-            # for the end of a text also ends the turns inside a chat.
-            for tokens, mask in documents:
-                ids.append(np.array([*tokens, tokenizer.eot_id], dtype))
-                masks.append(np.array([*mask, SEPARATOR] if mask else [], np.uint8))
-                lengths[i] += len(ids[-1])
-    texts = [visible_text(each or "") for each in contents]
-    signatures = document_signatures(texts) if recipe.dedup else None
-    return Batch(np.concatenate(ids), np.concatenate(masks), lengths, byte_counts, hashes, reasons, details,
-                 signatures)
+                document.reason = str(reason)
+            document.content = None
+    return documents
 
 
 # ---- Processes --------------------------------------------------------------------------------------------
@@ -202,12 +202,12 @@ def exit_with_parent() -> None:
     os._exit(1)
 
 
-def tokenize_in_worker(rows: list[Row]) -> Batch:
+def tokenize_in_worker(rows: list[Row]) -> list[Document]:
     return tokenize(rows, worker_recipe)
 
 
 def tokenize_all(batches: Iterable[list[Row]], recipe: Recipe,
-                 processes: int) -> Iterator[tuple[list[Row], Batch]]:
+                 processes: int) -> Iterator[tuple[list[Row], list[Document]]]:
     """(rows, `tokenize` of them) for each batch, in order, with two batches per process in flight."""
     if processes == 1:
         yield from ((rows, tokenize(rows, recipe)) for rows in batches)

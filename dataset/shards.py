@@ -1,7 +1,7 @@
 """A data folder on disk: raw shards of token ids, and meta.json, which describes them.
 
     writers = open_writers(folder, tokenizer.vocab_size, masked=False)     # {"train": ShardWriter, "val": ..}
-    writers["train"].write(ids, documents, byte_count)                     # whole documents
+    writers["train"].write(ids, byte_count)                                # one document
     describe(writers, "text", tokenizer, "gpt2")                           # closes them; for meta.json
     data = DataFolder("data/pystdlib")                                     # checks names and sizes
     data.shards["train"][0]                                                # np.memmap of ids
@@ -60,14 +60,8 @@ class ShardWriter:
         self.shards: list[dict[str, Any]] = []  # meta.json's entry of each closed shard
         self.files: list[BinaryIO] = []  # of the open shard: its ids and, if masked, its mask
 
-    def write(self, ids: np.ndarray, documents: int, byte_count: int, mask: np.ndarray | None = None) -> None:
-        """Append whole documents.
-
-        ids: (tokens,). documents, byte_count: how many documents they are, and how many bytes of UTF-8. mask:
-        (tokens,) uint8, needed if the shards are masked.
-        """
-        if not len(ids):
-            return
+    def write(self, ids: np.ndarray, byte_count: int, mask: np.ndarray | None = None) -> None:
+        """Append a document: ids (tokens,), bytes of UTF-8 and, if the shards are masked, mask (tokens,)."""
         if not self.files:
             self.name, self.size = f"{self.split}_{len(self.shards):05d}.bin", 0
             path = self.folder / self.name
@@ -75,7 +69,7 @@ class ShardWriter:
         for file, values in zip(self.files, (ids.astype(self.dtype, copy=False), mask), strict=False):
             append(file, values)
         self.size += len(ids)
-        self.documents += documents
+        self.documents += 1
         self.tokens += len(ids)
         self.bytes += byte_count
         if self.size >= SHARD_TOKENS:

@@ -363,23 +363,17 @@ def file_rows(raw: BinaryIO, path: Path, text_key: str | None, piece: int) -> It
     return json_lines(stream, path) if kind == ".jsonl" else json_file(stream, path)
 
 
-def read_rows(files: list[Path], text_key: str | None, piece: int,
-              progress: Callable[[int], Any] | None = None) -> Iterator[Row]:
+def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[Row]:
     """Every row of every file, in order.
 
     text_key: the column of a .parquet; None reads all columns, as a dict. piece: text files are cut near
-    every `piece` bytes. progress(n) is called after each row with the bytes read since the last call. Raises
-    UserError for a damaged file, a Parquet file without the column, or a .json that is too large.
+    every `piece` bytes. Raises UserError for a damaged file, a Parquet file without the column, or a .json that
+    is too large.
     """
     for path in files:
         try:
             with open(path, "rb") as raw:
-                before = 0
-                for row in file_rows(raw, path, text_key, piece):
-                    yield row
-                    if progress:
-                        progress(raw.tell() - before)
-                        before = raw.tell()
+                yield from file_rows(raw, path, text_key, piece)
         except UserError:
             raise
         except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:

@@ -145,7 +145,10 @@ def special_pattern(tokenizer: Tokenizer, as_json: bool = False) -> re.Pattern[s
     """Finds the names of special tokens in a text, or in JSON. A longer name comes before its beginning."""
     names = [name for name, index in tokenizer.hf.get_vocab().items() if index in tokenizer.special_ids]
     names = [json.dumps(name, ensure_ascii=False)[1:-1] if as_json else name for name in names]
-    return re.compile("|".join(re.escape(name) for name in sorted(names, key=len, reverse=True)))
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    # The next string may go on with the rest of a name, if a template joins them.
+    begins = {re.escape(name[:end]) for name in names for end in range(1, len(name)) if as_json}
+    return re.compile(f'{pattern}|(?:{"|".join(begins)})(?=")' if begins else pattern)
 
 
 @lru_cache(maxsize=8)
@@ -170,12 +173,12 @@ def template_message(message: Message, template: str) -> Message:
     if calls := form.get("tool_calls"):
         if "tool_calls" not in template:
             raise UserError("chat template: has no tool calls")
-        calls = [call.get("function") or call for call in calls]
-        form["tool_calls"] = [{"type": "function", "function": call} for call in calls]
+        form["tool_calls"] = [call if "function" in call else {"type": "function", "function": call}
+                              for call in calls]
     thought = form.get("reasoning_content") or message.get("thought")
     if ".thought" in template:
         return form | {"thought": thought}
-    if thought and ("reasoning_content" in template or "thinking" in template):
+    if thought and re.search(r"reasoning_content|\bthinking\b", template):
         return form | {"thinking": thought, "reasoning_content": thought}
     if thought and "</think>" in template:
         thought = f"<think>\n{thought}\n</think>"
@@ -197,8 +200,9 @@ class TemplateChat:
             messages = ([messages[0] | {"content": content}] if content else []) + messages[1:]
         values = json.dumps([[template_message(each, self.template) for each in messages],
                              json.loads(tools) if tools else None], ensure_ascii=False)
-        # Characters that occur nowhere, from a block of Unicode that has no characters.
-        free = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in values + self.template)
+        # Characters that occur nowhere. They are printable, so that repr() in a template keeps them.
+        free = (chr(code) for code in range(0xA000, 0x110000)
+                if chr(code).isprintable() and chr(code) not in values + self.template)
         self.guard, self.filling, *self.marks = islice(free, 4)
         self.messages, self.tools = json.loads(special_pattern(tokenizer, as_json=True).sub(
             lambda found: found[0][0] + self.guard + found[0][1:], values))

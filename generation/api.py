@@ -1,6 +1,6 @@
 """OpenAI's API, without connections: the body of a request -> prompts -> rows of a batcher -> answers.
 
-    served = Served("out/dpo", torch.device("cpu"), torch.float32, slots=16, context_length=2048)
+    served = Served("out/dpo", torch.device("cpu"), torch.float32, ServeConfig())         # of serve.py
     request = parse({"messages": [{"role": "user", "content": "Hi"}]}, CompletionRequest(max_tokens=200))
     job = Job(served, request, timeout=600, most_rows=256)
     async for chunk in job.chunks(): ...        # the pieces of the answer, for "stream": true; or
@@ -41,6 +41,7 @@ from generation.constraints import Constraint, ConstraintKeys, Guide, grammar
 from generation.generate import Sampling, TextSampling, visible_text
 from generation.verifier import Verifier
 from model import GPT
+from modeling.sinks import cache_limits
 
 # Keys of a request that change no answer.
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
@@ -77,8 +78,6 @@ class CompletionRequest(TextSampling):
         for key in of_texts if self.is_chat else of_chats:
             require(self, key, not getattr(self, key), "left out with messages" if self.is_chat else
                     "left out without messages")
-        if self.sinks or self.window is not None:
-            raise UserError("sinks and window do not work in the server, whose rows share one cache")
 
     @property
     def is_chat(self) -> bool:
@@ -90,6 +89,8 @@ def parse(body: dict[str, Any], defaults: CompletionRequest) -> CompletionReques
     keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
     if "max_completion_tokens" in keys:  # OpenAI's newer name
         keys["max_tokens"] = keys.pop("max_completion_tokens")
+    if fixed := {"sinks", "window"} & keys.keys():
+        raise UserError(f"body: {fixed.pop()} is a setting of the server")
     return override(defaults, keys, "body")
 
 
@@ -138,9 +139,8 @@ def read_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[
 class Served:
     """A model that answers requests. name: what requests call it."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, slots: int, context_length: int,
-                 verifier: str | None = None):
-        """verifier: the folder of the model that chooses among best_of answers."""
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, cfg: Any):
+        """cfg: slots, context_length, verifier, sinks and window of a ServeConfig."""
         folder = hf.find_folder(name)
         self.name, self.tokenizer = name, Tokenizer.load(folder)
         model = GPT.from_pretrained(folder, device, dtype).eval()
@@ -148,10 +148,12 @@ class Served:
         # Assistant refuses a tokenizer with more ids than the model, and knows which tokens end a turn.
         self.ends = {True: Assistant(model, self.tokenizer, Sampling(), 0).end_ids,
                      False: {self.tokenizer.eot_id, *hf.end_ids(folder)}}  # by is_chat
-        self.context_length = min(context_length, model.config.block_size)
-        self.verifier = Verifier(verifier, self.tokenizer, device) if verifier else None
+        self.context_length = min(cfg.context_length, model.config.block_size)
+        window = cfg.window or (self.context_length - cfg.sinks if cfg.sinks else None)
+        self.limits = cache_limits(model.config, cfg.sinks, window)
+        self.verifier = Verifier(cfg.verifier, self.tokenizer, device) if cfg.verifier else None
         self.constraint = functools.cache(functools.partial(Constraint, self.tokenizer, self.ends[True]))
-        self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length)
+        self.batcher = Batcher(model, self.tokenizer.vocab_size, cfg.slots, self.context_length, self.limits)
         self.thread = ThreadPoolExecutor(1)
         self.running: asyncio.Task | None = None
         self.stepped = asyncio.Event()  # another one for each step
@@ -197,7 +199,7 @@ class Job:
             prompts = [encode_prompt(self.tokenizer, messages)]
         else:
             prompts = read_prompts(request, self.tokenizer)
-        if (longest := max(map(len, prompts))) > served.context_length:
+        if (longest := max(map(len, prompts))) > served.context_length and (request.echo or not served.limits):
             raise HTTPException(413, f"the prompt has {longest:,} tokens, and the context "
                                      f"{served.context_length:,}")
         if request.best_of > request.n and served.verifier is None:

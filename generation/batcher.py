@@ -16,7 +16,8 @@ A step first reads a piece of the new prompts, then generates one token for each
 A slot keeps the keys and values of its text after the end, so that the next turn of the same conversation
 reads only what is new. The tokens of a row are those that `generate` chooses for the same prompt, sampling
 and row number: rows do not see each other, and each has its own random numbers. When a context is full, its
-last half is read again, as in generation/generate.py.
+last half is read again, as in generation/generate.py; with `limits`, it drops an old token per new token
+(modeling/sinks.py).
 
 Shapes: B rows of a step, T tokens of a piece, V vocab_size, S slots of the cache that queries see.
 """
@@ -34,6 +35,7 @@ from generation.generate import NO_TOKEN, SEED_STRIDE, Sampling, next_ids, penal
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache
+from modeling.sinks import SinkCache
 
 PIECE_TOKENS = 128  # prompt tokens per step, of all rows together: running rows wait no longer than for these
 
@@ -81,6 +83,7 @@ class SlotCache(KVCache):
 
     def select(self, slots: list[int], lengths: list[int]) -> None:
         """Choose the rows of the next forward pass, and how many of their tokens count."""
+        self.chosen = slots
         self.rows = torch.tensor(slots, device=self.rows.device)[:, None]  # (B, 1)
         # Neighbouring rows are read in place; others are gathered, which copies them.
         is_range = slots == list(range(slots[0], slots[0] + len(slots)))
@@ -98,6 +101,16 @@ class SlotCache(KVCache):
             stored[target, :, :length] = stored[source, :, :length]
 
 
+class SinkSlots(SlotCache, SinkCache):
+    """A SlotCache whose rows never fill up. Made as a SinkCache."""
+
+    def select(self, slots: list[int], lengths: list[int]) -> None:
+        super().select(slots, lengths)
+        for slot, length in zip(slots, lengths, strict=True):
+            if length < self.size:  # another text
+                self.base[slot] = 0
+
+
 def token_scores(logits: Tensor, targets: list[int], top: int) -> list[Scores]:
     """The scores of each target: logits (N, V) float32 that predict the N targets."""
     log_probs = logits.log_softmax(dim=-1)
@@ -110,12 +123,15 @@ def token_scores(logits: Tensor, targets: list[int], top: int) -> list[Scores]:
 class Batcher:
     """A model with its slots. One thread at a time may call it; anyone may set row.ended."""
 
-    def __init__(self, model: GPT, vocab_size: int, slots: int, context_length: int):
-        """vocab_size: ids from here on are never chosen. context_length: tokens of a slot."""
-        self.model, self.vocab_size, self.context_length = model, vocab_size, context_length
-        self.device = model.head_weight.device
-        self.cache = SlotCache(model.config, slots, context_length, self.device,
-                               autocast_dtype(model.head_weight))
+    def __init__(self, model: GPT, vocab_size: int, slots: int, context_length: int,
+                 limits: tuple[int, int] | None = None):
+        """vocab_size: ids from here on are never chosen. context_length: tokens of a slot, unless limits says
+        how many sinks and tokens of a window it keeps (`cache_limits`)."""
+        self.model, self.vocab_size, self.limits = model, vocab_size, limits
+        self.context_length = sum(limits) if limits else context_length
+        self.device, dtype = model.head_weight.device, autocast_dtype(model.head_weight)
+        self.cache = (SinkSlots(model.config, slots, limits, model.rope, dtype) if limits else
+                      SlotCache(model.config, slots, context_length, self.device, dtype))
         empty = Row(prompt=[], max_new_tokens=0, sampling=Sampling(), is_done=bool, ended=True)
         self.slots = [empty] * slots  # the row that each slot holds; it may have ended
         self.waiting: list[Row] = []
@@ -142,10 +158,13 @@ class Batcher:
 
     def place(self, row: Row) -> None:
         """Give a row a free slot, with the longest prefix of its prompt that any slot holds."""
-        row.context = row.prompt[-self.context_length:]
+        sinks, size = self.limits[0] if self.limits else 0, self.context_length
+        row.context = row.prompt[:sinks] + row.prompt[max(sinks, len(row.prompt) - size + sinks):]
         # The last token is read in any case, because the logits after it are needed; scores need all of them.
         known = [] if row.echo else row.context[:-1]
-        held = [len(os.path.commonprefix([each.context[:each.read], known])) for each in self.slots]
+        # A slot that has dropped tokens holds no prefix.
+        held = [len(os.path.commonprefix([each.context[:each.read], known])) if each.read <= size else 0
+                for each in self.slots]
         free = [slot for slot, each in enumerate(self.slots) if each.ended]
         source = max(range(len(held)), key=lambda slot: (held[slot], slot in free, -self.slots[slot].read))
         # If another row still needs the source, copy what both share to the shortest text.
@@ -200,7 +219,7 @@ class Batcher:
             row.new.append(token)
             if row.is_done(row.new) or len(row.new) == row.max_new_tokens:
                 row.ended = True
-            elif shift_context([row.context], self.context_length):
+            elif self.limits is None and shift_context([row.context], self.context_length):
                 row.read = 0
 
     def choose(self, row: Row, logits: Tensor) -> int:

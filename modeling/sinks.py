@@ -60,9 +60,10 @@ AHEAD = 16  # steps for which the sinks of equal rows are rotated at once, becau
 class SinkCache(KVCache):
     """A cache of sinks + window slots that never fills up: see the module docstring.
 
-    base: text position of each row at which its window's positions count as 0, a list of B. While a row has
-    at most sinks + window tokens, this is a plain KVCache. After that tokens must be fed one at a time, and
-    `set_lengths` may only count up. keys: `k` of all layers in one tensor.
+    base: text position of each row at which its window's positions count as 0, a list of B. first: the sinks
+    at positions 0, 1, ..; row by row, it is set when the row is full. keys: `k` of all layers in one tensor.
+    Until all rows of a step have sinks + window tokens, this is a plain KVCache. After that tokens must be fed
+    one at a time, and `set_lengths` may only count up, or begin a row again.
     """
 
     def __init__(self, config: Any, batch_size: int, limits: tuple[int, int], rope: RotaryTables,
@@ -74,41 +75,43 @@ class SinkCache(KVCache):
                 rope.rebuild(2 * self.size, config.head_dim, config.rope_theta, config.rope_scaling,
                              rope.cos.device)
         self.tables = [table / rope.cos[0, 0] for table in (rope.cos, rope.sin)]  # without YaRN's factor
-        self.base, self.wrapped = [0] * batch_size, False
+        self.base = [0] * batch_size
+        self.index, self.chosen = slice(None), list(range(batch_size))  # of the rows that a step feeds
         self.ahead: dict[int, Tensor] = {}  # {step: the sinks, turned by so many positions}
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
         self.keys = torch.stack(self.k)  # (layers, B, K, S, D)
-        self.k, self.first = list(self.keys), self.keys[..., :0, :]  # views, one per layer
+        self.k = list(self.keys)  # views, one per layer
+        self.first = torch.zeros_like(self.keys[..., :self.sinks, :])
 
     def prepare(self, T: int) -> tuple[Tensor | None, Positions]:
         """As KVCache.prepare, without an end. Raises ValueError for several tokens that do not all fit."""
-        if not self.wrapped and self.used + T <= self.size:
+        if self.used + T <= self.size:
             return super().prepare(T)
         if T > 1:
             raise ValueError("a full SinkCache reads one token at a time")
         # A new token is at n - base in the rotary table, and at `inside` in the cache. The sinks are rotated
         # by the difference. A row that has ended may have a length below its base.
-        inside = [min(n, self.size - 1) for n in self.lengths]
-        steps = [max(n - base - i, 0) for n, base, i in zip(self.lengths, self.base, inside, strict=True)]
+        inside, device = [min(n, self.size - 1) for n in self.lengths], self.rows.device
+        steps = [max(n - self.base[row] - i, 0)
+                 for n, row, i in zip(self.lengths, self.chosen, inside, strict=True)]
+        sinks, window = self.keys.tensor_split([self.sinks], dim=3)  # views
         if max(steps) + self.size > len(self.rope.cos):
-            self.keys[..., self.sinks:, :] = self.turned(self.keys[..., self.sinks:, :], steps, -1)
-            self.base = [base + step for base, step in zip(self.base, steps, strict=True)]
+            window[:, self.index] = self.turned(window[:, self.index], steps, -1)
+            for row, step in zip(self.chosen, steps, strict=True):
+                self.base[row] += step
             steps = [0] * len(steps)
-        sinks, full = self.keys[..., :self.sinks, :], min(inside) == self.size - 1
-        device, self.wrapped = self.rows.device, True
-        if not self.first.numel():
-            self.first = sinks.clone()  # the sinks at positions 0, 1, ..
-        if not full:  # rows with room may still get their sinks
-            young = torch.tensor(inside, device=device).view(-1, 1, 1, 1) < self.size - 1
-            self.first = torch.where(young, sinks, self.first)
-        if not (self.even and full):
-            sinks.copy_(self.turned(self.first, steps, 1))
+        if min(self.lengths) <= self.size:  # the sinks of such rows were not rotated yet
+            young = torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1) <= self.size
+            self.first[:, self.index] = torch.where(young, sinks[:, self.index], self.first[:, self.index])
             self.ahead = {}
+        full = min(inside) == self.size - 1
+        if not (self.even and full):
+            sinks[:, self.index] = self.turned(self.first[:, self.index], steps, 1)
         else:
             if steps[0] not in self.ahead:
                 flat = self.first.flatten(0, 2)[None]  # (1, layers B K, sinks, D)
                 turned = self.turned(flat, slice(steps[0], steps[0] + AHEAD), 1).unflatten(1, sinks.shape[:3])
-                self.ahead = dict(enumerate(turned.to(sinks.dtype), steps[0]))
+                self.ahead = dict(enumerate(turned, steps[0]))
             sinks.copy_(self.ahead[steps[0]])
         ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
                 for n in self.lengths]
@@ -121,10 +124,10 @@ class SinkCache(KVCache):
         return mask, seen + torch.tensor(steps, device=device)[:, None]
 
     def turned(self, k: Tensor, steps: list[int] | slice, sign: int) -> Tensor:
-        """Move keys (.., B, K, n, D) by sign * steps positions, one number for each of B, in float32."""
+        """Move keys (.., B, K, n, D) by sign * steps positions, one number for each of B."""
         cos, sin = (table[steps][:, None, None] for table in self.tables)  # (B, 1, 1, D)
-        k = k.float()
-        return torch.addcmul(k * cos, k.roll(k.shape[-1] // 2, dims=-1), sin, value=sign)
+        x = k.float()
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, value=sign).to(k.dtype)
 
 
 def attend_with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, sink: Tensor) -> Tensor:

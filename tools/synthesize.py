@@ -130,7 +130,7 @@ def write_documents(cfg: SynthesizeConfig, documents: Iterable[list[int]], token
                 continue
             seen.add(digest)
             writer = writers["val" if digest < cfg.val_fraction * 2**64 else "train"]
-            writer.write(np.array([*ids, tokenizer.eot_id]), 1, len(data))
+            writer.write(np.array([*ids, tokenizer.eot_id]), len(data))
             bar.update(len(ids) + 1)
             tokens, last_new = tokens + len(ids) + 1, number
             if tokens >= cfg.tokens:

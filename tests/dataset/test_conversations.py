@@ -102,10 +102,11 @@ def test_parquet_means_the_same_as_json(tmp_path):
     assert table.to_pylist()[0]["messages"][0]["value"] is None
     pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
     recipe = Recipe("chat", "text", {}, None)
-    from_lines, from_table = (parse_rows(list(read_rows([tmp_path / name], None, 2**20)), recipe)[:2]
+    from_lines, from_table = (parse_rows(list(read_rows([tmp_path / name], None, 2**20)), recipe)
                     for name in ("a.jsonl", "a.parquet"))  # fmt: skip
-    assert from_lines == from_table and from_lines[1] == [None, None, None, "empty question"]
-    assert from_lines[0][1][1]["tool_calls"][1] == {"name": "g", "arguments": {"day": 0}}
+    assert from_lines == from_table
+    assert [document.reason for document in from_lines] == [None, None, None, "empty question"]
+    assert from_lines[1].content[1]["tool_calls"][1] == {"name": "g", "arguments": {"day": 0}}
 
 
 def test_no_value_anywhere_raises_anything_but_skip():

@@ -252,7 +252,7 @@ KINDS = {
                      "--tokenizer=gpt2 + --vocab_size=500", "--kind=text + --source=tools"]),
         ("grpo", ["--reference=adapter_off", "--parallel=fsdp"]),
         ("verifier", ["--parallel=fsdp", "--merge=True + --lora_rank=2", "--stages=[{'steps':3}]"]),
-        ("serve", ["--sinks=2 + --window=8"]),
+        ("serve", ["--sinks=2 + --window=100000"]),
         ("sft dpo", ["--merge=True + --lora_rank=0", "--quantize_base=nf4 + --lora_rank=0"]),
         ("dpo", ["--loss=ipo + --label_smoothing=0.1", "--reference=adapter_off + --lora_rank=0",
                  "--lora_rank=4 + --lora_dropout=0.1"]),

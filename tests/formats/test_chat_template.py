@@ -615,10 +615,10 @@ def test_qwen3_documents_on_disk(formats, tmp_path):
     tokenizer = formats("qwen3")[0]
     chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 3}
     recipe = Recipe("chat", "text", {}, None, tokenizer)
-    batch = tokenize([Row("a:1", "value", chat)], recipe)
-    ends = np.flatnonzero(batch.mask == SEPARATOR)
-    assert len(ends) == 3 and batch.lengths.tolist() == [len(batch.ids)] and (batch.mask == 1).sum() > 9
-    assert batch.ids[ends].tolist() == [tokenizer.eot_id] * 3
+    [document] = tokenize([Row("a:1", "value", chat)], recipe)
+    ends = np.flatnonzero(document.mask == SEPARATOR)
+    assert len(ends) == 3 and len(document.mask) == len(document.ids) and (document.mask == 1).sum() > 9
+    assert document.ids[ends].tolist() == [tokenizer.eot_id] * 3
 
 
 def test_dpo_reads_pairs_in_the_models_format(model_folder, formats, tmp_path, monkeypatch):

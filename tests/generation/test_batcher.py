@@ -1,5 +1,7 @@
 """batcher.py: rows that join and leave a batch have the tokens of `generate`, whatever the others do."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -25,8 +27,8 @@ def alone(model, prompt, count, sampling, number=0):
 class Run(Batcher):
     """A batcher for token ids below 500, whose rows end with the token 7."""
 
-    def __init__(self, model, slots):
-        super().__init__(model, 500, slots, model.config.block_size)
+    def __init__(self, model, slots, limits=None):
+        super().__init__(model, 500, slots, model.config.block_size, limits)
 
     def start(self, prompt, count, sampling=GREEDY, **more):
         row = Row(prompt=prompt, max_new_tokens=count, sampling=sampling,
@@ -52,6 +54,25 @@ def test_rows_have_the_tokens_of_generate():
     for number, row in enumerate(rows):
         assert row.error is None and row.ended
         assert row.new == alone(model, row.prompt, 10 + number, SAMPLINGS[number % len(SAMPLINGS)], number)
+
+
+@pytest.mark.parametrize("sinks, window", [(3, 21), (0, 24), (4, 60)])
+def test_rows_outgrow_the_context_with_sinks(sinks, window):
+    """As above, with prompts shorter and longer than the cache; a text begins where another one was cut."""
+    model = busy_model(tiny_config(vocab_size=512))
+    run, rows = Run(model, 3, (sinks, window)), []
+    samplings = [replace(each, sinks=sinks, window=window) for each in SAMPLINGS]
+    for number, prompt in enumerate(prompts_of(12, longest=90, seed=2)):
+        rows.append(run.start(prompt, 10 + 9 * number, samplings[number % 5], number=number))
+        run.go(number % 3 * 30)
+    run.go()
+    for number, row in enumerate(rows):
+        assert row.error is None and row.cached == 0
+        assert row.new == alone(model, row.prompt, 10 + 9 * number, samplings[number % 5], number)
+    assert max(len(row.context) for row in rows) > 64 + 24
+    again = run.start([*rows[0].prompt, *rows[0].new[:2]], 5, samplings[0])
+    run.go()
+    assert again.new == alone(model, again.prompt, 5, samplings[0])
 
 
 def test_a_running_row_goes_on_while_a_long_prompt_is_read():
