@@ -74,6 +74,10 @@ def is_well_formed(message: Message) -> bool:
 
 # ---- The reward -------------------------------------------------------------------------------------------
 
+class RewardTimeout(SystemExit):
+    """A call took too long. No Exception, so that an `except Exception` in the function does not catch it."""
+
+
 def load_function(spec: str) -> Any:
     """The function of "file.py:function". Raises UserError if there is none."""
     path, _, name = spec.rpartition(":")
@@ -119,12 +123,12 @@ class Reward:
         return {name: float(each) for name, each in terms.items()}
 
     def call(self, prompt: Prompt, message: Message) -> Any:
-        """The user's function on copies, so that it cannot change the data. Raises TimeoutError.
+        """The user's function on copies, so that it cannot change the data. Raises RewardTimeout.
 
         Only the main thread can be interrupted.
         """
         def stop(number: int, frame: Any) -> None:
-            raise TimeoutError(f"took longer than reward_seconds={self.seconds:g}")
+            raise RewardTimeout(f"took longer than reward_seconds={self.seconds:g}")
 
         before = signal.signal(signal.SIGALRM, stop)
         signal.setitimer(signal.ITIMER_REAL, self.seconds)

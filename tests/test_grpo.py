@@ -339,11 +339,15 @@ def test_a_base_model_and_a_changed_reward_are_refused(chat, trained, tmp_path):
         run(own, tmp_path / "b", "--max_steps=2")
 
 
-def test_a_failing_reward_ends_the_run_with_one_line(chat, tmp_path):
+@pytest.mark.parametrize("value, message", [
+    ("1 / 0", "ZeroDivisionError: division by zero"), ("float('nan')", "TypeError: returned nan"),
+    ("'good'", "TypeError: returned 'good'"), ("__import__('time').sleep(60)", "RewardTimeout: took longer")])
+def test_a_hostile_reward_ends_the_run_with_one_line(chat, tmp_path, value, message):
     path = tmp_path / "bad.py"
-    path.write_text("def score(prompt, answer, row): return 1 / 0")
-    with pytest.raises(UserError, match="bad.py:score: ZeroDivisionError: division by zero"):
-        run((chat[0], f"{path}:score"), tmp_path / "a", "--max_new_tokens=60")
+    path.write_text(f"def score(prompt, answer, row): return {value}")
+    with pytest.raises(UserError, match=f"bad.py:score: {message}") as fault:
+        run((chat[0], f"{path}:score"), tmp_path / "a", "--max_new_tokens=60", "--reward_seconds=0.2")
+    assert "\n" not in str(fault.value)
 
 
 @pytest.mark.parametrize("name", ["grpo_tools", "grpo_gsm8k"])

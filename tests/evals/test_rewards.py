@@ -76,8 +76,13 @@ def test_a_users_function(tmp_path, value, terms):
     ("def score(p, a, r): return {'a': [1]}", "returned"),
     ("def score(p, a, r): raise SystemExit(0)", "SystemExit"),
     ("def score(p, a): return 1", "TypeError: score"),
-    ("def score(p, a, r):\n    while True: pass", "TimeoutError: took longer than reward_seconds=0.05"),
-    ("import time\ndef score(p, a, r): time.sleep(60)", "TimeoutError"),
+    ("def score(p, a, r): return {'a': 1.0, 'b': float('nan')}", "returned {'a': 1.0, 'b': nan}"),
+    ("import torch\ndef score(p, a, r): return torch.ones(1)", "returned tensor"),
+    ("def score(p, a, r): return score(p, a, r)", "RecursionError"),
+    ("def score(p, a, r):\n    while True: pass", "RewardTimeout: took longer than reward_seconds=0.05"),
+    ("import time\ndef score(p, a, r): time.sleep(60)", "RewardTimeout"),
+    ("import time\ndef score(p, a, r):\n    try: time.sleep(60)\n    except Exception: return 0.0",
+     "RewardTimeout"),
 ])  # fmt: skip
 def test_hostile_functions_are_one_line(tmp_path, body, message):
     reward = reward_of(tmp_path, body, 0.05)
