@@ -36,7 +36,7 @@ from generation.verifier import Verifier
 if TYPE_CHECKING:  # imported where it is used, because the import takes half a second
     from matplotlib.figure import Figure
 
-RIGHT = ("right", "strict", "exact_match")  # a task's answer has one of these keys: whether it is right
+RIGHT = ("right", "accuracy", "strict", "exact_match")  # an answer has one of these keys: whether it is right
 
 
 @dataclass(frozen=True, kw_only=True)

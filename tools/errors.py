@@ -36,6 +36,7 @@ from dataset.problems import DAYS, work
 from dataset.sources import Row, Skip, read_rows, row_value, usable_rows
 from evals.tasks.open_qa import normalized
 from evals.tasks.word_problems import flexible
+from evals.votes import RIGHT
 from formats.files import write_text
 from formats.markdown import table
 from generation.calculator import calculate
@@ -44,7 +45,6 @@ from tools.plot import bar_chart
 KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong tool", "missing step",
          "right answer in wrong form", "wrong operator", "slipped digit", "not in the passage", "wrong")
 REFUSAL = re.compile(r"\b(can ?not|can't|unable|don't know|do not know|no comment|sorry)\b", re.I)
-VERDICTS = ("right", "accuracy", "strict", "exact_match")  # keys that say whether an answer is right
 EXAMPLES = 3  # per kind and model
 
 Found = dict[str, dict[str, list[dict[str, Any]]]]  # {"model, task (answers)": {kind: the wrong answers}}
@@ -104,7 +104,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
         ("wrong operator", said in other_results(row.get("expression"))),
         ("not in the passage", passage and is_unsupported(said, passage)))
     kind = next((kind for kind, fits in rules if fits), "wrong")
-    verdict = next((row[key] for key in VERDICTS if key in row), None)
+    verdict = next((row[key] for key in RIGHT if key in row), None)
     # A summary has no verdict, but it may say what its document does not.
     is_wrong = not verdict and (verdict is not None or kind == "not in the passage")
     return kind if is_wrong else None

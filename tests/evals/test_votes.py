@@ -186,17 +186,20 @@ def test_word_problems_and_rows_of_question_and_answer(chat_folder, tmp_path, mo
     (tmp_path / "gsm8k.jsonl").write_text(json.dumps({"question": "1 + 1?", "answer": "It is\n#### 2"}))
     row = {"question": "Capital of France?", "answer": "Paris"}
     (tmp_path / "triviaqa.jsonl").write_text(json.dumps(row))
+    (tmp_path / "math500.jsonl").write_text(json.dumps({"problem": "5 / 2?", "solution": "\\boxed{5/2}"}))
     tokenizer = Tokenizer.load(chat_folder)
-    said = {"gsm8k": ("#### 3", "#### 2.0"), "triviaqa": ("Rome", "the paris")}  # greedily, sampled
+    said = {"gsm8k": ("#### 3", "#### 2.0"), "triviaqa": ("Rome", "the paris"),  # greedily, sampled
+            "math500": ("\\boxed{2}", "\\boxed{2.5}")}
 
     def generate(model, prompts, max_new_tokens, sampling, *rest):
-        name = "triviaqa" if "France" in tokenizer.decode(prompts[0]) else "gsm8k"
+        prompt = tokenizer.decode(prompts[0])
+        name = "triviaqa" if "France" in prompt else "math500" if "Problem" in prompt else "gsm8k"
         for token in tokenizer.encode(said[name][sampling.temperature > 0] + "\n"):
             yield [token] * len(prompts)
 
     monkeypatch.setattr(evals.lm, "generate", generate)
-    data = ",".join(f"{name}={tmp_path / name}.jsonl" for name in ("gsm8k", "triviaqa"))
-    evaluation.main([f"--model={chat_folder}", "--tasks=gsm8k,triviaqa", f"--data={data}", "--shots=0",
+    data = ",".join(f"{name}={tmp_path / name}.jsonl" for name in said)
+    evaluation.main([f"--model={chat_folder}", f"--tasks={','.join(said)}", f"--data={data}", "--shots=0",
                      "--num_samples=3", "--device=cpu", f"--out_dir={tmp_path / 'e'}"])
     tasks = json.loads((tmp_path / "e" / "results.json").read_text())["models"][0]["tasks"]
     for task in tasks.values():
