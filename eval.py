@@ -44,8 +44,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
-from evals import votes
-from evals.all_tasks import TASKS, load, places_of, refuse_unknown, task_names
+from evals.all_tasks import TASKS, draw, load, places_of, refuse_unknown, task_names
 from evals.lm import LM
 from evals.results import Figure, Result
 from evals.votes import Asker, VoteSettings, add_votes, method_rows
@@ -315,17 +314,9 @@ def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
 
 
 def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
-    """Draw <task>.png with all models so far, if the task has a picture and matplotlib is installed."""
-    draw = votes.draw if TASKS[task].votes else TASKS[task].draw
-    if draw is None:
-        return
-    try:
-        picture = draw({model["model"]: model["tasks"][task]["details"]
-                        for model in models if task in model["tasks"]})
-    except ImportError:  # matplotlib is optional
-        print(f"{task}.png: not drawn, it needs matplotlib (pip install matplotlib)", file=sys.stderr)
-        return
-    if picture is not None:  # None: no answers were sampled
+    """Draw <task>.png with all models so far, if the task has a picture."""
+    details = {model["model"]: model["tasks"][task]["details"] for model in models if task in model["tasks"]}
+    if picture := draw(task, details):
         picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is replaced in one step
         write_bytes(out / f"{task}.png", content.getvalue())
 

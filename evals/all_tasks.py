@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import Any, NamedTuple
 
 from configurator import UserError
+from evals import votes
 from evals.benchmarks import Questions
 from evals.lm import LM
 from evals.tasks import (
@@ -140,6 +141,12 @@ def load(name: str, place: str | None, limit: int, shots: int | None = None, **k
     if not (questions.asked if isinstance(questions, Questions) else questions):
         raise UserError(f"{name}: there is no question in {place}")
     return questions
+
+
+def draw(name: str, details: dict[str, dict[str, Any]]) -> Any:
+    """The picture of a task, a matplotlib Figure, or None. details: {model: those of its Result}."""
+    draw_details = votes.draw if TASKS[name].votes else TASKS[name].draw
+    return draw_details(details) if draw_details and details else None
 
 
 # ---- Training ---------------------------------------------------------------------------------------------

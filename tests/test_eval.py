@@ -1,7 +1,6 @@
 """Evaluation: the table, the files, the reader of benchmarks; the embedded problems with an oracle."""
 
 import gzip
-import importlib.util
 import json
 import re
 
@@ -138,8 +137,8 @@ def test_all_tasks_and_the_reasons_of_those_not_run(trained, chat_folder, tmp_pa
     hashes = results["data_sha256"]
     assert hashes.keys() == first.keys() | {"needle"} and len(set(hashes.values())) == 6
     assert hashes["hard"] == hashes["hard_calculator"] != hashes["calculator"]
-    drawn = {"context_length.png"} if importlib.util.find_spec("matplotlib") else set()
-    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "answers"} | drawn
+    assert {path.name for path in out.iterdir()} == {"results.json", "results.md", "answers",
+                                                     "context_length.png"}
     answers = [json.loads(line) for line in (out / "answers" / "mmlu.jsonl").read_text().splitlines()]
     names = [str(hf.find_folder(trained)), str(chat_folder)]
     assert [answer["model"] for answer in answers] == [names[0]] * 2 + [names[1]] * 2

@@ -35,6 +35,7 @@ from distill import DistillConfig
 from dpo import DPOConfig
 from eval import TASKS, EvalConfig, table_rows
 from evals import votes
+from evals.all_tasks import draw as draw_task
 from formats import hf
 from formats.checkpoint import read_run
 from formats.files import read_json, read_jsonl, write_bytes, write_text
@@ -160,11 +161,9 @@ def measurements(results: dict[Path, dict[str, Any]], out: Path) -> dict[str, st
         sections["Evaluation"].append(captioned(place, [header, *(row for row in rows if row not in long)]))
         sections["Test-time compute"].append(captioned(f"Choices among several answers. {place}", ways))
         sections["Long context"].append(captioned(place, [header, *long]))
-        for name, task in TASKS.items():
-            draw_task = votes.draw if task.votes else task.draw
-            details = {model["name"]: model["tasks"][name]["details"] for model in models
-                       if name in model["tasks"]}
-            if details and draw_task and (picture := draw_task(details)):
+        for name in TASKS:
+            if picture := draw_task(name, {model["name"]: model["tasks"][name]["details"] for model in models
+                                           if name in model["tasks"]}):
                 sections["Long context" if name in LONG else "Test-time compute"].append(
                     figure(out / f"{folder.name}_{name}.png", picture, f"Task {name}."))
     return {title: "\n\n".join(filter(None, parts)).replace("+-", "±") for title, parts in sections.items()}
