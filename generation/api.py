@@ -199,7 +199,8 @@ class Job:
             prompts = [encode_prompt(self.tokenizer, messages)]
         else:
             prompts = read_prompts(request, self.tokenizer)
-        if (longest := max(map(len, prompts))) > served.context_length and (request.echo or not served.limits):
+        is_limited = request.echo or not served.limits
+        if (longest := max(map(len, prompts))) > served.context_length and is_limited:
             raise HTTPException(413, f"the prompt has {longest:,} tokens, and the context "
                                      f"{served.context_length:,}")
         if request.best_of > request.n and served.verifier is None:

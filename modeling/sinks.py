@@ -61,9 +61,9 @@ class SinkCache(KVCache):
     """A cache of sinks + window slots that never fills up: see the module docstring.
 
     base: text position of each row at which its window's positions count as 0, a list of B. first: the sinks
-    at positions 0, 1, ..; row by row, it is set when the row is full. keys: `k` of all layers in one tensor.
-    Until all rows of a step have sinks + window tokens, this is a plain KVCache. After that tokens must be fed
-    one at a time, and `set_lengths` may only count up, or begin a row again.
+    at positions 0, 1, .., of rows that are full. keys: `k` of all layers in one tensor. While a step's rows
+    have at most sinks + window tokens, this is a plain KVCache. After that tokens must be fed one at a time,
+    and `set_lengths` may only count up, or begin a row again.
     """
 
     def __init__(self, config: Any, batch_size: int, limits: tuple[int, int], rope: RotaryTables,
@@ -76,7 +76,7 @@ class SinkCache(KVCache):
                              rope.cos.device)
         self.tables = [table / rope.cos[0, 0] for table in (rope.cos, rope.sin)]  # without YaRN's factor
         self.base = [0] * batch_size
-        self.index, self.chosen = slice(None), list(range(batch_size))  # of the rows that a step feeds
+        self.index, self.chosen = slice(None), list(range(batch_size))  # rows that a step feeds
         self.ahead: dict[int, Tensor] = {}  # {step: the sinks, turned by so many positions}
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
         self.keys = torch.stack(self.k)  # (layers, B, K, S, D)

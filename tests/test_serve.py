@@ -33,7 +33,7 @@ from formats.chat_format import encode_answer, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant
 from generation.batcher import Batcher
-from generation.generate import Sampling
+from generation.generate import Sampling, generate
 from generation.verifier import Verifier
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
@@ -275,6 +275,19 @@ def test_the_openai_client(server, script):
 def test_a_wrong_request_is_answered_with_its_reason(server, status, words, change):
     found, answer = server.ask("/v1/chat/completions", {"messages": QUESTION} | change)
     assert found == status and words in answer["error"]["message"] and "\n" not in answer["error"]["message"]
+
+
+def test_a_text_outgrows_the_context_with_sinks(start, chat_folder):
+    """A prompt of 300 ids, 44 more than the context, and 30 new ones: those of sample.py."""
+    small = start(f"--model={chat_folder}", "--sinks=2", "--window=18", "--slots=2", "--temperature=0")
+    prompt = [number * 37 % 256 for number in range(300)]
+    status, answer = small.ask("/v1/completions", {"prompt": prompt, "max_tokens": 30})
+    tokenizer, sampling = Tokenizer.load(chat_folder), Sampling(temperature=0, sinks=2, window=18)
+    model = GPT.from_pretrained(chat_folder).eval()
+    new = [step[0] for step in generate(model, [prompt], 30, sampling, lambda row, new: new[-1] in
+                                        small.served.ends[False])]
+    assert status == 200 and len(new) > 18
+    assert answer["choices"][0]["text"] == tokenizer.decode(new, inside=True)
 
 
 def test_bodies_that_are_no_requests(server):
