@@ -40,7 +40,7 @@ from tqdm import tqdm
 from configurator import UserError, configure, require, require_positive, run_script
 from dataset import decontaminate, problems
 from dataset.download import download, is_url, url_name
-from dataset.encoding import Document, Recipe, encoded_texts, identity_bytes, parse_rows, text_hash, tokenize_all
+from dataset.encoding import Document, Recipe, encoded_texts, parse_rows, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.quality import SeenDocuments, chosen_rules
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
@@ -163,13 +163,10 @@ def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES,
         yield batch
 
 
-def usable_contents(rows: Iterable[Row], recipe: Recipe) -> Iterator[tuple[Any, int, int]]:
-    """(content, its hash, its size in bytes) of each row that can be used; write_shards counts the others."""
+def usable_documents(rows: Iterable[Row], recipe: Recipe) -> Iterator[Document]:
+    """The document of each row that can be used, without ids; write_shards counts the others."""
     for batch in in_batches(rows):
-        for document in parse_rows(batch, recipe):
-            if document.content is not None:
-                data = identity_bytes(document.content)
-                yield document.content, text_hash(data), len(data)
+        yield from (document for document in parse_rows(batch, recipe) if document.content is not None)
 
 
 def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int:
@@ -181,8 +178,8 @@ def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int
     limit, lowest, highest = int(val_fraction * 2**64), 2**64, -1
     if not limit:
         return 0  # no validation split is wanted
-    for _, digest, _ in usable_contents(rows, recipe):
-        lowest, highest = min(lowest, digest), max(highest, digest)
+    for document in usable_documents(rows, recipe):
+        lowest, highest = min(lowest, document.hash), max(highest, document.hash)
         if lowest < limit <= highest:  # nearly always after a few rows
             return limit
     if lowest >= highest:
@@ -195,11 +192,11 @@ def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int
 def training_texts(rows: Iterable[Row], recipe: Recipe, val_limit: int) -> Iterator[str]:
     """The first BPE_SAMPLE_BYTES of text, to train a tokenizer on."""
     total = 0
-    for content, digest, size in usable_contents(rows, recipe):
+    for document in usable_documents(rows, recipe):
         # Validation text must not shape the vocabulary, or its loss would look better than it is.
-        if digest >= val_limit:
-            yield from encoded_texts(content)
-            total += size
+        if document.hash >= val_limit:
+            yield from encoded_texts(document.content)
+            total += document.byte_count
         if total > BPE_SAMPLE_BYTES:
             return
 

@@ -51,16 +51,16 @@ class Recipe(NamedTuple):
 
 @dataclass
 class Document:
-    """What a row becomes: a content or a reason by `parse_rows`, the rest by `tokenize`."""
+    """What a row becomes by `parse_rows` and `tokenize`."""
 
     content: Content | None = None  # None if the row is skipped; it does not travel between processes
     reason: str | None = None  # why the row is skipped
     details: dict[str, Any] = field(default_factory=dict)  # what a rule that dropped the row saw
-    ids: np.ndarray | None = None  # (tokens,) uint16 or uint32, with end-of-text tokens
-    mask: np.ndarray | None = None  # (tokens,) uint8 for chats and preferences (dataset/shards.py)
     byte_count: int = 0  # of UTF-8
     hash: int = 0  # `text_hash`
-    signature: np.ndarray | None = None  # (PERMUTATIONS,) uint32, with Recipe.dedup
+    ids: Any = None  # (tokens,) uint16 or uint32, with end-of-text tokens
+    mask: Any = None  # (tokens,) uint8 for chats and preferences (dataset/shards.py)
+    signature: Any = None  # (PERMUTATIONS,) uint32, with Recipe.dedup
 
 
 # ---- Rows -> contents -------------------------------------------------------------------------------------
@@ -98,27 +98,6 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 
-def parse_rows(rows: list[Row], recipe: Recipe) -> list[Document]:
-    """A document for each row, with its content.
-
-    A row that cannot be used, violates a quality rule, or overlaps an evaluation item, has a reason in place
-    of a content. The latter two have details: what the rule saw.
-    """
-    documents = []
-    for row in rows:
-        try:
-            documents.append(Document(parse_content(row, recipe)))
-        except Skip as reason:
-            documents.append(Document(None, str(reason), reason.details))
-    if recipe.index:
-        overlaps = recipe.index.find([visible_text(document.content or "") for document in documents])
-        documents = [Document(None, OVERLAPS, {"overlaps": found}) if found else document
-                     for document, found in zip(documents, overlaps, strict=True)]
-    return documents
-
-
-# ---- Contents -> ids --------------------------------------------------------------------------------------
-
 def identity_bytes(content: Content) -> bytes:
     """The UTF-8 by which documents are compared and measured: of the text, or of the messages as JSON."""
     text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
@@ -129,6 +108,29 @@ def text_hash(data: bytes) -> int:
     """The first 64 bits of SHA-256. Finds duplicates, and decides whether a document is for validation."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
 
+
+def parse_rows(rows: list[Row], recipe: Recipe) -> list[Document]:
+    """A document for each row, without ids.
+
+    A row that cannot be used, violates a quality rule, or overlaps an evaluation item, has a reason in place
+    of a content. The latter two have details: what the rule saw.
+    """
+    documents = []
+    for row in rows:
+        try:
+            content = parse_content(row, recipe)
+            data = identity_bytes(content)
+            documents.append(Document(content, byte_count=len(data), hash=text_hash(data)))
+        except Skip as reason:
+            documents.append(Document(None, str(reason), reason.details))
+    if recipe.index:
+        overlaps = recipe.index.find([visible_text(document.content or "") for document in documents])
+        documents = [Document(None, OVERLAPS, {"overlaps": found}) if found else document
+                     for document, found in zip(documents, overlaps, strict=True)]
+    return documents
+
+
+# ---- Contents -> ids --------------------------------------------------------------------------------------
 
 def encoded_texts(content: Content) -> Iterator[str]:
     """The strings that become ids, for training a tokenizer: all parts of messages but special tokens."""
@@ -162,8 +164,6 @@ def encode_document(document: Document, recipe: Recipe) -> None:
     document.ids = np.concatenate([np.array([*ids, tokenizer.eot_id], dtype) for ids, _ in parts])
     if recipe.kind != "text":
         document.mask = np.concatenate([np.array([*mask, SEPARATOR], np.uint8) for _, mask in parts])
-    data = identity_bytes(document.content)
-    document.byte_count, document.hash = len(data), text_hash(data)
 
 
 def tokenize(rows: list[Row], recipe: Recipe) -> list[Document]:

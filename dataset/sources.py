@@ -367,8 +367,8 @@ def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[R
     """Every row of every file, in order.
 
     text_key: the column of a .parquet; None reads all columns, as a dict. piece: text files are cut near
-    every `piece` bytes. Raises UserError for a damaged file, a Parquet file without the column, or a .json that
-    is too large.
+    every `piece` bytes. Raises UserError for a damaged file, a Parquet file without the column, or a .json
+    that is too large.
     """
     for path in files:
         try:

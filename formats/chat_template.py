@@ -15,7 +15,7 @@ three times for each turn, and the differences show where the turn is:
     prompt   <user>Hi<end><assistant>            the messages before it, and the opening of an answer
     text     <user>Hi<end><assistant>Ho<end>     with the turn
     twin     <user>Hi<end><assistant>@<end>      with another content; what follows it is the end of a turn
-                                     ^^^^^^      the target: up to the first special token after the content
+                                     ^^^^^^      the target: up to the special tokens after the content
 
 Some templates write an earlier turn in another way than the last one: Qwen3 drops its thought. Such a turn
 is no target in the whole conversation. `documents` adds a shorter conversation that ends with it, because
@@ -50,6 +50,7 @@ from formats.tokenizer import Tokenizer
 Message = dict[str, Any]
 Span = tuple[int, int]
 SECONDS = 1.0  # of CPU time for a text; the templates of known models take about a millisecond
+BETWEEN_PARTS = re.escape('"}, {"type": "text", "text": "').join(("(?:", ")?"))  # in JSON
 LONGEST = 2**24  # characters of a text, and the largest product in a template
 GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks what the assistant writes
 
@@ -142,13 +143,17 @@ def own_template(tokenizer: Tokenizer) -> str:
 
 @lru_cache(maxsize=8)
 def special_pattern(tokenizer: Tokenizer, as_json: bool = False) -> re.Pattern[str]:
-    """Finds the names of special tokens in a text, or in JSON. A longer name comes before its beginning."""
-    names = [name for name, index in tokenizer.hf.get_vocab().items() if index in tokenizer.special_ids]
-    names = [json.dumps(name, ensure_ascii=False)[1:-1] if as_json else name for name in names]
-    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
-    # The next string may go on with the rest of a name, if a template joins them.
-    begins = {re.escape(name[:end]) for name in names for end in range(1, len(name)) if as_json}
-    return re.compile(f'{pattern}|(?:{"|".join(begins)})(?=")' if begins else pattern)
+    """Finds a run of special tokens' names in a text, or one name in JSON.
+
+    A longer name comes before its beginning. A template may join two parts of a content, and so, in JSON, one
+    part may end in the middle of a name.
+    """
+    names = sorted((name for name, index in tokenizer.hf.get_vocab().items()
+                    if index in tokenizer.special_ids), key=len, reverse=True)
+    if as_json:
+        names = [json.dumps(name, ensure_ascii=False)[1:-1] for name in names]
+        return re.compile("|".join(BETWEEN_PARTS.join(map(re.escape, name)) for name in names))
+    return re.compile(f"(?:{'|'.join(map(re.escape, names))})+")
 
 
 @lru_cache(maxsize=8)
@@ -175,10 +180,10 @@ def template_message(message: Message, template: str) -> Message:
             raise UserError("chat template: has no tool calls")
         form["tool_calls"] = [call if "function" in call else {"type": "function", "function": call}
                               for call in calls]
-    thought = form.get("reasoning_content") or message.get("thought")
+    thought = form.get("reasoning_content", message.get("thought"))
     if ".thought" in template:
         return form | {"thought": thought}
-    if thought and re.search(r"reasoning_content|\bthinking\b", template):
+    if thought is not None and re.search(r"reasoning_content|\bthinking\b", template):
         return form | {"thinking": thought, "reasoning_content": thought}
     if thought and "</think>" in template:
         thought = f"<think>\n{thought}\n</think>"
@@ -232,11 +237,13 @@ class TemplateChat:
         twin, _ = self.render([*before, {"role": "assistant", "content": other}])
         content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
         special = special_pattern(self.tokenizer).search(text, content_end)
-        # A template may refuse to open an answer without messages, or open it in another way.
+        # A template may refuse to open an answer without messages, or write them in another way before it.
         begin = len(os.path.commonprefix((text, twin)))
         with contextlib.suppress(UserError):
             prompt, _ = self.render(before, opened=True)
-            begin = len(prompt) if text.startswith(prompt) else begin
+            opening = prompt if text.startswith(prompt) else prompt[-64:]
+            place = text.rfind(opening, 0, max(begin, len(prompt)))
+            begin = place + len(opening) if place >= 0 else begin
         return text, (begin, special.end() if special else len(text))
 
     # ---- Ids ----------------------------------------------------------------------------------------------
@@ -263,8 +270,10 @@ class TemplateChat:
         """(ids, mask) of the conversation, and of shorter ones for turns that it writes in another way."""
         if GENERATION.search(self.template):
             return [self.encode(*self.render(self.messages))]
-        turns = {number: self.turn(number) for number, message in enumerate(self.messages)
-                 if message["role"] == "assistant"}
+        turns = dict[int, tuple[str, Span]]()
+        for number, message in enumerate(self.messages):
+            with contextlib.suppress(UserError):  # a template may refuse that a conversation ends there
+                turns |= {number: self.turn(number)} if message["role"] == "assistant" else {}
         found, missing, last = list[tuple[list[int], list[int]]](), set(turns), len(self.messages) - 1
         while missing or not found:
             text = turns[last][0] if last in turns else self.render(self.messages)[0]

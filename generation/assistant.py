@@ -38,6 +38,18 @@ def call_tool(call: dict[str, Any]) -> str:
     return tool(arguments["expression"])
 
 
+def read_turn(tokenizer: Tokenizer, ids: list[int], end_ids: set[int], may_call: bool) -> list[Message]:
+    """Return the message that the ids of an assistant's turn are and, if it may call tools, their results.
+
+    The message has "cut": True if it has no end, or if it calls tools and may not.
+    """
+    message = read_answer(tokenizer, ids)
+    calls = message.get("tool_calls", [])
+    if (ids and ids[-1] not in end_ids) or (calls and not may_call):
+        message["cut"], calls = True, []
+    return [message, *({"role": "tool", "content": call_tool(call)} for call in calls)]
+
+
 class Assistant:
     """A model, its tokenizer, and how it samples.
 
@@ -79,19 +91,12 @@ class Assistant:
             for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
                 before = (self.sampled[row] + [False] * len(prompt))[:len(prompt)]
                 self.rows[row], self.sampled[row] = prompt + ids, before + [True] * len(ids)
-                message = read_answer(self.tokenizer, ids)
-                replies[row].append(message)
-                calls = message.get("tool_calls", [])
-                unfinished = ids and ids[-1] not in self.end_ids
-                if unfinished or (calls and turn == most_calls):
-                    message["cut"] = True
-                elif calls:  # append the results, and let the model go on in the next round
-                    results = [call_tool(call) for call in calls]
-                    replies[row] += [{"role": "tool", "content": result} for result in results]
-                    if row == 0 and show_result is not None:
-                        for result in results:
-                            show_result(result)
+                message, *results = read_turn(self.tokenizer, ids, self.end_ids, turn < most_calls)
+                replies[row] += [message, *results]
+                if results:  # let the model go on in the next round
                     still_open.append(row)
+                for result in results if row == 0 and show_result is not None else ():
+                    show_result(result["content"])
             open_rows = still_open
             if not open_rows:
                 break

@@ -26,9 +26,9 @@ from torch import Tensor
 
 from configurator import UserError
 from dataset.chat_rows import prefix_batch
-from formats.chat_format import encode_chat, encode_prompt, end_of_turn, read_answer
+from formats.chat_format import encode_chat, encode_prompt, end_of_turn
 from formats.tokenizer import Tokenizer
-from generation.assistant import MOST_CALLS, Message, call_tool
+from generation.assistant import MOST_CALLS, Message, read_turn
 from generation.generate import MIN_TEMPERATURE, NO_TOKEN, forward_last, uniform_numbers
 from model import GPT
 from modeling.devices import autocast_dtype
@@ -118,11 +118,10 @@ def choose_tokens(logits: Tensor, uniform: Tensor, temperature: float) -> tuple[
     return chosen.masked_fill(broken, NO_TOKEN), log_probs
 
 
-def tool_turns(tokenizer: Tokenizer, results: list[str]) -> list[int]:
+def tool_turns(tokenizer: Tokenizer, results: list[Message]) -> list[int]:
     """The ids between the end of an assistant's turn with tool calls and the beginning of its next turn."""
-    turns = [{"role": "tool", "content": result} for result in results]
     before = [{"role": "user", "content": ""}, {"role": "assistant", "content": ""}]
-    ids, end = encode_prompt(tokenizer, [*before, *turns]), end_of_turn(tokenizer)
+    ids, end = encode_prompt(tokenizer, [*before, *results]), end_of_turn(tokenizer)
     ends = [place for place, index in enumerate(ids) if index == end]
     return ids[ends[encode_chat(tokenizer, before)[0].count(end) - 1] + 1:]
 
@@ -166,15 +165,10 @@ class RolloutSampler:
         """Read the turn that has just been sampled as a message; True if tool results follow it."""
         begin = len(rollout.ids) - [*rollout.sampled[::-1], False].index(False)  # after the last tool result
         turn = rollout.ids[begin:]
-        message = read_answer(self.tokenizer, turn)
-        rollout.messages.append(message)
-        calls = message.get("tool_calls", [])
-        if turn[-1] not in self.end_ids or (calls and not may_call):
-            message["cut"] = True
-        if not calls or "cut" in message:
+        message, *results = read_turn(self.tokenizer, turn, self.end_ids, may_call)
+        rollout.messages += [message, *results]
+        if not results:
             return False
-        results = [call_tool(call) for call in calls]
-        rollout.messages += [{"role": "tool", "content": result} for result in results]
         rollout.append(tool_turns(self.tokenizer, results))
         if self.room(rollout) > 0:
             return True

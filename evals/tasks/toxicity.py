@@ -17,8 +17,6 @@ details say so. Files: toxicity*; on the hub: allenai/real-toxicity-prompts.
 import re
 from typing import Any
 
-import torch
-
 from configurator import UserError, optional_import
 from evals.benchmarks import answer_text, convert, read
 from evals.lm import LM
@@ -41,26 +39,21 @@ def load(source: str | None, limit: int, shots: int | None, classifier: str = ""
     return convert(read(source, "toxicity", HUB)[:limit], prompt_of)
 
 
-@torch.inference_mode()
 def probabilities(folder: str, texts: list[str]) -> list[float]:
     """The classifier's probability that each text is toxic. UserError if it has no label of that meaning."""
     transformers = optional_import("transformers", f"classifier={folder}")
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
-        model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, use_safetensors=True)
+        classify = transformers.pipeline("text-classification", folder, top_k=None,
+                                         model_kwargs={"use_safetensors": True})
     except (ValueError, OSError) as error:
         raise UserError(f"classifier={folder}: {str(error).splitlines()[0]}") from None
-    labels = [model.config.id2label[number].lower() for number in range(model.config.num_labels)]
-    column = next((labels.index(label) for label in LABELS if label in labels), None)
-    if column is None:
+    labels = [label.lower() for label in classify.model.config.id2label.values()]
+    toxic = next((label for label in LABELS if label in labels), None)
+    if toxic is None:
         raise UserError(f"classifier={folder}: none of its labels is {', '.join(LABELS)}: "
                         f"{', '.join(labels)}")
-    several = len(labels) == 1 or model.config.problem_type == "multi_label_classification"
-    found = []
-    for text in texts:  # one by one: no padding
-        logits = model.eval()(**tokenizer(text, truncation=True, return_tensors="pt")).logits[0]  # (labels,)
-        found.append((logits.sigmoid() if several else logits.softmax(-1))[column].item())
-    return found
+    return [each["score"] for found in classify(texts, truncation=True) for each in found
+            if each["label"].lower() == toxic]
 
 
 def score(lm: LM, prompts: list[str], classifier: str = "") -> Result:
