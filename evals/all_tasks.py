@@ -25,7 +25,6 @@ from evals.tasks import (
     glue,
     ifeval,
     math_problems,
-    mmlu,
     mt_bench,
     needle,
     open_qa,
@@ -63,8 +62,7 @@ TASKS = {  # in the order of the table and of --tasks=all
                            draw=context_length.draw, falls=True),
 
     # Multiple choice: the most likely choice is the answer.
-    "mmlu": Task(mmlu),  # 57 subjects of school and university
-    **{name: Task(choice, {"name": name}) for name in choice.BENCHMARKS},  # HellaSwag, ARC, PIQA, ...
+    **{name: Task(choice, {"name": name}) for name in choice.BENCHMARKS},  # MMLU, HellaSwag, ARC, PIQA, ...
     "truthfulqa": Task(truthfulqa),  # true answers against common misconceptions
     **{name: Task(glue, {"name": name}) for name in glue.NAMES},  # the nine tasks of GLUE
     # Three of them with 8 worked examples.

@@ -1,8 +1,8 @@
 """Multiple choice: the model's answer is the choice that it finds most likely after the question.
 
     examples, rows = splits(source, "mmlu", {"dev": "cais/mmlu:all:dev", "test": "cais/mmlu:all:test"})
-    questions = few_shot(examples, rows, 5, question_of)          # [Question, ..]
-    result = score_by_log_prob(lm, questions)                     # accuracy and one answer per question
+    before = shots_text(convert(examples, question_of), 5)    # the text of five worked examples
+    result = score_by_log_prob(lm, questions)                 # accuracy and one answer per question
 
 A choice follows its question after one space. A worked example is a question with its answer, and a blank
 line separates examples: the form of lm-evaluation-harness (github.com/EleutherAI/lm-evaluation-harness).
@@ -12,12 +12,12 @@ examples, the first ones of the split.
 """
 
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from configurator import UserError
-from evals.benchmarks import convert, read
+from evals.benchmarks import read
 from evals.likelihood import Likelihood
 from evals.lm import LM
 from evals.results import Result, mean, truncated
@@ -100,13 +100,6 @@ def shots_text(examples: Sequence[Question], count: int) -> str:
         place = f" of {examples[0].group}" if examples and examples[0].group else ""
         raise UserError(f"shots={count}: there are {len(examples)} examples{place}")
     return "".join("".join(each.scored(each.gold[0])) + "\n\n" for each in examples[:count])
-
-
-def few_shot(examples: list[dict[str, Any]], rows: list[dict[str, Any]], shots: int,
-             question_of: Callable[[dict[str, Any]], Question]) -> list[Question]:
-    """The rows as questions, each after the same first `shots` examples."""
-    text = shots_text(convert(examples[:shots], question_of), shots)
-    return [replace(question, shots=text) for question in convert(rows, question_of)]
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------

@@ -6,8 +6,8 @@
     Question: How do I ready a guinea pig cage ..?
     Answer:
 
-followed by a space and a choice. `BENCHMARKS` names the rows on the hub, the number of worked examples and
-the metric. score_by_log_prob takes the most likely choice (accuracy); score_by_character the choice with the
+followed by a space and a choice. `BENCHMARKS` names the rows on the hub, the metric and the number of worked
+examples. score_by_log_prob takes the most likely choice (accuracy); score_by_character the choice with the
 highest log-probability per character (accuracy_norm, and accuracy). Each function below shows its prompt.
 
 Prompts and metrics are those of lm-evaluation-harness (tasks of the same names, leaderboard_mmlu_pro,
@@ -19,19 +19,20 @@ all in one split, the first ones are the examples, and are not asked.
 import math
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
-from evals.benchmarks import answer_text, label_index, label_number, text_of, texts_of
+from evals.benchmarks import answer_text, convert, label_index, label_number, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import (
     LETTERS,
     Question,
     ask,
-    few_shot,
     grade_greedy,
     lettered,
     score_by_character,
     score_by_log_prob,
+    shots_text,
     splits,
 )
 from evals.results import Figure, Result, mean
@@ -47,6 +48,7 @@ class Benchmark(NamedTuple):
     splits: tuple[str, str]
     score: Callable[[LM, list[Question]], Result]
     shots: int = 0
+    opening: str = ""  # text before the worked examples, with the subject in place of {}
 
 
 # ---- Rows -> questions ------------------------------------------------------------------------------------
@@ -93,6 +95,32 @@ def commonsense_qa(row: Row) -> Question:
     """
     question, choices, gold = school_row(row)
     return lettered(f"Question: {question.strip()}", choices, gold)
+
+
+def mmlu(row: Row) -> Question:
+    """57 subjects of school and university (arXiv 2009.03300), four choices; the answer is a letter.
+
+    The following are multiple choice questions (with answers) about anatomy.
+
+    What is the embryological origin of the hyoid bone?
+    A. The first pharyngeal arch
+    B. ..
+    Answer: D
+
+    (four more)
+
+    A lesion causing compression of the facial nerve ..
+    A. paralysis of the facial muscles.
+    B. ..
+    Answer:
+
+    The examples are the first ones of the subject's dev split. The hub has the answer's number, the original
+    files have its letter.
+    """
+    choices, answer = texts_of(row["choices"]), row["answer"]
+    gold = (label_number(answer, len(choices)) if isinstance(answer, int) else
+            label_index(answer, list(LETTERS[:len(choices)])))
+    return lettered(row["question"].strip(), choices, gold, text_of(row["subject"]))
 
 
 def mmlu_pro(row: Row) -> Question:
@@ -206,6 +234,19 @@ def lambada(row: Row) -> Question:
     return Question(before, (answer_text(word),), (0,))
 
 
+def score_by_subject(lm: LM, questions: list[Question]) -> Result:
+    """Accuracy; the details have it by subject and by group of subjects as well."""
+    result = score_by_log_prob(lm, questions)
+    for answer, question in zip(result.answers, questions, strict=True):
+        answer["subject"] = question.group
+    subjects = {name: {name} for name in sorted({question.group for question in questions})}
+    for key, groups in (("subjects", subjects), ("groups", SUBJECTS)):
+        points = {group: [answer["right"] for answer in result.answers if answer["subject"] in names]
+                  for group, names in groups.items()}
+        result.details[key] = {group: mean(each)._asdict() for group, each in points.items() if each}
+    return result
+
+
 def score_last_word(lm: LM, questions: list[Question]) -> Result:
     """The share of words that greedy decoding would write, and the perplexity per word."""
     likelihoods = ask(lm, questions)
@@ -218,8 +259,25 @@ def score_last_word(lm: LM, questions: list[Question]) -> Result:
 
 # ---- The table --------------------------------------------------------------------------------------------
 
+# Groups of MMLU's subjects, as in lm-evaluation-harness.
+SUBJECTS = {group: set(subjects.split()) for group, subjects in {
+    "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
+        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
+        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
+        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
+    "humanities": """formal_logic high_school_european_history high_school_us_history
+        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
+        moral_scenarios philosophy prehistory professional_law world_religions""",
+    "social sciences": """econometrics high_school_geography high_school_government_and_politics
+        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
+        professional_psychology public_relations security_studies sociology us_foreign_policy""",
+    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
+        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine
+        virology"""}.items()}
 VALIDATION, TEST = ("train", "validation"), ("train", "test")
 BENCHMARKS = {
+    "mmlu": Benchmark(mmlu, "cais/mmlu:all", ("dev", "test"), score_by_subject, 5,
+                      "The following are multiple choice questions (with answers) about {}.\n\n"),
     "hellaswag": Benchmark(hellaswag, "Rowan/hellaswag:", VALIDATION, score_by_character),
     "arc_easy": Benchmark(arc, "allenai/ai2_arc:ARC-Easy", TEST, score_by_character, 25),
     "arc_challenge": Benchmark(arc, "allenai/ai2_arc:ARC-Challenge", TEST, score_by_character, 25),
@@ -235,15 +293,29 @@ BENCHMARKS = {
 }
 
 
+def by_subject(questions: list[Question]) -> dict[str, list[Question]]:
+    return {subject: [each for each in questions if each.group == subject]
+            for subject in dict.fromkeys(each.group for each in questions)}
+
+
 def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Question]:
-    """The first `limit` questions that are not examples."""
+    """The first `limit` questions that are not examples, each after the first examples of its subject.
+
+    Subjects are taken in turn: the first question of each, the second of each, and so on.
+    """
     benchmark = BENCHMARKS[name]
     shots = benchmark.shots if shots is None else shots
     hub = {split: f"{benchmark.hub}:{split}" for split in benchmark.splits[0 if shots else 1:]}
     examples, rows = splits(source, name, hub)
     if not examples:
         examples, rows = rows[:shots], rows[shots:]
-    return few_shot(examples, rows[:limit], shots, benchmark.question_of)
+    shown, asked = (by_subject(convert(each, benchmark.question_of))
+                    for each in (examples if shots else [], rows))
+    before = {name: benchmark.opening.format(name.replace("_", " ")) + shots_text(shown.get(name, []), shots)
+              for name in asked or [""]}
+    turns = sorted((turn, name, each) for name, group in asked.items()
+                   for turn, each in enumerate(group[:limit]))[:limit]
+    return [replace(each, shots=before[name]) for _, name, each in turns]
 
 
 def score(lm: LM, questions: list[Question], name: str) -> Result:

@@ -15,7 +15,7 @@ import eval as evaluation
 from configurator import UserError
 from evals.likelihood import Likelihood
 from evals.multiple_choice import Question, credit, per_character, shots_text, splits
-from evals.tasks import choice, glue, mmlu, truthfulqa
+from evals.tasks import choice, glue, truthfulqa
 from tests.conftest import SHARED
 
 TASKS = ("mmlu", "hellaswag", "arc_easy", "arc_challenge", "truthfulqa", "sst2", "cola", "rte", "sst2_few",
@@ -51,18 +51,19 @@ def test_mmlu(tmp_path):
             for subject in ("world_religions", "anatomy") for split in ("dev", "test") for number in range(4)]
     with gzip.open(tmp_path / "mmlu_dev_test.jsonl.gz", "wt") as file:
         file.write("".join(json.dumps(row) + "\n" for row in rows))
-    found = mmlu.load(str(tmp_path), 3, 1)
+    found = choice.load(str(tmp_path), 3, 1, "mmlu")
     assert [question.group for question in found] == ["anatomy", "world_religions", "anatomy"]
     before = ("The following are multiple choice questions (with answers) about world religions.\n\n"
               "world_religions dev 0?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: A\n\n")
     assert found[1] == Question("world_religions test 0?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:", tuple("ABCD"),
                                 (0,), before, "world_religions")
-    assert len(mmlu.load(str(tmp_path), 100, 4)) == 8 and "dev" not in mmlu.load(str(tmp_path), 1, 0)[0].shots
+    assert len(choice.load(str(tmp_path), 100, 4, "mmlu")) == 8
+    assert "dev" not in choice.load(str(tmp_path), 1, 0, "mmlu")[0].shots
     for row in rows:  # as on the hub
         row["answer"] = "ABCD".index(row["answer"])
-    assert mmlu.load(write_rows(tmp_path / "..", mmlu=rows) + "/mmlu.jsonl", 3, 1) == found
+    assert choice.load(write_rows(tmp_path / "..", mmlu=rows) + "/mmlu.jsonl", 3, 1, "mmlu") == found
     with pytest.raises(UserError, match="shots=5: there are 4 examples of world_religions"):
-        mmlu.load(str(tmp_path), 3, None)
+        choice.load(str(tmp_path), 3, None, "mmlu")
 
 
 def test_mmlu_by_subject():
@@ -70,11 +71,11 @@ def test_mmlu_by_subject():
                  ("anatomy", "anatomy", "virology", "econometrics")]
     right = iter((1, 0, 1, 1))
     lm = Scorer(lambda context, choice: (choice == " A" and next(right)) + 0.5 * (choice == " B"))
-    details = mmlu.score(lm, questions).details
+    details = choice.score(lm, questions, "mmlu").details
     assert details["subjects"]["anatomy"] == {"value": 0.5, "stderr": 0.5, "n": 2}
     assert {name: (each["value"], each["n"]) for name, each in details["groups"].items()} == {
         "STEM": (0.5, 2), "social sciences": (1.0, 1), "other": (1.0, 1)}
-    assert sum(map(len, mmlu.GROUPS.values())) == 57 and details["chance"] == 0.25
+    assert sum(map(len, choice.SUBJECTS.values())) == 57 and details["chance"] == 0.25
 
 
 def test_hellaswag(tmp_path):

@@ -32,7 +32,12 @@ SCIQ = {"question": "What burns?", "support": " Wood burns.", "correct_answer": 
 COPA = {"premise": "The man turned on the faucet. ", "question": "effect", "choice1": "It rained.",
         "choice2": "Water flowed.", "label": 1}
 LAMBADA = {"text": "He said\nyes and no"}
-ROWS = {"hellaswag": (HELLASWAG, Question("Roofing: A man sits on a roof. He",
+MMLU = {"question": "2 + 2? ", "subject": "college_mathematics", "choices": ["3", "4"], "answer": 1}
+ROWS = {"mmlu": (MMLU, Question(
+            "2 + 2?\nA. 3\nB. 4\nAnswer:", ("A", "B"), (1,),
+            "The following are multiple choice questions (with answers) about college mathematics.\n\n",
+            "college_mathematics")),
+        "hellaswag": (HELLASWAG, Question("Roofing: A man sits on a roof. He",
                                           ("falls off.", "lays tiles.", "sings.", "eats."), (1,))),
         "arc_easy": (ARC, Question("Question: Why is the sky blue?\nAnswer:", ("paint", "scattering"), (1,))),
         "arc_challenge": (ARC, Question("Question: Why is the sky blue?\nAnswer:", ("paint", "scattering"),
@@ -115,8 +120,7 @@ def test_files_of_a_longer_name_belong_to_the_longer_task(tmp_path):
             "mmlu_test": [{"subject": "anatomy", "question": "Q?", "choices": ["a", "b"], "answer": 0}]}
     for name, each in rows.items():
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in each))
-    from evals.tasks import mmlu
-    assert [question.group for question in mmlu.load(str(tmp_path), 9, 0)] == ["anatomy"]
+    assert [question.group for question in choice.load(str(tmp_path), 9, 0, "mmlu")] == ["anatomy"]
     [question] = choice.load(str(tmp_path), 9, 2, "mmlu_pro")
     assert question.shots == "Shot?\nA. 3\nB. 4\nC. 5\nAnswer: B\n\n" * 2
 
