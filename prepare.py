@@ -448,7 +448,7 @@ def prepare_problems(kind: Literal["chat", "preference"], model: str) -> DataFol
     return prepare(dataclasses.replace(cfg, overwrite=bool(different)))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure(PrepareConfig, argv, usage=__doc__)
     # An existing tokenizer has a fixed size, so a vocab_size that the user gave must not be ignored silently.
     if "vocab_size" in provenance and cfg.tokenizer != "bpe":
@@ -459,7 +459,6 @@ def main(argv: list[str]) -> int:
         print(f"{cfg.folder}: every shard matches its sha256")
     else:
         prepare(cfg)
-    return 0
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ class Recipe(NamedTuple):
 class Document:
     """What a row becomes by `parse_rows` and `tokenize`."""
 
-    content: Content | None = None  # None if the row is skipped; it does not travel between processes
+    content: Any = None  # a Content; None for a skipped row, and on the way between processes
     reason: str | None = None  # why the row is skipped
     details: dict[str, Any] = field(default_factory=dict)  # what a rule that dropped the row saw
     byte_count: int = 0  # of UTF-8

@@ -157,7 +157,7 @@ def build(cfg: SynthesizeConfig, teacher: Path, tokenizer: Tokenizer, folder: Pa
         "source": f"{cfg.kind} by {cfg.teacher}", "rows": rows, "files_ignored": 0}
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(SynthesizeConfig, argv, usage=__doc__)
     teacher, out = hf.find_folder(cfg.teacher), Path(cfg.out)
     inputs = dataclasses.asdict(cfg) | {"teacher": weights_sha256(teacher)}
@@ -165,13 +165,12 @@ def main(argv: list[str]) -> int:
         del inputs[key]
     if (out / "meta.json").exists() and not cfg.overwrite:
         unchanged(out, inputs)
-        return 0
+        return
     with atomic_folder(out) as folder:
         meta = build(cfg, teacher, Tokenizer.load(teacher), folder)
         write_json(folder / "meta.json", meta | {"inputs": inputs})
     print(f"data      {out}: {meta['tokens']['train']:,} training and {meta['tokens']['val']:,} validation "
           f"tokens in {meta['rows']['kept']:,} documents; {meta['rows']['in']:,} were generated")
-    return 0
 
 
 if __name__ == "__main__":

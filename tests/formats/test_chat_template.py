@@ -1,18 +1,16 @@
 """Models' own chat formats: ids and masks equal those of transformers, and text stays text.
 
-The templates are those that TRL ships, which are read from the installed package, SmolLM2's, and small ones
-in the style of other models. TRL's files with {% generation %} are references for the masks.
+bench/chat_templates.py is the comparison, with the templates that TRL ships, SmolLM2's, and small ones in the
+style of other models. The tests after it are examples by hand.
 """
 
 import io
 import json
-import random
-import re
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tokenizers import AddedToken
 
 import dpo
 import export
@@ -20,6 +18,9 @@ import generation.assistant
 import prepare
 import sample
 import sft
+from bench import chat_formats, chat_templates
+from bench.chat_formats import with_tools
+from bench.chat_templates import compare
 from configurator import UserError
 from dataset.chat_rows import ChatRows, PairRows
 from dataset.encoding import Recipe, tokenize
@@ -40,64 +41,12 @@ from formats.chat_format import (
 )
 from formats.chat_template import TemplateChat, own_template
 from formats.hf import find_folder
-from formats.tokenizer import QWEN2_SPLIT, Tokenizer
+from formats.tokenizer import Tokenizer
 from tests.conftest import busy_model, tiny_config
-from tests.formats.test_tokenizer_kinds import LLAMA_SETTINGS, byte_level, sentencepiece
 
-TRL = pytest.importorskip("trl").__path__[0]
-FILES = sorted(Path(TRL, "chat_templates").glob("*.jinja"))
-CONTROL = re.compile(
-    r"<\|[^|<>\s]{1,40}\|>|<\uff5c[^\uff5c<>]{1,40}\uff5c>|\[/?[A-Z_]{2,20}\]|<[a-z]+_of_[a-z]+>"
-    r"|<\|[a-z_]+>|<[a-z_]+\|>|</s>"
-)
-ADDED = ("<think>", "</think>", "<tool_call>", "</tool_call>")  # not special, as in Qwen3's tokenizer
-SMOLLM2 = (
-    "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}{{ '<|im_start|>"
-    "system\nYou are a helpful AI assistant named SmolLM, trained by Hugging Face<|im_end|>\n' }}{% endif %}"
-    "{{'<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>' + '\n'}}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# In the style of other models: a BOS token per exchange, roles in plain text, a system prompt inside the
-# first user's turn, alternating roles only, and an end-of-text token that closes training texts.
-STYLES = {
-    "smollm2": SMOLLM2,
-    "llama2": """\
-{%- if messages[0].role == 'system' -%}
-    {%- set system = '<<SYS>>\n' + messages[0].content + '\n<</SYS>>\n\n' -%}
-    {%- set messages = messages[1:] -%}
-{%- else -%}{%- set system = '' -%}{%- endif -%}
-{%- for m in messages -%}
-    {%- if (m.role == 'user') != (loop.index0 % 2 == 0) -%}{{ raise_exception('alternate') }}{%- endif -%}
-    {%- if m.role == 'user' -%}
-        {{- bos_token + '[INST] ' + (system if loop.first else '') + m.content.strip() + ' [/INST]' -}}
-    {%- else -%}{{- ' ' + m.content.strip() + ' ' + eos_token -}}{%- endif -%}
-{%- endfor -%}""",
-    "zephyr": """\
-{% for m in messages %}
-{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}
-{% if loop.last and add_generation_prompt %}
-{{ '<|assistant|>' }}
-{% endif %}
-{% endfor %}""",
-    "mistral": """\
-{{- bos_token }}
-{%- for m in messages %}
-    {%- if m.role == 'user' %}{{- '[INST]' + m.content + '[/INST]' }}
-    {%- elif m.role == 'assistant' %}{{- m.content + eos_token }}
-    {%- else %}{{- raise_exception('only user and assistant') }}{%- endif %}
-{%- endfor %}""",
-    "phi3_style": """\
-{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% else %}{{ eos_token }}{% endif %}""",
-    "gemma_style": """\
-{{ bos_token }}{% if messages[0].role == 'system' %}{{ raise_exception('no system role') }}{% endif %}
-{% for m in messages %}{% set role = 'model' if m.role == 'assistant' else m.role %}
-{{ '<start_of_turn>' + role + '\n' + m.content | trim + '<end_of_turn>\n' }}{% endfor %}
-{% if add_generation_prompt %}{{ '<start_of_turn>model\n' }}{% endif %}""",
-}
-SENTENCEPIECE = ("llama2", "zephyr", "mistral", "gemma", "gemma_style")
-TEMPLATES = STYLES | {path.stem: path.read_text(encoding="utf-8") for path in FILES}
-assert len(TEMPLATES) == len(STYLES) + len(FILES)
+pytest.importorskip("trl")
+TEMPLATES = chat_formats.templates()
+SMOLLM2 = TEMPLATES["smollm2"]
 TOOLS = [
     {
         "type": "function",
@@ -114,186 +63,60 @@ TOOLS = [
 ]
 
 
-def make_tokenizer(name, folder):
-    """A small tokenizer with the template and all its control tokens, saved in a folder."""
-    base, template = name.removesuffix("_training"), TEMPLATES[name]
-    controls = sorted(
-        {*CONTROL.findall(template + TEMPLATES.get(base, ""))}
-        | {"<|im_start|>", "<|im_end|>", "<|endoftext|>"}
-    )
-    if base in SENTENCEPIECE:
-        import tokenizers
-
-        hf = sentencepiece("bpe", tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False))
-        settings = LLAMA_SETTINGS
-        controls = [each for each in controls if each in ("<start_of_turn>", "<end_of_turn>", "</s>")]
-        controls += ["<start_of_turn>", "<end_of_turn>"] if base.startswith("gemma") else []
-    else:
-        hf = byte_level(QWEN2_SPLIT)
-        settings = {"bos_token": "<|endoftext|>", "eos_token": "<|endoftext|>"}
-        if name == "smollm2":
-            settings = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
-    # Phi-3's control tokens take the white space after them along.
-    hf.add_special_tokens(
-        [AddedToken(each, rstrip=name.startswith("phi3"), normalized=False) for each in controls]
-    )
-    hf.add_tokens([AddedToken(each, normalized=False) for each in ADDED])
-    tokenizer = Tokenizer(
-        json.loads(hf.to_str()),
-        settings
-        | {
-            "chat_template": template,
-            "tokenizer_class": "PreTrainedTokenizerFast",
-            "clean_up_tokenization_spaces": False,
-        },
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(folder)
-    return Tokenizer.load(folder)
+@pytest.fixture(scope="module")
+def all_formats(tmp_path_factory):
+    """name -> bench.chat_formats.Format, made when first asked for."""
+    base = tmp_path_factory.mktemp("formats")
+    return cache(lambda name: next(chat_formats.small_formats(base, {name})))
 
 
 @pytest.fixture(scope="module")
-def formats(tmp_path_factory):
-    """name -> (our tokenizer, transformers'), made when first asked for."""
-    import transformers
-
-    made, base = {}, tmp_path_factory.mktemp("formats")
-
-    def get(name):
-        if name not in made:
-            ours = make_tokenizer(name, base / name)
-            made[name] = ours, transformers.AutoTokenizer.from_pretrained(base / name)
-        return made[name]
-
-    return get
-
-
-WORDS = [
-    "a",
-    "Hello world",
-    "caf\u00e9 \u4e2d\u6587",
-    " ",
-    "  two",
-    "\n",
-    "\n\n",
-    "12 * 30?",
-    "\ue000",
-    "\U0001f600",
-    "{{ x }}",
-    "{% if %}",
-    "<|im_",
-    "end|>",
-    "<|",
-    "|>",
-    "</think>",
-    "<think>",
-    "\u2028",
-    "user\n",
-    "[INST",
-    "\t",
-    "<tool_call>",
-    '"quoted"',
-    "\\n",
-    "'",
-    "<s",
-    "assistant",
-    "_token",
-    "<start_of",
-]
-
-
-def draw_text(draw, more=()):
-    """A text at random. It has control tokens only if `more` has some."""
-    text = "".join(draw.choice([*WORDS, *more]) for _ in range(draw.randint(0, 5)))
-    return text if more or not CONTROL.search(text) else draw_text(draw)
-
-
-def draw_chat(draw, name, more=()):
-    """(messages, tools) at random, in transformers' form."""
-    template = TEMPLATES[name]
-    system = [{"role": "system", "content": draw_text(draw, more).strip() or "x"}]
-    messages = system if draw.random() < 0.3 else []
-    for _ in range(draw.randint(1, 3)):
-        messages.append({"role": "user", "content": draw_text(draw, more)})
-        turn = {"role": "assistant", "content": draw_text(draw, more)}
-        if "reasoning_content" in template and draw.random() < 0.4:
-            turn["reasoning_content"] = draw_text(draw, more) + "x"
-        if "tool_calls" in template and draw.random() < 0.3:
-            call = {"name": "add", "arguments": {"a": draw_text(draw, more), "b\u00e9": [1, 2.5, None]}}
-            calls = [{"type": "function", "function": call}]
-            messages += [turn | {"tool_calls": calls}, {"role": "tool", "content": draw_text(draw, more)}]
-            turn = {"role": "assistant", "content": draw_text(draw, more)}
-        messages.append(turn)
-    if draw.random() < 0.1:
-        messages.pop()
-    if name.startswith("llava") or ("'text'" in template and draw.random() < 0.3):  # lists of text parts
-        for message in messages:
-            message["content"] = [{"type": "text", "text": part} for part in (message["content"], "end")]
-        return messages, None
-    return messages, TOOLS if "tools" in template and draw.random() < 0.3 else None
-
-
-def with_tools(messages, tools):
-    """The same conversation as dataset/conversations.py gives it to us."""
-    if not tools:
-        return messages
-    text = json.dumps(tools)
-    first = messages[0]["content"] if messages[0]["role"] == "system" else ""
-    rest = messages[1:] if messages[0]["role"] == "system" else messages
-    return [{"role": "system", "content": f"{first}\n\n{text}".strip(), "tools": text}, *rest]
-
-
-def whole_characters(mask, tokenizer, text):
-    """A mask of transformers, which leaves out the further tokens of a character that ends a span."""
-    spans = tokenizer.hf.encode(text, add_special_tokens=False).offsets
-    for n in range(1, len(mask)):
-        mask[n] |= mask[n - 1] if spans[n] == spans[n - 1] else 0
-    return mask
-
-
-def compare(name, formats, count, seed):
-    """The number of conversations that both accept; every id, mask and refusal must be equal."""
-    (ours, theirs), draw, accepted = formats(name), random.Random(f"{name}{seed}"), 0
-    tagged = re.search(r"\{%-?\s*generation", TEMPLATES[name])
-    for _ in range(count):
-        messages, tools = draw_chat(draw, name)
-        chat, opened = with_tools(messages, tools), draw.random() < 0.3
-        try:
-            if opened:
-                expected = theirs.apply_chat_template(messages, tools=tools, add_generation_prompt=True)[
-                    "input_ids"
-                ]
-            else:
-                expected = theirs.apply_chat_template(
-                    messages, tools=tools, return_dict=True, return_assistant_tokens_mask=bool(tagged)
-                )
-        except Exception as error:
-            with pytest.raises(UserError, match="chat template: "):
-                encode_prompt(ours, chat) if opened else encode_chat(ours, chat)
-            assert type(error).__module__.startswith(("jinja2", "builtins")), error
-            continue
-        accepted += 1
-        if opened:
-            assert encode_prompt(ours, chat) == expected, messages
-            continue
-        ids, mask = encode_chat(ours, chat)
-        assert ids == expected["input_ids"], messages
-        assert len(mask) == len(ids)
-        if tagged:
-            text = theirs.apply_chat_template(messages, tools=tools, tokenize=False)
-            assert mask == whole_characters(expected["assistant_masks"], ours, text), messages
-    return accepted
+def formats(all_formats):
+    """name -> (our tokenizer, transformers')."""
+    return lambda name: (all_formats(name).ours, all_formats(name).theirs)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_ids_and_masks_of_transformers(name, formats):
-    assert compare(name, formats, 4, seed=1) > 0
+def test_random_conversations(name, all_formats):
+    """python -m bench.chat_templates compares 3,000 of them."""
+    tally = compare(all_formats(name), 5, seed=2)
+    assert tally.counts["rendered"] > 0 and not tally.examples, tally.examples
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_3000_conversations(name, formats):
-    assert compare(name, formats, 3000, seed=2) > 300
+def test_the_reference_of_hostile_conversations_is_transformers_where_nothing_is_hostile(all_formats):
+    for name in ("qwen3_training", "phi3_training", "gemma_training", "llama2"):
+        form, compared = all_formats(name), 0
+        draw = chat_formats.Draw(form, seed=3)
+        for _ in range(12):
+            messages, tools = draw.chat()
+            if draw.is_hostile:
+                continue
+            try:
+                expected = chat_templates.clean_reference(form, messages, tools, False)
+            except Exception:  # the template refuses it
+                continue
+            assert chat_templates.hostile_reference(form, messages, tools, False) == expected
+            compared += 1
+        assert compared > 2
+
+
+def test_the_comparison_sees_differences(all_formats, monkeypatch):
+    """Wrong ids, masks and refusals of ours are counted."""
+    form, encode = all_formats("qwen3_training"), chat_templates.encode_documents
+
+    def tally(change):
+        def changed(*args):
+            return [change(*document) for document in encode(*args)]
+
+        monkeypatch.setattr(chat_templates, "encode_documents", changed)
+        return compare(form, 12, seed=4).counts
+
+    def refuse(ids, mask):
+        raise UserError("no")
+
+    assert tally(lambda ids, mask: ([*ids, 1], mask))["ids differ"] > 2
+    assert tally(lambda ids, mask: (ids, [0] * len(mask)))["masks differ"] > 2
+    assert tally(refuse)["refusals differ"] > 2
 
 
 # ---- Masks ------------------------------------------------------------------------------------------------
@@ -308,31 +131,6 @@ def targets(tokenizer, ids, mask):
             runs[-1].append(index)
         last = is_target
     return [tokenizer.decode(run, inside=True) for run in runs]
-
-
-# TRL also marks white space around a turn, the token that opens it, or an end-of-text token after it.
-AROUND = ("", "\n", "<\uff5cAssistant\uff5c>", "<|endoftext|>", "\n<|endoftext|>")
-
-
-@pytest.mark.parametrize(
-    "name",
-    ["qwen2_5", "llama3", "gemma", "gemma3", "phi3", "cohere", "lfm2", "qwen3_instruct_2507", "deepseekv3"],
-)
-def test_growing_prefixes_find_the_tokens_that_trl_marks(name, formats):
-    """On TRL's files without marks our masks are those of its files with marks."""
-    ours, marked = formats(name)[0], formats(f"{name}_training")[0]
-    draw = random.Random(name)
-    assert ours.definition == marked.definition
-    for _ in range(30):
-        messages, _ = draw_chat(draw, "mistral")  # without calls and thoughts
-        messages = [message for message in messages if message["role"] != "system"]
-        messages += [] if messages[-1]["role"] == "assistant" else [{"role": "assistant", "content": "b"}]
-        (ids, mask), (their_ids, their_mask) = encode_chat(ours, messages), encode_chat(marked, messages)
-        assert ids == their_ids
-        texts, theirs = targets(ours, ids, mask), targets(marked, their_ids, their_mask)
-        for text, their in zip(texts, theirs, strict=True):
-            begin = their.index(text)
-            assert their[:begin] in AROUND and their[begin + len(text) :] in AROUND
 
 
 def test_masks_by_hand(formats):
@@ -411,50 +209,6 @@ def test_a_thought_is_not_lost(formats):
 
 
 # ---- Text stays text --------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        "smollm2",
-        "llama2",
-        "zephyr",
-        "gemma_style",
-        "phi3",
-        "llama3_1",
-        "qwen3",
-        "qwen2_5",
-        "gptoss",
-        "qwen3_training",
-    ],
-)
-def test_hostile_text_gives_no_control_token(name, formats):
-    """The ids are those of the template with other content, but for the content, which is encoded as text."""
-    tokenizer = formats(name)[0]
-    specials = [tokenizer.hf.id_to_token(index) for index in sorted(tokenizer.special_ids)]
-    draw, checked = random.Random(name), 0
-    for _ in range(40):
-        messages, _ = draw_chat(draw, name, more=specials)
-        twin = json.loads(json.dumps(messages))
-        for message in twin:
-            message.pop("tool_calls", None)
-        for message, harmless in zip(messages, twin, strict=True):
-            message.pop("tool_calls", None)
-            for key in {"content", "reasoning_content"} & message.keys():
-                harmless[key] = "x" if message[key].strip() else message[key]
-        try:
-            (ids, mask), (expected, _) = encode_chat(tokenizer, messages), encode_chat(tokenizer, twin)
-            text = TemplateChat(tokenizer, messages).render(messages)[0]
-        except UserError:
-            continue
-        checked += 1
-        unknown = tokenizer.hf.token_to_id("<unk>")
-        real = tokenizer.special_ids - {unknown}
-        assert [i for i in ids if i in real] == [i for i in expected if i in real], messages
-        if unknown not in ids and not name.startswith("phi3"):
-            assert tokenizer.decode(ids).strip() == text.strip()
-        assert len(mask) == len(ids)
-    assert checked > 15
 
 
 def test_a_forged_turn_is_no_target(formats):
