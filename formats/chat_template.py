@@ -241,7 +241,7 @@ class TemplateChat:
         begin = len(os.path.commonprefix((text, twin)))
         with contextlib.suppress(UserError):
             prompt, _ = self.render(before, opened=True)
-            opening = prompt if text.startswith(prompt) else prompt[-64:]
+            opening = prompt if text.startswith(prompt) else prompt[-64:]  # with the end of what is before it
             place = text.rfind(opening, 0, max(begin, len(prompt)))
             begin = place + len(opening) if place >= 0 else begin
         return text, (begin, special.end() if special else len(text))

@@ -39,7 +39,7 @@ from formats.chat_format import (
     turn_frame,
     with_chat_tokens,
 )
-from formats.chat_template import TemplateChat, own_template
+from formats.chat_template import own_template
 from formats.hf import find_folder
 from formats.tokenizer import Tokenizer
 from tests.conftest import busy_model, tiny_config
