@@ -6,7 +6,9 @@
 
 `base` is a list of commands; each starts from the model of the one before. A change is a text: key=value
 (one or several) is added to the first command, and -dpo.py leaves that command out. The table has the metric
-of each variant: val_loss at the end or, with --tasks, the first figure of each task of eval.py. "difference"
+of each variant: val_loss at the end or, with --tasks, the first figure of each task of eval.py. If --evaluate
+has --num_samples=8, it is that of a vote of 8 answers, or of the choice of the last command, verifier.py.
+"difference"
 is the mean over the seeds of variant minus base. "over spread" is its size over the standard deviation of the
 seeds' differences: below about 2, the seeds alone could have made it.
 
@@ -42,6 +44,7 @@ class AblateConfig:
     changes: dict | str = ""  # {name: change}, or changes with ";" between them
     seeds: int = 3  # runs of each variant, with seeds 1, 2, ..
     tasks: str = ""  # tasks of eval.py, separated by commas; "" compares val_loss
+    evaluate: str = ""  # more words for eval.py, such as "--limit=200 --num_samples=8"
     equal_time: bool = False  # give the first commands equal training seconds, not equal steps
     out_dir: str = "out/ablate"  # folder of the runs
     json: str | None = None  # write all results to this file
@@ -101,10 +104,15 @@ def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str
     if cfg.equal_time:
         commands = [at_equal_time(cfg, commands[0], seed), *commands[1:]]
     folder, last, val_loss = run_commands(cfg, commands, seed)
+    out_dir, argv, choice = folder / "eval", [f"--tasks={cfg.tasks}", *shlex.split(cfg.evaluate)], "maj@"
+    if commands[-1].startswith("verifier.py"):
+        argv, choice = [*argv, f"--verifier={folder}"], "verified@"
+        folder = run_commands(cfg, commands[:-1], seed)[0]
     model, metrics = GPT.from_pretrained(folder), {"val_loss": val_loss}
     if cfg.tasks:
-        found = run_eval([f"--model={folder}", f"--tasks={cfg.tasks}"], folder / "eval")
-        metrics = {task: next(iter(figures.values()))["value"] for task, figures in found.items()}
+        found = run_eval([f"--model={folder}", *argv], out_dir)
+        metrics = {task: figures[min(figures, key=lambda name: not name.startswith(choice))]["value"]
+                   for task, figures in found.items()}  # the choice, or the first
     print(f"{folder}: {metrics}", flush=True)
     return {"metrics": metrics, "speed": last["tokens"] / last["seconds"], "memory_gb": last["memory_gb"],
             "parameters": model.num_parameters(), "active": model.num_parameters(active=True)}
@@ -139,7 +147,7 @@ def chart(results: Runs) -> Figure:
     return bar_chart(changes, "difference from the base (points: seeds)")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(AblateConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
     arms = {name: partial(train_variant, cfg, commands) for name, commands in cfg.variants.items()}
@@ -150,7 +158,6 @@ def main(argv: list[str]) -> int:
         write_json(Path(cfg.json), {"base": cfg.base, "commands": cfg.variants, "runs": results})
     if cfg.png:
         chart(results).savefig(cfg.png, dpi=110)
-    return 0
 
 
 if __name__ == "__main__":

@@ -50,7 +50,7 @@ def test_two_variants_and_again(data, tmp_path, monkeypatch, capsys):
     base = " ".join(["train.py", *TINY_RUN, f"--dataset={data}", "--max_steps=2"])
     argv = [f"--base={[base]!r}", "--changes={'experts': 'n_expert=4 expert_size=64'}", "--seeds=1",
             f"--out_dir={tmp_path}", f"--json={tmp_path / 'a.json'}", f"--png={tmp_path / 'a.png'}"]
-    assert main(argv) == 0
+    main(argv)
     results = json.loads((tmp_path / "a.json").read_text())
     assert results["runs"].keys() == {"base", "experts"}
     experts = results["runs"]["experts"][0]
@@ -58,7 +58,8 @@ def test_two_variants_and_again(data, tmp_path, monkeypatch, capsys):
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
     first = capsys.readouterr().out
     monkeypatch.setattr("tools.arms.run_process", None)  # a finished run is not started again
-    assert main(argv) == 0 and capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
+    main(argv)
+    assert capsys.readouterr().out.splitlines()[-4:] == first.splitlines()[-4:]
 
 
 def test_equal_time_by_hand(tmp_path, monkeypatch):
@@ -78,6 +79,30 @@ def test_equal_time_by_hand(tmp_path, monkeypatch):
         ablate.train_variant(cfg, commands, 1)
     steps = [[word for word in argv if word.startswith("--max_steps")] for argv in ran]
     assert steps == [["--max_steps=10"]] * 5 + [["--max_steps=10", "--max_steps=4"]]
+
+
+def test_a_verifier_chooses_or_the_answers_vote(tmp_path, monkeypatch):
+    asked = []
+
+    def run_eval(argv, folder):
+        asked.append((argv, folder))
+        names = ["right", "maj@8"] if "--num_samples=8" in argv else ["right"]
+        names += ["verified@8"] if any(word.startswith("--verifier=") for word in argv) else []
+        return {"problems": {name: {"value": number / 10} for number, name in enumerate(names)}}
+
+    log = [{"tokens": 1, "seconds": 1, "memory_gb": 1, "step": 1}, {"val_loss": 1.0}]
+    monkeypatch.setattr(ablate, "run_once", lambda script, argv, folder: log)
+    monkeypatch.setattr(ablate, "run_eval", run_eval)
+    monkeypatch.setattr(ablate.GPT, "from_pretrained", lambda folder: GPT(GPTConfig(n_layer=1)))
+    found = []
+    for evaluate in ("--num_samples=8", ""):
+        cfg = AblateConfig(base=["grpo.py", "verifier.py"], changes="-verifier.py", tasks="problems",
+                           evaluate=evaluate, out_dir=str(tmp_path))
+        found += [ablate.train_variant(cfg, commands, 1)["metrics"] for commands in cfg.variants.values()]
+    assert [each["problems"] for each in found] == [0.2, 0.1, 0.1, 0.0]
+    (with_one, verifier), (without, policy) = asked[:2]
+    assert with_one == [f"--model={policy.parent}", "--tasks=problems", "--num_samples=8",
+                        f"--verifier={verifier.parent}"] and without == with_one[:3]
 
 
 def test_stages_before_a_difference_are_shared(tmp_path, monkeypatch):
