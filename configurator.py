@@ -387,7 +387,7 @@ def optional_import(module: str, key: str, package: str = "") -> Any:
 # ---- Programs ---------------------------------------------------------------------------------------------
 
 def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
-    """Run `main(argv)` as a program and exit with its return code.
+    """Run `main(argv)` as a program and exit with its return code; None is 0.
 
     Other exit codes: 2 for a user's mistake (one line on stderr), 130 for Ctrl-C, 1 for a bug of ours (with
     its traceback). An OSError is a user's mistake too: a missing or unreadable file, or a full disk. So is a
@@ -400,7 +400,7 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
         # A model may write any character; a terminal that cannot show one gets its escape, not a crash.
         getattr(sys, name).reconfigure(errors="backslashreplace")
     try:
-        sys.exit(main(sys.argv[1:]))
+        sys.exit(main(sys.argv[1:]) or 0)
     except BrokenPipeError:  # `... | head`: the reader is gone
         # Python flushes stdout at exit, which would raise once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

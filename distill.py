@@ -467,12 +467,11 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     print_summary(cfg, student, results, run, kind.kind)
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(DistillConfig, argv, usage=__doc__)
     cfg, layers = with_architecture(cfg, provenance)
     with start_run(cfg, provenance) as run:
         distill(cfg, layers, run)
-    return 0
 
 
 if __name__ == "__main__":

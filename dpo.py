@@ -245,7 +245,7 @@ class PreferenceEvaluation(MixEvaluation):
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded pairs are tokenized for this model.
@@ -278,7 +278,6 @@ def main(argv: list[str]) -> int:
                                   "{val_rewards/accuracies:.1%} of pairs",
                f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)}",
                f"python export.py --model={run.quoted} --format=gguf --quantize=q8_0")
-    return 0
 
 
 if __name__ == "__main__":

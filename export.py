@@ -235,7 +235,7 @@ def next_commands(folder: Path, tokenizer: Tokenizer) -> list[str]:
             f"python sample.py --model={shlex.quote(str(model))}{chat}"]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure(ExportConfig, argv, usage=__doc__)
     # A key that the format ignores is a mistake, but only if the user set it: all keys have a default.
     for key, format in (("dtype", "hf"), ("quantize", "gguf")):
@@ -250,7 +250,7 @@ def main(argv: list[str]) -> int:
         # If an earlier process was killed after its last rename, the export it replaced is still here.
         shutil.rmtree(sibling_path(cfg.folder, "old"), ignore_errors=True)
         print(f"{cfg.folder} exists already, made from the same inputs")
-        return 0
+        return
     try:
         # The folder is built under a temporary name and renamed when the block ends.
         with atomic_folder(cfg.folder, marker="manifest.json", kind="export") as folder:
@@ -264,7 +264,6 @@ def main(argv: list[str]) -> int:
     for path in sorted(cfg.folder.iterdir()):
         print(f"{path.stat().st_size:14,} bytes  {path}")
     print("\nnext    " + "\n        ".join(next_commands(cfg.folder, source.tokenizer)))
-    return 0
 
 
 if __name__ == "__main__":

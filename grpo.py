@@ -309,7 +309,7 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(GRPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the prompts, in the chat format of the model. Stages may count epochs; fit counts steps.
@@ -335,7 +335,6 @@ def main(argv: list[str]) -> int:
                f"python eval.py --model={run.quoted} --compare={shlex.quote(cfg.init_from)} "
                "--tasks=problems,calculator,hard_calculator",
                f"python sample.py --model={run.quoted} --chat=True")
-    return 0
 
 
 if __name__ == "__main__":

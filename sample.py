@@ -226,7 +226,7 @@ def next_step(sampler: Sampler) -> str:
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
     prompts = [Prompt("prompt", {"prompt": cfg.prompt}, None)]
     if cfg.prompt_file:
@@ -245,7 +245,7 @@ def main(argv: list[str]) -> int:
             edit_lines()
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())
-        return 0
+        return
     begin = time.perf_counter()
     print_samples(sampler, prompts)
     seconds = time.perf_counter() - begin
@@ -253,7 +253,6 @@ def main(argv: list[str]) -> int:
          f"{sampler.tokens / max(seconds, 1e-9):,.0f} tokens/s")
     if not cfg.prompt_file:
         note(next_step(sampler))
-    return 0
 
 
 if __name__ == "__main__":

@@ -243,7 +243,7 @@ class Server:
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
@@ -255,7 +255,6 @@ def main(argv: list[str]) -> int:
     # uvicorn ends after the running requests, then raises the signal again; SIGTERM is exit code 0.
     signal.signal(signal.SIGTERM, lambda *_: None)
     server.run(sockets=[listening])
-    return 0
 
 
 if __name__ == "__main__":

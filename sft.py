@@ -101,7 +101,7 @@ class ChatEvaluation(MixEvaluation):
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded problems are tokenized for this model.
@@ -124,7 +124,6 @@ def main(argv: list[str]) -> int:
                       evaluate, run)
         finish(cfg, run, results, "loss {val_loss:.4f}, perplexity {val_perplexity:.2f}",
                f"python sample.py --model={run.quoted} --chat=True", run.next_stage("dpo.py", "out/sft"))
-    return 0
 
 
 if __name__ == "__main__":

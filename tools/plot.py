@@ -46,7 +46,7 @@ def bar_chart(series: dict[str, dict[str, list[float]]], xlabel: str) -> Figure:
     return figure
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     # Arguments without -- are run folders here, not config files.
     cfg, _ = configure(PlotConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     folders = [Path(arg) for arg in argv if not arg.startswith("-")]
@@ -59,7 +59,6 @@ def main(argv: list[str]) -> int:
     path = Path(cfg.out) if cfg.out else folders[0] / "curves.png"
     draw(runs).savefig(path, dpi=110)
     print(f"curves    {path}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -239,7 +239,7 @@ def page(folders: list[Path], cfg: ReportConfig) -> str:
     return numbered("\n\n".join(parts) + "\n")
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     # Arguments without -- are folders here, not config files.
     cfg, _ = configure(ReportConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     folders = [Path(arg) for arg in argv if not arg.startswith("-")]
@@ -258,7 +258,6 @@ def main(argv: list[str]) -> int:
         style = Path(__file__).with_suffix(".typ").read_text()
         write_bytes(out / "report.pdf", typst.compile((style + body).encode(), root=cfg.out))
     print(f"report    {out / 'report.md'}{' and report.pdf' if cfg.pdf else ''}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def short_run(cfg: SearchConfig, name: str, pairs: str) -> float:
     return run_once("distill.py", argv, Path(cfg.out_dir) / name, steps=cfg.steps)[-1]["val_loss"]
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(SearchConfig, argv, usage=__doc__)
     mix, device = Mix(cfg.dataset, cfg.block_size, 0, Rows), pick_device(None)
     student, teacher = (load_teacher(name, mix.tokenizer, device, torch.float32, cfg.block_size)
@@ -95,7 +95,6 @@ def main(argv: list[str]) -> int:
     for name, loss in losses.items():
         print(f"{name:20} val_loss {loss:.4f}")
     print(f"--layer_map={maps[min(losses, key=losses.__getitem__, default='similar')]}")
-    return 0
 
 
 if __name__ == "__main__":

@@ -65,7 +65,7 @@ def draw(axes: dict[str, list[str]], values: list[float], metric: str) -> Figure
     return figure
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
     points = [dict(zip(cfg.axes, values, strict=True)) for values in itertools.product(*cfg.axes.values())]
@@ -76,7 +76,6 @@ def main(argv: list[str]) -> int:
                                     "points": results})
     if cfg.png:
         draw(cfg.axes, values, cfg.metric).savefig(cfg.png, dpi=150)
-    return 0
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def cell(runs: list[dict[str, Any]], key: str) -> str:
     return f"{mean_and_range([run[key]['value'] for run in runs])} ± {error:.3f}"
 
 
-def main(argv: list[str]) -> int:
+def main(argv: list[str]) -> None:
     cfg, _ = configure(TableConfig, argv, usage=__doc__)
     methods, rows, figures = cfg.methods.split(","), [], {}
     for task in cfg.tasks.split(","):
@@ -97,7 +97,6 @@ def main(argv: list[str]) -> int:
         write_text(Path(cfg.out_dir) / "table.md", text + "\n")
         write_json(Path(cfg.out_dir) / "table.json", figures)
     print(text)
-    return 0
 
 
 if __name__ == "__main__":

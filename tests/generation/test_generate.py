@@ -289,7 +289,7 @@ def test_sampling_refuses(options, message):
 
 
 def call(capsys, trained, *words):
-    assert sample.main([f"--model={trained}", "--device=cpu", *words]) == 0
+    sample.main([f"--model={trained}", "--device=cpu", *words])
     return capsys.readouterr()
 
 

@@ -210,7 +210,7 @@ def test_a_run_without_the_key_continues(trained, data, tmp_path):
     words = [*TINY_RUN, f"--dataset={data}", f"--out_dir={out}", "--max_steps=60"]
     with pytest.raises(UserError, match="ternary was False, is True"):
         train.main([*words, "--ternary=True"])
-    assert train.main(words) == 0
+    train.main(words)
 
 
 @pytest.fixture(scope="module")
@@ -232,7 +232,7 @@ def test_fine_tuning_keeps_it_ternary(learnt, chats, tmp_path):
     words = ["--device=cpu", "--block_size=64", "--global_batch_size=8", "--micro_batch_size=8",
              "--max_steps=2", "--eval_tokens=512", "--sample_answers=0", f"--dataset={chats}",
              f"--init_from={learnt[0]}", f"--out_dir={tmp_path / 'o'}"]
-    assert sft.main(words) == 0
+    sft.main(words)
     assert GPT.from_pretrained(tmp_path / "o").config.ternary
 
 

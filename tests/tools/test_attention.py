@@ -48,7 +48,7 @@ def test_a_planted_pattern(tmp_path, monkeypatch, data):
     monkeypatch.setattr(attention.GPT, "from_pretrained", lambda folder: planted())
     monkeypatch.setattr(attention.hf, "find_folder", lambda path: data)
     out = tmp_path / "a.png"
-    assert main([f"--out={out}", "--prompt=" + "import os " * 20, "--head=1"]) == 0
+    main([f"--out={out}", "--prompt=" + "import os " * 20, "--head=1"])
     wall, one, *curves = figures[0].axes
     image = np.asarray(wall.images[0].get_array().filled(np.nan))
     T = min(64, len(Tokenizer.load(data).encode("import os " * 20)))
