@@ -2,7 +2,7 @@
 
     request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])         # or encode_turn: chat format
     texts, lost = fit_context(request, request.continuations[0], block_size)  # cut to the model's context
-    score_texts(model, texts)                                                 # [Score(-0.1, True)]
+    score_texts(model, texts)                                                 # [Likelihood(-0.1, 0, True)]
 
 Benchmark texts share prefixes: the choices of a question share the question, and all questions share the
 worked examples. The texts are sorted, so that each one shares its longest prefix with the text before it.
@@ -57,7 +57,7 @@ ROW_TOKENS = 4096  # tokens of running text per forward pass
 
 @dataclass
 class Likelihood:
-    """How likely a model finds a continuation."""
+    """How likely a model finds a continuation, or the scored tokens of a text."""
 
     log_prob: float  # sum over its tokens, in nats
     truncated: int = 0  # tokens dropped from the beginning of the context
@@ -78,13 +78,6 @@ class Text(NamedTuple):
 
     ids: np.ndarray  # (2 .. block_size + 1,) int32
     num_targets: int
-
-
-class Score(NamedTuple):
-    """What `score_texts` returns for a text."""
-
-    log_prob: float  # sum over the scored tokens, in nats
-    greedy: bool  # whether each scored token is the most likely one
 
 
 # ---- Text -> ids ------------------------------------------------------------------------------------------
@@ -234,8 +227,8 @@ def batches(texts: list[np.ndarray], max_tokens: int) -> Iterator[list[tuple[int
 
 
 def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
-                targets: list[np.ndarray]) -> list[Score]:
-    """The score of each text: the targets after its slots.
+                targets: list[np.ndarray]) -> list[Likelihood]:
+    """The likelihood of each text's targets, after its slots. UserError if a log-probability is not finite.
 
     states: (slots, n_embd). slots, targets: one integer array per text, of equal lengths.
     """
@@ -255,21 +248,24 @@ def score_slots(model: GPT, states: Tensor, slots: list[np.ndarray],
         row, wanted = (torch.from_numpy(each[mine]).to(states.device) for each in (place - begin, ids))
         values[mine] = (logits[row, wanted] - logits.logsumexp(dim=-1)[row]).cpu().numpy()
         best[mine] = (logits.argmax(dim=-1)[row] == wanted).cpu().numpy()
-    return [Score(float(value.sum()), bool(hit.all()))
+    if not np.isfinite(values).all():
+        raise UserError(f"{model.source}: a log-probability is not finite, so its weights are broken")
+    return [Likelihood(float(value.sum()), greedy=bool(hit.all()))
             for value, hit in zip(np.split(values, ends), np.split(best, ends), strict=True)]
 
 
 @torch.inference_mode()
-def score_texts(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[Score]:
+def score_texts(model: GPT, texts: list[Text], max_tokens: int | None = None) -> list[Likelihood]:
     """The sum of the log-probabilities of each text's targets, and whether greedy decoding yields them.
 
-    max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device.
+    max_tokens: new tokens per forward pass; None uses MAX_PASS_TOKENS of the device. Raises UserError if a
+    log-probability is not finite.
     """
     device = model.head_weight.device
     max_tokens = max_tokens or MAX_PASS_TOKENS.get(device.type, 4096)
     inputs = [text.ids[:-1] for text in texts]
     tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
-    scores = [Score(0.0, True)] * len(texts)
+    scores = [Likelihood(0.0)] * len(texts)
     with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
         for batch in batches(inputs, max_tokens):
             pieces = [inputs[index][:end] for index, end in batch]

@@ -9,7 +9,6 @@ the text or the choice is read as the assistant's answer. Decoding is greedy unl
 """
 
 import contextlib
-import math
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -17,7 +16,7 @@ from typing import Any, Literal
 from tqdm import tqdm
 
 from configurator import UserError
-from evals.likelihood import Likelihood, Score, Text, encode_plain, encode_turn, fit_context, score_texts
+from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, score_texts
 from formats import chat_format, hf
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Assistant, Message
@@ -224,13 +223,6 @@ class LM:
         self.cut = ["cut" in messages[-1] for messages in self.replies]
         return self.replies
 
-    def score_texts(self, texts: list[Text]) -> list[Score]:
-        """The score of each text of ids. Raises UserError if a log-probability is not finite."""
-        scores = score_texts(self.model, texts)
-        if broken := [score.log_prob for score in scores if not math.isfinite(score.log_prob)]:
-            raise UserError(f"{self.folder}: a log-probability of {broken[0]}: its weights are broken")
-        return scores
-
     def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
         """How likely each continuation is after its context, for each (context, continuations).
 
@@ -246,7 +238,7 @@ class LM:
                 texts += parts
                 owners += row[-1:] * len(parts)
             rows.append(row)
-        for owner, score in zip(owners, self.score_texts(texts), strict=True):
+        for owner, score in zip(owners, score_texts(self.model, texts), strict=True):
             owner.log_prob += score.log_prob
             owner.greedy = owner.greedy and score.greedy
         return rows

@@ -31,7 +31,7 @@ import numpy as np
 
 from configurator import UserError
 from evals.benchmarks import answer_text, convert, file_rows, label_number, text_of, texts_of
-from evals.likelihood import Likelihood, Text, opening_id, shared_prefix_length
+from evals.likelihood import Likelihood, Text, opening_id, score_texts, shared_prefix_length
 from evals.lm import LM
 from evals.multiple_choice import Question, grade, grade_greedy, log_probs_of, shots_text
 from evals.results import Figure, Result
@@ -142,7 +142,7 @@ def score_task(lm: LM, questions: list[Question]) -> Result:
     most = lm.model.config.block_size + 1  # the last token is not read
     rows = [scored_texts(lm.tokenizer, question) for question in questions]
     cut = [Text(text.ids[-most:], min(text.num_targets, most - 1)) for row in rows for text in row]
-    scores = iter(zip(lm.score_texts(cut), cut, strict=True))
+    scores = iter(zip(score_texts(lm.model, cut), cut, strict=True))
     likelihoods = []
     for row in rows:
         pairs = [(text, *next(scores)) for text in row]

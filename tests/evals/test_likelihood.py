@@ -214,5 +214,5 @@ def test_a_broken_model_is_reported(trained):
     lm = LM(str(trained), device="cpu")
     with torch.no_grad():
         lm.model.head_weight.fill_(float("nan"))
-    with pytest.raises(UserError, match="a log-probability of nan: its weights are broken"):
+    with pytest.raises(UserError, match="a log-probability is not finite, so its weights are broken"):
         lm.loglikelihood([("import", [" os"])])
