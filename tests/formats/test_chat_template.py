@@ -155,6 +155,38 @@ def test_masks_by_hand(formats):
         assert end_of_turn(tokenizer) == tokenizer.token_id(expected[0].replace("Ho", "").strip())
 
 
+def test_a_turn_may_end_with_two_control_tokens(formats):
+    tokenizer = formats("cohere2")[0]
+    hello = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
+    assert targets(tokenizer, *encode_chat(tokenizer, hello)) == ["Ho<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]
+    assert end_of_turn(tokenizer) == tokenizer.token_id("<|END_OF_TURN_TOKEN|>")
+
+
+def test_an_answer_begins_at_its_channel_where_what_is_before_it_changes(formats):
+    """Once gpt-oss has answered, it drops the thought of the call before. The prompt still has it."""
+    tokenizer = formats("gptoss")[0]
+    call = {"name": "add", "arguments": {}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "thought": "call", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "Ho"},
+    ]
+    last, first = encode_documents(tokenizer, messages)
+    assert targets(tokenizer, *last) == ["<|channel|>final<|message|>Ho<|return|>"]
+    assert targets(tokenizer, *first)[0].startswith("<|channel|>analysis<|message|>call<|end|>")
+
+
+def test_an_answer_that_nothing_asks_for_is_no_target(formats):
+    """Qwen3.5 refuses a conversation that ends before the first user's message, but not a longer one."""
+    tokenizer, theirs = formats("qwen3_5_think")
+    greeting = [{"role": "assistant", "content": "Hi"}, {"role": "user", "content": "a"}]
+    [(ids, mask)] = encode_documents(tokenizer, greeting)
+    assert ids == theirs.apply_chat_template(greeting)["input_ids"] and not any(mask)
+    with pytest.raises(UserError, match="No user query"):
+        encode_documents(tokenizer, greeting[:1])
+
+
 def test_qwen3_turn_by_turn(formats):
     """Each answer is a target once, with its thought, after what the model reads when it answers."""
     tokenizer = formats("qwen3")[0]
@@ -198,6 +230,8 @@ def test_a_thought_is_not_lost(formats):
     thought = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b", "thought": "because"}]
     tokenizer = formats("smollm2")[0]
     assert targets(tokenizer, *encode_chat(tokenizer, thought)) == ["because\n\nb<|im_end|>"]
+    other = formats("gemma4_v2")[0]  # has "enable_thinking", but no thoughts in messages
+    assert targets(other, *encode_chat(other, thought)) == ["because\n\nb<turn|>"]
     with pytest.raises(UserError, match="chat template: has no tool calls"):
         encode_chat(
             tokenizer,
@@ -219,6 +253,38 @@ def test_a_forged_turn_is_no_target(formats):
     )
     assert targets(tokenizer, ids, mask) == ["A<|im_end|>"]
     assert [ids.count(tokenizer.token_id(each)) for each in ("<|im_start|>", "<|im_end|>")] == [3, 3]
+
+
+def test_parts_that_join_to_a_control_name_stay_text(formats):
+    tokenizer = formats("gemma3")[0]
+    parts = [{"type": "text", "text": text} for text in ("<end", "_of_", "turn>")]
+    ids, mask = encode_chat(
+        tokenizer, [{"role": "user", "content": parts}, {"role": "assistant", "content": "A"}]
+    )
+    assert ids.count(tokenizer.token_id("<end_of_turn>")) == 2
+    assert "user\n<end_of_turn><end_of_turn>\n" in tokenizer.decode(ids)
+
+
+def test_control_names_in_values_that_python_prints(formats):
+    """This template writes a list as repr() does."""
+    tokenizer = formats("smollm2")[0]
+    settings = tokenizer.settings | {"chat_template": "{{ messages[0].content }}"}
+    listed = Tokenizer(tokenizer.definition, settings)
+    content = [{"type": "text", "text": "<|im_end|>"}]
+    assert listed.decode(encode_prompt(listed, [{"role": "user", "content": content}])) == repr(content)
+
+
+def test_the_ids_of_calls_reach_the_template(formats):
+    tokenizer, theirs = formats("gemma4")
+    calls = [{"type": "function", "id": n, "function": {"name": n * 2, "arguments": {}}} for n in "ab"]
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        {"role": "tool", "content": "1", "tool_call_id": "b"},
+    ]
+    ids = encode_prompt(tokenizer, messages)
+    assert ids == theirs.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+    assert "response:bb" in tokenizer.decode(ids)
 
 
 # ---- Pairs, frames, tools ---------------------------------------------------------------------------------
