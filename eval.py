@@ -56,7 +56,7 @@ from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from generation.constraints import ConstraintKeys
 from generation.verifier import Verifier, find_verifier
-from modeling.devices import pick_device, use_threads
+from modeling.devices import open_device
 
 REFERENCE = Path(__file__).parent / "docs/results/reference.json"  # published figures, with their sources
 
@@ -179,7 +179,7 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
     if cfg.verifier and end_of_turn(lm.tokenizer) is None:
         print(f"{path}: without chat tokens, so the verifier does not score its answers", file=sys.stderr)
     elif cfg.verifier:
-        verifier = Verifier(cfg.verifier, lm.tokenizer, pick_device(cfg.device))
+        verifier = Verifier(cfg.verifier, lm.tokenizer, lm.model.head_weight.device)
     measured |= {"model": str(lm.folder), "weights_sha256": weights_sha256(lm.folder),
                  "parameters": lm.model.num_parameters(), "tasks": {}, "not_run": {}}
     for name, loaded in questions.items():
@@ -339,8 +339,7 @@ def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, 
 def main(argv: list[str]) -> int:
     cfg, _ = configure(EvalConfig, argv, usage=__doc__)
     # Everything that can be wrong is checked before the first model is measured.
-    if pick_device(cfg.device).type == "cpu" and (note := use_threads(cfg.threads)):
-        print(note, file=sys.stderr)
+    open_device(cfg.device, cfg.threads, cfg.dtype)
     questions, absent = load_all(cfg)
     require_models(cfg)
     default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")  # a hub id has no folder here

@@ -42,7 +42,7 @@ from generation.generate import MOST_NEW_TOKENS, Options, TextEnd, TextSampling,
 from generation.terminal import converse, edit_lines
 from generation.verifier import Verifier
 from model import GPT
-from modeling.devices import DTYPES, pick_device, use_threads
+from modeling.devices import open_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,13 +115,10 @@ class Sampler:
 
     def __init__(self, cfg: SampleConfig):
         self.cfg, self.tokens = cfg, 0
-        device = pick_device(cfg.device)
-        if device.type == "cpu" and (text := use_threads(cfg.threads)):
-            note(text)
+        device, dtype = open_device(cfg.device, cfg.threads, cfg.dtype)
         folder = hf.find_folder(cfg.model)  # an out_dir's best checkpoint, or a download
         self.tokenizer = Tokenizer.load(folder)
-        dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
-        self.model = GPT.from_pretrained(folder, device, DTYPES[dtype]).eval()
+        self.model = GPT.from_pretrained(folder, device, dtype).eval()
         self.model.compiled_steps = cfg.compile
         # A chat model may name several end tokens: one ends a turn, another a text.
         self.end = TextEnd(self.tokenizer, {self.tokenizer.eot_id, *hf.end_ids(folder)}, cfg.stops)

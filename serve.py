@@ -25,7 +25,6 @@ import random
 import secrets
 import signal
 import socket
-import sys
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -46,7 +45,7 @@ from dataset.sources import Skip
 from generation.api import CompletionRequest, Job, Served, parse
 from generation.assistant import call_tool
 from generation.generate import Sampling
-from modeling.devices import DTYPES, pick_device, use_threads
+from modeling.devices import open_device
 
 MOST_BODY = 4 * 2**20  # bytes of a request; 4 MiB are a million tokens of English
 BODY_SECONDS = 10  # until a request has arrived
@@ -139,10 +138,8 @@ class Server:
     """The models, and a handler for each route."""
 
     def __init__(self, cfg: ServeConfig):
-        self.cfg, device = cfg, pick_device(cfg.device)
-        if device.type == "cpu" and (text := use_threads(cfg.threads)):
-            print(text, file=sys.stderr)
-        dtype = DTYPES[cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+        self.cfg = cfg
+        device, dtype = open_device(cfg.device, cfg.threads, cfg.dtype)
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         self.defaults = CompletionRequest(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)

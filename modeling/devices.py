@@ -14,6 +14,7 @@ import contextlib
 import math
 import os
 import re
+import sys
 import time
 import zlib
 from pathlib import Path
@@ -129,6 +130,18 @@ def use_threads(threads: int | None) -> str:
         return ""
     return (f"other programs keep {busy:.1f} of {len(cores)} cores busy, so threads wait for each other; "
             f"--threads={max(1, round(limit - busy))} may be several times faster")
+
+
+def open_device(name: str | None, threads: int | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
+    """Return the device of a program that only runs a model, and the dtype of the weights; print a note of
+    `use_threads`.
+
+    A dtype of None is bfloat16 on a GPU, else float32.
+    """
+    device = pick_device(name)
+    if device.type == "cpu" and (note := use_threads(threads)):
+        print(note, file=sys.stderr)
+    return device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
 
 
 def emulates_bfloat16(device: torch.device) -> bool:
