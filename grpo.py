@@ -73,7 +73,6 @@ class GRPOConfig(PostTrainingConfig):
     global_batch_size: int = 32  # prompts per optimizer step, over all ranks
     micro_batch_size: int = 32  # prompts per forward pass on one rank
     max_steps: int = 60  # optimizer steps; if stages are listed, the sum of their steps counts instead
-    optimizer: Literal["adamw", "muon"] = "muon"  # muon trains the blocks' matrices, AdamW everything else
     learning_rate: float = 1e-4  # peak learning rate
     weight_decay: float = 0.0  # weight decay, applied to matrices only
     eval_interval: int = 0  # steps between evaluations; 0 evaluates only at the end of each stage
