@@ -21,7 +21,6 @@ Every file may be packed as .gz, .xz or .zst. Lines end at \\n only; U+2028 and 
 HTML, PDF, archives of several files, and encodings other than UTF-8.
 """
 
-import contextlib
 import glob
 import gzip
 import io
@@ -43,8 +42,6 @@ PACKED = {".gz", ".xz", ".zst"}
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory
 LARGEST_JSON = 512 * 2**20  # bytes; a .json is read whole, a .jsonl line by line
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of a file; it is no text
-UNREADABLE = ...  # in place of a Parquet value that Python cannot hold, such as a date in the year 10000
-JSON_BLANK = re.compile(r"[ \t\n\r]*")  # the white space of RFC 8259
 
 
 def printable(text: str) -> str:
@@ -269,34 +266,15 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def json_elements(data: bytes, path: Path) -> Iterator[Row]:
-    """One row per element of a JSON array, as JSON text. After a syntax error, the rest is one bad row."""
+    """One row per element of a JSON array, as JSON text. If the file is not JSON, one bad row."""
     try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        yield Row(f"{path}:1", "bad", "not UTF-8")
+        text = decode_utf8(data.removeprefix(BYTE_ORDER_MARK))
+        values = json.loads(text, object_pairs_hook=unique_names)
+    except (Skip, ValueError, RecursionError) as error:
+        yield Row(f"{path}:1", "bad", str(error) if isinstance(error, Skip) else "not JSON")
         return
-    decoder, number, at = json.JSONDecoder(), 0, after_blank(text, text.index("[") + 1)
-    more = text[at:at + 1] != "]"
-    while more:
-        try:
-            end = decoder.raw_decode(text, at)[1]
-            after = after_blank(text, end)
-            if text[after:after + 1] not in (",", "]"):
-                raise ValueError
-        except (ValueError, RecursionError):  # nobody knows where this element ends
-            yield Row(f"{path}[{number}]", "bad", "not JSON")
-            return
-        yield Row(f"{path}[{number}]", "json", text[at:end].encode("utf-8", "surrogatepass"))
-        number += 1
-        more = text[after] == ","
-        at = after_blank(text, after + 1) if more else after
-    if text[at + 1:].strip():
-        yield Row(f"{path}[{number}]", "bad", "text after the array")
-
-
-def after_blank(text: str, at: int) -> int:
-    """The position of the first character from `at` on that is no white space."""
-    return JSON_BLANK.match(text, at).end()
+    for number, value in enumerate(values):
+        yield Row(f"{path}[{number}]", "json", json.dumps(value).encode())
 
 
 def is_json_lines(data: bytes) -> bool:
@@ -318,24 +296,10 @@ def table_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
     text.detach()  # else the wrapper closes the stream, which is not its own
 
 
-def python_values(batch: Any) -> list[Any]:
-    """The values of an Arrow array, or the rows of a record batch as dicts. UNREADABLE replaces a bad value:
-    a single one, perhaps of a column that nobody reads, is no reason to lose the file."""
-    import pyarrow
-    with contextlib.suppress(ArithmeticError, LookupError, ValueError, pyarrow.ArrowException):
-        return batch.to_pylist()
-    if isinstance(batch, pyarrow.RecordBatch):
-        columns = map(python_values, batch.columns)
-        return [dict(zip(batch.schema.names, row, strict=True)) for row in zip(*columns, strict=True)]
-    if len(batch) == 1:
-        return [UNREADABLE]
-    return [value for at in range(len(batch)) for value in python_values(batch.slice(at, 1))]
-
-
 def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
     """One row per value of a column, or (for None) per row as a dict; 256 rows are in memory at a time.
 
-    A value that Python cannot hold is UNREADABLE. Raises UserError if there is no such column.
+    Raises UserError if there is no such column.
     """
     import pyarrow.parquet
     # Arrow cannot open a path that is not UTF-8, but Python can.
@@ -345,7 +309,7 @@ def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
             raise UserError(f"{path}: no column {text_key!r}; --text_key= one of {names}")
         batches = file.iter_batches(batch_size=256, columns=None if text_key is None else [text_key])
         values = (value for batch in batches
-                  for value in python_values(batch if text_key is None else batch.column(0)))
+                  for value in (batch if text_key is None else batch.column(0)).to_pylist())
         for number, value in enumerate(values, 1):
             yield Row(f"{path}:{number}", "value", value)
 
@@ -376,7 +340,9 @@ def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[R
                 yield from file_rows(raw, path, text_key, piece)
         except UserError:
             raise
-        except (EOFError, OSError, ValueError, lzma.LZMAError, zlib.error) as error:
+        # Arithmetic and lookup: a value of Parquet that Python cannot hold, such as a date in the year 10000.
+        except (ArithmeticError, EOFError, LookupError, OSError, ValueError, lzma.LZMAError,
+                zlib.error) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's fault, not the file's, and the error names the path
             raise UserError(f"{path}: damaged: {error}") from None

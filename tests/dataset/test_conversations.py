@@ -9,12 +9,12 @@ import pytest
 from configurator import UserError
 from dataset.conversations import conversation, preference
 from dataset.encoding import Recipe, parse_content, parse_rows
-from dataset.sources import UNREADABLE, Row, Skip, read_rows
+from dataset.sources import Row, Skip, read_rows
 from prepare import main as prepare_main
 
 NUMBERS = [(0, "0"), (0.0, "0"), (-0.0, "0"), (2.0, "2"), (0.5, "0.5"), (10**30, "1" + "0" * 30),
            (1e16, "1e+16"), (1e308, "1e+308")]  # fmt: skip
-NOT_TEXT = [True, False, [1], {"a": 1}, [[]], b"bytes", UNREADABLE]
+NOT_TEXT = [True, False, [1], {"a": 1}, [[]], b"bytes"]
 ABSENT = [None, [], {}]
 
 
@@ -36,7 +36,7 @@ def test_a_number_is_a_text_wherever_a_text_belongs(number, text):
 def test_null_and_empty_containers_are_as_if_the_key_were_absent(absent):
     plain = {"question": "a", "answer": "b"}
     others = ("messages", "conversations", "instruction", "prompt", "input", "system", "tools", "output",
-              "response", "completion", "instances", "thought")  # fmt: skip
+              "response", "completion", "thought")  # fmt: skip
     assert conversation(plain | dict.fromkeys(others, absent)) == conversation(plain)
     turns = [{"role": absent, "from": "human", "content": absent, "value": "a", "tool_calls": absent},
              {"role": "assistant", "content": "b", "thought": absent, "from": absent}]  # fmt: skip
@@ -115,7 +115,7 @@ def test_no_value_anywhere_raises_anything_but_skip():
         [{"role": "assistant", "content": "a", "tool_calls": [{"function": 3}]}],
         [{"role": "assistant", "tool_calls": [{"name": "f", "arguments": b""}]}],
         [{"from": "function_call", "value": '{"name": "f", "arguments": NaN}'}], [{"output": 3}]]  # fmt: skip
-    keys = ["messages", "prompt", "input", "instances", "output", "system", "chosen", "rejected", "\ud800"]
+    keys = ["messages", "prompt", "input", "output", "system", "chosen", "rejected", "\ud800"]
     rows = [{"question": "a", "answer": "b"} | {key: value} for key, value in product(keys, values)]
     rows += [{one: value, two: other} for one, two in (("prompt", "answer"), ("chosen", "rejected"))
              for value, other in product(values, values)] + values  # fmt: skip
