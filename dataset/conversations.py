@@ -10,7 +10,6 @@ Chats (--kind=chat):
     conversations: [{from, value}, ..]          these messages (ShareGPT); ROLE_NAMES lists the role names
     instruction, input (may be absent), output  user: instruction, blank line, input (Alpaca)
                                                 assistant: output
-    instruction, instances: [{input, output}]   the same, from the first instance (self-instruct)
     question, answer                            user: question; assistant: answer
     prompt: [{role, content}, ..], completion   these messages; assistant: completion
 
@@ -118,11 +117,6 @@ def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
     return row | {ours: row[theirs] for ours, theirs in keys.items()}
 
 
-def first_instance(row: dict[str, Any]) -> dict[str, Any]:
-    """Where a row keeps its input and output: in the first of its "instances", or in itself."""
-    return row["instances"][0] if is_list_of_dicts(row.get("instances")) else row
-
-
 # ---- Messages ---------------------------------------------------------------------------------------------
 
 def require_json(call: dict[str, Any]) -> dict[str, Any]:
@@ -202,7 +196,7 @@ def opening(row: dict[str, Any]) -> list[Message]:
     if is_list_of_dicts(question):
         return system + [message_of(each) for each in question]
     texts = [require_text(question, "the question").strip(),
-             optional_text(first_instance(row), "input").strip()]
+             optional_text(row, "input").strip()]
     if not texts[0]:
         raise Skip("empty question")
     return [*system, {"role": "user", "content": "\n\n".join(filter(None, texts))}]
@@ -223,7 +217,7 @@ def conversation(row: dict[str, Any]) -> list[Message]:
     if not messages:
         raise Skip(f"no conversation (keys: {', '.join(map(str, row))[:100]})")
     if listed(row) is None:
-        answer = first_value(first_instance(row), *ANSWERS)
+        answer = first_value(row, *ANSWERS)
         if answer is None:
             raise Skip(f"no answer (none of {', '.join(ANSWERS)})")
         messages.append({"role": "assistant", "content": require_text(answer, "the answer").strip()})

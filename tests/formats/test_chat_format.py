@@ -229,7 +229,6 @@ QA = [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4
         {"prompt": "2 + 2?", "completion": "4"},
         {"prompt": QA[:1], "answer": 4.0},
         {"question": "2 + 2?", "answer": "4"},
-        {"instruction": "2 + 2?", "instances": [{"input": "", "output": "4"}]},
     ],
 )
 def test_the_forms_of_a_conversation(row):
