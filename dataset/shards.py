@@ -27,15 +27,12 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from configurator import UserError
-from formats.files import append, close_new, file_sha256
+from formats.files import append, close_new, content_errors, file_sha256
 from formats.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 SPLITS = ("train", "val")
 SEPARATOR = 3  # in masks: the end-of-text token after a document
-META_KEYS = {"format_version": int, "kind": str, "vocab_size": int, "dtype": str, "shards": list,
-             "bytes": dict, "inputs": dict}  # the keys that reading needs, and their types
-SHARD_KEYS = {"name": str, "tokens": int, "sha256": str}  # the same for each entry of "shards"
 SHARD_NAME = re.compile(r"(train|val)_\d+\.bin")
 SHARD_TOKENS = 2**27  # a shard is closed once it holds this many: 256 MiB of uint16
 
@@ -108,46 +105,34 @@ def describe(writers: dict[str, ShardWriter], kind: str, tokenizer: Tokenizer, n
 
 # ---- Reading ----------------------------------------------------------------------------------------------
 
-def require_types(values: Any, types: dict[str, type]) -> None:
-    """Raises ValueError or TypeError unless a JSON object has these keys, with values of these types."""
-    for key, kind in types.items():
-        if type(values[key]) is not kind:  # True is an int for isinstance
-            raise ValueError(f"{key} is {str(values[key])[:60]}")
-        if kind is int and not 0 <= values[key] < 2**63:
-            raise ValueError(f"{key} is out of range")
-
-
 def check_meta(meta: Any) -> None:
     """Raises ValueError, TypeError or KeyError if meta.json cannot be that of a data folder."""
-    require_types(meta, META_KEYS)
-    require_types(meta["bytes"], dict.fromkeys(SPLITS, int))
-    if meta["kind"] not in ("text", "chat", "preference"):
-        raise ValueError(f"kind is {meta['kind'][:60]}")
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"dtype is {meta['dtype'][:60]}, not uint16 or uint32")
-    for shard in meta["shards"]:
-        require_types(shard, SHARD_KEYS if meta["kind"] == "text" else SHARD_KEYS | {"mask_sha256": str})
-        if not SHARD_NAME.fullmatch(shard["name"]) or not shard["tokens"]:
-            raise ValueError(f"{shard['name'][:60]} of {shard['tokens']} tokens is no shard")
-    if len({shard["name"] for shard in meta["shards"]}) < len(meta["shards"]):
-        raise ValueError("a shard is listed twice")
+    names = {shard["name"] for shard in meta["shards"]}
+    hashes = {"sha256"} if meta["kind"] == "text" else {"sha256", "mask_sha256"}
+    sizes = [meta["vocab_size"], *(shard["tokens"] for shard in meta["shards"])]
+    sizes += [1 + meta["bytes"][split] for split in SPLITS]  # a split may be empty
+    checks = {"kind": meta["kind"] in ("text", "chat", "preference"),
+              "dtype": meta["dtype"] in ("uint16", "uint32"), "inputs": type(meta["inputs"]) is dict,
+              "vocab_size, bytes or tokens": all(type(size) is int and 0 < size < 2**63 for size in sizes),
+              "shards": len(names) == len(meta["shards"]) and all(map(SHARD_NAME.fullmatch, names))
+              and all(hashes <= shard.keys() for shard in meta["shards"])}
+    if wrong := [key for key, fits in checks.items() if not fits]:
+        raise ValueError(f"{wrong[0]} cannot be right")
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
     """The content of meta.json, checked. Raises UserError if it is missing or not ours."""
     path = folder / "meta.json"
-    try:
-        meta = json.loads(path.read_text(encoding="utf-8"))
-        check_meta(meta)
-    except (FileNotFoundError, NotADirectoryError):
+    if not path.is_file():
         names = ", ".join(sorted(each.parent.name for each in Path("data").glob("*/meta.json")))
         here = f"; data/ has {names}" if names else ""
-        raise UserError(f"{folder}: no data set here (no meta.json); prepare.py makes one{here}") from None
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{path}: not a data set's ({type(error).__name__}: {error})") from None
-    if meta["format_version"] != FORMAT_VERSION:
-        raise UserError(f"{folder}: format version {meta['format_version']}; this program reads version "
-                        f"{FORMAT_VERSION}")
+        raise UserError(f"{folder}: no data set here (no meta.json); prepare.py makes one{here}")
+    with content_errors(path, "not a data set's"):
+        meta = json.loads(path.read_text(encoding="utf-8"))
+        check_meta(meta)
+        if meta["format_version"] != FORMAT_VERSION:
+            raise UserError(f"{folder}: format version {meta['format_version']}; this program reads version "
+                            f"{FORMAT_VERSION}")
     return meta
 
 
