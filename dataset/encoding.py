@@ -141,25 +141,18 @@ def encoded_texts(content: Content) -> Iterator[str]:
             yield from (f"{message['role']}\n", *texts_of(message), "\n")
 
 
-def encode(tokenizer: Tokenizer, kind: str, content: Any) -> list[tuple[list[int], list[int]]]:
-    """(ids, mask) of each document that a content becomes, without separators. The mask of text is empty.
-
-    Raises UserError if the model's own chat template refuses the messages.
-    """
-    if kind == "text":
-        return [(tokenizer.encode(content), [])]
-    if kind == "chat":
-        return encode_documents(tokenizer, content)
-    prompt, *answers = content
-    return [encode_pair(tokenizer, prompt, answers)]
-
-
 def encode_document(document: Document, recipe: Recipe) -> None:
-    """Set what follows from a document's content. Raises UserError as `encode` does."""
-    tokenizer = recipe.tokenizer
+    """Set a document's ids and mask. Raises UserError if the model's own template refuses the messages."""
+    tokenizer, content = recipe.tokenizer, document.content
+    if recipe.kind == "text":
+        parts = [(tokenizer.encode(content), list[int]())]
+    elif recipe.kind == "chat":
+        parts = encode_documents(tokenizer, content)
+    else:
+        prompt, *answers = content
+        parts = [encode_pair(tokenizer, prompt, answers)]
     # Each part ends with a separator. In masks it has a value of its own, because some models' token for the
     # end of a text also ends the turns inside a chat.
-    parts = encode(tokenizer, recipe.kind, document.content)
     dtype = token_dtype(tokenizer.vocab_size)
     document.ids = np.concatenate([np.array([*ids, tokenizer.eot_id], dtype) for ids, _ in parts])
     if recipe.kind != "text":
