@@ -83,11 +83,6 @@ class Filter:
         return result
 
 
-def compact(positions: np.ndarray) -> np.ndarray:
-    """int64 -> int32 if the values allow it: the index is kept in memory by every worker."""
-    return positions.astype(np.int32) if positions.max(initial=0) < 2**31 else positions
-
-
 def gram_keys(eights: np.ndarray, starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """(n,) uint64: a hash of `counts` words (8 to 16) from each word of `starts` on.
 
@@ -113,7 +108,7 @@ def passage_signatures(words: Words, pairs: np.ndarray, begins: np.ndarray,
 
 class Index:
     """The items of some benchmarks, searchable. It does not change, so forked processes share its memory:
-    about 40 bytes per word of the items, and 900 per passage."""
+    about 50 bytes per word of the items, and 900 per passage."""
 
     def __init__(self, benchmarks: list[tuple[str, list[tuple[str, str]]]]):
         """benchmarks: (name, items) of each; an item is (place, text)."""
@@ -122,7 +117,7 @@ class Index:
         # (items,) int64: the number of each item's benchmark
         self.benchmark = np.repeat(np.arange(len(benchmarks)), [len(items) for _, items in benchmarks])
         words = words_of(text for _, items in benchmarks for _, text in items)
-        self.words = words._replace(begins=compact(words.begins), ends=compact(words.ends), hashes=None)
+        self.words = words._replace(hashes=None)
         pairs, eights = chained(words.hashes)  # (W,) uint64 each
         begins, ends = passages(words, PASSAGE, lines=False)  # (P,) int64 each
         self.add_grams(eights, begins, ends - begins)
@@ -137,7 +132,7 @@ class Index:
         order = np.lexsort((starts, owner, keys))
         keys, owner, starts = keys[order], owner[order], starts[order]
         new = np.append(True, (np.diff(keys) != 0) | (np.diff(owner) != 0))[:len(keys)]
-        self.keys, self.starts = keys[new], compact(starts[new])  # sorted uint64; the first word of each gram
+        self.keys, self.starts = keys[new], starts[new]  # sorted uint64; the first word of each gram
         self.counts = np.unique(counts)[::-1].tolist()  # the lengths that occur, longest first
         self.eights = Filter(eights[self.starts])
 
