@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from configurator import UserError, require, require_not_negative, run_script
-from dataset.chat_rows import ChatRows, UnpackedChatRows, batch_of
+from dataset.chat_rows import ChatRows, batch_of, row_class
 from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation import divergences
@@ -144,15 +144,13 @@ def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
     """The class of the training rows: text or chats, as in the first data set. Raises UserError if on_policy
     does not work with them."""
     # Mix refuses folders of another kind, so the first one decides.
-    kind = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0]).meta["kind"]
-    if kind == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
+    data = DataFolder(parse_mix(stage_configs(cfg)[0].dataset)[0][0])
+    if data.meta["kind"] == "chat" and any(stage.on_policy for stage in stage_configs(cfg)):
         if cfg.packing:
             raise UserError("on_policy: needs one conversation per row; add --packing=False")
         if cfg.parallel == "fsdp":  # all ranks would have to generate the same number of tokens
             raise UserError("on_policy: does not work with chats and parallel=fsdp; use parallel=ddp or none")
-    if kind == "text":
-        return Rows
-    return ChatRows if cfg.packing else UnpackedChatRows
+    return row_class(data, cfg.packing)
 
 
 def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> TeacherCache:

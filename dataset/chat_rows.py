@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from dataset.dataloader import IGNORE, more_rows_hint, text_batch
+from dataset.dataloader import IGNORE, Rows, more_rows_hint, text_batch
 from dataset.shards import SEPARATOR, DataFolder
 from formats.tokenizer import Tokenizer
 
@@ -147,6 +147,13 @@ class UnpackedChatRows(ChatRows):
     """One conversation per row."""
 
     packing = False
+
+
+def row_class(data: DataFolder, packing: bool) -> type[Rows] | type[ChatRows]:
+    """The class of the rows of a folder of texts or chats; it raises UserError for preferences."""
+    if data.meta["kind"] == "text":
+        return Rows
+    return ChatRows if packing else UnpackedChatRows
 
 
 class PairRows:

@@ -21,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from configurator import UserError, configure, require, require_positive, run_script
-from dataset.chat_rows import ChatRows, UnpackedChatRows
+from dataset.chat_rows import ChatRows, row_class
 from dataset.dataloader import Rows, parse_mix, text_batch
 from dataset.shards import DataFolder
 from distillation.alignment import AlignedRows, Aligner
@@ -64,15 +64,6 @@ class CacheConfig:
         return CacheSpec(self.method, self.temperature, self.k or 64, self.values)
 
 
-def open_rows(cfg: CacheConfig, folder: DataFolder) -> Rows | ChatRows:
-    """The training rows of a data folder. Raises UserError unless they are text or chats."""
-    if folder.meta["kind"] == "text":
-        return Rows(folder, "train", cfg.block_size)
-    if folder.meta["kind"] == "chat":
-        return (ChatRows if cfg.packing else UnpackedChatRows)(folder, "train", cfg.block_size)
-    raise UserError(f"{folder.folder}: holds {folder.meta['kind']} rows; a cache needs text or chats")
-
-
 def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     """Load the teacher. Returns a function that lets it read rows, by their numbers."""
     tokenizer, folder = Tokenizer.load(rows.data.folder), hf.find_folder(cfg.teacher)
@@ -110,7 +101,8 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
 
 def write_cache(cfg: CacheConfig, path: Path) -> None:
     """Write the cache of one data folder, or verify it if it is complete."""
-    rows = open_rows(cfg, DataFolder(path))
+    data = DataFolder(path)
+    rows = row_class(data, cfg.packing)(data, "train", cfg.block_size)
     identity = identity_of(rows, model_sha256(hf.find_folder(cfg.teacher)), cfg.document_mask, cfg.align)
     writer = CacheWriter(rows, cfg.spec, identity)
     done, start = writer.done, time.perf_counter()
