@@ -119,10 +119,6 @@ class Mix:
         if len(set(tokenizers)) > 1:
             raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
-        for data in self.folders:
-            if data.meta["vocab_size"] > self.tokenizer.vocab_size:
-                raise UserError(f"{data.folder}: meta.json says {data.meta['vocab_size']} ids, "
-                                f"tokenizer.json has {self.tokenizer.vocab_size}")
         self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed
         self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest (folder, epoch)s only
@@ -221,18 +217,6 @@ def rank_batches(total: int, batch_size: int, rank: int, world_size: int) -> Ite
     """This rank's batches of the numbers 0 ... total - 1. Each rank gets equally many; some may be empty."""
     for begin in range(0, total, batch_size * world_size):
         yield np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
-
-
-def validation_batches(make_batch: Callable[[np.ndarray], dict[str, Any]], total: int, batch_size: int,
-                       rank: int, world_size: int) -> Iterator[dict[str, Any]]:
-    """This rank's validation batches of the rows 0 ... total - 1; make_batch(row numbers) makes one.
-
-    Every rank gets the same number of batches, because all ranks must take part in each forward pass. A rank
-    that runs out of rows gets row 0 with a "count" of 0: run it, and do not add its sums.
-    """
-    for numbers in rank_batches(total, batch_size, rank, world_size):
-        batch = make_batch(numbers if len(numbers) else np.zeros(1, dtype=np.int64))
-        yield batch if len(numbers) else batch | {"count": 0}
 
 
 def validation_rows(rows: Any, limit_tokens: int | None) -> int:

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from configurator import UserError
 from dataset.chat_rows import ChatRows
-from dataset.dataloader import Mix, Rows, validation_batches, validation_rows
+from dataset.dataloader import Mix, Rows, rank_batches, validation_rows
 from formats import hf
 from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
@@ -127,11 +127,10 @@ class MixEvaluation:
         are scalars, and stay on the device until the end.
         """
         run, sums = self.run, list[Tensor | int]()
-        for batch in validation_batches(make_batch, self.num_rows(rows), self.cfg.micro_batch_size, run.rank,
-                                        run.world_size):
-            values = measure(to_device(batch, run.device))
-            # A count of 0 marks a filler: all ranks must run the same number of forward passes.
-            if batch["count"]:
+        for numbers in rank_batches(self.num_rows(rows), self.cfg.micro_batch_size, run.rank, run.world_size):
+            # All ranks must take part in each forward pass: one that runs out of rows reads row 0 again.
+            values = measure(to_device(make_batch(numbers if len(numbers) else np.zeros(1, int)), run.device))
+            if len(numbers):
                 sums = [a + b for a, b in zip(sums or [0] * len(values), values, strict=True)]
         return run.sum([float(value) for value in sums or [0] * len(values)])
 
