@@ -13,7 +13,6 @@ why; only this project loads it. The same is true of a ternary model that is pac
 
 import dataclasses
 import hashlib
-import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +24,7 @@ from torch import Tensor
 
 from configurator import UserError
 from formats import checkpoint, gguf_reader, peft
-from formats.files import content_errors, file_sha256, read_json, require_utf8_name, write_tensors
+from formats.files import content_errors, file_sha256, read_json, require_utf8_name, write_json, write_tensors
 from formats.names import MIXTRAL_NAMES, from_hf, to_gpt2
 from modeling import ternary
 
@@ -327,17 +326,12 @@ def config_content(config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype) -
     return common | {"architectures": [name]} | sizes | fixed
 
 
-def write_generation_config(folder: Path, ids: dict[str, Any]) -> None:
-    text = json.dumps(ids, indent=2) + "\n"
-    (folder / "generation_config.json").write_text(text, encoding="utf-8")
-
-
 def write_config(folder: Path, config: GPTConfig, ids: dict[str, Any], dtype: torch.dtype = torch.float32,
                  packing: str | None = None) -> None:
     """Write config.json and generation_config.json. ids: `special_token_ids`."""
     content = config_content(config, ids, dtype) | ({"packing": packing} if packing else {})
-    (folder / "config.json").write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
-    write_generation_config(folder, ids)
+    write_json(folder / "config.json", content)
+    write_json(folder / "generation_config.json", ids)
 
 
 # ---- Weights ----------------------------------------------------------------------------------------------

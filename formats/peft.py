@@ -13,7 +13,6 @@ formats/hf.py merges it while reading.
 """
 
 import hashlib
-import json
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from torch import Tensor
 
 from configurator import UserError
 from formats import names as tensor_names
-from formats.files import content_errors, file_sha256, read_json, write_tensors
+from formats.files import content_errors, file_sha256, read_json, write_json, write_tensors
 
 CONFIG, WEIGHTS, BASE = "adapter_config.json", "adapter_model.safetensors", "base.json"
 FLOATS = ("float32", "bfloat16", "float16", "float64")  # the dtypes of weights that are read
@@ -84,8 +83,8 @@ def write_adapter(folder: Path, state: dict[str, Tensor], spec: AdapterSpec, bas
               "modules_to_save": tables or None, "fan_in_fan_out": is_gpt2}
     if "attn.c_attn" in targets:
         config |= c_attn_settings(spec.rank, spec.alpha, spec.rslora)
-    for name, content in ((CONFIG, config), (BASE, base)):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(folder / CONFIG, config)
+    write_json(folder / BASE, base)
     stored = {f"{PREFIX}{name}.weight" if name.endswith(("lora_A", "lora_B")) else PREFIX + name:
               tensor.to("cpu", torch.float32).contiguous() for name, tensor in state.items()}
     write_tensors(folder / WEIGHTS, stored)

@@ -27,7 +27,7 @@ from tiktoken.load import read_file_cached
 from tokenizers import decoders, models, pre_tokenizers, processors, trainers
 
 from configurator import UserError
-from formats.files import content_errors, read_json
+from formats.files import content_errors, read_json, write_json
 from formats.splits import GPT2_SPLIT, QWEN2_SPLIT, byte_level_bpe
 
 END_OF_TEXT = "<|endoftext|>"
@@ -387,7 +387,6 @@ class Tokenizer:
 
     def save(self, folder: str | Path) -> None:
         """Write tokenizer.json and tokenizer_config.json."""
-        for name, content, indent in (("tokenizer.json", self.definition, None),  # many times faster than 2
-                                      ("tokenizer_config.json", self.settings, 2)):
-            text = json.dumps(content, indent=indent, ensure_ascii=False) + "\n"
-            (Path(folder) / name).write_text(text, encoding="utf-8")
+        text = json.dumps(self.definition, ensure_ascii=False) + "\n"  # many times faster than with an indent
+        (Path(folder) / "tokenizer.json").write_text(text, encoding="utf-8")
+        write_json(Path(folder) / "tokenizer_config.json", self.settings)

@@ -109,17 +109,16 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
             raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
                             f"{fields['block_size']} tokens")
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
-    identity = run.run_on_rank0(
-        lambda: {"base": peft.weights_sha256(folder), "base_config": hf.config_sha256(folder)})
-    base = {"path": str(folder.resolve()), "sha256": identity["base"],
-            "config_sha256": identity["base_config"]}
+    base = run.run_on_rank0(lambda: {
+        "path": str(folder.resolve()), "sha256": peft.weights_sha256(folder),
+        "config_sha256": hf.config_sha256(folder)})
     with torch.device("meta"):
         model = adapt(cfg, GPT(GPTConfig(**fields)), base)
     require_multipliers(cfg, model)
     is_adapted = isinstance(model, AdaptedGPT)
     text = f"; {model.num_saved():,} of them are trained" if is_adapted else ""
     run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
-    return model, identity
+    return model, {"base": base["sha256"], "base_config": base["config_sha256"]}
 
 
 def write_merged(run: Run) -> None:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from configurator import UserError
 from formats import hf
+from formats.files import write_json
 from formats.peft import AdapterSpec, is_adapter, read_adapter, write_adapter
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
@@ -125,7 +126,7 @@ class AdaptedGPT(GPT):
         adapter = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
                    for name, tensor in state.items() if self.is_trained(name)}
         write_adapter(Path(path), adapter, self.spec, self.base, hf.architecture(self.config) == "gpt2")
-        hf.write_generation_config(Path(path), hf.special_token_ids(eos_token_id))
+        write_json(Path(path) / "generation_config.json", hf.special_token_ids(eos_token_id))
 
     def num_parameters(self, active: bool = False) -> int:
         return super().num_parameters(active) + self.num_quantized()
