@@ -38,16 +38,18 @@ def call_tool(call: dict[str, Any]) -> str:
     return tool(arguments["expression"])
 
 
-def read_turn(tokenizer: Tokenizer, ids: list[int], end_ids: set[int], may_call: bool) -> list[Message]:
+def read_turn(tokenizer: Tokenizer, ids: list[int], end_ids: set[int],
+              may_call: bool | None) -> list[Message]:
     """Return the message that the ids of an assistant's turn are and, if it may call tools, their results.
 
-    The message has "cut": True if it has no end, or if it calls tools and may not.
+    The message has "cut": True if it has no end, or if it calls tools and may not. may_call=None: calls are
+    the answer; they are not run, and the message is not cut for them.
     """
     message = read_answer(tokenizer, ids)
     calls = message.get("tool_calls", [])
-    if (ids and ids[-1] not in end_ids) or (calls and not may_call):
+    if (ids and ids[-1] not in end_ids) or (calls and may_call is False):
         message["cut"], calls = True, []
-    return [message, *({"role": "tool", "content": call_tool(call)} for call in calls)]
+    return [message, *({"role": "tool", "content": call_tool(call)} for call in calls if may_call)]
 
 
 class Assistant:
@@ -75,8 +77,8 @@ class Assistant:
         show(id): called with each token of the first conversation as it is generated. prefix: for a single
         conversation, so that its earlier turns are not read again. first: row number of the first
         conversation; each draws its random numbers by its row number. most_calls: rounds of tool calls that
-        get a result. show_result(text): called with each tool result of the first conversation. An unfinished
-        message has "cut": True.
+        get a result; with 0 the first message is the whole reply. show_result(text): called with each tool
+        result of the first conversation. An unfinished message has "cut": True.
         """
         replies: list[list[Message]] = [[] for _ in conversations]
         self.rows, self.sampled = ([[] for _ in conversations] for _ in range(2))
@@ -91,7 +93,8 @@ class Assistant:
             for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
                 before = (self.sampled[row] + [False] * len(prompt))[:len(prompt)]
                 self.rows[row], self.sampled[row] = prompt + ids, before + [True] * len(ids)
-                message, *results = read_turn(self.tokenizer, ids, self.end_ids, turn < most_calls)
+                message, *results = read_turn(self.tokenizer, ids, self.end_ids,
+                                              turn < most_calls if most_calls else None)
                 replies[row] += [message, *results]
                 if results:  # let the model go on in the next round
                     still_open.append(row)

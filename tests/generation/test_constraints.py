@@ -173,9 +173,9 @@ def test_calls_of_a_random_model_are_calls_of_offered_tools(chat):
     conversations = [row["messages"][:2] for row in tool_rows(6, seed=3)]
     rules = constraint(tokenizer, constrain="tools")
     assistant = Assistant(model, tokenizer, Sampling(temperature=1.0), 150, rules)
-    done = 0
-    for [message, *_], conversation in zip(assistant.reply(conversations, most_calls=0), conversations,
-                                           strict=True):
+    done, replies = 0, assistant.reply(conversations, most_calls=0)
+    for [message], conversation, ids in zip(replies, conversations, assistant.rows, strict=True):
+        assert ("cut" in message) == (ids[-1] not in assistant.end_ids)  # calls are the whole answer
         calls = message.get("tool_calls", [])
         assert message["content"] == "" and "thought" not in message
         for call in calls:
