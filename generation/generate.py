@@ -177,14 +177,6 @@ def uniform_numbers(seed: int, row_numbers: Sequence[int], steps: int) -> Tensor
     return torch.stack([torch.rand(steps, generator=generator) for generator in generators])
 
 
-def sink_limits(model: GPT, sampling: Sampling) -> tuple[int, int] | None:
-    """Return (sinks, window), or None without them. Raises UserError if this model cannot have them."""
-    limits = cache_limits(model.config, sampling.sinks, sampling.window)
-    if model.compiled_steps and (limits or model.config.n_expert):
-        raise UserError("compile=True does not work with experts, sinks or window")
-    return limits
-
-
 def shift_context(context: list[list[int]], block_size: int) -> bool:
     """Cut each row that has outgrown the context to its last block_size // 2 tokens; True if any was cut.
 
@@ -214,7 +206,10 @@ class Reader:
     def __init__(self, model: GPT, prompts: list[list[int]], sampling: Sampling, prefix: PrefixCache | None):
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
-        self.model, self.prefix, self.limits = model, prefix, sink_limits(model, sampling)
+        self.model, self.prefix = model, prefix
+        self.limits = cache_limits(model.config, sampling.sinks, sampling.window)  # raises UserError
+        if model.compiled_steps and (self.limits or model.config.n_expert):
+            raise UserError("compile=True does not work with experts, sinks or window")
         sinks, size = (self.limits[0], sum(self.limits)) if self.limits else (0, model.config.block_size)
         self.size = size
         self.context = [prompt[:] if len(prompt) <= size else prompt[:sinks] + prompt[sinks - size:]

@@ -89,12 +89,13 @@ def test_published_figures():
                and 0 < each["value"] < 1 for each in published)
     figure = mean([1, 0])._asdict()
     model = {"name": "mine", "tasks": {"gsm8k": {"figures": {"strict": figure}},
-                                       "piqa": {"figures": {"accuracy_norm": mean([1])._asdict(),
-                                                            "accuracy": figure}}}}
+                                       "piqa": {"figures": {"accuracy": mean([1])._asdict(),
+                                                            "accuracy_norm": figure}}}}
     rows = evaluation.reference_rows(model)
     assert rows[0][4] == "mine" and {row[1] for row in rows[1:]} == {"gsm8k", "piqa"}
     assert ["SmolLM2-135M", "gsm8k", "exact match", "0.0140", "0.5000 +- 0.5000", "5-shot, lighteval"] in rows
-    assert ["SmolLM2-135M", "piqa", "accuracy", "0.6840", "0.5000 +- 0.5000", "0-shot, lighteval"] in rows
+    assert ["SmolLM2-135M", "piqa", "accuracy_norm", "0.6840", "0.5000 +- 0.5000",
+            "0-shot, lighteval: choices divided by characters"] in rows
 
 
 def test_a_task_that_is_not_run_misses_its_target(trained, chat_folder, tmp_path, capsys, monkeypatch):

@@ -147,15 +147,12 @@ class Instructed(NamedTuple):
 
 
 def question_of(row: dict[str, Any]) -> Instructed:
-    ids = texts_of(row["instruction_id_list"])
-    for name in ids:
-        RULES[name]  # KeyError for an unknown instruction
     # On the hub, each instruction has all arguments, and those of the others are null.
     arguments = [{key: value for key, value in each.items() if value is not None} for each in row["kwargs"]]
-    instructions = list(zip(ids, arguments, strict=True))
+    instructions = list(zip(texts_of(row["instruction_id_list"]), arguments, strict=True))
     for name, given in instructions:
         if name not in NEED_LANGUAGE:
-            RULES[name]("a", given)  # KeyError if an argument is missing
+            RULES[name]("a", given)  # KeyError for an unknown instruction, or if an argument is missing
     return Instructed(text_of(row["prompt"]), instructions)
 
 
