@@ -32,7 +32,7 @@ import sysconfig
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from configurator import UserError, optional_import
 
@@ -266,15 +266,25 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 
 def json_elements(data: bytes, path: Path) -> Iterator[Row]:
-    """One row per element of a JSON array, as JSON text. If the file is not JSON, one bad row."""
+    """One row per element of a JSON array, as JSON text. Raises ValueError if the file is not JSON."""
+    for number, value in enumerate(json.loads(data.decode("utf-8-sig"), object_pairs_hook=object_or_reason)):
+        try:
+            row = Row(f"{path}[{number}]", "json", json.dumps(value, default=raise_reason).encode())
+        except Skip as reason:
+            row = Row(f"{path}[{number}]", "bad", str(reason))
+        yield row
+
+
+def object_or_reason(pairs: list[tuple[str, Any]]) -> Any:
+    """The object; or the Skip, which `raise_reason` raises for the element that holds the object."""
     try:
-        text = decode_utf8(data.removeprefix(BYTE_ORDER_MARK))
-        values = json.loads(text, object_pairs_hook=unique_names)
-    except (Skip, ValueError, RecursionError) as error:
-        yield Row(f"{path}:1", "bad", str(error) if isinstance(error, Skip) else "not JSON")
-        return
-    for number, value in enumerate(values):
-        yield Row(f"{path}[{number}]", "json", json.dumps(value).encode())
+        return unique_names(pairs)
+    except Skip as reason:
+        return reason
+
+
+def raise_reason(reason: Skip) -> NoReturn:
+    raise reason
 
 
 def is_json_lines(data: bytes) -> bool:
@@ -341,7 +351,7 @@ def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[R
         except UserError:
             raise
         # Arithmetic and lookup: a value of Parquet that Python cannot hold, such as a date in the year 10000.
-        except (ArithmeticError, EOFError, LookupError, OSError, ValueError, lzma.LZMAError,
+        except (ArithmeticError, EOFError, LookupError, OSError, RecursionError, ValueError, lzma.LZMAError,
                 zlib.error) as error:
             if getattr(error, "errno", None) is not None:
                 raise  # the disk's fault, not the file's, and the error names the path

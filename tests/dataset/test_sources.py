@@ -154,8 +154,8 @@ def test_every_packing(tmp_path, suffix):
         ('\ufeff[{"text": "a"}]', ["a"], []),
         (
             '[{"text": "a"}, {"text": "b", "text": "c"}, 3]',
-            [],
-            [("x.json:1", "JSON object with a name twice")],
+            ["a"],
+            [("x.json[1]", "JSON object with a name twice"), ("x.json[2]", "not a JSON object")],
         ),
         (
             '[{"text": "a"}, {"text": NaN}, 3, {"text": "\\ud800"}]',
@@ -163,20 +163,24 @@ def test_every_packing(tmp_path, suffix):
             [("x.json[1]", "NaN is not JSON"), ("x.json[2]", "not a JSON object"),
              ("x.json[3]", "lone surrogate")],
         ),
-        ('[{"text": "a"}, {"text": "b"', [], [("x.json:1", "not JSON")]),
-        ('[{"text": "a"}, ', [], [("x.json:1", "not JSON")]),
-        ('[{"text": "a"} {"text": "b"}]', [], [("x.json:1", "not JSON")]),
-        ("[" * 100_000, [], [("x.json:1", "not JSON")]),
         ("", [], [("x.json:1", "blank line")]),
         ("{", [], [("x.json:1", "not JSON")]),
-        ('[{"text": "a"}]\n[{"text": "b"}]', [], [("x.json:1", "not JSON")]),
-        ("[] x", [], [("x.json:1", "not JSON")]),
     ],
 )
 def test_json_arrays_objects_and_lines(tmp_path, content, texts, reasons):
     path = tmp_path / "x.json"
     path.write_text(content, encoding="utf-8")
     assert read(path) == (texts, reasons)
+
+
+@pytest.mark.parametrize("content", [
+    '[{"text": "a"}, {"text": "b"', '[{"text": "a"}, ', '[{"text": "a"} {"text": "b"}]', "[" * 100_000,
+    '[{"text": "a"}]\n[{"text": "b"}]', "[] x"])
+def test_a_broken_json_array_is_a_damaged_file(tmp_path, content):
+    path = tmp_path / "x.json"
+    path.write_text(content)
+    with pytest.raises(UserError, match=r"x\.json: damaged: "):
+        list(read_rows([path], None, 2**10))
 
 
 def test_what_follows_the_first_stream_of_an_xz(tmp_path):
