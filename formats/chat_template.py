@@ -242,7 +242,8 @@ class TemplateChat:
         with contextlib.suppress(UserError):
             prompt, _ = self.render(before, opened=True)
             opening = prompt if text.startswith(prompt) else prompt[-64:]  # with the end of what is before it
-            place = text.rfind(opening, 0, max(begin, len(prompt)))
+            shared = len(os.path.commonprefix((prompt, text)))  # an opening that ends before is not this one
+            place = text.rfind(opening, max(0, shared - len(opening)), max(begin, len(prompt)))
             begin = place + len(opening) if place >= 0 else begin
         return text, (begin, special.end() if special else len(text))
 

@@ -24,7 +24,7 @@ from formats.chat_format import encode_prompt, read_answer
 from formats.tokenizer import Tokenizer
 from generation.batcher import Batcher
 from tests.conftest import ROOT, busy_model, tiny_config
-from tests.formats.test_chat_template import formats
+from tests.formats.test_chat_template import all_formats, formats
 from tests.test_serve import CALL, QUESTION, TOOL, chat_folder, script, server, start
 
 NODE_MODULES = ROOT / "node_modules"

