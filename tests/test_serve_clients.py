@@ -16,11 +16,12 @@ import torch
 import export
 import sample
 from bench import harness, llama_cpp
+from dataset.problems import problem_rows
 from evals.lm import LM
 from evals.multiple_choice import ask, log_probs_of
 from evals.tasks import choice
 from formats import hf
-from formats.chat_format import encode_prompt, read_answer
+from formats.chat_format import encode_prompt, read_answer, with_chat_tokens
 from formats.tokenizer import Tokenizer
 from generation.batcher import Batcher
 from tests.conftest import ROOT, busy_model, tiny_config
@@ -72,10 +73,12 @@ def test_lm_eval_prefers_the_choices_that_eval_prefers(start, chat_folder, tmp_p
 
 
 @pytest.mark.skipif(not llama_cpp.has_server(), reason="xllamacpp is not installed")
-def test_greedy_answers_of_five_programs(start, chat_folder, tmp_path, capsys):
+def test_greedy_answers_of_five_programs(start, tmp_path, capsys):
     """sample.py, serve.py on the folder and on its GGUF file, transformers, and llama.cpp."""
     import transformers
-    tokenizer, folder = Tokenizer.load(chat_folder), tmp_path / "model"
+    texts = [row["text"] for row in problem_rows("text", 500, seed=0)]
+    tokenizer, folder = with_chat_tokens(Tokenizer.train(texts, 400)), tmp_path / "model"
+    folder.mkdir()
     # With an output table of its own, a random model does not only repeat a token.
     config = tiny_config(vocab_size=tokenizer.vocab_size, block_size=256, tie_embeddings=False)
     busy_model(config, seed=2).save_pretrained(folder, eos_token_id=tokenizer.end_ids)
