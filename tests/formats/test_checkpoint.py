@@ -82,6 +82,20 @@ def test_a_failed_write_leaves_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 
 
+def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(tmp_path):
+    def fails(folder):
+        (folder / "trainer").mkdir()
+        raise OSError("No space left on device")
+
+    folder = checkpoint.write_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("old"))
+    with pytest.raises(UserError, match="could not be written .No space left on device."):
+        checkpoint.write_checkpoint(tmp_path, 1, fails)
+    assert (folder / "a").read_text() == "old" and checkpoint.find_corruption(folder) is None
+    (tmp_path / ".step_000001.tmp" / "trainer").mkdir(parents=True)  # of a process that was killed
+    checkpoint.write_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("new"))
+    assert (folder / "a").read_text() == "new" and [*tmp_path.iterdir()] == [folder]
+
+
 def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
     args = ["--max_steps=6", "--eval_tokens=256", "--save_interval=1", "--eval_interval=1"]
     events = run(data, tmp_path, *args)
