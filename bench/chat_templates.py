@@ -119,7 +119,7 @@ def runs(mask: list[int]) -> list[tuple[int, int]]:
 def is_trls_mask(form: Format, documents: list[tuple[list[int], list[int]]], theirs: list[int]) -> bool:
     """True if the targets in our first document are TRL's, but for what is around a turn.
 
-    Of a template that changes earlier turns, some turns are targets in another document of ours.
+    Some templates change earlier turns; such a turn is a target in another of our documents.
     """
     ids, ours = documents[0]
     if any(here > there for here, there in zip(ours, theirs, strict=True)):

@@ -150,7 +150,7 @@ class UnpackedChatRows(ChatRows):
 
 
 def row_class(data: DataFolder, packing: bool) -> type[Rows] | type[ChatRows]:
-    """The class of the rows of a folder of texts or chats; it raises UserError for preferences."""
+    """The class of the rows of a folder of texts or chats. That class raises UserError for preferences."""
     if data.meta["kind"] == "text":
         return Rows
     return ChatRows if packing else UnpackedChatRows

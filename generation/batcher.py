@@ -83,7 +83,6 @@ class SlotCache(KVCache):
 
     def select(self, slots: list[int], lengths: list[int]) -> None:
         """Choose the rows of the next forward pass, and how many of their tokens count."""
-        self.chosen = slots
         self.rows = torch.tensor(slots, device=self.rows.device)[:, None]  # (B, 1)
         # Neighbouring rows are read in place; others are gathered, which copies them.
         is_range = slots == list(range(slots[0], slots[0] + len(slots)))
@@ -106,6 +105,7 @@ class SinkSlots(SlotCache, SinkCache):
 
     def select(self, slots: list[int], lengths: list[int]) -> None:
         super().select(slots, lengths)
+        self.chosen = slots
         for slot, length in zip(slots, lengths, strict=True):
             if length < self.size:  # another text
                 self.base[slot] = 0

@@ -8,9 +8,8 @@
 (one or several) is added to the first command, and -dpo.py leaves that command out. The table has the metric
 of each variant: val_loss at the end or, with --tasks, the first figure of each task of eval.py. If --evaluate
 has --num_samples=8, it is that of a vote of 8 answers, or of the choice of the last command, verifier.py.
-"difference"
-is the mean over the seeds of variant minus base. "over spread" is its size over the standard deviation of the
-seeds' differences: below about 2, the seeds alone could have made it.
+"difference" is the mean over the seeds of variant minus base. "over spread" is its size over the standard
+deviation of the seeds' differences: below about 2, the seeds alone could have made it.
 
 Runs are in out_dir, named by their commands: variants share the stages that are equal. The same command again
 repeats no finished run. All variants train on equally many tokens. With --equal_time=True they train equally
@@ -111,8 +110,10 @@ def train_variant(cfg: AblateConfig, commands: list[str], seed: int) -> dict[str
     model, metrics = GPT.from_pretrained(folder), {"val_loss": val_loss}
     if cfg.tasks:
         found = run_eval([f"--model={folder}", *argv], out_dir)
-        metrics = {task: figures[min(figures, key=lambda name: not name.startswith(choice))]["value"]
-                   for task, figures in found.items()}  # the choice, or the first
+        metrics = {}
+        for task, figures in found.items():
+            name = next((name for name in figures if name.startswith(choice)), next(iter(figures)))
+            metrics[task] = figures[name]["value"]
     print(f"{folder}: {metrics}", flush=True)
     return {"metrics": metrics, "speed": last["tokens"] / last["seconds"], "memory_gb": last["memory_gb"],
             "parameters": model.num_parameters(), "active": model.num_parameters(active=True)}

@@ -80,7 +80,7 @@ def formats(all_formats):
 def test_random_conversations(name, all_formats):
     """python -m bench.chat_templates compares 3,000 of them."""
     if name == "diffusion_gemma":
-        pytest.skip("an answer moves behind the results of its calls: it is a target in another row")
+        pytest.skip("the template moves an answer behind its calls, so it is a target in another row")
     tally = compare(all_formats(name), 5, seed=2)
     assert tally.counts["rendered"] > 0 and not tally.examples, tally.examples
 
