@@ -267,8 +267,9 @@ def write_shards(batches: Iterable[list[Row]], recipe: Recipe, cfg: PrepareConfi
             tally.count(row, document.reason, document.details)
             if document.reason is None:
                 writer = writers["val" if document.hash < val_limit else "train"]
-                writer.write(document.ids, document.byte_count, document.mask)
-                tokens += len(document.ids)
+                ids, mask = np.frombuffer(document.ids, writer.dtype), np.frombuffer(document.mask, np.uint8)
+                writer.write(ids, document.byte_count, mask)
+                tokens += len(ids)
                 # The document that reaches the limit is the last; rows after it are not even counted.
                 if cfg.max_tokens is not None and tokens >= cfg.max_tokens:
                     return  # this ends the generators too: no more rows are read

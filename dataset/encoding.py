@@ -58,8 +58,8 @@ class Document:
     details: dict[str, Any] = field(default_factory=dict)  # what a rule that dropped the row saw
     byte_count: int = 0  # of UTF-8
     hash: int = 0  # `text_hash`
-    ids: Any = None  # (tokens,) uint16 or uint32, with end-of-text tokens
-    mask: Any = None  # (tokens,) uint8 for chats and preferences (dataset/shards.py)
+    ids: bytes = b""  # of uint16 or uint32, with end-of-text tokens; an array is slow to send to a process
+    mask: bytes = b""  # of uint8, for chats and preferences (dataset/shards.py)
     signature: Any = None  # (PERMUTATIONS,) uint32, with Recipe.dedup
 
 
@@ -153,10 +153,10 @@ def encode_document(document: Document, recipe: Recipe) -> None:
         parts = [encode_pair(tokenizer, prompt, answers)]
     # Each part ends with a separator. In masks it has a value of its own, because some models' token for the
     # end of a text also ends the turns inside a chat.
-    dtype = token_dtype(tokenizer.vocab_size)
-    document.ids = np.concatenate([np.array([*ids, tokenizer.eot_id], dtype) for ids, _ in parts])
+    ids = [index for part, _ in parts for index in (*part, tokenizer.eot_id)]
+    document.ids = np.array(ids, token_dtype(tokenizer.vocab_size)).tobytes()
     if recipe.kind != "text":
-        document.mask = np.concatenate([np.array([*mask, SEPARATOR], np.uint8) for _, mask in parts])
+        document.mask = bytes(each for _, mask in parts for each in (*mask, SEPARATOR))
 
 
 def tokenize(rows: list[Row], recipe: Recipe) -> list[Document]:

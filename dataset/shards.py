@@ -62,7 +62,8 @@ class ShardWriter:
         if not self.files:
             self.name, self.size = f"{self.split}_{len(self.shards):05d}.bin", 0
             path = self.folder / self.name
-            self.files = [open(each, "wb") for each in ([path, mask_path(path)] if self.masked else [path])]
+            self.files = [open(each, "wb", buffering=2**20)  # documents may be short
+                          for each in ([path, mask_path(path)] if self.masked else [path])]
         for file, values in zip(self.files, (ids.astype(self.dtype, copy=False), mask), strict=False):
             append(file, values)
         self.size += len(ids)

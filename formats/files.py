@@ -28,7 +28,7 @@ if TYPE_CHECKING:  # prepare.py handles no tensors, so it starts without torch, 
 
 
 @contextlib.contextmanager
-def path_in_errors(path: Path) -> Iterator[None]:
+def path_in_errors(path: object) -> Iterator[None]:
     """Add `path` to an OSError that is raised inside and names no file, such as the one of a full disk."""
     try:
         yield
@@ -60,7 +60,7 @@ def file_sha256(path: Path) -> str:
 
 def append(file: BinaryIO, values: np.ndarray) -> None:
     """Append the bytes of an array to an open file."""
-    with path_in_errors(Path(file.name)):
+    with path_in_errors(file.name):
         file.write(values.tobytes())
 
 

@@ -438,9 +438,10 @@ def test_qwen3_documents_on_disk(formats, tmp_path):
     chat = {"messages": [{"role": "user", "content": "1"}, {"role": "assistant", "content": "2"}] * 3}
     recipe = Recipe("chat", "text", {}, None, tokenizer)
     [document] = tokenize([Row("a:1", "value", chat)], recipe)
-    ends = np.flatnonzero(document.mask == SEPARATOR)
-    assert len(ends) == 3 and len(document.mask) == len(document.ids) and (document.mask == 1).sum() > 9
-    assert document.ids[ends].tolist() == [tokenizer.eot_id] * 3
+    ids, mask = np.frombuffer(document.ids, np.uint16), np.frombuffer(document.mask, np.uint8)
+    ends = np.flatnonzero(mask == SEPARATOR)
+    assert len(ends) == 3 and len(mask) == len(ids) and (mask == 1).sum() > 9
+    assert ids[ends].tolist() == [tokenizer.eot_id] * 3
 
 
 def test_dpo_reads_pairs_in_the_models_format(model_folder, formats, tmp_path, monkeypatch):
