@@ -43,6 +43,7 @@ def did_you_mean(matches: list[str]) -> str:
 
 def version() -> str:
     """The version of nanollama, from pyproject.toml."""
+    # From the file: there is no installed package whose metadata importlib could read.
     text = (Path(__file__).parent / "pyproject.toml").read_text(encoding="utf-8")
     return tomllib.loads(text)["project"]["version"]
 
@@ -345,6 +346,7 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
 
 def override(config: Any, changes: dict, place: str) -> Any:
     """A copy of `config` with `changes`. Each is checked like a config file's assignment at `place`."""
+    # replace() runs __post_init__ again, so ranges and combinations are checked as well.
     checked = {key: coerce_field(type(config), key, value, place) for key, value in changes.items()}
     return dataclasses.replace(config, **checked)
 
@@ -377,6 +379,7 @@ def require_not_negative(config: Any, *keys: str) -> None:
 
 def optional_import(module: str, key: str, package: str = "") -> Any:
     """Import a module of an optional package. Raises UserError, which names the key, if it is missing."""
+    # Not only ModuleNotFoundError: a package may be there without a part that it needs.
     try:
         return importlib.import_module(module)
     except ImportError:

@@ -10,10 +10,11 @@
 Reads data/<dataset>/, text or chats, made with the teacher's tokenizer. Writes out_dir as train.py does.
 
 The loss of each target is (1 - alpha) cross-entropy + alpha T^2 divergence from the teacher, with both models
-at temperature T (arXiv 1503.02531; distillation/divergences.py). Optional: losses between layers
-(distillation/layer_losses.py), a student pruned from the teacher (distillation/pruning.py), and text that the
-student writes itself (distillation/on_policy.py). A teacher with another tokenizer needs --align=bytes
-(distillation/alignment.py). The teacher is never changed.
+at temperature T (arXiv 1503.02531). forward_kl is KL(teacher || student), reverse_kl the other way round
+(distillation/divergences.py). Optional: losses between layers (distillation/layer_losses.py), a student
+pruned from the teacher (distillation/pruning.py), and text that the student writes itself
+(distillation/on_policy.py). A teacher with another tokenizer needs --align=bytes (distillation/alignment.py).
+The teacher is never changed.
 """
 # mypy: disable-error-code="assignment"
 # (here vocab_size may be None, which GPTConfig does not allow)

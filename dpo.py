@@ -10,7 +10,9 @@ answer do not fit block_size is left out and counted.
 
 DPO (arXiv 2305.18290) makes the chosen answer likelier than the rejected one, relative to the reference: a
 frozen copy of the model at the start. The reference's log-probabilities are computed once, before training,
-and stored in the data folder.
+and stored in the data folder. With ratio = log p(answer) - log p_reference(answer), the loss of a pair is
+
+    -log sigmoid(beta * (ratio of chosen - ratio of rejected)) + nll_weight * (-log p(chosen) per token)
 
 Both answers follow the same prompt, so the prompt is stored and computed only once. A pair is one row of
 tokens with two paths through it, and each token attends along its own path:

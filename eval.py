@@ -133,6 +133,7 @@ class EvalConfig(VoteSettings, ConstraintKeys):
 
     def arguments(self, name: str) -> dict[str, Any]:
         """The keys that are arguments of a task's load() and score()."""
+        # The table of tasks lists them, so a new key of one task does not concern the others.
         return {key: getattr(self, key) for key in TASKS[name].keys}
 
 
@@ -146,6 +147,7 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     """
     folder, pairs = places_of("data", cfg.data)
     loaded, absent = {}, {}
+    # A group such as "all" may bring in tasks whose files are not there; a task by name was wanted.
     for name in cfg.task_names:
         try:
             place = pairs.get(name, folder)
@@ -162,7 +164,7 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
 def require_models(cfg: EvalConfig) -> None:
     """Raises UserError for a model that cannot be loaded, before the others are measured for hours."""
     for path in cfg.models:
-        tokenizer = Tokenizer.load(hf.find_folder(path))
+        tokenizer = Tokenizer.load(hf.find_folder(path))  # downloads a hub id; the weights stay on disk
         if cfg.chat:
             require_chat(tokenizer, path)
     if cfg.verifier:
@@ -175,7 +177,7 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
             measured: dict[str, Any]) -> Iterator[tuple[str, Result]]:
     """Measure a model task by task, filling in `measured`; yields (task, result) after each task."""
     lm = LM(path, cfg.device, cfg.dtype, cfg.chat, cfg.batch_size, cfg)
-    verifier = None
+    verifier = None  # it scores conversations, so models without chat tokens are measured without it
     if cfg.verifier and end_of_turn(lm.tokenizer) is None:
         print(f"{path}: without chat tokens, so the verifier does not score its answers", file=sys.stderr)
     elif cfg.verifier:
@@ -186,6 +188,7 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
         print(f"{path}: {name}", file=sys.stderr)  # progress; only the table goes to stdout
         begin, tokens = time.perf_counter(), lm.tokens
         try:
+            # The module has the method; the table's line adds what differs from task to task.
             score = partial(TASKS[name].module.score, **TASKS[name].settings, **cfg.arguments(name))
             result = score(lm, loaded)
             if cfg.num_samples and TASKS[name].votes:
@@ -257,13 +260,14 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
                          *(f"{speed(model, key)[1]:,.1f}" for model in models)])
     if targets:  # one more column, with a cell in the first row of each task that has a target
         left = {"task": "target", **targets}
-        rows = [[*row, left.pop(row[0], "-")] for row in rows]
+        rows = [[*row, left.pop(row[0], "-")] for row in rows]  # pop: only the first row of a task has it
     return rows
 
 
 def reference_rows(model: dict[str, Any]) -> list[list[str]]:
     """Published figures for the tasks that were measured, next to those of a model, with their settings."""
     rows = [["published", "task", "figure", "value", model["name"], "settings"]]
+    # The settings stand in the last column, because published figures differ in shots and prompts.
     for each in json.loads(REFERENCE.read_text(encoding="utf-8")):
         if figures := model["tasks"].get(each["task"], {}).get("figures"):
             # A figure of another name (exact match) stands next to the task's first one.
@@ -288,6 +292,7 @@ def report(results: dict[str, Any], targets: dict[str, str], show: Callable[[lis
     results: as in results.json. targets: see `target_cells`. show: makes text of a table's rows.
     """
     models, absent = results["models"], results["not_run"]
+    # The main table, then votes and choices (empty without num_samples), then published figures.
     tables = [table_rows(models, absent, targets), method_rows(models)]
     if results["settings"]["reference"]:
         tables.append(reference_rows(models[0]))
@@ -315,6 +320,7 @@ def save_answers(out: Path, task: str, answers: list[dict[str, Any]]) -> None:
 
 def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
     """Draw <task>.png with all models so far, if the task has a picture."""
+    # Models that could not do this task, or are not measured yet, are no part of it.
     details = {model["model"]: model["tasks"][task]["details"] for model in models if task in model["tasks"]}
     if picture := draw(task, details):
         picture.savefig(content := io.BytesIO(), dpi=130)  # to memory: the file is replaced in one step
@@ -366,6 +372,7 @@ def main(argv: list[str]) -> int:
     save_results(out, results | {"complete": True}, targets)
     print(report(results, targets, aligned), end="")
     print(f"next        python export.py --model={shlex.quote(cfg.model)} --format=gguf", file=sys.stderr)
+    # A code of its own: a script can tell a model that is too bad from a command that is wrong (2).
     return 3 if any(cell.startswith("missed") for cell in targets.values()) else 0
 
 

@@ -23,7 +23,8 @@ A group with equal rewards has no gradient, so it is counted ("even") and left o
 updates_per_rollout above 1 the answers serve several steps, with PPO's clipped ratio.
 
 Prompts are a function of the step. Answers are a function of the weights and of seeds that depend on the
-step, so a resumed run repeats them. Another micro-batch size or number of ranks changes a step by rounding;
+step, so a resumed run repeats them. A reward of your own is a function score(prompt, answer, row) that
+returns a number (evals/rewards.py). Another micro-batch size or number of ranks changes a step by rounding;
 rounding may, rarely, change a sampled token. In the log, `tokens` counts prompts only.
 
 Left out: a value function, rewards from a model, sampling on other machines, parallel=fsdp.
@@ -143,8 +144,10 @@ def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
     """This rank's micro-batches of a step. The answers are sampled in the loss, with the current weights."""
     cfg = stage_at(stages, step).cfg
     begin = step - step % cfg.updates_per_rollout  # the step in which the answers are sampled
+    # Prompts are numbered through the whole run. Stages may differ in their batch size, so add theirs up.
     earlier = sum((min(begin, stage.last) - stage.first) * stage.cfg.global_batch_size
                   for stage in stages if stage.first < begin)
+    # Each rank samples from its own part of the step's prompts.
     count, size = cfg.global_batch_size // run.world_size, cfg.micro_batch_size
     numbers = list(range(earlier + run.rank * count, earlier + (run.rank + 1) * count))
     batches = []
@@ -152,6 +155,7 @@ def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
         prompts = [source.prompt(number, cfg.families, cfg.calculator)
                    for number in numbers[start:start + size]]
         ids = torch.tensor([sum((prompt.ids for prompt in prompts), [])])  # (1, tokens), for the log
+        # The count is of answers: each of them has a reward, and the loop's metrics are means over answers.
         batches.append({"input_ids": ids, "count": size * cfg.group_size, "context": cfg.block_size,
                         "step": step, "begin": begin, "numbers": numbers, "part": part,
                         "parts": count // size})
@@ -179,8 +183,9 @@ class PolicyGradient:
         cfg, metrics = stage_at(self.stages, batch["step"]).cfg, dict[str, float]()
         if batch["part"] == 0 and batch["step"] == batch["begin"]:
             metrics = self.roll_out(cfg, batch)
-        elif self.begin != batch["begin"]:
+        elif self.begin != batch["begin"]:  # resumed between two updates: the answers are in a file
             self.read(batch["begin"])
+        # Equal rewards have no advantage and so no gradient. Only a KL term still learns from such answers.
         groups = [group for group in self.groups if any(each.advantage for each in group) or cfg.kl_weight]
         part = [groups[i] for i in np.array_split(np.arange(len(groups)), batch["parts"])[batch["part"]]]
         # Every micro-batch needs a backward pass (DDP), also one that has nothing to learn from.
@@ -192,6 +197,7 @@ class PolicyGradient:
                 model, to_device(learned, model.head_weight.device), vocab_size, cfg.temperature))
             reference = reference.to(log_probs.device)  # it may be on the CPU
         loss, sums = loss_fn(log_probs, learned, reference, cfg)
+        # The backward pass of a part without groups must add nothing: its answers are those of another part.
         scale = self.scale if part else 0.0
         sampling = {name: torch.tensor(float(value), device=loss.device) for name, value in metrics.items()}
         return loss * scale, sampling | {name: value.detach() * scale for name, value in sums.items()}
@@ -202,6 +208,7 @@ class PolicyGradient:
         limits = Limits(max_new_tokens=cfg.max_new_tokens, block_size=cfg.block_size,
                         temperature=temperature, seed=cfg.seed)
 
+        # The reward is the sum of its terms, and each of them is logged under its own name.
         def terms(prompt: Prompt, rollout: Rollout) -> dict[str, float]:
             found = self.reward.terms(prompt, rollout.messages[-1])
             if cfg.format_weight:
@@ -217,6 +224,7 @@ class PolicyGradient:
         """Sample this rank's answers of a step, and compute their advantages. Returns `sampling_metrics`."""
         start, numbers, replaced = time.perf_counter(), batch["numbers"], list[list[Rollout]]()
         groups = self.sample(cfg, numbers, cfg.group_size, cfg.temperature)
+        # Other prompts in place of those that teach nothing, with the numbers of an attempt of their own.
         for attempt in range(1, MOST_REFILLS + 1 if cfg.refill else 1):
             even = [place for place, group in enumerate(groups) if is_even(group)]
             replaced += [groups[place] for place in even]
@@ -227,12 +235,13 @@ class PolicyGradient:
         seconds = time.perf_counter() - start
         rewards = torch.tensor([[each.reward for each in group] for group in groups], dtype=torch.float64)
         tokens = sum(each.num_sampled for group in groups for each in group)
+        # The loop divides by the answers, but the loss is a mean over tokens: `scale` is their ratio.
         all_tokens, reward, answers = self.run.sum([tokens, rewards.sum().item(), rewards.numel()])
         self.begin, self.groups, self.scale = batch["begin"], groups, answers / all_tokens
         advantages = group_advantages(rewards, cfg.advantage, reward / answers)  # (P, G)
         for rollout, value in zip(sum(groups, []), advantages.flatten().tolist(), strict=True):
             rollout.advantage = value
-        if cfg.updates_per_rollout > 1:
+        if cfg.updates_per_rollout > 1:  # after the first update these weights are gone
             self.write(cfg.updates_per_rollout)
         return self.sampling_metrics(groups + replaced, seconds)
 
@@ -292,7 +301,9 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     {"val_loss": minus the reward, "val_reward", "val_length", "val_reward/answer", ..}.
     """
     source = learner.source
+    # The embedded problems have no end, so all eval_prompts are asked; a file may have fewer.
     count = min(cfg.eval_prompts, len(source.val) or cfg.eval_prompts)
+    # Validation prompts have numbers that no training step reaches.
     mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
     answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
     for answer in answers[:cfg.sample_answers]:
@@ -303,6 +314,7 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     # A term of a user's reward may be missing in some answers.
     means = {name: sum(row.get(name, 0.0) for row in rows) / count
              for name in dict.fromkeys(name for row in rows for name in row)}
+    # The loop calls the lowest val_loss the best, and a reward should be high.
     return {"val_loss": -means["val_reward"]} | means
 
 

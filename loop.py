@@ -498,17 +498,23 @@ def missed_evaluation(state: TrainState) -> bool:
 
 # ---- The loop ---------------------------------------------------------------------------------------------
 
-def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: Evaluate) -> dict[str, float]:
-    """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
-    cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
+def catch_up(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
+    """Before the first step: do what a stopped run has missed, or say that there is nothing to do."""
     results: dict[str, float] = {}
-    # Before the first step: an evaluation that a stopped run has missed, or nothing to do at all.
     if state.total == 0 and state.saved_step < 0:  # max_steps=0: the model as it starts
         save(state)
     if missed_evaluation(state):
         results = measure(state, evaluate)
-    if progress.step >= state.total and not results:
-        run.print(f"finished  {run.out_dir} is at step {progress.step:,} (a larger max_steps continues it)")
+    if state.progress.step >= state.total and not results:
+        state.run.print(f"finished  {state.run.out_dir} is at step {state.progress.step:,} (a larger max_steps "
+                        "continues it)")
+    return results
+
+
+def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: Evaluate) -> dict[str, float]:
+    """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
+    cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
+    results = catch_up(state, evaluate)
     is_over = is_out_of_patience(state)  # a run that has ended early, started again
     hidden = run.rank > 0 or not sys.stderr.isatty()  # the bar
     with run.signals(), ThreadPoolExecutor(1) as pool, tqdm(

@@ -93,8 +93,10 @@ class GPTConfig:
                           ("block_size", 2**24)):
             require(self, key, getattr(self, key) <= most, f"at most {most:,}")
         require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+        # Without a head_dim of their own, the heads divide the width among them.
         fits = self.head_dim is not None or self.n_embd % self.n_head == 0
         require(self, "n_embd", fits, f"divisible by n_head={self.n_head} (or set head_dim)")
+        # SwiGLU has three matrices and GELU has two: at 8/3 and 4 times the width both have 8 C^2 weights.
         width = 4 * self.n_embd if self.mlp == "gelu" else 8 * self.n_embd / 3
         derived = {"n_kv_head": self.n_head, "head_dim": self.n_embd // self.n_head,
                    "intermediate_size": self.intermediate_size or 256 * math.ceil(width / 256)}
@@ -163,12 +165,15 @@ class Attention(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         C, H, K, D = config.n_embd, config.n_head, config.n_kv_head, config.head_dim
+        # Keys and values have K heads: with K < H, the cache of generation is H / K times smaller.
         self.q_proj = make_linear(config, C, H * D, bias=config.bias != "none")
         self.k_proj = make_linear(config, C, K * D, bias=config.bias != "none")
         self.v_proj = make_linear(config, C, K * D, bias=config.bias != "none")
         self.o_proj = make_linear(config, H * D, C, bias=config.bias == "all")
+        # Normalised heads keep q . k small, so the softmax does not saturate in large models.
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
+        # One more logit per head, without a value: a head may give its attention to it, and add nothing.
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
         self.head_dim, self.dropout = D, config.dropout
         self.qkv_hook: Callable[[Tensor, Tensor, Tensor], None] | None = None
@@ -214,7 +219,8 @@ class MLP(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if self.gate_proj is not None:
-            gate, up = products(x, (self.gate_proj, self.up_proj))
+            # The gate decides, element by element, how much of `up` passes.
+            gate, up = products(x, (self.gate_proj, self.up_proj))  # (B, T, inner) each
             return self.down_proj(F.silu(gate) * up)
         return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
 
@@ -236,6 +242,7 @@ class Block(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, store: Store | None) -> Tensor:
+        # The norms are inside the branches: gradients pass along the stream itself unchanged.
         x = x + self.dropout(self.self_attn(self.input_layernorm(x), rope, mask, store))
         return x + self.dropout(self.mlp(self.post_attention_layernorm(x)))
 
@@ -254,18 +261,19 @@ class GPT(nn.Module):
         self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
         self.compiled_steps = False  # compile the decoding step of one token (generation/generate.py)
         self.source = "the model"  # the folder of its weights, for messages
+        # These names become the names of the parameters, which are those of Hugging Face's files.
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.padded_vocab_size, config.n_embd),
             "layers": nn.ModuleList(Block(config, not config.n_expert or layer in config.dense_layers)
                                     for layer in range(config.n_layer)),
-            "norm": make_norm(config)})
+            "norm": make_norm(config)})  # the stream grows with each block, so it needs a last norm
         if config.position == "learned":
             self.model["embed_positions"] = nn.Embedding(config.block_size, config.n_embd)
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.rope = RotaryTables() if config.position == "rope" else None
         self.dropout = nn.Dropout(config.dropout)
-        if not self.head_weight.is_meta:
+        if not self.head_weight.is_meta:  # a tensor on the meta device has a shape and no memory to fill
             self.init_weights(seed)
 
     @property
@@ -313,6 +321,7 @@ class GPT(nn.Module):
 
     def logits(self, x: Tensor) -> Tensor:
         """The output layer: hidden states after the last norm (..., C) -> logits (..., V)."""
+        # A product with all P rows, then without those that only pad the table.
         return linear(x, self.head_weight)[..., :self.config.vocab_size]
 
     @torch.inference_mode()
@@ -323,12 +332,12 @@ class GPT(nn.Module):
         temperature=0 takes the most likely token. generation/generate.py also has rows of different lengths,
         end tokens, and more ways to sample. Raises ValueError beyond block_size.
         """
-        (B, T), new = ids.shape, ids
+        (B, T), new = ids.shape, ids  # new: what the cache does not have yet, at first the whole text
         cache = KVCache(self.config, B, T + max_new_tokens, ids.device, self.head_weight.dtype)
         for length in range(T, T + max_new_tokens):
-            logits = self(new, cache=cache)[:, -1].float()  # (B, V)
-            cache.set_lengths([length] * B)
-            if top_k is not None:
+            logits = self(new, cache=cache)[:, -1].float()  # (B, V): only the last token predicts a new one
+            cache.set_lengths([length] * B)  # of every row: keep what was just read
+            if top_k is not None:  # exp(-inf) = 0: the other tokens cannot be drawn
                 logits[logits < logits.topk(top_k).values[:, -1:]] = float("-inf")
             new = (logits / temperature).softmax(-1).multinomial(1) if temperature > 0 else \
                 logits.argmax(-1, keepdim=True)  # (B, 1)
@@ -347,8 +356,9 @@ class GPT(nn.Module):
         """
         residual_std = 0.02 / math.sqrt(2 * self.config.n_layer)
         for name, parameter in self.named_parameters():
+            # Drawn on the CPU, so that a GPU starts from the same weights.
             value = torch.empty(parameter.shape, device="cpu")
-            if parameter.ndim == 1:
+            if parameter.ndim == 1:  # norms, biases and sink logits
                 value.fill_(0.0 if name.endswith(("bias", "sinks")) else 1.0)
             else:
                 std = residual_std if name.endswith(("o_proj.weight", "down_proj.weight")) else 0.02
@@ -374,6 +384,7 @@ class GPT(nn.Module):
 
         Raises UserError for any other key, and for a model with learned positions.
         """
+        # A value that stays is no change, whatever its key.
         changes = {key: value for key, value in changes.items() if value != getattr(self.config, key)}
         if not changes:
             return
@@ -387,6 +398,7 @@ class GPT(nn.Module):
         """Count all weights: a tied table once, padding rows not at all. active: without the experts that a
         token does not use."""
         c, experts = self.config, sum(p.numel() for n, p in self.named_parameters() if ".experts." in n)
+        # All experts have the same size, and a token uses n_expert_per_token of n_expert.
         idle = experts - experts * c.n_expert_per_token // max(c.n_expert, 1) if active else 0
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
         tables = 1 if self.config.tie_embeddings else 2
@@ -406,6 +418,7 @@ class GPT(nn.Module):
         6 per weight that is multiplied (PaLM, arXiv 2204.02311, appendix B), and 12 H D per layer and
         attended token, of which there are T / 2 on average.
         """
+        # Reading a row of the token table multiplies nothing. As an output matrix the same table does.
         weights = sum(p.numel() for n, p in self.named_parameters() if p.ndim == 2 and "embed_" not in n)
         weights += self.head_weight.numel() if self.config.tie_embeddings else 0
         weights -= self.num_parameters() - self.num_parameters(active=True)  # experts that a token skips
@@ -421,6 +434,7 @@ class GPT(nn.Module):
         Raises UserError that names an architecture or a setting that this model does not compute.
         """
         folder = hf.find_folder(path)
+        # Without memory first: random weights would only be overwritten, and no weight exists twice.
         with torch.device("meta"):
             model = cls(GPTConfig.read(folder))
         model.source = str(folder)

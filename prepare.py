@@ -14,7 +14,8 @@
 
 Reads the kinds of files that dataset/sources.py lists; chats and preferences in the row forms that
 dataset/conversations.py lists. Writes data/<name>/: train_00000.bin ..., val_00000.bin ... (raw little-endian
-ids, as nanoGPT's), tokenizer.json, for chats and preferences a .mask per .bin, and meta.json last.
+uint16, as nanoGPT's; uint32 above 65,536 ids), tokenizer.json, for chats and preferences a .mask per .bin,
+and meta.json last.
 
 A hash of each document decides whether it is for training or validation, so no text is in both. Exact
 duplicates are dropped. Rows in = rows kept + rows skipped, with a reason for each. With --decontaminate, rows
@@ -178,6 +179,7 @@ def split_limit(rows: Iterable[Row], recipe: Recipe, val_fraction: float) -> int
     limit, lowest, highest = int(val_fraction * 2**64), 2**64, -1
     if not limit:
         return 0  # no validation split is wanted
+    # Hashes are uniform in [0, 2^64), so a share of the range is the same share of the documents.
     for document in usable_documents(rows, recipe):
         lowest, highest = min(lowest, document.hash), max(highest, document.hash)
         if lowest < limit <= highest:  # nearly always after a few rows
@@ -348,6 +350,7 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     print(tally.report())
     print(f"speed     {megabytes:,.1f} MB of text in {seconds:.1f} s ({megabytes / seconds:.1f} MB/s)")
     require_documents(cfg, tally, meta["tokens"])  # after the report, which shows why
+    # What was left out, for a person to read: in files, since the report has only numbers and first places.
     if index:
         overlaps = decontaminate.contamination(index, tally.examples.pop(decontaminate.OVERLAPS, []))
         print(decontaminate.report(overlaps["benchmarks"]))
@@ -377,6 +380,7 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
     settings["decontaminate"] = {"sets": sets, **decontaminate.SETTINGS} if sets else None
     if cfg.quality or cfg.dedup:
         settings["filters"] = {"rules": [*chosen_rules(cfg.quality, cfg.quality_off)], "dedup": cfg.dedup}
+    # Generated rows have no files to hash: the version changes whenever the generator writes other rows.
     if cfg.source in EMBEDDED:
         settings["problems"] = problems.ROWS_VERSION if cfg.source != "tools" else TOOL_ROWS_VERSION
     if not files:

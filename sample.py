@@ -10,7 +10,8 @@ Only generated text goes to stdout. The prompt (on a terminal) and the speed go 
 A prompt is plain text: names of special tokens in it are read as ordinary text. An empty prompt starts after
 the end-of-text token. If a prompt is longer than the context, the model reads only its last block_size
 tokens. A sample ends with the end-of-text token, with a --stop text (which is not shown), or after
-max_new_tokens. If the context becomes full, generation goes on from its last half.
+max_new_tokens. If the context becomes full, generation goes on from its last half. temperature, top_k, top_p
+and the other keys of sampling are explained in generation/generate.py and by --help.
 
 Each line of prompt_file is {"prompt": "..."}, or {"messages": [...]} for a chat model to answer; other keys
 are copied to the output. The output has one line per sample, in order: the input's keys, "completion" and
@@ -88,20 +89,22 @@ class Prompt(NamedTuple):
 def prompt_of(row: Row) -> Prompt:
     """Return the prompt of a row. Raises Skip if it has neither a prompt nor messages."""
     keys = row_value(row)
+    # Messages win over a prompt: a row for chat models may carry the text of its question as well.
     if isinstance(keys, dict) and first_value(keys, "messages") is not None:
         return Prompt(row.place, keys, listed(keys))
     if not isinstance(keys, dict) or not isinstance(keys.get("prompt"), str):
         raise Skip('needs the key "prompt" with a text, or "messages"')
-    require_utf8(keys["prompt"])
+    require_utf8(keys["prompt"])  # JSON may hold half of a surrogate pair, which no tokenizer reads
     return Prompt(row.place, keys, None)
 
 
 def read_prompts(path: str) -> list[Prompt]:
     """Read a JSON lines file: texts, or else messages in every row. UserError names the line of a bad row."""
-    with open(path, "rb") as file:
+    with open(path, "rb") as file:  # bytes: a line that is not UTF-8 gets a message with its number
         prompts = [prompt for _, prompt in usable_rows(json_lines(file, Path(path)), prompt_of)]
     if not prompts:
         raise UserError(f"{path}: contains no prompts")
+    # Texts and chats take different ways below, and the output keeps the order of the file.
     texts = [prompt for prompt in prompts if prompt.messages is None]
     if 0 < len(texts) < len(prompts):
         raise UserError(f'{texts[0].place}: has no "messages", but other rows of the file have them')
@@ -128,11 +131,12 @@ class Sampler:
 
     def encode(self, prompt: Prompt) -> list[int]:
         """Return the ids of a text, at least one; print a note if the model cannot read all of them."""
+        # What the model saw before every text: BOS or sink tokens, if it has them.
         ids = self.tokenizer.prefix_ids + self.tokenizer.encode(prompt.keys["prompt"])
         block_size = self.model.config.block_size
         if len(ids) > block_size:
             note(f"{prompt.place}: {len(ids):,} tokens; the model reads the last {block_size:,}")
-        return ids or [self.tokenizer.eot_id]
+        return ids or [self.tokenizer.eot_id]  # in training, a new document follows this token
 
     def run(self, prompts: list[list[int]], first: int, stream: bool) -> list[dict[str, Any]]:
         """Continue texts: return the keys of the output that are the sample's.
@@ -141,7 +145,7 @@ class Sampler:
         """
         new: list[list[int]] = [[] for _ in prompts]
         printed = ""  # the text that is on the screen already
-        numbers = range(first, first + len(prompts))
+        numbers = range(first, first + len(prompts))  # they seed the rows' random numbers
         guide = self.constraint.guide([None] * len(prompts)) if self.constraint else None
         options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=numbers, guide=guide)
         for tokens in generate(self.model, prompts, self.cfg.max_new_tokens, self.cfg,
@@ -153,20 +157,21 @@ class Sampler:
                 printed = max(printed, text, key=len)  # the next token may begin a stop text, which is hidden
         if stream:  # what was hidden because it might have changed
             print(self.end.text(new[0])[len(printed):], flush=True)
-        self.tokens += sum(map(len, new))
+        self.tokens += sum(map(len, new))  # for the speed at the end
         return [{"completion": self.end.text(row),
                  "finish_reason": "stop" if row and self.end.is_reached(row) else "length"} for row in new]
 
     def answer(self, conversations: list[list[Message]], first: int) -> list[dict[str, Any]]:
         """Answer messages: as `run`, with "replies" and, from a verifier, the "score"."""
         samples = []
+        # Several replies, if the model calls the calculator: the call, its result, and then the answer.
         for replies in self.assistant.reply(conversations, first=first):
             # "cut" marks an answer that max_new_tokens ended; it is no part of the message.
             reason = "length" if replies[-1].pop("cut", False) else "stop"
             samples.append({"completion": replies[-1]["content"], "replies": replies,
                             "finish_reason": reason})
         self.tokens = self.assistant.tokens
-        if self.verifier:
+        if self.verifier:  # it reads the sampled ids themselves; encoding the text again may give others
             scores = self.verifier.score_rows(self.assistant.rows, self.assistant.sampled).tolist()
             samples = [sample | {"score": score} for sample, score in zip(samples, scores, strict=True)]
         return samples
@@ -182,6 +187,7 @@ def print_samples(sampler: Sampler, prompts: list[Prompt]) -> None:
     if stream and sys.stdout.isatty():
         note(f"\x1b[2m{cfg.prompt}\x1b[0m", end="")  # dim, because the prompt is not generated
     texts = [[] if prompt.messages else sampler.encode(prompt) for prompt in prompts]
+    # Samples of the same prompt are neighbours, so that a batch may end between them.
     numbers = [number for number in range(len(prompts)) for _ in range(cfg.num_samples)]
     for first in range(0, len(numbers), cfg.batch_size):
         batch = numbers[first:first + cfg.batch_size]
@@ -189,6 +195,7 @@ def print_samples(sampler: Sampler, prompts: list[Prompt]) -> None:
         samples = (sampler.answer(conversations, first) if conversations else
                    sampler.run([texts[number] for number in batch], first, stream))
         for number, each in zip(batch, samples, strict=True):
+            # A verifier chooses as soon as all samples of a prompt are there, perhaps in a later batch.
             pending.append(each)
             if sampler.verifier and len(pending) < cfg.num_samples:
                 continue
@@ -216,6 +223,7 @@ def print_json(keys: dict[str, Any]) -> None:
 def next_step(sampler: Sampler) -> str:
     """The command that may follow: fine-tuning for a base model, a conversation for a chat model."""
     model = shlex.quote(sampler.cfg.model)
+    # Only a model with chat tokens has an end of turn.
     if end_of_turn(sampler.tokenizer) is None:
         return f"next        python sft.py --init_from={model}"
     return f"next        python sample.py --model={model} --chat=True"
@@ -228,6 +236,7 @@ def main(argv: list[str]) -> None:
     prompts = [Prompt("prompt", {"prompt": cfg.prompt}, None)]
     if cfg.prompt_file:
         prompts = read_prompts(cfg.prompt_file)
+    # What can be wrong is checked before the model is loaded, as far as that is possible.
     if cfg.chat and sys.stdin is None:
         raise UserError("--chat=True reads questions from stdin, which is closed")
     if cfg.stops and prompts[0].messages:
@@ -238,7 +247,7 @@ def main(argv: list[str]) -> None:
     if cfg.chat or prompts[0].messages:
         require_chat(sampler.tokenizer, cfg.model)
     if cfg.chat:
-        if sys.stdin.isatty():
+        if sys.stdin.isatty():  # questions from a file or a pipe need no editor
             edit_lines()
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())

@@ -8,8 +8,9 @@
         -d '{"messages": [{"role": "user", "content": "12 * 30?"}]}'
 
 Requests that arrive while others run join the batch at its next step (generation/batcher.py). The answers
-are those of sample.py with the same seed (generation/api.py). The page is generation/chat.html. A vote in it,
-between two answers, becomes a line of --votes, which prepare.py --kind=preference reads.
+are those of sample.py with the same seed (generation/api.py). The paths are /v1/chat/completions,
+/v1/completions and /v1/models; the page also uses /, /tool and /vote. The page is generation/chat.html. A
+vote in it, between two answers, becomes a line of --votes, which prepare.py --kind=preference reads.
 
 Other computers are served only with an api_key. Requests with a foreign Host or Origin are refused, so a page
 of another site cannot use the server. Bodies, prompts, waiting requests and time are limited. The only tool
@@ -99,10 +100,12 @@ def check_headers(cfg: ServeConfig, request: Request) -> None:
     site's Origin, or its Host if the site's name was made to point here (DNS rebinding).
     """
     host, origin = request.url.hostname, request.headers.get("origin")
+    # A server for the whole network may be called by any name; there, the api_key protects it.
     if cfg.host not in ("0.0.0.0", "::") and host not in (cfg.host, *LOCAL):
         raise HTTPException(403, f"the Host {host!r} is not served")
     if origin is not None and urlsplit(origin).netloc != request.url.netloc:
         raise HTTPException(403, "requests from pages of other sites are refused")
+    # compare_digest takes the same time for every wrong key, so its time tells nothing about the right one.
     key = request.headers.get("authorization", "").removeprefix("Bearer ")
     if cfg.api_key and not hmac.compare_digest(key.encode(), cfg.api_key.encode()):
         raise HTTPException(401, "the api_key is missing or wrong")
@@ -110,6 +113,7 @@ def check_headers(cfg: ServeConfig, request: Request) -> None:
 
 def error_body(error: Exception) -> dict[str, Any]:
     """An error as OpenAI's clients read it."""
+    # STATUS ends with Exception, so there is always a first match.
     status = next(status for kind, status in STATUS.items() if isinstance(error, kind))
     message = str(error)
     if isinstance(error, HTTPException):
@@ -129,6 +133,7 @@ class Protocol(H11Protocol):
 
     def connection_made(self, transport: Any) -> None:
         super().connection_made(transport)
+        # Otherwise, connections that send nothing could use up all that the system allows.
         self.loop.call_later(BODY_SECONDS, lambda: self.cycle or transport.close())
 
 
@@ -143,6 +148,7 @@ class Server:
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         self.defaults = CompletionRequest(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)
+        # The same model twice is loaded once.
         names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
         self.models = {name: Served(name, device, dtype, cfg) for name in names}
 
@@ -158,13 +164,14 @@ class Server:
             raise HTTPException(413, f"the body has {size:,} bytes; at most {MOST_BODY:,} are read")
         try:
             body = json.loads(data)
-        except (ValueError, RecursionError):
+        except (ValueError, RecursionError):  # not JSON, or thousands of open brackets
             body = None
         if not isinstance(body, dict):
             raise UserError("the body must be a JSON object")
         return body
 
     async def page(self, request: Request) -> Response:
+        # A new number for each page: only the page's own script and style have it (POLICY).
         nonce = secrets.token_urlsafe(16)
         return HTMLResponse(PAGE.read_text(encoding="utf-8").replace("NONCE", nonce), headers={
             "Content-Security-Policy": POLICY.format(nonce), "X-Content-Type-Options": "nosniff",
@@ -187,11 +194,11 @@ class Server:
 
     async def vote(self, request: Request) -> Response:
         """Append a preference: {"prompt": messages, "chosen": message, "rejected": message}."""
-        body = await self.read_json(request)
+        body = await self.read_json(request)  # checks the key first, so strangers learn nothing
         if self.cfg.votes is None:
             raise HTTPException(404, "votes are kept only with --votes=FILE")
         preference(body)  # raises Skip for a row that prepare.py would not use
-        with open(self.cfg.votes, "a", encoding="utf-8") as file:
+        with open(self.cfg.votes, "a", encoding="utf-8") as file:  # votes of earlier servers stay
             file.write(json.dumps(body) + "\n")
         return JSONResponse({})
 
@@ -203,17 +210,19 @@ class Server:
         name = completion.model or self.cfg.model
         if name not in self.models:
             raise HTTPException(404, f"no model {name!r} is served, but {', '.join(self.models)}")
+        # What waits already counts against max_waiting; Job refuses what does not fit with status 429.
         served = self.models[name]
         job = Job(served, completion, self.cfg.timeout, self.cfg.max_waiting - len(served.batcher.waiting))
         if completion.stream:
             return StreamingResponse(self.events(job), media_type="text/event-stream",
                                      headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         try:
+            # One round per token of the batch. A client that has gone away frees its slot at the next one.
             async for _ in job.steps():
                 if await request.is_disconnected():
                     raise ClientDisconnect
             return JSONResponse(job.response())
-        finally:
+        finally:  # also if it was cancelled: nobody would read the rest
             job.end()
 
     async def events(self, job: Job) -> AsyncIterator[str]:
@@ -228,7 +237,7 @@ class Server:
             yield event(error_body(error))
         finally:  # also when the client has gone
             job.end()
-        yield "data: [DONE]\n\n"
+        yield "data: [DONE]\n\n"  # OpenAI's clients read up to this line
 
     def app(self) -> Starlette:
         posts = {"/v1/chat/completions": self.complete, "/v1/completions": self.complete, "/tool": self.tool,
@@ -242,6 +251,7 @@ class Server:
 
 def main(argv: list[str]) -> None:
     cfg, _ = configure(ServeConfig, argv, usage=__doc__)
+    # The address is bound before the model is loaded: a busy port should not cost a minute.
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
     # Without log_config: uvicorn's own would close the log handlers of everybody in this process.

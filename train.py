@@ -6,7 +6,8 @@
 
 Reads data/<dataset>/, which prepare.py makes; the default data set is made here if it is missing. Writes
 out_dir: checkpoints that transformers loads, run.json, metrics.jsonl. The same command again continues a
-stopped run. Left out: chats (sft.py) and learning from a larger model (distill.py).
+stopped run, if its data and settings are still the same. Left out: chats (sft.py) and learning from a larger
+model (distill.py).
 """
 # mypy: disable-error-code="assignment"
 # (here vocab_size may be None, which GPTConfig does not allow)
@@ -53,8 +54,8 @@ class TrainConfig(RunConfig, GPTConfig):
     sink_tokens: int = 0  # end-of-text tokens before each row, to be attended to; they predict nothing
     sample_tokens: int = 64  # length of the sample printed with each evaluation; 0 prints none
 
-    resume_free = frozenset({"sample_tokens"})
-    stage_fixed = frozenset({"sink_tokens"})
+    resume_free = frozenset({"sample_tokens"})  # may change when a stopped run goes on (training/run.py)
+    stage_fixed = frozenset({"sink_tokens"})  # may not change from stage to stage (training/stages.py)
 
     def __post_init__(self) -> None:
         RunConfig.__post_init__(self)
@@ -76,6 +77,7 @@ def make_batch(rows: np.ndarray, tokenizer: Tokenizer, cfg: TrainConfig) -> dict
 
 def batches_at(data: StagedData[TrainConfig], step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
+    # global_batch_size is what all ranks read together; `count` rows of it, from `first` on, are this rank's.
     cfg, mix, first, count = data.shard_for_step(step)
     rows = mix.samples(first, count)  # (count, T + 1 - sink_tokens)
     # z_loss travels with the batch because a stage may change it.

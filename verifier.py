@@ -78,6 +78,7 @@ class VerifierConfig(AnswerKeys, PostTrainingConfig):
     def __post_init__(self) -> None:
         PostTrainingConfig.__post_init__(self)
         AnswerKeys.__post_init__(self)
+        # A merged model has no place for the head, and tasks measure texts, not scores. The rest is left out.
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
                           ("stages", ([],)), ("eval_tasks", ("",))):
             require(self, key, getattr(self, key) in only, f"{only[-1]!r} in verifier.py")
@@ -92,16 +93,19 @@ class ScoringGPT(AdaptedGPT):
                  log_odds: float):
         """log_odds: of a right answer in the natural shares. The head starts with them as its last weight."""
         super().__init__(config, spec, base, seed)
+        # Two inputs more than the hidden state: the answer's log-probability, and a constant.
         self.score, self.log_odds = nn.Linear(config.n_embd + 2, 1, bias=False), log_odds
 
     def new_adapter(self) -> Any:
         yield from super().new_adapter()
+        # At the start the output is log p(answer) + log-odds: what the model itself says of its answer.
         yield "score.weight", torch.tensor([[0.0] * self.config.n_embd + [1, self.log_odds]])  # (1, C + 2)
 
 
 def with_score(cfg: VerifierConfig, plain: GPT, base: dict[str, str], log_odds: float) -> ScoringGPT:
     """The model with the head and, if cfg.lora_rank is set, an adapter."""
     targets = targets_of(plain, cfg.lora_targets) if cfg.lora_rank else ()
+    # Without targets there is no adapter, whatever its rank; PEFT's files want a positive one.
     spec = peft.AdapterSpec(max(cfg.lora_rank, 1), cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora,
                             ("score",))
     return ScoringGPT(plain.config, spec, base, cfg.seed, log_odds)
@@ -111,6 +115,7 @@ def loss_fn(forward: nn.Module, batch: dict[str, Any],
             model: ScoringGPT) -> tuple[Tensor, dict[str, Tensor]]:
     """Binary cross-entropy summed over the answers, whose shares are balanced, and the number of answers on
     the right side of one half. forward: model, or DDP's wrapper."""
+    # Half of a batch is right, where the log-odds are 0: take those of the natural shares off.
     logits = answer_logits(forward, model, batch, linear_log_probs) - model.log_odds  # (n,)
     loss = F.binary_cross_entropy_with_logits(logits, batch["right"], reduction="sum")
     return loss, {"loss": loss, "accuracy": ((logits > 0) == (batch["right"] > 0)).float().sum()}
@@ -135,6 +140,7 @@ class Answers:
         """Raises UserError if either part has no right or no wrong answer."""
         self.cfg, parts = cfg, dict[bool, list[Answer]]({True: [], False: []})
         for row in rows:
+            # A hash of the problem: its answers are on one side, also those of other wordings.
             key = row["row"].get("key", row["prompt"][-1]["content"])
             held_out = zlib.crc32(f"verifier/{key}".encode()) % HELD_OUT == 0
             family = row["row"].get("family", "")
@@ -144,6 +150,7 @@ class Answers:
             if len({answer["right"] for answer in part}) < 2:
                 raise UserError(f"init_from={cfg.init_from}: all its answers are right, or all are wrong; a "
                                 "verifier needs both (--num_problems, --temperature, --families)")
+        # The natural share of right answers, which the balanced pairs no longer show.
         share = sum(answer["right"] for answer in train) / len(train)
         self.log_odds = math.log(share / (1 - share))
         # A right answer and a wrong one of the same family. What has no partner is left out.
@@ -160,12 +167,14 @@ class Answers:
 
         Every epoch has the pairs in a new order.
         """
+        # A function of the number alone, so a resumed run goes on with the same answers.
         epoch, place = divmod(number // 2, len(self.pairs))
         order = np.random.default_rng((self.cfg.seed, epoch)).permutation(len(self.pairs))
         return self.pairs[order[place]][number % 2]
 
     def batches_at(self, step: int, rank: int, world_size: int) -> list[dict[str, Any]]:
         """A rank's micro-batches of a step."""
+        # The ranks take consecutive parts of the step's answers.
         cfg, count = self.cfg, self.cfg.global_batch_size // world_size
         first, size = step * cfg.global_batch_size + rank * count, cfg.micro_batch_size
         answers = [self.sample(number) for number in range(first, first + count)]
@@ -184,6 +193,7 @@ def auc_within(scores: Iterable[float], right: Sequence[bool], groups: Sequence[
     for score, good, group in zip(scores, right, groups, strict=True):
         members.setdefault(group, ([], []))[good].append(score)
     for low, high in members.values():  # the scores of wrong answers, and of right ones
+        # For each right answer: how many wrong ones score less, and how many score no more.
         below, up_to = (np.searchsorted(np.sort(low), high, side) for side in ("left", "right"))
         higher += (below + up_to).sum() / 2
         pairs += len(low) * len(high)
@@ -192,6 +202,7 @@ def auc_within(scores: Iterable[float], right: Sequence[bool], groups: Sequence[
 
 def calibration_error(scores: np.ndarray, right: np.ndarray) -> float:
     """ECE (arXiv 1706.04599): |mean score - share of right answers| in each tenth of [0, 1], by size."""
+    # Weighted by size, |mean score - share| of a bin is |sum of (score - right)| / n.
     bins = np.minimum((scores * BINS).astype(int), BINS - 1)  # (n,)
     return float(np.abs(np.bincount(bins, scores - right, minlength=BINS)).sum() / len(scores))
 
@@ -211,11 +222,13 @@ def report(logits: list[float], answers: list[Answer]) -> dict[str, float]:
 
 def evaluate(model: ScoringGPT, answers: list[Answer], cfg: VerifierConfig, run: Run) -> dict[str, float]:
     """`report` of the held-out answers. The ranks share the work."""
+    # Every world_size-th answer, so that all ranks have about as much to do.
     mine, logits = answers[run.rank::run.world_size], list[float]()
     for at in range(0, len(mine), cfg.micro_batch_size):
         batch = to_device(make_batch(mine[at:at + cfg.micro_batch_size], cfg.block_size), run.device)
         logits += answer_logits(model, model, batch).tolist()
     parts = run.gather(logits)
+    # Answer i was measured by rank i % world_size: back into the order of `answers`.
     return report([parts[i % len(parts)][i // len(parts)] for i in range(len(answers))], answers)
 
 
@@ -240,7 +253,7 @@ def main(argv: list[str]) -> None:
                       lambda step: answers.batches_at(step, run.rank, run.world_size),
                       lambda forward, batch: loss_fn(forward, batch, model),
                       lambda scorer, last: evaluate(model, answers.val, cfg, run), run)
-        if results and not results["val_auc_within"] >= LEAST_AUC:
+        if results and not results["val_auc_within"] >= LEAST_AUC:  # also nan: no group had both kinds
             run.print("note      among answers of one family and length it hardly tells right from wrong: do "
                       "not use it")
         finish(cfg, run, results, "ROC-AUC {val_auc:.3f}, within family and length {val_auc_within:.3f}; "
