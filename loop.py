@@ -506,8 +506,8 @@ def catch_up(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
     if missed_evaluation(state):
         results = measure(state, evaluate)
     if state.progress.step >= state.total and not results:
-        state.run.print(f"finished  {state.run.out_dir} is at step {state.progress.step:,} (a larger max_steps "
-                        "continues it)")
+        state.run.print(f"finished  {state.run.out_dir} is at step {state.progress.step:,} (a larger "
+                        "max_steps continues it)")
     return results
 
 
