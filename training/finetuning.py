@@ -34,6 +34,7 @@ class PostTrainingConfig(RunConfig):
 
     init_from: str = "out/base"  # model folder, out_dir or hub id to start from
     block_size: int = 128  # tokens per training row; the model's own context does not change
+    # ---- Samples to read
     sample_answers: int = 2  # validation prompts answered at each evaluation, to be read; 0 prints none
     # ---- Adapter
     lora_rank: int = 0  # rank of a LoRA adapter, the only part that is then trained; 0 trains all weights
