@@ -318,6 +318,7 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
     if "--version" in argv:
         print(f"nanollama {version()}")
         raise SystemExit(0)
+    # provenance tells what the user has set, which a value equal to the default does not show.
     values, provenance = {}, {}
     for arg in argv:  # in order, so that a file after an option overrides the option
         if arg.startswith("--"):
@@ -367,7 +368,7 @@ def require(config: Any, key: str, fits: bool, rule: str) -> None:
 
 def require_positive(config: Any, *keys: str) -> None:
     """Raise UserError for the first of these keys whose value is 0 or less. None passes."""
-    for key in keys:
+    for key in keys:  # nan > 0 is False, so nan is refused as well
         require(config, key, getattr(config, key) is None or getattr(config, key) > 0, "positive")
 
 

@@ -218,6 +218,7 @@ def shown(figure: Figure) -> str:
 def speed(model: dict[str, Any], key: str) -> tuple[int, float]:
     """The sum of a count over a model's tasks, and that sum per second of the tasks where it is not 0."""
     tasks = [task for task in model["tasks"].values() if task[key]]
+    # Tasks without such a count (multiple choice writes no tokens) would only add their time.
     total = sum(task[key] for task in tasks)
     return total, total / max(sum(task["seconds"] for task in tasks), 1e-9)  # 1e-9 s: no division by zero
 
@@ -231,6 +232,7 @@ def target_cells(cfg: EvalConfig, model: dict[str, Any]) -> dict[str, str]:
     for task, target in cfg.targets.items():
         figures = model["tasks"].get(task, {}).get("figures", {})
         value = next((figure["value"] for figure in figures.values()), math.nan)  # nan: neither <= nor >=
+        # A perplexity falls when a model gets better; all other figures rise.
         met = value <= target if TASKS[task].falls else value >= target
         cells[task] = f"{'met' if met else 'missed'} ({'<=' if TASKS[task].falls else '>='} {target:g})"
     return cells
@@ -279,6 +281,7 @@ def reference_rows(model: dict[str, Any]) -> list[list[str]]:
 
 def aligned(rows: list[list[str]]) -> str:
     """Rows of cells as text for the terminal: two columns of names to the left, numbers to the right."""
+    # A column is as wide as its longest cell.
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.ljust(width) if i < 2 else cell.rjust(width)
                                for i, (cell, width) in enumerate(zip(row, widths, strict=True)))
@@ -348,6 +351,7 @@ def main(argv: list[str]) -> int:
     open_device(cfg.device, cfg.threads, cfg.dtype)
     questions, absent = load_all(cfg)
     require_models(cfg)
+    # Next to the model: export.py takes the scores of its card from there.
     default = Path(cfg.model) if Path(cfg.model).is_dir() else Path(".")  # a hub id has no folder here
     out = Path(cfg.out_dir) if cfg.out_dir else default
     out.mkdir(parents=True, exist_ok=True)

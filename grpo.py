@@ -305,6 +305,7 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     count = min(cfg.eval_prompts, len(source.val) or cfg.eval_prompts)
     # Validation prompts have numbers that no training step reaches.
     mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
+    # One answer per prompt at temperature 0, so two evaluations differ only by the weights.
     answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
     for answer in answers[:cfg.sample_answers]:
         run.print(log_text("sample    ", source.tokenizer.decode(answer.prompt + answer.ids)))

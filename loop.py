@@ -170,6 +170,7 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.am
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)  # the clipping limit is for true gradients
+    # A frozen parameter has no gradient, and neither has one that this step has not used.
     parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
     norm = optim.clip_gradients(parameters, clip)  # the same number on every rank
     optim.skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
@@ -444,6 +445,7 @@ def note_best(state: TrainState, results: dict[str, float]) -> None:
     """Point "best" to this step's checkpoint, if there is one and its val_loss is the lowest so far."""
     # eval_interval may be shorter than save_interval; an evaluation without a checkpoint cannot be the best.
     run, name, loss = state.run, f"step_{state.progress.step:06d}", results.get("val_loss", math.inf)
+    # From the file, because an earlier process of the same run may have found the best.
     best = checkpoint.read_pointers(run.out_dir).get("best_val_loss", math.inf)
     if run.rank == 0 and loss < best and (run.out_dir / name).is_dir():
         checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints, best=name, best_val_loss=loss)

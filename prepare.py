@@ -151,6 +151,7 @@ def source_rows(cfg: PrepareConfig, files: list[Path]) -> Iterator[Row]:
 def in_batches(rows: Iterable[Row], size_limit: int = BATCH_BYTES,
                progress: Callable[[int], Any] = lambda size: None) -> Iterator[list[Row]]:
     """Consecutive rows, about `size_limit` bytes at a time. progress: called with the bytes of each batch."""
+    # By size and not by number: a row may be a line or a book.
     batch, size = [], 0
     for row in rows:
         batch.append(row)
@@ -427,6 +428,7 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     with atomic_folder(cfg.folder) as folder:
         meta = build(cfg, folder, files, benchmarks)
         write_json(folder / "meta.json", meta | {"files_ignored": ignored, "inputs": inputs})
+    # Ignored files are counted here, so that a folder of .docx files does not look empty.
     tokens = meta["tokens"]
     note = f"; {ignored + others:,} other files and folders ignored" if ignored + others else ""
     counts = f"{tokens['train']:,} training and {tokens['val']:,} validation tokens"

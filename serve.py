@@ -145,6 +145,7 @@ class Server:
     def __init__(self, cfg: ServeConfig):
         self.cfg = cfg
         device, dtype = open_device(cfg.device, cfg.threads, cfg.dtype)
+        # What a request leaves out has the server's own value.
         sampling: dict[str, Any] = {field.name: getattr(cfg, field.name) for field in fields(Sampling)}
         self.defaults = CompletionRequest(max_tokens=cfg.max_new_tokens, best_of=cfg.best_of, **sampling)
         self.seeds = random.Random(cfg.seed)
@@ -180,6 +181,7 @@ class Server:
     async def list_models(self, request: Request) -> Response:
         """The models, and under "page" what the page has to know."""
         check_headers(self.cfg, request)
+        # The page asks for this list first, so it needs no settings of its own.
         page: dict[str, Any] = {key: getattr(self.cfg, key)
                                 for key in ("system", "max_new_tokens", "temperature", "top_p")}
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "nanollama",
@@ -230,6 +232,7 @@ class Server:
         def event(content: Any) -> str:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
+        # Each piece is sent as soon as it is sure: the beginning of a stop text waits.
         try:
             async for chunk in job.chunks():
                 yield event(chunk)

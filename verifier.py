@@ -97,6 +97,7 @@ class ScoringGPT(AdaptedGPT):
         self.score, self.log_odds = nn.Linear(config.n_embd + 2, 1, bias=False), log_odds
 
     def new_adapter(self) -> Any:
+        # The adapter's own matrices first; without an adapter there are none.
         yield from super().new_adapter()
         # At the start the output is log p(answer) + log-odds: what the model itself says of its answer.
         yield "score.weight", torch.tensor([[0.0] * self.config.n_embd + [1, self.log_odds]])  # (1, C + 2)
@@ -127,6 +128,7 @@ Answer = dict[str, Any]  # "ids", "sampled", "right" and "family"
 
 
 def make_batch(answers: list[Answer], block_size: int) -> dict[str, Any]:
+    # What a tool wrote is read, but it is no part of the answer's log-probability.
     batch = answer_rows([answer["ids"] for answer in answers],
                         [[bool(each) for each in answer["sampled"]] for answer in answers], block_size)
     right = torch.tensor([float(answer["right"]) for answer in answers])
@@ -211,6 +213,7 @@ def report(logits: list[float], answers: list[Answer]) -> dict[str, float]:
     """The validation metrics of the head's outputs for judged answers in their natural shares."""
     labels, odds = [bool(answer["right"]) for answer in answers], torch.tensor(logits)
     scores, right = odds.sigmoid().numpy(), np.array(labels)
+    # Within a family and a length, neither of the two can tell right from wrong.
     groups = [(answer["family"], sum(answer["sampled"]) // LENGTH_BUCKET) for answer in answers]
     loss = F.binary_cross_entropy_with_logits(odds, torch.tensor(labels).float())
     return {"val_loss": loss.item(), "val_auc": auc_within(scores, labels, [0] * len(answers)),
