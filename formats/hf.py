@@ -77,6 +77,10 @@ MAX_SIZE = 2**24  # no model has a larger one; a damaged file may have one for w
 # The masks and tables that old files of transformers contain.
 BUFFER = re.compile(r"\.attn\.(masked_)?bias$|rotary_emb\.inv_freq$")
 
+# {out_dir: the script that writes it by default}, for the message to a user who left out a step.
+MADE_BY = {"out/base": "train.py", "out/sft": "sft.py", "out/dpo": "dpo.py", "out/grpo": "grpo.py",
+           "out/distilled": "distill.py", "out/verifier": "verifier.py"}
+
 
 # ---- Folders ----------------------------------------------------------------------------------------------
 
@@ -106,6 +110,8 @@ def find_folder(path: str | Path) -> Path:
         if name is None or not is_model(path / name):
             raise UserError(f"{path / 'checkpoints.json'}: names no checkpoint that exists; give a step")
         return path / name
+    if script := MADE_BY.get(str(path)):
+        raise UserError(f"{path}: no model here yet; python {script} trains it")
     # A hub id is "name" or "owner/name". If the parent folder exists, the path is a typing mistake instead.
     parent_exists = path.parent != Path(".") and path.parent.exists()
     if path.exists() or parent_exists or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(path)):

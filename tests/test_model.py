@@ -160,7 +160,7 @@ def test_a_missing_size_is_an_error(tmp_path):
     assert GPT.from_pretrained(tmp_path).config.n_kv_head == 4
 
 
-def test_damaged_or_missing_weights_are_one_line(tmp_path):
+def test_damaged_or_missing_weights_are_one_line(tmp_path, monkeypatch):
     busy_model(tiny_config()).save_pretrained(tmp_path)
     weights = tmp_path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
@@ -172,6 +172,9 @@ def test_damaged_or_missing_weights_are_one_line(tmp_path):
         GPT.from_pretrained(tmp_path)
     with pytest.raises(UserError, match="no model here"):
         GPT.from_pretrained(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="python sft.py trains it"):
+        GPT.from_pretrained("out/sft")
 
 
 def test_a_combination_transformers_lacks_is_saved_with_the_reason(tmp_path):
