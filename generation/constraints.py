@@ -94,22 +94,23 @@ class Guide:
         """matchers: of llguidance, one for each answer; None for one that has ended."""
         self.matchers, self.end_ids = matchers, sorted(end_ids)
 
-    def allowed(self, row: int, vocab_size: int) -> np.ndarray:
-        """(vocab_size,) bool, all True after the end. Raises UserError if no token can come next."""
-        if (matcher := self.matchers[row]) is None:
-            return np.ones(vocab_size, bool)
-        bits = np.frombuffer(matcher.compute_bitmask(), np.uint8)
-        allowed = np.unpackbits(bits, count=vocab_size, bitorder="little").astype(bool)
-        allowed[self.end_ids] = matcher.is_accepting()
-        if not allowed.any():
-            reason = matcher.get_error().split("\n")[0] or "no token can come next"
-            raise UserError(f"the answer cannot be constrained: {reason}")
+    def allowed(self, vocab_size: int) -> np.ndarray:
+        """(B, vocab_size) bool, all True for rows that have ended. Raises UserError if a row allows no token."""
+        masks = [matcher and matcher.compute_bitmask() for matcher in self.matchers]
+        every = b"\xff" * max(map(len, filter(None, masks)), default=vocab_size)  # of a row that has ended
+        bits = np.frombuffer(b"".join(mask or every for mask in masks), np.uint8).reshape(len(masks), -1)
+        # One call for all rows, because the time is in the calls.
+        allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(bool)
+        allowed[:, self.end_ids] = [[matcher is None or matcher.is_accepting()] for matcher in self.matchers]
+        if not (has_token := allowed.any(axis=1)).all():
+            reason = self.matchers[has_token.argmin()].get_error().split("\n")[0]
+            raise UserError(f"the answer cannot be constrained: {reason or 'no token can come next'}")
         return allowed
 
     def mask(self, logits: Tensor) -> Tensor:
         """logits (B, V), with -inf for the tokens that may not come next, but for rows that have ended."""
-        allowed = np.stack([self.allowed(row, logits.shape[1]) for row in range(len(self.matchers))])
-        return logits.masked_fill(~torch.from_numpy(allowed).to(logits.device), float("-inf"))
+        allowed = torch.from_numpy(self.allowed(logits.shape[1])).to(logits.device)
+        return torch.where(allowed, logits, float("-inf"))
 
     def advance(self, tokens: Sequence[int | None]) -> None:
         """Go on after the token of each row; None or an end token ends an answer."""

@@ -104,6 +104,19 @@ def test_samples_of_a_random_model_fit_the_schema(chat, tmp_path):
     assert cut + ended == 4 * len(SCHEMAS[::4]) and ended >= 30
 
 
+def test_rows_that_have_ended_allow_everything(chat, tmp_path):
+    """Masks of all rows come from one call: open rows keep theirs, wherever the ended ones stand."""
+    tokenizer = chat[1]
+    rules = constraint(tokenizer, json_schema=schema_file(tmp_path, {"type": "boolean"}))
+    alone, vocab_size = rules.guide([None]).allowed(tokenizer.vocab_size), tokenizer.vocab_size
+    guide, logits = rules.guide([None] * 3), torch.randn(3, vocab_size)
+    for row in (0, 2):
+        guide.matchers[row] = None
+    assert guide.allowed(vocab_size)[[0, 2]].all() and (guide.allowed(vocab_size)[1] == alone).all()
+    guide.matchers[1] = None
+    assert torch.equal(guide.mask(logits), logits)
+
+
 @pytest.mark.slow
 def test_ten_thousand_samples(chat, tmp_path):
     cut, ended = check_schemas(chat, tmp_path, SCHEMAS[:50], rows=200, tokens=200)
@@ -116,10 +129,10 @@ def test_ten_thousand_samples(chat, tmp_path):
 def accepts(tokenizer, row, ids):
     """Whether every id may come next, one after the other, and then an end."""
     for token in ids:
-        if not row.allowed(0, tokenizer.vocab_size)[token]:
+        if not row.allowed(tokenizer.vocab_size)[0][token]:
             return False
         row.advance([token])
-    return bool(row.allowed(0, tokenizer.vocab_size)[tokenizer.eot_id])
+    return bool(row.allowed(tokenizer.vocab_size)[0][tokenizer.eot_id])
 
 
 def test_a_legal_choice_is_never_changed(chat, tmp_path):
@@ -159,10 +172,10 @@ def test_special_and_unused_ids_are_no_text(chat, tmp_path):
     special = sorted(tokenizer.special_ids)
     row = constraint(tokenizer, json_schema=schema_file(tmp_path, STRING)).guide([None])
     row.advance([tokenizer.encode('"')[0]])
-    assert not row.allowed(0, tokenizer.vocab_size)[special].any()
+    assert not row.allowed(tokenizer.vocab_size)[0][special].any()
     row = constraint(tokenizer, constrain="auto").guide([[{"role": "user", "content": "Hi"}]])
     row.advance([tokenizer.token_id("<|start_thought|>")])
-    allowed = row.allowed(0, tokenizer.vocab_size)
+    allowed = row.allowed(tokenizer.vocab_size)[0]
     assert [index for index in special if allowed[index]] == [tokenizer.token_id("<|end_thought|>")]
 
 
@@ -240,4 +253,4 @@ def test_mistakes_have_one_line(chat, tmp_path):
         tools.guide([[{"role": "system", "content": "You can call f(x).\n{\"name\": }"}]])
     endless = schema_file(tmp_path, {"$ref": "#/$defs/a", "$defs": {"a": {"$ref": "#/$defs/a"}}})
     with pytest.raises(UserError, match="cannot be"):
-        constraint(tokenizer, json_schema=endless).guide([None]).allowed(0, tokenizer.vocab_size)
+        constraint(tokenizer, json_schema=endless).guide([None]).allowed(tokenizer.vocab_size)
