@@ -95,7 +95,7 @@ class Guide:
         self.matchers, self.end_ids = matchers, sorted(end_ids)
 
     def allowed(self, vocab_size: int) -> np.ndarray:
-        """(B, vocab_size) bool, all True for rows that have ended. Raises UserError if a row allows no token."""
+        """(B, vocab_size) bool, all True for ended rows. Raises UserError if a row allows no token."""
         masks = [matcher and matcher.compute_bitmask() for matcher in self.matchers]
         every = b"\xff" * max(map(len, filter(None, masks)), default=vocab_size)  # of a row that has ended
         bits = np.frombuffer(b"".join(mask or every for mask in masks), np.uint8).reshape(len(masks), -1)
