@@ -50,7 +50,7 @@ from formats.checkpoint import folder_step, step_folders
 from formats.files import read_json, write_json
 from formats.tokenizer import Tokenizer
 from generation.rollouts import Limits, Rollout, RolloutSampler, group_batch, is_even
-from generation.samples import log_text
+from generation.samples import log_text, transcript
 from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
 from model import GPT
 from modeling.devices import to_device
@@ -308,7 +308,7 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     # One answer per prompt at temperature 0, so two evaluations differ only by the weights.
     answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
     for answer in answers[:cfg.sample_answers]:
-        run.print(log_text("sample    ", source.tokenizer.decode(answer.prompt + answer.ids)))
+        run.print(log_text("sample    ", transcript(source.tokenizer.decode(answer.prompt + answer.ids))))
     found = [{"val_reward": each.reward, "val_length": each.num_sampled}
              | {f"val_reward/{name}": value for name, value in each.terms.items()} for each in answers]
     rows: list[dict[str, float]] = sum(run.gather(found), [])

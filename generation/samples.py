@@ -6,7 +6,7 @@
 
 import re
 
-from formats.chat_format import CHAT_TOKENS, START
+from formats.chat_format import CHAT_TOKENS, START, THOUGHT_END
 from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant
 from generation.generate import Sampling
@@ -26,6 +26,13 @@ def log_text(label: str, text: str) -> str:
     return label + (shown.replace("\n", "\n" + " " * len(label)) or "(empty)")
 
 
+def transcript(text: str) -> str:
+    """A text in our chat format without its control tokens: "user: 2+2?", one line per turn or thought."""
+    text = re.sub(rf"{re.escape(START)}(\w+)\n", r"\1: ", text)  # a turn's role
+    text = text.replace(THOUGHT_END, "\n")
+    return re.sub("|".join(map(re.escape, CHAT_TOKENS)), "", text)
+
+
 def sample_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -> list[str]:
     """Each prompt, from its first role on, with the model's greedy answer of at most ANSWER_TOKENS tokens.
 
@@ -40,7 +47,5 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -
         question = tokenizer.decode(prompt)
         if len(question) > PROMPT_CHARACTERS:
             question = f"... {question[-PROMPT_CHARACTERS:]}"
-        text = question + tokenizer.decode(answer, inside=True)
-        text = re.sub(rf"{re.escape(START)}(\w+)\n", r"\1: ", text)  # a turn's role
-        texts.append(re.sub("|".join(map(re.escape, CHAT_TOKENS)), "", text))
+        texts.append(transcript(question + tokenizer.decode(answer, inside=True)))
     return texts

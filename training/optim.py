@@ -127,12 +127,15 @@ def multipliers(model: GPT, patterns: dict[str, float]) -> dict[str, float]:
 
 
 def multipliers_text(table: dict[str, float]) -> str:
-    """One line per factor and kind of parameter, with layers counted together; one line for the others."""
+    """One line per factor and kind of parameter, with layers counted together. One line counts the frozen
+    parameters, and one all others."""
     kinds = Counter((factor, re.sub(r"\.\d+\.", ".*.", name)) for name, factor in table.items())
     lines = [f"lr x {factor:<5g}{name}" + (f"  ({count} layers)" if count > 1 else "")
-             for (factor, name), count in kinds.items() if factor != 1]
-    others = sum(factor == 1 for factor in table.values())
-    return "\n".join([*lines, f"lr x 1    the other {others} parameters"])
+             for (factor, name), count in kinds.items() if factor not in (0, 1)]
+    for factor, what in ((0, "frozen: "), (1, "the other ")):
+        if count := sum(each == factor for each in table.values()):
+            lines.append(f"lr x {factor}    {what}{count} parameter{'s' if count > 1 else ''}")
+    return "\n".join(lines)
 
 
 def make_optimizers(model: GPT, cfg: RunConfig) -> list[torch.optim.Optimizer]:

@@ -3,7 +3,7 @@
 from formats.chat_format import encode_prompt
 from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
-from generation.samples import ANSWER_TOKENS, PROMPT_CHARACTERS, log_text, sample_answers
+from generation.samples import ANSWER_TOKENS, PROMPT_CHARACTERS, log_text, sample_answers, transcript
 from model import GPT
 
 
@@ -12,6 +12,12 @@ def test_a_sample_is_indented_text():
     assert text == "sample    def a():\n          \treturn 'é'"
     assert log_text("s ", "\x1b[2Ja\x00\u2028\r.  ") == "s \\x1b[2Ja\\x00\\u2028\\r."
     assert log_text("s ", "\n") == "s (empty)"
+
+
+def test_a_thought_has_a_line_of_its_own():
+    text = ("<|im_start|>user\n94 - 8?<|im_end|>\n<|im_start|>assistant\n"
+            "<|start_thought|>94 - 8 = 86<|end_thought|>86<|im_end|>")
+    assert transcript(text) == "user: 94 - 8?\nassistant: 94 - 8 = 86\n86"
 
 
 def test_answers_are_greedy_and_follow_their_prompts(chat_folder):

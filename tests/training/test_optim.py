@@ -89,8 +89,10 @@ def test_a_gradient_that_is_not_finite_changes_nothing(kind):
 
 
 def test_the_table_of_multipliers_in_few_lines():
-    table = {"embed": 5.0, "layers.0.mlp": 0.5, "layers.1.mlp": 0.5, "layers.1.norm": 1.0, "norm": 1.0}
-    expected = ["lr x 5    embed", "lr x 0.5  layers.*.mlp  (2 layers)", "lr x 1    the other 2 parameters"]
+    table = {"embed": 5.0, "layers.0.mlp": 0.5, "layers.1.mlp": 0.5, "layers.1.norm": 1.0, "norm": 1.0,
+             "head": 0.0}
+    expected = ["lr x 5    embed", "lr x 0.5  layers.*.mlp  (2 layers)", "lr x 0    frozen: 1 parameter",
+                "lr x 1    the other 2 parameters"]
     assert optim.multipliers_text(table).split("\n") == expected
 
 
