@@ -46,6 +46,9 @@ from formats.tokenizer import Tokenizer
 # What TRL marks around a turn: white space, an end of text, and the opening that a prompt ends with.
 AROUND = re.compile(r"(?:\s|<\uff5c(Assistant|tool\u2581outputs\u2581end)\uff5c>|<\|start\|>assistant"
                     r"|</?think>|<\|endoftext\|>)*")
+# What Gemma 4 writes, and TRL does not mark: the token that ends a call (it is among the eos_token_id of its
+# generation_config.json), and an opening of the turn that is not in the prompt after a tool's answer.
+GEMMA_4 = re.compile(r"<\|tool_response>|<\|turn>model\n")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,20 +119,29 @@ def runs(mask: list[int]) -> list[tuple[int, int]]:
     return places
 
 
+def is_left_of(rest: str, turns: str) -> bool:
+    """True if some text is left of turns after parts of them were dropped."""
+    letters = iter(turns)
+    return all(letter in letters for letter in rest)
+
+
 def is_trls_mask(form: Format, documents: list[tuple[list[int], list[int]]], theirs: list[int]) -> bool:
     """True if the targets in our first document are TRL's, but for what is around a turn.
 
-    Some templates change earlier turns; such a turn is a target in another of our documents.
+    Some templates drop parts of earlier turns: thoughts, white space. Such a turn is a target in another of
+    our documents, where it may end in another way: gpt-oss ends the last turn with <|return|>, others with
+    <|end|>.
     """
-    ids, ours = documents[0]
-    if any(here > there for here, there in zip(ours, theirs, strict=True)):
-        return False
-    ends = {ids[end - 1] for _, end in runs(ours) + runs(theirs)} & form.ours.special_ids
-    for begin, end in runs([there - here for here, there in zip(ours, theirs, strict=True)]):
-        is_other_turn = len(documents) > 1 and not ends.isdisjoint(ids[begin:end])
-        if not is_other_turn and not AROUND.fullmatch(form.ours.decode(ids[begin:end])):
+    (ids, ours), decode = documents[0], form.ours.decode
+    elsewhere = "".join(decode(other[begin:end]) for other, mask in reversed(documents[1:])
+                        for begin, end in runs(mask))
+    for begin, end in runs([int(here < there) for here, there in zip(ours, theirs, strict=True)]):
+        rest = AROUND.sub("", decode(ids[begin:end]))
+        rest = "".join(form.pattern.sub("", rest).split()) if documents[1:] else rest
+        if not is_left_of(rest, elsewhere):
             return False
-    return True
+    extra = runs([int(here > there) for here, there in zip(ours, theirs, strict=True)])
+    return all(GEMMA_4.fullmatch(decode(ids[begin:end])) for begin, end in extra)
 
 
 def has_refused_turn(form: Format, messages: list[dict], tools: Any) -> bool:

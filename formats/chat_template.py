@@ -229,23 +229,48 @@ class TemplateChat:
         ends = list(accumulate(map(len, parts)))  # every second part is enclosed
         return "".join(parts), list(zip(ends[::2], ends[1::2], strict=False))
 
-    def turn(self, number: int) -> tuple[str, Span]:
-        """The text up to and including an answer, and where in it the model writes the answer."""
+    def begin_of(self, number: int, text: str, twin: str) -> int:
+        """Where the model writes an answer in the text that ends with it."""
         before, content = self.messages[:number], self.messages[number].get("content")
-        other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
-        text, _ = self.render(self.messages[:number + 1])
-        twin, _ = self.render([*before, {"role": "assistant", "content": other}])
-        content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
-        special = special_pattern(self.tokenizer).search(text, content_end)
-        # A template may refuse to open an answer without messages, or write them in another way before it.
         begin = len(os.path.commonprefix((text, twin)))
+        # A template may refuse to open an answer without messages, or write them in another way before it.
         with contextlib.suppress(UserError):
             prompt, _ = self.render(before, opened=True)
             opening = prompt if text.startswith(prompt) else prompt[-64:]  # with the end of what is before it
             shared = len(os.path.commonprefix((prompt, text)))  # an opening that ends before is not this one
             place = text.rfind(opening, max(0, shared - len(opening)), max(begin, len(prompt)))
-            begin = place + len(opening) if place >= 0 else begin
-        return text, (begin, special.end() if special else len(text))
+            if place >= 0:
+                return place + len(opening)
+        # The answer and what the template writes for the twin may begin alike: with the < of <think>.
+        with contextlib.suppress(UserError):
+            if isinstance(content, str):
+                message = self.messages[number] | {"content": self.filling + content}
+                return len(os.path.commonprefix((text, twin, self.render([*before, message])[0])))
+        return begin
+
+    def turn(self, number: int) -> tuple[str, Span]:
+        """The text up to and including an answer, and where in it the model writes the answer.
+
+        The span ends one character after the text if no special token ends the answer.
+        """
+        before, content = self.messages[:number], self.messages[number].get("content")
+        other = [{"type": "text", "text": self.filling}] if isinstance(content, list) else self.filling
+        text, _ = self.render(self.messages[:number + 1])
+        twin, _ = self.render([*before, {"role": "assistant", "content": other}])
+        content_end = len(text) - len(os.path.commonprefix((text[::-1], twin[::-1])))
+        special = next((found for found in special_pattern(self.tokenizer).finditer(text)
+                        if found.end() > content_end), None)  # two control tokens may end alike
+        return text, (self.begin_of(number, text, twin), special.end() if special else len(text) + 1)
+
+    def targets(self, text: str, turns: Iterable[tuple[str, Span]]) -> list[Span]:
+        """The spans of turns in the text of a conversation that writes them so.
+
+        If nothing ends a turn, the special token that opens the next one does: GLM 4 writes <|user|>.
+        """
+        spans, special = list[Span](), special_pattern(self.tokenizer)
+        for written, (begin, end) in turns:
+            spans.append((begin, end if end <= len(written) or special.match(text, end - 1) else end - 1))
+        return sorted(spans)
 
     # ---- Ids ----------------------------------------------------------------------------------------------
 
@@ -280,7 +305,7 @@ class TemplateChat:
             text = turns[last][0] if last in turns else self.render(self.messages)[0]
             written = {number for number in missing if number <= last
                        and text.startswith(turns[number][0][:turns[number][1][1]])}
-            found.append(self.encode(text, sorted(turns[number][1] for number in written)))
+            found.append(self.encode(text, self.targets(text, (turns[number] for number in written))))
             missing -= written
             last = max(missing, default=0)
         return found
@@ -294,8 +319,8 @@ def template_end_of_turn(tokenizer: Tokenizer) -> int:
 
     Raises UserError if the template fails in the simplest conversation.
     """
-    hello = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    ids, mask = TemplateChat(tokenizer, hello).documents()[0]
+    hello = [{"role": role, "content": role[0]} for role in ("user", "assistant", "user")]
+    ids, mask = TemplateChat(tokenizer, hello).documents()[-1]  # the others may have no targets
     written = [index for index, is_target in zip(ids, mask, strict=True) if is_target]
     return written[-1] if written and written[-1] in tokenizer.special_ids else tokenizer.eot_id
 

@@ -79,8 +79,6 @@ def formats(all_formats):
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_random_conversations(name, all_formats):
     """python -m bench.chat_templates compares 3,000 of them."""
-    if name == "diffusion_gemma":
-        pytest.skip("the template moves an answer behind its calls, so it is a target in another row")
     tally = compare(all_formats(name), 5, seed=2)
     assert tally.counts["rendered"] > 0 and not tally.examples, tally.examples
 
@@ -162,6 +160,35 @@ def test_a_turn_may_end_with_two_control_tokens(formats):
     hello = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]
     assert targets(tokenizer, *encode_chat(tokenizer, hello)) == ["Ho<|END_RESPONSE|><|END_OF_TURN_TOKEN|>"]
     assert end_of_turn(tokenizer) == tokenizer.token_id("<|END_OF_TURN_TOKEN|>")
+
+
+def test_the_next_turn_ends_an_answer_without_an_end(formats):
+    """GLM 4 generates <|user|> or <|observation|> and stops."""
+    tokenizer = formats("glm4moe")[0]
+    call = {"name": "add", "arguments": {}}
+    messages = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "", "tool_calls": [call]},
+        {"role": "tool", "content": "1"},
+        {"role": "assistant", "content": "Ho"},
+        {"role": "user", "content": "So"},
+        {"role": "assistant", "content": "Ja"},
+    ]
+    assert targets(tokenizer, *encode_chat(tokenizer, messages)) == [
+        "\n<think></think>\n<tool_call>add\n</tool_call><|observation|>",
+        "\n<think></think>\nHo<|user|>",
+        "\n<think></think>\nJa",
+    ]
+    assert end_of_turn(tokenizer) == tokenizer.token_id("<|user|>")
+
+
+def test_an_answer_that_begins_like_its_opening_is_whole(formats):
+    """The prompt of Nemotron opens with "<think>", which the template does not write before such answers."""
+    tokenizer = formats("nemotron_3_super")[0]
+    answers = ["<b>x</b> is not <think>", "<think> it"]
+    for answer in answers:
+        chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": answer}]
+        assert targets(tokenizer, *encode_chat(tokenizer, chat)) == [f"{answer}<|im_end|>"]
 
 
 def test_an_answer_begins_at_its_channel_where_what_is_before_it_changes(formats):
