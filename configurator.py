@@ -11,7 +11,7 @@ are parsed, never executed. `--key` without a value means True.
 
 A user's mistake raises UserError, with a one-line message that names the place and the closest valid name.
 `run_script` prints the message and exits with code 2. A key of another tool, such as --lr, is never accepted;
-the message has our name for it (OTHER_NAMES).
+the message has our name for it (config/other_names.toml).
 
 Left out on purpose: nested keys, environment variables, YAML, and `--key value` with a space.
 """
@@ -19,6 +19,7 @@ Left out on purpose: nested keys, environment variables, YAML, and `--key value`
 import ast
 import dataclasses
 import difflib
+import functools
 import importlib
 import inspect
 import os
@@ -50,78 +51,10 @@ def version() -> str:
 
 # ---- Names ------------------------------------------------------------------------------------------------
 
-# {our key, perhaps with an explanation: names that other tools have for it}. A name may be in several lines:
-# the first line whose key the script has is the answer.
-OTHER_NAMES = {
-    # Training: nanoGPT, nanochat, transformers, TRL, PEFT.
-    "max_steps": "max_iters iters num_iterations num_steps n_steps total_steps train_steps lr_decay_iters",
-    "max_steps (or in a config file stages = [dict(epochs=2)])": "epochs num_epochs num_train_epochs",
-    "global_batch_size (rows per optimizer step, in passes of micro_batch_size rows)":
-        "batch_size bs train_batch_size total_batch_size gradient_accumulation_steps grad_accum_steps",
-    "micro_batch_size": "per_device_train_batch_size per_device_batch_size device_batch_size",
-    "batch_size": "bs per_device_eval_batch_size eval_batch_size",
-    "learning_rate": "lr max_lr peak_lr",
-    "min_lr": "lr_min eta_min min_learning_rate final_lr",
-    "warmup_steps": "warmup warmup_iters warmup_ratio num_warmup_steps",
-    "schedule": "decay_lr lr_schedule lr_scheduler lr_scheduler_type scheduler",
-    "optimizer": "optim",
-    "beta1": "adam_beta1",
-    "beta2": "adam_beta2",
-    "weight_decay": "wd",
-    "grad_clip": "max_grad_norm clip_grad_norm gradient_clip_val",
-    "eval_interval": "eval_steps eval_every val_interval",
-    "eval_tokens": "eval_iters eval_batches val_batches",
-    "save_interval": "save_steps save_every checkpoint_interval always_save_checkpoint",
-    "keep_checkpoints": "save_total_limit",
-    "log_interval": "logging_steps log_every log_steps",
-    "wandb": "wandb_log use_wandb report_to",
-    "run_name": "wandb_run_name wandb_name experiment_name",
-    "parallel": "backend strategy ddp fsdp",
-    "activation_checkpointing": "gradient_checkpointing grad_checkpointing",
-    "compile": "torch_compile",
-    "dtype": "precision torch_dtype fp16 bf16 mixed_precision",
-    "seed": "random_seed",
-    "overwrite": "force overwrite_output_dir",
-    "lora_rank": "lora_r r rank",
-    "lora_targets": "target_modules lora_target_modules",
-    "quantize_base": "load_in_4bit qlora",
-    "loss": "loss_type",
-    "nll_weight": "rpo_alpha",
-    "group_size": "num_generations n_samples_per_prompt",
-    "kl_weight": "beta kl_coef",
-    "clip": "epsilon cliprange clip_ratio",
-    "updates_per_rollout": "num_iterations ppo_epochs",
-    "reward": "reward_funcs reward_model",
-    # Architecture.
-    "block_size": "n_ctx ctx_len ctx context_length context_size seq_len seq_length sequence_length "
-                  "max_length max_seq_len max_seq_length n_positions max_position_embeddings",
-    "n_layer": "n_layers num_layers num_hidden_layers layers depth",
-    "n_head": "n_heads num_heads num_attention_heads heads",
-    "n_kv_head": "n_kv_heads num_kv_heads num_key_value_heads",
-    "n_embd": "n_embed embed_dim hidden_size hidden_dim d_model dim",
-    # Folders and files.
-    "out_dir": "out output output_dir save_dir checkpoint_dir",
-    "out": "out_dir output output_dir outfile save_dir",
-    "init_from": "model model_name model_name_or_path base_model pretrained resume ckpt checkpoint",
-    "teacher": "model model_name_or_path teacher_model",
-    "model": "init_from out_dir model_name model_name_or_path model_path ckpt checkpoint",
-    "dataset": "data data_dir data_path dataset_name train_file",
-    "source": "data data_path dataset dataset_name input input_file file",
-    "num_proc": "num_workers workers n_proc",
-    "val_fraction": "val_split validation_split test_size",
-    # Sampling, evaluation and export: llama.cpp, vLLM, lm-evaluation-harness.
-    "prompt": "start text input",
-    "num_samples": "n n_samples num_return_sequences",
-    "max_new_tokens": "max_tokens num_tokens n_predict max_length",
-    "temperature": "temp",
-    "top_k": "topk",
-    "top_p": "topp",
-    "repetition_penalty": "repeat_penalty",
-    "context_length": "n_ctx ctx_len ctx max_length max_seq_len seq_len block_size",
-    "tasks": "task benchmarks",
-    "shots": "num_fewshot n_shot few_shot",
-    "quantize": "outtype quant quantization quant_type type",
-}
+@functools.cache
+def other_names() -> dict[str, str]:
+    """{our key, perhaps with an explanation: names that other tools have for it}."""
+    return tomllib.loads((Path(__file__).parent / "config/other_names.toml").read_text(encoding="utf-8"))
 
 
 def other_name(key: str, names: list[str]) -> str:
@@ -130,13 +63,13 @@ def other_name(key: str, names: list[str]) -> str:
         return key
     if key.startswith("no_") and key[3:] in names:
         return f"{key[3:]}=False"
-    return next((answer for answer, others in OTHER_NAMES.items()
+    return next((answer for answer, others in other_names().items()
                  if key in others.split() and answer.split()[0] in names), "")
 
 
 def close_names(key: str, names: list[str]) -> list[str]:
     """[the name that `key` is a misspelling of], or []. Every word must be close: min_lr is no max_lr."""
-    if any(key in others.split() for others in OTHER_NAMES.values()):
+    if any(key in others.split() for others in other_names().values()):
         return []  # another tool's key that this script has no counterpart of
     similar = [name for name in names if all(difflib.get_close_matches(word, [name, *name.split("_")], 1, 0.7)
                                              for word in key.split("_"))]

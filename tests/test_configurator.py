@@ -10,12 +10,12 @@ from typing import Literal
 import pytest
 
 from configurator import (
-    OTHER_NAMES,
     UserError,
     configure,
     differences,
     field_comments,
     help_text,
+    other_names,
     override,
     version,
 )
@@ -328,7 +328,7 @@ def test_no_answer_names_a_key_that_the_script_lacks():
     """Every name of the table in every script that has no such key: the answer begins with a key."""
     for name, schema in schemas().items():
         keys = {f.name for f in fields(schema)}
-        for key in {other for others in OTHER_NAMES.values() for other in others.split()} - keys:
+        for key in {other for others in other_names().values() for other in others.split()} - keys:
             with pytest.raises(UserError) as error:
                 configure(schema, [f"--{key}=1"])
             answer = re.search(r"here it is (\w+)", str(error.value))
