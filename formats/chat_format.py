@@ -33,6 +33,7 @@ whatever it contains.
 import json
 import os
 from functools import lru_cache
+from pathlib import Path
 from typing import Any
 
 from configurator import UserError
@@ -45,30 +46,8 @@ CALL, RESPONSE = "<|tool_call|>", "<|tool_response|>"
 CHAT_TOKENS = [START, END, THOUGHT, THOUGHT_END, CALL, RESPONSE]
 ROLES = ("system", "user", "assistant", "tool")
 
-# transformers' template language. `generation` marks the assistant's tokens, for a loss on these alone.
-TEMPLATE = """\
-{%- for message in messages -%}
-    {{- '<|im_start|>' + message.role + '\\n' -}}
-    {%- if message.role == 'assistant' -%}
-        {%- generation -%}
-        {%- if message.thought -%}
-            {{- '<|start_thought|>' + message.thought | trim + '<|end_thought|>' -}}
-        {%- endif -%}
-        {{- (message.content or '') | trim -}}
-        {%- for tool_call in message.tool_calls or [] -%}
-            {%- set call = tool_call.function or tool_call -%}
-            {{- '<|tool_call|>' + {'name': call.name, 'arguments': call.arguments} | tojson -}}
-        {%- endfor -%}
-        {{- '<|im_end|>' -}}
-        {%- endgeneration -%}
-    {%- else -%}
-        {{- '<|tool_response|>' if message.role == 'tool' else '' -}}
-        {{- message.content | trim + '<|im_end|>' -}}
-    {%- endif -%}
-    {{- '\\n' -}}
-{%- endfor -%}
-{{- '<|im_start|>assistant\\n' if add_generation_prompt else '' -}}
-"""
+# In chat_format.jinja, `generation` marks the assistant's tokens, for a loss on these alone (transformers).
+TEMPLATE = Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8")
 
 
 def with_chat_tokens(tokenizer: Tokenizer, ours: bool = False) -> Tokenizer:
