@@ -11,8 +11,6 @@ block_size = 4096
 global_batch_size = 128
 micro_batch_size = 4
 max_steps = 20_000  # 128 x 4,096 x 20,000 = 10.5 B tokens
-alpha = 0.9
-optimizer = "muon"
 learning_rate = 2e-3
 weight_decay = 0.1
 schedule = "wsd"

@@ -11,7 +11,6 @@ block_size = 256
 global_batch_size = 16
 micro_batch_size = 4
 max_steps = 400
-alpha = 0.9
 learning_rate = 5e-4
 lr_multipliers = {}
 weight_decay = 0.1

@@ -2,7 +2,6 @@
 # cross-entropy on the text. Stage 2 is ordinary distillation of the predictions.
 #   python train.py && python distill.py config/distill_two_stage.py
 out_dir = "out/distill_two_stage"
-teacher = "out/base"
 student_layers = "0,2"
 n_embd = 128
 n_head = 2

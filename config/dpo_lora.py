@@ -8,11 +8,9 @@ block_size = 2048
 lora_rank = 16
 lora_alpha = 32.0
 reference = "adapter_off"
-optimizer = "adamw"
 learning_rate = 2e-5
 nll_weight = 0.0  # plain DPO
 beta2 = 0.999
-weight_decay = 0.0
 global_batch_size = 32  # pairs
 micro_batch_size = 1
 stages = [dict(epochs=1)]

@@ -2,6 +2,5 @@
 # offers itself or refuses. More steps, or a rate that stays high, cost points in problems without a tool.
 #   python grpo.py config/grpo_tools.py
 out_dir = "out/grpo_tools"
-calculator = 0.5
 learning_rate = 3e-4
 max_steps = 30
