@@ -18,13 +18,14 @@ With k samples per question (num_samples, and smaller powers of two):
 
 Equally good choices share the point, as everywhere in evals/. A standard error is that over questions. The
 gain of a method is the mean over questions of its point minus greedy's, so its standard error is of a paired
-comparison. Tokens are those that are generated for a question. An answer that is read again, by the verifier
-or before a revision, counts a second time. The question itself is not counted.
+comparison. Tokens are those that are generated for a question. An answer counts again whenever it is read
+again, by the verifier or before a revision. The question itself is not counted.
 """
 
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from configurator import UserError, require, require_not_negative
@@ -190,7 +191,8 @@ def all_methods(asker: Asker, result: Result) -> dict[str, Points]:
     if asker.verifier and any(sample.reply for sample in greedy):  # the task is a conversation
         attempts = asker.retry(greedy, cfg.retries, lambda last: last.score < cfg.threshold,
                                lambda low: {"attempts": [sample.reply for sample in low]})
-        tokens = [3 * total(each) for each in attempts]  # generated, scored, shown again
+        # An attempt is read when it is scored, and the earlier ones are read before it and scored with it.
+        tokens = [2 * sum(accumulate(sample.tokens for sample in each)) for each in attempts]
         found["revise"] = Points(list(map(best_scored, attempts)), tokens)
     return found
 
@@ -233,7 +235,9 @@ def draw(models: dict[str, dict[str, Any]]) -> "Figure | None":
                                      strict=True):
         for curve in dict.fromkeys(method.partition("@")[0] for method in methods):
             points = [each for method, each in methods.items() if method.partition("@")[0] == curve]
-            if curve != "oracle":  # the last point of pass@k
+            if curve == "greedy":  # a line to compare with; "longer" would hide its point
+                axes.axhline(points[0]["accuracy"], linestyle="--", color="black", label=curve)
+            elif curve != "oracle":  # the last point of pass@k
                 axes.errorbar([each["tokens"] for each in points], [each["accuracy"] for each in points],
                               [each["stderr"] for each in points], marker="o", capsize=2,
                               label=f"{curve}@k" if len(points) > 1 else curve)

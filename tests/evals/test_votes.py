@@ -147,7 +147,8 @@ def test_every_method_by_hand(wrapped):
     assert right["revise"] == [1, 1], "the second revision is accepted"
     tokens = {name: points.tokens for name, points in found.items()}
     assert tokens["greedy"] == [2, 2] and tokens["maj@4"] == [8, 8] and tokens["verified@4"] == [16, 16]
-    assert tokens["longer"] == [2, 4] and tokens["revise"] == [6, 18]
+    assert tokens["longer"] == [2, 4] and tokens["revise"] == [4, 24]
+    # Two tokens each: generated and scored (2 * 2), after 2 earlier ones (2 * 4), and after 4 (2 * 6).
     assert lm.calls[1][:4] == (0.7, 4, 1, 0) and len(lm.calls[1][4]) == 8, "each question comes four times"
     assert lm.calls[2] == (0.0, 1, 4, 0, [HARD]) and lm.temperature == 0 and lm.copies == 1
 
@@ -178,7 +179,9 @@ def test_the_picture_has_a_curve_per_method():
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert len(figure.axes) == 2 and labels == ["greedy", "pass@k", "maj@k", "weighted@k", "verified@k",
                                                 "longer", "revise"]
-    assert axes.containers[2].lines[0].get_xdata().tolist() == [4, 8], "tokens of maj@2 and maj@4"
+    greedy = result.details["methods"]["greedy"]["accuracy"]
+    assert set(axes.lines[0].get_ydata()) == {greedy}, "a line that no other method hides"
+    assert axes.containers[1].lines[0].get_xdata().tolist() == [4, 8], "tokens of maj@2 and maj@4"
 
 
 def test_word_problems_and_rows_of_question_and_answer(chat_folder, tmp_path, monkeypatch, capsys):
