@@ -115,7 +115,9 @@ class Reward:
             if not all(isinstance(name, str) and isinstance(each, numbers.Real) and math.isfinite(each)
                        for name, each in terms.items()):
                 raise TypeError(f"returned {value!r}, which is no finite number or dict of them")
-        except (Exception, SystemExit) as error:
+        except BaseException as error:  # also asyncio.CancelledError and SystemExit
+            if isinstance(error, KeyboardInterrupt):
+                raise
             question = " ".join(prompt.messages[-1]["content"].split())[:60]
             reason = " ".join(str(error).split())[:300]
             raise UserError(f"reward={self.spec}: {type(error).__name__}: {reason} (prompt: {question})") \

@@ -75,6 +75,7 @@ def test_a_users_function(tmp_path, value, terms):
     ("def score(p, a, r): return {1: 2.0}", "returned {1: 2.0}"),
     ("def score(p, a, r): return {'a': [1]}", "returned"),
     ("def score(p, a, r): raise SystemExit(0)", "SystemExit"),
+    ("import asyncio\ndef score(p, a, r): raise asyncio.CancelledError('stop')", "CancelledError: stop"),
     ("def score(p, a): return 1", "TypeError: score"),
     ("def score(p, a, r): return {'a': 1.0, 'b': float('nan')}", "returned {'a': 1.0, 'b': nan}"),
     ("import torch\ndef score(p, a, r): return torch.ones(1)", "returned tensor"),
