@@ -120,26 +120,32 @@ def confusion(name: str, rows: list[dict[str, Any]]) -> str:
     return f"## {name}: right choices in rows, the model's in columns\n\n{table(['', *choices], lines)}"
 
 
-def read_answer(row: Row) -> dict[str, Any]:
+def read_answer(row: Row) -> tuple[dict[str, Any], str | None]:
+    """(an answer, the kind of its mistake). Raises Skip for a row that eval.py cannot have written."""
     value = row_value(row)
-    if not isinstance(value, dict) or not {"model", "said"} <= value.keys():
-        raise Skip("not an answer that eval.py wrote")
-    return value
+    try:
+        value["model"]
+        if "choices" in value:  # they have no kinds, so this only checks them
+            return value, confusion("", [value])
+        return value, kind_of(value)
+    except (AttributeError, LookupError, TypeError, ValueError):
+        raise Skip("not an answer that eval.py wrote") from None
 
 
 def sort_answers(paths: list[Path]) -> tuple[Found, list[str]]:
     """The wrong answers in files answers/TASK.jsonl by kind, and tables of confusions."""
     answers, found, confusions = defaultdict(list), {}, []
     for path in paths:
-        for _, row in usable_rows(read_rows([path], None, piece=2**20), read_answer):
-            answers[f"{row['model']}, {path.stem}"].append(row)
+        for _, (row, kind) in usable_rows(read_rows([path], None, piece=2**20), read_answer):
+            answers[f"{row['model']}, {path.stem}"].append((row, kind))
     for name, rows in answers.items():
-        if "choices" not in rows[0]:
+        choices = rows[0][0].get("choices")
+        if choices is None:
             by_kind = found[f"{name} ({len(rows):,} answers)"] = {kind: [] for kind in KINDS}
-            for row in rows:
-                by_kind.get(kind_of(row), []).append(row)  # a right answer has no kind
-        elif all(row["choices"] == rows[0]["choices"] for row in rows):
-            confusions.append(confusion(name, rows))
+            for row, kind in rows:
+                by_kind.get(kind, []).append(row)  # a right answer has no kind
+        elif all(row.get("choices") == choices for row, _ in rows):
+            confusions.append(confusion(name, [row for row, _ in rows]))
     kinds = [kind for kind in KINDS if any(rows[kind] for rows in found.values())]
     return {name: {kind: rows[kind] for kind in kinds} for name, rows in found.items() if kinds}, confusions
 

@@ -140,5 +140,10 @@ def test_the_page_and_the_picture(tmp_path, capsys):
 def test_mistakes_of_the_user(tmp_path):
     with pytest.raises(UserError, match="name files of answers"):
         main([])
-    with pytest.raises(UserError, match="x.jsonl:2: not an answer that eval.py wrote"):
-        main([write(tmp_path / "x.jsonl", [{"model": "a", "said": "b", "right": True}, {"said": "b"}])])
+    fine = {"model": "a", "said": "b", "right": True}
+    for bad in ({"said": "b"}, [1], {**fine, "said": None}, {**fine, "said": 3}, {**fine, "said": {"x": 1}},
+                {**fine, "message": 3}, {**fine, "answers": []}, {**fine, "steps": 3},
+                {**fine, "expression": "1 +"}, {"model": "a", "choices": ["no", "yes"], "said": 0},
+                {"model": "a", "choices": 3, "gold": [0], "said": 0}):
+        with pytest.raises(UserError, match="x.jsonl:2: not an answer that eval.py wrote"):
+            main([write(tmp_path / "x.jsonl", [fine, bad])])
