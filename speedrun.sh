@@ -44,7 +44,7 @@ fi
 # Text -> base model -> a smaller model taught by it.
 python prepare.py
 "${launch[@]}" train.py --out_dir=$out/base "${train_flags[@]}"
-python sample.py --model=$out/base --prompt="import os" --max_new_tokens=64
+python sample.py --model=$out/base --prompt="def read(self" --max_new_tokens=64
 "${launch[@]}" distill.py config/distill_tiny.py --teacher=$out/base --out_dir=$out/distilled \
     "${train_flags[@]}"
 

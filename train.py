@@ -214,7 +214,7 @@ trained     {model.num_parameters():,} parameters on {event["tokens"]:,} tokens 
 ({event["tokens"] / max(event["seconds"], 1e-9):,.0f} tokens/s)
 validation  loss {results["val_loss"]:.4f}, perplexity {results["val_perplexity"]:.2f}
 bits/byte   this model {results["val_bits_per_byte"]:.3f}{others}{sample}""")
-    prompt = ' --prompt="import os"' if folder.folder.name == "pystdlib" else ""
+    prompt = ' --prompt="def read(self"' if folder.folder.name == "pystdlib" else ""
     print_end(run, f"python -m tools.plot {run.quoted}", f"python sample.py --model={run.quoted}{prompt}",
               run.next_stage("sft.py", "out/base"))
 
