@@ -45,6 +45,7 @@ from tools.plot import bar_chart
 KINDS = ("stopped early", "malformed", "refused", "wrong tool argument", "wrong tool", "missing step",
          "right answer in wrong form", "wrong operator", "slipped digit", "not in the passage", "wrong")
 REFUSAL = re.compile(r"\b(can ?not|can't|unable|don't know|do not know|no comment|sorry)\b", re.I)
+VERDICTS = ("pass_at_1", "prompt_strict", *RIGHT)  # an answer has one of these keys: whether it is right
 EXAMPLES = 3  # per kind and model
 
 Found = dict[str, dict[str, list[dict[str, Any]]]]  # {"model, task (answers)": {kind: the wrong answers}}
@@ -78,6 +79,8 @@ def is_unsupported(said: str, passage: str) -> bool:
 
 def kind_of(row: dict[str, Any]) -> str | None:
     """One of KINDS, or None if the answer is right. row: a line of answers/TASK.jsonl."""
+    if isinstance(row["said"], list):  # a dialogue of mt_bench, which no rule fits
+        return None
     is_call = isinstance(row["said"], dict)  # BFCL's answers are messages
     message = row["said"] if is_call else {"content": row["said"], **row.get("message", {})}
     said, calls = message["content"], message.get("calls") or message.get("tool_calls") or []
@@ -86,7 +89,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
     answers = [*map(str, row.get("answers", [row.get("answer", "")]))]
     endings = [rf"(?<![\w-]){re.escape(normalized(each))}$" for each in answers if normalized(each)]
     steps, right_steps = [*filter(None, message.get("thought", "").split("; "))], row.get("steps", [])
-    is_number = "steps" in row or "strict" in row  # the answer is a number, numbers or a day
+    is_number = "steps" in row or row.get("strict") in (True, False)  # an answer of numbers or a day
     result = str(flexible(said)) if "strict" in row else said
     pairs = [*zip(steps, right_steps, strict=False), (result, answers[0])]  # the first that differs decides
     passage = row.get("passage") or row.get("document")
@@ -104,7 +107,7 @@ def kind_of(row: dict[str, Any]) -> str | None:
         ("wrong operator", said in other_results(row.get("expression"))),
         ("not in the passage", passage and is_unsupported(said, passage)))
     kind = next((kind for kind, fits in rules if fits), "wrong")
-    verdict = next((row[key] for key in RIGHT if key in row), None)
+    verdict = next((row[key] for key in VERDICTS if key in row), None)
     # A summary has no verdict, but it may say what its document does not.
     is_wrong = not verdict and (verdict is not None or kind == "not in the passage")
     return kind if is_wrong else None

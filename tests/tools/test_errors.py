@@ -100,7 +100,12 @@ def test_other_kinds():
     ({"prompt": "?", "answers": ["Jane Austen"], "said": "Mary", "passage": "Emma is by Jane Austen.",
       "exact_match": False}, "not in the passage"),
     ({"prompt": "?", "answers": ["Jane Austen"], "said": "Emma", "passage": "Emma is by Jane Austen.",
-      "exact_match": False}, "wrong")])
+      "exact_match": False}, "wrong"),
+    ({"prompt": "def f():", "said": "    return 3", "outcome": "failed", "pass_at_1": False}, "wrong"),
+    ({"prompt": "def f():", "said": "    return 2", "outcome": "passed", "pass_at_1": True}, None),
+    ({"prompt": "In capitals.", "said": "no", "strict": [True, False], "prompt_strict": False}, "wrong"),
+    ({"prompt": "In capitals.", "said": "NO", "strict": [True, True], "prompt_strict": True}, None),
+    ({"question": ["Hi.", "Go on."], "said": ["Hello.", "I do."], "score": 0.5}, None)])
 def test_a_row_of_each_task(row, kind):
     assert kind_of(row) == kind
 
