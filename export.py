@@ -36,6 +36,7 @@ from formats.files import atomic_folder, file_sha256, read_json, require_utf8_na
 from formats.gguf_tokenizer import vocabulary
 from formats.model_card import card
 from formats.tokenizer import Tokenizer
+from formats.weights import state_of
 from model import GPT, GPTConfig
 from modeling import ternary
 from modeling.devices import DTYPES
@@ -154,10 +155,6 @@ def card_text(cfg: ExportConfig, source: Source) -> str:
 
 # ---- Formats ----------------------------------------------------------------------------------------------
 # Each writer puts the weights and config.json into a folder, and returns a report to print.
-
-def state_of(model: GPT) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach() for name, parameter in model.named_parameters()}
-
 
 def write_hf(folder: Path, cfg: ExportConfig, source: Source, model: GPT) -> str:
     hf.save_folder(folder, source.config, state_of(model), source.ids, DTYPES[cfg.dtype])

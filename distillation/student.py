@@ -27,6 +27,7 @@ from dataset.dataloader import IGNORE
 from distillation import layer_losses
 from formats import hf
 from formats.files import write_tensors
+from formats.weights import state_of
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
@@ -74,8 +75,7 @@ class Student(GPT):
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:
         """Save the GPT as `GPT.save_pretrained` does, and the projections in a file of their own."""
-        if state is None:
-            state = {name: parameter.detach() for name, parameter in self.named_parameters()}
+        state = state or state_of(self)
         own = {name: tensor.cpu() for name, tensor in state.items() if name.startswith("projections.")}
         super().save_pretrained(path, {name: state[name] for name in state.keys() - own.keys()}, eos_token_id)
         if own:

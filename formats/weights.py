@@ -68,11 +68,14 @@ def load_into(model: nn.Module, config: Any, folder: Path, tensors: Iterable[tup
             module.rounded = hf.is_packed(folder)
 
 
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters by name, which share the model's memory."""
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
 def save_model(model: nn.Module, config: Any, folder: Path, state: dict[str, Tensor] | None = None,
                eos_token_id: hf.EndIds = None) -> None:
     """Write the model's three files, in float32. See GPT.save_pretrained for the arguments and errors."""
     if any(isinstance(module, TernaryLinear) and module.rounded for module in model.modules()):
         raise UserError("packed ternary weights can only be written by export.py --format=ternary")
-    if state is None:
-        state = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    hf.save_folder(folder, config, state, hf.special_token_ids(eos_token_id))
+    hf.save_folder(folder, config, state or state_of(model), hf.special_token_ids(eos_token_id))

@@ -25,6 +25,7 @@ from configurator import UserError
 from formats import hf
 from formats.files import write_json
 from formats.peft import AdapterSpec, is_adapter, read_adapter, write_adapter
+from formats.weights import state_of
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
@@ -121,10 +122,8 @@ class AdaptedGPT(GPT):
     def save_pretrained(self, path: str | Path, state: dict[str, Tensor] | None = None,
                         eos_token_id: hf.EndIds = None) -> None:
         """Write the adapter as PEFT does, without the padding rows of trained tables."""
-        if state is None:
-            state = {name: parameter.detach() for name, parameter in self.named_parameters()}
         adapter = {name: tensor[:self.config.vocab_size] if name in hf.VOCABULARY_TABLES else tensor
-                   for name, tensor in state.items() if self.is_trained(name)}
+                   for name, tensor in (state or state_of(self)).items() if self.is_trained(name)}
         write_adapter(Path(path), adapter, self.spec, self.base, hf.architecture(self.config) == "gpt2")
         write_json(Path(path) / "generation_config.json", hf.special_token_ids(eos_token_id))
 
