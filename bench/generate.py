@@ -8,32 +8,39 @@
 One call reads the prompts and generates max_new_tokens for each. First checks, in float32: transformers
 generates our tokens from the folder we save, and nanoGPT (with GPT-2's GELU) generates the tokens of our
 GPT-2 settings with its weights. The weights are random, and larger than a new model's so that the tokens
-vary. With --model, a real model is compared with transformers alone.
+vary. With --model, a real model is compared with transformers and, if xllamacpp is installed, with llama.cpp,
+which reads its matrices in float16.
 
-"of peak" is the time of multiplying each of the model's matrices once by batch_size vectors (GEMV), relative
+"of peak" is the time of multiplying each of our model's matrices once by batch_size vectors (GEMV), relative
 to the time of a token. Left out: sampling, and compiled peers.
 """
 
 import copy
 import functools
+import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from bench import peers
+from bench import llama_cpp, peers
 from bench.machine import copy_arm, gemv_arm
 from bench.measure import baselines, row, start, time_in_turns, timing_table
 from bench.peers import ModelConfig, count_parameters, require_equal_tokens
 from configurator import UserError
-from formats import hf
+from formats import gguf, hf
+from formats.gguf_tokenizer import vocabulary
+from formats.tokenizer import Tokenizer
 from generation.generate import Sampling, generate
 from model import GPT
 from modeling.devices import DTYPES
 
-COMPILED = "our Llama, compiled"
+COMPILED, LLAMA_CPP = "our Llama, compiled", "llama.cpp"
 TWINS = peers.TWINS | {COMPILED: "our Llama"}  # {arm: the model that must generate the same}
 
 
@@ -90,6 +97,23 @@ def generate_tokens(name: str, model: nn.Module, prompts: Tensor, length: int) -
     return [list(tokens) for tokens in zip(*steps, strict=True)]
 
 
+@contextmanager
+def llama_cpp_arms(cfg: Config, ours: GPT, prompts: Tensor) -> Iterator[dict[str, Callable]]:
+    """{arm: a call that generates greedily with llama.cpp in this process}, with matrices in float16."""
+    if not cfg.model or not llama_cpp.has_server():
+        yield {}
+        return
+    tokenizer = Tokenizer.load(hf.find_folder(cfg.model))
+    metadata = vocabulary(tokenizer, ours.config.vocab_size, cfg.model)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "f16.gguf"
+        state = {name: parameter.detach() for name, parameter in ours.named_parameters()}
+        gguf.write(path, ours.config, state, metadata, "f16")
+        context = cfg.prompt_tokens + cfg.max_new_tokens
+        with llama_cpp.Server(path, context, len(prompts), cfg.threads) as server:
+            yield {LLAMA_CPP: lambda: server.write(prompts.tolist(), cfg.max_new_tokens, stop=False)}
+
+
 def check(models: dict[str, nn.Module], prompts: Tensor, length: int) -> dict[str, Any]:
     """Counts of equal tokens for the JSON. UserError if a peer's tokens are not those of our model."""
     checks = {}
@@ -109,21 +133,24 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Check, then time every arm. UserError if the tokens differ."""
     device, dtype = start(cfg)
     models, notes = make_models(cfg, device)
-    V, B = models["our Llama"].config.vocab_size, cfg.sizes()["batch_size"]
+    ours, length = models["our Llama"], cfg.max_new_tokens
+    V, B = ours.config.vocab_size, cfg.sizes()["batch_size"]
     prompts = torch.randint(V, (B, cfg.prompt_tokens), generator=torch.Generator().manual_seed(0)).to(device)
-    checks = check(models, prompts, cfg.max_new_tokens)
-    arms = {name: functools.partial(generate_tokens, name, model.to(DTYPES[dtype]), prompts,
-                                    cfg.max_new_tokens) for name, model in models.items()}
-    arms["gemv"] = gemv_arm(models["our Llama"], B)
-    arms["copy"], copied = copy_arm(device)
-    timings = time_in_turns(arms, cfg.rounds, device, cfg.seconds)
+    checks = check(models, prompts, length)
+    with llama_cpp_arms(cfg, ours, prompts) as peer:
+        arms = {name: functools.partial(generate_tokens, name, model.to(DTYPES[dtype]), prompts, length)
+                for name, model in models.items()} | peer | {"gemv": gemv_arm(ours, B)}
+        arms["copy"], copied = copy_arm(device)
+        timings = time_in_turns(arms, cfg.rounds, device, cfg.seconds)
     gemv, copying = (min(timings[limit].seconds) for limit in ("gemv", "copy"))
     relative_to = baselines(timings, "nanoGPT", "transformers")
-    rows = [row(name, dtype, timings[name], relative_to, cfg.max_new_tokens * gemv / timings[name].median,
-                parameters=count_parameters(model)) for name, model in models.items()]
-    return {"tokens_per_call": B * cfg.max_new_tokens, "batch_size": B,
+    dtypes = dict.fromkeys(models, dtype) | dict.fromkeys(peer, "float16")
+    rows = [row(name, kind, timings[name], relative_to, length * gemv / timings[name].median,
+                parameters=count_parameters(models.get(name, ours))) for name, kind in dtypes.items()]
+    for arm in rows:
+        arm["bytes_per_token"] = arm["parameters"] * DTYPES[arm["dtype"]].itemsize
+    return {"tokens_per_call": B * length, "batch_size": B,
             "checks": checks, "gemv_seconds_per_step": gemv,
-            "weight_bytes": models["our Llama"].num_parameters() * DTYPES[dtype].itemsize,
             "copy_bytes_per_second": copied / copying, "notes": notes, "arms": rows}
 
 
@@ -131,9 +158,12 @@ def report(results: dict[str, Any]) -> str:
     """Tokens per second of all rows together, and the limits set by matrix products and by memory."""
     tokens, rows = results["tokens_per_call"], results["batch_size"]
     bandwidth = results["copy_bytes_per_second"]
-    notes = [f"limits: {rows / results['gemv_seconds_per_step']:,.0f} tokens/s by matrix-vector products, "
-             f"{rows * bandwidth / results['weight_bytes']:,.0f} by reading the weights at the "
-             f"{bandwidth / 1e9:,.1f} GB/s of a copy",
+    reading = [f"{arm['arm']} {arm['bytes_per_token'] / 1e6:,.0f} MB, at most "
+               f"{rows * bandwidth / arm['bytes_per_token']:,.0f} tokens/s, reached "
+               f"{tokens / arm['median_seconds'] * arm['bytes_per_token'] / rows / bandwidth:.0%}"
+               for arm in results["arms"]]
+    notes = [f"limit: {rows / results['gemv_seconds_per_step']:,.0f} tokens/s by matrix-vector products",
+             f"weights read per step, at the {bandwidth / 1e9:,.1f} GB/s of a copy: {'; '.join(reading)}",
              "parameters: " + "; ".join(f"{arm['arm']} {arm['parameters']:,}" for arm in results["arms"])]
     if COMPILED in results["checks"]:
         seconds = results["checks"][COMPILED]["first_call_seconds"]

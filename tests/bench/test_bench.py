@@ -17,9 +17,11 @@ from bench.__main__ import main
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import in_turns, run_child, text_table, time_in_turns
 from bench.peers import Shape, llama_config, nanogpt_parameters
-from configurator import UserError
+from configurator import UserError, configure
 from dataset.shards import DataFolder
+from formats.tokenizer import Tokenizer
 from model import GPT
+from tests.conftest import busy_model, tiny_config
 
 TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
 QUICK = ["--rounds=2", "--seconds=0.001"]
@@ -181,6 +183,23 @@ def test_generate(tmp_path, nanogpt, monkeypatch):
     for check in figures["checks"].values():
         assert check["tokens"] == 72 and check["distinct"] > 5
     assert figures["gemv_seconds_per_step"] > 0 and figures["copy_bytes_per_second"] > 0
+
+
+@pytest.mark.skipif(not llama_cpp.has_server(), reason="xllamacpp is not installed")
+def test_generate_with_llama_cpp(tmp_path):
+    """The arm reads the same prompt, and generates our tokens from matrices in float16."""
+    tokenizer = Tokenizer.train(["hello world, here we are. " * 40], 300)
+    config = tiny_config(vocab_size=tokenizer.vocab_size, block_size=256)
+    busy_model(config).save_pretrained(tmp_path / "model")
+    tokenizer.save(tmp_path / "model")
+    argv = [f"--model={tmp_path / 'model'}", "--batch_size=2", "--prompt_tokens=4", "--max_new_tokens=6"]
+    figures, arms = run(tmp_path, "generate", *argv)
+    assert list(arms) == ["our Llama", "transformers", "llama.cpp"]
+    assert arms["llama.cpp"]["bytes_per_token"] * 2 == arms["our Llama"]["bytes_per_token"]
+    cfg, prompts = configure(generate.Config, argv)[0], torch.tensor([[1, 2, 3, 4], [9, 8, 7, 6]])
+    ours = GPT.from_pretrained(tmp_path / "model").eval()
+    with generate.llama_cpp_arms(cfg, ours, prompts) as peer:
+        assert peer["llama.cpp"]() == generate.generate_tokens("our Llama", ours, prompts, 6)
 
 
 def test_loss(tmp_path):

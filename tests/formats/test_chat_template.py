@@ -4,11 +4,13 @@ bench/chat_templates.py is the comparison, with the templates that TRL ships, Sm
 style of other models. The tests after it are examples by hand.
 """
 
+import hashlib
 import io
 import json
 from functools import cache
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 
@@ -513,6 +515,34 @@ def test_sample_answers_in_the_models_format(model_folder, formats, tmp_path, mo
     assert tokenizer.decode(prompts[1]) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\nHello<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_a_hub_id_is_read_from_the_cache(model_folder, tmp_path, monkeypatch, capsys):
+    """The cache is laid out as huggingface_hub lays it out: blobs, and a snapshot of links to them."""
+    cached, commit = tmp_path / "hub" / "models--owner--smol", "0123456789abcdef0123456789abcdef01234567"
+    for folder in ("refs", "blobs", f"snapshots/{commit}"):
+        (cached / folder).mkdir(parents=True)
+    (cached / "refs" / "main").write_text(commit)
+    for file in model_folder.iterdir():
+        blob = cached / "blobs" / hashlib.sha1(file.name.encode()).hexdigest()
+        blob.write_bytes(file.read_bytes())
+        (cached / "snapshots" / commit / file.name).symlink_to(Path("../../blobs") / blob.name)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+    answers = []
+    for model in ("owner/smol", str(model_folder)):
+        monkeypatch.setattr("sys.stdin", io.StringIO("Hello\n/quit\n"))
+        sample.main([f"--model={model}", "--chat=True", "--device=cpu", "--temperature=0",
+                     "--max_new_tokens=8"])
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] and answers[0].strip()
+    Path("rows.jsonl").write_text("\n".join(map(json.dumps, ROWS[4:])))
+    prepare.main(["--kind=chat", "--source=rows.jsonl", "--tokenizer=owner/smol", "--num_proc=1"])
+    sft.main(["--init_from=owner/smol", "--dataset=rows", "--max_steps=1", "--warmup_steps=0",
+              "--out_dir=out/sft", "--sample_answers=0"])
+    assert (tmp_path / "out/sft/checkpoints.json").is_file()
+    with pytest.raises(UserError, match="owner/other: no such folder, and the hub does not give it"):
+        sample.main(["--model=owner/other", "--chat=True"])
 
 
 # ---- Limits -----------------------------------------------------------------------------------------------
