@@ -18,8 +18,10 @@ all in one split, the first ones are the examples, and are not asked.
 
 import math
 import re
+import tomllib
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from evals.benchmarks import answer_text, convert, label_index, label_number, text_of, texts_of
@@ -251,21 +253,9 @@ def score_last_word(lm: LM, questions: list[Question]) -> Result:
 
 # ---- The table --------------------------------------------------------------------------------------------
 
-# Groups of MMLU's subjects, as in lm-evaluation-harness.
-SUBJECTS = {group: set(subjects.split()) for group, subjects in {
-    "STEM": """abstract_algebra anatomy astronomy college_biology college_chemistry college_computer_science
-        college_mathematics college_physics computer_security conceptual_physics electrical_engineering
-        elementary_mathematics high_school_biology high_school_chemistry high_school_computer_science
-        high_school_mathematics high_school_physics high_school_statistics machine_learning""",
-    "humanities": """formal_logic high_school_european_history high_school_us_history
-        high_school_world_history international_law jurisprudence logical_fallacies moral_disputes
-        moral_scenarios philosophy prehistory professional_law world_religions""",
-    "social sciences": """econometrics high_school_geography high_school_government_and_politics
-        high_school_macroeconomics high_school_microeconomics high_school_psychology human_sexuality
-        professional_psychology public_relations security_studies sociology us_foreign_policy""",
-    "other": """business_ethics clinical_knowledge college_medicine global_facts human_aging management
-        marketing medical_genetics miscellaneous nutrition professional_accounting professional_medicine
-        virology"""}.items()}
+# {group of subjects of MMLU: its subjects}
+SUBJECTS = {group: set(subjects.split()) for group, subjects in tomllib.loads(
+    Path(__file__).with_name("mmlu.toml").read_text(encoding="utf-8")).items()}
 VALIDATION, TEST = ("train", "validation"), ("train", "test")
 BENCHMARKS = {
     "mmlu": Benchmark(mmlu, "cais/mmlu:all", ("dev", "test"), score_by_subject, 5,

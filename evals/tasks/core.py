@@ -39,39 +39,22 @@ from formats.tokenizer import Tokenizer
 
 
 class Setting(NamedTuple):
-    """A task: its file, worked examples, chance in percent, and the text before the space and the answer."""
+    """A task of CORE: a line of core.csv."""
 
     file: str
-    shots: int
-    chance: float
-    before: str = ""
+    shots: int  # worked examples
+    chance: float  # of a guess, in percent; for BoolQ the share of the more frequent answer
+    before: str  # text between the question and the answer, before a space
 
 
-ANSWER = "\nAnswer:"
-SETTINGS = {
-    "hellaswag_zeroshot": Setting("hellaswag", 0, 25),
-    "jeopardy": Setting("jeopardy_all", 10, 0, ANSWER),
-    "bigbench_qa_wikidata": Setting("bigbench_qa_wikidata", 10, 0),
-    "arc_easy": Setting("arc_easy", 10, 25, ANSWER),
-    "arc_challenge": Setting("arc_challenge", 10, 25, ANSWER),
-    "copa": Setting("copa", 0, 50),
-    "commonsense_qa": Setting("commonsense_qa", 10, 20),
-    "piqa": Setting("piqa", 10, 50, ANSWER),
-    "openbook_qa": Setting("openbook_qa", 0, 25),
-    "lambada_openai": Setting("lambada_openai", 0, 0),
-    "hellaswag": Setting("hellaswag", 10, 25),
-    "winograd": Setting("winograd_wsc", 0, 50),
-    "winogrande": Setting("winogrande", 0, 50),
-    "bigbench_dyck_languages": Setting("bigbench_dyck_languages", 10, 0),
-    "agi_eval_lsat_ar": Setting("agi_eval_lsat_ar", 3, 20),
-    "bigbench_cs_algorithms": Setting("bigbench_cs_algorithms", 10, 0),
-    "bigbench_operators": Setting("bigbench_operators", 10, 0),
-    "bigbench_repeat_copy_logic": Setting("bigbench_repeat_copy_logic", 10, 0),
-    "squad": Setting("squad", 10, 0),
-    "coqa": Setting("coqa", 0, 0),
-    "boolq": Setting("boolq", 10, 62, ANSWER),  # the share of the more frequent answer
-    "bigbench_language_identification": Setting("bigbench_language_identification", 10, 9.1),
-}
+def read_settings() -> dict[str, Setting]:
+    """{name of a task: its setting}."""
+    lines = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+    return {name: Setting(file, int(shots), float(chance), before and f"\n{before}")
+            for name, file, shots, chance, before in (line.split(",") for line in lines[1:])}
+
+
+SETTINGS = read_settings()
 
 
 # ---- Questions --------------------------------------------------------------------------------------------
