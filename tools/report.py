@@ -1,7 +1,7 @@
-"""Write a report on training runs, in the form of a short paper: report.md, its pictures, and report.pdf.
+"""Write a report on training runs, in the form of a short paper: report.md, its pictures, perhaps a PDF.
 
     python -m tools.report out/base out/sft out/dpo --out=report
-    python -m tools.report out/base exports --results=out/studies --pdf=False
+    python -m tools.report out/base exports --results=out/studies --pdf=True
 
 Name the run folders in the order of training. A folder with results of eval.py alone is welcome, too. Every
 number, table and picture comes from a file:
@@ -11,9 +11,10 @@ number, table and picture comes from a file:
     answers/*.jsonl of eval.py                             errors, with the kinds of tools/errors.py
     *.json in --results                                    ablations: what --json= of tools/ablate.py wrote
 
-A section without data is left out; the limitations name it, and the command that makes its data. pandoc and
-Typst make the PDF (pip install pypandoc_binary typst). Left out: prose on what the numbers mean; the flags
---decontaminate, --quality and --dedup in the commands, because meta.json has only their results.
+A section without data is left out; the limitations name it, and the command that makes its data. With
+--pdf=True, pandoc and Typst make report.pdf (pip install pypandoc_binary typst). Left out: prose on what the
+numbers mean; the flags --decontaminate, --quality and --dedup in the commands, because meta.json has only
+their results.
 """
 
 import dataclasses
@@ -63,9 +64,9 @@ SOURCES = {"Abstract": "eval.py", "Model": "train.py", "Data": "prepare.py", "Tr
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    out: str = "report"  # folder for report.md, its pictures and report.pdf
+    out: str = "report"  # folder for the report and its pictures
     results: str = "docs/results"  # folder with the JSON files of tools.ablate
-    pdf: bool = True  # also write report.pdf
+    pdf: bool = False  # also write report.pdf; needs pypandoc_binary and typst
 
 
 # ---- Markdown ---------------------------------------------------------------------------------------------
