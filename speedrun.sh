@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # The whole pipeline on this machine: prepare, pre-train, distil, fine-tune, align, reinforce, evaluate, export.
-#   ./speedrun.sh          at most 30 minutes on two CPU cores; ends in tables of all models and exported files
+#   ./speedrun.sh          24 minutes on two CPU cores; ends in tables of all models and exported files
 #   ./speedrun.sh smoke    the same commands with 10 small training steps each, and two of the four exports
 set -euo pipefail
 cd "$(dirname "$0")"
