@@ -1,7 +1,7 @@
-"""Write a report on training runs, in the form of a short paper: report.md, its pictures, perhaps a PDF.
+"""Write a report on training runs, in the form of a short paper: report.md, its pictures, and report.pdf.
 
     python -m tools.report out/base out/sft out/dpo --out=report
-    python -m tools.report out/base exports --results=out/studies --pdf=True
+    python -m tools.report out/base exports --results=out/studies --pdf=False
 
 Name the run folders in the order of training. A folder with results of eval.py alone is welcome, too. Every
 number, table and picture comes from a file:
@@ -11,10 +11,9 @@ number, table and picture comes from a file:
     answers/*.jsonl of eval.py                             errors, with the kinds of tools/errors.py
     *.json in --results                                    ablations: what --json= of tools/ablate.py wrote
 
-A section without data is left out; the limitations name it, and the command that makes its data. With
---pdf=True, pandoc and Typst make report.pdf (pip install pypandoc_binary typst). Left out: prose on what the
-numbers mean; the flags --decontaminate, --quality and --dedup in the commands, because meta.json has only
-their results.
+A section without data is left out; the limitations name it, and the command that makes its data. pandoc and
+Typst make the PDF (pip install pypandoc_binary typst). Left out: prose on what the numbers mean; the flags
+--decontaminate, --quality and --dedup in the commands, because meta.json has only their results.
 """
 
 import dataclasses
@@ -41,7 +40,7 @@ from formats import hf
 from formats.checkpoint import read_run
 from formats.files import read_json, read_jsonl, write_bytes, write_text
 from formats.markdown import fenced
-from formats.model_card import RunSummary, data, public, run_tables, summarize, summary, table
+from formats.model_card import RunSummary, data_table, public, run_tables, summarize, summary, table
 from grpo import GRPOConfig
 from model import GPT, GPTConfig
 from prepare import PrepareConfig
@@ -64,9 +63,9 @@ SOURCES = {"Abstract": "eval.py", "Model": "train.py", "Data": "prepare.py", "Tr
 
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
-    out: str = "report"  # folder for the report and its pictures
+    out: str = "report"  # folder for report.md, its pictures and report.pdf
     results: str = "docs/results"  # folder with the JSON files of tools.ablate
-    pdf: bool = False  # also write report.pdf; needs pypandoc_binary and typst
+    pdf: bool = True  # also write report.pdf
 
 
 # ---- Markdown ---------------------------------------------------------------------------------------------
@@ -228,7 +227,7 @@ def page(folders: list[Path], cfg: ReportConfig) -> str:
              for run in runs.values()]
     found |= {
         "Abstract": " ".join([*lines, found.get("Abstract", "").replace("\n\n", " ")]).strip(),
-        "Model": architectures(runs), "Data": data([*runs.values()]).removeprefix("## Data\n\n"),
+        "Model": architectures(runs), "Data": data_table([*runs.values()]),
         "Training": training(base, out / "training.png"),
         "Alignment": training({f: run for f, run in runs.items() if f not in base}, out / "alignment.png"),
         "Ablations": ablations(Path(cfg.results), out), "Errors": mistakes(folders, out)}

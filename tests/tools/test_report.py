@@ -45,7 +45,7 @@ def studies(tmp_path_factory):
 
 
 def text_of(folder, studies, out):
-    report.main([str(folder), f"--results={studies}", f"--out={out}"])
+    report.main([str(folder), f"--results={studies}", f"--out={out}", "--pdf=False"])
     return (out / "report.md").read_text()
 
 
@@ -128,6 +128,6 @@ def test_wrong_folders(tmp_path):
 def test_the_pdf(run, studies, tmp_path):
     for package in ("pypandoc", "typst"):
         pytest.importorskip(package)
-    report.main([str(run), f"--results={studies}", f"--out={tmp_path}", "--pdf=True"])
+    report.main([str(run), f"--results={studies}", f"--out={tmp_path}"])
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF-") and content.count(b"/Image") >= 5
