@@ -9,6 +9,7 @@
     python -m bench distill                        # a step of distillation, compared with TRL and full logits
     python -m bench serve --model=out/dpo          # exported files: speed, memory, size, perplexity
     python -m bench eval --data=../data            # MMLU, compared with lm-evaluation-harness
+    python -m bench generated --data=../data       # generated answers, compared with lm-evaluation-harness
     python -m bench core --nanochat=../nanochat    # CORE, compared with nanochat
     python -m bench train --help                   # the keys of one subject
 
@@ -20,13 +21,13 @@ come from requirements-dev.txt. nanoGPT is read from the folder --nanogpt, and l
 import functools
 import sys
 
-from bench import base, core, distill, eval, generate, loss, post, prepare, serve, train
+from bench import base, core, distill, eval, generate, generated, loss, post, prepare, serve, train
 from bench.measure import run_benchmark
 from configurator import UserError, run_script
 
 # {name: (config, measure: config -> results, report: results -> text, usage)}; the results are also the JSON.
 SUBJECTS = {name.removeprefix("bench."): (module.Config, module.measure, module.report, module.__doc__)
-            for module in (train, generate, loss, prepare, base, distill, serve, eval, core)
+            for module in (train, generate, loss, prepare, base, distill, serve, eval, generated, core)
             for name in [module.__name__]}
 for kind in ("sft", "dpo"):
     SUBJECTS[kind] = (post.Config, functools.partial(post.measure, kind=kind), post.report, post.__doc__)

@@ -15,10 +15,12 @@ Each part makes right and altered answers, and both sides judge them. No model i
 - humaneval: the file's canonical solutions must pass, and every fifth function must fail if it returns None.
   This runs the file's programs (evals/tasks/code.py describes the limits).
 - conll: the names in BIO tags, as they are and changed. Reference: the package seqeval.
+- triviaqa: the answers of bench/generated_rows.py, exact match. Reference: triviaqa_evaluation.py, of a clone
+  of github.com/mandarjoshi90/triviaqa that --triviaqa names.
 
-The folder --data has hendrycks_math*, bfcl_v4_*, humaneval* and conll2003*. A part whose package or file
-is missing is skipped, and the report says why. The table counts what only our side accepts and what only
-theirs accepts.
+The folder --data has hendrycks_math*, bfcl_v4_*, humaneval*, conll2003* and triviaqa*. A part whose package
+or file is missing is skipped, and the report says why. The table counts what only our side accepts and what
+only theirs accepts.
 """
 
 import copy
@@ -32,10 +34,11 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+from bench import generated_rows
 from bench.measure import BenchConfig, run_benchmark, text_table
 from configurator import UserError, optional_import, require_positive, run_script
 from evals.benchmarks import read
-from evals.tasks import bfcl, code, conll, ifeval, math_problems
+from evals.tasks import bfcl, code, conll, ifeval, math_problems, open_qa
 
 Verdicts = Iterator[tuple[bool, bool, Any]]  # our verdict, that of the reference, and what was judged
 EXAMPLES = 5  # disagreements that the JSON shows
@@ -43,9 +46,10 @@ EXAMPLES = 5  # disagreements that the JSON shows
 
 @dataclass(frozen=True, kw_only=True)
 class Config(BenchConfig):
-    parts: str = "math,ifeval,bfcl,humaneval,conll"  # what to compare
+    parts: str = "math,ifeval,bfcl,humaneval,conll,triviaqa"  # what to compare
     data: str = "../benchmarks"  # folder with the files of the benchmarks
     gorilla: str = "../gorilla"  # a clone of gorilla
+    triviaqa: str = "../triviaqa"  # a clone of triviaqa
     limit: int = 1_000_000  # number of questions per file
     pairs: int = 4  # MATH: altered answers per problem
     calls: int = 20  # BFCL: answers per question; the first one is right
@@ -157,17 +161,22 @@ STAND_INS = {
     "eval_checker.ast_eval.type_convertor.js_type_converter": {"js_type_converter": None}}
 
 
-def import_ast_checker(folder: str) -> Callable[..., dict[str, Any]]:
-    """The leaderboard's checker. UserError if the folder does not have it."""
-    name = "berkeley-function-call-leaderboard/bfcl_eval/eval_checker/ast_eval/ast_checker.py"
+def import_file(key: str, folder: str, name: str, imported: dict[str, Any]) -> Any:
+    """A module of a clone, with stand-ins for what it imports. UserError if the folder does not have it."""
     if not Path(folder, name).is_file():
-        raise UserError(f"gorilla={folder}: no file {name} in it")
-    spec = importlib.util.spec_from_file_location("ast_checker", Path(folder, name))
+        raise UserError(f"{key}={folder}: no file {name} in it")
+    spec = importlib.util.spec_from_file_location(Path(name).stem, Path(folder, name))
     module = importlib.util.module_from_spec(spec)
-    imported = {f"bfcl_eval.{each}": SimpleNamespace(**names) for each, names in STAND_INS.items()}
     with mock.patch.dict(sys.modules, imported):
         spec.loader.exec_module(module)
-    return module.ast_checker
+    return module
+
+
+def import_ast_checker(folder: str) -> Callable[..., dict[str, Any]]:
+    """The leaderboard's checker."""
+    name = "berkeley-function-call-leaderboard/bfcl_eval/eval_checker/ast_eval/ast_checker.py"
+    imported = {f"bfcl_eval.{each}": SimpleNamespace(**names) for each, names in STAND_INS.items()}
+    return import_file("gorilla", folder, name, imported).ast_checker
 
 
 def possible_value(values: list, draw: random.Random) -> Any:
@@ -267,10 +276,24 @@ def compare_conll(cfg: Config) -> Verdicts:
                 yield name in ours, name in theirs, [name, tags]
 
 
+# ---- TriviaQA ---------------------------------------------------------------------------------------------
+
+def compare_triviaqa(cfg: Config) -> Verdicts:
+    """Right and altered answers, each compared with all aliases."""
+    script = import_file("triviaqa", cfg.triviaqa, "evaluation/triviaqa_evaluation.py", {
+        name: SimpleNamespace(dataset_utils=None, utils=None)
+        for name in ("utils", "utils.dataset_utils", "utils.utils")})
+    for row in generated_rows.triviaqa_rows(cfg.data, "triviaqa")["test"][:cfg.limit]:
+        aliases = row["answer"]["aliases"]
+        for text in generated_rows.short_answers(row).values():
+            yield (any(open_qa.exact_match(text, alias, trivia=True) for alias in aliases),
+                   any(script.exact_match_score(text, alias) for alias in aliases), [text, aliases[0]])
+
+
 # ---- The command ------------------------------------------------------------------------------------------
 
 PARTS = {"math": compare_math, "ifeval": compare_ifeval, "bfcl": compare_bfcl, "humaneval": compare_humaneval,
-         "conll": compare_conll}
+         "conll": compare_conll, "triviaqa": compare_triviaqa}
 
 
 def tally(verdicts: Verdicts) -> dict[str, Any]:

@@ -93,6 +93,23 @@ def test_conll_with_a_reference_that_knows_one_kind(tmp_path, monkeypatch):
     assert found["accepted"] >= 1 and ["LOC", 2, 3] in [list(example[2][0]) for example in found["examples"]]
 
 
+def test_triviaqa_with_a_script_that_keeps_articles(tmp_path):
+    write(tmp_path / "triviaqa.jsonl", *(
+        {"question": "Who?", "answer": {"value": f"Jane {n}", "aliases": ["J."]}} for n in range(6)))
+    script = tmp_path / "evaluation" / "triviaqa_evaluation.py"
+    script.parent.mkdir()
+    script.write_text("""import string, utils.dataset_utils, utils.utils
+def exact_match_score(said, answer):
+    said, answer = ("".join(" " if c in string.punctuation else c for c in text.lower()).split()
+                    for text in (said, answer))
+    return said == answer
+""")
+    cfg = scoring.Config(data=str(tmp_path), triviaqa=str(tmp_path))
+    result = scoring.tally(scoring.compare_triviaqa(cfg))
+    assert (result["compared"], result["only_ours"], result["only_theirs"]) == (14, 1, 0)
+    assert result["examples"] == [[True, False, [" the Jane 0", "Jane 0"]]]
+
+
 def test_humaneval_and_parts_that_are_skipped(tmp_path, monkeypatch):
     write(tmp_path / "humaneval.jsonl", *(
         {"task_id": f"HumanEval/{number}", "prompt": "def add(a, b):\n", "entry_point": "add",
