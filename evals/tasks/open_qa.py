@@ -27,12 +27,13 @@ that the text does not support. SQuAD's prompt is that of lm-eval's task squadv2
     Answer:
 
 Only the first line of the generated text counts (lm-eval also stops at a dot or a comma, which cuts
-"J. Austen"). Exact match and F1 are SQuAD's. Texts are compared in lower case, without punctuation and
-articles; F1 is that of their words. If there are several right answers, the best match is taken. As in
-HotpotQA's own script, "yes" and "no" are right or wrong as a whole. A question of SQuAD 2.0 without an answer
-is answered by "unanswerable" or by nothing. lm-eval compares that word with the empty answer of SQuAD's
-script, so it counts it as wrong. Files: hotpotqa*, triviaqa*, squad_v1*, squad_v2* (rows as above, or SQuAD's
-own dev-v1.1.json as --data=squad_v1=FILE). On the hub: the validation splits in HUB.
+"J. Austen"). Exact match and F1 are those of the benchmarks' own scripts. Texts are compared in lower case,
+without punctuation and articles; in TriviaQA a space replaces punctuation. F1 is that of their words. If
+there are several right answers, the best match is taken. In HotpotQA "yes" and "no" are right or wrong as a
+whole. A question of SQuAD 2.0 without an answer is answered by "unanswerable" or by nothing. lm-eval compares
+that word with the empty answer of SQuAD's script, so it counts it as wrong. Files: hotpotqa*, triviaqa*,
+squad_v1*, squad_v2* (rows as above, or SQuAD's own dev-v1.1.json as --data=squad_v1=FILE). On the hub: the
+validation splits in HUB.
 """
 
 import re
@@ -52,28 +53,35 @@ HUB = {"hotpotqa": "hotpotqa/hotpot_qa:distractor:validation",
 SHOTS = {"hotpotqa": 5, "triviaqa": 5, "squad_v1": 0, "squad_v2": 0}
 UNANSWERABLE = "unanswerable"  # what a question without an answer is answered by
 YES_NO = {"yes", "no"}
-MAX_NEW_TOKENS = 32
+WHOLE: dict[str, Set[str]] = {  # texts that are right or wrong as a whole
+    "hotpotqa": YES_NO, "triviaqa": set(), "squad_v1": {UNANSWERABLE}, "squad_v2": {UNANSWERABLE}}
+# A span of a passage can be long: 256 is lm-eval's default.
+MAX_NEW_TOKENS = {"hotpotqa": 32, "triviaqa": 32, "squad_v1": 256, "squad_v2": 256}
 
 
 # ---- SQuAD's comparison -----------------------------------------------------------------------------------
 
-def normalized(text: str) -> str:
-    """Lower case, without ASCII punctuation, articles and repeated spaces."""
-    text = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+def normalized(text: str, trivia: bool = False) -> str:
+    """Lower case, without ASCII punctuation, articles and repeated spaces.
+
+    trivia: as in TriviaQA's script, a space replaces punctuation, which includes four quotation marks.
+    """
+    marks, gap = (string.punctuation + "‘’´`", " ") if trivia else (string.punctuation, "")
+    text = "".join(gap if letter in marks else letter for letter in text.lower())
     return " ".join(re.sub(r"\b(a|an|the)\b", " ", text).split())
 
 
-def exact_match(said: str, answer: str) -> bool:
-    return normalized(said) == normalized(answer)
+def exact_match(said: str, answer: str, trivia: bool = False) -> bool:
+    return normalized(said, trivia) == normalized(answer, trivia)
 
 
-def f1(said: str, answer: str, whole: Set[str] = YES_NO) -> float:
+def f1(said: str, answer: str, whole: Set[str] = YES_NO, trivia: bool = False) -> float:
     """The harmonic mean of precision and recall of words.
 
     Equal texts have 1, even if no word is left ("The The"), as in SQuAD 2.0's script. whole: texts that are
     right or wrong as a whole.
     """
-    said, answer = normalized(said), normalized(answer)
+    said, answer = normalized(said, trivia), normalized(answer, trivia)
     if said == answer or {said, answer} & whole:
         return float(said == answer)
     common = (Counter(said.split()) & Counter(answer.split())).total()
@@ -130,14 +138,14 @@ def score(lm: LM, questions: Questions, name: str) -> Result:
     """Exact match and F1. If the rows have a type, the details have exact match by type."""
     shots = "".join(f"{question.prompt} {question.answers[0]}\n\n" for question in questions.shots)
     prompts = [shots + question.prompt for question in questions.asked]
-    whole = {UNANSWERABLE} if name.startswith("squad") else YES_NO
-    texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS)
+    whole, trivia = WHOLE[name], name == "triviaqa"
+    texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS[name])
     answers, types = [], {}
     for question, text in zip(questions.asked, texts, strict=True):
-        exact = max(exact_match(text, answer) for answer in question.answers)
-        overlap = max(f1(text, answer, whole) for answer in question.answers)
+        exact = max(exact_match(text, answer, trivia) for answer in question.answers)
+        overlap = max(f1(text, answer, whole, trivia) for answer in question.answers)
         answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
-                        "vote": normalized(text), "exact_match": exact, "f1": overlap}
+                        "vote": normalized(text, trivia), "exact_match": exact, "f1": overlap}
                        | ({"passage": question.passage} if question.passage else {}))
         types.setdefault(question.kind, []).append(exact)
     details = {"shots": len(questions.shots), "first_prompt": prompts[0],

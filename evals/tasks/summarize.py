@@ -8,11 +8,11 @@ model (--chat=True) it is the document, a blank line and "Summarize this text in
 summary ends at a blank line or after 128 tokens. A document that does not fit into the context loses its end.
 With --shots=k the last k rows, which are not asked then, come first with their summaries.
 
-ROUGE is the F-measure of the package rouge_score (pip install rouge_score), without stemming. rouge1 counts
-common words, rouge2 common pairs of words. rougeL is the longest common subsequence of the two texts, each as
-one sequence (the sentence level). rougeLsum takes lines for sentences (the summary level, which papers on
-CNN/DailyMail report). Files: summarize*, xsum*, samsum*, with document, article or dialogue; hub: the test
-splits in HUB.
+ROUGE is the F-measure of the package rouge_score (pip install rouge_score), of Porter stems ("ends" equals
+"ended"), as in pyrouge, which the papers use. rouge1 counts common words, rouge2 common pairs of words.
+rougeL is the longest common subsequence of the two texts, each as one sequence (the sentence level).
+rougeLsum takes lines for sentences (the summary level, which papers on CNN/DailyMail report). Files:
+summarize*, xsum*, samsum*, with document, article or dialogue; hub: the test splits in HUB.
 """
 
 import functools
@@ -34,7 +34,7 @@ ASK = "\n\nTL;DR:"
 @functools.cache
 def scorer() -> Any:
     """The scorer of the package rouge_score. UserError if it is missing."""
-    return optional_import("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE), use_stemmer=False)
+    return optional_import("rouge_score.rouge_scorer", "ROUGE").RougeScorer(list(ROUGE), use_stemmer=True)
 
 
 def rouge(summary: str, reference: str) -> dict[str, float]:

@@ -16,6 +16,7 @@ def test_normalization():
     assert normalized("Theatre of another") == "theatre of another", "articles are whole words"
     assert normalized("a-the") == "athe", "punctuation goes first, as in SQuAD's script"
     assert normalized("Caf\u00e9 \u2013 \u00c9") == "caf\u00e9 \u2013 \u00e9", "only ASCII is dropped"
+    assert normalized("the ‘well-known’ A_b's", trivia=True) == "well known b s", "as in TriviaQA's script"
 
 
 @pytest.mark.parametrize("said, answer, exact, overlap", [
@@ -127,6 +128,7 @@ def test_squad(trained, tmp_path, monkeypatch):
     assert result.details["types"] == {"answerable": 0, "unanswerable": 0}
     assert open_qa.load(str(tmp_path), 500, 1, "squad_v2").shots[0].answers[0] == "unanswerable"
     assert f1("yes it is", "yes", {"unanswerable"}) == 0.5
+    assert f1("well-known to all", "well known", set(), trivia=True) == pytest.approx(2 * 2 / (4 + 2))
     (tmp_path / "squad_v2_dev.jsonl").write_text(json.dumps(FLAT[0] | {"answers": {"text": "Austen"}}))
     with pytest.raises(UserError, match="'Austen' is not a list"):
         open_qa.load(str(tmp_path), 500, None, "squad_v2")

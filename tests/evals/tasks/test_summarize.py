@@ -15,6 +15,7 @@ def test_rouge_by_hand():
     assert found["rouge1"] == pytest.approx(2 * 6 / (8 + 9))  # the (twice), quick, brown, dog, jumps
     assert found["rouge2"] == pytest.approx(2 * 2 / (7 + 8))  # the quick, quick brown
     assert found["rougeL"] == found["rougeLsum"] == pytest.approx(10 / 17)  # the quick brown jumps the
+    assert rouge("it ended", "it ends")["rouge1"] == 1  # equal stems
     # Two lines in the other order: as one sequence only one of them is common, line by line both are.
     found = rouge("c d\na b", "a b\nc d")
     assert (found["rougeL"], found["rougeLsum"]) == (0.5, 1)
