@@ -120,37 +120,10 @@ class Source:
 
 # ---- Model card -------------------------------------------------------------------------------------------
 
-# {format: the section "Use" of the card}. card_text fills in the names in braces.
-HOW_TO_USE = {"hf": """\
-```python
-from transformers import pipeline
-
-generate = pipeline("text-generation", model="{name}")  # this folder, or its name on the hub
-print(generate({prompt}, max_new_tokens=64)[0]["generated_text"])
-```""", "gguf": """\
-```sh
-{llama} -m {name}-{kind}.gguf
-llama-server --jinja -m {name}-{kind}.gguf
-```""", "ternary": """\
-The weights of the blocks are -1, 0 or 1 times a scale, packed to 2 bits each. transformers has no such model;
-use nanollama:
-
-```sh
-python sample.py {our_args} --model={name}  # this folder, or its name on the hub
-```"""}
-CHAT_USE = {"prompt": '[{"role": "user", "content": "12 * 30?"}]', "our_args": "--chat=True",
-            "llama": "llama-cli --jinja --special"}  # --special prints the marks of thoughts and tool calls
-TEXT_USE = {"prompt": '"import os"', "our_args": '--prompt="import os"',
-            "llama": 'llama-completion -no-cnv -p "import os" -n 64'}
-
-
 def card_text(cfg: ExportConfig, source: Source) -> str:
     with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
-    # A base model continues a text; a chat model answers messages.
-    use = CHAT_USE if "chat_template" in source.tokenizer.settings else TEXT_USE
-    return card(cfg, source, parameters,
-                HOW_TO_USE[cfg.format].format(name=cfg.title, kind=cfg.kinds[0], **use))
+    return card(cfg, source, parameters)
 
 
 # ---- Formats ----------------------------------------------------------------------------------------------

@@ -1,6 +1,6 @@
 """The model card: the README.md of an export, as the Hugging Face hub reads it.
 
-    text = card(cfg, source, parameters=3_600_000, use="...")        # cfg, source: of export.py
+    text = card(cfg, source, parameters=3_600_000)        # cfg, source: of export.py
 
 What the card reports, and where it comes from:
 
@@ -20,6 +20,8 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+
+import jinja2
 
 from configurator import UserError
 from formats import checkpoint, hf, markdown
@@ -136,17 +138,8 @@ def run_tables(runs: list[RunSummary]) -> str:
             + table(["setting", *(run.name for run in runs)], settings))
 
 
-def training(runs: list[RunSummary]) -> str:
-    """The tables of the runs."""
-    if not runs:
-        return "## Training\n\nUnknown: there is no run of nanollama next to this model."
-    first = runs[0].config.get("init_from")
-    start = f"\n\nThe first of these runs started from {shown(first)}." if first else ""
-    return f"## Training{start}\n\n{run_tables(runs)}"
-
-
-def data(runs: list[RunSummary]) -> str:
-    """The source of each data set."""
+def data_table(runs: list[RunSummary]) -> str:
+    """The source of each data set; "" if there is none."""
     rows = []
     digests = {path: digest for run in runs for path, digest in run.identity.get("data", {}).items()}
     for path, digest in digests.items():  # digest: of the folder's meta.json
@@ -158,18 +151,7 @@ def data(runs: list[RunSummary]) -> str:
         source = meta.get("source", "no longer available")
         rows.append([folder.name, source, *counts, f"`{str(digest)[:16]}`"])
     headers = ["set", "source", "documents", "tokens", "start of sha256"]
-    return f"## Data\n\n{table(headers, rows)}" if rows else ""
-
-
-def evaluation(rows: list[dict[str, Any]], settings: dict[str, Any]) -> str:
-    if not rows:
-        return "## Evaluation\n\nNot measured: there is no results.json of `eval.py` for these weights."
-    used = ", ".join(f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
-                     if settings.get(key) not in (None, ""))
-    keys = ("task", "figure", "value", "stderr", "n")
-    figures = table(["task", "figure", "value", "standard error", "n"],
-                    [[row.get(key, "") for key in keys] for row in rows])
-    return f"## Evaluation\n\n{figures}" + (f"\n\nMeasured by `eval.py` with {used}." if used else "")
+    return table(headers, rows) if rows else ""
 
 
 def scores(paths: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -185,6 +167,12 @@ def scores(paths: Iterable[Path], digest: str) -> tuple[list[dict[str, Any]], di
             for task, result in measured.get("tasks", {}).items()
             for figure, values in result.get("figures", {}).items()]
     return rows, results.get("settings", {})
+
+
+def score_table(rows: list[dict[str, Any]]) -> str:
+    """`scores` as a table; "" if there are none."""
+    keys = {"task": "task", "figure": "figure", "value": "value", "stderr": "standard error", "n": "n"}
+    return table(keys.values(), [[row.get(key, "") for key in keys] for row in rows]) if rows else ""
 
 
 def commit() -> str:
@@ -210,7 +198,7 @@ def front_matter(cfg: Any, source: Any, rows: list[dict[str, Any]]) -> str:
     content = ModelCardData(license=cfg.license, library_name=library, tags=tags,
                             pipeline_tag="text-generation", model_name=cfg.title,
                             eval_results=results or None, ignore_metadata_errors=False)
-    return f"---\n{content.to_yaml().strip()}\n---"
+    return content.to_yaml().strip()
 
 
 def origin(folder: Path, digest: str) -> str:
@@ -218,19 +206,26 @@ def origin(folder: Path, digest: str) -> str:
                 *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
     rows = [["exported from", str(folder)], ["sha256 of its weights", f"`{digest}`"],
             ["nanollama, commit", commit()], ["versions", ", ".join(versions)]]
-    return f"## Origin\n\n{table(['', ''], rows)}\n\nThe sha256 of every file here is in manifest.json."
+    return table(["", ""], rows)
 
 
-def card(cfg: Any, source: Any, parameters: int, use: str) -> str:
-    """The complete card.
+def card(cfg: Any, source: Any, parameters: int) -> str:
+    """The complete card, which model_card.jinja lays out.
 
-    cfg, source: an ExportConfig and a Source of export.py. use: Markdown that explains how to use the files.
+    cfg, source: an ExportConfig and a Source of export.py.
     """
     folder, digest = source.folder, weights_sha256(source.folder)
     runs = lineage(cfg.model) or lineage(str(folder))
     nearby = [path / "results.json" for path in (Path(cfg.model), folder, folder.parent)]
     rows, settings = scores(nearby, digest)
-    sections = [front_matter(cfg, source, rows), f"# {cfg.title}", summary(source.config, parameters),
-                f"## Use\n\n{use}", training(runs), data(runs), evaluation(rows, settings),
-                origin(folder, digest)]
-    return "\n\n".join(filter(None, sections)) + "\n"
+    start = runs[0].config.get("init_from") if runs else None
+    used = [f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
+            if settings.get(key) not in (None, "")]
+    layout = jinja2.Template(Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8"),
+                             trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
+    return layout.render(
+        header=front_matter(cfg, source, rows), title=cfg.title, summary=summary(source.config, parameters),
+        format=cfg.format, is_chat="chat_template" in source.tokenizer.settings,
+        file=f"{cfg.title}-{cfg.kinds[0]}.gguf", start=shown(start) if start else "",
+        runs=run_tables(runs) if runs else "", data=data_table(runs), scores=score_table(rows),
+        used=", ".join(used), origin=origin(folder, digest)) + "\n"

@@ -38,7 +38,7 @@ def copied(pipeline, tmp_path):
 def card_of(model, **changes):
     folder = hf.find_folder(model)
     source = SimpleNamespace(folder=folder, config=GPTConfig.read(folder), tokenizer=Tokenizer.load(folder))
-    return card(ExportConfig(model=str(model), name="mine", **changes), source, 1_234_567, "How to use it.")
+    return card(ExportConfig(model=str(model), name="mine", **changes), source, 1_234_567)
 
 
 def results(folder):
