@@ -12,6 +12,8 @@ GSM8K's form: the work, which is an equation in MAWPS, SVAMP and ASDiv, then "##
 """
 
 import re
+import tomllib
+from pathlib import Path
 from typing import Any, Literal
 
 from dataset.conversations import first_value
@@ -19,28 +21,10 @@ from dataset.sources import Skip
 
 TaskName = Literal["sst2", "cola", "rte", "mnli", "mrpc", "qqp", "qnli", "wnli", "gsm8k", "mawps", "svamp",
                    "asdiv", "summarize"]
-# GLUE, in the words of lm-evaluation-harness (evals/tasks/glue.py).
-PROMPTS = {"sst2": "{sentence}\nQuestion: Is this sentence positive or negative?\nAnswer:",
-           "cola": "{sentence}\nQuestion: Does this sentence make sense?\nAnswer:",
-           "rte": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:",
-           "mnli": "{premise}\nQuestion: {hypothesis} True, False or Neither?\nAnswer:",
-           "mrpc": ("Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
-                    "Question: Do both sentences mean the same thing?\nAnswer:"),
-           "qqp": ("Question 1: {question1}\nQuestion 2: {question2}\n"
-                   "Question: Do both questions ask the same thing?\nAnswer:"),
-           "qnli": "{question}\n{sentence}\nQuestion: Does this response answer the question?\nAnswer:",
-           "wnli": "{sentence1}\nQuestion: {sentence2} True or False?\nAnswer:"}
-# The answers of the labels 0, 1, ..
-ANSWERS = {"sst2": ("negative", "positive"), "cola": ("no", "yes"), "rte": ("True", "False"),
-           "mnli": ("True", "Neither", "False"), "mrpc": ("no", "yes"), "qqp": ("no", "yes"),
-           "qnli": ("yes", "no"), "wnli": ("False", "True")}
-# The columns of a .tsv. MNLI is read from the hub or as JSON only: its files differ in their columns.
-COLUMNS = {"sst2": ("sentence", "label"), "cola": ("source", "label", "mark", "sentence"),
-           "rte": ("index", "sentence1", "sentence2", "label"),
-           "mrpc": ("label", "id1", "id2", "sentence1", "sentence2"),
-           "qqp": ("id", "id1", "id2", "question1", "question2", "label"),
-           "qnli": ("index", "question", "sentence", "label"),
-           "wnli": ("index", "sentence1", "sentence2", "label")}
+GLUE = tomllib.loads(Path(__file__).with_name("glue.toml").read_text(encoding="utf-8"))
+PROMPTS = {task: each["prompt"] for task, each in GLUE.items()}
+ANSWERS = {task: tuple(each["answers"]) for task, each in GLUE.items()}  # of the labels 0, 1, ..
+COLUMNS = {task: each["columns"] for task, each in GLUE.items() if "columns" in each}  # of a .tsv
 # Labels that are words in the .tsv of RTE and QNLI. All other labels are the number of an answer.
 LABELS = {"entailment": 0, "not_entailment": 1}
 ASK_SUMMARY = "\n\nSummarize this text in a few sentences."
