@@ -1,11 +1,11 @@
 """Stage 2, distillation: a small model, the student, learns the predictions of a larger one, the teacher.
 
     python distill.py                       # out/base teaches a model a quarter of its size -> out/distilled
-    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2     # start from half of the teacher
+    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2 --out_dir=out/half   # half the teacher
     python distill.py config/distill_two_stage.py
     python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
-    python distill.py --teacher=path/to/SmolLM2 --align=bytes        # a teacher with another tokenizer
-    python distill.py --cache=sample                     # read the teacher's predictions from disk
+    python distill.py --cache=sample --out_dir=out/cached    # read the teacher's predictions from disk
+    python distill.py --teacher=path/to/SmolLM2 --align=bytes --out_dir=out/aligned     # another tokenizer
 
 Reads data/<dataset>/, text or chats, made with the teacher's tokenizer. Writes out_dir as train.py does.
 
@@ -433,7 +433,8 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     kind = row_kind(cfg)
     data = StagedData(cfg, kind, run.rank, run.world_size)
     tokenizer = run.tokenizer = data.tokenizer if kind is not Rows else data.tokenizer.with_sinks(0)
-    check_vocabulary(cfg, cfg.vocab_size, tokenizer)
+    # A pruned student has the teacher's ids, and the teacher is compared with the data when it is loaded.
+    check_vocabulary(cfg, None if cfg.student_layers else cfg.vocab_size, tokenizer)
     # The two models. A resumed run must have the same teacher, so its hash goes into run.json.
     teacher_hash = run.run_on_rank0(lambda: model_sha256(hf.find_folder(cfg.teacher)))
     caches = open_caches(cfg, data, teacher_hash)

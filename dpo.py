@@ -2,7 +2,7 @@
 
     python dpo.py                                        # out/sft on the embedded pairs -> out/dpo
     python dpo.py --init_from=out/sft --dataset=pairs --beta=0.1 --out_dir=out/mine
-    python dpo.py --loss=ipo --lora_rank=16 --reference=adapter_off
+    python dpo.py --loss=ipo --lora_rank=16 --reference=adapter_off --out_dir=out/ipo
 
 Reads folders that `prepare.py --kind=preference --tokenizer=<init_from>` makes; the embedded pairs are made
 here. Writes out_dir as train.py does. Batch sizes count pairs. Dropout is off. A pair whose prompt and longer

@@ -1,8 +1,9 @@
 """Stage 5, reinforcement learning from checked answers: right answers become likelier than wrong ones.
 
     python grpo.py                                       # out/sft on the embedded problems -> out/grpo
-    python grpo.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 --max_new_tokens=300
-    python grpo.py --dataset=prompts.jsonl --reward=my_reward.py:score
+    python grpo.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 \\
+        --max_new_tokens=300 --out_dir=out/gsm8k
+    python grpo.py --dataset=prompts.jsonl --reward=my_reward.py:score --out_dir=out/rewarded
     python sample.py --model=out/grpo --chat=True --system="You can call calculator(expression)."
 
 Reads the prompts of dataset/prompts.py: the embedded problems, or JSON lines with reference answers. Writes

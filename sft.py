@@ -3,7 +3,7 @@
     python sft.py                                        # out/base learns the embedded problems -> out/sft
     python sft.py --dataset=chats:0.5,code:0.25,math:0.25 --out_dir=out/mine
     python sft.py config/sft_lora.py --dataset=chats     # an adapter for an open model
-    python sft.py --init_from=out/base --lora_rank=16 --learning_rate=2e-3
+    python sft.py --init_from=out/base --lora_rank=16 --learning_rate=2e-3 --out_dir=out/lora
     python sample.py --model=out/sft --chat=True
 
 Reads folders that `prepare.py --kind=chat --tokenizer=<init_from>` makes; the embedded problems are made

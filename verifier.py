@@ -1,8 +1,9 @@
 """A model that scores answers: it learns from answers that the policy sampled and the checker judged.
 
     python verifier.py                                   # out/grpo's answers -> out/verifier
-    python verifier.py --init_from=out/sft --num_problems=2000 --out_dir=out/verifier
-    python verifier.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 --max_new_tokens=300
+    python verifier.py --init_from=out/sft --num_problems=2000 --out_dir=out/sft_verifier
+    python verifier.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 \\
+        --max_new_tokens=300 --out_dir=out/mine_verifier
     python eval.py --model=out/grpo --num_samples=8 --verifier=out/verifier
 
 Samples answers to the prompts of dataset/prompts.py from init_from and judges them (evals/judged.py). The

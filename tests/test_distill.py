@@ -373,6 +373,12 @@ def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):
     tokenizer.save(small)
     with pytest.raises(UserError, match="has 499 token ids, its tokenizer 500"):
         run(small, data, tmp_path / "a")
+    # A pruned student has the teacher's ids, but the fault is the data's tokenizer.
+    fewer = tmp_path / "fewer"
+    busy_model(tiny_config(vocab_size=300)).save_pretrained(fewer)
+    Tokenizer.train(["text of another kind " * 50], 300).save(fewer)
+    with pytest.raises(UserError, match="token ids mean something else"):
+        run(fewer, data, tmp_path / "a", sizes=PRUNED)
 
 
 def test_a_model_that_the_run_reads_is_never_deleted(trained, data, tmp_path):

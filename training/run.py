@@ -13,6 +13,7 @@ import atexit
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import secrets
 import shlex
@@ -315,8 +316,10 @@ def check_ranks(cfg: RunConfig, run: Run) -> None:
     """Raises UserError for keys that do not fit the number of ranks."""
     for stage in stage_configs(cfg):
         if stage.global_batch_size % (stage.micro_batch_size * run.world_size):
+            share, rest = divmod(stage.global_batch_size, run.world_size)
+            fits = f" (--micro_batch_size={math.gcd(share, stage.micro_batch_size)} fits)" if not rest else ""
             raise UserError(f"global_batch_size={stage.global_batch_size}: must be a multiple of "
-                            f"micro_batch_size x ranks = {stage.micro_batch_size} x {run.world_size}")
+                            f"micro_batch_size x ranks = {stage.micro_batch_size} x {run.world_size}{fits}")
     if cfg.dtype == "float16" and cfg.parallel == "fsdp" and run.world_size > 1:
         raise UserError("dtype=float16: torch's scaler does not work with parallel=fsdp; use bfloat16")
 

@@ -165,9 +165,9 @@ def check_vocabulary(cfg: RunConfig, vocab_size: int | None, tokenizer: Tokenize
 
     vocab_size: the number of ids that the user asked for; None takes the tokenizer's.
     """
-    if vocab_size and vocab_size < tokenizer.vocab_size:
-        raise UserError(f"vocab_size={vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids; "
-                        "give at least that many")
     if cfg.init_from and Tokenizer.load(hf.find_folder(cfg.init_from)).definition != tokenizer.definition:
         raise UserError(f"init_from={cfg.init_from}: its tokenizer is not that of dataset={cfg.dataset} "
                         f"(prepare.py --tokenizer={cfg.init_from}, and the same sink_tokens)")
+    if vocab_size and vocab_size < tokenizer.vocab_size:
+        raise UserError(f"vocab_size={vocab_size}: the data's tokenizer has {tokenizer.vocab_size} ids; "
+                        "give at least that many")

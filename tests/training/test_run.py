@@ -198,7 +198,7 @@ def test_the_last_line_of_a_killed_log_may_be_incomplete(data, tmp_path):
     "words, message",
     [
         (["--vocab_size=100"], "has 500 ids"),
-        (["--global_batch_size=6"], "multiple of micro_batch_size x ranks"),
+        (["--global_batch_size=6"], "multiple of micro_batch_size x ranks = .*_batch_size=2 fits"),
         (["--dataset=nowhere"], "no data set here"),
         (["--n_head=3"], "n_head|n_embd"),
         (["--learning_rate=0"], "positive"),
