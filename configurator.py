@@ -343,11 +343,11 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)  # the code that a shell reports for this signal
     except (UserError, OSError) as error:
-        # All ranks raise the same UserError, but an OSError may concern one rank's machine only.
-        if first_rank or not isinstance(error, UserError):
-            print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
-        else:  # torchrun stops all processes as soon as one ends, so the first one must have printed by then
+        # torchrun stops all processes as soon as one ends. So a UserError of all ranks is printed by the
+        # first alone, and one that another rank raises alone (its reward has failed) 10 seconds later.
+        if not first_rank and isinstance(error, UserError):
             time.sleep(10)
+        print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, whose text tells
         reason = str(error).split("\n")[0]

@@ -17,6 +17,7 @@ from configurator import (
     help_text,
     other_names,
     override,
+    run_script,
     version,
 )
 
@@ -235,6 +236,21 @@ def test_exit_codes(tmp_path, body, code, stderr):
     process = subprocess.run([sys.executable, str(script)], capture_output=True, text=True)
     assert process.returncode == code
     assert "Traceback" in process.stderr if stderr is None else process.stderr == stderr
+
+
+def test_a_mistake_of_one_rank_is_printed_when_the_first_one_had_its_turn(tmp_path, monkeypatch, capsys):
+    waited = []
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setattr("configurator.time.sleep", waited.append)
+    monkeypatch.setattr("sys.argv", ["s.py"])
+
+    def main(argv):
+        raise UserError("my reward has failed")
+
+    with pytest.raises(SystemExit) as code:
+        run_script(main)
+    assert (code.value.code, waited) == (2, [10])
+    assert capsys.readouterr().err == "s.py: my reward has failed\n"
 
 
 def schemas():
