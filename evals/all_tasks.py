@@ -15,13 +15,29 @@ from configurator import UserError
 from evals import votes
 from evals.benchmarks import Questions
 from evals.lm import LM
+from evals.tasks import (
+    bfcl,
+    choice,
+    code,
+    conll,
+    context_length,
+    core,
+    glue,
+    ifeval,
+    math_problems,
+    mt_bench,
+    needle,
+    open_qa,
+    perplexity,
+    problems,
+    summarize,
+    toxicity,
+    truthfulqa,
+    word_problems,
+)
 from model import GPT
 from training.config import RunConfig
 from training.run import Run
-
-from evals.tasks import (  # isort: skip
-    bfcl, choice, code, conll, context_length, core, glue, ifeval, math_problems, mt_bench, needle, open_qa,
-    perplexity, problems, summarize, toxicity, truthfulqa, word_problems)
 
 Evaluate = Callable[[GPT, bool], dict[str, float]]  # as in loop.py
 

@@ -26,10 +26,18 @@ from typing import Any, NamedTuple
 
 from evals.benchmarks import answer_text, convert, label_index, label_number, text_of, texts_of
 from evals.lm import LM
+from evals.multiple_choice import (
+    LETTERS,
+    Question,
+    ask,
+    grade_greedy,
+    lettered,
+    score_by_character,
+    score_by_log_prob,
+    shots_text,
+    splits,
+)
 from evals.results import Figure, Result, mean
-
-from evals.multiple_choice import (  # isort: skip
-    LETTERS, Question, ask, grade_greedy, lettered, score_by_character, score_by_log_prob, shots_text, splits)
 
 Row = dict[str, Any]
 
