@@ -117,7 +117,8 @@ class Mix:
             if data.meta.get("tokenizer_sha256") not in (None, tokenizer):
                 raise UserError(f"{data.folder}: its tokenizer.json is not the one it was made with")
         if len(set(tokenizers)) > 1:
-            raise UserError(f"dataset={spec}: the folders were made with different tokenizers")
+            raise UserError(f"dataset={spec}: the folders were made with different tokenizers (prepare.py "
+                            f"--tokenizer={self.folders[0].folder} makes data with the first one's)")
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
         self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed

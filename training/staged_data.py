@@ -46,7 +46,8 @@ class StagedData(Generic[Config]):
         self.last_mix = self.mixes[self.key(self.stages[-1].cfg)]
         self.tokenizer = self.last_mix.tokenizer
         if any(mix.tokenizer.definition != self.tokenizer.definition for mix in self.mixes.values()):
-            raise UserError("stages: their data sets were made with different tokenizers")
+            raise UserError("stages: their data sets were made with different tokenizers (prepare.py "
+                            f"--tokenizer={self.last_mix.folders[0].folder} makes data with the last one's)")
 
     @staticmethod
     def key(cfg: Config) -> tuple[str, int]:
