@@ -6,8 +6,8 @@
 
 formats/chat_format.py calls this for every conversation, also for those in our format. A template is a Jinja
 program, perhaps of a stranger. jinja2's sandbox lets it reach nothing but its variables, and it may not take
-long, print much, or multiply its way to a huge value. Left out: a limit on memory in the middle of one
-operation, and images.
+long, print much, or multiply its way to a huge value. Left out: limits on time and memory in the middle of
+one operation (a filter of a huge text), and images.
 
 Which tokens are the assistant's? A template may mark them with {% generation %}. Otherwise it is rendered
 three times for each turn, and the differences show where the turn is:
@@ -99,6 +99,7 @@ def compiled(template: str) -> jinja2.Template:
     sandbox = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
     sandbox.filters |= {"checked": checked, "tojson": lambda value, ensure_ascii=False, **options: json.dumps(
         value, ensure_ascii=ensure_ascii, **options)}
+    del sandbox.globals["lipsum"]  # writes for hours, in one call
     sandbox.globals |= {"raise_exception": raise_exception,
                         "strftime_now": lambda form: datetime.now().strftime(form)}
     # {% generation %}..{% endgeneration %} becomes {% call mark_generation() %}..{% endcall %}.

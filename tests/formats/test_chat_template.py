@@ -560,6 +560,8 @@ def test_a_hub_id_is_read_from_the_cache(model_folder, tmp_path, monkeypatch, ca
             "{% macro a(n) %}{{ a(n - 1) if n }}{{ a(n - 1) if n }}{% endmacro %}{{ a(90) }}",
             "takes more than",
         ),
+        ("{{ lipsum(100000000) }}", "'lipsum' is undefined"),
+        ("{% for a in [1, 1] recursive %}{{ loop([1, 1]) if loop.depth < 40 }}{% endfor %}", "takes more"),
         ("{{ 10 ** (10 ** 10) }}", "or a power"),
         ("{{ 'a' * 10000000000 }}", "a product of more than 16,777,216"),
         ("{{ [1] * 4096 * 4097 }}", "a product of more than 16,777,216"),
@@ -577,7 +579,7 @@ def test_a_hub_id_is_read_from_the_cache(model_folder, tmp_path, monkeypatch, ca
 def test_a_bad_template_is_one_line(template, reason, formats, monkeypatch):
     tokenizer = formats("smollm2")[0]
     bad = Tokenizer(tokenizer.definition, tokenizer.settings | {"chat_template": template})
-    if reason == "takes more than":
+    if reason.startswith("takes more"):
         monkeypatch.setattr(chat_template, "SECONDS", 0.1)
     with pytest.raises(UserError, match=reason) as error:
         require_chat(bad, "model")
