@@ -73,14 +73,20 @@ def file_errors(path: Path) -> contextlib.AbstractContextManager[None]:
 
 # ---- Header -----------------------------------------------------------------------------------------------
 
+def read_bytes(data: mmap.mmap, size: int) -> bytes:
+    content = data.read(size)
+    if len(content) < size:
+        raise ValueError("cut: it ends within its header")
+    return content
+
+
 def read_scalar(data: mmap.mmap, code: str) -> Any:
-    """The next number. Raises struct.error at the end of the file."""
-    return struct.unpack(f"<{code}", data.read(struct.calcsize(f"<{code}")))[0]
+    return struct.unpack(f"<{code}", read_bytes(data, struct.calcsize(f"<{code}")))[0]
 
 
 def read_value(data: mmap.mmap, kind: int) -> Any:
     if kind == TEXT:
-        return data.read(read_scalar(data, "Q")).decode()
+        return read_bytes(data, read_scalar(data, "Q")).decode()
     if kind == LIST:
         kind, count = read_scalar(data, "I"), read_scalar(data, "Q")
         return [read_value(data, kind) for _ in range(count)]
@@ -99,10 +105,10 @@ class Stored(NamedTuple):
 def parse(data: mmap.mmap) -> tuple[dict[str, Any], dict[str, Stored]]:
     """The metadata and the tensors of a file's bytes. Any error means damaged content."""
     import gguf
-    magic, version = data.read(4), read_scalar(data, "I")
-    if magic != b"GGUF" or version not in (2, 3):
-        is_swapped = magic == b"GGUF" and version % 2**16 == 0
-        raise ValueError("big-endian" if is_swapped else f"begins with {magic!r}, version {version}")
+    if (magic := data.read(4)) != b"GGUF":
+        raise ValueError(f"begins with {magic!r}")
+    if (version := read_scalar(data, "I")) not in (2, 3):
+        raise ValueError("big-endian" if version % 2**16 == 0 else f"version {version}")
     count, fields_count = read_scalar(data, "Q"), read_scalar(data, "Q")
     fields = {read_value(data, TEXT): read_value(data, read_scalar(data, "I")) for _ in range(fields_count)}
     tensors = {}

@@ -229,7 +229,7 @@ def test_a_cut_file_is_one_line_wherever_it_is_cut(tokenizer, tmp_path):
         path.write_bytes(content[:size])
         with pytest.raises(UserError, match="not a GGUF file that can be read") as raised:
             gguf_reader.read_header(path)
-        assert "\n" not in str(raised.value)
+        assert "\n" not in str(raised.value) and ("cut: " in str(raised.value) or size < 4)
     path.write_bytes(content[:-1])
     with pytest.raises(UserError, match="cut: .* of .* bytes"):
         GPT.from_pretrained(path)
