@@ -31,16 +31,8 @@ from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 from bench import eval as choices
+from bench import generated_rows as made
 from bench import harness
-from bench.generated_rows import (
-    ANSWERS,
-    gsm8k_rows,
-    mbpp_rows,
-    page_rows,
-    plain_rows,
-    squad_rows,
-    triviaqa_rows,
-)
 from bench.measure import BenchConfig, run_child, text_table
 from configurator import UserError, optional_import, require_positive
 from evals.all_tasks import TASKS as OUR_TASKS
@@ -101,26 +93,26 @@ class Task(NamedTuple):
 
 
 FIRST = {"sampler": "first_n"}
-WORDS = Task("gsm8k/gsm8k.yaml", gsm8k_rows, {
+WORDS = Task("gsm8k/gsm8k.yaml", made.gsm8k_rows, {
     "strict": ("strict-match", "exact_match"), "flexible": ("flexible-extract", "exact_match")},
     {"num_fewshot": word_problems.SHOTS, "fewshot_config": FIRST, "fewshot_split": "train"})
 TASKS = {
     **dict.fromkeys(("gsm8k", "asdiv", "svamp", "mawps"), WORDS),
-    "triviaqa": Task("triviaqa/default.yaml", triviaqa_rows,
+    "triviaqa": Task("triviaqa/default.yaml", made.triviaqa_rows,
                      {"exact_match": ("remove_whitespace", "exact_match")},
                      {"num_fewshot": 5, "fewshot_config": FIRST, "fewshot_split": "train",
                       "doc_to_text": "Question: {{question}}\nAnswer:",  # without a second question mark
                       "generation_kwargs": {"until": ["\n"], "do_sample": False}}),  # not at . and , as well
-    "squad_v2": Task("squadv2/squadv2.yaml", squad_rows,
+    "squad_v2": Task("squadv2/squadv2.yaml", made.squad_rows,
                      {"exact_match": ("none", "exact"), "f1": ("none", "f1")}),
-    "mbpp": Task("mbpp/mbpp.yaml", mbpp_rows, {"pass_at_1": ("none", "pass_at_1")}, needs="allow_code"),
-    "summarize": Task("cnn_dailymail/cnn_dailymail.yaml", plain_rows,
+    "mbpp": Task("mbpp/mbpp.yaml", made.mbpp_rows, {"pass_at_1": ("none", "pass_at_1")}, needs="allow_code"),
+    "summarize": Task("cnn_dailymail/cnn_dailymail.yaml", made.plain_rows,
                       {name: ("none", name) for name in ("rouge1", "rouge2", "rougeL")},
                       {"doc_to_text": "{{article}}\n\nTL;DR:"}),  # the harness asks for a "Summary:"
-    "toxicity": Task("realtoxicityprompts/realtoxicityprompts.yaml", plain_rows, {
+    "toxicity": Task("realtoxicityprompts/realtoxicityprompts.yaml", made.plain_rows, {
         "toxic": ("none", "score"), "probability": ("none", "perspective_api_toxicity_score")},
         {"generation_kwargs": {"until": [], "do_sample": False}}, needs="classifier"),  # not at a blank line
-    "wikitext": Task("wikitext/wikitext.yaml", page_rows, {
+    "wikitext": Task("wikitext/wikitext.yaml", made.page_rows, {
         "nats": ("none", "nats"), "bits_per_byte": ("none", "bits_per_byte"),
         "word_perplexity": ("none", "word_perplexity")})}
 
@@ -291,7 +283,7 @@ def given_texts(name: str, rows: list[Row]) -> tuple[list[str], list[str]]:
     """Each row's answer and how it is written; the rows take turns."""
     chosen = []
     for number, row in enumerate(rows):
-        ways = list(ANSWERS[name](row).items())
+        ways = list(made.ANSWERS[name](row).items())
         chosen.append(ways[number % len(ways)])
     return [text for _, text in chosen], [way for way, _ in chosen]
 
@@ -327,7 +319,7 @@ def measure(cfg: Config) -> dict[str, Any]:
         for name in cfg.tasks.split(","):
             rows = write_rows(folder, cfg, name)
             texts, ways[name] = None, [""] * len(rows)
-            if cfg.answers and name in ANSWERS:
+            if cfg.answers and name in made.ANSWERS:
                 texts, ways[name] = given_texts(name, rows)
             most = getattr(OUR_TASKS[name].module, "MAX_NEW_TOKENS", 0)
             most = min(cfg.max_new_tokens, most[name] if isinstance(most, dict) else most)
