@@ -12,8 +12,9 @@ number, table and picture comes from a file:
     *.json in --results                                    ablations: what --json= of tools/ablate.py wrote
 
 A section without data is left out; the limitations name it, and the command that makes its data. pandoc and
-Typst make the PDF (pip install pypandoc_binary typst). Left out: prose on what the numbers mean; the flags
---decontaminate, --quality and --dedup in the commands, because meta.json has only their results.
+Typst make the PDF (pip install pypandoc_binary typst); without them there is only report.md. Left out: prose
+on what the numbers mean; the flags --decontaminate, --quality and --dedup in the commands, because meta.json
+has only their results.
 """
 
 import dataclasses
@@ -24,6 +25,7 @@ import shlex
 import textwrap
 from collections import Counter, defaultdict
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +67,7 @@ SOURCES = {"Abstract": "eval.py", "Model": "train.py", "Data": "prepare.py", "Tr
 class ReportConfig:
     out: str = "report"  # folder for report.md, its pictures and report.pdf
     results: str = "docs/results"  # folder with the JSON files of tools.ablate
-    pdf: bool = True  # also write report.pdf
+    pdf: bool | None = None  # also write report.pdf; None writes it if pypandoc and typst are installed
 
 
 # ---- Markdown ---------------------------------------------------------------------------------------------
@@ -246,18 +248,21 @@ def main(argv: list[str]) -> None:
     for folder in folders or [Path("")]:
         if not any((folder / name).is_file() for name in ("run.json", "results.json")):
             raise UserError(f"{folder}: neither a run nor results of eval.py; name folders such as out/base")
-    if cfg.pdf:
+    has_pdf = all(map(find_spec, ("pypandoc", "typst"))) if cfg.pdf is None else cfg.pdf
+    if has_pdf:
         pandoc = optional_import("pypandoc", "pdf=True", "pypandoc_binary")
         typst = optional_import("typst", "pdf=True")
     (out := Path(cfg.out)).mkdir(parents=True, exist_ok=True)
     write_text(out / "report.md", text := page(folders, cfg))
-    if cfg.pdf:
+    if has_pdf:
         body = pandoc.convert_text(text, "typst", "gfm", ["--standalone", "--wrap=none"])
         # Captions stay on the page of their tables and pictures.
         body = re.sub(r"^#(strong\[Table|box\(image).*$", r"#block(sticky: true)[\g<0>]", body, flags=re.M)
         style = Path(__file__).with_suffix(".typ").read_text()
         write_bytes(out / "report.pdf", typst.compile((style + body).encode(), root=cfg.out))
-    print(f"report    {out / 'report.md'}{' and report.pdf' if cfg.pdf else ''}")
+    print(f"report    {out / 'report.md'}{' and report.pdf' if has_pdf else ''}")
+    if not has_pdf and cfg.pdf is None:
+        print("note      no report.pdf: it needs pip install pypandoc_binary typst")
 
 
 if __name__ == "__main__":

@@ -131,3 +131,10 @@ def test_the_pdf(run, studies, tmp_path):
     report.main([str(run), f"--results={studies}", f"--out={tmp_path}"])
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF-") and content.count(b"/Image") >= 5
+
+
+def test_without_the_packages_of_the_pdf(run, studies, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(report, "find_spec", lambda name: None)
+    report.main([str(run), f"--results={studies}", f"--out={tmp_path}"])
+    assert (tmp_path / "report.md").is_file() and not (tmp_path / "report.pdf").exists()
+    assert "pip install pypandoc_binary typst" in capsys.readouterr().out
