@@ -66,7 +66,8 @@ ARMS = {
         "teacher, inside": f"{HALF} --hidden_weight=0.5 --attention_weight=0.25"},
     "tokenizer": {  # a teacher whose tokenizer is not the data's
         "text alone": "--align=bytes --cache=topk --alpha=0",
-        "teacher, cached top-64": "--align=bytes --cache=topk"},
+        "teacher, cached top-64": "--align=bytes --cache=topk",
+        "teacher and text, cached top-64": "--align=bytes --cache=topk --alpha=0.5"},
     "details": {
         "text alone": "--alpha=0",
         "teacher": "",
