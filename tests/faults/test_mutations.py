@@ -201,8 +201,8 @@ def use_run(out, cfg):
     """What a resumed run, a model card and a loader of its checkpoint read."""
     refuse_changed_keys(cfg, out)
     runs = model_card.lineage(str(out))
-    model_card.training(runs)
-    model_card.data(runs)
+    model_card.run_tables(runs)
+    model_card.data_table(runs)
     read_jsonl(out / "metrics.jsonl")
     checkpoint.newest_verified(out, lambda text: None)
     checkpoint.update_pointers(out, keep=9)
