@@ -442,8 +442,8 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     aligner = None
     if cfg.align == "bytes" and teacher is not None:
         aligner = Aligner(tokenizer, hf.find_folder(cfg.teacher), context_of(teacher), run.device)
-        run.print(f"align     {len(aligner.pieces.ours):,} of {tokenizer.vocab_size:,} token ids are the "
-                  "teacher's too")
+        reached = tokenizer.vocab_size - len(aligner.first.unreached)
+        run.print(f"align     the teacher's tokens begin with {reached:,} of {tokenizer.vocab_size:,} ids")
     student = make_student(cfg, layers, data, run)
     # Compile the teacher's blocks if fit compiles the student's. A model of transformers stays as it is.
     if isinstance(teacher, GPT) and compiles(data.cfg, student, run):

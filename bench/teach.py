@@ -166,7 +166,8 @@ def aligned_bits(cfg: TeachConfig) -> float:
     rows, tokenizer, device = Rows(data, "val", 128), Tokenizer.load(data.folder), torch.device("cpu")
     teacher = load_teacher(cfg.teacher, Tokenizer.load(folder), device, torch.bfloat16, 128)
     aligner, sizes = Aligner(tokenizer, folder, context_of(teacher), device), tokenizer.token_bytes()
-    theirs = dict(zip(aligner.pieces.ours.tolist(), aligner.pieces.theirs.tolist(), strict=True))
+    same_text = {text: index for index, text in enumerate(aligner.theirs)}
+    theirs = {index: same_text.get(text) for index, text in enumerate(aligner.ours)} | aligner.special
     nats, count = 0.0, 0
     for numbers in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 8)):
         batch = aligner.align(text_batch(rows.read(numbers)))

@@ -9,13 +9,17 @@ tokenizations have a boundary:
     student   | def | _main | () :  |          spans   "def" (1 token and 1 token), "_main" (1 and 2),
     teacher   | def | _ma | in | () | : |              "() :" (1 and 2)
 
-A span of one token on both sides is compared over the pieces that both vocabularies have, with all other
-pieces as one class. Any other span has two outcomes: its text, or any other text. The probability of a span's
-text is the product of its tokens' probabilities. `divergence` in distillation/divergences.py compares both
-kinds. With equal tokenizers, every span is one token, and the loss is that of ordinary distillation.
+A span of one token on both sides is compared over the student's vocabulary: each token of the teacher counts
+for the student's first token of its text ("_main" for "_", if the student reads it as "_" and "main"). The
+student's tokens that none begins with are one class. Any other span has two outcomes: its text, or any other
+text. The probability of a span's text is the product of its tokens' probabilities. `divergence` in
+distillation/divergences.py compares both kinds. With equal tokenizers, every span is one token, and the loss
+is that of ordinary distillation.
 
 What is approximate: a text has many tokenizations, and each model's probability of a text is the one of its
-own tokenization only. A row may begin or end within a word, which the teacher then reads as a whole word.
+own tokenization only. The first token of a text may depend on what follows: the student may read "_main" as
+"_ma" and "in", but "_" and "mai" if the teacher's next token is "i". A row may begin or end within a word,
+which the teacher then reads as a whole word.
 
 Special tokens have no bytes. A special token means the teacher's token of the same name, and the end-of-text
 token means the teacher's. The teacher reads any other special token as the text of its name, and its own BOS
@@ -38,7 +42,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from dataset.dataloader import IGNORE
-from distillation.divergences import AlignedTeacher, DenseTeacher, SharedPieces, token_log_probs
+from distillation.divergences import AlignedTeacher, DenseTeacher, FirstTokens, token_log_probs
 from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
 
@@ -145,7 +149,7 @@ class Aligner:
         self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
         self.special |= {index: vocab[name] for name, index in names.items()
                          if index in student.special_ids and vocab.get(name) in teacher.special_ids}
-        self.pieces = self.shared_pieces(device)
+        self.first = self.first_tokens(device)
         self.unknown = [index for index in names.values()
                         if index in student.special_ids and index not in self.special]
         for name, index in names.items():
@@ -161,17 +165,20 @@ class Aligner:
     def bytes_of(self, ids: list[int]) -> bytes:
         return b"".join(self.theirs[index] for index in ids)
 
-    def shared_pieces(self, device: torch.device) -> SharedPieces:
-        """The pieces that both vocabularies have. If several ids have the same bytes, it is the last one."""
-        ours, theirs = ({text: index for index, text in enumerate(table) if text}
-                        for table in (self.ours, self.theirs))
-        pairs = self.special | {index: theirs[text] for text, index in ours.items() if text in theirs}
-        if self.same:
-            pairs = {index: index for index in range(len(self.ours))}
-        shared = [*pairs], [*pairs.values()]
-        rests = (np.setdiff1d(np.arange(len(table)), ids)
-                 for table, ids in zip((self.ours, self.theirs), shared, strict=True))
-        return SharedPieces(*(torch.as_tensor(ids, device=device) for ids in (*shared, *rests)))
+    def first_tokens(self, device: torch.device) -> FirstTokens:
+        """The student's first token of the text of each token of the teacher."""
+        known = {text: index for index, text in enumerate(self.ours) if text}
+        first = np.arange(len(self.theirs)) if self.same else np.full(len(self.theirs), len(self.ours))
+        for index, text in enumerate([] if self.same else self.theirs):
+            if text not in known and text.decode(errors="ignore").encode() == text:
+                ids = self.student.encode(text.decode(), inside=True)[:1]
+                # A tokenizer may change the text, or put a space before it.
+                known[text] = next((each for each in ids if text.startswith(self.ours[each])), len(self.ours))
+            first[index] = known.get(text, len(self.ours))
+        if not self.same:
+            first[[*self.special.values()]] = [*self.special]
+        unreached = np.setdiff1d(np.arange(len(self.ours)), first)
+        return FirstTokens(*(torch.as_tensor(ids, device=device) for ids in (first, unreached)))
 
     def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
         """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
@@ -267,7 +274,7 @@ class Aligner:
         hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
         temperature: that of the divergence.
         """
-        teacher = DenseTeacher(hidden.flatten(0, 1), weight, self.pieces)  # (B T', C)
+        teacher = DenseTeacher(hidden.flatten(0, 1), weight, self.first)  # (B T', C)
         log_q = token_log_probs(teacher.take(batch["longer_slots"]), batch["longer_targets"],
                                 self.teacher.vocab_size, temperature)  # (M,)
         spans = log_q.new_zeros(batch["spans"]).index_add(0, batch["longer_span"], log_q)  # (S,)

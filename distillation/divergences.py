@@ -40,36 +40,31 @@ class Objective(NamedTuple):
     beta: float = 0.5  # weight of the teacher in the mixture of jsd
 
 
-class SharedPieces(NamedTuple):
-    """The K pieces that two vocabularies have in common, and the other ids of both."""
+class FirstTokens(NamedTuple):
+    """How the text of each token of a teacher begins in the student's tokens."""
 
-    ours: Tensor  # (K,) ids of the student
-    theirs: Tensor  # (K,) ids of the teacher for the same pieces
-    our_rest: Tensor  # (V - K,)
-    their_rest: Tensor  # (size of the teacher's vocabulary - K,)
+    first: Tensor  # (size of the teacher's vocabulary,) int64: an id of the student; V if there is none
+    unreached: Tensor  # the ids of the student that no token of the teacher begins with
 
-    def translated(self, log_q: Tensor) -> Tensor:
-        """The teacher's log-probabilities in the student's ids: (n, its vocabulary) -> (n, V + 1).
+    def translated(self, log_q: Tensor, vocab_size: int) -> Tensor:
+        """The log-probability that the teacher's text begins with each token of the student, (n, V + 1).
 
-        The last column is all other pieces of the teacher. A student without other pieces cannot follow this
-        class: then the teacher's other pieces are left out.
+        log_q: (n, the teacher's vocabulary). The last column is the teacher's tokens that begin with none. A
+        student whose tokens are all reached cannot follow this class: then it is left out.
         """
-        out = log_q.new_full((len(log_q), len(self.ours) + len(self.our_rest) + 1), -math.inf)
-        shared = log_q[:, self.theirs]
-        if len(self.our_rest):
-            out[:, -1] = log_q[:, self.their_rest].logsumexp(-1)
-        else:
-            shared = shared.log_softmax(-1)
-        out[:, self.ours] = shared
-        return out
+        out = log_q.new_zeros((len(log_q), vocab_size + 1)).index_add_(1, self.first, log_q.exp())
+        if not len(self.unreached):
+            out /= out[:, :-1].sum(-1, keepdim=True)
+            out[:, -1] = 0
+        return out.log_()
 
     def with_rest(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Divide the last column of `translated` among the student's other pieces in its own ratios: (n, V).
+        """Divide the last column of `translated` among the unreached tokens in the student's ratios: (n, V).
 
-        The divergence is then that of K + 1 classes: within the last one, p / q is constant.
+        The divergence is then that with these tokens as one class: within it, p / q is constant.
         """
-        rest, log_q, other = log_p[:, self.our_rest], log_q[:, :-1], log_q[:, -1:]
-        log_q[:, self.our_rest] = rest - rest.logsumexp(-1, keepdim=True) + other
+        rest, log_q, other = log_p[:, self.unreached], log_q[:, :-1], log_q[:, -1:]
+        log_q[:, self.unreached] = rest - rest.logsumexp(-1, keepdim=True) + other
         return log_q
 
 
@@ -78,7 +73,7 @@ class DenseTeacher(NamedTuple):
 
     hidden: Tensor  # (N, width of the teacher)
     weight: Tensor | None  # (P of the teacher, its width)
-    pieces: SharedPieces | None = None  # of a teacher with another vocabulary
+    tokens: FirstTokens | None = None  # of a teacher with another vocabulary
 
     def logits(self, chunk: slice, vocab_size: int) -> Tensor:
         """The logits of a chunk, (n, V) float32, without the columns of the teacher's padding."""
@@ -88,11 +83,10 @@ class DenseTeacher(NamedTuple):
         return hidden[:, :vocab_size].float()
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
-        """The log-probabilities of a chunk, (n, V) float32, or `SharedPieces.translated`, (n, V + 1)."""
-        if self.pieces is None:
-            return (self.logits(chunk, vocab_size) / temperature).log_softmax(-1)
-        logits = self.logits(chunk, len(self.pieces.theirs) + len(self.pieces.their_rest))
-        return self.pieces.translated((logits / temperature).log_softmax(-1))
+        """The log-probabilities of a chunk, (n, V) float32, or `FirstTokens.translated`, (n, V + 1)."""
+        size = vocab_size if self.tokens is None else len(self.tokens.first)
+        log_q = (self.logits(chunk, size) / temperature).log_softmax(-1)
+        return log_q if self.tokens is None else self.tokens.translated(log_q, vocab_size)
 
     def take(self, positions: Tensor) -> "DenseTeacher":
         return self._replace(hidden=self.hidden[positions])
@@ -226,8 +220,8 @@ def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slic
         loss, gradient = sparse_kl(log_p, SparseTeacher(teacher.ids[chunk], teacher.probs[chunk], tail))
     else:
         log_q = teacher.log_probs(chunk, V, T)
-        if teacher.pieces is not None:
-            log_q = teacher.pieces.with_rest(log_q, log_p)
+        if teacher.tokens is not None:
+            log_q = teacher.tokens.with_rest(log_q, log_p)
         loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
     return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
 

@@ -17,7 +17,7 @@ sample  the ids of k tokens drawn from the teacher, 2 bytes each (4 for more tha
 
 For a teacher with another tokenizer (--align=bytes; topk only), a record begins with 2 bytes: 0 if nothing is
 compared here, 1 for one token on both sides, 1 + n at the first of n tokens whose probability is stored. The
-ids are then the student's, and "all other tokens" includes the teacher's pieces that the student lacks.
+ids are then the student's (distillation/alignment.py).
 
 A cache belongs to one teacher, data set, row length and temperature. The name of its folder is the hash of
 these, so a cache is never used for anything else.
@@ -64,7 +64,8 @@ def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = 
     identity = {"version": VERSION, "teacher": teacher_hash,
                 "data": file_sha256(rows.data.folder / "meta.json"),
                 "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
-    return identity | ({} if align == "ids" else {"align": align})  # older caches have no such key
+    # Older caches of align=bytes have the tokens that both vocabularies share, and older ones no such key.
+    return identity | ({} if align == "ids" else {"align": f"{align}, first tokens"})
 
 
 # ---- Records ----------------------------------------------------------------------------------------------

@@ -73,8 +73,8 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     teacher = load_teacher(cfg.teacher, own_tokenizer, device, DTYPES[dtype], cfg.block_size)
     if cfg.align == "bytes":
         aligner = Aligner(tokenizer, folder, context_of(teacher), device)
-        if cfg.spec.k > (shared := len(aligner.pieces.ours)):
-            raise UserError(f"k={cfg.spec.k}: the vocabularies share only {shared:,} pieces")
+        if cfg.spec.k > (reached := tokenizer.vocab_size - len(aligner.first.unreached)):
+            raise UserError(f"k={cfg.spec.k}: the teacher's tokens begin with only {reached:,} of the data's")
     eot_id, prefix = tokenizer.eot_id if cfg.document_mask else None, "teacher_" if aligner else ""
 
     @torch.inference_mode()

@@ -9,8 +9,8 @@ import torch
 from dataset.dataloader import IGNORE
 from distillation.divergences import (
     DenseTeacher,
+    FirstTokens,
     Objective,
-    SharedPieces,
     SparseTeacher,
     comparison_sums,
     divergence,
@@ -230,17 +230,21 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
 # ---- Another vocabulary -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pieces_that_are_not_shared_are_one_class(kind):
-    """Shared ids 0 to 59 here, 90 to 31 there: the divergence of 61 classes, with its gradient."""
+def test_tokens_that_are_not_reached_are_one_class(kind):
+    """Ids 90 to 31 there begin with 0 to 59 here, and id 95 with 7: the divergence of 61 classes, with its
+    gradient."""
     ours, theirs = torch.arange(60), torch.arange(90, 30, -1)
-    rest = torch.tensor([k for k in range(V) if k not in set(theirs.tolist())])
-    pieces = SharedPieces(ours, theirs, torch.arange(60, V), rest)
+    rest = torch.tensor([k for k in range(V) if k not in {*theirs.tolist(), 95}])
+    first = torch.full((V,), V)
+    first[theirs], first[95] = ours, 7
     z, y = logits(1).requires_grad_(), logits(2)
-    teacher = DenseTeacher(y, None, pieces)
+    teacher = DenseTeacher(y, None, FirstTokens(first, torch.arange(60, V)))
     loss, gradient = soft_loss(z.detach(), teacher, slice(None), Objective(1.0, 2.0, kind, 0.3))
     log_p, log_q = (z / 2).log_softmax(-1), (y / 2).log_softmax(-1)
     p = torch.cat((log_p[:, ours], log_p[:, 60:].logsumexp(-1, keepdim=True)), 1)
-    q = torch.cat((log_q[:, theirs], log_q[:, rest].logsumexp(-1, keepdim=True)), 1)
+    begins = log_q[:, theirs]
+    begins[:, 7] = begins[:, 7].logaddexp(log_q[:, 95])
+    q = torch.cat((begins, log_q[:, rest].logsumexp(-1, keepdim=True)), 1)
     expected = in_autograd(p, q, kind, 0.3, 1.0) * 4
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-5)
