@@ -419,7 +419,7 @@ def test_schemas_and_forced_calls(server):
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}, "b": {"type": "boolean"}},
               "required": ["a", "b"], "additionalProperties": False}
     shape = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
-    body = {"messages": QUESTION, "n": 3, "max_tokens": 60, "response_format": shape}
+    body = {"messages": QUESTION, "n": 3, "max_tokens": 60, "response_format": shape, "seed": 1}
     for choice in server.ask("/v1/chat/completions", body)[1]["choices"]:
         value = json.loads(choice["message"]["content"])
         assert value.keys() == {"a", "b"} and value["a"] in (1, 2) and choice["finish_reason"] == "stop"
