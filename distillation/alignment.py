@@ -10,16 +10,16 @@ tokenizations have a boundary:
     teacher   | def | _ma | in | () | : |              "() :" (1 and 2)
 
 A span of one token on both sides is compared over the student's vocabulary: each token of the teacher counts
-for the student's first token of its text ("_main" for "_", if the student reads it as "_" and "main"). The
-student's tokens that none begins with are one class. Any other span has two outcomes: its text, or any other
-text. The probability of a span's text is the product of its tokens' probabilities. `divergence` in
+for the student's first token of its text ("];" for "]", if the student reads "]" and ";"). The student's
+tokens that no token of the teacher begins with are one class. Any other span has two outcomes: its text, or
+any other text. The probability of a span's text is the product of its tokens' probabilities. `divergence` in
 distillation/divergences.py compares both kinds. With equal tokenizers, every span is one token, and the loss
 is that of ordinary distillation.
 
 What is approximate: a text has many tokenizations, and each model's probability of a text is the one of its
-own tokenization only. The first token of a text may depend on what follows: the student may read "_main" as
-"_ma" and "in", but "_" and "mai" if the teacher's next token is "i". A row may begin or end within a word,
-which the teacher then reads as a whole word.
+own tokenization only. The student's first token may depend on what follows: "_ma" counts for its "_" or
+"_ma", also where the text goes on as "_main", which it reads as one token. A row may begin or end within a
+word, which the teacher then reads as a whole word.
 
 Special tokens have no bytes. A special token means the teacher's token of the same name, and the end-of-text
 token means the teacher's. The teacher reads any other special token as the text of its name, and its own BOS
@@ -167,16 +167,18 @@ class Aligner:
 
     def first_tokens(self, device: torch.device) -> FirstTokens:
         """The student's first token of the text of each token of the teacher."""
+        if self.same:
+            ids = torch.arange(len(self.ours), device=device)
+            return FirstTokens(ids, ids[:0])
         known = {text: index for index, text in enumerate(self.ours) if text}
-        first = np.arange(len(self.theirs)) if self.same else np.full(len(self.theirs), len(self.ours))
-        for index, text in enumerate([] if self.same else self.theirs):
+        first = np.full(len(self.theirs), len(self.ours))
+        for index, text in enumerate(self.theirs):
             if text not in known and text.decode(errors="ignore").encode() == text:
-                ids = self.student.encode(text.decode(), inside=True)[:1]
+                begin = self.student.encode(text.decode(), inside=True)[:1]
                 # A tokenizer may change the text, or put a space before it.
-                known[text] = next((each for each in ids if text.startswith(self.ours[each])), len(self.ours))
+                known[text] = next((id for id in begin if text.startswith(self.ours[id])), len(self.ours))
             first[index] = known.get(text, len(self.ours))
-        if not self.same:
-            first[[*self.special.values()]] = [*self.special]
+        first[[*self.special.values()]] = [*self.special]
         unreached = np.setdiff1d(np.arange(len(self.ours)), first)
         return FirstTokens(*(torch.as_tensor(ids, device=device) for ids in (first, unreached)))
 
