@@ -40,7 +40,14 @@ from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import explicit_pairs, layer_map
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
-from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
+from distillation.student import (
+    ActivationHooks,
+    LayerObjective,
+    Student,
+    feature_loss,
+    gradient_cosine,
+    noise_term,
+)
 from distillation.teacher import context_of, load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, decode, identity_of
 from evals.all_tasks import with_tasks
@@ -327,7 +334,10 @@ class Distillation:
             select_targets(hidden, batch), weight, batch["targets"].flatten(), teacher, self.vocab_size,
             Objective(alpha, cfg.temperature, cfg.divergence, cfg.jsd_beta))
         # The teacher's forward pass has filled its hooks, and the student's blocks have just filled theirs.
-        features = feature_loss(self.student, *self.hooks, batch, cfg) if self.hooks else hidden.new_zeros(2)
+        features = hidden.new_zeros(2)
+        if self.hooks:
+            features = feature_loss(self.student, *self.hooks, batch, LayerObjective(
+                cfg.hidden_weight, cfg.hidden_loss, cfg.attention_weight, cfg.attention_loss))
         return (*losses, features)
 
 
@@ -455,7 +465,9 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # One evaluation for the whole run, so that the results of different stages can be compared.
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
-    evaluate = with_tasks(cfg, run, StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run))
+    last = data.stages[-1].cfg
+    evaluate = with_tasks(cfg, run, StudentEvaluation(last, data.last_mix, kind, judge, run, last.packing,
+                                                      last.document_mask))
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for cache in caches.values())
     run.write_run_json(cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)

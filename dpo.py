@@ -81,7 +81,7 @@ class DPOConfig(PostTrainingConfig):
         require(self, "label_smoothing", 0 <= self.label_smoothing < 0.5, "from 0 to below 0.5")
         if self.label_smoothing and self.loss == "ipo":
             raise UserError("label_smoothing: only works with loss=dpo")
-        check_reference(self)
+        check_reference(self, self.reference)
 
 
 # ---- Loss -------------------------------------------------------------------------------------------------
@@ -214,7 +214,7 @@ def batches_at(data: StagedData[DPOConfig], reference: Reference, step: int) -> 
     return [reference.batch(pairs[start:start + size]) for start in range(0, count, size)]
 
 
-class PreferenceEvaluation(MixEvaluation):
+class PreferenceEvaluation(MixEvaluation[DPOConfig]):
     """Losses, accuracy and margin over the validation pairs of the last stage's mix."""
 
     def __init__(self, cfg: DPOConfig, mix: Mix, reference: Reference, run: Run):

@@ -34,7 +34,7 @@ from formats import checkpoint, hf
 from formats import gguf as gguf_file
 from formats.files import atomic_folder, file_sha256, read_json, require_utf8_name, sibling_path
 from formats.gguf_tokenizer import vocabulary
-from formats.model_card import card
+from formats.model_card import Exported, card
 from formats.tokenizer import Tokenizer
 from formats.weights import state_of
 from model import GPT, GPTConfig
@@ -123,7 +123,8 @@ class Source:
 def card_text(cfg: ExportConfig, source: Source) -> str:
     with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
-    return card(cfg, source, parameters)
+    return card(Exported(cfg.model, source.folder, source.config, source.tokenizer, parameters, cfg.title,
+                         cfg.format, cfg.kinds[0], cfg.license))
 
 
 # ---- Formats ----------------------------------------------------------------------------------------------

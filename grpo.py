@@ -115,7 +115,7 @@ class GRPOConfig(PostTrainingConfig):
         require(self, "group_size", self.group_size > 1 or self.advantage == "reinforce",
                 "at least 2 (or set advantage=reinforce)")
         family_names(self.families)  # raises UserError for an unknown one
-        check_reference(self, is_used=self.kl_weight > 0)
+        check_reference(self, self.reference, is_used=self.kl_weight > 0)
         if self.parallel == "fsdp":  # all ranks would have to sample the same number of tokens
             raise UserError("parallel=fsdp: does not work with sampling; use parallel=ddp or none")
 

@@ -151,7 +151,8 @@ class Server:
         self.seeds = random.Random(cfg.seed)
         # The same model twice is loaded once.
         names = dict.fromkeys(filter(None, (cfg.model, cfg.compare)))
-        self.models = {name: Served(name, device, dtype, cfg) for name in names}
+        self.models = {name: Served(name, device, dtype, cfg, cfg.slots, cfg.context_length, cfg.verifier)
+                       for name in names}
 
     async def read_json(self, request: Request) -> dict[str, Any]:
         """The JSON of a request, whose headers are checked. Too large is status 413, too slow 408."""

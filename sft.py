@@ -79,7 +79,7 @@ def loss_fn(model: nn.Module, batch: dict[str, Any], vocab_size: int) -> tuple[T
 
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
-class ChatEvaluation(MixEvaluation):
+class ChatEvaluation(MixEvaluation[SFTConfig]):
     """Loss and perplexity of the validation conversations: the weighted mean over a mix's folders."""
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:

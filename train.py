@@ -111,7 +111,7 @@ def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     return tokenizer.decode([token for (token,) in steps if token is not None and token != eot_id])
 
 
-class TextEvaluation(MixEvaluation):
+class TextEvaluation(MixEvaluation[TrainConfig]):
     """Loss, perplexity and bits per byte of a mix's validation text, and a sample to read.
 
     Rows and masks are those of the last stage; only the rotary base is that of the current step. Positions

@@ -1,6 +1,7 @@
 """The model card: the README.md of an export, as the Hugging Face hub reads it.
 
-    text = card(cfg, source, parameters=3_600_000)        # cfg, source: of export.py
+    text = card(Exported("out/sft", folder, config, tokenizer, parameters=3_600_000, title="sft", format="hf",
+                         gguf_kind="q8_0", license="mit"))
 
 What the card reports, and where it comes from:
 
@@ -19,7 +20,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jinja2
 
@@ -28,6 +29,7 @@ from formats import checkpoint, hf, markdown
 from formats.files import file_sha256, read_json, read_jsonl
 from formats.hf import GPTConfig, model_sha256
 from formats.peft import weights_sha256
+from formats.tokenizer import Tokenizer
 
 # {a key that only this stage's script has: the name of the stage}
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "num_problems": "verifier",
@@ -185,18 +187,32 @@ def commit() -> str:
         return "not in a git checkout"
 
 
-def front_matter(cfg: Any, source: Any, rows: list[dict[str, Any]]) -> str:
+class Exported(NamedTuple):
+    """What a card describes: a model, and the files that export.py makes of it."""
+
+    model: str  # folder, out_dir, .gguf or hub id, as the user wrote it
+    folder: Path  # where its weights are
+    config: GPTConfig
+    tokenizer: Tokenizer
+    parameters: int
+    title: str
+    format: str  # hf, gguf or ternary
+    gguf_kind: str  # quantization of the first GGUF file
+    license: str | None  # by the hub's name
+
+
+def front_matter(export: Exported, rows: list[dict[str, Any]]) -> str:
     """The YAML header that the hub reads. It lists every score."""
     from huggingface_hub import EvalResult, ModelCardData
     results = [EvalResult(task_type="text-generation", dataset_type=row["task"], dataset_name=row["task"],
                           metric_type=row["figure"], metric_name=row["figure"], metric_value=row["value"])
                for row in rows]
-    tags = ["nanollama", hf.architecture(source.config)]
-    tags += ["conversational"] if "chat_template" in source.tokenizer.settings else []
+    tags = ["nanollama", hf.architecture(export.config)]
+    tags += ["conversational"] if "chat_template" in export.tokenizer.settings else []
     # The hub shows how to load a model by the name of its library.
-    library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[cfg.format]
-    content = ModelCardData(license=cfg.license, library_name=library, tags=tags,
-                            pipeline_tag="text-generation", model_name=cfg.title,
+    library = {"hf": "transformers", "gguf": "gguf", "ternary": "nanollama"}[export.format]
+    content = ModelCardData(license=export.license, library_name=library, tags=tags,
+                            pipeline_tag="text-generation", model_name=export.title,
                             eval_results=results or None, ignore_metadata_errors=False)
     return content.to_yaml().strip()
 
@@ -209,14 +225,11 @@ def origin(folder: Path, digest: str) -> str:
     return table(["", ""], rows)
 
 
-def card(cfg: Any, source: Any, parameters: int) -> str:
-    """The complete card, which model_card.jinja lays out.
-
-    cfg, source: an ExportConfig and a Source of export.py.
-    """
-    folder, digest = source.folder, weights_sha256(source.folder)
-    runs = lineage(cfg.model) or lineage(str(folder))
-    nearby = [path / "results.json" for path in (Path(cfg.model), folder, folder.parent)]
+def card(export: Exported) -> str:
+    """The complete card, which model_card.jinja lays out."""
+    folder, digest = export.folder, weights_sha256(export.folder)
+    runs = lineage(export.model) or lineage(str(folder))
+    nearby = [path / "results.json" for path in (Path(export.model), folder, folder.parent)]
     rows, settings = scores(nearby, digest)
     start = runs[0].config.get("init_from") if runs else None
     used = [f"{key}={shown(settings[key])}" for key in ("limit", "shots", "chat", "dtype")
@@ -224,8 +237,9 @@ def card(cfg: Any, source: Any, parameters: int) -> str:
     layout = jinja2.Template(Path(__file__).with_suffix(".jinja").read_text(encoding="utf-8"),
                              trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined)
     return layout.render(
-        header=front_matter(cfg, source, rows), title=cfg.title, summary=summary(source.config, parameters),
-        format=cfg.format, is_chat="chat_template" in source.tokenizer.settings,
-        file=f"{cfg.title}-{cfg.kinds[0]}.gguf", start=shown(start) if start else "",
+        header=front_matter(export, rows), title=export.title,
+        summary=summary(export.config, export.parameters),
+        format=export.format, is_chat="chat_template" in export.tokenizer.settings,
+        file=f"{export.title}-{export.gguf_kind}.gguf", start=shown(start) if start else "",
         runs=run_tables(runs) if runs else "", data=data_table(runs), scores=score_table(rows),
         used=", ".join(used), origin=origin(folder, digest)) + "\n"

@@ -10,7 +10,6 @@ In memory the tables of token ids are padded to P rows; files hold the V rows th
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +21,7 @@ from modeling.devices import gather_full, shard_like
 from modeling.ternary import TernaryLinear
 
 
-def fit_table(table: Tensor, stored_rows: int, config: Any) -> Tensor:
+def fit_table(table: Tensor, stored_rows: int, config: hf.GPTConfig) -> Tensor:
     """Grow a table of token ids, (rows, C), to the model's P rows; a table of unexpected size is unchanged.
 
     If the model has more token ids than the folder, each new id starts as the mean of the stored rows.
@@ -34,7 +33,8 @@ def fit_table(table: Tensor, stored_rows: int, config: Any) -> Tensor:
 
 
 @torch.no_grad()
-def load_into(model: nn.Module, config: Any, folder: Path, tensors: Iterable[tuple[str, Tensor]]) -> None:
+def load_into(model: nn.Module, config: hf.GPTConfig, folder: Path,
+              tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Fill the model's parameters, or this rank's shards of them, from `tensors`, one tensor at a time.
 
     config: the model's GPTConfig. folder: where the tensors come from. Raises UserError for a parameter that
@@ -73,7 +73,7 @@ def state_of(model: nn.Module) -> dict[str, Tensor]:
     return {name: parameter.detach() for name, parameter in model.named_parameters()}
 
 
-def save_model(model: nn.Module, config: Any, folder: Path, state: dict[str, Tensor] | None = None,
+def save_model(model: nn.Module, config: hf.GPTConfig, folder: Path, state: dict[str, Tensor] | None = None,
                eos_token_id: hf.EndIds = None) -> None:
     """Write the model's three files, in float32. See GPT.save_pretrained for the arguments and errors."""
     if any(isinstance(module, TernaryLinear) and module.rounded for module in model.modules()):

@@ -1,6 +1,6 @@
 """OpenAI's API, without connections: the body of a request -> prompts -> rows of a batcher -> answers.
 
-    served = Served("out/dpo", torch.device("cpu"), torch.float32, ServeConfig())         # of serve.py
+    served = Served("out/dpo", torch.device("cpu"), torch.float32, Sampling(), slots=16, context_length=2048)
     request = parse({"messages": [{"role": "user", "content": "Hi"}]}, CompletionRequest(max_tokens=200))
     job = Job(served, request, timeout=600, most_rows=256)
     async for chunk in job.chunks(): ...        # the pieces of the answer, for "stream": true; or
@@ -139,8 +139,10 @@ def read_prompts(request: CompletionRequest, tokenizer: Tokenizer) -> list[list[
 class Served:
     """A model that answers requests. name: what requests call it."""
 
-    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, cfg: Any):
-        """cfg: slots, context_length, verifier, sinks and window of a ServeConfig."""
+    def __init__(self, name: str, device: torch.device, dtype: torch.dtype, sampling: Sampling, slots: int,
+                 context_length: int, verifier: str | None = None):
+        """sampling: its sinks and window. slots: texts generated together. context_length: of prompt and
+        answer, in tokens. verifier: a model of verifier.py, for requests with best_of."""
         folder = hf.find_folder(name)
         self.name, self.tokenizer = name, Tokenizer.load(folder)
         model = GPT.from_pretrained(folder, device, dtype).eval()
@@ -148,12 +150,13 @@ class Served:
         # Assistant refuses a tokenizer with more ids than the model, and knows which tokens end a turn.
         self.ends = {True: Assistant(model, self.tokenizer, Sampling(), 0).end_ids,
                      False: {self.tokenizer.eot_id, *hf.end_ids(folder)}}  # by is_chat
-        self.context_length = min(cfg.context_length, model.config.block_size)
-        window = cfg.window or (self.context_length - cfg.sinks if cfg.sinks else None)
-        self.limits = cache_limits(model.config, cfg.sinks, window)
-        self.verifier = Verifier(cfg.verifier, self.tokenizer, device) if cfg.verifier else None
+        self.context_length = min(context_length, model.config.block_size)
+        sinks = sampling.sinks
+        window = sampling.window or (self.context_length - sinks if sinks else None)
+        self.limits = cache_limits(model.config, sinks, window)
+        self.verifier = Verifier(verifier, self.tokenizer, device) if verifier else None
         self.constraint = functools.cache(functools.partial(Constraint, self.tokenizer, self.ends[True]))
-        self.batcher = Batcher(model, self.tokenizer.vocab_size, cfg.slots, self.context_length, self.limits)
+        self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length, self.limits)
         self.thread = ThreadPoolExecutor(1)
         self.running: asyncio.Task | None = None
         self.stepped = asyncio.Event()  # another one for each step

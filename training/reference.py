@@ -13,16 +13,17 @@ from torch import Tensor, nn
 from configurator import UserError
 from formats import hf
 from model import GPT
+from training.finetuning import PostTrainingConfig
 from training.lora import AdaptedGPT
 from training.losses import linear_log_probs
 
 
-def check_reference(cfg: Any, is_used: bool = True) -> None:
-    """Raise UserError unless the reference of a DPOConfig or a GRPOConfig fits its adapter."""
-    if cfg.reference == "adapter_off" and not cfg.lora_rank:
+def check_reference(cfg: PostTrainingConfig, reference: str, is_used: bool = True) -> None:
+    """Raise UserError unless the reference of dpo.py or grpo.py fits the adapter of `cfg`."""
+    if reference == "adapter_off" and not cfg.lora_rank:
         raise UserError("reference=adapter_off: needs an adapter; set lora_rank")
-    if is_used and cfg.quantize_base and cfg.reference != "adapter_off":
-        raise UserError(f"reference={cfg.reference}: would use the base in full precision; with "
+    if is_used and cfg.quantize_base and reference != "adapter_off":
+        raise UserError(f"reference={reference}: would use the base in full precision; with "
                         "quantize_base set reference=adapter_off")
     if cfg.lora_dropout:
         raise UserError("lora_dropout: must be 0, because dropout would make policy and reference differ")

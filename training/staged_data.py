@@ -84,16 +84,15 @@ class StagedData(Generic[Config]):
                 for folder in mix.folders}
 
 
-class MixEvaluation:
+class MixEvaluation(Generic[Config]):
     """What the evaluations of all stages share: the validation rows of a mix, sums and means over them.
 
     A run has one evaluation, made from its last stage: the same rows at every step. So the results of
     different stages can be compared, also to decide which checkpoint is the best.
     """
 
-    def __init__(self, cfg: Any, mix: Mix, kind: Callable[..., Any], run: Run):
-        """kind: the class of the rows. cfg has block_size, eval_tokens and micro_batch_size. Raises UserError
-        for too little validation data."""
+    def __init__(self, cfg: Config, mix: Mix, kind: Callable[..., Any], run: Run):
+        """kind: the class of the rows. Raises UserError for too little validation data."""
         self.cfg, self.mix, self.run = cfg, mix, run
         self.rows = [kind(folder, "val", cfg.block_size) for folder in mix.folders]
 

@@ -3,17 +3,15 @@
 import hashlib
 import json
 import shutil
-from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import ModelCard
 
 import sft
 from configurator import UserError
-from export import ExportConfig
 from formats import checkpoint, hf
 from formats.hf import model_sha256
-from formats.model_card import card, commit, lineage, shown
+from formats.model_card import Exported, card, commit, lineage, shown
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
@@ -37,8 +35,9 @@ def copied(pipeline, tmp_path):
 
 def card_of(model, **changes):
     folder = hf.find_folder(model)
-    source = SimpleNamespace(folder=folder, config=GPTConfig.read(folder), tokenizer=Tokenizer.load(folder))
-    return card(ExportConfig(model=str(model), name="mine", **changes), source, 1_234_567)
+    fields = {"format": "hf", "gguf_kind": "q8_0", "license": None} | changes
+    return card(Exported(str(model), folder, GPTConfig.read(folder), Tokenizer.load(folder),
+                         parameters=1_234_567, title="mine", **fields))
 
 
 def results(folder):
