@@ -163,8 +163,11 @@ class Format:
         self.pattern = re.compile("|".join(  # with the white space that Phi-3's tokens take along
             re.escape(each) + r"\s*" * special[each].rstrip for each in sorted(names, key=len, reverse=True)))
         cuts = sorted({each[:end] for each in names for end in range(1, len(each))})
-        self.hidden = {each: chr(UNUSED + n) for n, each in enumerate([*names, *cuts])}
-        self.shown = {ord(letter): each for each, letter in self.hidden.items()}
+        # A quotation mark in a name is not hidden: Python's repr, which some templates write, depends on it.
+        parts = dict.fromkeys(part for each in [*names, *cuts] for part in each.split('"'))
+        letters = {part: chr(UNUSED + n) if part else "" for n, part in enumerate(parts)}
+        self.hidden = {each: '"'.join(letters[part] for part in each.split('"')) for each in [*names, *cuts]}
+        self.shown = {ord(letter): part for part, letter in letters.items() if letter}
         self.shown_in_json = {letter: json.dumps(each, ensure_ascii=False)[1:-1]
                               for letter, each in self.shown.items()}
         self.names = names
