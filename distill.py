@@ -34,7 +34,7 @@ from dataset.chat_rows import ChatRows, batch_of, row_class
 from dataset.dataloader import Rows, parse_mix
 from dataset.shards import DataFolder
 from distillation import divergences
-from distillation.alignment import Aligner, cached_spans
+from distillation.alignment import Aligner, compared_first
 from distillation.divergences import AlignedTeacher, DenseTeacher, Objective, SparseTeacher, select_targets
 from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import explicit_pairs, layer_map
@@ -192,14 +192,14 @@ def cached_predictions(caches: Caches, places: list[tuple[Any, int]],
     """The teacher's predictions for the targets of a batch. places: its rows, as (rows of a folder, number).
 
     Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,); for a teacher with
-    another tokenizer, the keys of `cached_spans`.
+    another tokenizer, of the targets that are compared, with the keys of `compared_first`.
     """
     # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
     # compute logits at the targets only.
     T = batch["input_ids"].shape[1]
     records = np.concatenate([caches[rows].read(number)[:T] for rows, number in places])  # (B T,)
-    if "length" in (records.dtype.names or ()):
-        return cached_spans(batch, records["length"].astype(np.int64), decode(records))
+    if "kind" in (records.dtype.names or ()):
+        return compared_first(batch, records["kind"]) | decode(records[records["kind"] > 0])
     if "positions" in batch:
         records = records[batch["positions"].numpy()]  # (N,)
     return decode(records)
@@ -225,7 +225,7 @@ def batches_at(data: StagedData, caches: Caches, step: int,
             prompts, lengths = prompt_lengths(rows)
             numbers = list(range(first + start, first + start + len(rows)))
             batch |= {"prompts": prompts, "lengths": lengths, "numbers": numbers, "count": sum(lengths)}
-        elif aligner and cfg.alpha > 0:
+        elif aligner and not caches and cfg.alpha > 0:
             batch = aligner.align(batch)
         # The loss reads its weights and temperature from the config of the stage.
         batches.append(batch | {"stage": data.stages.index(stage_at(data.stages, step)),
@@ -272,14 +272,14 @@ class Distillation:
         # From a cache: no teacher in memory, so the student's forward pass is all there is.
         if "teacher_ids" in batch:
             cached = SparseTeacher(batch["teacher_ids"], batch["teacher_probs"], batch.get("teacher_tail"))
-            return self.student_loss(forward, batch, cached if "spans" not in batch else AlignedTeacher(
-                cached, batch["span_of"], batch["span_log_q"]))
+            return self.student_loss(forward, batch, self.aligner.teacher_of(batch, cached) if self.aligner
+                                     else cached)
         # From the text alone: no need to run the teacher.
         if cfg.alpha == 0 and not cfg.uses_layer_losses and "prompts" not in batch:
             return self.student_loss(forward, batch, None)
         # From the teacher. It builds no graph; teacher_head turns gradients on again for the student.
         assert self.teacher is not None
-        if self.aligner and "spans" not in batch:  # the student has just written this text
+        if self.aligner and "slots" not in batch:  # the student has just written this text
             batch = to_device(self.aligner.align(batch), batch["input_ids"].device)
         prefix = "teacher_" if self.aligner else ""
         with torch.no_grad():
@@ -291,7 +291,7 @@ class Distillation:
         """hidden: (B, T, C) of the teacher. weight: its output matrix, or None if `hidden` has its logits."""
         teacher: divergences.Teacher
         if self.aligner:
-            teacher = self.aligner.teacher_of(batch, hidden, weight, self.configs[batch["stage"]].temperature)
+            teacher = self.aligner.teacher_of(batch, self.aligner.translated(batch, hidden, weight))
         else:
             teacher = DenseTeacher(select_targets(hidden, batch), weight)
         # Run the student now, while the teacher's output matrix is gathered.
@@ -310,7 +310,7 @@ class Distillation:
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
         if isinstance(teacher, AlignedTeacher):
-            metrics["aligned"] = torch.tensor(float(len(teacher.exact[0]) + len(teacher.span_of)))
+            metrics["aligned"] = torch.tensor(float(len(teacher.is_split)))
         if self.student.pairs:
             metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]
@@ -450,10 +450,11 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     caches = open_caches(cfg, data, teacher_hash)
     teacher = None if caches else make_teacher(cfg, tokenizer, run)
     aligner = None
-    if cfg.align == "bytes" and teacher is not None:
-        aligner = Aligner(tokenizer, hf.find_folder(cfg.teacher), context_of(teacher), run.device)
-        reached = tokenizer.vocab_size - len(aligner.first.unreached)
-        run.print(f"align     the teacher's tokens begin with {reached:,} of {tokenizer.vocab_size:,} ids")
+    if cfg.align == "bytes":
+        context = context_of(teacher) if teacher is not None else 0  # with a cache it reads nothing
+        aligner = Aligner(tokenizer, hf.find_folder(cfg.teacher), context, run.device)
+        run.print(f"align     the teacher predicts {len({*aligner.groups.tolist()}):,} groups of "
+                  f"{tokenizer.vocab_size:,} ids")
     student = make_student(cfg, layers, data, run)
     # Compile the teacher's blocks if fit compiles the student's. A model of transformers stays as it is.
     if isinstance(teacher, GPT) and compiles(data.cfg, student, run):

@@ -32,10 +32,10 @@ import torch
 
 from bench.measure import run_benchmark, text_table
 from configurator import run_script
-from dataset.dataloader import Rows, dataset_folder, text_batch
+from dataset.dataloader import Rows, dataset_folder
 from dataset.shards import DataFolder
 from distillation.alignment import Aligner
-from distillation.divergences import DenseTeacher, token_log_probs
+from distillation.divergences import DenseTeacher
 from distillation.teacher import context_of, load_teacher
 from formats import hf
 from formats.tokenizer import Tokenizer
@@ -165,21 +165,15 @@ def aligned_bits(cfg: TeachConfig) -> float:
     data, folder = DataFolder(dataset_folder(cfg.dataset)), hf.find_folder(cfg.teacher)
     rows, tokenizer, device = Rows(data, "val", 128), Tokenizer.load(data.folder), torch.device("cpu")
     teacher = load_teacher(cfg.teacher, Tokenizer.load(folder), device, torch.bfloat16, 128)
-    aligner, sizes = Aligner(tokenizer, folder, context_of(teacher), device), tokenizer.token_bytes()
-    same_text = {text: index for index, text in enumerate(aligner.theirs)}
-    theirs = {index: same_text.get(text) for index, text in enumerate(aligner.ours)} | aligner.special
+    aligner = Aligner(tokenizer, folder, context_of(teacher), device)
     nats, count = 0.0, 0
-    for numbers in np.array_split(np.arange(len(rows)), math.ceil(len(rows) / 8)):
-        batch = aligner.align(text_batch(rows.read(numbers)))
-        dense = teacher(batch["teacher_input_ids"], head=lambda hidden, weight: DenseTeacher(
-            hidden.flatten(0, 1), weight))
-        compared = batch["targets"][:len(batch["exact_slots"]) + len(batch["span_of"])].tolist()
-        exact = [theirs[index] for index in compared[:len(batch["exact_slots"])]]
-        slots = torch.cat((batch["exact_slots"], batch["longer_slots"]))
-        targets = torch.cat((torch.tensor(exact), batch["longer_targets"]))
-        log_q = token_log_probs(dense.take(slots), targets, aligner.teacher.vocab_size, 1.0)
-        nats -= float(log_q.double().sum())
-        count += sum(len(sizes[index]) for index in compared)
+    for row in rows.read(np.arange(len(rows))):
+        _, theirs = aligner.tokens(row.tolist())
+        ids, sizes = torch.from_numpy(theirs[:129, 0]), theirs[1:129, 2] - theirs[1:129, 1]
+        dense = teacher(ids[None, :-1], head=lambda hidden, weight: DenseTeacher(hidden[0], weight))
+        log_q = dense.log_probs(slice(None), aligner.teacher.vocab_size, 1.0).gather(1, ids[1:, None])[:, 0]
+        nats -= float(log_q.double()[torch.from_numpy(sizes > 0)].sum())
+        count += int(sizes.sum())
     return nats / math.log(2) / count
 
 

@@ -1,36 +1,49 @@
-"""A teacher with another tokenizer: which of its tokens cover the same bytes as which of the student's.
+"""A teacher with another tokenizer: what it predicts, in the student's tokens.
 
     aligner = Aligner(student_tokenizer, folder_of_the_teacher, context=8192, device=device)
-    batch = aligner.align(batch)          # adds the teacher's ids, and orders the targets by their spans
+    batch = aligner.align(batch)          # adds the teacher's ids, and where it predicts which target
 
-The teacher reads the text of each row in its own tokens. A span is a smallest byte range at whose ends both
-tokenizations have a boundary:
+The teacher reads the text of each row in its own tokens:
 
-    student   | def | _main | () :  |          spans   "def" (1 token and 1 token), "_main" (1 and 2),
-    teacher   | def | _ma | in | () | : |              "() :" (1 and 2)
+    student   | def | _main | () | :  |
+    teacher   | def | _ma | in | () | : |
 
-A span of one token on both sides is compared over the student's vocabulary: each token of the teacher counts
-for the student's first token of its text ("];" for "]", if the student reads "]" and ";"). The student's
-tokens that no token of the teacher begins with are one class. Any other span has two outcomes: its text, or
-any other text. The probability of a span's text is the product of its tokens' probabilities. `divergence` in
-distillation/divergences.py compares both kinds. With equal tokenizers, every span is one token, and the loss
-is that of ordinary distillation.
+**Groups.** Where a token of the student and one of the teacher begin together, as at "_main", each token of
+the teacher counts for the student's first token of its text. Here "_ma" counts for "_ma", if the student has
+that token; but the text may go on as "_main". So the student's tokens are put into groups: "_main" is in the
+group of "_ma", because the teacher reads its text as "_ma" and "in". The teacher predicts groups.
 
-What is approximate: a text has many tokenizations, and each model's probability of a text is the one of its
-own tokenization only. The student's first token may depend on what follows: "_ma" counts for its "_" or
-"_ma", also where the text goes on as "_main", which it reads as one token. A row may begin or end within a
-word, which the teacher then reads as a whole word.
+**Within a group.** If the teacher's token here is the text of the group, as "_ma", its next prediction says
+how the text goes on: "in..." means "_main", anything else "_ma". Then the tokens of this group are compared
+one by one. Otherwise the text says which token of the group it is: the loss is its cross-entropy.
+
+**Within a token of the teacher.** A token of the student may begin after the first bytes of a token of the
+teacher, and end in it: the student's "in" in the teacher's "_main". Of the teacher's tokens, only those that
+begin with these bytes count, each for the student's first token of the rest.
+
+The other targets are learned from the text alone: those that begin within a token of the teacher and end
+beyond it. The choice depends on the text, but the teacher's prediction is the one that it has, given this
+choice. So the student can learn how likely each choice is. With equal tokenizers every group is one token,
+and the loss is that of ordinary distillation.
+
+What is approximate: a text has many tokenizations, and the teacher's probability of a text is the one of its
+own tokenization only. The student's first token of a text may depend on what follows, and the groups know
+only the case where the teacher's token ends. A row may begin or end within a word, which the teacher then
+reads as a whole word.
 
 Special tokens have no bytes. A special token means the teacher's token of the same name, and the end-of-text
 token means the teacher's. The teacher reads any other special token as the text of its name, and its own BOS
 at the beginning of rows and documents; neither is compared. Text that the teacher's tokenizer does not
 reproduce byte for byte is trained on without the teacher. The log counts the targets that were `aligned`.
 
-Shapes: B rows, T positions of the student, E exact spans (one token on both sides), S longer spans.
+Shapes: B rows, T positions of the student, T' of the teacher, E targets that are compared, V the student's
+vocabulary, V' the teacher's.
 """
 
-import math
 import re
+from bisect import bisect_left
+from collections import defaultdict
+from collections.abc import Iterable
 from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,36 +55,82 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from dataset.dataloader import IGNORE
-from distillation.divergences import AlignedTeacher, DenseTeacher, FirstTokens, token_log_probs
+from distillation.divergences import AlignedTeacher, DenseTeacher
 from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
 
 PROBE = "It's a naïve 日本 test: x = 10;\n\tA  b"  # accents, capitals, digits and blanks must survive
+NO_RULE = -1
 
 
-def match_spans(ours: np.ndarray, theirs: np.ndarray) -> np.ndarray:
-    """The spans of two tokenizations, (S, 4): first token and end of ours, first token and end of theirs.
+class Rule(NamedTuple):
+    """Which tokens of the teacher count, and each for which token of the student."""
 
-    ours, theirs: (n, 3), id, first byte and end of each token, in order. Tokens without bytes are in no span,
-    and so are bytes that the teacher has no token for.
-    """
-    edges = np.intersect1d(ours[:, 1:], theirs[:, 1:])  # sorted bytes
-    begin, end = edges[:-1], edges[1:]
-    columns, fits = [], np.ones(len(begin), dtype=bool)
-    for tokens in (ours, theirs):
-        sizes = np.append(0, np.cumsum(tokens[:, 2] - tokens[:, 1]))
-        first = np.searchsorted(tokens[:, 2], begin, "right")
-        last = np.searchsorted(tokens[:, 2], end, "left")
-        # A gap in the tokens: the first one begins later, or their bytes are too few.
-        fits &= (tokens[first, 1] == begin) & (sizes[last + 1] - sizes[first] == end - begin)
-        columns += [first, last + 1]
-    return np.stack(columns, axis=1)[fits]
+    teacher: Tensor  # (n,) int64
+    student: Tensor  # (n,) int64
+
+    def translate(self, q: Tensor, vocab_size: int) -> Tensor:
+        """Probabilities (m, V') -> (m, V)."""
+        return q.new_zeros(len(q), vocab_size).index_add_(1, self.student, q.index_select(1, self.teacher))
 
 
-def ranges(begin: np.ndarray, length: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(numbers, which): the numbers begin[s] ... begin[s] + length[s] - 1 of all s in a row, and their s."""
-    which = np.repeat(np.arange(len(begin)), length)
-    return np.arange(len(which)) + (begin - np.cumsum(length) + length)[which], which
+class TranslatedTeacher(NamedTuple):
+    """A teacher's predictions of E targets."""
+
+    teacher: DenseTeacher  # at its B T' positions
+    size: int  # V'
+    rules: list[Rule]
+    slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
+    rule: Tensor  # (E,) int64, number of the rule for this prediction
+    split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
+    group: Tensor  # (E,) int64, of the target
+
+    def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float) -> Tensor:
+        """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V)."""
+        logits = self.teacher.take(slots).logits(slice(None), self.size)  # (n, V')
+        q = (logits / temperature).softmax(-1)
+        out = q.new_zeros(len(q), vocab_size)
+        for number in numbers.unique().tolist():
+            rows = (numbers == number).nonzero()[:, 0]
+            out[rows] = self.rules[number].translate(q[rows], vocab_size)
+        return out
+
+    def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
+        """The log-probabilities of groups at a chunk of targets, and of the tokens of a split group: (n, V).
+
+        Each group has the column of one of its tokens.
+        """
+        out = self.translated(self.slots[chunk], self.rule[chunk], vocab_size, temperature)
+        # Given that a token of the teacher counts at all.
+        out /= out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+        rows = (self.split[chunk] != NO_RULE).nonzero()[:, 0]  # (m,)
+        if len(rows):
+            group = self.group[chunk][rows, None]  # (m, 1)
+            within = self.translated(self.slots[chunk][rows] + 1, self.split[chunk][rows], vocab_size,
+                                     temperature)  # (m, V)
+            # What begins no other token of the group leaves the text where the group's own token ends.
+            within.scatter_(1, group, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
+            whole = out[rows].gather(1, group)  # (m, 1)
+            out[rows] = out[rows].scatter(1, group, 0) + whole * within
+        return out.log_()
+
+
+class AlignedRows(NamedTuple):
+    """A teacher's predictions at all B T positions of the student, for a cache."""
+
+    teacher: TranslatedTeacher
+    kinds: np.ndarray  # (B T,), as in `compared_first`
+
+    @property
+    def hidden(self) -> Tensor:
+        return self.teacher.teacher.hidden
+
+    def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
+        """(n, V) at a chunk of positions; -inf at those that are not compared."""
+        here, first = np.flatnonzero(self.kinds[chunk]), np.count_nonzero(self.kinds[:chunk.start])
+        out = self.hidden.new_full((len(self.kinds[chunk]), vocab_size), -torch.inf, dtype=torch.float32)
+        out[here] = self.teacher.log_probs(slice(first, first + len(here)), vocab_size, temperature)
+        return out
 
 
 def full_targets(batch: dict[str, Any]) -> Tensor:
@@ -83,56 +142,17 @@ def full_targets(batch: dict[str, Any]) -> Tensor:
     return full
 
 
-def by_span(batch: dict[str, Any], lengths: np.ndarray) -> dict[str, Any]:
-    """A batch's "positions" and "targets" in the order of `AlignedTeacher`, "span_of", and S as "spans".
+def compared_first(batch: dict[str, Any], kinds: np.ndarray) -> dict[str, Any]:
+    """A batch's "positions" and "targets", the E that are compared first, and "is_split" (E,).
 
-    lengths: (B T,), what begins at each position of the flattened input ids, whose prediction is for the next
-    token: 0 no span, 1 an exact span, 1 + n a longer span of n tokens of the student.
+    kinds: (B T,), for the target of each position: 0 not compared, 1 by groups, 2 also within its group.
     """
-    targets, exact, begin = full_targets(batch).flatten(), lengths == 1, np.flatnonzero(lengths > 1)
-    members, span_of = ranges(begin, lengths[begin] - 1)
-    compared = np.append(np.flatnonzero(exact), members)
+    targets = full_targets(batch).flatten()
+    compared = np.flatnonzero(kinds)
     rest = np.setdiff1d(np.flatnonzero(targets.numpy() != IGNORE), compared)
     positions = torch.from_numpy(np.append(compared, rest))
-    return {"positions": positions, "targets": targets[positions], "span_of": torch.from_numpy(span_of),
-            "spans": len(begin)}
-
-
-def cached_spans(batch: dict[str, Any], lengths: np.ndarray, cached: dict[str, Tensor]) -> dict[str, Any]:
-    """The keys of `by_span`, "span_log_q" (S,), and the entries of `cached` for the E exact spans.
-
-    lengths: (B T,), the first number of each record (distillation/teacher_cache.py). cached: the predictions
-    of all records.
-    """
-    spans = by_span(batch, lengths) | {key: values[lengths == 1] for key, values in cached.items()}
-    return spans | {"span_log_q": cached["teacher_probs"][lengths > 1, 0].log()}
-
-
-class AlignedRows(NamedTuple):
-    """A teacher's predictions in the student's vocabulary at all B T positions, for a cache."""
-
-    teacher: AlignedTeacher
-    lengths: np.ndarray  # (B T,), the argument of `by_span`
-    targets: np.ndarray  # (B T,)
-
-    @property
-    def hidden(self) -> Tensor:
-        return self.teacher.exact[0]
-
-    def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
-        """(n, V + 1) at a chunk of positions. The last column is all that is no token of the student.
-
-        At the beginning of a longer span, the column of its first token has the probability of its text.
-        """
-        assert isinstance(self.teacher.exact, DenseTeacher)
-        here, before = self.lengths[chunk], self.lengths[:chunk.start]
-        exact, longer = np.flatnonzero(here == 1), np.flatnonzero(here > 1)
-        first, first_longer = int((before == 1).sum()), int((before > 1).sum())
-        out = self.hidden.new_full((len(here), vocab_size + 1), -math.inf, dtype=torch.float32)
-        out[exact] = self.teacher.exact.log_probs(slice(first, first + len(exact)), vocab_size, temperature)
-        text = self.teacher.span_log_q[first_longer:first_longer + len(longer)]
-        out[longer, self.targets[chunk][longer]], out[longer, vocab_size] = text, (-text.expm1()).log()
-        return out
+    return {"positions": positions, "targets": targets[positions],
+            "is_split": torch.from_numpy(kinds[compared] == 2)}
 
 
 class Aligner:
@@ -142,16 +162,16 @@ class Aligner:
         """folder: of the teacher. context: most tokens that it reads; what follows is not compared. Raises
         UserError if its tokenizer changes the text."""
         teacher = Tokenizer.load(folder)
-        self.student, self.teacher, self.context = student, teacher, context
+        self.student, self.teacher, self.context, self.device = student, teacher, context, device
         self.same = student.definition == teacher.definition
         self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()
         names, vocab = student.hf.get_vocab(), teacher.hf.get_vocab()
         self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
         self.special |= {index: vocab[name] for name, index in names.items()
                          if index in student.special_ids and vocab.get(name) in teacher.special_ids}
-        self.first = self.first_tokens(device)
         self.unknown = [index for index in names.values()
                         if index in student.special_ids and index not in self.special]
+        self.make_groups()
         for name, index in names.items():
             if index in self.unknown and index not in student.prefix_ids:
                 self.ours[index] = name.encode()
@@ -165,22 +185,83 @@ class Aligner:
     def bytes_of(self, ids: list[int]) -> bytes:
         return b"".join(self.theirs[index] for index in ids)
 
-    def first_tokens(self, device: torch.device) -> FirstTokens:
-        """The student's first token of the text of each token of the teacher."""
+    # ---- Groups and rules ---------------------------------------------------------------------------------
+
+    def make_groups(self) -> None:
+        """Put each token of the student into a group, and make the rule for targets that begin with a token
+        of the teacher."""
+        # The teacher's tokens in the order of their bytes: those that begin with a text are neighbours.
+        self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
+        self.texts = [self.theirs[index] for index in self.order]
+        self.known: dict[bytes, int | None] = {text: index for index, text in enumerate(self.ours) if text}
+        self.groups = np.arange(len(self.ours))
+        self.rules, self.numbers = list[Rule](), dict[Any, int]()
+        self.too_long = set[int]()  # tokens that end beyond the teacher's next token, too
         if self.same:
-            ids = torch.arange(len(self.ours), device=device)
-            return FirstTokens(ids, ids[:0])
-        known = {text: index for index, text in enumerate(self.ours) if text}
-        first = np.full(len(self.theirs), len(self.ours))
-        for index, text in enumerate(self.theirs):
-            if text not in known and text.decode(errors="ignore").encode() == text:
-                begin = self.student.encode(text.decode(), inside=True)[:1]
-                # A tokenizer may change the text, or put a space before it.
-                known[text] = next((id for id in begin if text.startswith(self.ours[id])), len(self.ours))
-            first[index] = known.get(text, len(self.ours))
-        first[[*self.special.values()]] = [*self.special]
-        unreached = np.setdiff1d(np.arange(len(self.ours)), first)
-        return FirstTokens(*(torch.as_tensor(ids, device=device) for ids in (first, unreached)))
+            self.numbers[b""] = self.add_rule(range(len(self.ours)), range(len(self.ours)))
+            self.members: dict[int, list[int]] = {}
+            return
+        reached = {self.first_token(text) for text in self.texts}
+        for index, text in enumerate(self.ours):
+            # The first tokens that the teacher reads, if they are the beginning of the text.
+            read = self.encode(text, 0)[:1] if index not in reached else []
+            for theirs in [token for token, begin, end in read if begin == 0 < end]:
+                first = self.first_token(self.theirs[theirs])
+                self.groups[index] = index if first is None else first
+        members = defaultdict(list)
+        for index, group in enumerate(self.groups.tolist()):
+            members[group].append(index)
+        self.members = {group: tokens for group, tokens in members.items() if len(tokens) > 1}
+        rule = self.group_rule(range(len(self.order)), b"") | {b: a for a, b in self.special.items()}
+        self.numbers[b""] = self.add_rule(rule.keys(), rule.values())
+
+    def first_token(self, text: bytes) -> int | None:
+        """The student's first token of a text; None if the text is none, as the end of a character."""
+        if text not in self.known:
+            ids = []
+            if text.decode(errors="ignore").encode() == text:
+                ids = self.student.encode(text.decode(), inside=True)[:1]
+            # A tokenizer may change the text, or put a space before it.
+            fits = [index for index in ids if self.ours[index] and text.startswith(self.ours[index])]
+            self.known[text] = fits[0] if fits else None
+        return self.known[text]
+
+    def add_rule(self, *columns: Iterable[int]) -> int:
+        """Add a rule of these tokens of the teacher and of the student, and return its number."""
+        self.rules.append(Rule(*(torch.tensor([*ids], dtype=torch.int64, device=self.device)
+                                 for ids in columns)))
+        return len(self.rules) - 1
+
+    def group_rule(self, places: range, prefix: bytes) -> dict[int, int]:
+        """{token of the teacher: group of the student's first token of its rest after `prefix`}."""
+        firsts = {self.order[place]: self.first_token(self.texts[place][len(prefix):]) for place in places}
+        return {token: int(self.groups[first]) for token, first in firsts.items() if first is not None}
+
+    def beginning_with(self, text: bytes) -> range:
+        """Where in `order` the teacher's tokens are that begin with a text. UTF-8 has no byte 255."""
+        return range(bisect_left(self.texts, text), bisect_left(self.texts, text + b"\xff"))
+
+    def prefix_rule(self, prefix: bytes) -> int:
+        """The number of the rule for targets that follow `prefix` within a token of the teacher."""
+        if prefix not in self.numbers:
+            rule = self.group_rule(self.beginning_with(prefix), prefix)
+            self.numbers[prefix] = self.add_rule(rule.keys(), rule.values()) if rule else NO_RULE
+        return self.numbers[prefix]
+
+    def split_rule(self, group: int) -> int:
+        """The number of the rule for what follows the text of a group: the tokens of the group."""
+        if group not in self.numbers:
+            base, rule = self.ours[group], dict[int, int]()
+            # A longer token comes later, and takes what begins with it.
+            for index in sorted(self.members[group], key=lambda index: len(self.ours[index])):
+                if index != group and self.ours[index].startswith(base):
+                    places = self.beginning_with(self.ours[index][len(base):])
+                    rule |= {self.order[place]: index for place in places}
+            self.numbers[group] = self.add_rule(rule.keys(), rule.values())
+            self.too_long |= {*self.members[group]} - {group, *rule.values()}
+        return self.numbers[group]
+
+    # ---- Texts --------------------------------------------------------------------------------------------
 
     def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
         """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
@@ -191,7 +272,7 @@ class Aligner:
             read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
             if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
                 ends -= 1
-            elif read != known:  # the tokenizer changes this text: the teacher reads it, and has no span
+            elif read != known:  # the tokenizer changes this text: the teacher reads it, and predicts nothing
                 ends[:] = 0
             first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
             edges = [first, *(first + ends).tolist()]
@@ -199,8 +280,10 @@ class Aligner:
         return tokens
 
     def tokens(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        """The student's and the teacher's tokens of one document, as `match_spans` takes them. A special
-        token that both have counts as one byte."""
+        """The student's and the teacher's tokens of one document, (n, 3) each: id, first byte and end.
+
+        A special token that both have counts as one byte.
+        """
         sizes = [1 if self.same or index in self.special else len(self.ours[index]) for index in ids]
         ends = np.cumsum(sizes)
         ours = np.stack((ids, ends - sizes, ends), axis=1)
@@ -219,30 +302,45 @@ class Aligner:
         return ours, np.array(theirs, dtype=np.int64).reshape(-1, 3)
 
     def document(self, ids: np.ndarray, trained: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """The teacher's ids of one document, and the spans, (spans, 4): first position and number of tokens,
-        of the student and of the teacher.
+        """The teacher's ids of one document, and its targets that are compared, (e, 4): the position of each,
+        the slot of the teacher that predicts it, and the numbers of its two rules.
 
         ids: the document's inputs and its last target, (n,). trained: which of them are targets, (n,) bool.
         """
         ours, theirs = self.tokens(ids.tolist())
-        a, b, c, d = match_spans(ours, theirs).T
-        before = np.append(0, np.cumsum(trained & ~np.isin(ids, self.unknown)))  # targets before each token
-        keep = (before[b] - before[a] == b - a) & (c > 0)  # nothing predicts the teacher's first token
-        return theirs[:, 0].tolist(), np.stack((a - 1, b - a, c - 1, d - c), axis=1)[keep]
+        found = []
+        covering = np.searchsorted(theirs[:, 2], ours[:, 1], "right")  # the token where each of ours begins
+        for place in np.flatnonzero(trained & (covering > 0) & (covering < len(theirs))):
+            (index, begin, end), slot = ours[place].tolist(), int(covering[place])
+            token, first, last = theirs[slot].tolist()
+            if first > begin or index in self.unknown:
+                continue  # bytes that the teacher has no token for, or a name that it reads as a text
+            text, split = self.theirs[token], NO_RULE
+            # Of a sentencepiece token at the beginning of a text, the space counts as read.
+            prefix = b"" if self.same or index in self.special else text[:len(text) - (last - begin)]
+            if prefix and end > last:
+                continue
+            group = int(self.groups[index])
+            if not prefix and group in self.members and text == self.ours[group]:
+                split = self.split_rule(group)
+                split = NO_RULE if index in self.too_long else split
+            if (rule := self.prefix_rule(prefix)) != NO_RULE:
+                found.append((place - 1, slot - 1, rule, split))
+        return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 4)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the keys of `by_span` and of the teacher, all int64 on the CPU.
+        """The batch with the keys of `compared_first` and of the teacher, all on the CPU.
 
-        "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). The positions that
-        are compared, in the flattened B T': "exact_slots" (E,), one per exact span, and "longer_slots" (M,),
-        their "longer_targets", and the numbers of their spans, "longer_span" (M,).
+        "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). For the targets that
+        are compared, "slots", "rule", "split" and "group" of TranslatedTeacher, (E,) int64 each. "kinds":
+        the argument of `compared_first`.
         """
         batch = to_device(batch, "cpu")
         B, T = batch["input_ids"].shape
         inputs, targets = (each.flatten().numpy() for each in (batch["input_ids"], full_targets(batch)))
         documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"])).numpy()
         rows: list[list[tuple[int, int]]] = [[] for _ in range(B)]  # (id, document) of the teacher
-        spans = [np.zeros((0, 5), dtype=np.int64)]  # row, and the columns of `document`
+        parts = [np.zeros((0, 5), dtype=np.int64)]  # row, and the columns of `document`
         begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of the documents in the flattened B T
         for places in np.split(np.arange(B * T), begins[1:]):
             is_target = targets[places] != IGNORE
@@ -250,34 +348,33 @@ class Aligner:
                 row, first, last = places[0] // T, places[0], places[is_target][-1]
                 ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
                                            np.append(False, is_target[:last + 1 - first]))
-                spans.append(np.insert(found + [first, 0, len(rows[row]), 0], 0, row, axis=1))
+                parts.append(np.insert(found + [first, len(rows[row]), 0, 0], 0, row, axis=1))
                 rows[row] += [(index, int(documents.flat[first])) for index in ids]
         # Each row is padded with two zeros at least, so that the teacher has an input. Nothing sees padding.
         table = pad_sequence([torch.tensor([*row, (0, 0), (0, 0)]) for row in rows], batch_first=True)
         table = table[:, :self.context + 1]  # (B, T' + 1, 2)
         width = table.shape[1] - 1  # T'
-        found = np.concatenate(spans)
-        row, begin, length, slot, count = found[found[:, 3] + found[:, 4] <= width].T
-        exact, slot = (length == 1) & (count == 1), row * width + slot
-        lengths = np.zeros(B * T, dtype=np.int64)
-        lengths[begin] = np.where(exact, 1, 1 + length)
-        longer, which = (torch.from_numpy(each) for each in ranges(slot[~exact], count[~exact]))
-        batch |= {"teacher_input_ids": table[:, :-1, 0], "exact_slots": torch.from_numpy(slot[exact]),
-                  "longer_slots": longer, "longer_targets": table[:, 1:, 0].flatten()[longer],
-                  "longer_span": which, "lengths": lengths}
+        found = np.concatenate(parts)
+        row, place, slot, rule, split = found[found[:, 2] < width].T
+        split = np.where(slot + 1 < width, split, NO_RULE)
+        kinds = np.zeros(B * T, dtype=np.int64)
+        kinds[place] = np.where(split == NO_RULE, 1, 2)
+        arrays = {"slots": row * width + slot, "rule": rule, "split": split,
+                  "group": self.groups[targets[place]]}
+        batch |= {key: torch.from_numpy(array) for key, array in arrays.items()}
+        batch |= {"teacher_input_ids": table[:, :-1, 0], "kinds": kinds}
         if "document_ids" in batch:
             batch["teacher_document_ids"] = table[:, :-1, 1]
-        return batch | by_span(batch, lengths)
+        return batch | compared_first(batch, kinds)
 
-    def teacher_of(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor | None,
-                   temperature: float) -> AlignedTeacher:
-        """What the loss needs to know of a teacher that has read "teacher_input_ids".
+    def translated(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor | None) -> TranslatedTeacher:
+        """The predictions of a teacher that has read "teacher_input_ids".
 
         hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
-        temperature: that of the divergence.
         """
-        teacher = DenseTeacher(hidden.flatten(0, 1), weight, self.first)  # (B T', C)
-        log_q = token_log_probs(teacher.take(batch["longer_slots"]), batch["longer_targets"],
-                                self.teacher.vocab_size, temperature)  # (M,)
-        spans = log_q.new_zeros(batch["spans"]).index_add(0, batch["longer_span"], log_q)  # (S,)
-        return AlignedTeacher(teacher.take(batch["exact_slots"]), batch["span_of"], spans)
+        dense, keys = DenseTeacher(hidden.flatten(0, 1), weight), ("slots", "rule", "split", "group")
+        return TranslatedTeacher(dense, self.teacher.vocab_size, self.rules, *(batch[key] for key in keys))
+
+    def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
+        """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
+        return AlignedTeacher(predictions, torch.from_numpy(self.groups).to(self.device), batch["is_split"])

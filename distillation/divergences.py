@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dataset.dataloader import IGNORE
 from modeling.devices import autocast_dtype
-from training.losses import KnownGradients, chunk_rows, linear_log_probs
+from training.losses import KnownGradients, chunk_rows
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
 MIN_LOG_PROB = -100.0  # nats: floor of the teacher's log-probabilities, which keeps every loss finite
@@ -40,40 +40,11 @@ class Objective(NamedTuple):
     beta: float = 0.5  # weight of the teacher in the mixture of jsd
 
 
-class FirstTokens(NamedTuple):
-    """How the text of each token of a teacher begins in the student's tokens."""
-
-    first: Tensor  # (size of the teacher's vocabulary,) int64: an id of the student; V if there is none
-    unreached: Tensor  # the ids of the student that no token of the teacher begins with
-
-    def translated(self, log_q: Tensor, vocab_size: int) -> Tensor:
-        """The log-probability that the teacher's text begins with each token of the student, (n, V + 1).
-
-        log_q: (n, the teacher's vocabulary). The last column is the teacher's tokens that begin with none. A
-        student whose tokens are all reached cannot follow this class: then it is left out.
-        """
-        out = log_q.new_zeros((len(log_q), vocab_size + 1)).index_add_(1, self.first, log_q.exp())
-        if not len(self.unreached):
-            out /= out[:, :-1].sum(-1, keepdim=True)
-            out[:, -1] = 0
-        return out.log_()
-
-    def with_rest(self, log_q: Tensor, log_p: Tensor) -> Tensor:
-        """Divide the last column of `translated` among the unreached tokens in the student's ratios: (n, V).
-
-        The divergence is then that with these tokens as one class: within it, p / q is constant.
-        """
-        rest, log_q, other = log_p[:, self.unreached], log_q[:, :-1], log_q[:, -1:]
-        log_q[:, self.unreached] = rest - rest.logsumexp(-1, keepdim=True) + other
-        return log_q
-
-
 class DenseTeacher(NamedTuple):
     """A teacher at N positions. Its logits are hidden @ weight.T, or `hidden` itself if weight is None."""
 
     hidden: Tensor  # (N, width of the teacher)
     weight: Tensor | None  # (P of the teacher, its width)
-    tokens: FirstTokens | None = None  # of a teacher with another vocabulary
 
     def logits(self, chunk: slice, vocab_size: int) -> Tensor:
         """The logits of a chunk, (n, V) float32, without the columns of the teacher's padding."""
@@ -83,10 +54,8 @@ class DenseTeacher(NamedTuple):
         return hidden[:, :vocab_size].float()
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
-        """The log-probabilities of a chunk, (n, V) float32, or `FirstTokens.translated`, (n, V + 1)."""
-        size = vocab_size if self.tokens is None else len(self.tokens.first)
-        log_q = (self.logits(chunk, size) / temperature).log_softmax(-1)
-        return log_q if self.tokens is None else self.tokens.translated(log_q, vocab_size)
+        """The log-probabilities of a chunk, (n, V) float32."""
+        return (self.logits(chunk, vocab_size) / temperature).log_softmax(-1)
 
     def take(self, positions: Tensor) -> "DenseTeacher":
         return self._replace(hidden=self.hidden[positions])
@@ -106,15 +75,14 @@ class SparseTeacher(NamedTuple):
 
 
 class AlignedTeacher(NamedTuple):
-    """A teacher with another tokenizer, at N targets of the student (distillation/alignment.py).
+    """A teacher with another tokenizer, at the first E of N targets (distillation/alignment.py).
 
-    The first E targets are compared one by one. The next ones are the tokens of S longer spans, span by span.
-    The last ones are not compared.
+    It predicts groups of the student's tokens. A group has the id of one of its tokens.
     """
 
-    exact: DenseTeacher | SparseTeacher  # at the first E targets; a SparseTeacher has ids of the student
-    span_of: Tensor  # (tokens of longer spans,) int64: the span of each, from 0 to S - 1
-    span_log_q: Tensor  # (S,) float32: the teacher's log-probability of each span's text
+    predictions: Any  # a TranslatedTeacher, or a SparseTeacher with ids of the student
+    groups: Tensor  # (V,) int64, the group of each token
+    is_split: Tensor  # (E,) bool, where the tokens of the target's group are predicted one by one
 
 
 Teacher = DenseTeacher | SparseTeacher | AlignedTeacher
@@ -180,28 +148,6 @@ def sparse_kl(log_p: Tensor, teacher: SparseTeacher) -> tuple[Tensor, Tensor]:
     return loss, p.mul_((1 - tail / p_other)[:, None]).scatter_(1, ids, p_kept - probs)
 
 
-def token_log_probs(teacher: DenseTeacher, targets: Tensor, vocab_size: int, temperature: float) -> Tensor:
-    """The teacher's log-probabilities of `targets` (N,) at a temperature, (N,) float32."""
-    if teacher.weight is not None:
-        return linear_log_probs(teacher.hidden / temperature, teacher.weight, targets, vocab_size)
-    log_q = (teacher.logits(slice(None), vocab_size) / temperature).log_softmax(-1)  # (N, vocab_size)
-    return log_q.gather(1, targets[:, None])[:, 0]
-
-
-def span_divergence(log_p: Tensor, log_q: Tensor, kind: Kind, beta: float) -> Tensor:
-    """`divergence` of two outcomes, a span's text and any other text: (S,), differentiable by log_p.
-
-    log_p, log_q: (S,), the log-probabilities P of the text; log_p below 0. Let (g, -g) be the gradient by the
-    logits of the two outcomes. As log(1 - P) has the derivative -P / (1 - P) by log P, the gradient by log P
-    is g / (1 - P).
-    """
-    with torch.no_grad():
-        ours, theirs = (torch.stack((x, (-x.expm1()).log()), dim=1) for x in (log_p, log_q))  # (S, 2) each
-        loss, gradient = divergence(ours, theirs, kind, beta)  # (S,), (S, 2)
-        slope = gradient[:, 0] / -log_p.expm1()  # (S,)
-    return loss + slope * (log_p - log_p.detach())
-
-
 def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slice, objective: Objective,
               log_p: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """T^2 * divergence from the teacher, (n,), and its gradient by the student's logits, (n, V).
@@ -215,15 +161,62 @@ def soft_loss(logits: Tensor, teacher: DenseTeacher | SparseTeacher, chunk: slic
         return difference.square().mean(-1), difference * (2 / V)
     if log_p is None or T != 1:
         log_p = (logits / T).log_softmax(-1)
+    loss, gradient = chunk_divergence(log_p, teacher, chunk, objective)
+    return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
+
+
+def chunk_divergence(log_p: Tensor, teacher: Any, chunk: slice,
+                     objective: Objective) -> tuple[Tensor, Tensor]:
+    """`divergence` or `sparse_kl` from the teacher at a chunk of positions. log_p: (n, V)."""
     if isinstance(teacher, SparseTeacher):
         tail = None if teacher.tail is None else teacher.tail[chunk]
-        loss, gradient = sparse_kl(log_p, SparseTeacher(teacher.ids[chunk], teacher.probs[chunk], tail))
-    else:
-        log_q = teacher.log_probs(chunk, V, T)
-        if teacher.tokens is not None:
-            log_q = teacher.tokens.with_rest(log_q, log_p)
-        loss, gradient = divergence(log_p, log_q, objective.kind, objective.beta)
-    return T**2 * loss, gradient.mul_(T)  # T^2 times the gradient by z / T, divided by T
+        return sparse_kl(log_p, SparseTeacher(teacher.ids[chunk], teacher.probs[chunk], tail))
+    log_q = teacher.log_probs(chunk, log_p.shape[1], objective.temperature)
+    return divergence(log_p, log_q, objective.kind, objective.beta)
+
+
+def members(groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """(row, token), (m,) each: every row of `targets` (n,) with each token of its target's group."""
+    sizes = groups.bincount(minlength=len(groups))  # (V,)
+    order, counts = groups.argsort(stable=True), sizes[groups[targets]]  # (V,), (n,)
+    row = torch.arange(len(targets), device=groups.device).repeat_interleave(counts)
+    first = (sizes.cumsum(0) - sizes)[groups[targets]] - (counts.cumsum(0) - counts)  # (n,)
+    return row, order[first[row] + torch.arange(len(row), device=groups.device)]
+
+
+def group_loss(logits: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: slice,
+               objective: Objective) -> tuple[Tensor, Tensor]:
+    """`soft_loss` for groups of tokens, plus the cross-entropy of each target within its group.
+
+    targets: (n,). The gradient of a token is that of its group, times its probability within the group. The
+    cross-entropy has no temperature, and is left out if alpha is 1: then nothing is learned from the text.
+    """
+    T, tiny = objective.temperature, torch.finfo(torch.float32).tiny
+    row, token = members(teacher.groups, targets)
+    is_split = teacher.is_split[chunk]
+    p = (logits / T).softmax(-1)
+    whole = torch.zeros_like(p).index_add_(1, teacher.groups, p)  # (n, V): of each group
+    # The tokens of a split group are compared one by one: each is a group of its own.
+    apart = row[is_split[row]], token[is_split[row]]
+    whole[apart] = p[apart]
+    log_p = whole.clamp(min=1e-35).log_()  # columns without a group have 0, and smaller numbers are slow
+    loss, by_group = chunk_divergence(log_p, teacher.predictions, chunk, objective)
+    gradient = by_group.index_select(1, teacher.groups).mul_(p)
+    gradient.div_(whole.index_select(1, teacher.groups).clamp_(min=tiny))
+    gradient[apart] = by_group[apart]
+    loss, gradient = T**2 * loss, gradient.mul_(T)
+    if objective.alpha < 1:
+        # The cross-entropy of a softmax over the tokens of the group.
+        row, token = row[~is_split[row]], token[~is_split[row]]
+        p = p if T == 1 else logits.softmax(-1)
+        own = p[row, token]
+        total = torch.zeros_like(loss).index_add_(0, row, own).clamp_(min=tiny)  # (n,)
+        gradient[row, token] += own / total[row]
+        rows = (~is_split).nonzero()[:, 0]
+        here = rows, targets[rows]
+        gradient[here] -= 1
+        loss[rows] -= (p[here] / total[rows]).clamp(min=tiny).log()
+    return loss, gradient
 
 
 def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
@@ -232,8 +225,8 @@ def select_targets(hidden: Tensor, batch: dict[str, Any]) -> Tensor:
     return hidden[batch["positions"]] if "positions" in batch else hidden
 
 
-def chunk_loss(logits: Tensor, targets: Tensor, teacher: DenseTeacher | SparseTeacher | None, chunk: slice,
-               objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
+def chunk_loss(logits: Tensor, targets: Tensor, teacher: Teacher | None, chunk: slice, objective: Objective
+               ) -> tuple[Tensor, Tensor, Tensor]:
     """Cross-entropy and T^2 * divergence, summed over a chunk; and the gradient of the loss, (n, V).
 
     logits: the student's, (n, V) float32; the gradient is with respect to them. targets: (n,) of the chunk.
@@ -245,7 +238,10 @@ def chunk_loss(logits: Tensor, targets: Tensor, teacher: DenseTeacher | SparseTe
     kd, gradient = torch.zeros_like(ce), torch.zeros_like(ce)
     if alpha > 0:
         assert teacher is not None
-        loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
+        if isinstance(teacher, AlignedTeacher):
+            loss, gradient = group_loss(logits, targets, teacher, chunk, objective)
+        else:
+            loss, gradient = soft_loss(logits, teacher, chunk, objective, log_p)
         kd = torch.where(is_target, loss, 0).sum()
         gradient.mul_(alpha)
     if alpha < 1:  # the gradient of the cross-entropy is p - 1 at the target, and p elsewhere
@@ -266,7 +262,7 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     Ignored positions are computed too, because skipping them would make a GPU wait for the mask; callers drop
     most of them beforehand (select_targets).
     """
-    if isinstance(teacher, AlignedTeacher):
+    if isinstance(teacher, AlignedTeacher) and len(hidden) > len(teacher.is_split):
         return aligned_distillation(hidden, weight, targets, teacher, vocab_size, objective)
     dtype, with_grad = autocast_dtype(hidden), torch.is_grad_enabled()
     with_weight = with_grad and weight.requires_grad  # False if the table is frozen
@@ -296,21 +292,14 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
 
 def aligned_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: AlignedTeacher,
                          vocab_size: int, objective: Objective) -> tuple[Tensor, Tensor, Tensor]:
-    """`linear_distillation` with an AlignedTeacher: exact spans, longer spans and all other targets."""
-    alpha, T = objective.alpha, objective.temperature
-    exact = len(teacher.exact[0])  # E
-    end = exact + len(teacher.span_of)
-    loss, ce, kd = linear_distillation(hidden[:exact], weight, targets[:exact], teacher.exact, vocab_size,
+    """`linear_distillation` with an AlignedTeacher. Targets that it does not predict are learned from the
+    text: with the weight 1, which is 1 - alpha + alpha, or not at all if alpha is 1."""
+    compared = len(teacher.is_split)
+    loss, ce, kd = linear_distillation(hidden[:compared], weight, targets[:compared], teacher, vocab_size,
                                        objective)
-    text_loss, text_ce, _ = linear_distillation(hidden[exact:], weight, targets[exact:], None, vocab_size,
-                                                Objective(alpha=0.0))
-    log_p = linear_log_probs(hidden[exact:end] / T, weight, targets[exact:end], vocab_size)
-    log_p = torch.zeros_like(teacher.span_log_q).index_add(0, teacher.span_of, log_p)  # (S,)
-    # Below 0, because 1 - P needs some digits in float32.
-    spans = T**2 * span_divergence(log_p.clamp(max=-1e-6), teacher.span_log_q, objective.kind,
-                                   objective.beta).sum()
-    loss = loss + (1 - alpha) * text_loss + alpha * spans
-    return loss, ce + text_ce, kd + spans.detach()
+    text_loss, text_ce, _ = linear_distillation(hidden[compared:], weight, targets[compared:], None,
+                                                vocab_size, Objective(alpha=0.0))
+    return loss + float(objective.alpha < 1) * text_loss, ce + text_ce, kd
 
 
 @torch.no_grad()

@@ -15,9 +15,9 @@ sample  the ids of k tokens drawn from the teacher, 2 bytes each (4 for more tha
         token among the samples is an unbiased estimate of its probability (Random Sampling KD, arXiv
         2503.16870).
 
-For a teacher with another tokenizer (--align=bytes; topk only), a record begins with 2 bytes: 0 if nothing is
-compared here, 1 for one token on both sides, 1 + n at the first of n tokens whose probability is stored. The
-ids are then the student's (distillation/alignment.py).
+For a teacher with another tokenizer (--align=bytes; topk only), a record begins with one byte: 0 if nothing
+is compared here, 1 for groups of the student's tokens, 2 if the target's group is split into its tokens
+(distillation/alignment.py). The ids are then the student's.
 
 A cache belongs to one teacher, data set, row length and temperature. The name of its folder is the hash of
 these, so a cache is never used for anything else.
@@ -64,20 +64,20 @@ def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = 
     identity = {"version": VERSION, "teacher": teacher_hash,
                 "data": file_sha256(rows.data.folder / "meta.json"),
                 "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
-    # Older caches of align=bytes have the tokens that both vocabularies share, and older ones no such key.
-    return identity | ({} if align == "ids" else {"align": f"{align}, first tokens"})
+    # Older caches of align=bytes have spans in place of groups, and older ones no such key.
+    return identity | ({} if align == "ids" else {"align": f"{align}, groups"})
 
 
 # ---- Records ----------------------------------------------------------------------------------------------
 
 def record_type(identity: dict[str, Any], vocab_size: int) -> np.dtype:
-    """The dtype of a cache's records: "length" (only for align=bytes), "ids" (k,) and, for topk, "values"
+    """The dtype of a cache's records: "kind" (only for align=bytes), "ids" (k,) and, for topk, "values"
     (k + 1,)."""
     is_topk = identity["method"] == "topk"
     k = min(identity["k"], vocab_size) if is_topk else identity["k"]
     fields: list[tuple] = [("ids", "<u2" if vocab_size <= 2**16 else "<u4", (k,))]
     if "align" in identity:
-        fields.insert(0, ("length", "<u2"))
+        fields.insert(0, ("kind", "u1"))
     if is_topk:
         fields.append(("values", {"float16": "<f2", "float32": "<f4"}[identity["values"]], (k + 1,)))
     return np.dtype(fields)
@@ -85,14 +85,11 @@ def record_type(identity: dict[str, Any], vocab_size: int) -> np.dtype:
 
 def encode(log_probs: Tensor, dtype: np.dtype, vocab_size: int,
            generator: torch.Generator | None = None) -> np.ndarray:
-    """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> n records.
-
-    A column after V is the probability of what is no token of the student. "length" stays 0.
-    """
+    """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> n records, "kind" 0."""
     records = np.zeros(len(log_probs), dtype)
     k = dtype["ids"].shape[0]
     if "values" in (dtype.names or ()):
-        top, ids = log_probs[:, :vocab_size].topk(k, dim=-1)  # (n, k) each
+        top, ids = log_probs.topk(k, dim=-1)  # (n, k) each
         tail = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf if k = V
         records["values"] = torch.cat((top, tail), dim=1).cpu().numpy()
     else:
@@ -224,7 +221,7 @@ class CacheWriter:
             log_probs = teacher.log_probs(chunk, self.V, self.spec.temperature)  # (n, V), never (B T, V)
             records = encode(log_probs, self.dtype, self.V, generator)
             if isinstance(teacher, AlignedRows):
-                records["length"] = teacher.lengths[chunk]
+                records["kind"] = teacher.kinds[chunk]
             yield records
 
 

@@ -73,8 +73,6 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     teacher = load_teacher(cfg.teacher, own_tokenizer, device, DTYPES[dtype], cfg.block_size)
     if cfg.align == "bytes":
         aligner = Aligner(tokenizer, folder, context_of(teacher), device)
-        if cfg.spec.k > (reached := tokenizer.vocab_size - len(aligner.first.unreached)):
-            raise UserError(f"k={cfg.spec.k}: the teacher's tokens begin with only {reached:,} of the data's")
     eot_id, prefix = tokenizer.eot_id if cfg.document_mask else None, "teacher_" if aligner else ""
 
     @torch.inference_mode()
@@ -87,14 +85,12 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
                 del batch["document_ids"]
         else:  # text, (n, T + 1)
             batch = text_batch(values, eot_id)
-        targets = batch["targets"].flatten().numpy()
         batch = to_device(aligner.align(batch) if aligner else batch, device)
         hidden, weight = teacher(batch[f"{prefix}input_ids"], head=lambda *result: result,
                                  document_ids=batch.get(f"{prefix}document_ids"))
         if aligner is None:
             return DenseTeacher(hidden.flatten(0, 1), weight)  # (n T, C)
-        return AlignedRows(aligner.teacher_of(batch, hidden, weight, cfg.temperature), batch["lengths"],
-                           targets)
+        return AlignedRows(aligner.translated(batch, hidden, weight), batch["kinds"])
 
     return run_teacher
 

@@ -8,15 +8,15 @@ import torch
 
 from dataset.dataloader import IGNORE
 from distillation.divergences import (
+    AlignedTeacher,
     DenseTeacher,
-    FirstTokens,
     Objective,
     SparseTeacher,
     comparison_sums,
     divergence,
+    group_loss,
     linear_distillation,
     soft_loss,
-    span_divergence,
 )
 
 KINDS = ["forward_kl", "reverse_kl", "jsd", "tv"]
@@ -230,33 +230,30 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
 # ---- Another vocabulary -----------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_that_are_not_reached_are_one_class(kind):
-    """Ids 90 to 31 there begin with 0 to 59 here, and id 95 with 7: the divergence of 61 classes, with its
-    gradient."""
-    ours, theirs = torch.arange(60), torch.arange(90, 30, -1)
-    rest = torch.tensor([k for k in range(V) if k not in {*theirs.tolist(), 95}])
-    first = torch.full((V,), V)
-    first[theirs], first[95] = ours, 7
+@pytest.mark.parametrize("alpha,T", [(0.7, 2.0), (1.0, 1.0)])
+def test_groups_of_tokens(kind, alpha, T):
+    """The tokens from 60 on are in the groups of 0 to 9, and every second target's group is split: the
+    divergence of the groups, and the cross-entropy within the others, with its gradient."""
     z, y = logits(1).requires_grad_(), logits(2)
-    teacher = DenseTeacher(y, None, FirstTokens(first, torch.arange(60, V)))
-    loss, gradient = soft_loss(z.detach(), teacher, slice(None), Objective(1.0, 2.0, kind, 0.3))
-    log_p, log_q = (z / 2).log_softmax(-1), (y / 2).log_softmax(-1)
-    p = torch.cat((log_p[:, ours], log_p[:, 60:].logsumexp(-1, keepdim=True)), 1)
-    begins = log_q[:, theirs]
-    begins[:, 7] = begins[:, 7].logaddexp(log_q[:, 95])
-    q = torch.cat((begins, log_q[:, rest].logsumexp(-1, keepdim=True)), 1)
-    expected = in_autograd(p, q, kind, 0.3, 1.0) * 4
+    groups = torch.arange(V)
+    groups[60:] %= 10
+    targets, is_split = torch.arange(len(z)) % 10 + 60, torch.arange(len(z)) % 2 > 0
+    assert (groups[targets] < 10).all()
+    expected = []
+    for row, target in enumerate(targets.tolist()):
+        apart = [k for k in range(V) if is_split[row] and groups[k] == groups[target]]
+        sets = [[k] for k in apart] + [[k for k in range(V) if groups[k] == group and k not in apart]
+                                       for group in range(60) if group != groups[target] or not apart]
+        heads = [each[0] for each in sets]
+        y[row, [k for k in range(V) if k not in heads]] = -torch.inf
+        log_p, log_q = (z[row] / T).log_softmax(-1), (y[row] / T).log_softmax(-1)[heads]
+        p = torch.stack([log_p[each].logsumexp(-1) for each in sets])
+        loss = T**2 * in_autograd(p[None], log_q[None], kind, 0.3, 1.0)[0]
+        own = next(each for each in sets if target in each)
+        inside = z[row, own].logsumexp(-1) - z[row, target]
+        expected.append(loss + inside * (alpha < 1))
+    expected = torch.stack(expected)
+    teacher = AlignedTeacher(DenseTeacher(y, None), groups, is_split)
+    loss, gradient = group_loss(z.detach(), targets, teacher, slice(None), Objective(alpha, T, kind, 0.3))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_text_of_a_span_and_any_other_text(kind):
-    log_p = torch.tensor([-0.1, -2.0, -9.0], requires_grad=True)
-    log_q = torch.tensor([-1.0, -0.3, -20.0])
-    loss = span_divergence(log_p, log_q, kind, 0.3)
-    p, q = (torch.stack((x, (-x.expm1()).log()), 1) for x in (log_p.double(), log_q.double()))
-    expected = in_autograd(p, q, kind, 0.3, 1.0)
-    torch.testing.assert_close(loss.double(), expected, rtol=1e-4, atol=1e-7)
-    gradients = [torch.autograd.grad(each.sum(), log_p)[0] for each in (loss, expected)]
-    torch.testing.assert_close(*gradients, rtol=1e-4, atol=1e-6)
