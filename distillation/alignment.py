@@ -203,10 +203,9 @@ class Aligner:
             return
         reached = {self.first_token(text) for text in self.texts}
         for index, text in enumerate(self.ours):
-            # The first tokens that the teacher reads, if they are the beginning of the text.
-            read = self.encode(text, 0)[:1] if index not in reached else []
-            for theirs in [token for token, begin, end in read if begin == 0 < end]:
-                first = self.first_token(self.theirs[theirs])
+            token, begin, end = next(iter(self.encode(text, 0)), (0, 0, 0))
+            if index not in reached and begin == 0 < end:  # the teacher reads the beginning of the text
+                first = self.first_token(self.theirs[token][-end:])  # without a space that it puts before
                 self.groups[index] = index if first is None else first
         members = defaultdict(list)
         for index, group in enumerate(self.groups.tolist()):
