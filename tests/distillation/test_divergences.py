@@ -234,16 +234,15 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
 def test_groups_of_tokens(kind, alpha, T):
     """The tokens from 60 on are in the groups of 0 to 9, and every second target's group is split: the
     divergence of the groups, and the cross-entropy within the others, with its gradient."""
-    z, y = logits(1).requires_grad_(), logits(2)
+    z, y = logits(1)[:12].requires_grad_(), logits(2)[:12]
     groups = torch.arange(V)
     groups[60:] %= 10
     targets, is_split = torch.arange(len(z)) % 10 + 60, torch.arange(len(z)) % 2 > 0
-    assert (groups[targets] < 10).all()
-    expected = []
+    group_of, expected = groups.tolist(), []
+    members = {group: [k for k in range(V) if group_of[k] == group] for group in range(60)}
     for row, target in enumerate(targets.tolist()):
-        apart = [k for k in range(V) if is_split[row] and groups[k] == groups[target]]
-        sets = [[k] for k in apart] + [[k for k in range(V) if groups[k] == group and k not in apart]
-                                       for group in range(60) if group != groups[target] or not apart]
+        apart = members[group_of[target]] if is_split[row] else []
+        sets = [[k] for k in apart] + [each for each in members.values() if each != apart]
         heads = [each[0] for each in sets]
         y[row, [k for k in range(V) if k not in heads]] = -torch.inf
         log_p, log_q = (z[row] / T).log_softmax(-1), (y[row] / T).log_softmax(-1)[heads]
