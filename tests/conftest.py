@@ -50,8 +50,9 @@ TINY_RUN = """--n_layer=2 --n_embd=64 --n_head=4 --n_kv_head=2 --intermediate_si
     --device=cpu --log_interval=1 --eval_interval=0 --save_interval=0""".split()
 
 
-# The modules of `pytest -m fast`: about 1,400 tests in 45 seconds on one core. Tests that use a fixture of
-# TRAINED or are named in NOT_FAST are left out. The others start no training run and no child process.
+# The modules of `pytest -m fast`: about 1,700 tests in 50 seconds on one core. Tests that use a fixture of
+# TRAINED are left out, and those of NOT_FAST, which take long. The others start no training run and no child
+# process.
 FAST = """
     test_configurator.py test_dpo.py test_eval.py test_imports.py test_model.py test_sft.py
     bench/test_learn.py bench/test_reason.py bench/test_scoring.py bench/test_teach.py
@@ -77,7 +78,9 @@ FAST = """
 TRAINED = {"trained", "chats", "pairs", "two_ranks"}
 NOT_FAST = {"test_exit_codes", "test_arrow_keys_edit_the_line_in_a_chat",
             "test_a_model_on_the_meta_device_is_filled_without_a_second_copy",
-            "test_a_run_lowers_its_loss", "test_a_teacher_whose_bytes_cannot_be_aligned"}
+            "test_a_run_lowers_its_loss", "test_a_teacher_whose_bytes_cannot_be_aligned",
+            "test_a_tree_of_texts_equals_transformers_on_each_text",
+            "test_conversations_that_are_cut_are_counted_or_dropped"}
 
 
 def fast_module(path):
