@@ -165,11 +165,12 @@ def aligned_bits(cfg: TeachConfig) -> float:
     data, folder = DataFolder(dataset_folder(cfg.dataset)), hf.find_folder(cfg.teacher)
     rows, tokenizer, device = Rows(data, "val", 128), Tokenizer.load(data.folder), torch.device("cpu")
     teacher = load_teacher(cfg.teacher, Tokenizer.load(folder), device, torch.bfloat16, 128)
-    aligner = Aligner(tokenizer, folder, context_of(teacher), device)
-    nats, count = 0.0, 0
+    context = context_of(teacher)
+    aligner, nats, count = Aligner(tokenizer, folder, context, device), 0.0, 0
     for row in rows.read(np.arange(len(rows))):
         _, theirs = aligner.tokens(row.tolist())
-        ids, sizes = torch.from_numpy(theirs[:129, 0]), theirs[1:129, 2] - theirs[1:129, 1]
+        theirs = theirs[:context + 1]
+        ids, sizes = torch.from_numpy(theirs[:, 0]), theirs[1:, 2] - theirs[1:, 1]
         dense = teacher(ids[None, :-1], head=lambda hidden, weight: DenseTeacher(hidden[0], weight))
         log_q = dense.log_probs(slice(None), aligner.teacher.vocab_size, 1.0).gather(1, ids[1:, None])[:, 0]
         nats -= float(log_q.double()[torch.from_numpy(sizes > 0)].sum())

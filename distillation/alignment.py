@@ -6,7 +6,7 @@
 The teacher reads the text of each row in its own tokens:
 
     student   | def | _main | () | :  |
-    teacher   | def | _ma | in | () | : |
+    teacher   | def | _ma | in | ():  |
 
 **Groups.** Where a token of the student and one of the teacher begin together, as at "_main", each token of
 the teacher counts for the student's first token of its text. Here "_ma" counts for "_ma", if the student has
@@ -17,9 +17,9 @@ group of "_ma", because the teacher reads its text as "_ma" and "in". The teache
 how the text goes on: "in..." means "_main", anything else "_ma". Then the tokens of this group are compared
 one by one. Otherwise the text says which token of the group it is: the loss is its cross-entropy.
 
-**Within a token of the teacher.** A token of the student may begin after the first bytes of a token of the
-teacher, and end in it: the student's "in" in the teacher's "_main". Of the teacher's tokens, only those that
-begin with these bytes count, each for the student's first token of the rest.
+**Within a token of the teacher.** The student's ":" begins inside the teacher's "():", after the bytes "()",
+and does not end beyond it. There, only the teacher's tokens count that begin with "()" and go on, each for
+the student's first token of the rest.
 
 The other targets are learned from the text alone: those that begin within a token of the teacher and end
 beyond it. The choice depends on the text, but the teacher's prediction is the one that it has, given this
@@ -194,7 +194,7 @@ class Aligner:
         self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
         self.texts = [self.theirs[index] for index in self.order]
         self.known: dict[bytes, int | None] = {text: index for index, text in enumerate(self.ours) if text}
-        self.groups = np.arange(len(self.ours))
+        self.groups = np.arange(len(self.ours))  # (V,)
         self.rules, self.numbers = list[Rule](), dict[Any, int]()
         self.too_long = set[int]()  # tokens that end beyond the teacher's next token, too
         if self.same:
@@ -315,7 +315,7 @@ class Aligner:
             if first > begin or index in self.unknown:
                 continue  # bytes that the teacher has no token for, or a name that it reads as a text
             text, split = self.theirs[token], NO_RULE
-            # Of a sentencepiece token at the beginning of a text, the space counts as read.
+            # A sentencepiece tokenizer may put a space before a text: the prefix then begins with it.
             prefix = b"" if self.same or index in self.special else text[:len(text) - (last - begin)]
             if prefix and end > last:
                 continue

@@ -153,8 +153,8 @@ def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHook
                  objective: LayerObjective) -> Tensor:
     """(2,): the loss of the hidden states and the loss of the attention, neither multiplied by its weight.
 
-    Each loss is a mean over the
-    mapped pairs, summed over the positions of the targets, and 0 if its weight is 0.
+    Each loss is a mean over the mapped pairs, summed over the positions of the targets, and 0 if its weight
+    is 0.
     Call this inside the student's forward pass, where FSDP has gathered the projections.
     """
     B, T = batch["input_ids"].shape

@@ -129,6 +129,8 @@ def test_tokens_tile_the_text(tmp_path, scheme):
     for index, begin, end in theirs:
         if end > begin > 0 and index not in aligner.teacher.special_ids:
             assert aligner.theirs[index].endswith(text[begin - 1:end - 1])
+    texts = zip(aligner.ours, aligner.groups, strict=True)
+    assert all(text.startswith(aligner.ours[group]) for text, group in texts), "a group begins its texts"
     _, found = aligner.document(np.array(ids), np.arange(len(ids)) > 0)
     assert len(found) > 0.6 * len(ids) and (np.diff(found[:, 1]) >= 0).all()
     # A row that begins and ends within characters: their bytes have no token of the teacher.
