@@ -22,9 +22,9 @@ and does not end beyond it. There, only the teacher's tokens count that begin wi
 the student's first token of the rest.
 
 The other targets are learned from the text alone: those that begin within a token of the teacher and end
-beyond it. The choice depends on the text, but the teacher's prediction is the one that it has, given this
-choice. So the student can learn how likely each choice is. With equal tokenizers every group is one token,
-and the loss is that of ordinary distillation.
+beyond it. Which case applies depends on the text, and so on the target. In each case, the teacher's
+probabilities are those given this case, and the text teaches how often each case happens. With equal
+tokenizers every group is one token, and the loss is that of ordinary distillation.
 
 What is approximate: a text has many tokenizations, and the teacher's probability of a text is the one of its
 own tokenization only. The student's first token of a text may depend on what follows, and the groups know
