@@ -1,7 +1,7 @@
 """Stage 2, distillation: a small model, the student, learns the predictions of a larger one, the teacher.
 
     python distill.py                       # out/base teaches a model a quarter of its size -> out/distilled
-    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2 --out_dir=out/half   # half the teacher
+    python distill.py --student_layers=every:2 --n_embd=128 --n_head=2 --out_dir=out/half   # cut out of it
     python distill.py config/distill_two_stage.py
     python -m tools.cache_teacher --teacher=out/base --dataset=pystdlib --method=sample
     python distill.py --cache=sample --out_dir=out/cached    # read the teacher's predictions from disk

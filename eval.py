@@ -2,8 +2,8 @@
 
     python eval.py --model=out/sft
     python eval.py --model=out/base --compare=out/sft,out/dpo --tasks=embedded --limit=500
-    python eval.py --model=out/base --tasks=mmlu,hellaswag --data=../data --limit=1000
-    python eval.py --model=out/base --tasks=all --data=../data,perplexity=book.txt
+    python eval.py --model=out/base --tasks=mmlu,hellaswag --data=../benchmarks --limit=1000
+    python eval.py --model=out/base --tasks=all --data=../benchmarks,perplexity=book.txt
 
 Each task is a file in evals/tasks/, or a line of a table in such a file. The docstrings show raw examples,
 prompts and the sources of the protocols. load() reads the questions, score() runs them on a model.

@@ -14,9 +14,9 @@ ones (arXiv 2110.14168):
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60 / 60 <end>     ->  right
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 24; 40 + 24 = 64 / 64 <end>     ->  wrong
 
-Every right answer is trained on together with a wrong one of the same family of problems. So the family says
-nothing, and neither does "most answers are right". The loss subtracts the log-odds of a right answer in the
-natural shares from the head's output, so the output is the log-odds in the natural shares.
+Every right answer is trained on together with a wrong one of the same family of problems, so neither the
+family nor the share of right answers helps to guess. To undo this balance, the loss subtracts the log-odds of
+a right answer among all samples from the head's output: the output itself is the log-odds among all samples.
 
 One problem in eight is held out. Its answers, in their natural shares, are the validation: ROC-AUC, also
 among answers of the same family and length, which a verifier that knows only the length does not pass; the

@@ -36,7 +36,8 @@ from typing import Any, BinaryIO, NamedTuple, NoReturn
 
 from configurator import UserError, optional_import
 
-TEXT_KINDS = {".txt", ".md", ".py"}
+TEXT_KINDS = {".txt", ".md", ".rst", ".tex", ".py", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".java", ".js",
+              ".ts", ".go", ".rs", ".rb", ".sh", ".sql"}
 KINDS = TEXT_KINDS | {".jsonl", ".json", ".parquet"}
 PACKED = {".gz", ".xz", ".zst"}
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory

@@ -1,7 +1,7 @@
 """Several answers per question: which one to give, and what it costs. All methods over the same tokens.
 
     result = task.score(lm, questions)                       # greedy, as always
-    add_votes(result, Asker(lm, task.score, questions, settings, verifier))
+    add_votes(Asker(lm, task.score, questions, settings, verifier), result)
 
 With k samples per question (num_samples, and smaller powers of two):
 

@@ -7,7 +7,8 @@
 `base` is a list of commands; each starts from the model of the one before. A change is a text: key=value
 (one or several) is added to the first command, and -dpo.py leaves that command out. The table has the metric
 of each variant: val_loss at the end or, with --tasks, the first figure of each task of eval.py. If --evaluate
-has --num_samples=8, it is that of a vote of 8 answers, or of the choice of the last command, verifier.py.
+has --num_samples=8, it is the accuracy of a vote of 8 answers or, if the last command is verifier.py, of the
+answer that this verifier chooses.
 "difference" is the mean over the seeds of variant minus base. "over spread" is its size over the standard
 deviation of the seeds' differences: below about 2, the seeds alone could have made it.
 

@@ -1,6 +1,6 @@
 """Look at what the heads of a model attend to in one text: a picture, and two numbers per layer.
 
-    python -m tools.attention --model=out/base --prompt="def add(a, b):\\n    return a + b" --layer=1 --head=2
+    python -m tools.attention --model=out/base --prompt="def add(a, b): return a + b" --layer=1 --head=2
     python -m tools.attention --model=path/to/Qwen3-0.6B --prompt_file=book.txt --out=book.png
 
 The picture has every head of every layer (rows are queries, columns are keys, both from the first token), one

@@ -1,6 +1,6 @@
 """Fine-tune a model on tasks, and compare that with its own answers without training, in one table.
 
-    python -m tools.task_table --model=MODEL --tasks=sst2,cola,gsm8k --data=../data --seeds=3
+    python -m tools.task_table --model=MODEL --tasks=sst2,cola,gsm8k --data=../benchmarks --seeds=3
     python -m tools.task_table --model=MODEL --tasks=sst2 --methods=zero,lora --sft="--max_steps=100"
 
 Methods: zero asks each question alone, few after worked examples, lora trains an adapter, full all weights.
