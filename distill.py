@@ -123,8 +123,9 @@ class DistillConfig(RunConfig, GPTConfig):
                 (self.align == "bytes", ("student_layers", "student_embeddings", "hidden_weight",
                                          "attention_weight"),
                  "needs the teacher's tokenizer, so it only works with align=ids"),
-                (self.divergence == "mse" or self.cache == "sample", ("align",),
-                 "works with neither divergence=mse nor cache=sample"),
+                # Only this divergence is right for the mean over the cases of distillation/alignment.py.
+                (self.divergence != "forward_kl", ("align",), "only works with divergence=forward_kl"),
+                (self.cache == "sample", ("align",), "does not work with cache=sample"),
                 (self.parallel == "fsdp", ("gradient_noise", "log_gradient_cosine"),
                  "does not work with parallel=fsdp"),
                 (self.document_mask, ("on_policy",), "does not work with document_mask=True"),
@@ -310,7 +311,7 @@ class Distillation:
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
         if isinstance(teacher, AlignedTeacher):
-            metrics["aligned"] = torch.tensor(float(len(teacher.is_split)))
+            metrics["aligned"] = torch.tensor(float(len(teacher.is_split)), device=ce.device)
         if self.student.pairs:
             metrics |= {"hidden": features[0].detach(), "attention": features[1].detach()}
         trained = [parameter for parameter in self.student.parameters() if parameter.requires_grad]

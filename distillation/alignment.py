@@ -8,28 +8,35 @@ The teacher reads the text of each row in its own tokens:
     student   | def | _main | () | :  |
     teacher   | def | _ma | in | ():  |
 
-**Groups.** Where a token of the student and one of the teacher begin together, as at "_main", each token of
-the teacher counts for the student's first token of its text. Here "_ma" counts for "_ma", if the student has
-that token; but the text may go on as "_main". So the student's tokens are put into groups: "_main" is in the
-group of "_ma", because the teacher reads its text as "_ma" and "in". The teacher predicts groups.
+**The map.** Each token of the teacher is mapped to the first token that the student's tokenizer gives for its
+text. The probabilities of the teacher's tokens that are mapped to the same token are added.
 
-**Within a group.** If the teacher's token here is the text of the group, as "_ma", its next prediction says
-how the text goes on: "in..." means "_main", anything else "_ma". Then the tokens of this group are compared
-one by one. Otherwise the text says which token of the group it is: the loss is its cross-entropy.
+**Groups.** The map is not enough for "_main". The teacher has no such token and reads "_ma" and "in", so its
+probability of "_ma" is that of "_ma" and of "_main". These two are a group: each token of the student is in
+the group of the token that the teacher's first token of its text is mapped to. The teacher predicts groups.
 
-**Within a token of the teacher.** The student's ":" begins inside the teacher's "():", after the bytes "()",
-and does not end beyond it. There, only the teacher's tokens count that begin with "()" and go on, each for
-the student's first token of the rest.
+**Within a group.** Where the teacher's token is the whole text of the group's own token, as "_ma", the next
+prediction says how the text goes on: "in..." means "_main", anything else "_ma". There the tokens of the
+target's group are compared one by one. A token that the teacher tells apart only by a third token stays
+together with the one that its first two tokens are mapped to: the group has parts. Which token of a group or
+part it is, the student learns from the text, by the cross-entropy within the group or part.
 
-The other targets are learned from the text alone: those that begin within a token of the teacher and end
-beyond it. Which case applies depends on the text, and so on the target. In each case, the teacher's
-probabilities are those given this case, and the text teaches how often each case happens. With equal
-tokenizers every group is one token, and the loss is that of ordinary distillation.
+**Within a token of the teacher.** The student's ":" begins inside the teacher's "():", after the bytes "()".
+There, only those tokens of the teacher are used that begin with "()" and go on, mapped by the rest of their
+texts.
+
+Two kinds of targets are learned from the text alone: those that begin within a token of the teacher and end
+beyond it, and those that are in another group than the one that the teacher's own next token is mapped to.
+
+Which case applies depends on the text that follows. In each case, the teacher's probabilities are those given
+this case; the text teaches how often each case happens. The gradient of the forward KL is linear in the
+teacher's probabilities, so it averages over the cases. No other divergence does that. With equal tokenizers
+every group is one token, and the loss is that of ordinary distillation.
 
 What is approximate: a text has many tokenizations, and the teacher's probability of a text is the one of its
-own tokenization only. The student's first token of a text may depend on what follows, and the groups know
-only the case where the teacher's token ends. A row may begin or end within a word, which the teacher then
-reads as a whole word.
+own tokenization only. How the student cuts a text may depend on what follows, and the map knows only the text
+of one token, or of two within a group. A row may begin or end within a word, which the teacher then reads as
+a whole word.
 
 Special tokens have no bytes. A special token means the teacher's token of the same name, and the end-of-text
 token means the teacher's. The teacher reads any other special token as the text of its name, and its own BOS
@@ -41,10 +48,10 @@ vocabulary, V' the teacher's.
 """
 
 import re
-from bisect import bisect_left
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from collections.abc import Iterable
-from itertools import groupby
+from collections.abc import Sequence
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +62,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from configurator import UserError
 from dataset.dataloader import IGNORE
-from distillation.divergences import AlignedTeacher, DenseTeacher
+from distillation.divergences import AlignedTeacher, DenseTeacher, Groups
 from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
 
@@ -79,16 +86,27 @@ class TranslatedTeacher(NamedTuple):
 
     teacher: DenseTeacher  # at its B T' positions
     size: int  # V'
+    groups: Groups
     rules: list[Rule]
+    mergers: list[np.ndarray]  # tokens of the teacher, (n,) int64 each
     slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
     rule: Tensor  # (E,) int64, number of the rule for this prediction
     split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     group: Tensor  # (E,) int64, of the target
+    merging: Tensor  # (E,) int64, number of the tokens that would merge with the student's token before
 
-    def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float) -> Tensor:
-        """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V)."""
+    def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float,
+                   merging: Sequence[int] = ()) -> Tensor:
+        """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
+
+        merging: numbers of the teacher's tokens that do not count, one for each slot.
+        """
         logits = self.teacher.take(slots).logits(slice(None), self.size)  # (n, V')
         q = (logits / temperature).softmax(-1)
+        if merging:
+            tokens = [self.mergers[number] for number in merging]
+            pairs = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), np.concatenate(tokens)
+            q[tuple(torch.from_numpy(each).to(q.device) for each in pairs)] = 0
         out = q.new_zeros(len(q), vocab_size)
         for number in numbers.unique().tolist():
             rows = (numbers == number).nonzero()[:, 0]
@@ -96,23 +114,22 @@ class TranslatedTeacher(NamedTuple):
         return out
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
-        """The log-probabilities of groups at a chunk of targets, and of the tokens of a split group: (n, V).
-
-        Each group has the column of one of its tokens.
-        """
-        out = self.translated(self.slots[chunk], self.rule[chunk], vocab_size, temperature)
+        """The log-probabilities of groups at a chunk of targets, as in Groups.sum: (n, V)."""
+        out = self.translated(self.slots[chunk], self.rule[chunk], vocab_size, temperature,
+                              self.merging[chunk].tolist())
         # Given that a token of the teacher counts at all.
         out /= out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        rows = (self.split[chunk] != NO_RULE).nonzero()[:, 0]  # (m,)
+        group, rows = self.group[chunk], (self.split[chunk] != NO_RULE).nonzero()[:, 0]  # (n,), (m,)
         if len(rows):
-            group = self.group[chunk][rows, None]  # (m, 1)
+            base = group[rows, None]  # (m, 1)
             within = self.translated(self.slots[chunk][rows] + 1, self.split[chunk][rows], vocab_size,
                                      temperature)  # (m, V)
             # What begins no other token of the group leaves the text where the group's own token ends.
-            within.scatter_(1, group, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
-            whole = out[rows].gather(1, group)  # (m, 1)
-            out[rows] = out[rows].scatter(1, group, 0) + whole * within
-        return out.log_()
+            within.scatter_(1, base, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
+            whole = out[rows].gather(1, base)  # (m, 1)
+            out[rows] = out[rows].scatter(1, base, 0) + whole * within
+        row, token = self.groups.members(group[rows])
+        return self.groups.sum(out, rows[row], token).log_()
 
 
 class AlignedRows(NamedTuple):
@@ -169,8 +186,9 @@ class Aligner:
         self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
         self.special |= {index: vocab[name] for name, index in names.items()
                          if index in student.special_ids and vocab.get(name) in teacher.special_ids}
-        self.unknown = [index for index in names.values()
-                        if index in student.special_ids and index not in self.special]
+        self.unknown = {index for index in names.values()
+                        if index in student.special_ids and index not in self.special}
+        self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"
         self.make_groups()
         for name, index in names.items():
             if index in self.unknown and index not in student.prefix_ids:
@@ -188,31 +206,46 @@ class Aligner:
     # ---- Groups and rules ---------------------------------------------------------------------------------
 
     def make_groups(self) -> None:
-        """Put each token of the student into a group, and make the rule for targets that begin with a token
-        of the teacher."""
+        """Put each token of the student into a group and a part of it, and make the rule for targets that
+        begin with a token of the teacher."""
         # The teacher's tokens in the order of their bytes: those that begin with a text are neighbours.
         self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
         self.texts = [self.theirs[index] for index in self.order]
         self.known: dict[bytes, int | None] = {text: index for index, text in enumerate(self.ours) if text}
-        self.groups = np.arange(len(self.ours))  # (V,)
+        self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
         self.rules, self.numbers = list[Rule](), dict[Any, int]()
-        self.too_long = set[int]()  # tokens that end beyond the teacher's next token, too
+        self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
+        self.mergers, self.our_texts = list[np.ndarray](), sorted(self.known)
+        self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
+        self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
         if self.same:
-            self.numbers[b""] = self.add_rule(range(len(self.ours)), range(len(self.ours)))
-            self.members: dict[int, list[int]] = {}
+            self.numbers[b""] = self.add_rule({index: index for index in range(len(self.ours))})
             return
-        reached = {self.first_token(text) for text in self.texts}
-        for index, text in enumerate(self.ours):
-            token, begin, end = next(iter(self.encode(text, 0)), (0, 0, 0))
-            if index not in reached and begin == 0 < end:  # the teacher reads the beginning of the text
-                first = self.first_token(self.theirs[token][-end:])  # without a space that it puts before
-                self.groups[index] = index if first is None else first
-        members = defaultdict(list)
-        for index, group in enumerate(self.groups.tolist()):
-            members[group].append(index)
-        self.members = {group: tokens for group, tokens in members.items() if len(tokens) > 1}
-        rule = self.group_rule(range(len(self.order)), b"") | {b: a for a, b in self.special.items()}
-        self.numbers[b""] = self.add_rule(rule.keys(), rule.values())
+        for index in sorted(range(len(self.ours)), key=lambda index: len(self.ours[index])):
+            pieces = self.pieces(self.ours[index])
+            first = self.first_token(pieces[0]) if pieces else None
+            if first is None or first == index:
+                continue
+            self.groups[index] = self.parts[index] = group = int(self.groups[first])
+            self.members[group].append(index)
+            if len(pieces) > 1 and pieces[0] == self.ours[group]:
+                part = self.first_token(pieces[0] + pieces[1])
+                if part is not None and self.groups[part] == group:
+                    self.parts[index] = part if part == index else self.parts[part]
+        rule = self.text_rule(range(len(self.order)), b"") | {b: a for a, b in self.special.items()}
+        self.numbers[b""] = self.add_rule(rule)
+
+    def pieces(self, text: bytes) -> list[bytes]:
+        """A text as the teacher's tokens cut it inside a longer one; [] if it does not begin with a token."""
+        begin = int(self.adds_space and text[:1] == b" ")  # the teacher puts this space there itself
+        # White space may be read in another way at the end of a text than before a letter.
+        if text[-1:].isspace() and self.first_token(text + b"a") == self.known[text]:
+            text += b"a"
+        tokens = self.encode(text[begin:], begin)
+        if not tokens or tokens[0][1] > begin:
+            return []
+        cuts = [0, *(end for _, _, end in tokens)]
+        return [piece for piece in (text[a:b] for a, b in pairwise(cuts)) if piece]
 
     def first_token(self, text: bytes) -> int | None:
         """The student's first token of a text; None if the text is none, as the end of a character."""
@@ -225,16 +258,19 @@ class Aligner:
             self.known[text] = fits[0] if fits else None
         return self.known[text]
 
-    def add_rule(self, *columns: Iterable[int]) -> int:
-        """Add a rule of these tokens of the teacher and of the student, and return its number."""
+    def add_rule(self, rule: dict[int, int]) -> int:
+        """Add the rule {token of the teacher: token of the student}, and return its number."""
+        if not rule:
+            return NO_RULE
+        self.maps[len(self.rules)] = rule
         self.rules.append(Rule(*(torch.tensor([*ids], dtype=torch.int64, device=self.device)
-                                 for ids in columns)))
+                                 for ids in (rule.keys(), rule.values()))))
         return len(self.rules) - 1
 
-    def group_rule(self, places: range, prefix: bytes) -> dict[int, int]:
-        """{token of the teacher: group of the student's first token of its rest after `prefix`}."""
+    def text_rule(self, places: range, prefix: bytes) -> dict[int, int]:
+        """{token of the teacher: the student's first token of its rest after `prefix`}."""
         firsts = {self.order[place]: self.first_token(self.texts[place][len(prefix):]) for place in places}
-        return {token: int(self.groups[first]) for token, first in firsts.items() if first is not None}
+        return {token: first for token, first in firsts.items() if first is not None}
 
     def beginning_with(self, text: bytes) -> range:
         """Where in `order` the teacher's tokens are that begin with a text. UTF-8 has no byte 255."""
@@ -243,21 +279,36 @@ class Aligner:
     def prefix_rule(self, prefix: bytes) -> int:
         """The number of the rule for targets that follow `prefix` within a token of the teacher."""
         if prefix not in self.numbers:
-            rule = self.group_rule(self.beginning_with(prefix), prefix)
-            self.numbers[prefix] = self.add_rule(rule.keys(), rule.values()) if rule else NO_RULE
+            self.numbers[prefix] = self.add_rule(self.text_rule(self.beginning_with(prefix), prefix))
         return self.numbers[prefix]
 
+    def merging(self, prefix: bytes, before: int) -> int:
+        """The number, in `mergers`, of the tokens of the teacher that begin with `prefix` and whose rest
+        cannot follow the student's token `before`: the student would read both in another way."""
+        if (prefix, before) not in self.numbers:
+            text, texts, places = self.ours[before], self.our_texts, {*self.beginning_with(prefix)}
+            if not prefix:  # only those that could go on a longer token of the student
+                longer = texts[bisect_right(texts, text):bisect_left(texts, text + b"\xff")]
+                places = {place for each in longer for place in self.beginning_with(each[len(text):])}
+            if self.same_texts or not text or before in self.student.special_ids:
+                places = set()
+            firsts = {place: self.first_token(text + self.texts[place][len(prefix):]) for place in places}
+            self.mergers.append(np.array([self.order[place] for place, first in sorted(firsts.items())
+                                          if first is not None and self.ours[first] != text], dtype=np.int64))
+            self.numbers[prefix, before] = len(self.mergers) - 1
+        return self.numbers[prefix, before]
+
     def split_rule(self, group: int) -> int:
-        """The number of the rule for what follows the text of a group: the tokens of the group."""
+        """The number of the rule for the token of the teacher that follows the text of a group."""
         if group not in self.numbers:
             base, rule = self.ours[group], dict[int, int]()
-            # A longer token comes later, and takes what begins with it.
-            for index in sorted(self.members[group], key=lambda index: len(self.ours[index])):
-                if index != group and self.ours[index].startswith(base):
-                    places = self.beginning_with(self.ours[index][len(base):])
-                    rule |= {self.order[place]: index for place in places}
-            self.numbers[group] = self.add_rule(rule.keys(), rule.values())
-            self.too_long |= {*self.members[group]} - {group, *rule.values()}
+            for index in self.members[group]:
+                if self.parts[index] == index:
+                    for place in self.beginning_with(self.ours[index].removeprefix(base)):
+                        first = self.first_token(base + self.texts[place])
+                        if first not in (None, group) and self.groups[first] == group:
+                            rule[self.order[place]] = first
+            self.numbers[group] = self.add_rule(rule)
         return self.numbers[group]
 
     # ---- Texts --------------------------------------------------------------------------------------------
@@ -269,11 +320,17 @@ class Aligner:
         for part in re.finditer("[^\udc80-\udcff]+", text):
             ids, known = self.teacher.encode(part[0], inside=True), part[0].encode()
             read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
+            first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
             if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
                 ends -= 1
-            elif read != known:  # the tokenizer changes this text: the teacher reads it, and predicts nothing
-                ends[:] = 0
-            first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
+            elif read != known:  # the tokenizer changes the text, of one line perhaps
+                lines = known.splitlines(keepends=True)
+                if len(lines) > 1:
+                    for line in lines:
+                        tokens += self.encode(line, first)
+                        first += len(line)
+                    continue
+                ends[:] = 0  # the teacher reads this text, and predicts nothing
             edges = [first, *(first + ends).tolist()]
             tokens += zip(ids, edges, edges[1:], strict=False)
         return tokens
@@ -288,7 +345,7 @@ class Aligner:
         ours = np.stack((ids, ends - sizes, ends), axis=1)
         if self.same:
             return ours, ours
-        theirs, at = [(index, 0, 0) for index in self.prefix], 0
+        theirs, at = [(index, 0, 0) for index in self.prefix if ids[0] != self.student.eot_id], 0
         for is_special, group in groupby(ids, self.special.__contains__):
             if not is_special:
                 data = b"".join(self.ours[index] for index in group)
@@ -310,22 +367,25 @@ class Aligner:
         found = []
         covering = np.searchsorted(theirs[:, 2], ours[:, 1], "right")  # the token where each of ours begins
         for place in np.flatnonzero(trained & (covering > 0) & (covering < len(theirs))):
-            (index, begin, end), slot = ours[place].tolist(), int(covering[place])
+            (index, begin, end), before = ours[place].tolist(), int(ours[place - 1, 0])
+            slot = int(covering[place])
             token, first, last = theirs[slot].tolist()
             if first > begin or index in self.unknown:
                 continue  # bytes that the teacher has no token for, or a name that it reads as a text
-            text, split = self.theirs[token], NO_RULE
+            text, group, split = self.theirs[token], int(self.groups[index]), NO_RULE
             # A sentencepiece tokenizer may put a space before a text: the prefix then begins with it.
             prefix = b"" if self.same or index in self.special else text[:len(text) - (last - begin)]
-            if prefix and end > last:
+            rule = NO_RULE if prefix and end > last else self.prefix_rule(prefix)
+            # The student may read this text in another way than that of the teacher's token alone.
+            said, merging = self.maps[rule].get(token), self.merging(prefix, before)
+            if said is None or self.groups[said] != group or token in self.mergers[merging]:
                 continue
-            group = int(self.groups[index])
-            if not prefix and group in self.members and text == self.ours[group]:
+            if not prefix and group in self.members and text == self.ours[group] and slot + 1 < len(theirs):
                 split = self.split_rule(group)
-                split = NO_RULE if index in self.too_long else split
-            if (rule := self.prefix_rule(prefix)) != NO_RULE:
-                found.append((place - 1, slot - 1, rule, split))
-        return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 4)
+                if self.parts[self.maps[split].get(int(theirs[slot + 1, 0]), group)] != self.parts[index]:
+                    split = NO_RULE
+            found.append((place - 1, slot - 1, rule, split, merging))
+        return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the keys of `compared_first` and of the teacher, all on the CPU.
@@ -339,7 +399,7 @@ class Aligner:
         inputs, targets = (each.flatten().numpy() for each in (batch["input_ids"], full_targets(batch)))
         documents = batch.get("document_ids", torch.zeros_like(batch["input_ids"])).numpy()
         rows: list[list[tuple[int, int]]] = [[] for _ in range(B)]  # (id, document) of the teacher
-        parts = [np.zeros((0, 5), dtype=np.int64)]  # row, and the columns of `document`
+        parts = [np.zeros((0, 6), dtype=np.int64)]  # row, and the columns of `document`
         begins = np.flatnonzero(np.diff(documents, prepend=-1))  # of the documents in the flattened B T
         for places in np.split(np.arange(B * T), begins[1:]):
             is_target = targets[places] != IGNORE
@@ -347,23 +407,23 @@ class Aligner:
                 row, first, last = places[0] // T, places[0], places[is_target][-1]
                 ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
                                            np.append(False, is_target[:last + 1 - first]))
-                parts.append(np.insert(found + [first, len(rows[row]), 0, 0], 0, row, axis=1))
+                parts.append(np.insert(found + [first, len(rows[row]), 0, 0, 0], 0, row, axis=1))
                 rows[row] += [(index, int(documents.flat[first])) for index in ids]
         # Each row is padded with two zeros at least, so that the teacher has an input. Nothing sees padding.
         table = pad_sequence([torch.tensor([*row, (0, 0), (0, 0)]) for row in rows], batch_first=True)
         table = table[:, :self.context + 1]  # (B, T' + 1, 2)
         width = table.shape[1] - 1  # T'
         found = np.concatenate(parts)
-        row, place, slot, rule, split = found[found[:, 2] < width].T
+        row, place, slot, rule, split, merging = found[found[:, 2] < width].T
         split = np.where(slot + 1 < width, split, NO_RULE)
         kinds = np.zeros(B * T, dtype=np.int64)
         kinds[place] = np.where(split == NO_RULE, 1, 2)
         arrays = {"slots": row * width + slot, "rule": rule, "split": split,
-                  "group": self.groups[targets[place]]}
+                  "group": self.groups[targets[place]], "merging": merging}
         batch |= {key: torch.from_numpy(array) for key, array in arrays.items()}
         batch |= {"teacher_input_ids": table[:, :-1, 0], "kinds": kinds}
         if "document_ids" in batch:
-            batch["teacher_document_ids"] = table[:, :-1, 1]
+            batch["teacher_document_ids"] = table[:, :-1, 1].cummax(1).values  # padding: of the last one
         return batch | compared_first(batch, kinds)
 
     def translated(self, batch: dict[str, Any], hidden: Tensor, weight: Tensor | None) -> TranslatedTeacher:
@@ -371,9 +431,17 @@ class Aligner:
 
         hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
         """
-        dense, keys = DenseTeacher(hidden.flatten(0, 1), weight), ("slots", "rule", "split", "group")
-        return TranslatedTeacher(dense, self.teacher.vocab_size, self.rules, *(batch[key] for key in keys))
+        dense = DenseTeacher(hidden.flatten(0, 1), weight)
+        arrays = {key: batch[key] for key in ("slots", "rule", "split", "group", "merging")}
+        return TranslatedTeacher(dense, self.teacher.vocab_size, self.student_groups, self.rules,
+                                 self.mergers, **arrays)
 
     def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
         """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
-        return AlignedTeacher(predictions, torch.from_numpy(self.groups).to(self.device), batch["is_split"])
+        return AlignedTeacher(predictions, self.student_groups, batch["is_split"])
+
+    @property
+    def student_groups(self) -> Groups:
+        several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
+        arrays = self.groups, self.parts, several
+        return Groups(*(torch.from_numpy(array).to(self.device) for array in arrays))

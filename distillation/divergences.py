@@ -74,15 +74,41 @@ class SparseTeacher(NamedTuple):
     tail: Tensor | None = None  # (N,) float32
 
 
+class Groups(NamedTuple):
+    """Groups of the student's tokens. A group has the id of one of its tokens, and so has a part of it."""
+
+    group: Tensor  # (V,) int64, of each token
+    part: Tensor  # (V,) int64, of each token, where its group is split
+    several: Tensor  # (K,) int64, the tokens in groups of several
+
+    def members(self, group: Tensor) -> tuple[Tensor, Tensor]:
+        """(row, token), (m,) each: every row of `group` (n,) with each token of that group."""
+        sizes = self.group.bincount(minlength=len(self.group))  # (V,)
+        order, counts = self.group.argsort(stable=True), sizes[group]  # (V,), (n,)
+        row = torch.arange(len(group), device=group.device).repeat_interleave(counts)
+        first = (sizes.cumsum(0) - sizes)[group] - (counts.cumsum(0) - counts)  # (n,)
+        return row, order[first[row] + torch.arange(len(row), device=group.device)]
+
+    def sum(self, p: Tensor, row: Tensor, token: Tensor) -> Tensor:
+        """The probabilities of groups from those of tokens, (n, V): each has the column of its id.
+
+        row, token: (m,) each, the members of the one group of a row that is split.
+        """
+        out = p.index_fill(1, self.several, 0)
+        out.index_add_(1, self.group[self.several], p.index_select(1, self.several))
+        out[row, self.group[token]] = 0
+        return out.index_put_((row, self.part[token]), p[row, token], accumulate=True)
+
+
 class AlignedTeacher(NamedTuple):
     """A teacher with another tokenizer, at the first E of N targets (distillation/alignment.py).
 
-    It predicts groups of the student's tokens. A group has the id of one of its tokens.
+    It predicts groups of the student's tokens, and the parts of the target's group where this is split.
     """
 
     predictions: Any  # a TranslatedTeacher, or a SparseTeacher with ids of the student
-    groups: Tensor  # (V,) int64, the group of each token
-    is_split: Tensor  # (E,) bool, where the tokens of the target's group are predicted one by one
+    groups: Groups
+    is_split: Tensor  # (E,) bool
 
 
 Teacher = DenseTeacher | SparseTeacher | AlignedTeacher
@@ -175,47 +201,39 @@ def chunk_divergence(log_p: Tensor, teacher: Any, chunk: slice,
     return divergence(log_p, log_q, objective.kind, objective.beta)
 
 
-def members(groups: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-    """(row, token), (m,) each: every row of `targets` (n,) with each token of its target's group."""
-    sizes = groups.bincount(minlength=len(groups))  # (V,)
-    order, counts = groups.argsort(stable=True), sizes[groups[targets]]  # (V,), (n,)
-    row = torch.arange(len(targets), device=groups.device).repeat_interleave(counts)
-    first = (sizes.cumsum(0) - sizes)[groups[targets]] - (counts.cumsum(0) - counts)  # (n,)
-    return row, order[first[row] + torch.arange(len(row), device=groups.device)]
-
-
 def group_loss(logits: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: slice,
                objective: Objective) -> tuple[Tensor, Tensor]:
-    """`soft_loss` for groups of tokens, plus the cross-entropy of each target within its group.
+    """`soft_loss` for groups of tokens, plus the cross-entropy of each target within its group or part.
 
     targets: (n,). The gradient of a token is that of its group, times its probability within the group. The
     cross-entropy has no temperature, and is left out if alpha is 1: then nothing is learned from the text.
     """
     T, tiny = objective.temperature, torch.finfo(torch.float32).tiny
-    row, token = members(teacher.groups, targets)
-    is_split = teacher.is_split[chunk]
-    p = (logits / T).softmax(-1)
-    whole = torch.zeros_like(p).index_add_(1, teacher.groups, p)  # (n, V): of each group
-    # The tokens of a split group are compared one by one: each is a group of its own.
+    groups, is_split = teacher.groups, teacher.is_split[chunk]
+    row, token = groups.members(groups.group[targets])
     apart = row[is_split[row]], token[is_split[row]]
-    whole[apart] = p[apart]
+    p = (logits / T).softmax(-1)
+    whole = groups.sum(p, *apart)  # (n, V)
     log_p = whole.clamp(min=1e-35).log_()  # columns without a group have 0, and smaller numbers are slow
     loss, by_group = chunk_divergence(log_p, teacher.predictions, chunk, objective)
-    gradient = by_group.index_select(1, teacher.groups).mul_(p)
-    gradient.div_(whole.index_select(1, teacher.groups).clamp_(min=tiny))
-    gradient[apart] = by_group[apart]
+    whole.clamp_(min=tiny)
+    column, several = (apart[0], groups.part[apart[1]]), groups.group[groups.several]
+    split = by_group[column] * p[apart] / whole[column]
+    gradient = by_group.index_copy(1, groups.several, by_group.index_select(1, several).mul_(
+        p.index_select(1, groups.several)).div_(whole.index_select(1, several)))
+    gradient[apart] = split
     loss, gradient = T**2 * loss, gradient.mul_(T)
     if objective.alpha < 1:
-        # The cross-entropy of a softmax over the tokens of the group.
-        row, token = row[~is_split[row]], token[~is_split[row]]
+        # The cross-entropy of a softmax over the tokens of the group, or of the part.
+        beside = ~is_split[row] | (groups.part[token] == groups.part[targets][row])
+        row, token = row[beside], token[beside]
         p = p if T == 1 else logits.softmax(-1)
         own = p[row, token]
         total = torch.zeros_like(loss).index_add_(0, row, own).clamp_(min=tiny)  # (n,)
         gradient[row, token] += own / total[row]
-        rows = (~is_split).nonzero()[:, 0]
-        here = rows, targets[rows]
+        here = torch.arange(len(targets), device=targets.device), targets
         gradient[here] -= 1
-        loss[rows] -= (p[here] / total[rows]).clamp(min=tiny).log()
+        loss -= (p[here] / total).clamp(min=tiny).log()
     return loss, gradient
 
 

@@ -64,8 +64,8 @@ def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = 
     identity = {"version": VERSION, "teacher": teacher_hash,
                 "data": file_sha256(rows.data.folder / "meta.json"),
                 "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
-    # Older caches of align=bytes have spans in place of groups, and older ones no such key.
-    return identity | ({} if align == "ids" else {"align": f"{align}, groups"})
+    # Older caches of align=bytes have spans, or groups without parts, and those of align=ids no such key.
+    return identity | ({} if align == "ids" else {"align": f"{align}, parts"})
 
 
 # ---- Records ----------------------------------------------------------------------------------------------

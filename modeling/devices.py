@@ -158,8 +158,10 @@ def autocast_dtype(tensor: Tensor) -> torch.dtype:
 
 
 def to_device(batch: dict[str, Any], device: torch.device | str) -> dict[str, Any]:
-    """Return the batch with its tensors on `device`; other values stay as they are. Copies do not block."""
-    return {key: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+    """Return the batch with its tensors on `device`; other values stay as they are. Copies to a GPU do not
+    block; a tensor on the CPU may be read at once."""
+    is_gpu = torch.device(device).type != "cpu"
+    return {key: value.to(device, non_blocking=is_gpu) if isinstance(value, Tensor) else value
             for key, value in batch.items()}
 
 

@@ -10,6 +10,7 @@ from dataset.dataloader import IGNORE
 from distillation.divergences import (
     AlignedTeacher,
     DenseTeacher,
+    Groups,
     Objective,
     SparseTeacher,
     comparison_sums,
@@ -232,17 +233,21 @@ def test_samples_are_unbiased_and_renormalised_tokens_are_not():
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("alpha,T", [(0.7, 2.0), (1.0, 1.0)])
 def test_groups_of_tokens(kind, alpha, T):
-    """The tokens from 60 on are in the groups of 0 to 9, and every second target's group is split: the
-    divergence of the groups, and the cross-entropy within the others, with its gradient."""
+    """The tokens from 60 on are in the groups of 0 to 9, and every second target's group is split, into
+    single tokens and one part: the divergence of these sets, and the cross-entropy within the target's set,
+    with their gradient."""
     z, y = logits(1)[:12].requires_grad_(), logits(2)[:12]
-    groups = torch.arange(V)
+    groups, parts = torch.arange(V), torch.arange(V)
     groups[60:] %= 10
+    parts[65:80] = groups[65:80]
+    several = (groups.bincount()[groups] > 1).nonzero()[:, 0]
     targets, is_split = torch.arange(len(z)) % 10 + 60, torch.arange(len(z)) % 2 > 0
     group_of, expected = groups.tolist(), []
     members = {group: [k for k in range(V) if group_of[k] == group] for group in range(60)}
     for row, target in enumerate(targets.tolist()):
         apart = members[group_of[target]] if is_split[row] else []
-        sets = [[k] for k in apart] + [each for each in members.values() if each != apart]
+        sets = [[j for j in apart if parts[j] == k] for k in apart if parts[k] == k]
+        sets += [each for each in members.values() if each != apart]
         heads = [each[0] for each in sets]
         y[row, [k for k in range(V) if k not in heads]] = -torch.inf
         log_p, log_q = (z[row] / T).log_softmax(-1), (y[row] / T).log_softmax(-1)[heads]
@@ -252,7 +257,7 @@ def test_groups_of_tokens(kind, alpha, T):
         inside = z[row, own].logsumexp(-1) - z[row, target]
         expected.append(loss + inside * (alpha < 1))
     expected = torch.stack(expected)
-    teacher = AlignedTeacher(DenseTeacher(y, None), groups, is_split)
+    teacher = AlignedTeacher(DenseTeacher(y, None), Groups(groups, parts, several), is_split)
     loss, gradient = group_loss(z.detach(), targets, teacher, slice(None), Objective(alpha, T, kind, 0.3))
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(gradient, torch.autograd.grad(expected.sum(), z)[0], rtol=1e-4, atol=1e-5)
