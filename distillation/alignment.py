@@ -21,6 +21,10 @@ target's group are compared one by one. A token that the teacher tells apart onl
 together with the one that its first two tokens are mapped to: the group has parts. Which token of a group or
 part it is, the student learns from the text, by the cross-entropy within the group or part.
 
+**After the student's own tokens.** If the student has a token "def_", it would not have read "def" before a
+"_": so after its "def" the teacher's tokens that begin with "_" do not count. The other probabilities are
+divided by their sum. (If all texts of tokens are equal on both sides, all tokens count.)
+
 **Within a token of the teacher.** The student's ":" begins inside the teacher's "():", after the bytes "()".
 There, only those tokens of the teacher are used that begin with "()" and go on, mapped by the rest of their
 texts.
@@ -284,7 +288,7 @@ class Aligner:
 
     def merging(self, prefix: bytes, before: int) -> int:
         """The number, in `mergers`, of the tokens of the teacher that begin with `prefix` and whose rest
-        cannot follow the student's token `before`: the student would read both in another way."""
+        cannot follow the student's token `before`, because the student would read both in another way."""
         if (prefix, before) not in self.numbers:
             text, texts, places = self.ours[before], self.our_texts, {*self.beginning_with(prefix)}
             if not prefix:  # only those that could go on a longer token of the student

@@ -116,6 +116,28 @@ def test_the_example_by_hand(tmp_path):
 
 
 @pytest.mark.fast
+def test_what_the_student_would_merge_does_not_count(tmp_path):
+    """After the student's own "d" there is no "e", because the student would have read "de"."""
+    student = byte_level([("d", "e"), ("e", "f")])
+    aligner = Aligner(student, saved(byte_level([("e", "f"), ("e", "x")]), tmp_path), 512, CPU)
+    ids = student.encode("xdax")
+    batch = aligner.align(text_batch(np.array([ids])))
+    assert len(ids) == 4 and batch["slots"].tolist() == [0, 1, 2]
+    q = torch.zeros(1, batch["teacher_input_ids"].shape[1], aligner.teacher.vocab_size)
+    row = {"e": 0.3, "ex": 0.1, "ef": 0.2, "a": 0.3, "d": 0.1}
+    q[0, :, [aligner.teacher.token_id(text) for text in row]] = torch.tensor([*row.values()])
+    found = aligner.translated(batch, q.log(), None).log_probs(slice(0, 3), student.vocab_size, 1.0).exp()
+    # "def" is read as "de" and "f", so that "ef" does not count either. Elsewhere "e" stands for "ex", too. The
+    # first target is "d", whose group {"d", "de"} is split by the next prediction.
+    expected = ({"e": 0.4, "ef": 0.2, "a": 0.3, "d": 0.04, "de": 0.06}, {"a": 0.75, "d": 0.25},
+                {"e": 0.4, "ef": 0.2, "a": 0.3, "d": 0.1})
+    for place, each in enumerate(expected):
+        values = found[place, [student.token_id(text) for text in each]]
+        torch.testing.assert_close(values, torch.tensor([*each.values()]))
+        assert found[place].sum().item() == pytest.approx(1)
+
+
+@pytest.mark.fast
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_tokens_tile_the_text(tmp_path, scheme):
     """Both sides' tokens spell the same bytes, also with a sentencepiece marker and cut characters."""
