@@ -127,8 +127,8 @@ def test_what_the_student_would_merge_does_not_count(tmp_path):
     row = {"e": 0.3, "ex": 0.1, "ef": 0.2, "a": 0.3, "d": 0.1}
     q[0, :, [aligner.teacher.token_id(text) for text in row]] = torch.tensor([*row.values()])
     found = aligner.translated(batch, q.log(), None).log_probs(slice(0, 3), student.vocab_size, 1.0).exp()
-    # "def" is read as "de" and "f", so that "ef" does not count either. Elsewhere "e" stands for "ex", too. The
-    # first target is "d", whose group {"d", "de"} is split by the next prediction.
+    # "def" is read as "de" and "f", so that "ef" does not count either. Elsewhere "e" stands for "ex", too.
+    # The first target is "d", whose group {"d", "de"} is split by the next prediction.
     expected = ({"e": 0.4, "ef": 0.2, "a": 0.3, "d": 0.04, "de": 0.06}, {"a": 0.75, "d": 0.25},
                 {"e": 0.4, "ef": 0.2, "a": 0.3, "d": 0.1})
     for place, each in enumerate(expected):
