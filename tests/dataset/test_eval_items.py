@@ -117,7 +117,7 @@ def test_names_folders_globs(tmp_path, monkeypatch):
         ("a.json", b"[]", "a.json: no text in it"),
         ("a.tsv", b"a b\t\xff\n", "a.tsv: damaged"),
         ("a.jsonl.gz", b"not packed", "a.jsonl.gz: damaged"),
-        ("a.xyz", b"x", "decontaminate=.*a.xyz: unknown kind of file .known: .json"),
+        ("a.xyz", b"x", "decontaminate=.*a.xyz: unknown kind of file .known: .c .cc"),
         ("a.txt", b"\xff", "a.txt: not UTF-8"),
     ],
 )
