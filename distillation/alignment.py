@@ -215,11 +215,11 @@ class Aligner:
         # The teacher's tokens in the order of their bytes: those that begin with a text are neighbours.
         self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
         self.texts = [self.theirs[index] for index in self.order]
-        self.known: dict[bytes, int | None] = {text: index for index, text in enumerate(self.ours) if text}
+        self.index_of = {text: index for index, text in enumerate(self.ours) if text}
         self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
         self.rules, self.numbers = list[Rule](), dict[Any, int]()
         self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
-        self.mergers, self.our_texts = list[np.ndarray](), sorted(self.known)
+        self.mergers, self.our_texts = list[np.ndarray](), sorted(self.index_of)
         self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
         self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
         if self.same:
@@ -243,7 +243,7 @@ class Aligner:
         """A text as the teacher's tokens cut it inside a longer one; [] if it does not begin with a token."""
         begin = int(self.adds_space and text[:1] == b" ")  # the teacher puts this space there itself
         # White space may be read in another way at the end of a text than before a letter.
-        if text[-1:].isspace() and self.first_token(text + b"a") == self.known[text]:
+        if text[-1:].isspace() and self.first_token(text + b"a") == self.index_of[text]:
             text += b"a"
         tokens = self.encode(text[begin:], begin)
         if not tokens or tokens[0][1] > begin:
@@ -253,14 +253,13 @@ class Aligner:
 
     def first_token(self, text: bytes) -> int | None:
         """The student's first token of a text; None if the text is none, as the end of a character."""
-        if text not in self.known:
-            ids = []
-            if text.decode(errors="ignore").encode() == text:
-                ids = self.student.encode(text.decode(), inside=True)[:1]
-            # A tokenizer may change the text, or put a space before it.
-            fits = [index for index in ids if self.ours[index] and text.startswith(self.ours[index])]
-            self.known[text] = fits[0] if fits else None
-        return self.known[text]
+        if text in self.index_of:
+            return self.index_of[text]
+        ids = []
+        if text.decode(errors="ignore").encode() == text:
+            ids = self.student.encode(text.decode(), inside=True)[:1]
+        # A tokenizer may change the text, or put a space before it.
+        return next((index for index in ids if self.ours[index] and text.startswith(self.ours[index])), None)
 
     def add_rule(self, rule: dict[int, int]) -> int:
         """Add the rule {token of the teacher: token of the student}, and return its number."""

@@ -203,6 +203,21 @@ def test_a_teacher_that_knows_the_text_is_never_contradicted(ours, theirs, tmp_p
 
 
 @pytest.mark.fast
+def test_a_changed_line_is_left_out_alone(tmp_path):
+    """A teacher that composes accents changes one line of a text; the others are compared."""
+    student, composing = bpe(300), sentencepiece("never", normalizers.NFC())
+    aligner = Aligner(student, saved(composing, tmp_path), 512, CPU)
+    ids = np.array(student.encode(TEXT + "re\u0301turn a\n" + TEXT))
+    ours, _ = aligner.tokens(ids.tolist())
+    _, found = aligner.document(ids, np.arange(len(ids)) > 0)
+    compared = np.isin(np.arange(len(ids)), found[:, 0] + 1)
+    begin, end = len(TEXT.encode()), len((TEXT + "re\u0301turn a\n").encode())
+    inside = (ours[:, 1] > begin) & (ours[:, 2] < end)
+    assert not compared[inside].any() and compared[ours[:, 2] < begin].mean() > 0.6
+    assert compared[ours[:, 1] > end].mean() > 0.6
+
+
+@pytest.mark.fast
 def test_bos_stands_once_before_each_document(tmp_path):
     """Ours has none: the teacher's begins rows and documents. Equal names: the student's stands for it."""
     def with_bos(tokenizer, folder):
@@ -218,6 +233,7 @@ def test_bos_stands_once_before_each_document(tmp_path):
     a, end = ours.encode("a"), ours.eot_id
     letter = aligner.teacher.encode("a", inside=True)
     assert aligner.tokens([*a, end, *a])[1][:, 0].tolist() == [1, *letter, 2, 1, *letter]
+    assert aligner.tokens([end, *a])[1][:, 0].tolist() == [2, 1, *letter]
     changed = sentencepiece(pieces=["other"])
     student = Tokenizer.load(with_bos(changed, tmp_path / "s"))
     aligner = Aligner(student, folder, 512, CPU)
