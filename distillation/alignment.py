@@ -51,6 +51,7 @@ Shapes: B rows, T positions of the student, T' of the teacher, E targets that ar
 vocabulary, V' the teacher's.
 """
 
+import functools
 import re
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
@@ -92,18 +93,18 @@ class TranslatedTeacher(NamedTuple):
     size: int  # V'
     groups: Groups
     rules: list[Rule]
-    mergers: list[np.ndarray]  # tokens of the teacher, (n,) int64 each
+    mergers: list[np.ndarray]  # (n,) int64 each, tokens of the teacher that do not count
     slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
     rule: Tensor  # (E,) int64, number of the rule for this prediction
     split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     group: Tensor  # (E,) int64, of the target
-    merging: Tensor  # (E,) int64, number of the tokens that would merge with the student's token before
+    merging: Tensor  # (E,) int64, number in `mergers`
 
     def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float,
                    merging: Sequence[int] = ()) -> Tensor:
         """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
 
-        merging: numbers of the teacher's tokens that do not count, one for each slot.
+        merging: for each slot, the number in `mergers` of the tokens that do not count.
         """
         logits = self.teacher.take(slots).logits(slice(None), self.size)  # (n, V')
         q = (logits / temperature).softmax(-1)
@@ -361,8 +362,8 @@ class Aligner:
         return ours, np.array(theirs, dtype=np.int64).reshape(-1, 3)
 
     def document(self, ids: np.ndarray, trained: np.ndarray) -> tuple[list[int], np.ndarray]:
-        """The teacher's ids of one document, and its targets that are compared, (e, 4): the position of each,
-        the slot of the teacher that predicts it, and the numbers of its two rules.
+        """The teacher's ids of one document, and its targets that are compared, (e, 5): the position of each,
+        the slot of the teacher that predicts it, the numbers of its two rules, and its number in `mergers`.
 
         ids: the document's inputs and its last target, (n,). trained: which of them are targets, (n,) bool.
         """
@@ -394,8 +395,8 @@ class Aligner:
         """The batch with the keys of `compared_first` and of the teacher, all on the CPU.
 
         "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). For the targets that
-        are compared, "slots", "rule", "split" and "group" of TranslatedTeacher, (E,) int64 each. "kinds":
-        the argument of `compared_first`.
+        are compared, the last five fields of TranslatedTeacher, (E,) int64 each. "kinds": the argument of
+        `compared_first`.
         """
         batch = to_device(batch, "cpu")
         B, T = batch["input_ids"].shape
@@ -443,7 +444,7 @@ class Aligner:
         """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
         return AlignedTeacher(predictions, self.student_groups, batch["is_split"])
 
-    @property
+    @functools.cached_property
     def student_groups(self) -> Groups:
         several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
         arrays = self.groups, self.parts, several
