@@ -57,7 +57,8 @@ def test_transformers_sliding_window(lm, trained, stride):
     figures = perplexity.score(lm, Texts([TEXT], ""), "", stride).figures
     expected, guide, count = sliding_window(hf.find_folder(trained), TEXT, stride or 32)
     assert figures["perplexity"].value == pytest.approx(expected, rel=1e-4)
-    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-4) and figures["perplexity"].n == count
+    # The guide's weights differ by one token per window, so it is no equality.
+    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-3) and figures["perplexity"].n == count
     nats = math.log(figures["perplexity"].value) * count
     scored = figures["bits_per_byte"].n
     assert figures["bits_per_byte"].value == pytest.approx(nats / math.log(2) / scored)
