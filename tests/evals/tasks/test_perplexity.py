@@ -45,7 +45,7 @@ def sliding_window(folder, text, stride):
         with torch.no_grad():
             loss = model(ids[:, begin:end], labels=labels).loss.item()
         valid, marked = (int((part != -100).sum()) for part in (labels[:, 1:], labels))
-        loss = loss if valid else 0.0  # a last window with one new token has nothing to score, and a loss of nan
+        loss = loss if valid else 0.0  # a last window may have nothing to score; its loss is nan
         total, count, before = total + loss * valid, count + valid, end
         guide = [guide[0] + loss * (marked - 1), guide[1] + marked - 1]
         if end == length:
