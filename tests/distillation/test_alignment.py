@@ -273,6 +273,7 @@ def groups_of(aligner):
     return groups, parts
 
 
+@cache
 def merges(aligner, before, prefix, text):
     """Would the student read another token in the place of `before` if this text followed? At the beginning
     of a token of the teacher, only texts that go on a longer token of the student are tried."""
