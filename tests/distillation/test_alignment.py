@@ -353,7 +353,6 @@ def by_hand(z, y, batch, aligner, T, alpha):
 
 
 @pytest.mark.parametrize("T,alpha", [(1.0, 0.9), (2.0, 1.0)])
-@pytest.mark.fast
 def test_loss_and_gradient_are_those_of_float64_by_hand(pair, T, alpha):
     student, aligner = pair
     ids = np.array(student.encode(TEXT.replace("naïve 日本", "mainly def()")))[:66].reshape(2, 33)
