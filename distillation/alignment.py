@@ -93,23 +93,23 @@ class TranslatedTeacher(NamedTuple):
     size: int  # V'
     groups: Groups
     rules: list[Rule]
-    mergers: list[np.ndarray]  # (n,) int64 each, tokens of the teacher that do not count
+    excluded: list[np.ndarray]  # (n,) int64 each, tokens of the teacher that do not count
     slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
     rule: Tensor  # (E,) int64, number of the rule for this prediction
     split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     group: Tensor  # (E,) int64, of the target
-    merging: Tensor  # (E,) int64, number in `mergers`
+    exclusion: Tensor  # (E,) int64, number in `excluded`
 
     def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float,
-                   merging: Sequence[int] = ()) -> Tensor:
+                   exclusion: Sequence[int] = ()) -> Tensor:
         """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
 
-        merging: for each slot, the number in `mergers` of the tokens that do not count.
+        exclusion: for each slot, the number in `excluded` of the tokens that do not count.
         """
         logits = self.teacher.take(slots).logits(slice(None), self.size)  # (n, V')
         q = (logits / temperature).softmax(-1)
-        if merging:
-            tokens = [self.mergers[number] for number in merging]
+        if exclusion:
+            tokens = [self.excluded[number] for number in exclusion]
             pairs = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), np.concatenate(tokens)
             q[tuple(torch.from_numpy(each).to(q.device) for each in pairs)] = 0
         out = q.new_zeros(len(q), vocab_size)
@@ -121,7 +121,7 @@ class TranslatedTeacher(NamedTuple):
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
         """The log-probabilities of groups at a chunk of targets, as in Groups.sum: (n, V)."""
         out = self.translated(self.slots[chunk], self.rule[chunk], vocab_size, temperature,
-                              self.merging[chunk].tolist())
+                              self.exclusion[chunk].tolist())
         # Given that a token of the teacher counts at all.
         out /= out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         group, rows = self.group[chunk], (self.split[chunk] != NO_RULE).nonzero()[:, 0]  # (n,), (m,)
@@ -220,7 +220,7 @@ class Aligner:
         self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
         self.rules, self.numbers = list[Rule](), dict[Any, int]()
         self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
-        self.mergers, self.our_texts = list[np.ndarray](), sorted(self.index_of)
+        self.excluded, self.our_texts = list[np.ndarray](), sorted(self.index_of)
         self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
         self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
         if self.same:
@@ -286,8 +286,8 @@ class Aligner:
             self.numbers[prefix] = self.add_rule(self.text_rule(self.beginning_with(prefix), prefix))
         return self.numbers[prefix]
 
-    def merging(self, prefix: bytes, before: int) -> int:
-        """The number, in `mergers`, of the tokens of the teacher that begin with `prefix` and whose rest
+    def exclusion(self, prefix: bytes, before: int) -> int:
+        """The number, in `excluded`, of the tokens of the teacher that begin with `prefix` and whose rest
         cannot follow the student's token `before`, because the student would read both in another way."""
         if (prefix, before) not in self.numbers:
             text, texts, places = self.ours[before], self.our_texts, {*self.beginning_with(prefix)}
@@ -297,9 +297,9 @@ class Aligner:
             if self.same_texts or not text or before in self.student.special_ids:
                 places = set()
             firsts = {place: self.first_token(text + self.texts[place][len(prefix):]) for place in places}
-            self.mergers.append(np.array([self.order[place] for place, first in sorted(firsts.items())
+            self.excluded.append(np.array([self.order[place] for place, first in sorted(firsts.items())
                                           if first is not None and self.ours[first] != text], dtype=np.int64))
-            self.numbers[prefix, before] = len(self.mergers) - 1
+            self.numbers[prefix, before] = len(self.excluded) - 1
         return self.numbers[prefix, before]
 
     def split_rule(self, group: int) -> int:
@@ -363,7 +363,7 @@ class Aligner:
 
     def document(self, ids: np.ndarray, trained: np.ndarray) -> tuple[list[int], np.ndarray]:
         """The teacher's ids of one document, and its targets that are compared, (e, 5): the position of each,
-        the slot of the teacher that predicts it, the numbers of its two rules, and its number in `mergers`.
+        the slot of the teacher that predicts it, the numbers of its two rules, and its number in `excluded`.
 
         ids: the document's inputs and its last target, (n,). trained: which of them are targets, (n,) bool.
         """
@@ -381,14 +381,14 @@ class Aligner:
             prefix = b"" if self.same or index in self.special else text[:len(text) - (last - begin)]
             rule = NO_RULE if prefix and end > last else self.prefix_rule(prefix)
             # The student may read this text in another way than that of the teacher's token alone.
-            said, merging = self.maps[rule].get(token), self.merging(prefix, before)
-            if said is None or self.groups[said] != group or token in self.mergers[merging]:
+            mapped, exclusion = self.maps[rule].get(token), self.exclusion(prefix, before)
+            if mapped is None or self.groups[mapped] != group or token in self.excluded[exclusion]:
                 continue
             if not prefix and group in self.members and text == self.ours[group] and slot + 1 < len(theirs):
                 split = self.split_rule(group)
                 if self.parts[self.maps[split].get(int(theirs[slot + 1, 0]), group)] != self.parts[index]:
                     split = NO_RULE
-            found.append((place - 1, slot - 1, rule, split, merging))
+            found.append((place - 1, slot - 1, rule, split, exclusion))
         return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -418,12 +418,12 @@ class Aligner:
         table = table[:, :self.context + 1]  # (B, T' + 1, 2)
         width = table.shape[1] - 1  # T'
         found = np.concatenate(parts)
-        row, place, slot, rule, split, merging = found[found[:, 2] < width].T
+        row, place, slot, rule, split, exclusion = found[found[:, 2] < width].T
         split = np.where(slot + 1 < width, split, NO_RULE)
         kinds = np.zeros(B * T, dtype=np.int64)
         kinds[place] = np.where(split == NO_RULE, 1, 2)
         arrays = {"slots": row * width + slot, "rule": rule, "split": split,
-                  "group": self.groups[targets[place]], "merging": merging}
+                  "group": self.groups[targets[place]], "exclusion": exclusion}
         batch |= {key: torch.from_numpy(array) for key, array in arrays.items()}
         batch |= {"teacher_input_ids": table[:, :-1, 0], "kinds": kinds}
         if "document_ids" in batch:
@@ -436,9 +436,9 @@ class Aligner:
         hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
         """
         dense = DenseTeacher(hidden.flatten(0, 1), weight)
-        arrays = {key: batch[key] for key in ("slots", "rule", "split", "group", "merging")}
+        arrays = {key: batch[key] for key in ("slots", "rule", "split", "group", "exclusion")}
         return TranslatedTeacher(dense, self.teacher.vocab_size, self.student_groups, self.rules,
-                                 self.mergers, **arrays)
+                                 self.excluded, **arrays)
 
     def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
         """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""

@@ -225,8 +225,8 @@ def group_loss(logits: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: 
     loss, gradient = T**2 * loss, gradient.mul_(T)
     if objective.alpha < 1:
         # The cross-entropy of a softmax over the tokens of the group, or of the part.
-        beside = ~is_split[row] | (groups.part[token] == groups.part[targets][row])
-        row, token = row[beside], token[beside]
+        together = ~is_split[row] | (groups.part[token] == groups.part[targets][row])
+        row, token = row[together], token[together]
         p = p if T == 1 else logits.softmax(-1)
         own = p[row, token]
         total = torch.zeros_like(loss).index_add_(0, row, own).clamp_(min=tiny)  # (n,)

@@ -162,9 +162,10 @@ def text_folder():
 
 @pytest.fixture(scope="session")
 def data(tmp_path_factory, text_folder):
-    """A prepared data folder with a BPE of 500 ids."""
+    """A prepared data folder of the Python files there, with a BPE of 500 ids."""
     folder = tmp_path_factory.mktemp("data") / "tiny"
-    prepare(PrepareConfig(source=text_folder, out=str(folder), vocab_size=500, val_fraction=0.1, num_proc=1))
+    source = ",".join(f"{place}/**/*.py" for place in text_folder.split(","))
+    prepare(PrepareConfig(source=source, out=str(folder), vocab_size=500, val_fraction=0.1, num_proc=1))
     return folder
 
 

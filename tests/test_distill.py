@@ -478,7 +478,6 @@ def test_pairs_of_layers_embeddings_and_the_cosine(trained, data, tmp_path):
         run(trained, data, tmp_path / "c", "--layer_map=0:2", *LAYER_LOSSES)
 
 
-@pytest.mark.fast
 def test_the_cosine_by_hand():
     x, y = torch.nn.Parameter(torch.tensor([1.0, 2.0])), torch.nn.Parameter(torch.tensor([3.0]))
     assert gradient_cosine((x.sum(), x[0] + y.sum()), [x, y]).item() == pytest.approx(0.5)
@@ -537,7 +536,6 @@ def test_bad_multipliers_leave_the_old_run(trained, data, tmp_path):
     assert (tmp_path / "a" / "step_000001").is_dir()
 
 
-@pytest.mark.fast
 def test_a_cache_says_its_size_and_many_samples_are_refused(trained, little, capsys):
     with pytest.raises(UserError, match="k=1000000: must be at most 1,024 with method=sample"):
         cache(trained, little, "--method=sample", "--k=1e6")

@@ -91,7 +91,6 @@ def byte_level(merges):
 
 # ---- Targets ----------------------------------------------------------------------------------------------
 
-@pytest.mark.fast
 def test_the_example_by_hand(tmp_path):
     """def|_main|()|:  against  def|_ma|in|():  with the probabilities of each kind of target."""
     shared = [("d", "e"), ("de", "f"), ("_", "m"), ("_m", "a"), ("i", "n"), ("(", ")")]
@@ -115,7 +114,6 @@ def test_the_example_by_hand(tmp_path):
         assert row.sum().item() == pytest.approx(1)
 
 
-@pytest.mark.fast
 def test_what_the_student_would_merge_does_not_count(tmp_path):
     """After the student's own "d" there is no "e", because the student would have read "de"."""
     student = byte_level([("d", "e"), ("e", "f")])
@@ -137,7 +135,6 @@ def test_what_the_student_would_merge_does_not_count(tmp_path):
         assert found[place].sum().item() == pytest.approx(1)
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("scheme", ["always", "first", "never"])
 def test_tokens_tile_the_text(tmp_path, scheme):
     """Both sides' tokens spell the same bytes, also with a sentencepiece marker and cut characters."""
@@ -162,7 +159,6 @@ def test_tokens_tile_the_text(tmp_path, scheme):
     assert len(ours) == len(broken) and (found[:, 0] > 1).all()
 
 
-@pytest.mark.fast
 def test_random_ids_always_align(pair):
     """Any ids at all: no batch raises, every target is there once, and every slot is in its row."""
     student, aligner = pair
@@ -181,7 +177,6 @@ OTHERS = {"equal": lambda: bpe(330), "more merges": lambda: bpe(400, TEXT[::-1] 
           **{f"sentencepiece, {scheme}": partial(sentencepiece, scheme) for scheme in ("always", "never")}}
 
 
-@pytest.mark.fast
 @pytest.mark.parametrize("ours", OTHERS)
 @pytest.mark.parametrize("theirs", OTHERS)
 def test_a_teacher_that_knows_the_text_is_never_contradicted(ours, theirs, tmp_path):
@@ -202,7 +197,6 @@ def test_a_teacher_that_knows_the_text_is_never_contradicted(ours, theirs, tmp_p
     assert q.gather(1, columns[:, None]).min() > 0.999
 
 
-@pytest.mark.fast
 def test_a_changed_line_is_left_out_alone(tmp_path):
     """A teacher that composes accents changes one line of a text; the others are compared."""
     student, composing = bpe(300), sentencepiece("never", normalizers.NFC())
@@ -217,7 +211,6 @@ def test_a_changed_line_is_left_out_alone(tmp_path):
     assert compared[ours[:, 1] > end].mean() > 0.6
 
 
-@pytest.mark.fast
 def test_bos_stands_once_before_each_document(tmp_path):
     """Ours has none: the teacher's begins rows and documents. Equal names: the student's stands for it."""
     def with_bos(tokenizer, folder):
@@ -530,7 +523,6 @@ def test_two_ranks_have_the_losses_of_one(other, data, tmp_path, two_ranks, how)
     assert len(losses(both)) == 4 or how == ["--on_policy=0.5"]
 
 
-@pytest.mark.fast
 def test_mistakes_have_one_line(data, tmp_path):
     for argv, text in ((["--divergence=mse"], "align=bytes: only works with divergence=forward_kl"),
                        (["--divergence=jsd"], "align=bytes: only works with divergence=forward_kl"),

@@ -13,7 +13,6 @@ from tools import search_layers
 from tools.search_layers import candidates, linear_cka, similarities
 
 
-@pytest.mark.fast
 def test_cka_by_hand():
     """1 for a rotated and scaled copy, and the formula for two sets in float64."""
     g = torch.Generator().manual_seed(0)
@@ -25,7 +24,6 @@ def test_cka_by_hand():
     assert linear_cka(a, b) == pytest.approx(float((K * L).sum() / (K.norm() * L.norm())))
 
 
-@pytest.mark.fast
 def test_a_planted_permutation_is_recovered():
     """A student layer whose output is that of another teacher layer, rotated."""
     g = torch.Generator().manual_seed(1)
@@ -58,7 +56,6 @@ def test_the_layers_of_a_pruned_student_are_found(trained, data, tmp_path, capsy
     assert "--layer_map=0:0,1:1\n" in capsys.readouterr().out
 
 
-@pytest.mark.fast
 def test_short_runs_choose_the_map(monkeypatch, trained, data, tmp_path, capsys):
     def run_once(script, argv, out, steps):
         chosen = next(word for word in argv if word.startswith("--layer_map="))

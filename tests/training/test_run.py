@@ -228,8 +228,8 @@ def test_bad_validation_text_is_found_before_training(data, tmp_path, two_ranks)
     for message in two_ranks(refusal, copy, tmp_path / "out", "--micro_batch_size=2", "--eval_tokens=4096"):
         assert "val_00000.bin: token 1000 is 60000, the vocabulary has 500 ids" in message
     assert not (tmp_path / "out" / "metrics.jsonl").exists()
-    with pytest.raises(UserError, match="tokens make no row of block_size=100000"):
-        run(data, tmp_path / "long", "--block_size=100000", "--max_steps=1")
+    with pytest.raises(UserError, match="tokens make no row of block_size=40000"):
+        run(data, tmp_path / "long", "--block_size=40000", "--max_steps=1")
 
 
 def test_two_ranks_refuse_together(data, tmp_path, two_ranks):
