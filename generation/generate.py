@@ -346,8 +346,9 @@ def visible_text(text: str, stops: list[str], finished: bool = True) -> str:
         return text[:min(ends)]
     if finished:
         return text
+    text = text.rstrip("\N{REPLACEMENT CHARACTER}")  # bytes of a character whose other bytes may follow
     begun = [n for stop in stops for n in range(1, len(stop)) if text.endswith(stop[:n])]
-    return text[:len(text) - max(begun, default=0)].rstrip("\N{REPLACEMENT CHARACTER}")
+    return text[:len(text) - max(begun, default=0)]
 
 
 class TextEnd:

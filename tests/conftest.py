@@ -6,6 +6,7 @@ import os
 import socket
 import sys
 import sysconfig
+import textwrap
 import traceback
 from pathlib import Path
 
@@ -24,6 +25,7 @@ from tests.mistakes import mistake_rows
 from training import curves
 
 ROOT = Path(__file__).parent.parent
+CODE = Path(textwrap.__file__).read_text(encoding="utf-8")  # 20 kB of Python and English, for tokenizers
 torch.set_num_threads(1)  # tiny models gain nothing from more threads, and lose much on a busy machine
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test waits for a network
 

@@ -23,14 +23,14 @@ from evals.likelihood import (
 from evals.lm import LM
 from formats.chat_format import encode_prompt, end_of_turn, with_chat_tokens
 from formats.tokenizer import Tokenizer
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import CODE, busy_model, tiny_config
 
 GPT2 = dict(position="learned", norm="layernorm", mlp="gelu", bias="all", n_kv_head=4)
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return Tokenizer.train([open(__file__, encoding="utf-8").read()], 400)
+    return Tokenizer.train([CODE], 400)
 
 
 def tree_of_texts(seed=0):

@@ -29,7 +29,7 @@ from formats.files import read_jsonl, write_tensors
 from formats.peft import AdapterSpec, write_adapter
 from formats.tokenizer import Tokenizer
 from model import GPT
-from tests.conftest import TINY_RUN, busy_model, tiny_config
+from tests.conftest import CODE, TINY_RUN, busy_model, tiny_config
 from tests.formats.test_tokenizer_kinds import files_of, llama2, neox, ours, unigram
 from training.run import refuse_changed_keys
 
@@ -215,7 +215,7 @@ def use_run(out, cfg):
 def models(tmp_path_factory):
     """A folder per architecture, each with a tokenizer."""
     root = tmp_path_factory.mktemp("models")
-    tokenizer = Tokenizer.train([open(__file__, encoding="utf-8").read()], 400)
+    tokenizer = Tokenizer.train([CODE], 400)
     for name, changes in MODELS.items():
         busy_model(tiny_config(**SMALL | changes)).save_pretrained(root / name, eos_token_id=[399, 3])
         tokenizer.save(root / name)

@@ -20,13 +20,13 @@ from formats.chat_format import (
     with_chat_tokens,
 )
 from formats.tokenizer import END_OF_TEXT, Tokenizer
-from tests.conftest import shared
+from tests.conftest import CODE, shared
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
     texts = [row["text"] for row in problem_rows("text", 500, seed=1)]
-    return with_chat_tokens(Tokenizer.train([*texts, open(__file__, encoding="utf-8").read()], 500))
+    return with_chat_tokens(Tokenizer.train([*texts, CODE], 500))
 
 
 @pytest.fixture(scope="module")

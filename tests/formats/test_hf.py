@@ -16,7 +16,7 @@ from formats.hf import find_folder
 from formats.tokenizer import Tokenizer
 from model import GPT
 from modeling.rope import rope_frequencies
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import CODE, busy_model, tiny_config
 
 IDS = torch.arange(8)[None]
 
@@ -193,7 +193,7 @@ def test_the_path_of_a_gguf_file_is_a_model(trained, tmp_path, capsys):
 
 
 def test_a_tokenizer_with_more_ids_than_the_model(folder):
-    tokenizer = Tokenizer.train([open(__file__, encoding="utf-8").read()], 600)
+    tokenizer = Tokenizer.train([CODE], 600)
     tokenizer.save(folder)
     with pytest.raises(UserError, match="its tokenizer has 600 ids, the model 500"):
         sample.main([f"--model={folder}", "--device=cpu"])
@@ -203,7 +203,7 @@ def test_a_tokenizer_with_more_ids_than_the_model(folder):
 
 def test_a_folder_whose_name_is_not_utf_8(folder, tmp_path, monkeypatch):
     """safetensors cannot open its files, and no card can name it."""
-    Tokenizer.train([open(__file__, encoding="utf-8").read()], 500).save(folder)
+    Tokenizer.train([CODE], 500).save(folder)
     odd = tmp_path / os.fsdecode(b"caf\xe9")
     folder.rename(odd)
     with pytest.raises(UserError, match="not UTF-8; rename the folder"):

@@ -77,7 +77,7 @@ def test_every_number_is_in_its_file(copied, trained, chats, data):
     assert "| setting | trained | chatty |" in text and "| global_batch_size | 8 | 4 |" in text
     meta = json.loads((chats / "meta.json").read_text())
     documents, tokens = (sum(meta[key].values()) for key in ("documents", "tokens"))
-    assert f"| {chats.name} | problems | {documents:,} | {tokens:,} |" in text
+    assert f"| {chats.name} | `problems` | {documents:,} | {tokens:,} |" in text
     assert "| problems | accuracy | 0.8275 | 0.0217 | 300 |" in text and "| hard |" not in text
     assert "Measured by `eval.py` with limit=300, dtype=float32." in text
     assert weights_sha256(hf.find_folder(copied)) in text and commit() in text

@@ -32,8 +32,9 @@ from formats.chat_format import (
 )
 from formats.gguf_tokenizer import special_ids
 from formats.tokenizer import QWEN2_SPLIT, Tokenizer
+from tests.conftest import CODE
 
-CORPUS = [open(__file__, encoding="utf-8").read()] * 3
+CORPUS = [CODE] * 3
 TEXTS = ["Hello world", " two  spaces ", "def f(x):\n    return 12345\n", "caf\u00e9 \u4e2d\u6587 \U0001f600",
          "", " ", "\n\nx\n", "a" * 70, "e\u0301 \u2581 x", "user\nHello", "<s> is text", "no<unk>no", "!",
          "<0x41>"]

@@ -17,12 +17,12 @@ from generation.assistant import MOST_CALLS, Assistant, call_tool
 from generation.generate import Options, PrefixCache, Sampling, generate
 from generation.terminal import converse, drop_turns, read_line
 from model import GPT
-from tests.conftest import ROOT, busy_model, tiny_config
+from tests.conftest import CODE, ROOT, busy_model, tiny_config
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return with_chat_tokens(Tokenizer.train([open(__file__, encoding="utf-8").read()], 400))
+    return with_chat_tokens(Tokenizer.train([CODE], 400))
 
 
 class Scripted(Assistant):

@@ -24,6 +24,7 @@ from generation.generate import (
     generate,
     penalize,
     shift_context,
+    visible_text,
 )
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
@@ -375,6 +376,20 @@ def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):
     assert again == lines  # the batch size changes nothing
     several = call(capsys, trained, "--prompt=def ", "--max_new_tokens=50", "--num_samples=2")
     assert several.out == rows[0]["completion"] + "\n" + rows[1]["completion"] + "\n"
+
+
+@pytest.mark.parametrize("stop", ["m\u04af", "\u04af\u0385", "\u0385 w", "m\u04af\u0385 wi"])
+def test_what_was_shown_stays_shown(stop):
+    """Byte by byte, what may still become a stop text or another character waits."""
+    data, shown = "I\ufffd m\u04af\u0385 wi\U0001f600d".encode(), ""
+    for n in range(len(data) + 1):
+        text = data[:n].decode(errors="replace")
+        if stop in text:
+            break
+        now = visible_text(text, [stop], finished=False)
+        assert now.startswith(shown)
+        shown = now
+    assert visible_text(data.decode(), [stop]).startswith(shown)
 
 
 def test_stop_texts_end_a_sample_and_are_not_shown(capsys, trained, tmp_path):

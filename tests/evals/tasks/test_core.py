@@ -14,7 +14,7 @@ from evals.results import Figure
 from evals.tasks import core
 from evals.tasks.core import SETTINGS, centre, examples, question_of, scored_texts
 from formats.tokenizer import Tokenizer
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import CODE, busy_model, tiny_config
 
 CHOICE = {"query": "He turned on the tap, so", "choices": ["the cup filled.", "the dog slept."], "gold": 0}
 SCHEMA = {"context_options": ["Ann met Eve because Ann", "Ann met Eve because Eve"],
@@ -26,7 +26,7 @@ WORD = {"context": "The capital of France is ", "continuation": "Paris"}
 def folder(tmp_path_factory):
     """A random model with a tokenizer, as a folder."""
     path = tmp_path_factory.mktemp("core_model")
-    tokenizer = Tokenizer.train([open(__file__, encoding="utf-8").read()], 400)
+    tokenizer = Tokenizer.train([CODE], 400)
     model = busy_model(tiny_config(vocab_size=tokenizer.vocab_size, block_size=256))
     model.save_pretrained(path, eos_token_id=tokenizer.eot_id)
     tokenizer.save(path)

@@ -3,7 +3,6 @@
 import json
 import math
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,9 +16,9 @@ from evals.tasks import perplexity
 from evals.tasks.perplexity import Texts, read_texts
 from formats import hf
 from formats.tokenizer import Tokenizer
+from tests.conftest import CODE
 
-TEXT = "".join(Path(__file__).with_name(name).read_text(encoding="utf-8")
-               for name in ("test_perplexity.py", "test_context_length.py", "test_needle.py"))
+TEXT = CODE + "Caf\u00e9, \u4e2d\u6587, \U0001f600 and \u00e9t\u00e9.\n"
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +56,7 @@ def test_transformers_sliding_window(lm, trained, stride):
     figures = perplexity.score(lm, Texts([TEXT], ""), "", stride).figures
     expected, guide, count = sliding_window(hf.find_folder(trained), TEXT, stride or 32)
     assert figures["perplexity"].value == pytest.approx(expected, rel=1e-4)
-    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-4) and figures["perplexity"].n == count
+    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-3) and figures["perplexity"].n == count
     nats = math.log(figures["perplexity"].value) * count
     scored = figures["bits_per_byte"].n
     assert figures["bits_per_byte"].value == pytest.approx(nats / math.log(2) / scored)
