@@ -92,7 +92,7 @@ class GRPOConfig(PostTrainingConfig):
     reward: str = "answer"  # answer, or file.py:function of yours, which is executed (evals/rewards.py)
     format_weight: float = 0.0  # reward for a well-formed answer, right or wrong
     length_weight: float = 0.0  # subtracted for an answer of max_new_tokens; less for shorter ones
-    reward_seconds: float = 10.0  # a call of your reward function that takes longer ends the run
+    reward_seconds: float = 10.0  # the reward of an answer that takes longer ends the run
     # ---- Policy gradient
     advantage: Literal["mean", "grpo", "rloo", "reinforce"] = "mean"  # see group_advantages
     updates_per_rollout: int = 1  # optimizer steps per sampled answer

@@ -6,8 +6,9 @@
 
 `score` gets the messages of the prompt, the model's last message ({"role", "content"} and perhaps "thought")
 and the row, and returns a number or {name: number}. It must be a pure function. The file is executed, so use
-only files that you trust. An exception, a value that is no finite number, or a call that takes longer than
-reward_seconds ends the run with one line. An answer that was cut by the length limit is worth 0.
+only files that you trust. An exception, a value that is no finite number, or a reward that takes longer than
+reward_seconds (a regex may, too) ends the run with one line. An answer that was cut by the length limit is
+worth 0.
 """
 
 import copy
@@ -78,6 +79,11 @@ class RewardTimeout(SystemExit):
     """A call took too long. No Exception, so that an `except Exception` in the function does not catch it."""
 
 
+def built_in(prompt: list[Message], answer: Message, row: dict[str, Any]) -> dict[str, float]:
+    """The reward "answer", in the form of a user's function."""
+    return {BUILT_IN: float(is_right(row, answer))}
+
+
 def load_function(spec: str) -> Any:
     """The function of "file.py:function". Raises UserError if there is none."""
     path, _, name = spec.rpartition(":")
@@ -96,18 +102,16 @@ class Reward:
     """Compares answers with references, or calls the user's function. `identity` is the hash of its file."""
 
     def __init__(self, spec: str = BUILT_IN, seconds: float = 10.0):
-        """spec: "answer" or "file.py:function". seconds: that a call of the user's function may take."""
+        """spec: "answer" or "file.py:function". seconds: that the reward of one answer may take."""
         self.spec, self.seconds, self.identity = spec, seconds, ""
-        self.function: Any = None
+        self.function: Any = built_in
         if spec != BUILT_IN:
             self.function = load_function(spec)
             self.identity = file_sha256(Path(spec.rpartition(":")[0]))
 
     def terms(self, prompt: Prompt, message: Message) -> dict[str, float]:
         """{name: value}, whose sum is the reward of an answer. Raises UserError if the function fails."""
-        if self.function is None:
-            return {"answer": float(is_right(prompt.row, message))}
-        if "cut" in message:
+        if "cut" in message and self.spec != BUILT_IN:
             return {}
         try:
             value = self.call(prompt, message)
@@ -125,7 +129,7 @@ class Reward:
         return {name: float(each) for name, each in terms.items()}
 
     def call(self, prompt: Prompt, message: Message) -> Any:
-        """The user's function on copies, so that it cannot change the data. Raises RewardTimeout.
+        """The function on copies, so that it cannot change the data. Raises RewardTimeout.
 
         Only the main thread can be interrupted.
         """

@@ -92,6 +92,14 @@ def test_hostile_functions_are_one_line(tmp_path, body, message):
     assert "\n" not in str(fault.value)
 
 
+def test_a_slow_pattern_is_one_line():
+    """Twice the time for each letter: 40 would take hours."""
+    prompt = PROMPT._replace(row={"regex": "(a+)+b"})
+    assert Reward(seconds=60).terms(prompt, said("aab")) == {"answer": 1.0}
+    with pytest.raises(UserError, match="reward=answer: RewardTimeout: took longer than reward_seconds=0.05"):
+        Reward(seconds=0.05).terms(prompt, said("a" * 40))
+
+
 @pytest.mark.parametrize("spec, message", [("wrong", "must be answer or an existing file.py:function"),
                                            ("nowhere.py:f", "must be answer or an existing"),
                                            ("{}:other", "no function 'other'"), ("{}:number", "no function"),
