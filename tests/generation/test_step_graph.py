@@ -15,7 +15,6 @@ from generation.generate import (
 from modeling.kv_cache import KVCache
 from tests.generation.test_generate import busy_model, tiny_config
 
-pytestmark = pytest.mark.fast
 PROMPTS = [[1, 2, 3], [4], list(range(20))]
 
 
