@@ -101,8 +101,8 @@ class DistillConfig(RunConfig, GPTConfig):
     document_mask: bool = False  # text: attend within documents only
 
     model_keys = ("init_from", "teacher")
-    stage_fixed = frozenset({"teacher", "teacher_dtype", "align", "student_layers", "cache", "layer_map",
-                             "packing"})
+    stage_fixed = frozenset({"teacher", "teacher_dtype", "align", "student_layers", "student_embeddings",
+                             "new_weights", "cache", "layer_map", "packing"})
     resume_free = frozenset({"teacher_dtype"})
 
     def __post_init__(self) -> None:

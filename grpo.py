@@ -19,9 +19,9 @@ its divisions by the standard deviation and by the answer's length: Dr. GRPO, ar
                   36 <end>          0       -0.5        less likely
     the loss: sum over all sampled tokens of -advantage * ratio, divided by the number of sampled tokens
 
-A group with equal rewards has no gradient, so it is counted ("even") and left out of the learning; with
---refill=True other prompts are sampled in its place. What a tool writes is not trained on. With
-updates_per_rollout above 1 the answers serve several steps, with PPO's clipped ratio.
+A group with equal rewards has no gradient (except with --advantage=reinforce), so it is counted ("even") and
+left out of the learning; with --refill=True other prompts are sampled in its place. What a tool writes is not
+trained on. With updates_per_rollout above 1 the answers serve several steps, with PPO's clipped ratio.
 
 Prompts are a function of the step. Answers are a function of the weights and of seeds that depend on the
 step, so a resumed run repeats them. A reward of your own is a function score(prompt, answer, row) that
@@ -114,6 +114,8 @@ class GRPOConfig(PostTrainingConfig):
         require(self, "calculator", 0 <= self.calculator <= 1, "from 0 to 1")
         require(self, "group_size", self.group_size > 1 or self.advantage == "reinforce",
                 "at least 2 (or set advantage=reinforce)")
+        require(self, "refill", not self.refill or self.advantage != "reinforce",
+                "False with advantage=reinforce, where equal rewards teach, too")
         family_names(self.families)  # raises UserError for an unknown one
         check_reference(self, self.reference, is_used=self.kl_weight > 0)
         if self.parallel == "fsdp":  # all ranks would have to sample the same number of tokens
@@ -143,8 +145,9 @@ def loss_fn(log_probs: Tensor, batch: dict[str, Any], reference: Tensor | None,
 def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
                step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step. The answers are sampled in the loss, with the current weights."""
-    cfg = stage_at(stages, step).cfg
-    begin = step - step % cfg.updates_per_rollout  # the step in which the answers are sampled
+    # The step in which the answers are sampled. If a stage ended since, the keys are those of that step.
+    begin = step - step % stages[0].cfg.updates_per_rollout
+    cfg = stage_at(stages, begin).cfg
     # Prompts are numbered through the whole run. Stages may differ in their batch size, so add theirs up.
     earlier = sum((min(begin, stage.last) - stage.first) * stage.cfg.global_batch_size
                   for stage in stages if stage.first < begin)
@@ -181,7 +184,7 @@ class PolicyGradient:
 
         The loop divides by the number of answers. Times `scale`, that is a division by the sampled tokens.
         """
-        cfg, metrics = stage_at(self.stages, batch["step"]).cfg, dict[str, float]()
+        cfg, metrics = stage_at(self.stages, batch["begin"]).cfg, dict[str, float]()
         if batch["part"] == 0 and batch["step"] == batch["begin"]:
             metrics = self.roll_out(cfg, batch)
         elif self.begin != batch["begin"]:  # resumed between two updates: the answers are in a file

@@ -339,11 +339,16 @@ def write_checkpoint(state: TrainState, parameters: dict[str, Tensor], trainer_s
         (folder / "trainer").mkdir()
         torch.save(trainer_state, folder / "trainer" / "state.pt")
 
-    folder = checkpoint.write_checkpoint(run.out_dir, step, write)
     # The pointers move after the folder is complete: at any instant, "last" is a whole checkpoint.
+    point_to(state, checkpoint.write_checkpoint(run.out_dir, step, write))
+
+
+def point_to(state: TrainState, folder: Path) -> None:
+    """Name the checkpoint of this step in checkpoints.json. Rank 0 calls it."""
     names = ["last", *(f"stage_{number}" for number, stage in enumerate(state.stages, 1)
-                       if stage.last == step and len(state.stages) > 1)]
-    checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints, **dict.fromkeys(names, folder.name))
+                       if stage.last == state.progress.step and len(state.stages) > 1)]
+    checkpoint.update_pointers(state.run.out_dir, state.cfg.keep_checkpoints,
+                               **dict.fromkeys(names, folder.name))
 
 
 def save(state: TrainState) -> None:
@@ -390,6 +395,8 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Pr
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
     run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
     if folder:
+        # A kill may have come after the folder was written and before its pointers were.
+        run.run_on_rank0(lambda: point_to(state, folder))
         run.print(f"resumed   from {folder}")
     return state
 
@@ -410,7 +417,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
     """
     cfg, run, progress = state.cfg, state.run, state.progress
     # The data is a function of the step, so the batch that broke the run can be made again.
-    batches = run.gather([{key: value.tolist() if isinstance(value, Tensor) else value
+    batches = run.gather([{key: value.tolist() if hasattr(value, "tolist") else value  # tensors and arrays
                            for key, value in batch.items()} for batch in batches_at(step)])
     dump = run.out_dir / f"not_finite_{step:06d}.json"
     run.run_on_rank0(lambda: write_json(dump, {"step": step, "batches_of_ranks": batches}))

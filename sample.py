@@ -22,6 +22,7 @@ Left out: beam search.
 """
 
 import codecs
+import io
 import json
 import shlex
 import sys
@@ -249,6 +250,9 @@ def main(argv: list[str]) -> None:
     if cfg.chat:
         if sys.stdin.isatty():  # questions from a file or a pipe need no editor
             edit_lines()
+        if isinstance(sys.stdin, io.TextIOWrapper):
+            # Refuse a line that is not UTF-8 alone; a strict stream drops all lines that it has read with it.
+            sys.stdin.reconfigure(errors="surrogateescape")
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())
         return

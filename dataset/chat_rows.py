@@ -111,7 +111,9 @@ class ChatRows:
         self.documents = docs = Documents(data, split, last=1)
         lengths = docs.end - docs.begin - 1  # (conversations,) inputs: the last token is no input
         self.lengths = np.minimum(lengths, block_size)
-        has_answer, fits = docs.first_target - docs.begin <= block_size, lengths <= block_size
+        # A template may leave a conversation without an answer: its end is 0.
+        has_answer = (docs.end > 0) & (docs.first_target - docs.begin <= block_size)
+        fits = lengths <= block_size
         self.usable = usable = np.flatnonzero(has_answer if overlong == "cut" else has_answer & fits)
         self.cut = int((~fits[usable]).sum())  # conversations that are trained on without their end
         self.left_out = len(lengths) - len(usable)

@@ -93,7 +93,10 @@ def tools_text(row: dict[str, Any]) -> tuple[str, bool]:
     """The key "tools" of a row as text, and whether that is a JSON list of functions."""
     value = first_value(row, "tools")
     if is_list_of_dicts(value):
-        return require_utf8(json.dumps(value, ensure_ascii=False)), True
+        try:
+            return require_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False)), True
+        except (TypeError, ValueError, RecursionError):  # bytes and dates of Parquet; NaN; a very deep list
+            raise Skip("'tools' is not JSON") from None
     text = optional_text(row, "tools")
     with contextlib.suppress(ValueError, RecursionError):
         return text, is_list_of_dicts(json.loads(text))

@@ -79,8 +79,10 @@ class PromptSource:
         rows = usable_rows(read_rows(files, None, piece=2**20), lambda row: read_question(row, check))
         prompts = [self.encode(*question) for _, question in rows]
         fits = [prompt for prompt in prompts if len(prompt.ids) <= block_size]
-        fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True).encode()))
+        fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True, default=str).encode()))
         held_out = max(1, int(VAL_FRACTION * len(fits)))
+        while held_out < len(fits) and fits[held_out].row == fits[held_out - 1].row:
+            held_out += 1  # a row that is there twice is not in both
         self.val, self.train = fits[:held_out], fits[held_out:]
         self.left_out = len(prompts) - len(fits)  # longer than block_size
         if files and not self.train:

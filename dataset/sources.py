@@ -193,6 +193,8 @@ class XZReader(io.RawIOBase):
 def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
     """A stream of unpacked bytes over the open file `raw`."""
     packing = path.suffix.lower()
+    if packing in PACKED and not raw.peek(1):
+        raise EOFError("an archive has at least a header")
     if packing == ".gz":
         return gzip.GzipFile(fileobj=raw)
     if packing == ".xz":
@@ -255,10 +257,10 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
     Raises UserError for a file over LARGEST_JSON bytes.
     """
-    data = stream.read(LARGEST_JSON + 1)
+    data = stream.read(LARGEST_JSON + 1).removeprefix(BYTE_ORDER_MARK)
     if len(data) > LARGEST_JSON:
         raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; make it a .jsonl")
-    if data.removeprefix(BYTE_ORDER_MARK).lstrip().startswith(b"["):
+    if data.lstrip().startswith(b"["):
         yield from json_elements(data, path)
     elif is_json_lines(data):
         yield from json_lines(io.BytesIO(data), path)

@@ -53,6 +53,7 @@ vocabulary, V' the teacher's.
 
 import functools
 import re
+import threading
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Sequence
@@ -187,6 +188,7 @@ class Aligner:
         self.student, self.teacher, self.context, self.device = student, teacher, context, device
         self.same = student.definition == teacher.definition
         self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()
+        self.lock = threading.Lock()
         names, vocab = student.hf.get_vocab(), teacher.hf.get_vocab()
         self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
         self.special |= {index: vocab[name] for name, index in names.items()
@@ -409,8 +411,9 @@ class Aligner:
             is_target = targets[places] != IGNORE
             if is_target.any():  # else it is padding
                 row, first, last = places[0] // T, places[0], places[is_target][-1]
-                ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
-                                           np.append(False, is_target[:last + 1 - first]))
+                with self.lock:  # a thread aligns the next batch while the student's own text is aligned
+                    ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
+                                               np.append(False, is_target[:last + 1 - first]))
                 parts.append(np.insert(found + [first, len(rows[row]), 0, 0, 0], 0, row, axis=1))
                 rows[row] += [(index, int(documents.flat[first])) for index in ids]
         # Each row is padded with two zeros at least, so that the teacher has an input. Nothing sees padding.

@@ -166,6 +166,8 @@ def with_tasks(cfg: RunConfig, run: Run, evaluate: Evaluate) -> Evaluate:
     def read() -> None:
         folder, pairs = places_of("eval_data", cfg.eval_data)
         for name in task_names("eval_tasks", cfg.eval_tasks):
+            if {"allow_code", "classifier", "judge"} & {*TASKS[name].keys}:
+                raise UserError(f"eval_tasks: {name} needs settings that only eval.py has")
             try:
                 questions[name] = load(name, pairs.get(name, folder), cfg.eval_limit)
             except UserError as error:

@@ -207,8 +207,9 @@ class TemplateChat:
         values = json.dumps([[template_message(each, self.template) for each in messages],
                              json.loads(tools) if tools else None], ensure_ascii=False)
         # Characters that occur nowhere. They are printable, so that repr() in a template keeps them.
+        used = {*values, *self.template}
         free = (chr(code) for code in range(0xA000, 0x110000)
-                if chr(code).isprintable() and chr(code) not in values + self.template)
+                if chr(code).isprintable() and chr(code) not in used)
         self.guard, self.filling, *self.marks = islice(free, 4)
         self.messages, self.tools = json.loads(special_pattern(tokenizer, as_json=True).sub(
             lambda found: found[0][0] + self.guard + found[0][1:], values))

@@ -69,6 +69,8 @@ def vocabulary(tokenizer: Tokenizer, vocab_size: int, place: str) -> dict[str, A
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
     merges = [pair if isinstance(pair, str) else " ".join(pair)
               for pair in tokenizer.definition["model"]["merges"]]
+    if not merges:  # a list in a GGUF file must not be empty
+        raise UserError(f"{place}: its tokenizer has no merges; a GGUF file needs at least one")
     template = tokenizer.settings.get("chat_template")
     if template is not None and not isinstance(template, str):
         raise UserError(f"{place}: has several chat templates; keep one in tokenizer_config.json")

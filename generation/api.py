@@ -17,6 +17,7 @@ seed. Left out: images, audio, logit_bias, penalties, log-probabilities of chats
 import asyncio
 import functools
 import json
+import os
 import time
 import uuid
 from collections.abc import AsyncIterator
@@ -32,7 +33,15 @@ from configurator import UserError, override, require, require_positive
 from dataset.conversations import Message, listed, system_message
 from dataset.tool_problems import offer
 from formats import hf
-from formats.chat_format import THOUGHT_END, encode_prompt, end_of_turn, read_answer, require_chat
+from formats.chat_format import (
+    CALL,
+    THOUGHT,
+    THOUGHT_END,
+    encode_prompt,
+    end_of_turn,
+    read_answer,
+    require_chat,
+)
 from formats.chat_template import own_template
 from formats.tokenizer import Tokenizer
 from generation.assistant import ROUND_STRIDE, Assistant
@@ -46,7 +55,8 @@ from modeling.sinks import cache_limits
 # Keys of a request that change no answer.
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
            "prompt_cache_key"}
-MARKS = ("<think>", "<tool_call>")  # of models with their own chat format: what follows is no content
+# Of models with their own chat format: what follows is no content.
+MARKS = ("<think>", "</think>", "<tool_call>")
 
 
 # ---- Requests ---------------------------------------------------------------------------------------------
@@ -173,8 +183,9 @@ class Served:
         """The grammar that an answer must fit: a JSON schema, or calls. UserError without llguidance."""
         shape = request.response_format or {"type": "text"}
         if shape.get("type") != "text":
+            described = shape.get("json_schema")
             schema = {"type": "object"} if shape.get("type") == "json_object" else \
-                (shape.get("json_schema") or {}).get("schema")
+                described.get("schema") if isinstance(described, dict) else None
             if not isinstance(schema, dict):
                 raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
             rules = grammar("json", dict(schema))
@@ -185,6 +196,16 @@ class Served:
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------
+
+def added(old: Any, new: Any) -> Any:
+    """What a text, or a list of calls, has more than before.
+
+    A text may become shorter for a while: a run of byte tokens ("<0xE4>") that ends within a character
+    decodes to replacement characters as a whole.
+    """
+    old = old or new[:0]
+    return new[len(old) if new[:len(old)] == old else len(os.path.commonprefix((old, new))):]
+
 
 class Job:
     """A running request. It has `size` rows per prompt; the n rows in `shown` become the answer."""
@@ -202,10 +223,13 @@ class Job:
             prompts = [encode_prompt(self.tokenizer, messages)]
         else:
             prompts = read_prompts(request, self.tokenizer)
+        # Some templates open the thought: the answer begins inside it.
+        opened = request.is_chat and self.tokenizer.decode(prompts[0][-16:]).rstrip().endswith(MARKS[0])
+        self.opening = self.tokenizer.encode(MARKS[0], inside=True) if opened else []
         is_limited = request.echo or not served.limits
-        if (longest := max(map(len, prompts))) > served.context_length and is_limited:
-            raise HTTPException(413, f"the prompt has {longest:,} tokens, and the context "
-                                     f"{served.context_length:,}")
+        size = served.batcher.context_length  # with sinks, the tokens that a slot keeps
+        if (longest := max(map(len, prompts))) > size and is_limited:
+            raise HTTPException(413, f"the prompt has {longest:,} tokens, and the context {size:,}")
         if request.best_of > request.n and served.verifier is None:
             raise UserError("best_of: needs a server with --verifier=")
         if len(prompts) * self.size > most_rows:
@@ -254,9 +278,13 @@ class Job:
         """Generated ids as a message in our form. A completion has content only."""
         if not self.request.is_chat:
             return {"content": self.tokenizer.decode([i for i in new if i not in self.ends], inside=True)}
-        # A thought that has not ended yet is a thought already. A call that has not ended may become one.
-        end = self.tokenizer.hf.token_to_id(THOUGHT_END)
-        message = read_answer(self.tokenizer, new if end is None else [*new, end])
+        end, start, call = map(self.tokenizer.hf.token_to_id, (THOUGHT_END, THOUGHT, CALL))
+        if end is not None:  # a thought that has not ended, or that something cuts off, is a thought already
+            borders = {start, call, *self.ends}
+            new = [each for i in new for each in ((end, i) if i in borders else (i,))] + [end]
+        message = read_answer(self.tokenizer, [*self.opening, *new])
+        if end is not None and not finished:
+            message.pop("tool_calls", None)  # if more follows a call, it is none
         malformed = "".join(message.get("malformed", [])).lstrip()
         if malformed.startswith(MARKS[0]):
             message["thought"] = malformed.removeprefix(MARKS[0]).strip()
@@ -267,13 +295,19 @@ class Job:
     def state(self, row: Row) -> tuple[Message, str | None]:
         """A row so far as a message of OpenAI's API, and its finish_reason, which is None until it ends."""
         finished = row.ended and row.error is None
-        read, stops = self.read(row.new, finished), self.request.stops
-        hidden = [] if finished or not self.request.is_chat else MARKS
+        may_go_on = self.request.is_chat and not finished
+
+        def shown(text: str, stops: list[str], marks: tuple[str, ...]) -> str:
+            """The text without an end that may still change: it would be stripped, or begins a mark."""
+            text = visible_text(text, [*stops, *marks] if may_go_on else stops, finished)
+            return text.rstrip() if may_go_on else text
+
+        read = self.read(row.new, finished)
         echo = self.tokenizer.decode(row.prompt) if self.request.echo else ""
         message: Message = {"role": "assistant",
-                            "content": echo + visible_text(read["content"], [*stops, *hidden], finished)}
+                            "content": echo + shown(read["content"], self.request.stops, MARKS)}
         if read.get("thought"):
-            message["reasoning_content"] = visible_text(read["thought"], [], finished)
+            message["reasoning_content"] = shown(read["thought"], [], MARKS[1:2])
         if calls := read.get("tool_calls"):
             message["tool_calls"] = [
                 {"index": number, "id": f"call_{self.head['id']}_{row.number}_{number}", "type": "function",
@@ -326,9 +360,9 @@ class Job:
                 before, ended = sent.get(index, ({}, None))
                 if ended:
                     continue
-                now, reason = sent[index] = self.state(row)
-                delta = {key: value[len(before.get(key, "")):] for key, value in now.items()
-                         if len(value) > len(before.get(key, ""))}
+                now, reason = self.state(row)
+                delta = {key: more for key, value in now.items() if (more := added(before.get(key), value))}
+                sent[index] = before | {key: now[key] for key in delta}, reason
                 if delta or reason:
                     yield self.envelope([self.choice(index, row, "delta", delta, reason)], ".chunk")
         if (self.request.stream_options or {}).get("include_usage"):

@@ -167,8 +167,10 @@ class Batcher:
                 for each in self.slots]
         free = [slot for slot, each in enumerate(self.slots) if each.ended]
         source = max(range(len(held)), key=lambda slot: (held[slot], slot in free, -self.slots[slot].read))
-        # If another row still needs the source, copy what both share to the shortest text.
-        row.slot = source if source in free else min(free, key=lambda slot: self.slots[slot].read)
+        # If another row still needs the source, or most of its text would be lost, copy what both share to
+        # the shortest text.
+        is_next = source in free and 2 * held[source] >= self.slots[source].read
+        row.slot = source if is_next else min(free, key=lambda slot: self.slots[slot].read)
         if row.slot != source:
             self.cache.copy(source, row.slot, held[source])
         row.read = row.cached = held[source]

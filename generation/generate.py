@@ -217,10 +217,11 @@ class Reader:
         self.cache: KVCache | None = None
         self.unread = self.context
         # A cache that has dropped tokens cannot go back, so it is not used again.
-        if prefix and prefix.cache and max(prefix.cache.used, len(self.context[0])) <= size:
+        if prefix and prefix.cache and max(len(prefix.ids), len(self.context[0])) <= size:
             shared = len(os.path.commonprefix([prefix.ids, self.context[0][:-1]]))
             self.cache, self.unread = prefix.cache, [self.context[0][shared:]]
             self.cache.set_lengths([shared])
+            del prefix.ids[shared:]  # Ctrl-C may come while the slots behind them are written
 
     def read(self, steps_left: int) -> Tensor:
         """Read what is unread; return the logits after the last token of each row, (B, V)."""
@@ -364,8 +365,10 @@ class TextEnd:
         """Whether the last of the generated ids ends the text."""
         if new[-1] in self.end_ids or not self.stops:
             return new[-1] in self.end_ids
-        tail = self.tokenizer.decode(new[-self.window:], inside=True)
-        return any(stop in tail for stop in self.stops)
+        # One of four neighbouring windows begins with a whole character. If a character is cut, a tokenizer
+        # with byte tokens ("<0xE4>") may decode all bytes after it to replacement characters.
+        tails = (self.tokenizer.decode(new[-self.window - more:], inside=True) for more in range(4))
+        return any(stop in tail for tail in tails for stop in self.stops)
 
     def text(self, new: list[int], finished: bool = True) -> str:
         """The generated ids as `visible_text`."""

@@ -47,7 +47,8 @@ class Printer:
         # A token may end within a character, which decodes to a replacement character so far.
         text = self.tokenizer.decode(self.ids, inside=True).rstrip("\N{REPLACEMENT CHARACTER}")
         self.write(text[self.written:])
-        self.written = len(text)
+        # With byte tokens ("<0xE4>"), characters before it decode to replacement characters, too.
+        self.written = max(self.written, len(text))
 
     def show_result(self, result: str) -> None:
         """Write the result of a tool."""
@@ -100,7 +101,7 @@ def save(messages: list[Message], path: str) -> str:
     try:
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps({"messages": messages}, ensure_ascii=False) + "\n")
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a zero byte in the path
         return f"{error}\n"
     return f"appended {len(messages)} messages to {path}\n"
 

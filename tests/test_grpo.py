@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import grpo
+import loop
 from configurator import UserError, configure
 from formats import checkpoint, hf
 from formats.chat_format import encode_prompt
@@ -299,6 +300,23 @@ def test_stages_and_own_prompts(chat, tmp_path):
         run(chat, tmp_path / "e", str(tmp_path / "d.py"))
 
 
+def test_a_stage_that_ends_between_two_updates(chat, tmp_path, monkeypatch):
+    """The update after it learns from the answers, and with the keys, of the stage before."""
+    (tmp_path / "s.py").write_text("stages = [dict(steps=3, global_batch_size=4), "
+                                   "dict(steps=3, global_batch_size=8)]")
+    backward, seen = loop.backward, []
+
+    def spy(state, batches, learner, scale):
+        result = backward(state, batches, learner, scale)
+        tokens = sum(each.num_sampled for group in learner.groups for each in group)
+        seen.append((len(learner.groups), round(scale * learner.scale * tokens, 6)))
+        return result
+
+    monkeypatch.setattr(loop, "backward", spy)
+    run(chat, tmp_path / "a", str(tmp_path / "s.py"), "--updates_per_rollout=2")
+    assert seen == [(4, 1.0)] * 4 + [(8, 1.0)] * 2  # (groups, factor of the sum over the sampled tokens)
+
+
 def test_an_adapter_and_its_reference(chat, tmp_path):
     """The KL is the same with a second model and with the adapter switched off."""
     words = ["--lora_rank=4", "--kl_weight=0.5", "--max_steps=3"]
@@ -311,6 +329,7 @@ def test_an_adapter_and_its_reference(chat, tmp_path):
 
 @pytest.mark.parametrize("words, message", [
     (["--group_size=1"], r"group_size=1: must be at least 2 \(or set advantage=reinforce\)"),
+    (["--refill=True", "--advantage=reinforce"], "refill=True: must be False with advantage=reinforce"),
     (["--families=adds"], "families=adds: no family 'adds'"),
     (["--calculator=2"], "calculator=2.0: must be from 0 to 1"),
     (["--kl_weight=-1"], "kl_weight=-1.0"), (["--temperature=0"], "temperature=0.0"),

@@ -267,6 +267,7 @@ def test_the_openai_client(server, script):
     (400, "sinks is a setting of the server", {"sinks": 4}),
     (400, "stop=", {"stop": [""]}),
     (400, "tools: each needs", {"tools": [{"name": "a"}]}),
+    (400, "response_format: must be text", {"response_format": {"type": "json_schema", "json_schema": "x"}}),
     (400, "lone surrogate", {"messages": [{"role": "user", "content": "\ud800"}]}),
     (404, "no model 'x' is served", {"model": "x"}),
     (429, "too many texts are waiting", {"n": 10**9}),
@@ -288,6 +289,8 @@ def test_a_text_outgrows_the_context_with_sinks(start, chat_folder):
                                         small.served.ends[False])]
     assert status == 200 and len(new) > 18
     assert answer["choices"][0]["text"] == tokenizer.decode(new, inside=True)
+    body = {"prompt": prompt[:50], "max_tokens": 1, "echo": True, "logprobs": 1}
+    assert small.ask("/v1/completions", body)[0] == 413, "a slot keeps the scores of 20 tokens"
 
 
 def test_bodies_that_are_no_requests(server):
@@ -304,7 +307,7 @@ def test_bodies_that_are_no_requests(server):
 
 def test_headers_of_other_sites(server, start, chat_folder):
     for headers in ({"Host": "evil.example"}, {"Host": "127.0.0.1.evil.example:8000"},
-                    {"Origin": "https://evil.example"}, {"Origin": "null"}):
+                    {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://[x"}):
         assert server.ask("/v1/models", headers=headers)[0] == 403
     for host in ("localhost", "127.0.0.1:99", "[::1]:8000"):
         assert server.ask("/v1/models", headers={"Host": host, "Origin": f"http://{host}"})[0] == 200

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import torch
 from matplotlib.figure import Figure
@@ -80,7 +81,7 @@ def captioned(caption: str, rows: list[list[Any]]) -> str:
 def figure(path: Path, picture: Figure, caption: str) -> str:
     """Save a picture, and show it."""
     picture.savefig(path, dpi=130)
-    return f"![{path.stem}]({path.name})\n\n**Figure.** {caption}"
+    return f"![picture]({quote(path.name)})\n\n**Figure.** {caption}"
 
 
 def numbered(text: str) -> str:
@@ -245,6 +246,9 @@ def main(argv: list[str]) -> None:
     # Arguments without -- are folders here, not config files.
     cfg, _ = configure(ReportConfig, [arg for arg in argv if arg.startswith("-")], usage=__doc__)
     folders = [Path(arg) for arg in argv if not arg.startswith("-")]
+    names = [folder.name for folder in folders]
+    if twice := [name for name in names if names.count(name) > 1]:  # their pictures would have one name
+        raise UserError(f"{twice[0]}: two folders have this name; rename or copy one of them")
     for folder in folders or [Path("")]:
         if not any((folder / name).is_file() for name in ("run.json", "results.json")):
             raise UserError(f"{folder}: neither a run nor results of eval.py; name folders such as out/base")

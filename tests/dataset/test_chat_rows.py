@@ -1,5 +1,7 @@
 """dataset/chat_rows.py: how chats and preferences are packed, cut, left out and masked."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -8,7 +10,7 @@ from configurator import UserError
 from dataset.chat_rows import ChatRows, PairRows, UnpackedChatRows, chat_batch, pack_rows, pair_batch
 from dataset.conversations import conversation, preference
 from dataset.dataloader import IGNORE
-from dataset.shards import DataFolder
+from dataset.shards import SEPARATOR, DataFolder
 from formats.chat_format import encode_answer, encode_chat, encode_prompt
 from formats.tokenizer import Tokenizer
 from prepare import main as prepare_main
@@ -67,6 +69,19 @@ def test_long_conversations_are_cut_and_those_without_an_answer_left_out(folders
     assert (cut[1, -4:] != IGNORE).all(), "a cut answer is trained on up to the cut, without an end"
     with pytest.raises(UserError, match="none of 4 train conversations has an answer in its first"):
         ChatRows(data, "train", 4)
+
+
+@pytest.mark.parametrize("kind", [ChatRows, UnpackedChatRows])
+def test_a_last_conversation_without_any_target_is_left_out(folders, kind, tmp_path):
+    """A template may leave none: a greeting of the assistant, then only a user's message."""
+    (mask,) = shutil.copytree(folders["chat"][0].folder, tmp_path / "chat").glob("train_*.mask")
+    values = bytearray(mask.read_bytes())
+    ends = [place for place, value in enumerate(values) if value == SEPARATOR]
+    values[ends[-2] + 1:ends[-1]] = bytes(ends[-1] - ends[-2] - 1)
+    mask.write_bytes(values)
+    rows = kind(DataFolder(tmp_path / "chat"), "train", 200)
+    assert len(rows.usable) == 3 and rows.left_out == 1
+    assert (rows.read(np.arange(len(rows)))[:, 1] != IGNORE).any(1).all()
 
 
 @pytest.mark.parametrize("kind", [ChatRows, UnpackedChatRows])

@@ -2,6 +2,7 @@
 
 import json
 import math
+from datetime import datetime
 from itertools import product
 
 import pytest
@@ -80,6 +81,13 @@ def test_other_values_are_refused(value):
                 {"messages": [{"role": "assistant", "content": "a", "thought": value}]}):  # fmt: skip
         with pytest.raises(Skip, match="is not a string"):
             conversation(row)
+
+
+@pytest.mark.parametrize("value", [b"\xff", datetime(2026, 1, 2), math.nan])
+def test_tools_with_values_that_are_no_json(value):
+    """Parquet has dates and bytes."""
+    with pytest.raises(Skip, match="'tools' is not JSON"):
+        conversation({"question": "a", "answer": "b", "tools": [{"name": "f", "since": value}]})
 
 
 def test_parquet_means_the_same_as_json(tmp_path):

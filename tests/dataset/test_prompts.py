@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from datetime import date
 
 import pytest
 
@@ -51,6 +52,23 @@ def test_rows_of_a_file(tokenizer, tmp_path):
     assert list(source.hashes) == [str(tmp_path / "a.jsonl")]
     with pytest.raises(UserError, match="have no epochs; count steps"):
         PromptSource("problems", tokenizer, 60, 1).epoch_size  # noqa: B018
+
+
+def test_equal_rows_are_on_one_side_of_the_split(tokenizer, tmp_path):
+    for n in range(10):
+        rows = [{"question": f"What is {n} + {i}?", "answer": str(n + i)} for i in range(25)] * 2
+        source = PromptSource(write(tmp_path / f"{n}.jsonl", rows), tokenizer, 60, 1)
+        train, val = ({prompt.row["question"] for prompt in part} for part in (source.train, source.val))
+        assert len(train | val) == 25 and not train & val
+
+
+def test_a_column_of_dates_is_no_obstacle(tokenizer, tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"question": f"{n}?", "answer": "1", "day": date(2026, 1, 1 + n)} for n in range(4)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    assert len(PromptSource(str(tmp_path / "a.parquet"), tokenizer, 60, 1).train) == 3
 
 
 def test_forms_of_rows(tokenizer, tmp_path):

@@ -139,9 +139,10 @@ def test_every_packing(tmp_path, suffix):
         path.write_bytes(path.read_bytes()[:-20])
         with pytest.raises(UserError, match=r"a\.jsonl\.\w+: damaged"):
             read(path)
-        path.write_bytes(b"not packed at all")
-        with pytest.raises(UserError, match="damaged"):
-            read(path)
+        for content in (b"not packed at all", b""):
+            path.write_bytes(content)
+            with pytest.raises(UserError, match="damaged"):
+                read(path)
 
 
 @pytest.mark.parametrize(
@@ -152,6 +153,7 @@ def test_every_packing(tmp_path, suffix):
         ('{"text": "a"}', ["a"], []),
         ('{"text": "a"}\n{"text": "b"}\n', ["a", "b"], []),
         ('\ufeff[{"text": "a"}]', ["a"], []),
+        ('\ufeff{"text": "a"}', ["a"], []),
         (
             '[{"text": "a"}, {"text": "b", "text": "c"}, 3]',
             ["a"],

@@ -2,6 +2,7 @@
 tokenizers against ordinary distillation, hostile text, chats, a cache, and mistakes of the user."""
 
 import json
+import math
 import re
 import shutil
 from functools import cache, partial
@@ -521,6 +522,22 @@ def test_two_ranks_have_the_losses_of_one(other, data, tmp_path, two_ranks, how)
         one, two = ([event[key] for event in log if key in event] for log in (alone, both))
         np.testing.assert_allclose(two, one, rtol=1e-5)
     assert len(losses(both)) == 4 or how == ["--on_policy=0.5"]
+
+
+def test_a_loss_that_is_not_finite(other, data, tmp_path, monkeypatch):
+    """The batch, which has arrays of the alignment, is written down, and the run goes back."""
+    compute, calls = distill.Distillation.__call__, []
+
+    def third_is_nan(self, forward, batch):
+        calls.append(batch)
+        loss, metrics = compute(self, forward, batch)
+        return loss * (math.nan if len(calls) == 5 else 1), metrics
+
+    monkeypatch.setattr(distill.Distillation, "__call__", third_is_nan)
+    log = run(other, data, tmp_path / "a", "--align=bytes", "--max_steps=4", "--save_interval=1",
+              "--max_rollbacks=1")
+    assert [event["rollbacks"] for event in log if "rollbacks" in event] == [1] and log[-1]["step"] == 4
+    assert len(list((tmp_path / "a").glob("not_finite_*.json"))) == 1
 
 
 def test_mistakes_have_one_line(data, tmp_path):

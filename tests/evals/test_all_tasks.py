@@ -74,7 +74,7 @@ def test_a_task_that_the_model_cannot_do_is_left_out(data, copa, tmp_path, capsy
     ("--eval_tasks=copa --eval_data=/nowhere", "eval_tasks: data=/nowhere: no such file or folder"),
     ("--eval_tasks=perplexity", "eval_tasks: the training text of this model is not here: give "
                                 "--eval_data=perplexity=FILE"),
-    ("--eval_tasks=humaneval", "eval_tasks: humaneval executes the programs"),
+    ("--eval_tasks=humaneval", "eval_tasks: humaneval needs settings that only eval.py has"),
     ("--eval_tasks=problems --parallel=fsdp", "eval_tasks: does not work with parallel=fsdp"),
     ("--eval_limit=0", "eval_limit=0: must be positive"),
 ])

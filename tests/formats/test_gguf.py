@@ -232,6 +232,7 @@ def test_what_llama_cpp_does_not_compute(changes, message):
     (lambda d: d["pre_tokenizer"]["pretokenizers"][0].update(pattern={"Regex": "x+"}), "splits text .*: x+"),
     (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "splits text in a way.*Whitespace"),
     (lambda d: d["model"].update(ignore_merges=True), "splits text in a way"),
+    (lambda d: d["model"].update(merges=[]), "its tokenizer has no merges"),
 ])  # fmt: skip
 def test_tokenizers_that_llama_cpp_does_not_have(change, message, tokenizer):
     definition = json.loads(json.dumps(tokenizer.definition))

@@ -104,6 +104,7 @@ def test_no_path_of_this_machine_is_in_the_card(copied, trained, chats):
     text = card_of(copied)
     run_config = json.loads((copied / "run.json").read_text())["config"]
     assert run_config["init_from"] == str(trained) and str(trained) not in text
+    assert "`*.py,*.py`" in text and "`/" not in text, "the source of the text, without its folder"
     assert str(chats.parent) not in text
     assert shown(f"{chats}:0.5,a/b:0.5") == f"{chats.name}:0.5,a/b:0.5"
 

@@ -109,6 +109,18 @@ def test_a_prefix_that_a_slot_holds_is_reused():
     assert rows[1].cached == len(fresh) - 1
 
 
+def test_texts_that_share_a_beginning_keep_their_slots():
+    """All chats begin alike; that is no reason to overwrite one while other slots are empty."""
+    run = Run(busy_model(tiny_config(vocab_size=512, block_size=256)), 4)
+    texts = [[1, 2, 3, *range(first, first + 50)] for first in (100, 200)]
+    for turn in range(2):
+        for number, text in enumerate(texts):
+            row = run.start(text, 8, is_done=lambda new: False)
+            run.go()
+            assert row.cached == (len(text) - 4 if turn else 3 * number)
+            texts[number] = [*row.prompt, *row.new, 9, 8, 6]
+
+
 def test_a_row_that_is_ended_from_outside_frees_its_slot():
     model = busy_model(tiny_config(vocab_size=512))
     run = Run(model, 1)

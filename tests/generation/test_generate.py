@@ -18,6 +18,7 @@ from generation.generate import (
     Options,
     PrefixCache,
     Sampling,
+    TextEnd,
     append_tokens,
     choose,
     complete,
@@ -26,6 +27,7 @@ from generation.generate import (
     shift_context,
     visible_text,
 )
+from generation.terminal import Printer
 from model import GPT
 from tests.conftest import ROOT, busy_model, tiny_config
 from tests.formats.test_tokenizer_kinds import llama2
@@ -332,6 +334,48 @@ def test_complete_returns_the_texts_of_the_command(capsys, trained, tmp_path):
     texts = complete(model, tokenizer, ["def ", "", "import os"], 20, Sampling(seed=5))
     assert texts == [json.loads(line)["completion"] for line in lines]
     assert complete(model, tokenizer, ["def "], 0) == [""]
+
+
+@pytest.mark.parametrize("text, stop", [("\u4e2d\n", "\n"), ("\U0001f600\nmore", "\n"),
+                                        ("\u4e2d\u00e9", "\u00e9")])
+def test_a_stop_text_after_a_character_of_byte_tokens(text, stop):
+    hf, settings = llama2()
+    tokenizer, out = Tokenizer(json.loads(hf.to_str()), settings), []
+    ids, end = tokenizer.encode(text, inside=True), TextEnd(tokenizer, {tokenizer.eot_id}, [stop])
+    places = [n for n in range(len(ids)) if end.is_reached(ids[:n + 1])]
+    assert places and tokenizer.decode(ids[:places[0] + 1], inside=True).endswith(stop)
+    printer = Printer(tokenizer, out.append, False)
+    for index in ids:
+        printer(index)
+    assert "".join(out) == tokenizer.decode(ids, inside=True)
+
+
+def test_a_cache_that_dropped_tokens_is_not_used_again():
+    model, sampling = busy_model(tiny_config(block_size=24)), Sampling(temperature=0, sinks=4, window=12)
+    prefix, text = PrefixCache(), list(range(40, 55))
+
+    def turn(**options):  # its row ends by itself
+        return [tokens[0] for tokens in generate(model, [text], 8, sampling, lambda row, new: len(new) == 8,
+                                                 Options(**options))]
+
+    for _ in range(3):
+        expected = turn()
+        assert turn(prefix=prefix) == expected
+        text += [*expected, 9, 8]
+
+
+def test_a_prompt_whose_reading_was_interrupted(monkeypatch):
+    """Its tokens have overwritten those of the text before, behind what both share."""
+    model, prefix, text = busy_model(tiny_config()), PrefixCache(), list(range(1, 10))
+    first = run(model, [text], 4, prefix=prefix)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(model.model["layers"][1], "forward", raise_interrupt)
+        run(model, [[1, 2, *range(30, 37)]], 4, prefix=prefix)
+    assert run(model, [text], 4, prefix=prefix) == first
+
+
+def raise_interrupt(*args, **kwargs):
+    raise KeyboardInterrupt
 
 
 def test_a_completion_keeps_its_first_space(capsys, tmp_path):

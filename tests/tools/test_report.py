@@ -125,12 +125,22 @@ def test_wrong_folders(tmp_path):
             report.main(argv)
 
 
+def test_two_folders_of_one_name(run, studies, trained, tmp_path):
+    """Their pictures would have one name, and so would their columns."""
+    other = shutil.copytree(trained, tmp_path / "base")
+    with pytest.raises(UserError, match="base: two folders have this name"):
+        report.main([str(run), str(other), f"--results={studies}", f"--out={tmp_path / 'out'}"])
+
+
 def test_the_pdf(run, studies, tmp_path):
     for package in ("pypandoc", "typst"):
         pytest.importorskip(package)
     report.main([str(run), f"--results={studies}", f"--out={tmp_path}"])
     content = (tmp_path / "report.pdf").read_bytes()
     assert content.startswith(b"%PDF-") and content.count(b"/Image") >= 5
+    odd = shutil.copytree(run, tmp_path / "my run (1)`<b>")  # its name is in names of pictures
+    report.main([str(odd), f"--results={studies}", f"--out={tmp_path / 'odd'}"])
+    assert (tmp_path / "odd" / "report.pdf").read_bytes().count(b"/Image") == content.count(b"/Image")
 
 
 def test_without_the_packages_of_the_pdf(run, studies, tmp_path, monkeypatch, capsys):

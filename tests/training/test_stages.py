@@ -131,6 +131,25 @@ def test_the_ends_of_stages_stay(data, curriculum, tmp_path):
     assert [folder.name for folder in checkpoint.step_folders(tmp_path)] == list(ends.values())
 
 
+def test_a_kill_before_the_pointers_move(data, curriculum, tmp_path, monkeypatch):
+    """The checkpoint at a stage's end is whole, but checkpoints.json does not name it yet."""
+    argv = [data, tmp_path, str(curriculum / "c.py"), "--save_interval=1", "--keep_checkpoints=1"]
+    update = checkpoint.update_pointers
+
+    def killed(out_dir, keep, **pointers):
+        if "stage_1" in pointers:
+            raise RuntimeError("killed")
+        update(out_dir, keep, **pointers)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "update_pointers", killed)
+        with pytest.raises(RuntimeError, match="killed"):
+            run(*argv)
+    run(*argv)
+    pointers = checkpoint.read_pointers(tmp_path)
+    assert pointers["stage_1"] == "step_000004" and pointers["last"] == "step_000017"
+
+
 def test_a_run_of_epochs_goes_on(data, tmp_path, capsys):
     """The same arguments continue the run, though its stages count epochs and the loop counts steps."""
     config = tmp_path / "epochs.py"
