@@ -68,7 +68,7 @@ FAST = """
     evals/tasks/test_choice.py evals/tasks/test_perplexity.py evals/tasks/test_summarize.py
     evals/tasks/test_conll.py evals/tasks/test_mt_bench.py
     evals/test_likelihood.py evals/test_lm.py evals/test_rewards.py evals/test_votes.py
-    generation/test_rollouts.py generation/test_verifier.py generation/test_batcher.py
+    generation/test_api.py generation/test_rollouts.py generation/test_verifier.py generation/test_batcher.py
     formats/test_bad_models.py formats/test_chat_format.py formats/test_kquants.py
     generation/test_assistant.py generation/test_constraints.py generation/test_samples.py
     dataset/test_tasks.py dataset/test_tool_problems.py tools/test_errors.py
