@@ -163,9 +163,11 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
 
 def require_models(cfg: EvalConfig) -> None:
     """Raises UserError for a model that cannot be loaded, before the others are measured for hours."""
-    for path in cfg.models:
+    mt_bench = [cfg.opponent, cfg.judge] if "mt_bench" in cfg.task_names else []
+    helpers = [path for path in mt_bench if path and not path.startswith(("http://", "https://"))]
+    for path in cfg.models + helpers:
         tokenizer = Tokenizer.load(hf.find_folder(path))  # downloads a hub id; the weights stay on disk
-        if cfg.chat:
+        if cfg.chat and path in cfg.models:
             require_chat(tokenizer, path)
     if cfg.verifier:
         find_verifier(cfg.verifier)

@@ -36,7 +36,7 @@ def right_letter(row: dict[str, Any]) -> str:
     """The letter of the right choice: `answer` is its index, its letter or its text. Raises ValueError."""
     choices, answer = row["choices"], row.get("answer")
     if type(answer) is not int:
-        answer = choices.index(answer) if answer in choices else LETTERS.index(str(answer))
+        answer = choices.index(answer) if answer in choices else [*LETTERS].index(str(answer))
     if not 0 <= answer < min(len(choices), len(LETTERS)):
         raise ValueError(f"the answer {answer} is no choice")
     return LETTERS[answer]

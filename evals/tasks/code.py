@@ -53,26 +53,33 @@ MAX_NEW_TOKENS = {"humaneval": 1024, "mbpp": 256}  # those of lm-evaluation-harn
 
 # ---- Running a program ------------------------------------------------------------------------------------
 
-# What the process does first. Its limits are hard: without root, the program cannot raise them.
-LAUNCHER = f"""import resource
+# What the process does. Its limits are hard: without root, the program cannot raise them. The program has no
+# names but its own, as in lm-eval: it is not "__main__". The file that says that it has reached its end has a
+# whole path and is made here, because a program may change its folder or have an `open` of its own.
+LAUNCHER = f"""import resource, sys
+end, make = sys.argv.pop(), open
 for name, most in {LIMITS}.items():
     resource.setrlimit(getattr(resource, "RLIMIT_" + name), (most, most))
-exec(compile(open("program.py", encoding="utf-8").read(), "program.py", "exec"), {{"__name__": "__main__"}})
+exec(compile(open("program.py", encoding="utf-8").read(), "program.py", "exec"), {{}})
+make(end, "w").close()
 """
 # Interpreters without a virtual environment. The first may be in root's home, which "nobody" cannot read.
 PYTHONS = (getattr(sys, "_base_executable", sys.executable), "/usr/bin/python3")
 
 
-def start(folder: str, errors: BinaryIO) -> subprocess.Popen:
-    """Start the program of a folder. UserError if "nobody" can run none of the interpreters."""
+def start(folder: str, end: Path, errors: BinaryIO) -> subprocess.Popen:
+    """Start the program of a folder; the file `end` appears when it has reached its end.
+
+    Raises UserError if "nobody" can run none of the interpreters.
+    """
     user: dict[str, Any] = {}
     if os.geteuid() == 0:
         user = {"user": NOBODY, "group": NOBODY, "extra_groups": []}
         os.chown(folder, NOBODY, NOBODY)
     for python in PYTHONS:
         with contextlib.suppress(OSError):
-            return subprocess.Popen([python, "-I", "-S", "-c", LAUNCHER], cwd=folder, env={}, stderr=errors,
-                                    stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+            return subprocess.Popen([python, "-I", "-S", "-c", LAUNCHER, str(end)], cwd=folder, env={},
+                                    stderr=errors, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
                                     start_new_session=True, **user)
     raise UserError(f"allow_code=True: no rights to run {' or '.join(PYTHONS)}; run eval.py without root")
 
@@ -82,11 +89,10 @@ def run_program(program: str) -> str:
 
     A program passes if it reaches its end: a call of exit() before that does not.
     """
-    token = secrets.token_hex(16)
     with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile() as errors:
-        text = f"{program}\nopen('{token}', 'w').close()\n"
-        Path(folder, "program.py").write_text(text, "utf-8", "replace")
-        process = start(folder, errors)
+        end = Path(folder, secrets.token_hex(16))
+        Path(folder, "program.py").write_text(program, "utf-8", "replace")
+        process = start(folder, end, errors)
         try:
             process.wait(SECONDS)
         except subprocess.TimeoutExpired:
@@ -94,7 +100,7 @@ def run_program(program: str) -> str:
         finally:  # Ctrl-C as well
             process.kill()
             process.wait()
-        if Path(folder, token).exists():
+        if end.exists():
             return "passed"
         errors.seek(0)
         lines = errors.read().decode("utf-8", "replace").strip().splitlines()
@@ -132,8 +138,9 @@ def load(source: str | None, limit: int, shots: int | None, name: str, allow_cod
     rows = [row for hub in (HUB[name] if source is None else [""]) for row in read(source, name, hub)]
     if name == "humaneval":
         return Questions(convert(rows[:limit], humaneval_problem), [])
-    examples = [row for row in rows if 2 <= row["task_id"] < 2 + (3 if shots is None else shots)]
-    asked = [row for row in rows if 11 <= row["task_id"] <= 510]
+    numbered = list(zip(convert(rows, lambda row: int(row["task_id"])), rows, strict=True))
+    examples = [row for number, row in numbered if 2 <= number < 2 + (3 if shots is None else shots)]
+    asked = [row for number, row in numbered if 11 <= number <= 510]
     return Questions(convert(asked[:limit], mbpp_problem), convert(examples, mbpp_problem))
 
 

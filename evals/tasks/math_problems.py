@@ -102,13 +102,14 @@ def boxed(text: str) -> str | None:
     return None
 
 
-def normalized(answer: str) -> str:
-    """The answer without what does not count."""
+def normalized(answer: str, commas: bool = True) -> str:
+    """The answer without what does not count. commas: whether those of large numbers are taken out."""
     text = re.sub(r"(?<!\\)\\[!,;: ]|\\left|\\right|\^\\circ|\^\{\\circ\}|\\?[$%]|~", "", answer)
     text = re.sub(r"^\s*[A-Za-z]\s*(?:=|\\in\b)", "", re.sub(r"\\[dtc]frac", r"\\frac", text)).strip()
     text = re.sub(r"(?<=.)\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d|\^\{\d\})?$", "", text)  # a unit
     text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
-    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", re.sub(r"\s+", "", text))
+    text = re.sub(r"\s+", "", text)
+    text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text) if commas else text
     text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text.rstrip("."))
     return re.sub(r"(?<![\^\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", text)  # 2 1/3
 
@@ -135,7 +136,13 @@ def elements(text: str) -> tuple[str, list[str]]:
 
 def equal(said: str, answer: str) -> bool:
     """Whether two answers are the same mathematics."""
-    a, b = normalized(said), normalized(answer)
+    # "100,200" is a number, or a list of two: the answers are read in the one way, then in the other.
+    return any(same_elements(normalized(said, commas), normalized(answer, commas))
+               for commas in (True, False))
+
+
+def same_elements(a: str, b: str) -> bool:
+    """`equal` for normalized answers."""
     if a == b or not a or not b:
         return a == b
     (brackets, one), (others, two) = elements(a), elements(b)

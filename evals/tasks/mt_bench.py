@@ -21,6 +21,7 @@ their own and, often, the first or the second one: the details have the share of
 Files: mt_bench*, such as question.jsonl of github.com/lm-sys/FastChat; hub: HuggingFaceH4/mt_bench_prompts.
 """
 
+import http.client
 import json
 import os
 import re
@@ -87,13 +88,13 @@ def from_api(url: str, model: str, prompt: str) -> str:
     """What a model with an API like OpenAI's says. UserError if there is no answer."""
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
             "max_tokens": MAX_NEW_TOKENS}
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), {
-        "Content-Type": "application/json", "User-Agent": "nanollama",
-        "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"})
     try:
+        request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), {
+            "Content-Type": "application/json", "User-Agent": "nanollama",
+            "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', '')}"})
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return json.load(response)["choices"][0]["message"]["content"] or ""
-    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+    except (OSError, http.client.HTTPException, ValueError, KeyError, IndexError, TypeError) as error:
         raise UserError(f"judge={url}: {type(error).__name__}: {error}") from None
 
 

@@ -43,7 +43,7 @@ from collections.abc import Set
 from typing import Any, NamedTuple
 
 from dataset.tasks import question_prompt
-from evals.benchmarks import Questions, answer_text, read, text_of, texts_of, with_last_as_shots
+from evals.benchmarks import Questions, answer_text, convert, read, text_of, texts_of, with_last_as_shots
 from evals.lm import LM
 from evals.results import Result, means, truncated
 
@@ -99,9 +99,10 @@ class OpenQuestion(NamedTuple):
 
 def flat_rows(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows, with one row per question for each article of SQuAD's own files."""
-    return [row for each in rows for row in (
+    return [row for part in convert(rows, lambda each: (
         [{**question, "title": each["title"], "context": part["context"], "file": each["file"]}
-         for part in each["paragraphs"] for question in part["qas"]] if "paragraphs" in each else [each])]
+         for part in each["paragraphs"] for question in part["qas"]] if "paragraphs" in each else [each]))
+            for row in part]
 
 
 def squad_question(row: dict[str, Any]) -> OpenQuestion:
@@ -139,13 +140,14 @@ def score(lm: LM, questions: Questions, name: str) -> Result:
     shots = "".join(f"{question.prompt} {question.answers[0]}\n\n" for question in questions.shots)
     prompts = [shots + question.prompt for question in questions.asked]
     whole, trivia = WHOLE[name], name == "triviaqa"
+    nothing = UNANSWERABLE if name == "squad_v2" else ""  # there, no answer is an answer that can win a vote
     texts = lm.generate_until(prompts, ["\n"], MAX_NEW_TOKENS[name])
     answers, types = [], {}
     for question, text in zip(questions.asked, texts, strict=True):
         exact = max(exact_match(text, answer, trivia) for answer in question.answers)
         overlap = max(f1(text, answer, whole, trivia) for answer in question.answers)
         answers.append({"prompt": question.prompt, "answers": question.answers, "said": text.strip(),
-                        "vote": normalized(text, trivia), "exact_match": exact, "f1": overlap}
+                        "vote": normalized(text, trivia) or nothing, "exact_match": exact, "f1": overlap}
                        | ({"passage": question.passage} if question.passage else {}))
         types.setdefault(question.kind, []).append(exact)
     details = {"shots": len(questions.shots), "first_prompt": prompts[0],

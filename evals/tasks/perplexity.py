@@ -159,7 +159,7 @@ def windows(length: int, context: int, stride: int) -> list[tuple[int, int, int]
 
 def perplexity_of(loss: Figure) -> Figure:
     """e^loss, for a mean loss in nats per token."""
-    value = math.exp(loss.value)
+    value = math.exp(min(loss.value, 700))  # a larger exponent overflows
     return Figure(value, value * loss.stderr, loss.n)
 
 

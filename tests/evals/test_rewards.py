@@ -41,7 +41,9 @@ def test_well_formed_answers():
 
 @pytest.mark.parametrize("row", [{}, {"answer": ""}, {"answer": None}, {"answer": [4]}, {"answer": "#### x"},
                                  {"regex": "("}, {"regex": 3}, {"choices": ["x"], "answer": 1},
-                                 {"choices": ["x"], "answer": "z"}, {"choices": 3, "answer": 0}])  # fmt: skip
+                                 {"choices": ["x"], "answer": "z"}, {"choices": ["x", "y"], "answer": ""},
+                                 {"choices": ["x", "y"], "answer": "AB"},
+                                 {"choices": 3, "answer": 0}])  # fmt: skip
 def test_rows_without_a_reference(row):
     with pytest.raises(Skip, match="no reference answer"):
         require_reference(row)

@@ -28,6 +28,10 @@ MBPP = [{"task_id": number, "text": f"Add {number}.", "code": f"def f(a):\n  ret
     ("import os; assert not dict(os.environ), dict(os.environ)", "passed|AssertionError: .*LC_CTYPE"),
     ("import os; assert len(os.listdir()) == 1", "passed"),
     ("print('x' * 10**6)\n" * 20, "passed"),  # nobody reads it
+    # What reaches its end has passed, whatever its folder is and whatever "open" means there.
+    ("import os\nos.chdir('/')", "passed"), ("from os import *", "passed"),
+    ("def open(door): pass", "passed"),
+    ("if __name__ == '__main__':\n  input()", "passed"),  # a module, as in lm-eval
 ])
 def test_programs(program, outcome):
     assert re.match(outcome, run_program(program))
@@ -91,3 +95,6 @@ def test_the_tasks(trained, tmp_path, monkeypatch):
     assert asked[1][0] == [shots + prompt.format(n, n + 1) for n in (11, 12)]
     with pytest.raises(UserError, match="executes the programs that the model writes: --allow_code=True"):
         code.load(str(tmp_path), 500, None, "humaneval", False)
+    write(tmp_path, "mbpp", [MBPP[0] | {"task_id": "Mbpp/2"}])
+    with pytest.raises(UserError, match="mbpp.jsonl: row 1 does not fit this benchmark .*'Mbpp/2'"):
+        code.load(str(tmp_path), 500, None, "mbpp", True)

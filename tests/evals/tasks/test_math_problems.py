@@ -24,6 +24,9 @@ from evals.tasks.math_problems import boxed, equal
     (r"\{1,0.5\}", r"\{\frac12,1\}", True), ("(1,2),(3,4)", "(3,4),(1,2)", True), ("1,2", "1,2,2", False),
     (r"\text{east}", "east", True), ("east", "seat", False), (r"90^\circ", "90", True), (r"\$5", "5", True),
     (r"50\%", "50", True), (r"5\text{ cm}^2", "5", True), (r"x=\text{E}", "E", True), ("", "5", False),
+    ("300, 200, 100", "100, 200, 300", True), ("(100, 200)", "(100.0,200)", True),
+    ("(0,100)", "(0, 100)", True), ("100, 200", "100, 300", False), ("1, 2, 300", "300, 1, 2", True),
+    (r"11,\! 111,\! 100", "11111100", True),
     (r"\begin{pmatrix}1\\2\end{pmatrix}", r"\begin{pmatrix} 1 \\ 2 \end{pmatrix}", True),
 ])
 def test_answers(said, answer, verdict):

@@ -2,6 +2,7 @@
 
 import http.server
 import json
+import socket
 import threading
 
 import pytest
@@ -103,6 +104,30 @@ def test_an_api_judges_in_both_orders(chat_folder, api, tmp_path, monkeypatch, c
     says[:] = [401]
     with pytest.raises(UserError, match=rf"judge={url}: HTTPError: HTTP Error 401"):
         evaluation.main(argv)
+    # A helper that is not there is refused before the model answers for hours.
+    for key in ("opponent", "judge"):
+        monkeypatch.setattr(mt_bench, "converse", None)
+        with pytest.raises(UserError, match="/nowhere: no model here"):
+            evaluation.main([*argv, f"--{key}=/nowhere"])
+
+
+@pytest.mark.parametrize("answer", [b"SSH-2.0\r\n", b"HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{"])
+def test_an_answer_that_is_no_http_or_is_cut_off(answer):
+    def serve():
+        connection, _ = server.accept()
+        request = b""
+        while b"hello" not in request:  # a request that is not read would reset the connection
+            request += connection.recv(2**16)
+        connection.sendall(answer)
+        connection.close()
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, daemon=True).start()
+        with pytest.raises(UserError, match="BadStatusLine|IncompleteRead"):
+            mt_bench.from_api(f"http://127.0.0.1:{server.getsockname()[1]}/v1", "wise", "hello")
+    for address in ("http://127.0.0.1:port/v1", "http://[::1/v1"):
+        with pytest.raises(UserError, match="InvalidURL|Invalid IPv6 URL"):
+            mt_bench.from_api(address, "wise", "hello")
 
 
 def test_a_model_folder_judges(chat_folder, trained, monkeypatch):

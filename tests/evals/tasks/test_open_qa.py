@@ -126,9 +126,14 @@ def test_squad(trained, tmp_path, monkeypatch):
         assert [answer["exact_match"] for answer in result.answers] == list(exact), said
         assert [answer["f1"] for answer in result.answers] == pytest.approx(overlap), said
     assert result.details["types"] == {"answerable": 0, "unanswerable": 0}
+    # No answer is right if there is none, so it can win a vote, together with the word for it.
+    assert [answer["vote"] for answer in result.answers] == ["unanswerable", "jane austen"]
     assert open_qa.load(str(tmp_path), 500, 1, "squad_v2").shots[0].answers[0] == "unanswerable"
     assert f1("yes it is", "yes", {"unanswerable"}) == 0.5
     assert f1("well-known to all", "well known", set(), trivia=True) == pytest.approx(2 * 2 / (4 + 2))
     (tmp_path / "squad_v2_dev.jsonl").write_text(json.dumps(FLAT[0] | {"answers": {"text": "Austen"}}))
     with pytest.raises(UserError, match="'Austen' is not a list"):
+        open_qa.load(str(tmp_path), 500, None, "squad_v2")
+    (tmp_path / "squad_v2_dev.jsonl").write_text(json.dumps({"paragraphs": [{"title": "Emma"}]}))
+    with pytest.raises(UserError, match="squad_v2_dev.jsonl: row 1 does not fit this benchmark"):
         open_qa.load(str(tmp_path), 500, None, "squad_v2")

@@ -11,7 +11,7 @@ import torch
 from configurator import UserError
 from dataset.shards import DataFolder
 from evals.lm import LM
-from evals.results import ratio
+from evals.results import Figure, ratio
 from evals.tasks import perplexity
 from evals.tasks.perplexity import Texts, read_texts
 from formats import hf
@@ -158,3 +158,8 @@ def test_a_broken_model_has_no_perplexity(trained):
         broken.model.head_weight[5] = math.nan
     with pytest.raises(UserError, match="step_000060: a loss is not finite, so its weights are broken"):
         perplexity.score(broken, Texts([TEXT], ""), "")
+
+
+def test_a_huge_loss_has_a_perplexity():
+    """e^710 is no float64."""
+    assert perplexity.perplexity_of(Figure(1e4, 0.0, 5)).value == math.exp(700)
