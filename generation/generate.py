@@ -365,10 +365,13 @@ class TextEnd:
         """Whether the last of the generated ids ends the text."""
         if new[-1] in self.end_ids or not self.stops:
             return new[-1] in self.end_ids
-        # One of four neighbouring windows begins with a whole character. If a character is cut, a tokenizer
-        # with byte tokens ("<0xE4>") may decode all bytes after it to replacement characters.
-        tails = (self.tokenizer.decode(new[-self.window - more:], inside=True) for more in range(4))
-        return any(stop in tail for tail in tails for stop in self.stops)
+        for more in range(4):  # one of these windows begins with a whole character
+            tail = self.tokenizer.decode(new[-self.window - more:], inside=True)
+            # A tokenizer with byte tokens ("<0xE4>") may read a cut character and all bytes after it as
+            # replacement characters; another window may tell more.
+            if "\N{REPLACEMENT CHARACTER}" not in tail or any(stop in tail for stop in self.stops):
+                break
+        return any(stop in tail for stop in self.stops)
 
     def text(self, new: list[int], finished: bool = True) -> str:
         """The generated ids as `visible_text`."""

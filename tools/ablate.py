@@ -28,7 +28,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from configurator import UserError, configure, require_positive, run_script
+from configurator import UserError, configure, require, require_positive, run_script
 from formats.files import write_json
 from formats.markdown import table
 from model import GPT
@@ -54,6 +54,8 @@ class AblateConfig:
         require_positive(self, "seeds")
         if not all(isinstance(command, str) and command.strip() for command in self.base or [""]):
             raise UserError(f"base={self.base}: must be a list of commands, such as ['train.py --n_layer=2']")
+        for text in (*self.base, self.evaluate):
+            split(text)  # raises UserError
 
     @property
     def variants(self) -> dict[str, list[str]]:
@@ -61,20 +63,32 @@ class AblateConfig:
         named = self.changes
         if isinstance(named, str):
             named = {change.strip(): change for change in named.split(";") if change.strip()}
+        if "base" in named or not all(isinstance(change, str) for change in named.values()):
+            raise UserError(f"changes={named}: must be texts, and none is named base")
         return {name: variant(self.base, change) for name, change in {"base": "", **named}.items()}
+
+
+def split(text: str) -> list[str]:
+    """The words of a text, as a shell splits it. Raises UserError for a quote without its other one."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from None
 
 
 def variant(base: list[str], change: str) -> list[str]:
     """The commands of a variant. Raises UserError for a change that is not key=value or a command's -name."""
     commands = list(base)
-    for word in shlex.split(change):
+    for word in split(change):
         left_out = next((command for command in commands if "-" + command.split()[0] == word), None)
         if left_out:
             commands.remove(left_out)
-        elif "=" in word:
-            commands[0] += f" --{word}"
+        elif "=" in word and commands:
+            commands[0] += " " + shlex.quote(f"--{word}")  # a value may have spaces
         else:
             raise UserError(f"changes: {word!r}: must be key=value, or -SCRIPT for one of {', '.join(base)}")
+    if not commands:
+        raise UserError(f"changes: {change!r}: leaves no command")
     return commands
 
 
@@ -152,6 +166,7 @@ def chart(results: Runs) -> Figure:
 def main(argv: list[str]) -> None:
     cfg, _ = configure(AblateConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
+    require(cfg, "png", (cfg.png or ".png").endswith(".png"), "the name of a picture, such as ablate.png")
     arms = {name: partial(train_variant, cfg, commands) for name, commands in cfg.variants.items()}
     results = run_arms(arms, range(1, cfg.seeds + 1))
     metrics = results["base"][0]["metrics"]

@@ -9,17 +9,20 @@ A log is the list of the events in metrics.jsonl. The same call again repeats no
 run that was killed. Used by tools/ablate.py, sweep.py, task_table.py, search_layers.py, and by bench/.
 """
 
+import dataclasses
 import os
 import statistics
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import Any, TypeVar
 
-from configurator import UserError
-from formats.files import read_json, read_jsonl
+from configurator import UserError, configure
+from eval import EvalConfig
+from formats.files import read_json, read_jsonl, write_json
 
 ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
@@ -52,17 +55,20 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
              steps: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
     """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
 
-    A run is finished if the last event of its log has the metric, at step `steps` unless that is None; so
-    evaluate at the end only (--eval_interval=0). threads: OpenMP threads of the process. Raises UserError if
-    the process fails or logs no such metric.
+    A run is finished if an earlier call with these arguments returned its log. Else the script is started: it
+    continues its run, or refuses other settings. The last event of the log must have the metric, at step
+    `steps` unless that is None; so evaluate at the end only (--eval_interval=0). threads: OpenMP threads of
+    the process. Raises UserError if the process fails or logs no such metric.
     """
-    path = out_dir / "metrics.jsonl"
+    path, record, arguments = out_dir / "metrics.jsonl", out_dir / "arm.json", {"arguments": [script, *argv]}
     log = read_jsonl(path)
-    if not is_finished(log, metric, steps):
+    # The log alone does not tell: each of several stages ends with an evaluation.
+    if read_json(record) != arguments or not is_finished(log, metric, steps):
         run_process(script, [*argv, f"--out_dir={out_dir}"], threads)
         log = read_jsonl(path)
         if not is_finished(log, metric, steps):
             raise UserError(f"{path}: the last event has no {metric}")
+        write_json(record, arguments)
     return log
 
 
@@ -74,9 +80,11 @@ def run_eval(argv: list[str], out_dir: Path, threads: int | None = None) -> dict
     """Run eval.py, unless out_dir has all its results for these arguments. Returns {task: its figures}."""
     path = out_dir / "results.json"
     results = read_json(path)
-    measured = {f"--{key}={value}" for key, value in results.get("settings", {}).items()}
-    if not results.get("complete") or not measured.issuperset(argv):
-        run_process("eval.py", [*argv, f"--out_dir={out_dir}"], threads)
+    argv = [*argv, f"--out_dir={out_dir}"]
+    # All keys: results with a limit that is now left out are others.
+    settings = dataclasses.asdict(configure(EvalConfig, argv)[0])
+    if not results.get("complete") or results["settings"] != settings:
+        run_process("eval.py", argv, threads)
         results = read_json(path)
     return {task: each["figures"] for task, each in results["models"][0]["tasks"].items()}
 
@@ -84,11 +92,25 @@ def run_eval(argv: list[str], out_dir: Path, threads: int | None = None) -> dict
 def run_arms(arms: Mapping[str, Callable[[int], Result]], seeds: Iterable[int],
              jobs: int = 1) -> dict[str, list[Result]]:
     """Call every arm with every seed, `jobs` at a time. Returns {arm: one result per seed, in order}."""
+    stopped = Event()  # after an error or Ctrl-C no other run starts
+
+    def call(arm: Callable[[int], Result], seed: int) -> Result:
+        if stopped.is_set():
+            raise CancelledError
+        try:
+            return arm(seed)
+        except BaseException:
+            stopped.set()
+            raise
+
     with ThreadPoolExecutor(jobs) as pool:
-        runs = [(name, pool.submit(arm, seed)) for seed in seeds for name, arm in arms.items()]
+        runs = [(name, pool.submit(call, arm, seed)) for seed in seeds for name, arm in arms.items()]
         results: dict[str, list[Result]] = {name: [] for name in arms}
-        for name, run in runs:
-            results[name].append(run.result())
+        try:
+            for name, run in runs:
+                results[name].append(run.result())
+        finally:
+            stopped.set()
     return results
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from matplotlib.backend_bases import FigureCanvasBase
 from matplotlib.figure import Figure
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require, run_script
 from formats.files import read_jsonl
 from training.curves import draw
 
@@ -52,6 +53,8 @@ def main(argv: list[str]) -> None:
     folders = [Path(arg) for arg in argv if not arg.startswith("-")]
     if not folders:
         raise UserError("name a run folder: python -m tools.plot out/base")
+    kind = Path(cfg.out or "curves.png").suffix.lower()[1:]
+    require(cfg, "out", kind in FigureCanvasBase.filetypes, "the name of a picture, such as curves.png")
     runs = {str(folder): read_jsonl(folder / "metrics.jsonl") for folder in folders}
     for name, events in runs.items():
         if not any("loss" in event or "val_loss" in event for event in events):

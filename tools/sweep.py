@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from configurator import UserError, configure, run_script
+from configurator import UserError, configure, require, run_script
 from formats.files import write_json
 from tools.arms import require_writable, run_once
 
@@ -35,7 +35,8 @@ class SweepConfig:
         """{key: its values}. Raises UserError unless there are one to three keys."""
         parts = [part.partition("=") for part in self.grid.split()]
         axes = {key: values.split(",") for key, _, values in parts}
-        if not 1 <= len(axes) <= 3 or not all(key and all(values) for key, values in axes.items()):
+        is_whole = all(key and all(values) for key, values in axes.items())
+        if not is_whole or not 1 <= len(axes) == len(parts) <= 3:
             raise UserError(f"grid={self.grid}: write one to three keys as key=1,2,3, with spaces between")
         return axes
 
@@ -68,6 +69,7 @@ def draw(axes: dict[str, list[str]], values: list[float], metric: str) -> Figure
 def main(argv: list[str]) -> None:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
+    require(cfg, "png", (cfg.png or ".png").endswith(".png"), "the name of a picture, such as sweep.png")
     points = [dict(zip(cfg.axes, values, strict=True)) for values in itertools.product(*cfg.axes.values())]
     values = [run_point(cfg, point) for point in points]
     if cfg.json:

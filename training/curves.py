@@ -8,6 +8,7 @@ The events are those of metrics.jsonl (training/run.py). tools/plot.py compares 
 """
 
 import io
+import math
 import sys
 from typing import Any
 
@@ -73,7 +74,7 @@ def text_curves(events: list[dict[str, Any]]) -> list[str]:
     """
     points = {name: curve(events, key) for name, key in (("training", "loss"), ("validation", "val_loss"))}
     points = {name: (steps, values) for name, (steps, values) in points.items() if values}
-    everything = [value for _, values in points.values() for value in values]
+    everything = [value for _, values in points.values() for value in values if math.isfinite(value)]
     if not everything:
         return []
     low, high = min(everything), max(everything)
@@ -84,7 +85,8 @@ def text_curves(events: list[dict[str, Any]]) -> list[str]:
     for name, (steps, values) in points.items():
         columns: list[list[float]] = [[] for _ in range(width)]
         for step, value in zip(steps, values, strict=True):
-            columns[max(step - 1, 0) * width // max(last, 1)].append(value)
+            if math.isfinite(value):  # the text shows others, the curve cannot
+                columns[max(step - 1, 0) * width // max(last, 1)].append(value)
         heights = [round((sum(c) / len(c) - low) / (high - low or 1) * (len(bars) - 1)) if c else None
                    for c in columns]
         line = "".join(" " if height is None else bars[height] for height in heights)

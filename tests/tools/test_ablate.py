@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import shlex
 
 import pytest
 
@@ -26,6 +27,14 @@ def test_commands_by_hand():
     for bad in ([], ["  "], [3]):
         with pytest.raises(UserError, match="must be a list of commands"):
             AblateConfig(base=bad)
+    for change, reason in (("-train.py", "leaves no command"), ("-train.py n_layer=3", "must be key=value"),
+                           ("dataset='a", "No closing quotation"), ({"a": 3}, "must be texts"),
+                           ({"base": "n_layer=3"}, "none is named base")):
+        with pytest.raises(UserError, match=reason):
+            AblateConfig(changes=change).variants  # noqa: B018
+    with pytest.raises(UserError, match="No closing quotation"):
+        AblateConfig(base=["train.py --dataset='a"])
+    assert shlex.split(variant(base, "dataset='my data'")[0])[2] == "--dataset=my data"
 
 
 def test_report_by_hand():

@@ -1,11 +1,14 @@
 """Runs of every arm with every seed: each once, in order; and the mean with its range."""
 
+import dataclasses
 import importlib
 import json
 
 import pytest
 
-from configurator import UserError
+from configurator import UserError, configure
+from eval import EvalConfig
+from formats.files import write_json
 from tools import arms
 
 
@@ -31,12 +34,43 @@ def test_a_finished_run_is_read_and_an_unfinished_one_is_run(tmp_path, monkeypat
         "    file.write('{\"step\": 5, \"val_loss\": 2.0}\\n')\n")  # fmt: skip
     log = tmp_path / "metrics.jsonl"
     log.write_text(json.dumps({"step": 5, "val_loss": 1.0}) + "\n")
-    assert arms.run_once(str(script), [], tmp_path)[-1]["val_loss"] == 1.0
+    # The end of one of several stages looks like the end of a run, so the script decides once.
+    assert arms.run_once(str(script), [], tmp_path)[-1]["val_loss"] == 2.0
+    log.write_text(json.dumps({"step": 5, "val_loss": 1.0}) + "\n")
     assert arms.run_once(str(script), [], tmp_path, steps=5)[-1]["val_loss"] == 1.0
+    assert arms.run_once(str(script), ["--a=1"], tmp_path)[-1]["val_loss"] == 2.0  # other arguments
     log.write_text(json.dumps({"step": 2, "loss": 3.0}) + "\n")
     assert [event["step"] for event in arms.run_once(str(script), [], tmp_path, steps=5)] == [2, 5]
     with pytest.raises(UserError, match="the last event has no accuracy"):
         arms.run_once(str(script), [], tmp_path, "accuracy")
+
+
+def test_results_of_other_settings_are_measured_again(tmp_path, monkeypatch):
+    ran = []
+
+    def run_process(script, argv, threads):
+        ran.append(argv)
+        settings = dataclasses.asdict(configure(EvalConfig, argv)[0])
+        write_json(tmp_path / "results.json", {"settings": settings, "complete": True, "models": [
+            {"tasks": {"problems": {"figures": {"limit": settings["limit"]}}}}]})
+
+    monkeypatch.setattr(arms, "run_process", run_process)
+    asked = ["--tasks=problems", "--limit=1_000", "--chat"], ["--tasks=problems"]
+    for argv in (asked[0], asked[0], asked[1]):
+        found = arms.run_eval(argv, tmp_path)
+    assert len(ran) == 2 and found == {"problems": {"limit": 500}}
+
+
+def test_after_an_error_no_other_run_starts():
+    ran = []
+
+    def arm(seed):
+        ran.append(seed)
+        raise UserError("wrong")
+
+    with pytest.raises(UserError, match="wrong"):
+        arms.run_arms({"a": arm}, range(9))
+    assert ran == [0]
 
 
 def test_a_run_that_fails_names_its_exit_code_and_error(tmp_path):

@@ -32,6 +32,8 @@ def test_the_picture_is_written_into_the_run(run, tmp_path, capsys):
 def test_mistakes_are_one_line(tmp_path, monkeypatch, run):
     with pytest.raises(UserError, match="name a run folder"):
         plot.main([])
+    with pytest.raises(UserError, match=r"out=a.xyz: must be the name of a picture"):
+        plot.main([str(run), "--out=a.xyz"])
     with pytest.raises(UserError, match="no run here"):
         plot.main([str(tmp_path / "nothing")])
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)

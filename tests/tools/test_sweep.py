@@ -35,10 +35,12 @@ def test_a_line_for_each_choice_of_the_other_keys():
         "b x, c z": [3.0, 5.0], "b y, c z": [4.0, 6.0]}
 
 
-@pytest.mark.parametrize("grid", ["a", "a=", "a=1 b=2 c=3 d=4"])
+@pytest.mark.parametrize("grid", ["a", "a=", "a=1 a=2", "a=1 b=2 c=3 d=4"])
 def test_a_malformed_grid_is_refused(grid):
     with pytest.raises(UserError, match="write one to three keys"):
         sweep.main([f"--grid={grid}"])
+    with pytest.raises(UserError, match=r"png=a.xyz: must be the name of a picture"):
+        sweep.main([f"--grid={grid}", "--png=a.xyz"])
 
 
 def test_a_table_of_what_a_teacher_brings():

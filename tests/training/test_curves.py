@@ -64,6 +64,8 @@ def test_text_curves_by_hand(monkeypatch):
                                           "validation   █ ▂  8.0000 to 2.0000"]
     assert curves.text_curves([{"step": 1, "loss": 2.0}]) == ["training    ▁  2.0000 to 2.0000"]
     assert curves.text_curves([{"step": 1, "lr": 2.0}]) == []
+    diverged = [{"step": 1, "loss": 2.0}, {"step": 2, "loss": 1.0}, {"step": 2, "val_loss": float("nan")}]
+    assert curves.text_curves(diverged) == ["training    █▁  2.0000 to 1.0000", "validation      nan to nan"]
     long = [{"step": step, "loss": 1.0 + step % 2} for step in range(1, 961)]  # 20 steps per character
     assert curves.text_curves(long) == [f"training    {'▁' * 48}  2.0000 to 1.0000".replace("▁", "▅")]
     monkeypatch.setattr(sys, "stdout", types.SimpleNamespace(encoding="ascii"))
