@@ -2,7 +2,7 @@
 # The whole pipeline on this machine: prepare, pre-train, distil, fine-tune, align, reinforce, evaluate, export.
 #   ./speedrun.sh          24 minutes on two CPU cores; ends in tables of all models and exported files
 #   ./speedrun.sh smoke    the same commands with 10 small training steps each, and two of the four exports
-set -euo pipefail
+set -eo pipefail  # not -u: for the bash 3.2 of macOS an empty list would be an unset variable
 cd "$(dirname "$0")"
 
 out=out
