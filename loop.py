@@ -395,7 +395,7 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Pr
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
     run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
     if folder:
-        # A kill may have come after the folder was written and before its pointers were.
+        # A kill may come between writing the folder and its pointers.
         run.run_on_rank0(lambda: point_to(state, folder))
         run.print(f"resumed   from {folder}")
     return state

@@ -82,7 +82,7 @@ class PromptSource:
         fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True, default=str).encode()))
         held_out = max(1, int(VAL_FRACTION * len(fits)))
         while held_out < len(fits) and fits[held_out].row == fits[held_out - 1].row:
-            held_out += 1  # a row that is there twice is not in both
+            held_out += 1  # equal rows stay together
         self.val, self.train = fits[:held_out], fits[held_out:]
         self.left_out = len(prompts) - len(fits)  # longer than block_size
         if files and not self.train:

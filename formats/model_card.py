@@ -150,7 +150,7 @@ def data_table(runs: list[RunSummary]) -> str:
         is_same = meta_path.is_file() and file_sha256(meta_path) == digest
         meta = read_json(meta_path) if is_same else {}
         counts = [sum((meta.get(key) or {}).values()) or "?" for key in ("documents", "tokens")]
-        # As code, because a pattern has asterisks.
+        # Written as code, because a pattern has asterisks.
         source = f"`{public(meta['source'])}`" if is_same else "no longer available"
         rows.append([folder.name, source, *counts, f"`{str(digest)[:16]}`"])
     headers = ["set", "source", "documents", "tokens", "start of sha256"]

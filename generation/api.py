@@ -55,7 +55,7 @@ from modeling.sinks import cache_limits
 # Keys of a request that change no answer.
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
            "prompt_cache_key"}
-# Of models with their own chat format: what follows is no content.
+# Around thoughts and before calls, in other models' chat formats.
 MARKS = ("<think>", "</think>", "<tool_call>")
 
 
@@ -279,12 +279,12 @@ class Job:
         if not self.request.is_chat:
             return {"content": self.tokenizer.decode([i for i in new if i not in self.ends], inside=True)}
         end, start, call = map(self.tokenizer.hf.token_to_id, (THOUGHT_END, THOUGHT, CALL))
-        if end is not None:  # a thought that has not ended, or that something cuts off, is a thought already
+        if end is not None:  # close an open thought: it is a thought already
             borders = {start, call, *self.ends}
             new = [each for i in new for each in ((end, i) if i in borders else (i,))] + [end]
         message = read_answer(self.tokenizer, [*self.opening, *new])
         if end is not None and not finished:
-            message.pop("tool_calls", None)  # if more follows a call, it is none
+            message.pop("tool_calls", None)  # a call counts only if nothing follows it
         malformed = "".join(message.get("malformed", [])).lstrip()
         if malformed.startswith(MARKS[0]):
             message["thought"] = malformed.removeprefix(MARKS[0]).strip()
@@ -298,7 +298,7 @@ class Job:
         may_go_on = self.request.is_chat and not finished
 
         def shown(text: str, stops: list[str], marks: tuple[str, ...]) -> str:
-            """The text without an end that may still change: it would be stripped, or begins a mark."""
+            """The text without its end, if that may still change: white space, or the start of a mark."""
             text = visible_text(text, [*stops, *marks] if may_go_on else stops, finished)
             return text.rstrip() if may_go_on else text
 

@@ -221,7 +221,7 @@ class Reader:
             shared = len(os.path.commonprefix([prefix.ids, self.context[0][:-1]]))
             self.cache, self.unread = prefix.cache, [self.context[0][shared:]]
             self.cache.set_lengths([shared])
-            del prefix.ids[shared:]  # Ctrl-C may come while the slots behind them are written
+            del prefix.ids[shared:]  # their slots are overwritten now, and Ctrl-C may stop that halfway
 
     def read(self, steps_left: int) -> Tensor:
         """Read what is unread; return the logits after the last token of each row, (B, V)."""

@@ -482,18 +482,19 @@ def test_an_adapter_with_a_verifier(start, chat_folder, tmp_path):
     tokenizer, sampling = Tokenizer.load(chat_folder), Sampling(seed=2, temperature=1.2)
     assistant = Assistant(GPT.from_pretrained(adapter), tokenizer, sampling, 12)
     replies = assistant.reply([QUESTION] * 4, most_calls=0)
-    texts = [reply[0]["content"] + "".join(reply[0].get("malformed", [])) for reply in replies]
+    # A thought without an end is malformed in our form, and a thought in the API's.
+    expected = [(reply[0]["content"], "".join(reply[0].get("malformed", []))) for reply in replies]
 
-    def text(choice):  # a thought without an end is malformed in our form, and a thought in the API's
-        return choice["message"]["content"] + choice["message"].get("reasoning_content", "")
+    def parts(choice):
+        return choice["message"]["content"], choice["message"].get("reasoning_content", "")
 
     body = {"messages": QUESTION, "seed": 2, "temperature": 1.2, "max_tokens": 12}
     choices = server.ask("/v1/chat/completions", body | {"n": 4})[1]["choices"]
-    assert [text(choice) for choice in choices] == texts
+    assert [parts(choice) for choice in choices] == expected
     scores = Verifier(verifier, tokenizer).score_rows(assistant.rows, assistant.sampled)
     assert len(set(scores.tolist())) == 4
     (best,) = server.ask("/v1/chat/completions", body | {"best_of": 4})[1]["choices"]
-    assert text(best) == texts[int(scores.argmax())]
+    assert parts(best) == expected[int(scores.argmax())]
 
 
 # ---- The page in a browser --------------------------------------------------------------------------------
@@ -584,7 +585,10 @@ print('<b>')
 
 
 async def visit(server, script, monkeypatch):
-    """Send, stream, tool call, retry, export, markup, stop, edit, compare, vote, settings, dark, phone."""
+    """Send, stream, tool call, retry, export, markup, stop, edit, compare, vote, settings, dark, phone.
+
+    Asserts what the page shows at each step. Returns the errors of its script.
+    """
     done = ("document.querySelectorAll('[aria-busy=false]').length >= {} && "
             "!document.querySelector('[aria-busy=true]')")
     async with Browser() as page:
@@ -687,7 +691,7 @@ async def visit(server, script, monkeypatch):
                              "e.textContent.trim() || e.ariaLabel || e.labels?.length)")
         await page.call("Page.reload")
         await page.until("!!state.server && document.querySelectorAll('#list li').length === 4")
-        assert not page.faults, page.faults
+        return page.faults
 
 
 @pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
@@ -697,4 +701,4 @@ def test_the_page_in_a_browser(start, chat_folder, script, monkeypatch, tmp_path
         other, eos_token_id=tokenizer.end_ids)
     tokenizer.save(other)
     server = start(f"--model={chat_folder}", f"--compare={other}", f"--votes={tmp_path / 'votes.jsonl'}")
-    asyncio.run(visit(server, script, monkeypatch))
+    assert asyncio.run(visit(server, script, monkeypatch)) == []

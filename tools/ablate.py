@@ -28,7 +28,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from configurator import UserError, configure, require, require_positive, run_script
+from configurator import UserError, configure, require_positive, run_script
 from formats.files import write_json
 from formats.markdown import table
 from model import GPT
@@ -166,7 +166,6 @@ def chart(results: Runs) -> Figure:
 def main(argv: list[str]) -> None:
     cfg, _ = configure(AblateConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
-    require(cfg, "png", (cfg.png or ".png").endswith(".png"), "the name of a picture, such as ablate.png")
     arms = {name: partial(train_variant, cfg, commands) for name, commands in cfg.variants.items()}
     results = run_arms(arms, range(1, cfg.seeds + 1))
     metrics = results["base"][0]["metrics"]

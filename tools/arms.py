@@ -28,12 +28,14 @@ ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
 
 
-def require_writable(*files: str | None) -> None:
+def require_writable(json: str | None, png: str | None) -> None:
     """Raises UserError unless these files (None is none) can be written, before a training of hours."""
-    for file in filter(None, files):
+    for file in filter(None, (json, png)):
         folder = Path(file).parent
         if Path(file).is_dir() or not os.access(folder, os.W_OK):
             raise UserError(f"{file}: cannot be written; name a file in a folder that exists")
+    if png and not png.endswith(".png"):
+        raise UserError(f"{png}: must be the name of a .png file")
 
 
 def run_process(script: str, argv: list[str], threads: int | None = None) -> None:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from configurator import UserError, configure, require, run_script
+from configurator import UserError, configure, run_script
 from formats.files import write_json
 from tools.arms import require_writable, run_once
 
@@ -69,7 +69,6 @@ def draw(axes: dict[str, list[str]], values: list[float], metric: str) -> Figure
 def main(argv: list[str]) -> None:
     cfg, _ = configure(SweepConfig, argv, usage=__doc__)
     require_writable(cfg.json, cfg.png)
-    require(cfg, "png", (cfg.png or ".png").endswith(".png"), "the name of a picture, such as sweep.png")
     points = [dict(zip(cfg.axes, values, strict=True)) for values in itertools.product(*cfg.axes.values())]
     values = [run_point(cfg, point) for point in points]
     if cfg.json:

@@ -85,7 +85,7 @@ def text_curves(events: list[dict[str, Any]]) -> list[str]:
     for name, (steps, values) in points.items():
         columns: list[list[float]] = [[] for _ in range(width)]
         for step, value in zip(steps, values, strict=True):
-            if math.isfinite(value):  # the text shows others, the curve cannot
+            if math.isfinite(value):  # the curve cannot show other values; the text does
                 columns[max(step - 1, 0) * width // max(last, 1)].append(value)
         heights = [round((sum(c) / len(c) - low) / (high - low or 1) * (len(bars) - 1)) if c else None
                    for c in columns]

@@ -16,7 +16,6 @@ context they lose their beginning. Examples come from the first split of the tab
 all in one split, the first ones are the examples, and are not asked.
 """
 
-import math
 import re
 import tomllib
 from collections.abc import Callable
@@ -37,7 +36,8 @@ from evals.multiple_choice import (
     shots_text,
     splits,
 )
-from evals.results import Figure, Result, mean
+from evals.results import Result, mean
+from evals.tasks.perplexity import perplexity_of
 
 Row = dict[str, Any]
 
@@ -254,8 +254,7 @@ def score_last_word(lm: LM, questions: list[Question]) -> Result:
     likelihoods = ask(lm, questions)
     result = grade_greedy(questions, likelihoods)
     nats = mean([-row[0].log_prob for row in likelihoods])
-    perplexity = math.exp(min(nats.value, 700))  # a larger exponent overflows
-    result.figures["perplexity"] = Figure(perplexity, perplexity * nats.stderr, nats.n)
+    result.figures["perplexity"] = perplexity_of(nats)
     return result
 
 

@@ -365,7 +365,7 @@ def test_a_cache_that_dropped_tokens_is_not_used_again():
 
 
 def test_a_prompt_whose_reading_was_interrupted(monkeypatch):
-    """Its tokens have overwritten those of the text before, behind what both share."""
+    """It has overwritten a part of the cached text, so that part must be read again."""
     model, prefix, text = busy_model(tiny_config()), PrefixCache(), list(range(1, 10))
     first = run(model, [text], 4, prefix=prefix)
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
@@ -387,15 +387,15 @@ def test_a_completion_keeps_its_first_space(capsys, tmp_path):
     tokenizer.save(folder)
     (tmp_path / "p.jsonl").write_text('{"prompt": "def f"}\n')
     lines = call(capsys, folder, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=4",
-                 "--temperature=50", "--num_samples=100").out.splitlines()
+                 "--temperature=50", "--num_samples=400").out.splitlines()
     completions, sampling = [json.loads(line)["completion"] for line in lines], Sampling(temperature=50.0)
     ids = tokenizer.encode("def f")
-    rows = run(model.eval(), [tokenizer.prefix_ids + ids] * 100, 4, sampling,
+    rows = run(model.eval(), [tokenizer.prefix_ids + ids] * 400, 4, sampling,
                lambda row, new: new[-1] == tokenizer.eot_id)
     whole = [tokenizer.decode(ids + [token for token in row if token != tokenizer.eot_id]) for row in rows]
     assert whole == [f"def f{completion}" for completion in completions]
-    assert complete(model, tokenizer, ["def f"] * 100, 4, sampling) == completions
-    assert any(completion.startswith(" ") for completion in completions)
+    assert complete(model, tokenizer, ["def f"] * 400, 4, sampling) == completions
+    assert sum(completion.startswith(" ") for completion in completions) > 4
 
 
 def test_streamed_and_batched_texts_agree(capsys, trained, tmp_path):

@@ -92,4 +92,4 @@ def test_a_result_that_cannot_be_written_is_refused_before_the_training(tool, tm
     for key, path in (("json", tmp_path / "absent/a.json"), ("png", tmp_path)):
         with pytest.raises(UserError, match="cannot be written; name a file in a folder that exists"):
             main([f"--{key}={path}", f"--out_dir={tmp_path / 'out'}"])
-    arms.require_writable(None, str(tmp_path / "a.json"))
+    arms.require_writable(str(tmp_path / "a.json"), None)

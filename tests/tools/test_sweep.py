@@ -39,7 +39,7 @@ def test_a_line_for_each_choice_of_the_other_keys():
 def test_a_malformed_grid_is_refused(grid):
     with pytest.raises(UserError, match="write one to three keys"):
         sweep.main([f"--grid={grid}"])
-    with pytest.raises(UserError, match=r"png=a.xyz: must be the name of a picture"):
+    with pytest.raises(UserError, match="a.xyz: must be the name of a .png file"):
         sweep.main([f"--grid={grid}", "--png=a.xyz"])
 
 

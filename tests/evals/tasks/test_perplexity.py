@@ -18,7 +18,8 @@ from formats import hf
 from formats.tokenizer import Tokenizer
 from tests.conftest import CODE
 
-TEXT = CODE + "Caf\u00e9, \u4e2d\u6587, \U0001f600 and \u00e9t\u00e9.\n"
+# Unusual text in the middle: the guide weighs the first and the last window a little differently.
+TEXT = CODE[:9_000] + "Caf\u00e9, \u4e2d\u6587, \U0001f600 and \u00e9t\u00e9.\n" + CODE[9_000:]
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_transformers_sliding_window(lm, trained, stride):
     figures = perplexity.score(lm, Texts([TEXT], ""), "", stride).figures
     expected, guide, count = sliding_window(hf.find_folder(trained), TEXT, stride or 32)
     assert figures["perplexity"].value == pytest.approx(expected, rel=1e-4)
-    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-3) and figures["perplexity"].n == count
+    assert figures["perplexity"].value == pytest.approx(guide, rel=1e-4) and figures["perplexity"].n == count
     nats = math.log(figures["perplexity"].value) * count
     scored = figures["bits_per_byte"].n
     assert figures["bits_per_byte"].value == pytest.approx(nats / math.log(2) / scored)
