@@ -64,8 +64,8 @@ Statistic = Callable[[dict[tuple[int, int], int]], float]
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
     """The rows, with the columns of a .tsv under their names, and without a .tsv's line of headers."""
-    named = [row | dict(zip(COLUMNS.get(name, ()), row["fields"], strict=False)) if "fields" in row else row
-             for row in rows]
+    named = [row | dict(zip(COLUMNS.get(name, ()), row["fields"], strict=False))
+             if isinstance(row.get("fields"), list) else row for row in rows]
     return [row for row in named if not ("fields" in row and row.get("label") in HEADERS)]
 
 

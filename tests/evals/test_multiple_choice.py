@@ -151,7 +151,7 @@ def test_glue(tmp_path):
         Question(f"One.\nQuestion: {text} True or False?\nAnswer:", ("True", "False"), (gold,),
                  "A.\nQuestion: B. True or False?\nAnswer: False\n\n")
         for text, gold in (("Two.", 0), ("Two?", 1))]
-    hub = [{"sentence": "{c} ", "label": 0, "idx": 0}]
+    hub = [{"sentence": "{c} ", "label": 0, "idx": 0, "fields": 7}]  # .tsv files have "fields"
     (tmp_path / "hub").mkdir()
     write_rows(tmp_path / "hub", sst2_validation=hub)
     assert glue.load(str(tmp_path / "hub"), 9, 0, "sst2")[0].prompt == f"{{c}} {ask}"
