@@ -1,7 +1,7 @@
 """Stage 5, reinforcement learning from checked answers: right answers become likelier than wrong ones.
 
     python grpo.py                                       # out/sft on the embedded problems -> out/grpo
-    python grpo.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 \\
+    python grpo.py --init_from=out/mine --dataset=gsm8k_train.jsonl --task=gsm8k --block_size=512 \\
         --max_new_tokens=300 --out_dir=out/gsm8k
     python grpo.py --dataset=prompts.jsonl --reward=my_reward.py:score --out_dir=out/rewarded
     python sample.py --model=out/grpo --chat=True --system="You can call calculator(expression)."
@@ -42,6 +42,7 @@ from torch import Tensor, nn
 
 from configurator import UserError, require, require_not_negative, require_positive, run_script
 from dataset.prompts import EMBEDDED, VALIDATION, Prompt, PromptSource, family_names
+from dataset.tasks import TaskName
 from evals.all_tasks import with_tasks
 from evals.judged import judge
 from evals.rewards import BUILT_IN, Reward, is_well_formed, require_reference
@@ -71,6 +72,7 @@ class GRPOConfig(PostTrainingConfig):
     out_dir: str = "out/grpo"  # folder for checkpoints and logs; the same command again continues the run
     init_from: str = "out/sft"  # model folder, out_dir or hub id to start from; also the KL's reference
     dataset: str = EMBEDDED  # problems (the embedded ones), or files of prompts with reference answers
+    task: TaskName | None = None  # the files' rows are of this benchmark, with the prompts of eval.py
     block_size: int = 128  # tokens of a prompt and its answer; the model's own context does not change
     global_batch_size: int = 32  # prompts per optimizer step, over all ranks
     micro_batch_size: int = 32  # prompts per forward pass on one rank
@@ -101,8 +103,8 @@ class GRPOConfig(PostTrainingConfig):
     reference: Literal["device", "cpu", "adapter_off"] = "device"  # where the KL's reference is computed
 
     stage_fixed = PostTrainingConfig.stage_fixed | {
-        "dataset", "block_size", "group_size", "eval_prompts", "reward", "reward_seconds", "advantage",
-        "updates_per_rollout", "clip", "kl_weight", "reference"}
+        "dataset", "task", "block_size", "group_size", "eval_prompts", "reward", "reward_seconds",
+        "advantage", "updates_per_rollout", "clip", "kl_weight", "reference"}
     resume_free = PostTrainingConfig.resume_free | {"reward_seconds", "eval_prompts"}
     log_line_without = frozenset({"cut", "calls", "sampled_per_second"})
 
@@ -332,7 +334,7 @@ def main(argv: list[str]) -> None:
         tokenizer = run.tokenizer = Tokenizer.load(hf.find_folder(cfg.init_from))
         require_chat(tokenizer, f"init_from={cfg.init_from}")
         check = require_reference if cfg.reward == BUILT_IN else lambda row: None
-        source = PromptSource(cfg.dataset, tokenizer, cfg.block_size, cfg.seed, check)
+        source = PromptSource(cfg.dataset, tokenizer, cfg.block_size, cfg.seed, check, cfg.task)
         user_cfg = cfg
         cfg = with_steps(cfg, lambda stage: source.epoch_size / stage.global_batch_size)
         stages = plan_stages(cfg)

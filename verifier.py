@@ -2,7 +2,7 @@
 
     python verifier.py                                   # out/grpo's answers -> out/verifier
     python verifier.py --init_from=out/sft --num_problems=2000 --out_dir=out/sft_verifier
-    python verifier.py --init_from=out/mine --dataset=gsm8k_train.jsonl --block_size=512 \\
+    python verifier.py --init_from=out/mine --dataset=gsm8k_train.jsonl --task=gsm8k --block_size=512 \\
         --max_new_tokens=300 --out_dir=out/mine_verifier
     python eval.py --model=out/grpo --num_samples=8 --verifier=out/verifier
 
@@ -39,6 +39,7 @@ from torch import Tensor, nn
 
 from configurator import UserError, require, run_script
 from dataset.prompts import EMBEDDED
+from dataset.tasks import TaskName
 from evals.judged import AnswerKeys, stored_answers
 from formats import hf, peft
 from formats.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ class VerifierConfig(AnswerKeys, PostTrainingConfig):
     out_dir: str = "out/verifier"  # folder for checkpoints and logs; the same command again continues the run
     init_from: str = "out/grpo"  # model folder, out_dir or hub id: it samples the answers, and is copied
     dataset: str = EMBEDDED  # problems (the embedded ones), or files of prompts with reference answers
+    task: TaskName | None = None  # the files' rows are of this benchmark, with the prompts of eval.py
     max_steps: int = 160  # optimizer steps
     global_batch_size: int = 32  # answers per optimizer step, over all ranks; half of them are right
     micro_batch_size: int = 32  # answers per forward pass on one rank
@@ -245,7 +247,7 @@ def main(argv: list[str]) -> None:
         run.tokenizer = Tokenizer.load(folder)  # saved with every checkpoint
         require_no_adapter(cfg, folder)
         answers = Answers(cfg, run.run_on_rank0(lambda: stored_answers(
-            Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device)))
+            Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device, cfg.task)))
         model, identity = chat_model(cfg, run.tokenizer, run, partial(with_score, log_odds=answers.log_odds),
                                      dropout=0.0)
         assert isinstance(model, ScoringGPT)

@@ -12,6 +12,9 @@ against (evals/rewards.py):
     {"prompt": "Name a prime number.", "regex": "2|3|5|7"}                     the whole answer matches
     {"prompt": "Capital of France?", "answer": "Paris"}                        exactly this text
 
+With a task of dataset/tasks.py, the rows are those of that benchmark, and the prompts are those that eval.py
+asks: "Question: Ann has 3 pens ...\\nAnswer:".
+
 A hash of the row decides which rows are for validation. Every epoch reads the others in a new order.
 """
 
@@ -27,6 +30,7 @@ from configurator import UserError
 from dataset.conversations import Message, opening
 from dataset.problems import ARITHMETIC, FAMILIES, problems, prompt_of
 from dataset.sources import Row, Skip, find_files, read_rows, row_value, usable_rows
+from dataset.tasks import TaskName, conversation_of
 from formats.chat_format import encode_prompt
 from formats.files import file_sha256
 from formats.tokenizer import Tokenizer
@@ -53,9 +57,13 @@ class Prompt(NamedTuple):
     has_tools: bool  # whether a system message offers the calculator
 
 
-def read_question(row: Row, check: Callable[[dict[str, Any]], None]) -> tuple[list[Message], dict[str, Any]]:
-    """The messages of a row, and the row. Raises Skip, with the reason, if it has no question."""
-    value = row_value(row)
+def read_question(row: Row, check: Callable[[dict[str, Any]], None],
+                  task: TaskName | None) -> tuple[list[Message], dict[str, Any]]:
+    """The messages of a row, and the row; a task's row becomes {"question", "answer"}.
+
+    Raises Skip, with the reason, if it has no question.
+    """
+    value = conversation_of(task, row_value(row)) if task else row_value(row)
     messages = opening(value) if isinstance(value, dict) else []
     if not messages or messages[-1]["role"] != "user":
         raise Skip("no question")
@@ -69,14 +77,17 @@ class PromptSource:
     """Maps a number to a prompt: a pure function of the source, the seed and the number."""
 
     def __init__(self, source: str, tokenizer: Tokenizer, block_size: int, seed: int,
-                 check: Callable[[dict[str, Any]], None] = lambda row: None):
+                 check: Callable[[dict[str, Any]], None] = lambda row: None, task: TaskName | None = None):
         """source: "problems", or files as in prepare.py, whose prompts of more than block_size tokens are
-        left out. check(row) raises Skip for a row without a reference answer. Raises UserError for a file
-        that cannot be read, with the place of the first bad row, and if there are too few prompts."""
+        left out. check(row) raises Skip for a row without a reference answer. task: of the files' rows.
+        Raises UserError for a file that cannot be read, with the place of the first bad row, and if there
+        are too few prompts."""
+        if task and source == EMBEDDED:
+            raise UserError(f"task={task}: needs files of this task's rows as --dataset=")
         self.source, self.tokenizer, self.T, self.seed = source, tokenizer, block_size, seed
         files = [] if source == EMBEDDED else find_files(source, "dataset")[0]
         self.hashes = {str(path): file_sha256(path) for path in files}
-        rows = usable_rows(read_rows(files, None, piece=2**20), lambda row: read_question(row, check))
+        rows = usable_rows(read_rows(files, None, piece=2**20), lambda row: read_question(row, check, task))
         prompts = [self.encode(*question) for _, question in rows]
         fits = [prompt for prompt in prompts if len(prompt.ids) <= block_size]
         fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True, default=str).encode()))

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from configurator import require, require_positive
 from dataset.problems import ROWS_VERSION
 from dataset.prompts import Prompt, PromptSource, family_names
+from dataset.tasks import TaskName
 from evals.rewards import is_right, require_reference
 from formats import hf
 from formats.chat_format import require_chat
@@ -83,21 +84,21 @@ def answer_rows(keys: AnswerKeys, sampler: RolloutSampler, source: PromptSource,
 
 
 def stored_answers(cache: Path, keys: AnswerKeys, path: str, dataset: str, seed: int,
-                   device: torch.device) -> list[dict[str, Any]]:
+                   device: torch.device, task: TaskName | None = None) -> list[dict[str, Any]]:
     """The rows of keys.num_problems prompts, or of all that the files have. Missing rows are made.
 
-    path: the model. dataset: of dataset/prompts.py. Raises UserError for a model without chat tokens.
+    path: the model. dataset, task: of dataset/prompts.py. Raises UserError for a model without chat tokens.
     """
     folder = hf.find_folder(path)
     tokenizer, model = Tokenizer.load(folder), GPT.from_pretrained(folder, device).eval()
     require_chat(tokenizer, path)
-    source = PromptSource(dataset, tokenizer, model.config.block_size, seed, require_reference)
+    source = PromptSource(dataset, tokenizer, model.config.block_size, seed, require_reference, task)
     sampler = RolloutSampler(model, tokenizer, Limits(
         max_new_tokens=keys.max_new_tokens, block_size=model.config.block_size,
         temperature=keys.temperature, seed=seed))
     settings = [getattr(keys, field.name) for field in fields(AnswerKeys) if field.name != "num_problems"]
     identity = (weights_sha256(folder), hf.config_sha256(folder), tokenizer.definition, ROWS_VERSION,
-                source.hashes, sampler.limits, settings)
+                source.hashes, task, sampler.limits, settings)
     place = cache / hashlib.sha256(repr(identity).encode()).hexdigest()[:16]
     place.mkdir(parents=True, exist_ok=True)
     size, rows = max(1, keys.answers_batch_size // keys.num_samples), list[dict[str, Any]]()

@@ -8,7 +8,8 @@ import pytest
 
 from configurator import UserError
 from dataset.prompts import VALIDATION, PromptSource
-from evals.rewards import require_reference
+from evals.rewards import is_right, require_reference
+from evals.tasks import word_problems
 from formats.tokenizer import Tokenizer
 
 
@@ -52,6 +53,22 @@ def test_rows_of_a_file(tokenizer, tmp_path):
     assert list(source.hashes) == [str(tmp_path / "a.jsonl")]
     with pytest.raises(UserError, match="have no epochs; count steps"):
         PromptSource("problems", tokenizer, 60, 1).epoch_size  # noqa: B018
+
+
+def test_rows_of_a_benchmark_are_asked_as_eval_asks_them(tokenizer, tmp_path):
+    """The prompt that a model learns with prepare.py --task=, and that eval.py --chat=True asks."""
+    rows = [{"question": f"What is {n} + 1?", "answer": f"{n} + 1 = {n + 1}\n#### {n + 1}"} for n in range(9)]
+    path = write(tmp_path / "gsm8k_test.jsonl", rows)
+    source = PromptSource(path, tokenizer, 99, 1, require_reference, task="gsm8k")
+    found = {prompt.messages[-1]["content"]: prompt.row for prompt in (*source.train, *source.val)}
+    problems = word_problems.load(path, 9, 0).asked
+    assert found.keys() == {problem.prompt for problem in problems}, "Question: ...\nAnswer:"
+    assert all(is_right(found[each.prompt], {"role": "assistant", "content": f"So {each.number}"})
+               for each in problems)
+    with pytest.raises(UserError, match=r"gsm8k_test.jsonl:1: not a row of sst2 \(KeyError: 'label'\)"):
+        PromptSource(path, tokenizer, 99, 1, task="sst2")
+    with pytest.raises(UserError, match="task=gsm8k: needs files of this task's rows as --dataset="):
+        PromptSource("problems", tokenizer, 99, 1, task="gsm8k")
 
 
 def test_equal_rows_are_on_one_side_of_the_split(tokenizer, tmp_path):

@@ -24,8 +24,9 @@ class Keys(AnswerKeys):
     answers_batch_size: int = 6
 
 
-def make(cache, path, dataset="problems", seed=4, **changes):
-    return stored_answers(cache, replace(Keys(), **changes), str(path), dataset, seed, torch.device("cpu"))
+def make(cache, path, dataset="problems", seed=4, task=None, **changes):
+    keys, device = replace(Keys(), **changes), torch.device("cpu")
+    return stored_answers(cache, keys, str(path), dataset, seed, device, task)
 
 
 def test_rows(chat_folder, tmp_path, monkeypatch):
@@ -73,14 +74,15 @@ def test_files_are_keyed_by_model_and_data(chat_folder, tmp_path, monkeypatch):
     GPT(GPT.from_pretrained(chat_folder).config, seed=5).save_pretrained(other)
     Tokenizer.load(chat_folder).save(other)
     own = tmp_path / "own.jsonl"
-    own.write_text('{"prompt": "1", "answer": "1"}\n{"prompt": "2", "answer": "2"}\n')
+    own.write_text('{"question": "1", "answer": "1"}\n{"question": "2", "answer": "2"}\n')
     for path, changes in ((chat_folder, {}), (other, {}), (chat_folder, dict(num_samples=4)),
                           (chat_folder, dict(calculator=0.5)), (chat_folder, dict(families="add")),
                           (chat_folder, dict(temperature=0.5)), (chat_folder, dict(seed=5)),
                           (chat_folder, dict(max_new_tokens=7)), (chat_folder, dict(dataset=str(own))),
+                          (chat_folder, dict(dataset=str(own), task="gsm8k")),
                           (chat_folder, dict(num_problems=9))):  # the last one has the first one's folder
         make(tmp_path / "cache", path, **changes)
-    assert len(list((tmp_path / "cache").iterdir())) == 9
+    assert len(list((tmp_path / "cache").iterdir())) == 10
 
 
 @pytest.mark.parametrize("key, value", [("families", "add,nosuch"), ("temperature", 0.0), ("num_samples", 0),

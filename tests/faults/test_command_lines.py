@@ -397,7 +397,7 @@ KINDS = {
         ("tools.compare", ["--prompts=binary.txt", "--prompts=empty.txt"]),
         ("tools.attention", ["--prompt_file=empty.txt"]),
         ("tools.errors", ["broken.jsonl", "binary.txt"]),
-        ("grpo", ["--dataset=broken.jsonl"]),
+        ("grpo", ["--dataset=broken.jsonl", "--dataset=broken.jsonl + --task=sst2", "--task=gsm8k"]),
     ],
     # ---- Lengths
     "longer than the context": [
