@@ -1,4 +1,5 @@
-# A student of 0.3 B parameters for the 1.1 B model of config/train_nanollama_1b.py, on eight GPUs.
+# A student of 0.3 B parameters for the 1.1 B model of config/train_nanollama_1b.py, on eight GPUs. That
+# file begins with the command that makes data/web.
 #   torchrun --standalone --nproc_per_node=8 distill.py config/distill_nanollama.py
 out_dir = "out/distill_nanollama"
 teacher = "out/nanollama_1b"
@@ -6,7 +7,7 @@ student_layers = "every:1"
 n_embd = 1024
 n_head = 16
 intermediate_size = 2816
-dataset = "pretrain"
+dataset = "web"
 block_size = 4096
 global_batch_size = 128
 micro_batch_size = 4

@@ -11,7 +11,7 @@ adapted model:
     log-odds = score[:C] . hidden + score[C] * (sum of log p(token) over the answer) + score[C + 1]
 
 Verifiers for word problems (arXiv 2110.14168) have the hidden state alone. In a model of three layers that is
-not enough (docs/reasoning.md): a slip is a token that the model did not expect, and only its output knows
+not enough (docs/log.md): a slip is a token that the model did not expect, and only its output knows
 what it expects. The adapter is trained through both terms. Left out: a value at every token, as in the paper.
 """
 
