@@ -62,14 +62,13 @@ class TimedLM(LM):
         self.scores: dict[tuple[str, str], tuple[float, bool]] = {}  # (context, text): log-prob., greedy
         self.seconds = 0.0
 
-    def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Any]]:
+    def loglikelihood(self, requests: list[tuple[str, str]]) -> list[Any]:
         begin = time.process_time()
-        rows = super().loglikelihood(requests)
+        found = super().loglikelihood(requests)
         self.seconds += time.process_time() - begin
-        self.scores |= {(context, text): (each.log_prob, each.greedy)
-                        for (context, texts), row in zip(requests, rows, strict=True)
-                        for text, each in zip(texts, row, strict=True)}
-        return rows
+        self.scores |= {request: (each.log_prob, each.greedy)
+                        for request, each in zip(requests, found, strict=True)}
+        return found
 
     def answers(self, questions: Any) -> list[list[list[Any]]]:
         """[context, text, log-probability, greedy] of each choice of each question that was asked."""

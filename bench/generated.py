@@ -177,7 +177,7 @@ def score_pages(lm: LM, rows: list[Row]) -> list[Row]:
     """The log-probability of the harness's text of each article, and per byte and word of the article."""
     module = optional_import("lm_eval.tasks.wikitext.preprocess_wikitext", "wikitext")
     texts = [module.wikitext_detokenizer(row) for row in rows]
-    scored = [row[0].log_prob for row in lm.loglikelihood([("", [text]) for text in texts])]
+    scored = [each.log_prob for each in lm.loglikelihood([("", text) for text in texts])]
     return [{"prompt": "", "text": text, "read": "", "nats": -value,
              "bits_per_byte": -value / math.log(2) / len(row["page"].encode()),
              "word_perplexity": math.exp(-value / len(re.split(r"\s+", row["page"])))}

@@ -1,8 +1,8 @@
 """The log-probability of continuations after a context; a prefix shared by several texts is computed once.
 
-    request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", [" 4", " 5"])         # or encode_turn: chat format
-    texts, lost = fit_context(request, request.continuations[0], block_size)  # cut to the model's context
-    score_texts(model, texts)                                                 # [Likelihood(-0.1, 0, True)]
+    request = encode_plain(tokenizer, "Q: 2 + 2?\nA:", " 4")   # or encode_turn: chat format
+    texts, lost = fit_context(request, block_size)             # cut to the model's context
+    score_texts(model, texts)                                  # [Likelihood(-0.1, 0, True)]
 
 Benchmark texts share prefixes: the choices of a question share the question, and all questions share the
 worked examples. The texts are sorted, so that each one shares its longest prefix with the text before it.
@@ -32,6 +32,7 @@ Text is encoded as in lm-evaluation-harness 0.4.13, class HFLM (github.com/Eleut
 Shapes: B rows (1 for the tree), T new tokens, S slots of the cache, N scored tokens, V vocab_size.
 """
 
+import functools
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,10 +66,10 @@ class Likelihood:
 
 
 class Request(NamedTuple):
-    """Ids of a context and of its continuations. prefix, suffix: ids around the context in a chat."""
+    """Ids of a context and of its continuation. prefix, suffix: ids around the context in a chat."""
 
     context: list[int]
-    continuations: list[list[int]]
+    continuation: list[int]
     prefix: list[int] = []
     suffix: list[int] = []
 
@@ -87,47 +88,50 @@ def opening_id(tokenizer: Tokenizer) -> int:
     return tokenizer.eot_id if tokenizer.bos_id is None else tokenizer.bos_id
 
 
-def encode_plain(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
-    """Encode a context and its continuations as HFLM does.
+@functools.lru_cache(maxsize=1)  # all choices of a question have the same context
+def context_ids(tokenizer: Tokenizer, context: str, chat: bool) -> list[int]:
+    """The ids of a context: of a text, or of the content of a user's message."""
+    if chat:
+        return encode_content(tokenizer, "user", context)
+    return tokenizer.prefix_ids + tokenizer.encode(context) if context else []
+
+
+def encode_plain(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """Encode a context and its continuation as HFLM does.
 
     Context and continuation are encoded as one text, which is split after as many ids as the context alone
     has. Trailing spaces of the context move to the continuation. An empty context becomes the token that
-    opens a text. Raises UserError if a continuation has no token of its own.
+    opens a text. Raises UserError if the continuation has no token of its own.
     """
-    bare = context.rstrip()
-    context_ids = tokenizer.prefix_ids + tokenizer.encode(bare) if bare else []
-    targets = []
-    for continuation in continuations:
-        ids = tokenizer.encode(context + continuation)
-        targets.append((tokenizer.prefix_ids + ids)[len(context_ids):] if bare else ids)
-        if not targets[-1]:
-            raise UserError(f"{continuation!r} after {context[-40:]!r} has no token of its own")
-    return Request(context_ids or [opening_id(tokenizer)], targets)
+    before = context_ids(tokenizer, context.rstrip(), chat=False)
+    ids = tokenizer.encode(context + continuation)
+    target = (tokenizer.prefix_ids + ids)[len(before):] if before else ids
+    if not target:
+        raise UserError(f"{continuation!r} after {context[-40:]!r} has no token of its own")
+    return Request(before or [opening_id(tokenizer)], target)
 
 
-def encode_turn(tokenizer: Tokenizer, context: str, continuations: list[str]) -> Request:
-    """Encode the context as a user's message and the continuations as beginnings of the assistant's answer.
+def encode_turn(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
+    """Encode the context as a user's message and the continuation as the beginning of the assistant's answer.
 
     An empty continuation becomes the end of the turn.
     """
-    stop = end_of_turn(tokenizer)
-    answers = [encode_content(tokenizer, "assistant", continuation.strip()) or [stop]
-               for continuation in continuations]
-    return Request(encode_content(tokenizer, "user", context.strip()), answers, *turn_frame(tokenizer))
+    answer = encode_content(tokenizer, "assistant", continuation.strip()) or [end_of_turn(tokenizer)]
+    return Request(context_ids(tokenizer, context.strip(), chat=True), answer, *turn_frame(tokenizer))
 
 
-def fit_context(request: Request, continuation: list[int], block_size: int) -> tuple[list[Text], int]:
+def fit_context(request: Request, block_size: int) -> tuple[list[Text], int]:
     """Cut a context and a continuation to what the model can read; returns (texts, dropped context tokens).
 
     The context is cut at its beginning. A continuation longer than block_size becomes several texts, each
     with as many tokens before it as fit.
     """
+    context, continuation, prefix, suffix = request
     assert continuation, "a continuation has at least one token"
-    context, frame = request.context, len(request.prefix) + len(request.suffix)
     # At least one token of context stays. The last token of the continuation is not read: hence the + 1.
-    room = max(1, block_size + 1 - frame - len(continuation))
+    room = max(1, block_size + 1 - len(prefix) - len(suffix) - len(continuation))
     kept = context[max(0, len(context) - room):]
-    whole = request.prefix + kept + request.suffix + continuation
+    whole = prefix + kept + suffix + continuation
     begin, texts = len(whole) - len(continuation), []  # begin: of the tokens that are not scored yet
     for end in [*range(begin + block_size, len(whole), block_size), len(whole)]:
         texts.append(Text(np.array(whole[max(0, end - block_size - 1):end], np.int32), end - begin))

@@ -2,7 +2,7 @@
 
     lm = LM("out/sft", chat=True)          # or LM((model, tokenizer)), a model in memory
     lm.generate_until(["Q: 2 + 2?\nA:"], stops=["\n"], max_new_tokens=16)     # [" 4"]
-    lm.loglikelihood([("Q: 2 + 2?\nA:", [" 4", " 5"])])                      # [[Likelihood(-0.1), ..]]
+    lm.loglikelihood([("Q: 2 + 2?\nA:", " 4"), ("Q: 2 + 2?\nA:", " 5")])    # [Likelihood(-0.1), ..]
 
 The method names are those of the package `lm_eval`. With chat=True, a prompt becomes a user's message, and
 the text or the choice is read as the assistant's answer. Decoding is greedy unless `temperature` is set.
@@ -223,22 +223,20 @@ class LM:
         self.cut = ["cut" in messages[-1] for messages in self.replies]
         return self.replies
 
-    def loglikelihood(self, requests: list[tuple[str, list[str]]]) -> list[list[Likelihood]]:
-        """How likely each continuation is after its context, for each (context, continuations).
+    def loglikelihood(self, requests: list[tuple[str, str]]) -> list[Likelihood]:
+        """How likely the continuation is after its context, for each (context, continuation).
 
         Raises UserError if a log-probability is not finite.
         """
-        texts, owners, rows = [], [], []  # owners: the likelihood that each text adds to
+        texts, owners, found = [], [], []  # owners: the likelihood that each text adds to
         encode = encode_turn if self.chat else encode_plain
-        for context, continuations in requests:
-            request, row = encode(self.tokenizer, context, continuations), []
-            for ids in request.continuations:
-                parts, lost = fit_context(request, ids, self.model.config.block_size)
-                row.append(Likelihood(0.0, lost))
-                texts += parts
-                owners += row[-1:] * len(parts)
-            rows.append(row)
+        for context, continuation in requests:
+            parts, lost = fit_context(encode(self.tokenizer, context, continuation),
+                                      self.model.config.block_size)
+            found.append(Likelihood(0.0, lost))
+            texts += parts
+            owners += found[-1:] * len(parts)
         for owner, score in zip(owners, score_texts(self.model, texts), strict=True):
             owner.log_prob += score.log_prob
             owner.greedy = owner.greedy and score.greedy
-        return rows
+        return found

@@ -106,18 +106,10 @@ def shots_text(examples: Sequence[Question], count: int) -> str:
 
 def ask(lm: LM, questions: list[Question]) -> list[list[Likelihood]]:
     """The likelihood of each choice of each question."""
-    requests, owners = [], []  # one request per text before the choices
-    for number, question in enumerate(questions):
-        texts: dict[str, list[str]] = {}
-        for index in range(len(question.choices)):
-            before, scored = question.scored(index)
-            texts.setdefault(question.shots + before, []).append(scored)
-        requests += texts.items()
-        owners += [number] * len(texts)
-    likelihoods: list[list[Likelihood]] = [[] for _ in questions]
-    for owner, row in zip(owners, lm.loglikelihood(requests), strict=True):
-        likelihoods[owner] += row
-    return likelihoods
+    requests = [(question.shots + before, scored) for question in questions
+                for before, scored in map(question.scored, range(len(question.choices)))]
+    likelihoods = iter(lm.loglikelihood(requests))
+    return [[next(likelihoods) for _ in question.choices] for question in questions]
 
 
 def log_probs_of(likelihoods: list[list[Likelihood]]) -> list[list[float]]:

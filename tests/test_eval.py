@@ -199,9 +199,9 @@ def test_places_of_data():
 
 def test_choices_in_the_chat_format(chat_folder):
     plain, chat = (LM(str(chat_folder), device="cpu", chat=chat) for chat in (False, True))
-    asked = [("Is it?", [" yes", " no, not"])]
-    found = chat.loglikelihood(asked)[0]
-    assert [each.log_prob for each in found] != [each.log_prob for each in plain.loglikelihood(asked)[0]]
+    asked = [("Is it?", " yes"), ("Is it?", " no, not")]
+    found = chat.loglikelihood(asked)
+    assert [each.log_prob for each in found] != [each.log_prob for each in plain.loglikelihood(asked)]
     before = encode_prompt(chat.tokenizer, [{"role": "user", "content": "Is it?"}])
     for choice, each in zip(("yes", "no, not"), found, strict=True):
         ids = before + chat.tokenizer.encode(choice)

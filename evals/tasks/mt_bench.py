@@ -105,11 +105,12 @@ def judge_all(judge: str, model: str, prompts: list[str], asker: LM) -> list[str
         return [letters[-1] if letters else "" for letters in said]
     lm = like(asker, judge)
     lm.chat = end_of_turn(lm.tokenizer) is not None  # a base model reads the prompt as plain text
-    likelihoods = lm.loglikelihood([(prompt, [f" {verdict}" for verdict in VERDICTS]) for prompt in prompts])
-    if cut := sum(row[0].truncated > 0 for row in likelihoods):
+    found = lm.loglikelihood([(prompt, f" {verdict}") for prompt in prompts for verdict in VERDICTS])
+    rows = [found[at:at + len(VERDICTS)] for at in range(0, len(found), len(VERDICTS))]
+    if cut := sum(row[0].truncated > 0 for row in rows):
         raise UserError(f"judge={judge}: its context of {lm.model.config.block_size} tokens is too short for "
                         f"{cut} of {len(prompts)} comparisons")
-    return [max(zip(row, "ABC", strict=True), key=lambda pair: pair[0].log_prob)[1] for row in likelihoods]
+    return [max(zip(row, "ABC", strict=True), key=lambda pair: pair[0].log_prob)[1] for row in rows]
 
 
 def like(lm: LM, path: str) -> LM:

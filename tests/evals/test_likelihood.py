@@ -124,16 +124,17 @@ def test_losses_of_running_text_equal_transformers(tmp_path):
 # ---- Text -> ids ------------------------------------------------------------------------------------------
 
 def test_a_context_and_its_continuations(tokenizer):
-    def encoded(context, *continuations):
-        return encode_plain(tokenizer, context, list(continuations))
+    def encoded(context, continuation):
+        return encode_plain(tokenizer, context, continuation)
 
     ids = tokenizer.encode
-    assert encoded("def f", "(x):", "()") == Request(ids("def f"), [ids("def f(x):")[len(ids("def f")):],
-                                                                   ids("def f()")[len(ids("def f")):]])
+    for continuation in ("(x):", "()"):
+        expected = Request(ids("def f"), ids("def f" + continuation)[len(ids("def f")):])
+        assert encoded("def f", continuation) == expected
     assert encoded("x =  ", "1").context == ids("x ="), "trailing spaces move to the continuation"
-    assert encoded("x =  ", "1").continuations == [ids("x =  1")[len(ids("x =")):]]
+    assert encoded("x =  ", "1").continuation == ids("x =  1")[len(ids("x =")):]
     for nothing in ("", " \n"):
-        assert encoded(nothing, "import") == Request([tokenizer.eot_id], [ids(nothing + "import")])
+        assert encoded(nothing, "import") == Request([tokenizer.eot_id], ids(nothing + "import"))
     with pytest.raises(UserError, match="'' after 'x' has no token of its own"):
         encoded("x", "")
 
@@ -150,25 +151,27 @@ def test_ids_are_those_of_lm_evaluation_harness(tokenizer, tmp_path):
     pairs = [(one + two, three) for one in pieces for two in pieces for three in pieces if three]
     for pair in pairs:
         try:
-            request = encode_plain(tokenizer, pair[0], [pair[1]])
+            request = encode_plain(tokenizer, *pair)
         except UserError:
             continue  # HFLM fails here as well, or scores nothing
         if not pair[0].strip() and pair[0]:
             continue  # HFLM refuses a context of spaces
         peer.loglikelihood([types.SimpleNamespace(args=pair, task_name="")], disable_tqdm=True)
-        assert [request.context, request.continuations[0]] == asked[pair], pair
+        assert [request.context, request.continuation] == asked[pair], pair
     assert len(asked) > 1000
     assert peer.prefix_token_id == likelihood.opening_id(tokenizer) == tokenizer.eot_id
 
 
 def test_a_turn_is_that_of_the_chat_format(tokenizer):
     chat = with_chat_tokens(tokenizer)
-    request = encode_turn(chat, " What is 2 + 2? ", [" 4", " <|im_end|>"])
+    question = " What is 2 + 2? "
+    request = encode_turn(chat, question, " 4")
     asked = [{"role": "user", "content": "What is 2 + 2?"}]
     assert request.prefix + request.context + request.suffix == encode_prompt(chat, asked)
-    assert request.continuations == [chat.encode("4"), chat.encode("<|im_end|>")]
-    assert encode_turn(chat, "Why?", [" "]).continuations == [[end_of_turn(chat)]], "empty: end of the turn"
-    texts, lost = fit_context(request, request.continuations[0], 20)
+    assert request.continuation == chat.encode("4")
+    assert encode_turn(chat, question, " <|im_end|>").continuation == chat.encode("<|im_end|>")
+    assert encode_turn(chat, "Why?", " ").continuation == [end_of_turn(chat)], "empty: end of the turn"
+    texts, lost = fit_context(request, 20)
     frame = len(request.prefix), len(request.suffix)
     ids = texts[0].ids.tolist()
     assert lost == len(request.context) - (21 - sum(frame) - 1) > 0 and len(texts) == 1 and len(ids) == 21
@@ -177,12 +180,12 @@ def test_a_turn_is_that_of_the_chat_format(tokenizer):
 
 
 def test_a_long_context_loses_its_beginning():
-    request = Request(list(range(10)), [[10, 11, 12]])
+    request = Request(list(range(10)), [10, 11, 12])
     for block_size, begin in ((12, 0), (11, 1), (5, 7), (3, 9)):
-        texts, lost = fit_context(request, request.continuations[0], block_size)
+        texts, lost = fit_context(request, block_size)
         assert [(text.ids.tolist(), text.num_targets) for text in texts] == [(list(range(begin, 13)), 3)]
         assert lost == begin
-    pieces, lost = fit_context(Request([1, 2], []), [3, 4, 5, 6, 7, 8, 9], 3)
+    pieces, lost = fit_context(Request([1, 2], [3, 4, 5, 6, 7, 8, 9]), 3)
     assert [(text.ids.tolist(), text.num_targets) for text in pieces] == [
         ([2, 3, 4, 5], 3), ([5, 6, 7, 8], 3), ([6, 7, 8, 9], 1)] and lost == 1
 
@@ -192,22 +195,23 @@ def test_a_long_context_loses_its_beginning():
 def test_likelihoods_of_a_model(trained):
     lm = LM(str(trained), device="cpu")
     long = "import os\n" * 60
-    found = lm.loglikelihood([("import", [" os", " é"]), (long, [" x" * 100, "y"]), ("", ["import"])])
-    assert [len(row) for row in found] == [2, 2, 1]
-    assert found[0][0].log_prob > found[0][1].log_prob
-    assert found[0][0].truncated == 0
+    found = lm.loglikelihood([("import", " os"), ("import", " é"), (long, " x" * 100), (long, "y"),
+                              ("", "import")])
+    assert len(found) == 5
+    assert found[0].log_prob > found[1].log_prob
+    assert found[0].truncated == 0
     whole = lm.tokenizer.encode(long.rstrip())
     behind = lm.tokenizer.encode(long + "y")[len(whole):]
-    assert found[1][1].truncated == len(whole) + len(behind) - 65 > 0
+    assert found[3].truncated == len(whole) + len(behind) - 65 > 0
     # All tokens of a continuation count, even if it is longer than the model's context.
     ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
-    assert len(ids) > 64 and found[1][0].truncated == len(whole) - 1
+    assert len(ids) > 64 and found[2].truncated == len(whole) - 1
     pieces = [Text(np.array(([whole[-1]] + ids)[at:at + 65], np.int32), len(ids[at:at + 64]))
               for at in range(0, len(ids) - len(ids) % 64, 64)]
     rest = len(ids) % 64
     pieces += [Text(np.array(ids[-65:], np.int32), rest)] if rest else []
     expected = sum(score.log_prob for score in score_texts(lm.model, pieces))
-    assert found[1][0].log_prob == pytest.approx(expected, abs=1e-4)
+    assert found[2].log_prob == pytest.approx(expected, abs=1e-4)
 
 
 def test_a_broken_model_is_reported(trained):
@@ -215,4 +219,4 @@ def test_a_broken_model_is_reported(trained):
     with torch.no_grad():
         lm.model.head_weight.fill_(float("nan"))
     with pytest.raises(UserError, match="a log-probability is not finite, so its weights are broken"):
-        lm.loglikelihood([("import", [" os"])])
+        lm.loglikelihood([("import", " os")])

@@ -29,8 +29,7 @@ class Scorer:
         self.rule = rule
 
     def loglikelihood(self, requests):
-        return [[Likelihood(self.rule(context, each)) for each in continuations]
-                for context, continuations in requests]
+        return [Likelihood(self.rule(context, each)) for context, each in requests]
 
 
 def write_rows(folder, **files):

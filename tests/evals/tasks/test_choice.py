@@ -132,16 +132,17 @@ class Asked:
 
     def loglikelihood(self, requests):
         self.requests = requests
-        return [[Likelihood(-float(len(context) + len(each)), greedy=len(each) == 3)
-                 for each in continuations] for context, continuations in requests]
+        return [Likelihood(-float(len(context) + len(each)), greedy=len(each) == 3)
+                for context, each in requests]
 
 
 def test_an_ending_is_scored_after_each_choice():
     lm, winogrande = Asked(), ROWS["winogrande"][1]
     rows = ask(lm, [ROWS["piqa"][1], winogrande])
-    assert lm.requests == [("Question: Boil water\nAnswer:", [" Use a kettle.", " Use a fridge."]),
-                           ("Ann thanked Eve because Ann", [" helped."]),
-                           ("Ann thanked Eve because Eve", [" helped."])]
+    assert lm.requests == [("Question: Boil water\nAnswer:", " Use a kettle."),
+                           ("Question: Boil water\nAnswer:", " Use a fridge."),
+                           ("Ann thanked Eve because Ann", " helped."),
+                           ("Ann thanked Eve because Eve", " helped.")]
     assert [len(row) for row in rows] == [2, 2]
     assert shots_text([winogrande], 1) == "Ann thanked Eve because Eve helped.\n\n"
     # As a worked example COPA has one space more than the choice: "therefore" + " " + " water flowed."
