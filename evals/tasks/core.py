@@ -47,14 +47,9 @@ class Setting(NamedTuple):
     before: str  # text between the question and the answer, before a space
 
 
-def read_settings() -> dict[str, Setting]:
-    """{name of a task: its setting}."""
-    lines = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
-    return {name: Setting(file, int(shots), float(chance), before and f"\n{before}")
-            for name, file, shots, chance, before in (line.split(",") for line in lines[1:])}
-
-
-SETTINGS = read_settings()
+LINES = Path(__file__).with_suffix(".csv").read_text(encoding="utf-8").splitlines()
+SETTINGS = {name: Setting(file, int(shots), float(chance), before and f"\n{before}")  # by task
+            for name, file, shots, chance, before in (line.split(",") for line in LINES[1:])}
 
 
 # ---- Questions --------------------------------------------------------------------------------------------
