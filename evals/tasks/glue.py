@@ -42,6 +42,7 @@ STS-B.
 import functools
 import itertools
 import math
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -59,7 +60,7 @@ SIMILARITY = ("Sentence 1: {sentence1}\nSentence 2: {sentence2}\n"
               "Question: How similar are the two sentences in meaning, from 0 to 5?\nAnswer:")
 GRADES = tuple("012345")
 HEADERS = ("label", "Quality", "is_duplicate")  # what stands above the column of labels
-Statistic = Callable[[dict[tuple[int, int], int]], float]
+Counts = Counter[tuple[int, int]]  # of the pairs (gold, said), each 0 or 1
 
 
 def named_columns(rows: list[dict[str, Any]], name: str) -> list[dict[str, Any]]:
@@ -97,30 +98,27 @@ def load(source: str | None, limit: int, shots: int | None, name: str, few: int 
     return [replace(each, shots=before) for each in convert(named_columns(rows, name)[:limit], convert_row)]
 
 
-def correlation(counts: dict[tuple[int, int], int]) -> float:
-    """Matthews' correlation from the counts of (gold, said); 0 if either column is constant."""
+def correlation(counts: Counts) -> float:
+    """Matthews' correlation; 0 if either column is constant."""
     tn, fp, fn, tp = (counts[pair] for pair in ((0, 0), (0, 1), (1, 0), (1, 1)))
     size = math.sqrt((tp + fp) * (tp + fn) * (tn + fp) * (tn + fn))
     return (tp * tn - fp * fn) / size if size else 0.0
 
 
-def f1(counts: dict[tuple[int, int], int]) -> float:
-    """F1 of the label 1 from the counts of (gold, said): 2 tp / (2 tp + fp + fn), 0 if there is none."""
+def f1(counts: Counts) -> float:
+    """F1 of the label 1: 2 tp / (2 tp + fp + fn), 0 if there is none."""
     total = 2 * counts[1, 1] + counts[0, 1] + counts[1, 0]
     return 2 * counts[1, 1] / total if total else 0.0
 
 
-def jackknife(gold: list[int], said: list[int], statistic: Statistic) -> Figure:
+def jackknife(gold: list[int], said: list[int], statistic: Callable[[Counts], float]) -> Figure:
     """A statistic of two columns of 0 and 1, `correlation` or `f1`, with its jackknife standard error.
 
     The jackknife leaves out each question once. Questions with the same pair (gold, said) have the same
     statistic without them, so there are four values at most.
     """
-    n = len(gold)
-    counts = {pair: 0 for pair in itertools.product((0, 1), repeat=2)}
-    for pair in zip(gold, said, strict=True):
-        counts[pair] += 1
-    without = {pair: statistic(counts | {pair: count - 1}) for pair, count in counts.items() if count}
+    n, counts = len(gold), Counter(zip(gold, said, strict=True))
+    without = {pair: statistic(counts - Counter([pair])) for pair in sorted(counts)}
     average = sum(counts[pair] * value for pair, value in without.items()) / n
     spread = sum(counts[pair] * (value - average) ** 2 for pair, value in without.items())
     return Figure(statistic(counts), math.sqrt(spread * (n - 1) / n), n)
