@@ -31,7 +31,7 @@ from torch import Tensor
 
 from configurator import UserError
 from generation.constraints import Guide
-from generation.generate import NO_TOKEN, SEED_STRIDE, Sampling, next_ids, penalize, shift_context
+from generation.generate import NO_TOKEN, SEED_STRIDE, Sampling, next_ids, shift_context
 from model import GPT
 from modeling.devices import autocast_dtype
 from modeling.kv_cache import KVCache
@@ -226,11 +226,9 @@ class Batcher:
 
     def choose(self, row: Row, logits: Tensor) -> int:
         """The next token of a row: logits (1, V). Raises UserError if there is none."""
-        masked = penalize(logits.clone(), [row.context], row.sampling.repetition_penalty)
-        if row.guide is not None:
-            masked = row.guide.mask(masked)
         uniform = torch.rand(1, generator=row.generator).to(self.device)
-        token = int(next_ids(masked, uniform, row.sampling))
+        # On a copy, because the scores are those of the logits as they are.
+        token = int(next_ids(logits.clone(), uniform, row.sampling, [row.context], row.guide))
         if token == NO_TOKEN:
             raise UserError(f"{self.model.source}: its logits are not finite, so its weights are broken")
         if row.guide is not None:

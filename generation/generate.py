@@ -87,7 +87,7 @@ class Options:
 
 # ---- From logits to a token -------------------------------------------------------------------------------
 
-def penalize(logits: Tensor, rows: list[list[int]], penalty: float) -> Tensor:
+def penalize(logits: Tensor, rows: Sequence[list[int]], penalty: float) -> Tensor:
     """Make the tokens of each row less likely to be repeated in it: logits (B, V), changed in place.
 
     This is CTRL's penalty (arXiv 1909.05858), as transformers computes it.
@@ -123,8 +123,15 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     return order.gather(-1, place.clamp(max=mass.shape[-1] - 1))[:, 0]
 
 
-def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
-    """`choose`, with NO_TOKEN for a row whose logits are not finite: NaN, or an infinity."""
+def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling, rows: Sequence[list[int]] = (),
+             guide: Guide | None = None) -> Tensor:
+    """`choose`, with NO_TOKEN for a row whose logits are not finite: NaN, or an infinity.
+
+    rows: their tokens, for the repetition penalty, which changes the logits in place. guide: masks what its
+    grammar does not allow.
+    """
+    logits = penalize(logits, rows, sampling.repetition_penalty)
+    logits = logits if guide is None else guide.mask(logits)
     broken = ~logits.amax(dim=-1).isfinite()  # (B,): the maximum passes both on
     return choose(logits, uniform, sampling).masked_fill(broken, NO_TOKEN)
 
@@ -294,9 +301,8 @@ def generate_steps(model: GPT, prompts: list[list[int]], max_new_tokens: int, sa
         chosen = next(graph, None) if graph is not None else None
         if chosen is None:
             logits = reader.read(max_new_tokens - step)[:, :options.vocab_size].float()  # (B, V)
-            logits = penalize(logits, reader.context, sampling.repetition_penalty)
-            logits = logits if guide is None else guide.mask(logits)
-            graph, chosen = None, next_ids(logits, uniform[:, step], sampling).tolist()
+            chosen = next_ids(logits, uniform[:, step], sampling, reader.context, guide).tolist()
+            graph = None
         if NO_TOKEN in chosen:
             raise UserError(f"{model.source}: its logits are not finite, so its weights are broken")
         tokens = [token if alive else None for token, alive in zip(chosen, live, strict=True)]
