@@ -137,10 +137,9 @@ def download(names: list[str]) -> Path:
     """Download files from the hub; returns their folder. `datasets` cannot read them: their columns differ.
     """
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
     try:
         return Path([hf_hub_download(HUB, name, repo_type="dataset") for name in names][0]).parent
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except OSError as error:  # all errors of the hub are OSErrors
         raise UserError(f"hf:{HUB}: {str(error).splitlines()[0]}") from None
 
 
