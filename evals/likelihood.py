@@ -35,7 +35,6 @@ Shapes: B rows (1 for the tree), T new tokens, S slots of the cache, N scored to
 import functools
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -56,8 +55,7 @@ MAX_PASS_TOKENS = {"cpu": 256, "cuda": 4096}
 ROW_TOKENS = 4096  # tokens of running text per forward pass
 
 
-@dataclass
-class Likelihood:
+class Likelihood(NamedTuple):
     """How likely a model finds a continuation, or the scored tokens of a text."""
 
     log_prob: float  # sum over its tokens, in nats

@@ -228,15 +228,12 @@ class LM:
 
         Raises UserError if a log-probability is not finite.
         """
-        texts, owners, found = [], [], []  # owners: the likelihood that each text adds to
-        encode = encode_turn if self.chat else encode_plain
-        for context, continuation in requests:
-            parts, lost = fit_context(encode(self.tokenizer, context, continuation),
-                                      self.model.config.block_size)
-            found.append(Likelihood(0.0, lost))
-            texts += parts
-            owners += found[-1:] * len(parts)
-        for owner, score in zip(owners, score_texts(self.model, texts), strict=True):
-            owner.log_prob += score.log_prob
-            owner.greedy = owner.greedy and score.greedy
+        encode, block_size = encode_turn if self.chat else encode_plain, self.model.config.block_size
+        fitted = [fit_context(encode(self.tokenizer, *request), block_size) for request in requests]
+        scores = iter(score_texts(self.model, [text for texts, _ in fitted for text in texts]))
+        found = []
+        for texts, lost in fitted:  # a long continuation is scored as several texts
+            parts = [next(scores) for _ in texts]
+            found.append(Likelihood(sum(part.log_prob for part in parts), lost,
+                                    all(part.greedy for part in parts)))
         return found
