@@ -181,10 +181,10 @@ class LM:
         max_new_tokens *= self.budget
         if self.temperature:
             return self.sample_replies(conversations, max_new_tokens)
-        earlier = [[*attempt, conversation[-1]]  # the question again, after an attempt
-                   for conversation, attempt in zip(conversations, self.attempts, strict=False)]
-        if earlier:
-            conversations = [one + more for one, more in zip(conversations, earlier, strict=True)]
+        attempts = self.attempts or [[]] * len(conversations)
+        earlier = [[*attempt, talk[-1]] if attempt else []  # the question again, after an attempt
+                   for talk, attempt in zip(conversations, attempts, strict=True)]
+        conversations = [one + more for one, more in zip(conversations, earlier, strict=True)]
         assistant = Assistant(self.model, self.tokenizer, Sampling(temperature=0), max_new_tokens,
                               self.constraint)
         lengths = [len(chat_format.encode_prompt(self.tokenizer, each)) for each in conversations]
@@ -194,7 +194,7 @@ class LM:
             return list(zip(replies, assistant.rows, assistant.sampled, strict=True))
 
         replies, self.rows, self.sampled = map(list, zip(*self.in_batches(lengths, answer), strict=True))
-        self.replies = [one + more for one, more in zip(earlier or [[]] * len(replies), replies, strict=True)]
+        self.replies = [one + more for one, more in zip(earlier, replies, strict=True)]
         self.cut = ["cut" in reply[-1] for reply in replies]
         self.tokens += assistant.tokens
         self.truncated = [length > self.model.config.block_size for length in lengths]
