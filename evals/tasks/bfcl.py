@@ -181,10 +181,6 @@ def load(source: str | None, limit: int, shots: int | None, category: str) -> Qu
                              lambda row: question_of(row, None if silent else truths[row["id"]])), [])
 
 
-def judge_silence(question: ToolQuestion, message: Message) -> dict[str, bool]:
-    return {"accuracy": not message.get("tool_calls") and not message.get("malformed")}
-
-
 def wrong_call(question: ToolQuestion, calls: list[dict[str, Any]], named: bool) -> str | None:
     """What is wrong with the calls, or None. named: whether their names have to be right, too."""
     if len(calls) != len(question.calls):
@@ -199,9 +195,14 @@ def wrong_call(question: ToolQuestion, calls: list[dict[str, Any]], named: bool)
     return None
 
 
-def judge_call(question: ToolQuestion, message: Message) -> dict[str, Any]:
-    """The four verdicts, and under "wrong" what is wrong with the arguments, or None."""
+def judge(question: ToolQuestion, message: Message) -> dict[str, Any]:
+    """The four verdicts, and under "wrong" what is wrong with the arguments, or None.
+
+    If no call is right, the only verdict is the accuracy.
+    """
     calls = message.get("tool_calls", [])
+    if not question.calls:
+        return {"accuracy": not calls and not message.get("malformed")}
     valid = bool(calls) and not message.get("malformed")
     said, needed = Counter(call["name"] for call in calls), Counter(name for name, _ in question.calls)
     wrong = wrong_call(question, calls, named=False) if valid else "no valid call"
@@ -213,7 +214,6 @@ def score(lm: LM, questions: Questions, category: str) -> Result:
     """Four figures, or one for irrelevance. UserError for a model without chat tokens."""
     require_chat(lm.tokenizer, str(lm.folder))
     replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
-    judge = judge_silence if category == "irrelevance" else judge_call
     answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
                 **judge(question, message)}
                for question, [message] in zip(questions.asked, replies, strict=True)]
