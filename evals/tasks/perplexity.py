@@ -16,7 +16,6 @@ the first 500 KiB; --shots and --chat have no effect. The task wikitext reads th
 (arXiv 1609.07843); on the hub: Salesforce/wikitext.
 """
 
-import codecs
 import math
 from collections.abc import Iterator
 from pathlib import Path
@@ -101,8 +100,7 @@ def read_texts(source: str | None, model: str, limit: int) -> Texts:
     documents, left = [], limit
     for text in texts:
         piece = text.encode("utf-8")[:left]
-        # The incremental decoder drops a character that the limit has cut in two.
-        documents.append(codecs.getincrementaldecoder("utf-8")().decode(piece))
+        documents.append(piece.decode("utf-8", "ignore"))  # without a character that the limit cuts in two
         left -= len(piece)
         if left <= 0:
             break
@@ -127,7 +125,7 @@ def load(source: str | None, limit: int, shots: int | None, model: str = "", str
         return read_texts(source, model, 1024 * limit)
     rows = read(source, "wikitext", WIKITEXT)  # one row per line of the text
     text = "\n\n".join(convert(rows, lambda row: text_of(row["text"]))).encode()[:1024 * limit]
-    return Texts([text.decode("utf-8", "ignore")], source or WIKITEXT)  # the limit may cut a character in two
+    return Texts([text.decode("utf-8", "ignore")], source or WIKITEXT)
 
 
 def join_documents(lm: LM, texts: Texts) -> np.ndarray:
