@@ -145,13 +145,11 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     A task that has no questions is left out with the reason if a group brought it in. Raises UserError if the
     user named it, or if no task is left.
     """
-    folder, pairs = places_of("data", cfg.data)
-    loaded, absent = {}, {}
+    places, loaded, absent = places_of("data", cfg.data), {}, {}
     # A group such as "all" may bring in tasks whose files are not there; a task by name was wanted.
     for name in cfg.task_names:
         try:
-            place = pairs.get(name, folder)
-            loaded[name] = load(name, place, cfg.limit, cfg.shots, **cfg.arguments(name))
+            loaded[name] = load(name, places[name], cfg.limit, cfg.shots, **cfg.arguments(name))
         except UserError as reason:
             if name in cfg.tasks.split(","):  # named by the user, not by a group
                 raise

@@ -121,15 +121,15 @@ def task_names(key: str, value: str) -> list[str]:
     return names
 
 
-def places_of(key: str, value: str) -> tuple[str | None, dict[str, str]]:
-    """"../data,mmlu=a.jsonl" as (the folder for all tasks or None, {task: its own file or folder})."""
+def places_of(key: str, value: str) -> dict[str, str | None]:
+    """"../data,mmlu=a.jsonl" as {task: its own file or folder, else the one for all tasks, else None}."""
     parts = [part for part in value.split(",") if part]
     pairs = dict(part.split("=", 1) for part in parts if "=" in part)
     folders = [part for part in parts if "=" not in part]
     if len(folders) > 1:
         raise UserError(f"{key}={value}: give one folder for all tasks, and TASK=PLACE for others")
     refuse_unknown(key, value, list(pairs), list(TASKS))
-    return (folders[0] if folders else None), pairs
+    return dict.fromkeys(TASKS, *folders) | pairs
 
 
 def load(name: str, place: str | None, limit: int, shots: int | None = None, **keys: Any) -> Any:
@@ -164,12 +164,12 @@ def with_tasks(cfg: RunConfig, run: Run, evaluate: Evaluate) -> Evaluate:
     questions: dict[str, Any] = {}
 
     def read() -> None:
-        folder, pairs = places_of("eval_data", cfg.eval_data)
+        places = places_of("eval_data", cfg.eval_data)
         for name in task_names("eval_tasks", cfg.eval_tasks):
             if {"allow_code", "classifier", "judge"} & {*TASKS[name].keys}:
                 raise UserError(f"eval_tasks: {name} needs settings that only eval.py has")
             try:
-                questions[name] = load(name, pairs.get(name, folder), cfg.eval_limit)
+                questions[name] = load(name, places[name], cfg.eval_limit)
             except UserError as error:
                 raise UserError(f"eval_tasks: {error}".replace("--data=", "--eval_data=")) from None
 

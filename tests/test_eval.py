@@ -9,7 +9,7 @@ import torch
 
 import eval as evaluation
 from configurator import UserError
-from evals.all_tasks import places_of
+from evals.all_tasks import TASKS, places_of
 from evals.benchmarks import convert, read
 from evals.lm import LM
 from evals.results import Result, mean
@@ -190,11 +190,10 @@ def test_an_interrupted_run_keeps_the_finished_tasks(trained, tmp_path, monkeypa
 
 
 def test_places_of_data():
-    def places(data):
-        return places_of("data", data)
-
-    assert places("") == (None, {}) and places("../data") == ("../data", {})
-    assert places("mmlu=a.jsonl,d,perplexity=b.txt") == ("d", {"mmlu": "a.jsonl", "perplexity": "b.txt"})
+    assert places_of("data", "") == dict.fromkeys(TASKS)
+    assert places_of("data", "../data") == dict.fromkeys(TASKS, "../data")
+    assert places_of("data", "mmlu=a.jsonl,d,perplexity=b.txt") == {
+        **dict.fromkeys(TASKS, "d"), "mmlu": "a.jsonl", "perplexity": "b.txt"}
 
 
 def test_choices_in_the_chat_format(chat_folder):
