@@ -216,7 +216,7 @@ class LM:
 
         groups = self.in_batches(list(map(len, prompts)), answer)
         rollouts = [rollout for group in groups for rollout in group]
-        self.tokens += sampler.tokens
+        self.tokens += sum(each.num_sampled for each in rollouts)
         self.rows = [each.prompt + each.ids for each in rollouts]
         self.sampled = [[False] * len(each.prompt) + each.sampled for each in rollouts]
         self.replies = [each.messages for each in rollouts]

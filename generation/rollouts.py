@@ -127,10 +127,10 @@ def tool_turns(tokenizer: Tokenizer, results: list[Message]) -> list[int]:
 
 
 class RolloutSampler:
-    """A model, its tokenizer and the limits of a rollout. `tokens` counts the tokens it has sampled."""
+    """A model, its tokenizer and the limits of a rollout."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, limits: Limits):
-        self.model, self.tokenizer, self.limits, self.tokens = model, tokenizer, limits, 0
+        self.model, self.tokenizer, self.limits = model, tokenizer, limits
         ends = tokenizer.end_ids
         self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
 
@@ -199,7 +199,6 @@ class RolloutSampler:
             for row, token, log_prob in zip(rows, tokens, log_probs.tolist(), strict=True):
                 if live[row]:
                     rollouts[row].append([token], [log_prob])
-                    self.tokens += 1
                     live[row] = token not in self.end_ids and step + 1 < rooms[row]
             if not any(live):
                 return
