@@ -67,6 +67,11 @@ def label_index(value: Any, labels: list[str]) -> int:
     return labels.index(value)
 
 
+def label_of(value: Any, labels: list[str]) -> int:
+    """The index of a label, which some files have as a number, and others as one of `labels`."""
+    return label_number(value, len(labels)) if isinstance(value, int) else label_index(value, labels)
+
+
 def convert(rows: list[dict[str, Any]], convert_row: Callable[[dict[str, Any]], Any]) -> list[Any]:
     """convert_row(row) for each row. Raises UserError with file and row number if that fails."""
     results = []

@@ -23,7 +23,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from evals.benchmarks import answer_text, convert, label_index, label_number, text_of, texts_of
+from evals.benchmarks import answer_text, convert, label_index, label_number, label_of, text_of, texts_of
 from evals.lm import LM
 from evals.multiple_choice import (
     LETTERS,
@@ -119,9 +119,8 @@ def mmlu(row: Row) -> Question:
     The examples are the first ones of the subject's dev split. The hub has the answer's number, the original
     files have its letter.
     """
-    choices, answer = texts_of(row["choices"]), row["answer"]
-    gold = (label_number(answer, len(choices)) if isinstance(answer, int) else
-            label_index(answer, list(LETTERS[:len(choices)])))
+    choices = texts_of(row["choices"])
+    gold = label_of(row["answer"], list(LETTERS[:len(choices)]))
     return lettered(row["question"].strip(), choices, gold, text_of(row["subject"]))
 
 
@@ -158,8 +157,7 @@ def hellaswag(row: Row) -> Question:
         activity, before, begin = (text_of(row[key]) for key in ("activity_label", "ctx_a", "ctx_b"))
         prompt, endings, label = f"{activity}: {before} {begin.capitalize()}", row["endings"], row["label"]
         # The hub has the label as text, the original files have it as a number.
-        gold = (label_number(label, len(endings)) if isinstance(label, int) else
-                label_index(label, [str(number) for number in range(len(endings))]))
+        gold = label_of(label, [str(number) for number in range(len(endings))])
     else:
         letters = sorted(row["choices"])
         prompt, endings = row["question"], [row["choices"][letter] for letter in letters]

@@ -19,7 +19,7 @@ needed). A name that is not in the sentence counts as said and wrong. Files: con
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from evals.benchmarks import Questions, label_index, label_number, read, texts_of, with_last_as_shots
+from evals.benchmarks import Questions, label_of, read, texts_of, with_last_as_shots
 from evals.lm import LM
 from evals.results import Figure, Result, ratio, truncated
 
@@ -50,8 +50,7 @@ def names_of(tags: Sequence[str]) -> set[Name]:
 
 def tags_of(row: dict[str, Any]) -> list[str]:
     """The tags of a row, which has them as texts or, on the hub, as numbers."""
-    return [TAGS[label_number(tag, len(TAGS))] if isinstance(tag, int) else TAGS[label_index(tag, TAGS)]
-            for tag in row["ner_tags"]]
+    return [TAGS[label_of(tag, TAGS)] for tag in row["ner_tags"]]
 
 
 def sentence_of(row: dict[str, Any]) -> Sentence:
