@@ -91,16 +91,12 @@ def adapter_to_gpt2(adapter: dict[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in adapter.items():
         layer, module, kind = split_name(name)
         if not layer:  # a table
-            result[to_gpt2({name: tensor}).popitem()[0]] = tensor
+            result |= to_gpt2({name: tensor})
             continue
-        place = f"transformer.h.{layer}.{GPT2_NAMES.get(module, 'attn.c_attn')}.{kind}"
         if module in QKV:
-            (n, m), i = tensor.shape, QKV.index(module)
-            whole = result.setdefault(place, tensor.new_zeros(3 * n, m if kind == "lora_A" else 3 * m))
-            columns = slice(None) if kind == "lora_A" else slice(i * m, (i + 1) * m)
-            whole[i * n:(i + 1) * n, columns] = tensor
-        else:
-            result[place] = tensor
+            parts = [adapter.get(name.replace(module, part), torch.zeros_like(tensor)) for part in QKV]
+            tensor = torch.cat(parts) if kind == "lora_A" else torch.block_diag(*parts)
+        result[f"transformer.h.{layer}.{GPT2_NAMES.get(module, 'attn.c_attn')}.{kind}"] = tensor
     return result
 
 
