@@ -12,6 +12,7 @@ resumed run has no loader state to restore. training/staged_data.py decides whic
 Shapes: B rows, T block_size.
 """
 
+import functools
 import math
 import os
 import shlex
@@ -122,7 +123,8 @@ class Mix:
         self.tokenizer = Tokenizer.load(self.folders[0].folder)
         self.rows = [kind(folder, "train", block_size) for folder in self.folders]
         self.seed = seed
-        self.permutations: dict[tuple[int, int], np.ndarray] = {}  # of the latest (folder, epoch)s only
+        # A batch may span two epochs of each folder.
+        self.permutation = functools.lru_cache(2 * len(self.rows))(self.draw_permutation)
 
     def hashes(self) -> dict[str, str]:
         """{folder: sha256 of its meta.json}, which lists the shards' hashes: fixed during a run."""
@@ -181,15 +183,10 @@ class Mix:
             out[owner == folder] = rows
         return out
 
-    def permutation(self, folder: int, epoch: int) -> np.ndarray:
+    def draw_permutation(self, folder: int, epoch: int) -> np.ndarray:
         """The order in which an epoch reads a folder's rows, (rows,) int64."""
-        key = (folder, epoch)
-        if key not in self.permutations:
-            while len(self.permutations) >= 2 * len(self.rows):  # a batch may span two epochs of each folder
-                self.permutations.pop(next(iter(self.permutations)))
-            generator = np.random.default_rng((self.seed, folder, epoch))
-            self.permutations[key] = generator.permutation(len(self.rows[folder]))
-        return self.permutations[key]
+        generator = np.random.default_rng((self.seed, folder, epoch))
+        return generator.permutation(len(self.rows[folder]))
 
 
 # ---- Batches ----------------------------------------------------------------------------------------------
