@@ -34,7 +34,7 @@ from typing import Any, Literal, NamedTuple
 
 from configurator import UserError, configure, require, run_script
 from dataset.conversations import first_value, listed
-from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usable_rows
+from dataset.sources import Row, Skip, json_lines, require_utf8, row_value, usable_rows, without_mark
 from formats import hf
 from formats.chat_format import end_of_turn, require_chat
 from formats.tokenizer import Tokenizer
@@ -102,7 +102,7 @@ def prompt_of(row: Row) -> Prompt:
 def read_prompts(path: str) -> list[Prompt]:
     """Read a JSON lines file: texts, or else messages in every row. UserError names the line of a bad row."""
     with open(path, "rb") as file:  # bytes: a line that is not UTF-8 gets a message with its number
-        prompts = [prompt for _, prompt in usable_rows(json_lines(file, Path(path)), prompt_of)]
+        prompts = [prompt for _, prompt in usable_rows(json_lines(without_mark(file), Path(path)), prompt_of)]
     if not prompts:
         raise UserError(f"{path}: contains no prompts")
     # Texts and chats take different ways below, and the output keeps the order of the file.

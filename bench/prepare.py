@@ -55,7 +55,7 @@ def cpu_seconds() -> float:
 def measure(cfg: Config) -> dict[str, Any]:
     """MB of text per second, wall and CPU. UserError if the encoders disagree."""
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the peer, too, gets one core
-    rows = read_rows(find_files(cfg.source)[0], "text", piece=2**20)
+    rows = read_rows(find_files(cfg.source)[0], "text")
     texts = [text for _, text in usable_rows(rows, lambda row: document(row, "text"))]
     tokenizer = Tokenizer.train(texts, cfg.vocab_size)
     theirs = tokenizer.plain.encode_batch_fast(texts, add_special_tokens=False)

@@ -87,7 +87,7 @@ class PromptSource:
         self.source, self.tokenizer, self.T, self.seed = source, tokenizer, block_size, seed
         files = [] if source == EMBEDDED else find_files(source, "dataset")[0]
         self.hashes = {str(path): file_sha256(path) for path in files}
-        rows = usable_rows(read_rows(files, None, piece=2**20), lambda row: read_question(row, check, task))
+        rows = usable_rows(read_rows(files), lambda row: read_question(row, check, task))
         prompts = [self.encode(*question) for _, question in rows]
         fits = [prompt for prompt in prompts if len(prompt.ids) <= block_size]
         fits.sort(key=lambda prompt: zlib.crc32(json.dumps(prompt.row, sort_keys=True, default=str).encode()))

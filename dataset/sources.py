@@ -1,7 +1,7 @@
 """Files of any kind -> rows -> text, in bounded memory, with a reason for every row that cannot be used.
 
     files, ignored = find_files("notes.md,corpus/*.jsonl.zst")   # files, folders, globs, or "pystdlib"
-    for row in read_rows(files, "text", piece=2**20): ...        # unparsed rows: cheap, for the parent
+    for row in read_rows(files, "text"): ...                     # unparsed rows: cheap, for the parent
     text = document(row, text_key="text")                        # the row's text, or Skip: for the workers
     value = row_value(row)                                       # all its keys, for chats and preferences
 
@@ -190,7 +190,7 @@ class XZReader(io.RawIOBase):
                 return len(data)
 
 
-def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
+def open_packed(path: Path, raw: io.BufferedReader) -> io.BufferedReader | gzip.GzipFile:
     """A stream of unpacked bytes over the open file `raw`."""
     packing = path.suffix.lower()
     if packing in PACKED and not raw.peek(1):
@@ -206,6 +206,13 @@ def open_packed(path: Path, raw: BinaryIO) -> BinaryIO:
     return raw
 
 
+def without_mark(stream: Any) -> Any:
+    """The stream of bytes; a byte order mark at its beginning is passed over."""
+    if stream.peek(len(BYTE_ORDER_MARK)).startswith(BYTE_ORDER_MARK):
+        stream.read(len(BYTE_ORDER_MARK))
+    return stream
+
+
 # ---- Bytes -> rows ----------------------------------------------------------------------------------------
 
 def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
@@ -216,8 +223,6 @@ def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
         new = stream.read(wanted)
         at_end = len(new) < wanted
         buffer = rest + new
-        if number == 0:
-            buffer = buffer.removeprefix(BYTE_ORDER_MARK)
         cut = cut_near(buffer, piece) if len(buffer) > piece else len(buffer)
         number += 1
         if buffer or number == 1:  # an empty file is one row, so that it is counted
@@ -239,11 +244,7 @@ def cut_near(buffer: bytes, piece: int) -> int:
 
 def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """One row per line."""
-    number = 0
-    while line := stream.readline(LONGEST_LINE + 1):
-        number += 1
-        if number == 1:
-            line = line.removeprefix(BYTE_ORDER_MARK)
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
         if len(line) > LONGEST_LINE:
             while line and not line.endswith(b"\n"):  # read on to the line's end, a MiB at a time
                 line = stream.readline(2**20)
@@ -257,7 +258,7 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
     Raises UserError for a file over LARGEST_JSON bytes.
     """
-    data = stream.read(LARGEST_JSON + 1).removeprefix(BYTE_ORDER_MARK)
+    data = stream.read(LARGEST_JSON + 1)
     if len(data) > LARGEST_JSON:
         raise UserError(f"{path}: a .json over {LARGEST_JSON >> 20} MiB is not read; make it a .jsonl")
     if data.lstrip().startswith(b"["):
@@ -270,7 +271,7 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
 
 def json_elements(data: bytes, path: Path) -> Iterator[Row]:
     """One row per element of a JSON array, as JSON text. Raises ValueError if the file is not JSON."""
-    for number, value in enumerate(json.loads(data.decode("utf-8-sig"), object_pairs_hook=object_or_reason)):
+    for number, value in enumerate(json.loads(data.decode(), object_pairs_hook=object_or_reason)):
         try:
             row = Row(f"{path}[{number}]", "json", json.dumps(value, default=raise_reason).encode())
         except Skip as reason:
@@ -292,7 +293,7 @@ def raise_reason(reason: Skip) -> NoReturn:
 
 def is_json_lines(data: bytes) -> bool:
     """True if the first line is a whole JSON value and more lines follow."""
-    first, _, rest = data.lstrip(BYTE_ORDER_MARK + b" \t\r\n").partition(b"\n")
+    first, _, rest = data.lstrip(b" \t\r\n").partition(b"\n")
     try:
         json.loads(first)
     except (ValueError, RecursionError):
@@ -303,7 +304,7 @@ def is_json_lines(data: bytes) -> bool:
 def table_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """One row per line of a .tsv: {number of the column, from 1: cell}. A quotation mark is an ordinary
     character."""
-    text = io.TextIOWrapper(stream, "utf-8-sig", newline="\n")
+    text = io.TextIOWrapper(stream, "utf-8", newline="\n")
     for number, line in enumerate(text, 1):
         yield Row(f"{path}:{number}", "value", dict(enumerate(line.rstrip("\r\n").split("\t"), 1)))
     text.detach()  # else the wrapper closes the stream, which is not its own
@@ -327,12 +328,12 @@ def parquet_rows(path: Path, text_key: str | None) -> Iterator[Row]:
             yield Row(f"{path}:{number}", "value", value)
 
 
-def file_rows(raw: BinaryIO, path: Path, text_key: str | None, piece: int) -> Iterator[Row]:
+def file_rows(raw: io.BufferedReader, path: Path, text_key: str | None, piece: int) -> Iterator[Row]:
     """The rows of one open file; arguments as in `read_rows`."""
     kind = file_kind(path)
     if kind == ".parquet":
         return parquet_rows(path, text_key)
-    stream = open_packed(path, raw)
+    stream = without_mark(open_packed(path, raw))
     if kind in TEXT_KINDS:
         return text_pieces(stream, path, piece)
     if kind == ".tsv":
@@ -340,7 +341,7 @@ def file_rows(raw: BinaryIO, path: Path, text_key: str | None, piece: int) -> It
     return json_lines(stream, path) if kind == ".jsonl" else json_file(stream, path)
 
 
-def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[Row]:
+def read_rows(files: list[Path], text_key: str | None = None, piece: int = 2**20) -> Iterator[Row]:
     """Every row of every file, in order.
 
     text_key: the column of a .parquet; None reads all columns, as a dict. piece: text files are cut near
@@ -361,7 +362,7 @@ def read_rows(files: list[Path], text_key: str | None, piece: int) -> Iterator[R
             raise UserError(f"{path}: damaged: {error}") from None
 
 
-def hub_rows(name: str, text_key: str | None, key: str = "source") -> Iterator[Row]:
+def hub_rows(name: str, text_key: str | None = None, key: str = "source") -> Iterator[Row]:
     """Stream NAME[:CONFIG[:SPLIT]] of the Hugging Face hub, or a local folder, with the package `datasets`.
 
     Each row is the value of a column, or (for text_key=None) a dict of all columns. The split is "train" if

@@ -120,7 +120,7 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
 def file_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file. Raises UserError with the place of a row that cannot be read."""
     files, _ = find_files(str(path), "data", ROW_KINDS)
-    rows = list(read_rows(files, None, piece=2**20))
+    rows = list(read_rows(files))
     for row, value in usable_rows(rows, row_value):
         if not isinstance(value, dict):
             raise UserError(f"{row.place}: not a JSON object")
@@ -144,7 +144,7 @@ def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
     """
     if source is None:
         try:
-            rows = [{**row.content, "file": hub} for row in hub_rows(hub, None)]
+            rows = [{**row.content, "file": hub} for row in hub_rows(hub)]
         except UserError as error:
             raise UserError(f"{name}: {error}; local files: --data=FOLDER or --data={name}=FILE") from None
     else:

@@ -52,8 +52,8 @@ class Seq2SeqConfig:
 
 def read_pairs(cfg: Seq2SeqConfig) -> dict[bool, list[dict[str, str]]]:
     """{False: training rows, True: validation rows}, each {"document", "summary"}. UserError for none."""
-    rows = (hub_rows(cfg.source.removeprefix("hf:"), None) if cfg.source.startswith("hf:") else
-            read_rows(find_files(cfg.source)[0], None, piece=2**20))
+    rows = (hub_rows(cfg.source.removeprefix("hf:")) if cfg.source.startswith("hf:") else
+            read_rows(find_files(cfg.source)[0]))
     pairs: dict[bool, list[dict[str, str]]] = {False: [], True: []}
     for _, (prompt, summary) in usable_rows(rows, lambda row: example("summarize", row_value(row))):
         document = prompt.removesuffix(ASK_SUMMARY)

@@ -62,7 +62,7 @@ def haystack(source: str | None) -> str:
     """The beginning of the user's file, or of the standard library's source if `source` is no file."""
     own = source is not None and not Path(source).is_dir()
     texts, length = [], 0
-    for row in read_rows(find_files(source if own else "pystdlib", "data")[0], "text", piece=2**20):
+    for row in read_rows(find_files(source if own else "pystdlib", "data")[0], "text"):
         try:
             texts.append(document(row, "text"))
         except Skip as reason:

@@ -477,7 +477,7 @@ def test_prompts_are_text_and_long_ones_are_cut_with_a_note(capsys, trained):
 
 
 def test_other_keys_of_a_prompt_are_copied(capsys, trained, tmp_path):
-    (tmp_path / "p.jsonl").write_text('\n{"prompt": "a", "k": "\\u00e9"}\n')
+    (tmp_path / "p.jsonl").write_text('\ufeff\n{"prompt": "a", "k": "\\u00e9"}\n')
     printed = call(capsys, trained, f"--prompt_file={tmp_path / 'p.jsonl'}", "--max_new_tokens=2").out
     assert json.loads(printed)["k"] == "\u00e9"
     (tmp_path / "q.jsonl").write_text('\n\n{"prompt": "\\ud800"}\n')
