@@ -23,9 +23,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from configurator import UserError
-from dataset import sources
 from dataset.conversations import is_list_of_dicts
-from dataset.sources import Row, find_files, hub_rows, read_rows
+from dataset.sources import KINDS, Row, file_kind, find_files, hub_rows, read_rows, row_value, usable_rows
 from dataset.words import normalised
 from formats.files import file_sha256
 
@@ -71,15 +70,6 @@ def split_items(value: dict[str, Any], row: Row) -> Iterator[tuple[str, str]]:
             yield f"{row.place.removesuffix(':1')} {name}[{number}]", item_text(each)
 
 
-def file_items(path: Path) -> Iterator[tuple[str, str]]:
-    """The items of a file. Raises UserError for a row that cannot be read."""
-    for row, value in sources.usable_rows(read_rows([path], None, 2**20), sources.row_value, f"{KEY}="):
-        if sources.file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1":
-            yield from split_items(value, row)
-        else:
-            yield row.place, item_text(value)
-
-
 # ---- Evaluation sets --------------------------------------------------------------------------------------
 
 class Benchmark(NamedTuple):
@@ -94,15 +84,14 @@ class Benchmark(NamedTuple):
 
     def items(self) -> Iterator[tuple[str, str]]:
         """(place, text) of every item. Raises UserError if a row cannot be read, or if no item has text."""
-        if self.source.startswith("hf:"):
-            rows = hub_rows(self.source.removeprefix("hf:"), None, KEY)
-            items = ((row.place, item_text(row.content)) for row in rows)
-        else:
-            items = file_items(Path(self.source))
-        empty = True
-        for place, text in items:
-            empty = empty and not text
-            yield place, text
+        is_hub, path, empty = self.source.startswith("hf:"), Path(self.source), True
+        rows = hub_rows(self.source.removeprefix("hf:"), None, KEY) if is_hub else read_rows([path])
+        for row, value in usable_rows(rows, row_value, f"{KEY}="):
+            has_splits = file_kind(path) == ".json" and isinstance(value, dict) and row.place == f"{path}:1"
+            items = split_items(value, row) if has_splits else [(row.place, item_text(value))]
+            for place, text in items:
+                empty = empty and not text
+                yield place, text
         if empty:
             raise UserError(f"{KEY}={self.source}: no text in it")
 
@@ -121,7 +110,7 @@ def find_benchmarks(spec: str) -> tuple[list[Benchmark], int]:
         elif os.path.isfile(os.path.join(name, "meta.json")):
             raise UserError(f"{KEY}={name}: is a data folder; give the file that it was made from")
         else:
-            files, others = find_files(name, KEY, sources.KINDS | {".tsv"})
+            files, others = find_files(name, KEY, KINDS | {".tsv"})
             names += map(str, files)
             ignored += others
     names = list(dict.fromkeys(names))  # each once, in order
