@@ -33,12 +33,9 @@ EndIds: TypeAlias = int | list[int] | None  # the EOS ids of a model: none, one 
 
 # The two tables whose rows are token ids: padded in memory, cut to vocab_size rows when saved.
 VOCABULARY_TABLES = ("model.embed_tokens.weight", "lm_head.weight")
-# {(position, norm, mlp, bias, qk_norm, ternary): model_type of transformers}
-ARCHITECTURES = {("rope", "rmsnorm", "swiglu", "none", False, False): "llama",
-                 ("rope", "rmsnorm", "swiglu", "all", False, False): "llama",
-                 ("rope", "rmsnorm", "swiglu", "qkv", False, False): "qwen2",
-                 ("rope", "rmsnorm", "swiglu", "none", True, False): "qwen3",
-                 ("learned", "layernorm", "gelu", "all", False, False): "gpt2"}
+# {GPTConfig's field: its value in a Llama without biases}. SETTINGS has what sets other architectures apart.
+USUAL = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False,
+         "ternary": False}
 # {GPTConfig's field: the key in config.json}
 LLAMA_KEYS = {"vocab_size": "vocab_size", "n_layer": "num_hidden_layers", "n_head": "num_attention_heads",
               "n_kv_head": "num_key_value_heads", "n_embd": "hidden_size", "head_dim": "head_dim",
@@ -212,7 +209,7 @@ def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
 def gpt2_fields(config: dict[str, Any]) -> dict[str, Any]:
     fields = {ours: config[theirs] for ours, theirs in GPT2_KEYS.items()}
     fields["intermediate_size"] = fields["intermediate_size"] or 4 * fields["n_embd"]
-    return fields | {"position": "learned", "norm": "layernorm", "mlp": "gelu", "bias": "all"}
+    return fields | gguf_reader.SETTINGS["gpt2"]
 
 
 def with_sizes(fields: dict[str, Any], path: Path) -> dict[str, Any]:
@@ -280,8 +277,9 @@ def end_ids(folder: Path) -> list[int]:
 
 def architecture(config: GPTConfig) -> str:
     """transformers' model_type that computes exactly this model, or "nanollama" if there is none."""
-    settings = (config.position, config.norm, config.mlp, config.bias, config.qk_norm, config.ternary)
-    arch = ARCHITECTURES.get(settings, "nanollama")
+    settings = {key: getattr(config, key) for key in USUAL}
+    known = [*gguf_reader.SETTINGS.items(), ("llama", {"bias": "all"})]
+    arch = next((name for name, own in known if settings == USUAL | own), "nanollama")
     if config.n_expert:
         has_one_width = not config.dense_layers and config.expert_size == config.intermediate_size
         mixtral = "mixtral" if has_one_width and config.norm_topk else "nanollama"
@@ -294,8 +292,7 @@ def architecture(config: GPTConfig) -> str:
 
 def unusual(config: GPTConfig) -> str:
     """The settings that keep a "nanollama" model from being one of the other architectures, for a message."""
-    usual = {"position": "rope", "norm": "rmsnorm", "mlp": "swiglu", "bias": "none", "qk_norm": False,
-             "ternary": False, "sink_logits": False, "n_expert": 0}
+    usual = USUAL | {"sink_logits": False, "n_expert": 0}
     if config.position == "learned":  # GPT-2 has no choice of heads
         usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
     return ", ".join(f"{key}={getattr(config, key)}" for key, value in usual.items()
