@@ -44,7 +44,7 @@ import re
 from typing import Any
 
 from dataset.sources import Skip, require_utf8
-from formats.chat_format import ROLES, call_text, read_call
+from formats.chat_format import ROLES, read_call
 
 ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
               "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
@@ -89,14 +89,20 @@ def optional_text(row: dict[str, Any], *keys: str) -> str:
     return ""
 
 
+def json_text(value: Any, what: str) -> str:
+    """The value as JSON. Raises Skip, which names `what`, if JSON or UTF-8 cannot hold it."""
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):  # bytes and dates of Parquet; NaN; a very deep list
+        raise Skip(f"{what} not JSON") from None
+    return require_utf8(text)
+
+
 def tools_text(row: dict[str, Any]) -> tuple[str, bool]:
     """The key "tools" of a row as text, and whether that is a JSON list of functions."""
     value = first_value(row, "tools")
     if is_list_of_dicts(value):
-        try:
-            return require_utf8(json.dumps(value, ensure_ascii=False, allow_nan=False)), True
-        except (TypeError, ValueError, RecursionError):  # bytes and dates of Parquet; NaN; a very deep list
-            raise Skip("'tools' is not JSON") from None
+        return json_text(value, "'tools' is"), True
     text = optional_text(row, "tools")
     with contextlib.suppress(ValueError, RecursionError):
         return text, is_list_of_dicts(json.loads(text))
@@ -124,11 +130,7 @@ def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
 
 def require_json(call: dict[str, Any]) -> dict[str, Any]:
     """The same tool call. Raises Skip if its arguments cannot be written as JSON in UTF-8."""
-    try:
-        json.dumps(call, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):  # bytes and dates of Parquet; NaN; a very deep list
-        raise Skip("a tool call's arguments are not JSON") from None
-    require_utf8(call_text(call))
+    json_text(call, "a tool call's arguments are")
     return call
 
 
