@@ -11,7 +11,6 @@ at the end of a cut file, whatever lengths a damaged one claims. Left out: big-e
 split into several files, and mixtures of experts. formats/gguf.py writes such files.
 """
 
-import contextlib
 import functools
 import json
 import math
@@ -66,9 +65,8 @@ def is_gguf(path: Path) -> bool:
     return path.suffix == ".gguf" and path.is_file()
 
 
-def file_errors(path: Path) -> contextlib.AbstractContextManager[None]:
-    """Turn what damaged content raises into a UserError of one line."""
-    return content_errors(path, "not a GGUF file that can be read")
+# Turns what damaged content raises into a UserError of one line.
+file_errors = functools.partial(content_errors, what="not a GGUF file that can be read")
 
 
 # ---- Header -----------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ before the first word of a text, and spell a byte that has no token of its own a
 anything but BPE, and chats (formats/chat_format.py).
 """
 
-import contextlib
+import functools
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -140,9 +140,8 @@ def check_definition(definition: dict[str, Any]) -> None:
             raise UserError("tokenizer.json: a merge does not have continuing_subword_prefix")
 
 
-def library_errors(place: object) -> contextlib.AbstractContextManager[None]:
-    """Turn every error of the `tokenizers` library into a UserError of one line."""
-    return content_errors(place, "not a tokenizer.json")
+# Turns every error of the `tokenizers` library into a UserError of one line.
+library_errors = functools.partial(content_errors, what="not a tokenizer.json")
 
 
 # ---- The fast encoder -------------------------------------------------------------------------------------
