@@ -98,12 +98,6 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
     return conversation(fields) if recipe.kind == "chat" else preference(fields)
 
 
-def identity_bytes(content: Content) -> bytes:
-    """The UTF-8 by which documents are compared and measured: of the text, or of the messages as JSON."""
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    return text.encode("utf-8")
-
-
 def text_hash(data: bytes) -> int:
     """The first 64 bits of SHA-256. Finds duplicates, and decides whether a document is for validation."""
     return int.from_bytes(hashlib.sha256(data).digest()[:8], "big")
@@ -119,7 +113,9 @@ def parse_rows(rows: list[Row], recipe: Recipe) -> list[Document]:
     for row in rows:
         try:
             content = parse_content(row, recipe)
-            data = identity_bytes(content)
+            # Documents are compared and measured by their text, or by their messages as JSON.
+            text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
+            data = text.encode("utf-8")
             documents.append(Document(content, byte_count=len(data), hash=text_hash(data)))
         except Skip as reason:
             documents.append(Document(None, str(reason), reason.details))
