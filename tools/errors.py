@@ -139,14 +139,13 @@ def sort_answers(paths: list[Path]) -> tuple[Found, list[str]]:
     """The wrong answers in files answers/TASK.jsonl by kind, and tables of confusions."""
     answers, found, confusions = defaultdict(list), {}, []
     for path in paths:
-        for _, (row, kind) in usable_rows(read_rows([path], None, piece=2**20), read_answer):
+        for _, (row, kind) in usable_rows(read_rows([path]), read_answer):
             answers[f"{row['model']}, {path.stem}"].append((row, kind))
     for name, rows in answers.items():
         choices = rows[0][0].get("choices")
         if choices is None:
-            by_kind = found[f"{name} ({len(rows):,} answers)"] = {kind: [] for kind in KINDS}
-            for row, kind in rows:
-                by_kind.get(kind, []).append(row)  # a right answer has no kind
+            found[f"{name} ({len(rows):,} answers)"] = {
+                kind: [row for row, its_kind in rows if its_kind == kind] for kind in KINDS}
         elif all(row.get("choices") == choices for row, _ in rows):
             confusions.append(confusion(name, [row for row, _ in rows]))
     kinds = [kind for kind in KINDS if any(rows[kind] for rows in found.values())]
