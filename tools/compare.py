@@ -8,7 +8,7 @@ that of one greedy row, the best of three runs. Both models must have an archite
 Left out: memory, because one process cannot measure it separately for two models.
 """
 
-import time
+import timeit
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,13 +50,9 @@ class CompareConfig(Sampling):
 
 def tokens_per_second(model: GPT, start: list[int], tokens: int) -> float:
     """Speed of one greedy row, the best of three runs."""
-    times = []
     list(generate(model, [start], 4, GREEDY))  # warm up
-    for _ in range(3):
-        begin = time.perf_counter()
-        list(generate(model, [start], tokens, GREEDY))
-        times.append(time.perf_counter() - begin)
-    return tokens / min(times)
+    seconds = timeit.repeat(lambda: list(generate(model, [start], tokens, GREEDY)), repeat=3, number=1)
+    return tokens / min(seconds)
 
 
 def comparison(folders: list[Path], models: list[GPT], cfg: DistillConfig, mix: Mix) -> str:
