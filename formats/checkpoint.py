@@ -22,7 +22,7 @@ from typing import Any
 from safetensors import SafetensorError
 
 from configurator import UserError
-from formats.files import file_sha256, path_in_errors, read_json, sync_folder, write_json
+from formats.files import atomic_folder, file_sha256, path_in_errors, read_json, sync_folder, write_json
 
 NAME = re.compile(r"step_(\d{6,})")  # the name of a checkpoint folder
 
@@ -95,25 +95,19 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
     Raises UserError, and leaves no partial folder, if it cannot be written completely.
     """
     folder = out_dir / f"step_{step:06d}"
-    temporary = out_dir / f".{folder.name}.tmp"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        write(temporary)
-        write_manifest(temporary)
-        shutil.rmtree(folder, ignore_errors=True)  # one of the same step goes when the new one is whole
-        os.replace(temporary, folder)
-        sync_folder(out_dir)
+        with atomic_folder(folder, marker=None) as new:  # one of the same step goes when the new one is whole
+            write(new)
+            write_manifest(new)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk
         raise UserError(f"{folder}: could not be written ({error}); earlier ones are untouched") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 def clean_tmp(out_dir: Path) -> None:
     """Delete the temporary files and folders of a process that was killed."""
-    for path in out_dir.glob("*.tmp"):  # also .step_000500.tmp and .merged.tmp, which are folders
+    # Also .step_000500.tmp and .merged.tmp, which are folders, and the replaced .step_000500.old.
+    for path in (*out_dir.glob("*.tmp"), *out_dir.glob(".*.old")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 

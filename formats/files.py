@@ -172,16 +172,16 @@ def sibling_path(target: Path, suffix: str) -> Path:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path, marker: str = "meta.json", kind: str = "data set") -> Iterator[Path]:
+def atomic_folder(target: Path, marker: str | None = "meta.json", kind: str = "data set") -> Iterator[Path]:
     """Yield an empty folder to build in, next to `target`. When the block ends, it replaces `target`.
 
     An existing folder is replaced only if it contains the file `marker`, as all folders of this kind do: a
-    mistyped path must not delete somebody's files. Raises UserError otherwise, and if another process is
-    writing the same folder. After an exception inside the block `target` is unchanged.
+    mistyped path must not delete somebody's files. None replaces any folder. Raises UserError otherwise, and
+    if another process is writing the same folder. After an exception inside the block `target` is unchanged.
     """
     if target.exists() and not target.is_dir():
         raise UserError(f"out={target}: is a file; give a folder")
-    if target.is_dir() and any(target.iterdir()) and not (target / marker).exists():
+    if marker and target.is_dir() and any(target.iterdir()) and not (target / marker).exists():
         raise UserError(f"out={target}: holds files, but no {kind}; give a new or empty folder")
     target = target.resolve()
     new, old = sibling_path(target, "tmp"), sibling_path(target, "old")
@@ -192,9 +192,9 @@ def atomic_folder(target: Path, marker: str = "meta.json", kind: str = "data set
         raise UserError(f"out={target}: another process is writing it")
     try:
         for leftover in new.iterdir():  # from a process that was killed
-            leftover.unlink()
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         yield new
-        if (target / marker).exists():
+        if target.exists():
             shutil.rmtree(old, ignore_errors=True)
             os.replace(target, old)  # a folder that is not empty cannot be replaced in one step
         os.replace(new, target)

@@ -94,6 +94,9 @@ def test_a_checkpoint_of_the_same_step_stays_until_the_new_one_is_whole(tmp_path
     (tmp_path / ".step_000001.tmp" / "trainer").mkdir(parents=True)  # of a process that was killed
     checkpoint.write_checkpoint(tmp_path, 1, lambda folder: (folder / "a").write_text("new"))
     assert (folder / "a").read_text() == "new" and [*tmp_path.iterdir()] == [folder]
+    folder.rename(tmp_path / ".step_000001.old")  # a process was killed between the two renames
+    checkpoint.clean_tmp(tmp_path)
+    assert not [*tmp_path.iterdir()]
 
 
 def test_the_best_checkpoint_has_the_lowest_validation_loss(data, tmp_path):
