@@ -116,10 +116,8 @@ def without_nulls(value: Any) -> Any:
     return [without_nulls(inside) for inside in value] if isinstance(value, list) else value
 
 
-def rename_keys(row: Any, keys: dict[str, str]) -> dict[str, Any]:
+def rename_keys(row: dict[str, Any], keys: dict[str, str]) -> dict[str, Any]:
     """The row with its values under our names, too. keys: {our name: the row's}. Skip if a key is missing."""
-    if not isinstance(row, dict):
-        raise Skip("not a JSON object")
     for theirs in keys.values():
         if theirs not in row:
             raise Skip(f"no key {theirs!r}")

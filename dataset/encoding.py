@@ -26,7 +26,7 @@ from dataset.conversations import Message, conversation, preference, rename_keys
 from dataset.decontaminate import OVERLAPS, Index
 from dataset.quality import Limits, document_signatures, first_failure
 from dataset.shards import SEPARATOR, token_dtype
-from dataset.sources import Row, Skip, document, row_value
+from dataset.sources import Row, Skip, document, require_object, row_value
 from dataset.tasks import conversation_of
 from formats.chat_format import call_text, encode_documents, encode_pair
 from formats.tokenizer import Tokenizer
@@ -90,7 +90,7 @@ def parse_content(row: Row, recipe: Recipe) -> Content:
         if failure := first_failure(text, recipe.rules):
             raise Skip(f"quality rule {failure[0]}", value=failure[1], text=text[:EXCERPT])
         return text
-    value = row_value(row)
+    value = require_object(row_value(row))
     if recipe.task:
         value = conversation_of(recipe.task, value)
     # In Parquet and on the hub, all structs of a column have the same fields: an absent field is a null.

@@ -439,13 +439,18 @@ def row_value(row: Row) -> Any:
     return parse_json(row.content) if row.kind == "json" else row.content
 
 
+def require_object(value: Any) -> dict[str, Any]:
+    """The same value. Raises Skip unless it is a JSON object."""
+    if not isinstance(value, dict):
+        raise Skip("not a JSON object")
+    return value
+
+
 def document(row: Row, text_key: str) -> str:
     """The row's text: a JSON row's value under `text_key`, else its content. Raises Skip if it has none."""
     value = row_value(row)
     if row.kind == "json":
-        if not isinstance(value, dict):
-            raise Skip("not a JSON object")
-        if text_key not in value:
+        if text_key not in require_object(value):
             raise Skip(f"no key {text_key!r}")
         value = value[text_key]
     if value is None:

@@ -89,9 +89,7 @@ def example(task: str, row: dict[Any, Any]) -> tuple[str, str]:
         raise Skip(f"not a row of {task} ({type(error).__name__}: {error})") from None
 
 
-def conversation_of(task: str, row: Any) -> dict[str, Any]:
+def conversation_of(task: str, row: dict[Any, Any]) -> dict[str, Any]:
     """A row of the form that dataset/conversations.py reads. Raises Skip if it is not one of the task."""
-    if not isinstance(row, dict):
-        raise Skip("not a JSON object")
     question, answer = example(task, row)
     return {"question": question, "answer": answer}

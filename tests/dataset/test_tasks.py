@@ -5,8 +5,9 @@ import json
 import pytest
 
 from configurator import UserError
-from dataset.sources import Skip
-from dataset.tasks import conversation_of, example
+from dataset.encoding import Recipe, parse_content
+from dataset.sources import Row, Skip
+from dataset.tasks import example
 from evals.tasks import glue, summarize, word_problems
 from prepare import PrepareConfig, main
 
@@ -43,7 +44,7 @@ def test_a_row_of_each_form(task, row, prompt, answer):
     ("summarize", {"document": None, "summary": ""}, "AttributeError"), ("sst2", ["a"], "not a JSON object")])
 def test_a_row_of_another_form_is_counted(task, row, reason):
     with pytest.raises(Skip, match=reason):
-        conversation_of(task, row)
+        parse_content(Row("a:1", "value", row), Recipe("chat", "text", {}, None, task=task))
 
 
 def test_the_prompts_are_those_of_the_evaluation():
