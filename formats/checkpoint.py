@@ -107,7 +107,7 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
 def clean_tmp(out_dir: Path) -> None:
     """Delete the temporary files and folders of a process that was killed."""
     # Also .step_000500.tmp and .merged.tmp, which are folders, and the replaced .step_000500.old.
-    for path in (*out_dir.glob("*.tmp"), *out_dir.glob(".*.old")):
+    for path in (*out_dir.glob("*.tmp"), *out_dir.glob(".step_*.old"), *out_dir.glob(".merged.old")):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
