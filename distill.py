@@ -40,14 +40,7 @@ from distillation.evaluation import StudentEvaluation
 from distillation.layer_maps import explicit_pairs, layer_map
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
-from distillation.student import (
-    ActivationHooks,
-    LayerObjective,
-    Student,
-    feature_loss,
-    gradient_cosine,
-    noise_term,
-)
+from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
 from distillation.teacher import context_of, load_teacher, shard_teacher
 from distillation.teacher_cache import TeacherCache, decode, identity_of
 from evals.all_tasks import with_tasks
@@ -337,8 +330,9 @@ class Distillation:
         # The teacher's forward pass has filled its hooks, and the student's blocks have just filled theirs.
         features = hidden.new_zeros(2)
         if self.hooks:
-            features = feature_loss(self.student, *self.hooks, batch, LayerObjective(
-                cfg.hidden_weight, cfg.hidden_loss, cfg.attention_weight, cfg.attention_loss))
+            features = feature_loss(self.student, *self.hooks, batch,
+                                    cfg.hidden_loss if cfg.hidden_weight else None,
+                                    cfg.attention_loss if cfg.attention_weight else None)
         return (*losses, features)
 
 

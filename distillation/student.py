@@ -3,7 +3,7 @@
     student = Student(config, pairs=[(0, 1), (1, 3)], teacher_width=256)
     hooks = ActivationHooks(student, [0, 1]), ActivationHooks(teacher, [1, 3])
     ... a forward pass of each model, which fills the hooks ...
-    losses = feature_loss(student, *hooks, batch, objective)              # (2,)
+    losses = feature_loss(student, *hooks, batch, "cosine", None)         # (2,)
 
 Student adds projections to a GPT. Where the student is narrower than the teacher, a trained matrix per layer
 maps the student's hidden states to the teacher's width before they are compared. The matrices are trained and
@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -36,15 +36,6 @@ HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": layer_losses.hidden_mse, "cosine": layer_losses.hidden_cosine,
     "sinkhorn": layer_losses.sinkhorn_loss, "info_nce": partial(layer_losses.info_nce, temperature=0.1)}
 Heads = tuple[Tensor, Tensor, Tensor]  # q, k, v of a block: (B, heads, T, D) each, after the rotary embedding
-
-
-class LayerObjective(NamedTuple):
-    """What is added to the loss: each weight times the loss of that name."""
-
-    hidden_weight: float
-    hidden_loss: str  # a key of HIDDEN_LOSSES
-    attention_weight: float
-    attention_loss: str  # relations, relations_mse or mse
 
 
 class Student(GPT):
@@ -150,11 +141,11 @@ def attention_loss(ours: Heads, theirs: Heads, weights: Tensor, document_ids: Te
 
 
 def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHooks, batch: dict[str, Any],
-                 objective: LayerObjective) -> Tensor:
+                 hidden_kind: str | None, attention_kind: str | None) -> Tensor:
     """(2,): the loss of the hidden states and the loss of the attention, neither multiplied by its weight.
 
-    Each loss is a mean over the mapped pairs, summed over the positions of the targets, and 0 if its weight
-    is 0.
+    Each loss is a mean over the mapped pairs, summed over the positions of the targets. hidden_kind: a key of
+    HIDDEN_LOSSES. attention_kind: relations, relations_mse or mse. With None, that loss is 0.
     Call this inside the student's forward pass, where FSDP has gathered the projections.
     """
     B, T = batch["input_ids"].shape
@@ -165,12 +156,10 @@ def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHook
         weights = (batch["targets"] != IGNORE).float()  # (B, T)
     hidden = attention = weights.new_zeros(())
     for layer, teacher_layer in student.pairs:
-        if objective.hidden_weight:
+        if hidden_kind:
             projected = student.projected(layer, ours.hidden[layer])  # (B, T, width of the teacher)
-            loss = HIDDEN_LOSSES[objective.hidden_loss](projected, theirs.hidden[teacher_layer], weights)
-            hidden = hidden + loss
-        if objective.attention_weight:
-            loss = attention_loss(ours.heads[layer], theirs.heads[teacher_layer], weights,
-                                  batch.get("document_ids"), objective.attention_loss)
-            attention = attention + loss
+            hidden = hidden + HIDDEN_LOSSES[hidden_kind](projected, theirs.hidden[teacher_layer], weights)
+        if attention_kind:
+            attention = attention + attention_loss(ours.heads[layer], theirs.heads[teacher_layer], weights,
+                                                   batch.get("document_ids"), attention_kind)
     return torch.stack((hidden, attention)) / len(student.pairs)
