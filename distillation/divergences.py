@@ -25,7 +25,7 @@ from torch import Tensor
 
 from dataset.dataloader import IGNORE
 from modeling.devices import autocast_dtype
-from training.losses import KnownGradients, chunk_rows
+from training.losses import KnownGradients, chunks
 
 Kind = Literal["forward_kl", "reverse_kl", "jsd", "tv", "mse"]
 MIN_LOG_PROB = -100.0  # nats: floor of the teacher's log-probabilities, which keeps every loss finite
@@ -288,9 +288,8 @@ def linear_distillation(hidden: Tensor, weight: Tensor, targets: Tensor, teacher
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
     ce, kd = hidden.new_zeros((2,), dtype=torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrix, rows = weight[:vocab_size].to(dtype), chunk_rows(hidden, vocab_size)  # (V, C)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        matrix = weight[:vocab_size].to(dtype)  # (V, C)
+        for chunk in chunks(hidden, vocab_size):
             is_target = targets[chunk, None] != IGNORE  # (n, 1)
             h = torch.where(is_target, hidden[chunk].to(dtype), 0)  # (n, C); a 0 adds nothing to grad_weight
             chunk_ce, chunk_kd, d_logits = chunk_loss((h @ matrix.T).float(), targets[chunk], teacher, chunk,
@@ -328,9 +327,8 @@ def comparison_sums(hidden: Tensor, weight: Tensor, targets: Tensor, teacher: De
     The entries: number of targets; the student's loss, the teacher's loss and KL(teacher || student), all in
     nats; and how often both models have the same most likely token.
     """
-    sums, rows = hidden.new_zeros(5, dtype=torch.float64), chunk_rows(hidden, vocab_size)
-    for start in range(0, len(hidden), rows):
-        chunk = slice(start, start + rows)
+    sums = hidden.new_zeros(5, dtype=torch.float64)
+    for chunk in chunks(hidden, vocab_size):
         is_target = targets[chunk] != IGNORE  # (n,)
         target = torch.where(is_target, targets[chunk], 0)[:, None]  # (n, 1)
         log_p = (hidden[chunk] @ weight[:vocab_size].to(hidden.dtype).T).float().log_softmax(-1)  # (n, V)

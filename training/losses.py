@@ -13,6 +13,7 @@ Shapes: N = B * T positions, n positions of a chunk, C n_embd, V vocab_size, P r
 and padding).
 """
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -30,6 +31,12 @@ def chunk_rows(hidden: Tensor, vocab_size: int) -> int:
     positions, that costs more than the matrix products.
     """
     return 4096 if hidden.is_cuda else min(512, max(256, 2**22 // vocab_size))
+
+
+def chunks(hidden: Tensor, vocab_size: int) -> Iterator[slice]:
+    """Cut the positions of `hidden`, (N, C), into chunks."""
+    rows = chunk_rows(hidden, vocab_size)
+    return (slice(start, start + rows) for start in range(0, len(hidden), rows))
 
 
 def softmax(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,9 +121,8 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     grad_weight = torch.zeros_like(weight, dtype=torch.float32) if with_weight else None
     nll, z_term = hidden.new_zeros((2,), dtype=torch.float32)
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
-        matrix, rows = weight.to(dtype), chunk_rows(hidden, vocab_size)  # (P, C)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        matrix = weight.to(dtype)  # (P, C)
+        for chunk in chunks(hidden, vocab_size):
             wanted = targets[chunk] != IGNORE  # (n,)
             h = torch.where(wanted[:, None], hidden[chunk].to(dtype), 0)  # (n, C), 0 adds no gradient
             target = torch.where(wanted, targets[chunk], 0)  # (n,)
@@ -156,9 +162,7 @@ class LinearLogProbs(torch.autograd.Function):
                 dtype: torch.dtype) -> Tensor:
         log_probs = hidden.new_empty(len(hidden), dtype=torch.float32)  # (N,)
         matrix = weight.to(dtype)  # (P, C)
-        rows = chunk_rows(hidden, vocab_size)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        for chunk in chunks(hidden, vocab_size):
             logits = hidden[chunk].to(dtype) @ matrix.T  # (n, P)
             target_logits = logits.gather(1, targets[chunk, None])[:, 0]  # (n,)
             log_probs[chunk] = target_logits - log_sum_exp(logits, vocab_size)
@@ -172,9 +176,7 @@ class LinearLogProbs(torch.autograd.Function):
         matrix = weight.to(ctx.dtype)  # (P, C)
         grad_hidden = torch.empty_like(hidden)  # (N, C)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        rows = chunk_rows(hidden, ctx.vocab_size)
-        for start in range(0, len(hidden), rows):
-            chunk = slice(start, start + rows)
+        for chunk in chunks(hidden, ctx.vocab_size):
             h, g = hidden[chunk].to(ctx.dtype), grad[chunk]  # (n, C), (n,)
             # log p is -nll, so its gradient has the weight -g.
             d_logits, _ = softmax_gradient(h @ matrix.T, targets[chunk], -g, ctx.vocab_size)  # (n, P)
