@@ -39,9 +39,8 @@ class Muon(torch.optim.Optimizer):
 
     _step_supports_amp_scaling = True  # tells GradScaler that step() reads found_inf itself
 
-    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0,
-                 steps: int = 5):
-        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay, steps=steps))
+    def __init__(self, params: Any, lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
+        super().__init__(params, dict(lr=lr, momentum=momentum, weight_decay=weight_decay))
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
@@ -70,7 +69,7 @@ class Muon(torch.optim.Optimizer):
                 grad = torch.where(found_inf > 0, 0.0, grad)  # 0 * nan would be nan
             momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))
             directions.append(gather_full(grad.lerp(momentum, group["momentum"])))  # Nesterov
-        orthogonal = orthogonalize(torch.stack(directions), group["steps"])  # (n, rows, columns)
+        orthogonal = orthogonalize(torch.stack(directions))  # (n, rows, columns)
         # An orthogonal matrix has an RMS of 1 / sqrt(longer side); scale it to 0.2.
         rate = group["lr"] * 0.2 * math.sqrt(max(parameters[0].shape))
         for parameter, direction in zip(parameters, orthogonal, strict=True):
@@ -109,18 +108,15 @@ def multipliers(model: GPT, patterns: dict[str, float]) -> dict[str, float]:
             re.compile(pattern)
         except re.error as error:
             raise UserError(f"lr_multipliers: {pattern!r} is not a regular expression: {error}") from None
-    table: dict[str, float] = {}
-    used: set[str | None] = set()
-    for name, _ in model.named_parameters():
-        if not model.is_trained(name):
-            table[name] = 0.0
-            continue
-        first = next((pattern for pattern in patterns if re.search(pattern, name)), None)
-        table[name] = 1.0 if first is None else float(patterns[first])
-        used.add(first)
-    if unused := [pattern for pattern in patterns if pattern not in used]:
+    # {trained parameter: the pattern that decides, or None}
+    first = {name: next((pattern for pattern in patterns if re.search(pattern, name)), None)
+             for name, _ in model.named_parameters() if model.is_trained(name)}
+    if unused := [pattern for pattern in patterns if pattern not in first.values()]:
         raise UserError(f"lr_multipliers: pattern {unused[0]!r} matches no parameter (or an earlier pattern "
                         "took them all)")
+    factors: dict[Any, float] = {**patterns, None: 1.0}
+    table = {name: float(factors[first[name]]) if name in first else 0.0
+             for name, _ in model.named_parameters()}
     if not any(table.values()):
         raise UserError("lr_multipliers: freezes every parameter; leave a factor above 0 for at least one")
     return table
