@@ -41,16 +41,16 @@ from distillation.layer_maps import explicit_pairs, layer_map
 from distillation.on_policy import prompt_lengths, rollout_batch
 from distillation.pruning import WIDTHS, copy_tables, kept_layers, prune, pruned_config
 from distillation.student import ActivationHooks, Student, feature_loss, gradient_cosine, noise_term
-from distillation.teacher import context_of, load_teacher, shard_teacher
+from distillation.teacher import context_of, load_teacher
 from distillation.teacher_cache import TeacherCache, decode, identity_of
 from evals.all_tasks import with_tasks
 from formats import hf
 from formats.chat_format import end_of_turn
 from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
-from loop import Run, RunConfig, compiles, fit, stage_at, stage_configs, start_run, training_dtype
+from loop import Run, RunConfig, compiles, fit, shard, stage_at, stage_configs, start_run
 from model import GPT, GPTConfig
-from modeling.devices import DTYPES, to_device
+from modeling.devices import pick_dtype, to_device
 from prepare import PrepareConfig, prepare
 from training.curves import print_end
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, prepare_default
@@ -366,11 +366,17 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
 def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Module:
     """The frozen teacher, in shards with parallel=fsdp."""
     # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
-    dtype = DTYPES[cfg.teacher_dtype] if cfg.teacher_dtype else training_dtype(cfg, run)
+    # It has no backward pass, so gathered weights are always freed.
+    cfg = dataclasses.replace(cfg, dtype=cfg.teacher_dtype or cfg.dtype, reshard_after_forward=True)
     if cfg.align == "bytes":  # it reads its own ids
         tokenizer = Tokenizer.load(hf.find_folder(cfg.teacher))
-    teacher = load_teacher(cfg.teacher, tokenizer, run.device, dtype, context_length(cfg, None))
-    shard_teacher(teacher, cfg.parallel, run)
+    teacher = load_teacher(cfg.teacher, tokenizer, run.device, pick_dtype(cfg.dtype, run.device),
+                           context_length(cfg, None))
+    if cfg.parallel == "fsdp" and run.world_size > 1:
+        if not isinstance(teacher, GPT):
+            raise UserError("parallel=fsdp: a teacher loaded by transformers cannot be sharded; use "
+                            "parallel=ddp")
+        shard(teacher, cfg, run)
     return teacher
 
 

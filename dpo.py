@@ -41,9 +41,9 @@ from dataset.dataloader import Mix, rank_batches, validation_rows
 from evals.all_tasks import with_tasks
 from formats.files import content_errors, file_sha256, write_bytes
 from generation.samples import log_text, sample_answers
-from loop import Run, fit, start_run, training_dtype
+from loop import Run, fit, start_run
 from model import GPT
-from modeling.devices import to_device
+from modeling.devices import pick_dtype, to_device
 from prepare import prepare_problems
 from training.finetuning import PostTrainingConfig, chat_model, finish
 from training.losses import preference_loss
@@ -149,7 +149,7 @@ class Reference:
     def __init__(self, cfg: DPOConfig, policy: GPT, base: dict[str, str], vocab_size: int, run: Run):
         """base: the identity of the model that the policy starts from. vocab_size: the tokenizer's."""
         self.cfg, self.run, self.base = cfg, run, base
-        self.vocab_size, self.dtype = vocab_size, training_dtype(cfg, run)
+        self.vocab_size, self.dtype = vocab_size, pick_dtype(cfg.dtype, run.device)
         self.frozen = ReferenceModel(policy, cfg.init_from, cfg.reference, run.device, self.dtype)
         self.tables: dict[PairRows, Tensor] = {}  # {rows: their table, (len(rows), 2) float32}
 

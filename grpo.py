@@ -53,9 +53,9 @@ from formats.files import read_json, write_json
 from formats.tokenizer import Tokenizer
 from generation.rollouts import Limits, Rollout, RolloutSampler, group_batch, is_even
 from generation.samples import log_text, transcript
-from loop import Run, fit, plan_stages, stage_at, start_run, training_dtype
+from loop import Run, fit, plan_stages, stage_at, start_run
 from model import GPT
-from modeling.devices import to_device
+from modeling.devices import pick_dtype, to_device
 from training.finetuning import PostTrainingConfig, chat_model, finish
 from training.losses import group_advantages, kl_estimate, policy_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
@@ -340,7 +340,8 @@ def main(argv: list[str]) -> None:
         stages = plan_stages(cfg)
         # The model. With dropout, the policy that learns would not be the one that samples.
         model, identity = chat_model(cfg, tokenizer, run, dropout=0.0)
-        reference = ReferenceModel(model, cfg.init_from, cfg.reference, run.device, training_dtype(cfg, run))
+        reference = ReferenceModel(model, cfg.init_from, cfg.reference, run.device,
+                                   pick_dtype(cfg.dtype, run.device))
         learner = PolicyGradient(stages, model, source, reference, run)
         evaluation = with_tasks(cfg, run, lambda policy, last: evaluate(stages[-1].cfg, learner, run))
         run.write_run_json(user_cfg, {}, data=source.hashes, reward=learner.reward.identity, **identity)

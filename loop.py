@@ -45,7 +45,7 @@ from formats.files import content_errors, write_json
 from formats.hf import find_folder
 from model import GPT
 from modeling import moe
-from modeling.devices import DTYPES, gather_full, to_device
+from modeling.devices import DTYPES, gather_full, pick_dtype, to_device
 from training import curves, optim
 from training.config import RunConfig
 from training.metrics import Metrics, NotFinite, Progress, log_line, memory_gb, step_text
@@ -82,7 +82,7 @@ class TrainState:
         self.learning_rate = 0.0  # of the current step, for the log
         # Mixed precision: matrix products run in `dtype`, the weights and their updates stay in float32.
         # FSDP does that itself, since it casts the weights that it gathers.
-        dtype = training_dtype(cfg, run)
+        dtype = pick_dtype(cfg.dtype, run.device)
         autocasts = dtype != torch.float32 and not isinstance(model, FSDPModule)
         self.autocast = torch.autocast(run.device.type, dtype, enabled=autocasts)
         # float16 has a small range: the loss is scaled up, so that small gradients do not become 0, and the
@@ -223,11 +223,6 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
 
 # ---- The model on its devices -----------------------------------------------------------------------------
 
-def training_dtype(cfg: RunConfig, run: Run) -> torch.dtype:
-    """The dtype of matrix products: cfg.dtype, else bfloat16 on a GPU and float32 elsewhere."""
-    return DTYPES[cfg.dtype or ("bfloat16" if run.device.type == "cuda" else "float32")]
-
-
 def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
     """Whether to compile the model's blocks: cfg.compile, or by default on a GPU if it pays.
 
@@ -244,8 +239,8 @@ def shard(model: GPT, cfg: RunConfig, run: Run) -> None:
     """Give each rank its shard of every parameter (FSDP2). A block is gathered while it computes."""
     mesh = init_device_mesh(run.device.type, (run.world_size,))  # one dimension: all ranks share the shards
     # cast_forward_inputs=False keeps the rotary tables in float32.
-    policy = MixedPrecisionPolicy(param_dtype=training_dtype(cfg, run), cast_forward_inputs=False,
-                                  reduce_dtype=DTYPES[cfg.reduce_dtype])
+    policy = MixedPrecisionPolicy(pick_dtype(cfg.dtype, run.device), DTYPES[cfg.reduce_dtype],
+                                  cast_forward_inputs=False)
     # Every block on its own, so that only one or two are gathered at a time; then what is left: the tables.
     for module in (*model.model["layers"].children(), model):
         fully_shard(module, mesh=mesh, mp_policy=policy, reshard_after_forward=cfg.reshard_after_forward)

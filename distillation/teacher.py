@@ -14,8 +14,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
 
 from configurator import UserError, optional_import
 from formats import hf
@@ -23,7 +21,6 @@ from formats.files import read_json
 from formats.peft import is_adapter
 from formats.tokenizer import Tokenizer
 from model import GPT
-from training.run import Run
 
 
 class ForeignTeacher(nn.Module):
@@ -103,14 +100,3 @@ def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, 
         raise UserError(f"block_size={block_size}: teacher={source} has a context of {context_of(teacher)} "
                         "tokens")
     return teacher.eval().requires_grad_(False)
-
-
-def shard_teacher(teacher: nn.Module, parallel: str, run: Run) -> None:
-    """With parallel=fsdp, give each rank a shard of each block, as loop.py does with the student."""
-    if parallel != "fsdp" or run.world_size == 1:
-        return
-    if not isinstance(teacher, GPT):
-        raise UserError("parallel=fsdp: a teacher loaded by transformers cannot be sharded; use parallel=ddp")
-    mesh = init_device_mesh(run.device.type, (run.world_size,))
-    for module in (*teacher.model["layers"], teacher):
-        fully_shard(module, mesh=mesh, reshard_after_forward=True)

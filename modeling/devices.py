@@ -70,6 +70,11 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def pick_dtype(name: str | None, device: torch.device) -> torch.dtype:
+    """Return the named dtype; None is bfloat16 on a GPU, else float32."""
+    return DTYPES[name or ("bfloat16" if device.type == "cuda" else "float32")]
+
+
 def device_name(device: torch.device) -> str:
     """Return the name for the log: the GPU's, or "cpu (2 threads)"."""
     if device.type == "cuda":
@@ -134,14 +139,11 @@ def use_threads(threads: int | None) -> str:
 
 def open_device(name: str | None, threads: int | None, dtype: str | None) -> tuple[torch.device, torch.dtype]:
     """Return the device of a program that only runs a model, and the dtype of the weights; print a note of
-    `use_threads`.
-
-    A dtype of None is bfloat16 on a GPU, else float32.
-    """
+    `use_threads`."""
     device = pick_device(name)
     if device.type == "cpu" and (note := use_threads(threads)):
         print(note, file=sys.stderr)
-    return device, DTYPES[dtype or ("bfloat16" if device.type == "cuda" else "float32")]
+    return device, pick_dtype(dtype, device)
 
 
 def emulates_bfloat16(device: torch.device) -> bool:

@@ -31,7 +31,7 @@ from distillation.teacher_cache import CacheSpec, CacheWriter, RunTeacher, ident
 from formats import hf
 from formats.hf import model_sha256
 from formats.tokenizer import Tokenizer
-from modeling.devices import DTYPES, pick_device, to_device
+from modeling.devices import pick_device, pick_dtype, to_device
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,9 +68,8 @@ def teacher_of_rows(cfg: CacheConfig, rows: Rows | ChatRows) -> RunTeacher:
     """Load the teacher. Returns a function that lets it read rows, by their numbers."""
     tokenizer, folder = Tokenizer.load(rows.data.folder), hf.find_folder(cfg.teacher)
     device, aligner = pick_device(cfg.device), None
-    dtype = cfg.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     own_tokenizer = Tokenizer.load(folder) if cfg.align == "bytes" else tokenizer
-    teacher = load_teacher(cfg.teacher, own_tokenizer, device, DTYPES[dtype], cfg.block_size)
+    teacher = load_teacher(cfg.teacher, own_tokenizer, device, pick_dtype(cfg.dtype, device), cfg.block_size)
     if cfg.align == "bytes":
         aligner = Aligner(tokenizer, folder, context_of(teacher), device)
     eot_id, prefix = tokenizer.eot_id if cfg.document_mask else None, "teacher_" if aligner else ""
