@@ -79,7 +79,6 @@ class TrainState:
         self.stage: Stage | None = None
         self.forward: nn.Module = model  # what loss_fn calls: the model, or DDP's wrapper around it
         self.optimizers: list[torch.optim.Optimizer] = []
-        self.learning_rate = 0.0  # of the current step, for the log
         # Mixed precision: matrix products run in `dtype`, the weights and their updates stay in float32.
         # FSDP does that itself, since it casts the weights that it gathers.
         dtype = pick_dtype(cfg.dtype, run.device)
@@ -202,8 +201,7 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
     set_rope(state.model, state.stages, progress.step)
     # Dropout, too, is a function of (seed, step, rank), so no random state has to be saved.
     torch.manual_seed(zlib.crc32(f"{cfg.seed}/{progress.step}/{run.rank}".encode()))
-    state.learning_rate = scheduled_rate(state, progress.step)
-    optim.set_learning_rate(state.optimizers, state.learning_rate)
+    optim.set_learning_rate(state.optimizers, scheduled_rate(state, progress.step))
     # We want the gradient of (sum of all losses) / count. DDP and FSDP average over the ranks: that divides
     # by world_size as well, so multiply by it.
     scale = run.world_size / max(data.count, 1)
@@ -438,7 +436,8 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
 
 def log_interval(state: TrainState, context: int) -> None:
     """Log and print the metrics since the last log line. context: tokens per sequence, for the MFU."""
-    event = state.metrics.read(state.progress, state.learning_rate, context)
+    rate = scheduled_rate(state, state.progress.step - 1)  # of the step that has just ended
+    event = state.metrics.read(state.progress, rate, context)
     state.run.log(event)
     state.run.print(log_line(event, state.total, state.cfg.log_line_without))
 
