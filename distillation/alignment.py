@@ -51,7 +51,6 @@ Shapes: B rows, T positions of the student, T' of the teacher, E targets that ar
 vocabulary, V' the teacher's.
 """
 
-import functools
 import re
 import threading
 from bisect import bisect_left, bisect_right
@@ -90,33 +89,30 @@ class Rule(NamedTuple):
 class TranslatedTeacher(NamedTuple):
     """A teacher's predictions of E targets."""
 
+    aligner: "Aligner"
     teacher: DenseTeacher  # at its B T' positions
-    size: int  # V'
-    groups: Groups
-    rules: list[Rule]
-    excluded: list[np.ndarray]  # (n,) int64 each, tokens of the teacher that do not count
     slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
     rule: Tensor  # (E,) int64, number of the rule for this prediction
     split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     group: Tensor  # (E,) int64, of the target
-    exclusion: Tensor  # (E,) int64, number in `excluded`
+    exclusion: Tensor  # (E,) int64, number in the aligner's `excluded`
 
     def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float,
                    exclusion: Sequence[int] = ()) -> Tensor:
         """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
 
-        exclusion: for each slot, the number in `excluded` of the tokens that do not count.
+        exclusion: for each slot, the number in the aligner's `excluded` of the tokens that do not count.
         """
-        logits = self.teacher.take(slots).logits(slice(None), self.size)  # (n, V')
+        logits = self.teacher.logits(slots, self.aligner.teacher.vocab_size)  # (n, V')
         q = (logits / temperature).softmax(-1)
         if exclusion:
-            tokens = [self.excluded[number] for number in exclusion]
+            tokens = [self.aligner.excluded[number] for number in exclusion]
             pairs = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), np.concatenate(tokens)
             q[tuple(torch.from_numpy(each).to(q.device) for each in pairs)] = 0
         out = q.new_zeros(len(q), vocab_size)
         for number in numbers.unique().tolist():
             rows = (numbers == number).nonzero()[:, 0]
-            out[rows] = self.rules[number].translate(q[rows], vocab_size)
+            out[rows] = self.aligner.rules[number].translate(q[rows], vocab_size)
         return out
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
@@ -134,8 +130,8 @@ class TranslatedTeacher(NamedTuple):
             within.scatter_(1, base, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
             whole = out[rows].gather(1, base)  # (m, 1)
             out[rows] = out[rows].scatter(1, base, 0) + whole * within
-        row, token = self.groups.members(group[rows])
-        return self.groups.sum(out, rows[row], token).log_()
+        row, token = self.aligner.student_groups.members(group[rows])
+        return self.aligner.student_groups.sum(out, rows[row], token).log_()
 
 
 class AlignedRows(NamedTuple):
@@ -197,6 +193,9 @@ class Aligner:
                         if index in student.special_ids and index not in self.special}
         self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"
         self.make_groups()
+        several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
+        arrays = self.groups, self.parts, several
+        self.student_groups = Groups(*(torch.from_numpy(array).to(device) for array in arrays))
         for name, index in names.items():
             if index in self.unknown and index not in student.prefix_ids:
                 self.ours[index] = name.encode()
@@ -222,7 +221,8 @@ class Aligner:
         self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
         self.rules, self.numbers = list[Rule](), dict[Any, int]()
         self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
-        self.excluded, self.our_texts = list[np.ndarray](), sorted(self.index_of)
+        self.our_texts = sorted(self.index_of)
+        self.excluded = list[np.ndarray]()  # (n,) int64 each, tokens of the teacher that do not count
         self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
         self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
         if self.same:
@@ -440,15 +440,8 @@ class Aligner:
         """
         dense = DenseTeacher(hidden.flatten(0, 1), weight)
         arrays = {key: batch[key] for key in ("slots", "rule", "split", "group", "exclusion")}
-        return TranslatedTeacher(dense, self.teacher.vocab_size, self.student_groups, self.rules,
-                                 self.excluded, **arrays)
+        return TranslatedTeacher(self, dense, **arrays)
 
     def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
         """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
         return AlignedTeacher(predictions, self.student_groups, batch["is_split"])
-
-    @functools.cached_property
-    def student_groups(self) -> Groups:
-        several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
-        arrays = self.groups, self.parts, several
-        return Groups(*(torch.from_numpy(array).to(self.device) for array in arrays))

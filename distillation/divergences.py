@@ -46,8 +46,8 @@ class DenseTeacher(NamedTuple):
     hidden: Tensor  # (N, width of the teacher)
     weight: Tensor | None  # (P of the teacher, its width)
 
-    def logits(self, chunk: slice, vocab_size: int) -> Tensor:
-        """The logits of a chunk, (n, V) float32, without the columns of the teacher's padding."""
+    def logits(self, chunk: slice | Tensor, vocab_size: int) -> Tensor:
+        """The logits at some positions, (n, V) float32, without the columns of the teacher's padding."""
         hidden = self.hidden[chunk]
         if self.weight is not None:
             hidden = hidden @ self.weight[:vocab_size].to(hidden.dtype).T  # (n, V)
@@ -56,9 +56,6 @@ class DenseTeacher(NamedTuple):
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
         """The log-probabilities of a chunk, (n, V) float32."""
         return (self.logits(chunk, vocab_size) / temperature).log_softmax(-1)
-
-    def take(self, positions: Tensor) -> "DenseTeacher":
-        return self._replace(hidden=self.hidden[positions])
 
 
 class SparseTeacher(NamedTuple):
