@@ -20,6 +20,7 @@ P rows of the token table in memory (V and padding), L layers.
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -308,7 +309,7 @@ class GPT(nn.Module):
         x = self.dropout(x)
         # The residual stream x passes through the blocks; each adds to it.
         for layer, block in enumerate(self.model["layers"]):
-            store = None if cache is None else cache.layer(layer)
+            store = None if cache is None else partial(cache.update, layer)
             if self.checkpoint_activations and self.training:
                 x = checkpoint(block, x, rope, mask, store, use_reentrant=False)
             else:

@@ -17,7 +17,6 @@ StepCache gives compiled decoding steps equal shapes. Shapes: B rows, T tokens o
 slots that queries see, D head_dim.
 """
 
-import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -66,12 +65,9 @@ class KVCache:
         keys = torch.arange(self.used + T, device=device)  # (S,)
         return keys <= self.slots[:, None, :, None], self.slots  # (B, 1, T, S)
 
-    def layer(self, layer: int) -> Store:
-        """Return what a layer calls to store its keys and values."""
-        return functools.partial(self.update, layer)
-
     def update(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k and v, (B, K, T, D), in the reserved slots; return what to attend to, (B, K, S, D) each."""
+        """Store k and v of a layer, (B, K, T, D), in the reserved slots; return what to attend to,
+        (B, K, S, D) each. GPT.forward binds `layer`, which makes it a `Store`."""
         stored = self.k[layer], self.v[layer]  # (B, K, all slots, D)
         for slots, new in zip(stored, (k, v), strict=True):
             if self.even:
