@@ -169,9 +169,7 @@ def update(model: GPT, optimizers: list[torch.optim.Optimizer], scaler: torch.am
     """
     for optimizer in optimizers:
         scaler.unscale_(optimizer)  # the clipping limit is for true gradients
-    # A frozen parameter has no gradient, and neither has one that this step has not used.
-    parameters = [parameter for parameter in model.parameters() if parameter.grad is not None]
-    norm = optim.clip_gradients(parameters, clip)  # the same number on every rank
+    norm = optim.clip_gradients(list(model.parameters()), clip)  # the same number on every rank
     optim.skip_if(optimizers, ~norm.isfinite())  # stays on the device: the CPU does not wait for it
     for optimizer in optimizers:
         optimizer.step()

@@ -202,6 +202,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     A CPU sums the squares in float64. torch adds a million float32 squares one after the other there: that is
     off by up to 6e-5, and by another amount if the tensors are sharded. A GPU adds them pairwise.
     """
+    # A frozen parameter has no gradient, and neither has one that this step has not used.
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
     if grads[0].device.type != "cpu":
         return gather_full(nn.utils.clip_grad_norm_(parameters, limit or math.inf))
