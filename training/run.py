@@ -193,9 +193,7 @@ class Run:
         if self.rank == 0:
             try:
                 result = work()
-            except UserError as error:
-                fault = error
-            except OSError as error:
+            except (UserError, OSError) as error:
                 fault = UserError(str(error))
         result, fault = self.gather((result, fault))[0]
         if fault is not None:
