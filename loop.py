@@ -377,9 +377,8 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Pr
     state = TrainState(cfg, model, run)
     if folder:
         state.progress, saved = load_state(folder)
-        state.saved_step, state.saved_optimizer = state.progress.step, saved.get("optimizer", {})
-        if saved.get("scaler"):  # only dtype=float16 has one
-            state.scaler.load_state_dict(saved["scaler"])
+        state.saved_step, state.saved_optimizer = state.progress.step, saved["optimizer"]
+        state.scaler.load_state_dict(saved["scaler"])  # does nothing without dtype=float16
     state.progress.rollbacks = max(state.progress.rollbacks, before.rollbacks)
     state.progress.bad_step = max(state.progress.bad_step, before.bad_step)
     set_rope(model, state.stages, max(state.progress.step - 1, 0))
