@@ -90,23 +90,19 @@ def attention_mse(student_q: Tensor, student_k: Tensor, teacher_q: Tensor, teach
     return (weights * rows.mean(dim=1)).sum()
 
 
-def split_heads(x: Tensor, heads: int) -> Tensor:
-    """Cut vectors into R = `heads` relation heads, a divisor of C: (B, T, C) -> (B, R, T, C / R)."""
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)  # (B, R, T, D)
-
-
 def relation_loss(student: Tensor, teacher: Tensor, heads: int, weights: Tensor,
                   document_ids: Tensor | None = None, squared: bool = False) -> Tensor:
     """KL(teacher || student) of self-relations, in nats, averaged over relation heads, summed over positions.
 
     student: (B, T, Cs), teacher: (B, T, Ct): the queries, keys or values of all heads, concatenated. Both are
-    cut into `heads` relation heads again, so head counts and widths may differ. A relation is the causal
+    cut into R = `heads` relation heads again, so head counts and widths may differ. A relation is the causal
     softmax(x x^T / sqrt(D)) of a head x with itself; D is the model's own. weights: (B, T). Needs several
     (B, R, T, T) float32 tensors. squared: in place of KL, the squared difference of the relations'
     probabilities, averaged over the visible keys.
     Source: MiniLMv2, arXiv 2012.15828, without its look at later positions.
     """
-    student, teacher = split_heads(student, heads), split_heads(teacher, heads)  # (B, R, T, D) each
+    # (B, T, C) -> (B, R, T, D) each
+    student, teacher = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (student, teacher))
     seen = visible(student, document_ids)  # (B or 1, 1, T, T)
     student, teacher = log_attention(student, student, seen), log_attention(teacher, teacher, seen)
     if squared:
