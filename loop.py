@@ -361,14 +361,6 @@ def save(state: TrainState) -> None:
     state.saved_step = step
 
 
-def load_state(folder: Path) -> tuple[Progress, dict[str, Any]]:
-    """What `save` wrote next to the weights: the progress, and {"optimizer": by parameter name, "scaler"}."""
-    path = folder / "trainer" / "state.pt"
-    with content_errors(path, "holds more than numbers, so it is not loaded"):
-        saved = torch.load(path, map_location="cpu", weights_only=True)  # executes no code from the file
-    return Progress(**saved.pop("progress")), saved
-
-
 def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Progress) -> TrainState:
     """The state of the checkpoint `folder`, or of step 0 for None. The model already has the weights.
 
@@ -376,8 +368,11 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Pr
     """
     state = TrainState(cfg, model, run)
     if folder:
-        state.progress, saved = load_state(folder)
-        state.saved_step, state.saved_optimizer = state.progress.step, saved["optimizer"]
+        path = folder / "trainer" / "state.pt"
+        with content_errors(path, "holds more than numbers, so it is not loaded"):
+            saved = torch.load(path, map_location="cpu", weights_only=True)  # executes no code from the file
+        state.progress, state.saved_optimizer = Progress(**saved["progress"]), saved["optimizer"]
+        state.saved_step = state.progress.step
         state.scaler.load_state_dict(saved["scaler"])  # does nothing without dtype=float16
     state.progress.rollbacks = max(state.progress.rollbacks, before.rollbacks)
     state.progress.bad_step = max(state.progress.bad_step, before.bad_step)
