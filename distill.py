@@ -467,7 +467,9 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
     # One evaluation for the whole run, so that the results of different stages can be compared.
     # A teacher with other ids has no prediction for the student's, so only the student is measured.
     judge = teacher if cfg.align == "ids" else None
-    evaluate = with_tasks(cfg, run, StudentEvaluation(data.stages[-1].cfg, data.last_mix, kind, judge, run))
+    last = data.stages[-1].cfg
+    evaluate = with_tasks(cfg, run, StudentEvaluation(last, data.last_mix, kind, judge, run, last.packing,
+                                                      last.document_mask))
     # Everything that can fail comes before this: with overwrite=True, write_run_json deletes the old run.
     names = sorted(cache.folder.name for cache in caches.values())
     run.write_run_json(cfg, data.tokens(), data=data.hashes(), teacher=teacher_hash, caches=names)

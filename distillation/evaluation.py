@@ -1,6 +1,6 @@
 """Validation of a student: its loss, and how close it is to its teacher.
 
-    evaluation = StudentEvaluation(cfg, mix, Rows, teacher, run)        # cfg: the keys of distill.py
+    evaluation = StudentEvaluation(cfg, mix, Rows, teacher, run, packing=True, document_mask=False)
     results = evaluation(student, last=True)              # {"val_loss", "val_kl", "val_agreement", ...}
 """
 
@@ -13,21 +13,23 @@ from torch import Tensor, nn
 from dataset.chat_rows import batch_of
 from dataset.dataloader import Mix
 from distillation.divergences import DenseTeacher, comparison_sums, select_targets
+from training.config import RunConfig
 from training.run import Run
 from training.staged_data import MixEvaluation
 
 
-class StudentEvaluation(MixEvaluation[Any]):
+class StudentEvaluation(MixEvaluation[RunConfig]):
     """Evaluates a student on the validation rows of a mix of data folders.
 
     If the teacher is in memory (it is not when distillation reads a cache), the results include the teacher's
     own loss, KL(teacher || student), and how often both models have the same most likely token.
     """
 
-    def __init__(self, cfg: Any, mix: Mix, kind: Any, teacher: nn.Module | None, run: Run):
-        """cfg: a DistillConfig. kind: the class of the rows."""
+    def __init__(self, cfg: RunConfig, mix: Mix, kind: Any, teacher: nn.Module | None, run: Run,
+                 packing: bool, document_mask: bool):
+        """kind: the class of the rows. packing, document_mask: keys of distill.py."""
         super().__init__(cfg, mix, kind, run)
-        self.teacher = teacher
+        self.teacher, self.packing, self.document_mask = teacher, packing, document_mask
 
     def __call__(self, model: nn.Module, last: bool) -> dict[str, float]:
         """Read the first cfg.eval_tokens tokens of each folder, shared by the ranks. Losses are in nats per
@@ -42,8 +44,8 @@ class StudentEvaluation(MixEvaluation[Any]):
             return [*self.batch_sums(model, batch), self.byte_counts[targets[targets >= 0]].sum()]
 
         def make_batch(numbers: np.ndarray) -> dict[str, Any]:
-            return batch_of(rows.read(numbers), self.mix.tokenizer.eot_id, self.cfg.packing,
-                            self.cfg.document_mask)
+            return batch_of(rows.read(numbers), self.mix.tokenizer.eot_id, self.packing,
+                            self.document_mask)
 
         count, nats, teacher_nats, kl, agree, text_bytes = self.sums(rows, make_batch, measure)
         values = {"val_loss": nats / count}

@@ -20,8 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from modeling.attention import document_mask
-
 NEG_INF = -1e30  # the logarithm of 0, but finite, because inf - inf is NaN
 MIN_NORM = 1e-6  # a vector shorter than this has no direction: its cosine with any other is about 0
 
@@ -56,9 +54,11 @@ def visible(x: Tensor, document_ids: Tensor | None) -> Tensor:
 
     Returns bool: (1, 1, T, T), or (B, 1, T, T) with document_ids.
     """
-    if document_ids is None:  # one document
-        document_ids = torch.zeros(1, x.shape[2], device=x.device)
-    return document_mask(document_ids, dense=True)  # type: ignore[return-value]  # a tensor if dense
+    T = x.shape[2]
+    causal = torch.ones(1, 1, T, T, dtype=torch.bool, device=x.device).tril()
+    if document_ids is None:
+        return causal
+    return causal & (document_ids[:, None, :, None] == document_ids[:, None, None, :])  # (B, 1, T, T)
 
 
 def log_attention(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:

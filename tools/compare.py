@@ -60,8 +60,9 @@ def comparison(folders: list[Path], models: list[GPT], cfg: DistillConfig, mix: 
     kind, run = row_kind(cfg), Run(Path("."), models[0].head_weight.device)
     teacher, student = models
     with torch.no_grad():
-        results = [StudentEvaluation(cfg, mix, kind, judge, run)(model, last=True)
-                   for model, judge in ((teacher, None), (student, teacher))]
+        results = [
+            StudentEvaluation(cfg, mix, kind, judge, run, cfg.packing, cfg.document_mask)(model, last=True)
+            for model, judge in ((teacher, None), (student, teacher))]
     sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROJECTIONS)
              for folder in folders]
     start, tokens = mix.tokenizer.prefix_ids or [mix.tokenizer.eot_id], min(128, cfg.block_size)
