@@ -129,7 +129,7 @@ def places_of(key: str, value: str) -> dict[str, str | None]:
     if len(folders) > 1:
         raise UserError(f"{key}={value}: give one folder for all tasks, and TASK=PLACE for others")
     refuse_unknown(key, value, list(pairs), list(TASKS))
-    return dict.fromkeys(TASKS, *folders) | pairs
+    return dict.fromkeys(TASKS, folders[0] if folders else None) | pairs
 
 
 def load(name: str, place: str | None, limit: int, shots: int | None = None, **keys: Any) -> Any:

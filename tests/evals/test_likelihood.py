@@ -201,8 +201,8 @@ def test_likelihoods_of_a_model(trained):
     assert found[0].log_prob > found[1].log_prob
     assert found[0].truncated == 0
     whole = lm.tokenizer.encode(long.rstrip())
-    behind = lm.tokenizer.encode(long + "y")[len(whole):]
-    assert found[3].truncated == len(whole) + len(behind) - 65 > 0
+    suffix = lm.tokenizer.encode(long + "y")[len(whole):]
+    assert found[3].truncated == len(whole) + len(suffix) - 65 > 0
     # All tokens of a continuation count, even if it is longer than the model's context.
     ids = lm.tokenizer.encode(long + " x" * 100)[len(whole):]
     assert len(ids) > 64 and found[2].truncated == len(whole) - 1
