@@ -3,6 +3,7 @@
 import asyncio
 import base64
 import contextlib
+import copy
 import http.client
 import json
 import os
@@ -515,7 +516,8 @@ class Browser:
             assert time.monotonic() < until, "chromium does not start"
             await asyncio.sleep(0.05)
         self.session = aiohttp.ClientSession()
-        async with self.session.get(f"http://127.0.0.1:{file.read_text().split()[0]}/json") as answer:
+        self.tools = f"http://127.0.0.1:{file.read_text().split()[0]}"
+        async with self.session.get(f"{self.tools}/json") as answer:
             page = next(each for each in await answer.json() if each["type"] == "page")
         self.socket = await self.session.ws_connect(page["webSocketDebuggerUrl"], max_msg_size=0)
         self.number, self.faults = 0, []
@@ -537,6 +539,12 @@ class Browser:
                 self.faults.append(json.dumps(message["params"]))
         assert "error" not in message or method == "Runtime.evaluate", message
         return message.get("result", {"result": {}})  # an error: the page was just loading
+
+    async def tab(self, url):
+        """Another page of the same browser."""
+        other, target = copy.copy(self), await self.call("Target.createTarget", url=url)
+        other.socket = await self.session.ws_connect(f"{self.tools}/devtools/page/{target['targetId']}")
+        return other
 
     async def js(self, code):
         result = await self.call("Runtime.evaluate", expression=code, awaitPromise=True, returnByValue=True)
@@ -702,3 +710,28 @@ def test_the_page_in_a_browser(start, chat_folder, script, monkeypatch, tmp_path
     tokenizer.save(other)
     server = start(f"--model={chat_folder}", f"--compare={other}", f"--votes={tmp_path / 'votes.jsonl'}")
     assert asyncio.run(visit(server, script, monkeypatch)) == []
+
+
+async def mishaps(server, script):
+    """What can go wrong with a page, step by step. Returns the errors of its script."""
+    answered = "!running.size && chat()?.turns.at(-1).role === 'assistant'"
+    async with Browser() as page:
+        await page.call("Page.navigate", url=server.url)
+        await page.until("!!state.server")
+        # A conversation of another tab stays, whichever tab saves last.
+        other = await page.tab(server.url)
+        await other.until("!!state.server")
+        for tab, text in ((other, "second tab"), (page, "first tab")):
+            await tab.write(text)
+            await tab.until(answered)
+        for tab in (page, other):
+            await tab.until("document.querySelectorAll('#list li').length === 2")
+            await tab.js("save()")
+            titles = "JSON.parse(localStorage.nanollama).chats.map((each) => each.title).join()"
+            assert await tab.js(titles) == "first tab,second tab"
+        return page.faults
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="chromium is not installed")
+def test_mishaps_of_the_page(server, script):
+    assert asyncio.run(mishaps(server, script)) == []
