@@ -729,6 +729,16 @@ async def mishaps(server, script):
             await tab.js("save()")
             titles = "JSON.parse(localStorage.nanollama).chats.map((each) => each.title).join()"
             assert await tab.js(titles) == "first tab,second tab"
+        # The server's values stay the server's: the settings are also where the page asks for the key.
+        await page.call("Page.bringToFront")
+        await page.js("state.server = null; openSettings()")
+        await page.click("Done")
+        await page.until("!!state.server")
+        await page.js("openSettings()")
+        await page.click("Done")
+        await page.until("!document.querySelector('#settings').open && state.choices.calculator === false")
+        kept = "['system', ...Object.values(NUMBERS)].map((key) => state.choices[key]).join('')"
+        assert await page.js(kept) == ""
         return page.faults
 
 
