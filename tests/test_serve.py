@@ -739,6 +739,10 @@ async def mishaps(server, script):
         await page.until("!document.querySelector('#settings').open && state.choices.calculator === false")
         kept = "['system', ...Object.values(NUMBERS)].map((key) => state.choices[key]).join('')"
         assert await page.js(kept) == ""
+        # A page from another computer has no clipboard.
+        await page.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
+        await page.click("Copy")
+        await page.until("document.querySelector('#status').textContent === 'The browser refused to copy'")
         return page.faults
 
 
