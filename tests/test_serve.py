@@ -743,6 +743,14 @@ async def mishaps(server, script):
         await page.js("Object.defineProperty(navigator, 'clipboard', {value: undefined})")
         await page.click("Copy")
         await page.until("document.querySelector('#status').textContent === 'The browser refused to copy'")
+        # A vote waits for both answers.
+        await page.click("New chat")
+        await page.click("Compare")
+        await page.write("which?")
+        await page.until(answered)
+        for word, shown in (("running", 0), ("done", 2)):
+            await page.js(f"chat().turns[2].state = '{word}'; draw()")
+            assert await page.js("document.querySelectorAll('.vote').length") == shown
         return page.faults
 
 
