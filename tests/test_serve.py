@@ -751,6 +751,16 @@ async def mishaps(server, script):
         for word, shown in (("running", 0), ("done", 2)):
             await page.js(f"chat().turns[2].state = '{word}'; draw()")
             assert await page.js("document.querySelectorAll('.vote').length") == shown
+        # A Hebrew sentence ends on the left.
+        script["shalom"] = {"content": "\u05e9\u05dc\u05d5\u05dd."}
+        await page.click("Compare")
+        await page.click("New chat")
+        await page.write("shalom")
+        await page.until(answered)
+        await page.js("window.range = document.createRange()")
+        left = ("range.setStart(document.querySelector('.md p').firstChild, {0}), "
+                "range.setEnd(range.startContainer, {0} + 1), range.getBoundingClientRect().left")
+        assert await page.js(left.replace("{0}", "4")) < await page.js(left.replace("{0}", "0"))
         return page.faults
 
 
