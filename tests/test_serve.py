@@ -761,6 +761,14 @@ async def mishaps(server, script):
         left = ("range.setStart(document.querySelector('.md p').firstChild, {0}), "
                 "range.setEnd(range.startContainer, {0} + 1), range.getBoundingClientRect().left")
         assert await page.js(left.replace("{0}", "4")) < await page.js(left.replace("{0}", "0"))
+        # The server was started again with another model: the page reads its list; Retry asks that model.
+        await page.js("state.choices.model = state.server.models[0].name = 'out/old'")
+        await page.write("still the same?")
+        await page.until(f"{answered} && state.choices.model !== 'out/old'")
+        assert "status of 404" in page.faults.pop()
+        await page.js("draw()")
+        await page.click("Retry")
+        await page.until(f"{answered} && chat().turns.at(-1).state === 'done'")
         return page.faults
 
 
