@@ -769,6 +769,14 @@ async def mishaps(server, script):
         await page.js("draw()")
         await page.click("Retry")
         await page.until(f"{answered} && chat().turns.at(-1).state === 'done'")
+        # The server is gone, before an answer and within one.
+        for failing in ("Promise.reject(new TypeError())", "new Response(new ReadableStream({pull: (each) => "
+                        "each.error(new TypeError())}))"):
+            await page.js(f"window.fetch = async () => {failing}")
+            await page.write("anybody?")
+            await page.until(answered)
+            assert await page.js("[...document.querySelectorAll('.turn .error')].at(-1).innerText") == \
+                "The server cannot be reached."
         return page.faults
 
 
