@@ -56,7 +56,7 @@ class Config:
     count: int = 3000  # conversations per format
     formats: str = ""  # only these formats, separated by commas
     models: str = ""  # also these models, with their own tokenizers: folders or GGUF files
-    seed: int = 1
+    seed: int = 1  # of the conversations
     json: str | None = None  # write the results to this file, after each format
 
     def __post_init__(self) -> None:

@@ -46,7 +46,7 @@ TOY_GRPO = ["--max_steps=1", "--block_size=128", "--group_size=2", "--global_bat
 
 @dataclass(frozen=True, kw_only=True)
 class Config(InputsConfig):
-    arm: Literal["whole", "cut", "text", "teacher", "ternary", "sft", "grpo", "needle"] = "whole"
+    arm: Literal["whole", "cut", "text", "teacher", "ternary", "sft", "grpo", "needle"] = "whole"  # figure
 
     def out(self, arm: str) -> Path:
         return Path(self.work) / "smollm2" / arm

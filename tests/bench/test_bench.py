@@ -5,6 +5,7 @@ both sides have the same number of parameters, and that the JSON holds every num
 """
 
 import functools
+import importlib
 import json
 import math
 
@@ -17,11 +18,11 @@ from bench.__main__ import main
 from bench.machine import matmul_arms, matmul_peak
 from bench.measure import in_turns, run_child, text_table, time_in_turns
 from bench.peers import Shape, llama_config, nanogpt_parameters
-from configurator import UserError, configure
+from configurator import UserError, configure, help_text
 from dataset.shards import DataFolder
 from formats.tokenizer import Tokenizer
 from model import GPT
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import ROOT, busy_model, tiny_config
 
 TOY = "--n_layer=2 --n_head=2 --n_embd=32 --block_size=16 --vocab_size=65".split()
 QUICK = ["--rounds=2", "--seconds=0.001"]
@@ -333,6 +334,9 @@ def test_help_lists_every_key(capsys):
         printed = capsys.readouterr().out
         assert module.__doc__.strip() in printed and "--rounds=5" in printed and "--threads=1" in printed
     assert main(["--help"]) == 0 and "python -m bench train" in capsys.readouterr().out
+    for file in sorted((ROOT / "bench").glob("*.py")):
+        module = importlib.import_module(f"bench.{file.stem}")
+        assert "--" in help_text(getattr(module, "Config", train.Config), "")
 
 
 @pytest.mark.slow
