@@ -61,6 +61,10 @@ class Student(GPT):
         """The parameters of the GPT, without the projections."""
         return super().num_parameters(active) - sum(p.numel() for p in self.projections.parameters())
 
+    def num_saved(self) -> int:
+        """The parameters that a checkpoint stores, with the projections."""
+        return super().num_parameters()
+
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:
         """The weights in a folder. A projection that is missing there, or has another shape, is redrawn."""
         yield from hf.read_tensors(folder)

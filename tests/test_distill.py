@@ -416,6 +416,8 @@ def test_padded_columns_are_cut(data, tmp_path):
 def test_projections_are_seeded_by_their_names():
     student = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96)
     assert student.projected(1, torch.ones(1, 2, 64)).shape == (1, 2, 96)
+    # The disk must have room for them, too.
+    assert student.num_saved() - student.num_parameters() == 2 * 64 * 96
     other = Student(tiny_config(), [(0, 1), (1, 3)], teacher_width=96, seed=1)
     matrices = [m.weight for s in (student, other) for m in s.projections.values()]
     assert all((a != b).any() for i, a in enumerate(matrices) for b in matrices[:i])
