@@ -45,7 +45,7 @@ from loop import Run, fit, start_run
 from model import GPT
 from modeling.devices import pick_dtype, to_device
 from prepare import prepare_problems
-from training.finetuning import PostTrainingConfig, chat_model, finish
+from training.finetuning import PostTrainingConfig, chat_model, finish, require_context
 from training.losses import preference_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.staged_data import MixEvaluation, StagedData, prepare_default
@@ -251,6 +251,7 @@ def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(DPOConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded pairs are tokenized for this model.
+        require_context(cfg)
         prepare_default(cfg, run, "problems_preference",
                         lambda: prepare_problems("preference", cfg.init_from))
         data = StagedData(cfg, PairRows, run.rank, run.world_size)

@@ -32,7 +32,7 @@ from generation.samples import log_text, sample_answers
 from loop import fit, start_run
 from model import GPT
 from prepare import prepare_problems
-from training.finetuning import PostTrainingConfig, chat_model, finish
+from training.finetuning import PostTrainingConfig, chat_model, finish, require_context
 from training.losses import linear_cross_entropy
 from training.staged_data import MixEvaluation, StagedData, chat_rows_text, prepare_default
 from training.stages import configure_run
@@ -105,6 +105,7 @@ def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(SFTConfig, argv, usage=__doc__)
     with start_run(cfg, provenance) as run:
         # Data: the embedded problems are tokenized for this model.
+        require_context(cfg)
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))
         # Packing fills rows with whole conversations; without it most of a row is padding.
         kind = partial(ChatRows if cfg.packing else UnpackedChatRows, overlong=cfg.overlong)

@@ -203,6 +203,13 @@ def test_mistakes_are_one_line(trained, chats, tmp_path, words, message):
         run(trained, chats, tmp_path / "a", *words)
 
 
+@pytest.mark.parametrize("stage", [sft, dpo])
+def test_rows_that_are_too_long_are_refused_before_data_is_made(trained, tmp_path, monkeypatch, stage):
+    monkeypatch.setattr(stage, "prepare_problems", lambda kind, model: pytest.fail("the data is made"))
+    with pytest.raises(UserError, match="block_size=4096: .* has a context of 64 tokens"):
+        stage.main([f"--init_from={trained}", f"--out_dir={tmp_path / 'a'}", "--block_size=4096"])
+
+
 def test_data_of_another_kind_or_tokenizer_is_refused(trained, data, chats, tmp_path):
     with pytest.raises(UserError, match="holds text rows, not chat; prepare.py --kind=chat makes those"):
         run(trained, data, tmp_path / "a")

@@ -70,6 +70,15 @@ def require_no_adapter(cfg: PostTrainingConfig, folder: Path) -> None:
                         "--merge=True and start from out_dir/merged")
 
 
+def require_context(cfg: PostTrainingConfig) -> None:
+    """Raise UserError if rows are longer than the context of the model to start from."""
+    context = hf.read_config(hf.find_folder(cfg.init_from))["block_size"]
+    for stage in stage_configs(cfg):
+        if stage.block_size > context:
+            raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
+                            f"{context} tokens")
+
+
 def with_adapter(cfg: PostTrainingConfig, plain: GPT, base: dict[str, str]) -> GPT:
     """The model with a new adapter if cfg.lora_rank is set. base: the path and the hashes of the model below.
 
@@ -104,11 +113,8 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
     if tokenizer.definition not in (before.definition, with_chat_tokens(before, ours=True).definition):
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
                         f"init_from={cfg.init_from} (prepare.py --tokenizer={cfg.init_from})")
+    require_context(cfg)
     fields = hf.read_config(folder)
-    for stage in stage_configs(cfg):
-        if stage.block_size > fields["block_size"]:
-            raise UserError(f"block_size={stage.block_size}: {cfg.init_from} has a context of "
-                            f"{fields['block_size']} tokens")
     fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
     base = run.run_on_rank0(lambda: {
         "path": str(folder.resolve()), "sha256": peft.weights_sha256(folder),
