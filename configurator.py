@@ -33,6 +33,8 @@ import typing
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 
 class UserError(ValueError):
     """A mistake in the input, not in the program. It is shown as one line, never as a traceback."""
@@ -322,6 +324,21 @@ def optional_import(module: str, key: str, package: str = "") -> Any:
 
 
 # ---- Programs ---------------------------------------------------------------------------------------------
+
+class ProgressBar(tqdm):
+    """tqdm's bar on a terminal. In a log file, it is a line of text that follows at most every 30 seconds."""
+
+    def __init__(self, *args: Any, **options: Any):
+        self.is_log = not sys.stderr.isatty()
+        rare = {"delay": 30, "mininterval": 30, "miniters": 1} if self.is_log else {}
+        super().__init__(*args, leave=False, **rare, **options)
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> None:
+        if not self.is_log:
+            super().display(msg, pos)
+        elif msg is None:  # "" erases the bar at its end
+            print(self, file=sys.stderr, flush=True)
+
 
 def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
     """Run `main(argv)` as a program and exit with its return code; None is 0.

@@ -36,9 +36,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from configurator import UserError, configure, require, require_positive, run_script
+from configurator import ProgressBar, UserError, configure, require, require_positive, run_script
 from dataset import decontaminate, problems
 from dataset.download import download, is_url, url_name
 from dataset.encoding import Document, Recipe, encoded_texts, parse_rows, tokenize_all
@@ -340,8 +339,8 @@ def build(cfg: PrepareConfig, folder: Path, files: list[Path], benchmarks: list[
     recipe = recipe._replace(tokenizer=tokenizer)  # until here, rows were parsed but not encoded
     writers = open_writers(folder, tokenizer.vocab_size, masked=cfg.kind != "text")
     begin, tally = time.perf_counter(), Tally(cfg.strict)
-    # The bar, on a terminal only, counts bytes of text: a packed file has more of them than its own size.
-    with tqdm(total=size or None, unit="B", unit_scale=True, leave=False, disable=None) as bar:
+    # The bar counts bytes of text: a packed file has more of them than its own size.
+    with ProgressBar(total=size or None, unit="B", unit_scale=True) as bar:
         # Batches are encoded ahead. With max_tokens, of about 4 bytes, most of a large one would be in vain.
         size_limit = min(BATCH_BYTES, 4 * (cfg.max_tokens or BATCH_BYTES))
         batches = in_batches(source_rows(cfg, files), size_limit, bar.update)

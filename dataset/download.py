@@ -17,9 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 from urllib.parse import quote, unquote
 
-from tqdm import tqdm
-
-from configurator import UserError
+from configurator import ProgressBar, UserError
 from dataset.sources import KINDS, file_kind
 
 DOWNLOADS = Path("data/downloads")
@@ -39,7 +37,7 @@ def copy_response(response: Any, file: BinaryIO) -> None:
     """Write the whole response to the file. Raises OSError if it is shorter than it should be."""
     total = int(response.headers.get("Content-Length") or 0)
     print(f"download  {url_name(response.url)}, {f'{total / 1e6:,.1f} MB' if total else 'of unknown size'}")
-    with tqdm.wrapattr(response, "read", total=total or None, leave=False, disable=None) as stream:
+    with ProgressBar.wrapattr(response, "read", total=total or None) as stream:
         shutil.copyfileobj(stream, file)
     if total and file.tell() != total:
         raise OSError(f"the connection broke after {file.tell():,} of {total:,} bytes")

@@ -20,9 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
-from configurator import require, require_positive
+from configurator import ProgressBar, require, require_positive
 from dataset.problems import ROWS_VERSION
 from dataset.prompts import Prompt, PromptSource, family_names
 from dataset.tasks import TaskName
@@ -103,7 +102,7 @@ def stored_answers(cache: Path, keys: AnswerKeys, path: str, dataset: str, seed:
     place.mkdir(parents=True, exist_ok=True)
     size, rows = max(1, keys.answers_batch_size // keys.num_samples), list[dict[str, Any]]()
     count = min(keys.num_problems, len(source.train) or keys.num_problems)
-    for first in tqdm(range(0, count, size), unit="batch", leave=False, disable=None):
+    for first in ProgressBar(range(0, count, size), unit="batch"):
         # A file is complete and has the same content whoever writes it, so processes need no lock.
         file = place / f"{first:07d}.jsonl"
         if not file.is_file():

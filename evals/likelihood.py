@@ -40,9 +40,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from configurator import UserError
+from configurator import ProgressBar, UserError
 from formats.chat_format import encode_content, end_of_turn, turn_frame
 from formats.tokenizer import Tokenizer
 from model import GPT
@@ -268,7 +267,7 @@ def score_texts(model: GPT, texts: list[Text], max_tokens: int | None = None) ->
     inputs = [text.ids[:-1] for text in texts]
     tree = Tree(model, model.config.block_size + max_tokens)  # the longest kept prefix and one pass
     scores = [Likelihood(0.0)] * len(texts)
-    with tqdm(total=len(texts), unit="text", leave=False, disable=None) as bar:
+    with ProgressBar(total=len(texts), unit="text") as bar:
         for batch in batches(inputs, max_tokens):
             pieces = [inputs[index][:end] for index, end in batch]
             tree.keep(shared_prefix_length(tree.text, pieces[0]))
@@ -296,7 +295,7 @@ def token_losses(model: GPT, rows: list[np.ndarray], num_targets: list[int]) -> 
     """
     losses: list[list[float]] = []
     device, V = model.head_weight.device, model.config.vocab_size
-    with tqdm(total=len(rows), unit="row", leave=False, disable=None) as bar:
+    with ProgressBar(total=len(rows), unit="row") as bar:
         for (length, count), group in itertools.groupby(zip(rows, num_targets, strict=True),
                                                         key=lambda pair: (len(pair[0]), pair[1])):
             ids = torch.from_numpy(np.stack([row for row, _ in group])).long()  # (rows, T + 1)

@@ -13,9 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
-from configurator import UserError
+from configurator import ProgressBar, UserError
 from evals.likelihood import Likelihood, encode_plain, encode_turn, fit_context, score_texts
 from formats import chat_format, hf
 from formats.tokenizer import Tokenizer
@@ -118,7 +116,7 @@ class LM:
         """
         answers: list[Any] = [None] * len(lengths)
         order = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-        with tqdm(total=len(order), unit="prompt", leave=False, disable=None) as bar:
+        with ProgressBar(total=len(order), unit="prompt") as bar:
             while order:
                 size = max(1, min(self.batch_size, MAX_BATCH_TOKENS // lengths[order[0]]))
                 batch, order = order[:size], order[size:]

@@ -20,7 +20,6 @@ Left out: importance matrices, and models split into several files.
 
 import math
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -29,9 +28,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
-from configurator import UserError
+from configurator import ProgressBar, UserError
 from formats import hf, kquants
 from formats.files import path_in_errors
 from formats.gguf_reader import FUSED, GPT2_KEYS, LLAMA_KEYS, NAMES
@@ -167,8 +165,7 @@ def write(path: Path, config: GPTConfig, state: dict[str, Tensor], metadata: dic
         value_type = gguf.GGUFValueType.get_type(value)
         writer.add_key_value(key, value, gguf.GGUFValueType.UINT32 if type(value) is int else value_type)
     infos = []
-    for name, tensor in tqdm(rename_tensors(config, state), path.name, leave=False,
-                             disable=not sys.stderr.isatty()):
+    for name, tensor in ProgressBar(rename_tensors(config, state), path.name):
         is_float32 = tensor.ndim == 1 or name == "position_embd.weight"
         wanted = "F32" if is_float32 else wanted_type(name, config, kind)
         actual = fitting_type(wanted, tensor.shape[-1])

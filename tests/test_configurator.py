@@ -10,6 +10,7 @@ from typing import Literal
 import pytest
 
 from configurator import (
+    ProgressBar,
     UserError,
     configure,
     differences,
@@ -200,6 +201,18 @@ def test_version_is_that_of_pyproject(capsys):
         configure(Schema, ["--version"])
     assert exit.value.code == 0 and capsys.readouterr().out == f"nanollama {version()}\n"
     assert f'version = "{version()}"' in (ROOT / "pyproject.toml").read_text()
+
+
+def test_progress_in_a_log_file_is_a_line_every_30_seconds(monkeypatch, capsys):
+    now = [100.0]
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    with ProgressBar(total=80, unit="row") as bar:
+        for _ in range(80):
+            now[0] += 1
+            bar.update()
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.partition("|")[0].strip() for line in lines] == ["38%", "75%"]
+    assert "30/80 [00:30<00:50,  1.00row/s]" in lines[0] and "\r" not in lines[0]
 
 
 def test_override_checks_like_a_file():

@@ -10,7 +10,6 @@ the cache is complete, the same command verifies it.
 """
 
 import shutil
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +17,8 @@ from typing import Literal
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from configurator import UserError, configure, require, require_positive, run_script
+from configurator import ProgressBar, UserError, configure, require, require_positive, run_script
 from dataset.chat_rows import ChatRows, row_class
 from dataset.dataloader import Rows, parse_mix, text_batch
 from dataset.shards import DataFolder
@@ -108,7 +106,7 @@ def write_cache(cfg: CacheConfig, path: Path) -> None:
         verify(writer.folder)
         print(f"{text}; verified")
         return
-    with tqdm(total=len(rows), initial=done, unit="row", disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar(total=len(rows), initial=done, unit="row") as bar:
         writer.fill(teacher_of_rows(cfg, rows), cfg.batch_size, bar.update)
     tokens, seconds = (len(rows) - done) * rows.T, time.perf_counter() - start
     print(f"{text}, {tokens / seconds:,.0f} tokens/s")
