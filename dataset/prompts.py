@@ -22,6 +22,7 @@ import json
 import random
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,12 @@ def read_question(row: Row, check: Callable[[dict[str, Any]], None],
     choices = [f"{letter}. {text}" for letter, text in zip(LETTERS, value.get("choices") or [], strict=False)]
     messages[-1] = {**messages[-1], "content": "\n".join([messages[-1]["content"], *choices])}
     return messages, value
+
+
+@lru_cache(maxsize=2)  # a batch may reach into the next epoch
+def epoch_order(seed: int, epoch: int, count: int) -> np.ndarray:
+    """The order in which an epoch reads its prompts: a permutation of (count,)."""
+    return np.random.default_rng((seed, epoch)).permutation(count)
 
 
 class PromptSource:
@@ -129,4 +136,4 @@ class PromptSource:
         if number >= VALIDATION:
             return self.val[number - VALIDATION]
         epoch, place = divmod(number, len(self.train))
-        return self.train[np.random.default_rng((self.seed, epoch)).permutation(len(self.train))[place]]
+        return self.train[epoch_order(self.seed, epoch, len(self.train))[place]]

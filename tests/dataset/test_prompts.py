@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from datetime import date
 
+import numpy as np
 import pytest
 
 from configurator import UserError
@@ -48,11 +49,24 @@ def test_rows_of_a_file(tokenizer, tmp_path):
     assert (len(source.train), len(source.val), source.left_out) == (36, 3, 1) and source.epoch_size == 36
     epochs = [[source.prompt(n + 36 * epoch, "", 0.5).row["answer"] for n in range(36)] for epoch in (0, 1)]
     assert sorted(epochs[0]) == sorted(epochs[1]) and epochs[0] != epochs[1]
+    for epoch, answers in enumerate(epochs):
+        order = np.random.default_rng((1, epoch)).permutation(36)
+        assert answers == [source.train[place].row["answer"] for place in order]
     held_out = [source.prompt(VALIDATION + n, "", 0.5).row["answer"] for n in range(3)]
     assert sorted([*epochs[0], *held_out], key=int) == [str(n) for n in range(39)]
     assert list(source.hashes) == [str(tmp_path / "a.jsonl")]
     with pytest.raises(UserError, match="have no epochs; count steps"):
         PromptSource("problems", tokenizer, 60, 1).epoch_size  # noqa: B018
+
+
+def test_an_epoch_is_shuffled_once(tokenizer, tmp_path, monkeypatch):
+    rows = [{"question": f"What is {n}?", "answer": str(n)} for n in range(39)]
+    source, seeds = PromptSource(write(tmp_path / "a.jsonl", rows), tokenizer, 60, seed=7), []
+    make = np.random.default_rng
+    monkeypatch.setattr(np.random, "default_rng", lambda seed: seeds.append(seed) or make(seed))
+    for number in (0, 1, 35, 36, 2, 37):
+        source.prompt(number, "", 0.5)
+    assert seeds == [(7, 0), (7, 1)]
 
 
 def test_rows_of_a_benchmark_are_asked_as_eval_asks_them(tokenizer, tmp_path):
