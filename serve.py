@@ -55,10 +55,11 @@ POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; co
           "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
           "require-trusted-types-for 'script'")
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that no other computer can reach
-# The status of an answer to an error. UnicodeEncodeError is half of a surrogate pair; 499 is read by nobody.
+# The status of an answer to an error. UnicodeEncodeError is half of a surrogate pair, RecursionError
+# JSON of nearly 1,000 levels; 499 is read by nobody.
 STATUS: dict[type[Exception], int] = {
-    UserError: 400, Skip: 400, UnicodeEncodeError: 400, TimeoutError: 408, ClientDisconnect: 499,
-    Exception: 500}
+    UserError: 400, Skip: 400, UnicodeEncodeError: 400, RecursionError: 400, TimeoutError: 408,
+    ClientDisconnect: 499, Exception: 500}
 
 
 @dataclass(frozen=True, kw_only=True)

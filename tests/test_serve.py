@@ -298,6 +298,11 @@ def test_bodies_that_are_no_requests(server):
     for data in ("", "{", "[1, 2]", "null", "[" * 100_000, b"\xff\xfe", '{"messages": NaN}', "{}"):
         assert server.ask("/v1/chat/completions", data=data)[0] == 400
     assert server.ask("/v1/chat/completions", data=b" " * (serve.MOST_BODY + 1))[0] == 413
+    for depth in range(940, 1000):  # Python reads some of these, but cannot write them into a prompt
+        deep = '{"a":' * depth + "1" + "}" * depth
+        data = ('{"messages": [{"role": "user", "content": "x"}], "tools": [{"function": '
+                f'{{"name": "f", "parameters": {{"properties": {deep}}}}}}}]}}')
+        assert server.ask("/v1/chat/completions", data=data)[0] in (400, 413)
     assert server.ask("/v1/completions", {"prompt": [10**9]})[0] == 400
     assert server.ask("/v1/completions", {"prompt": [[]]})[0] == 400
     for prompt in ([], "\ud800", [True], 5):
