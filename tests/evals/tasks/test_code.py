@@ -31,6 +31,7 @@ MBPP = [{"task_id": number, "text": f"Add {number}.", "code": f"def f(a):\n  ret
     # What reaches its end has passed, whatever its folder is and whatever "open" means there.
     ("import os\nos.chdir('/')", "passed"), ("from os import *", "passed"),
     ("def open(door): pass", "passed"),
+    ("import os\nfor _ in range(3000): os.mkdir('a'), os.chdir('a')", "passed"),  # the folders are deleted
     ("if __name__ == '__main__':\n  input()", "passed"),  # a module, as in lm-eval
 ])
 def test_programs(program, outcome):
