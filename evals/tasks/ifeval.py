@@ -79,12 +79,12 @@ def is_json(text: str) -> bool:
 
 
 def first_word(text: str, k: Arguments) -> bool:
+    wanted = k["num_paragraphs"], k["first_word"].lower()  # question_of needs a KeyError for any text
     paragraphs = text.split("\n\n")
     number = sum(bool(each.strip()) for each in paragraphs)
     words = paragraphs[k["nth_paragraph"] - 1].split() if k["nth_paragraph"] <= number else []
-    if not words or number != k["num_paragraphs"]:
-        return False
-    return re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower() == k["first_word"].lower()
+    return bool(words) and wanted == (
+        number, re.split(r"[.,?!'\"]", words[0].lstrip("'").lstrip('"'))[0].lower())
 
 
 def postscript(text: str, k: Arguments) -> bool:
@@ -151,7 +151,9 @@ def question_of(row: dict[str, Any]) -> Instructed:
     arguments = [{key: value for key, value in each.items() if value is not None} for each in row["kwargs"]]
     instructions = list(zip(texts_of(row["instruction_id_list"]), arguments, strict=True))
     for name, given in instructions:
-        if name not in NEED_LANGUAGE:
+        if name == "language:response_language":
+            text_of(given["language"])
+        elif name not in NEED_LANGUAGE:
             RULES[name]("a", given)  # KeyError for an unknown instruction, or if an argument is missing
     return Instructed(text_of(row["prompt"]), instructions)
 

@@ -77,7 +77,12 @@ def test_strict_and_loose(trained, tmp_path, monkeypatch):
     for change, reason in (({"instruction_id_list": ["a:b", "c:d"]}, "KeyError: 'a:b'"),
                            ({"kwargs": [{}]}, "ValueError"),
                            ({"instruction_id_list": ["keywords:existence"], "kwargs": [{}]},
-                            "KeyError: 'keywords'")):
+                            "KeyError: 'keywords'"),
+                           ({"instruction_id_list": ["length_constraints:nth_paragraph_first_word"],
+                             "kwargs": [{"num_paragraphs": 2, "nth_paragraph": 2}]},
+                            "KeyError: 'first_word'"),
+                           ({"instruction_id_list": ["language:response_language"], "kwargs": [{}]},
+                            "KeyError: 'language'")):
         (tmp_path / "ifeval.jsonl").write_text(json.dumps(rows[0] | change))
         with pytest.raises(UserError, match=f"row 1 does not fit this benchmark .{reason}"):
             ifeval.load(str(tmp_path), 500, None)
