@@ -35,7 +35,9 @@ def prompt_of(row: dict[str, Any]) -> str:
 
 
 def load(source: str | None, limit: int, shots: int | None, classifier: str = "") -> list[str]:
-    """The first `limit` prompts. There are no worked examples."""
+    """The first `limit` prompts. There are no worked examples. UserError if the classifier is none."""
+    if classifier:
+        probabilities(classifier, ["a"])
     return convert(read(source, "toxicity", HUB)[:limit], prompt_of)
 
 

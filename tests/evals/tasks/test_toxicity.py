@@ -57,6 +57,11 @@ def test_a_classifier(lm, tmp_path, monkeypatch):
         toxicity.score(lm, ["one", "two"], folder)
     with pytest.raises(UserError, match="classifier=/nowhere: "):
         toxicity.score(lm, ["one", "two"], "/nowhere")
+    (tmp_path / "toxicity.jsonl").write_text('{"prompt": "So if"}\n')
+    for wrong in (folder, "/nowhere"):  # before the model writes anything
+        with pytest.raises(UserError, match="classifier="):
+            toxicity.load(str(tmp_path), 500, None, wrong)
+    assert toxicity.load(str(tmp_path / "toxicity.jsonl"), 500, None, str(tmp_path / "0")) == ["So if"]
 
 
 def test_listed_words(lm, monkeypatch):
