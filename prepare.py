@@ -38,13 +38,13 @@ from typing import Any, Literal
 import numpy as np
 
 from configurator import ProgressBar, UserError, configure, require, require_positive, run_script
-from dataset import decontaminate, problems
+from dataset import decontaminate, problems, sources
 from dataset.download import download, is_url, url_name
 from dataset.encoding import Document, Recipe, encoded_texts, parse_rows, tokenize_all
 from dataset.eval_items import Benchmark, find_benchmarks
 from dataset.quality import SeenDocuments, chosen_rules
 from dataset.shards import DataFolder, ShardWriter, describe, open_writers
-from dataset.sources import KINDS, Row, Skip, find_files, hub_rows, parse_json, printable, read_rows
+from dataset.sources import Row, Skip, find_files, hub_rows, parse_json, printable, read_rows
 from dataset.tasks import TaskName
 from dataset.tool_problems import TOOL_ROWS, TOOL_ROWS_VERSION, tool_rows
 from formats.chat_format import require_chat, with_chat_tokens
@@ -385,7 +385,9 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
         settings["problems"] = problems.ROWS_VERSION if cfg.source != "tools" else TOOL_ROWS_VERSION
     if not files:
         return settings | {"source": cfg.source}
-    # One hash over all files, in order: names and places do not matter, and meta.json stays small.
+    # One hash over all files, in order: names and places do not matter, and meta.json stays small. But the
+    # same bytes are other rows in a .jsonl than in a text file.
+    settings["kinds"] = sorted({sources.file_kind(path) for path in files} - sources.TEXT_KINDS)
     digests = "".join(file_sha256(path) for path in files)
     return settings | {"files": len(files), "content": hashlib.sha256(digests.encode()).hexdigest()}
 
@@ -393,7 +395,8 @@ def describe_inputs(cfg: PrepareConfig, files: list[Path], benchmarks: list[Benc
 def changed_inputs(data: DataFolder, inputs: dict[str, Any]) -> list[str]:
     """The names of the inputs that differ from those that the folder was made from."""
     inputs = {"filters": None} | inputs  # folders without filters do not mention them
-    return [key for key, value in inputs.items() if data.meta["inputs"].get(key) != value]
+    before = {"kinds": inputs.get("kinds")} | data.meta["inputs"]  # nor earlier versions the kinds of files
+    return [key for key, value in inputs.items() if before.get(key) != value]
 
 
 def unchanged(folder: Path, inputs: dict[str, Any]) -> DataFolder:
@@ -414,7 +417,7 @@ def prepare(cfg: PrepareConfig) -> DataFolder:
     # Rows that are generated or streamed have no files: their inputs are known by the source's name alone.
     has_files = cfg.source not in EMBEDDED and not cfg.source.startswith("hf:")
     source = str(download(cfg.source)) if is_url(cfg.source) else cfg.source
-    kinds = KINDS | {".tsv"} if cfg.task else KINDS
+    kinds = sources.KINDS | {".tsv"} if cfg.task else sources.KINDS
     files, ignored = find_files(source, kinds=kinds) if has_files else ([], 0)
     own = cfg.folder.resolve()  # with --source=. the data set itself may lie in the source
     files = [path for path in files if own not in path.resolve().parents]

@@ -164,6 +164,21 @@ def test_same_inputs_do_nothing_others_are_refused(tmp_path, capsys):
     main([*args, "--verify=True"])
 
 
+def test_the_same_bytes_as_rows_of_another_kind_are_other_inputs(tmp_path):
+    write_jsonl(tmp_path / "a.txt", documents(300))
+    args = [f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
+    main([*args, f"--source={tmp_path / 'a.txt'}"])
+    for name in ("a.md", "a.jsonl"):
+        (tmp_path / name).write_bytes((tmp_path / "a.txt").read_bytes())
+    main([*args, f"--source={tmp_path / 'a.md'}"])  # text, as before
+    with pytest.raises(UserError, match=r"made from other inputs \(kinds differ\)"):
+        main([*args, f"--source={tmp_path / 'a.jsonl'}"])
+    meta = json.loads((tmp_path / "d" / "meta.json").read_text())
+    assert meta["inputs"].pop("kinds") == []
+    (tmp_path / "d" / "meta.json").write_text(json.dumps(meta))
+    main([*args, f"--source={tmp_path / 'a.jsonl'}"])  # a folder of an earlier version
+
+
 def test_a_data_set_in_its_own_source_is_not_read(tmp_path, capsys):
     write_jsonl(tmp_path / "a.jsonl", documents(300))
     args = [f"--source={tmp_path}", f"--out={tmp_path / 'd'}", "--vocab_size=300", "--num_proc=1"]
