@@ -226,7 +226,7 @@ def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
         cut = cut_near(buffer, piece) if len(buffer) > piece else len(buffer)
         number += 1
         if buffer or number == 1:  # an empty file is one row, so that it is counted
-            place = str(path) if at_end and number == 1 else f"{path} (piece {number})"
+            place = str(path) if number == 1 and cut == len(buffer) else f"{path} (piece {number})"
             yield Row(place, "text", buffer[:cut])
         rest = buffer[cut:]
 

@@ -249,7 +249,10 @@ def test_a_large_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     path.write_text("é" * 100_000, encoding="utf-8")  # nowhere to cut but between characters
     texts, reasons = read(path)
     assert reasons == [] and "".join(texts) == "é" * 100_000 and len(texts) > 50
+    path.write_text("a line\n" * 200)  # 1,400 bytes
+    assert [row.place for row in read_rows([path], None, 2**10)] == [f"{path} (piece {n})" for n in (1, 2)]
     path.write_text("short")
+    assert [row.place for row in read_rows([path], None, 2**10)] == [str(path)]
     assert read(path) == (["short"], [])
     path.write_bytes(b"")
     assert read(path) == ([], [("a.txt", "empty text")])
