@@ -22,7 +22,9 @@ from typing import Any, TypeVar
 
 from configurator import UserError, configure
 from eval import EvalConfig
+from formats import hf
 from formats.files import read_json, read_jsonl, write_json
+from formats.peft import weights_sha256
 
 ROOT = Path(__file__).parent.parent
 Result = TypeVar("Result")
@@ -57,12 +59,16 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
              steps: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
     """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
 
-    A run is finished if an earlier call with these arguments returned its log. Else the script is started: it
+    A run is finished if an earlier call with these arguments, and with the same weights in the models that
+    they name, returned its log. Else the script is started: it
     continues its run, or refuses other settings. The last event of the log must have the metric, at step
     `steps` unless that is None; so evaluate at the end only (--eval_interval=0). threads: OpenMP threads of
     the process. Raises UserError if the process fails or logs no such metric.
     """
-    path, record, arguments = out_dir / "metrics.jsonl", out_dir / "arm.json", {"arguments": [script, *argv]}
+    models = [weights_sha256(hf.find_folder(word.partition("=")[2])) for word in argv
+              if word.startswith(("--init_from=", "--teacher="))]
+    path, record = out_dir / "metrics.jsonl", out_dir / "arm.json"
+    arguments = {"arguments": [script, *argv, *models]}
     log = read_jsonl(path)
     # The log alone does not tell: each of several stages ends with an evaluation.
     if read_json(record) != arguments or not is_finished(log, metric, steps):
@@ -79,13 +85,17 @@ def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bo
 
 
 def run_eval(argv: list[str], out_dir: Path, threads: int | None = None) -> dict[str, dict[str, Any]]:
-    """Run eval.py, unless out_dir has all its results for these arguments. Returns {task: its figures}."""
+    """Run eval.py, unless out_dir has all its results for these arguments and the model's weights.
+
+    Returns {task: its figures}.
+    """
     path = out_dir / "results.json"
     results = read_json(path)
     argv = [*argv, f"--out_dir={out_dir}"]
     # All keys: results with a limit that is now left out are others.
     settings = dataclasses.asdict(configure(EvalConfig, argv)[0])
-    if not results.get("complete") or results["settings"] != settings:
+    if not results.get("complete") or results["settings"] != settings or \
+            results["models"][0]["weights_sha256"] != weights_sha256(hf.find_folder(settings["model"])):
         run_process("eval.py", argv, threads)
         results = read_json(path)
     return {task: each["figures"] for task, each in results["models"][0]["tasks"].items()}

@@ -9,7 +9,14 @@ import pytest
 from configurator import UserError, configure
 from eval import EvalConfig
 from formats.files import write_json
+from formats.peft import weights_sha256
 from tools import arms
+
+
+def write_model(folder, weights):
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(weights)
 
 
 def test_every_arm_runs_once_per_seed_and_results_keep_their_order():
@@ -41,6 +48,13 @@ def test_a_finished_run_is_read_and_an_unfinished_one_is_run(tmp_path, monkeypat
     assert arms.run_once(str(script), ["--a=1"], tmp_path)[-1]["val_loss"] == 2.0  # other arguments
     log.write_text(json.dumps({"step": 2, "loss": 3.0}) + "\n")
     assert [event["step"] for event in arms.run_once(str(script), [], tmp_path, steps=5)] == [2, 5]
+    write_model(tmp_path / "base", b"1")
+    argv = [f"--init_from={tmp_path / 'base'}"]
+    arms.run_once(str(script), argv, tmp_path)
+    for weights, loss in ((b"1", 1.0), (b"2", 2.0)):  # the script is asked about other weights
+        write_model(tmp_path / "base", weights)
+        log.write_text(json.dumps({"step": 5, "val_loss": 1.0}) + "\n")
+        assert arms.run_once(str(script), argv, tmp_path)[-1]["val_loss"] == loss
     with pytest.raises(UserError, match="the last event has no accuracy"):
         arms.run_once(str(script), [], tmp_path, "accuracy")
 
@@ -52,13 +66,19 @@ def test_results_of_other_settings_are_measured_again(tmp_path, monkeypatch):
         ran.append(argv)
         settings = dataclasses.asdict(configure(EvalConfig, argv)[0])
         write_json(tmp_path / "results.json", {"settings": settings, "complete": True, "models": [
-            {"tasks": {"problems": {"figures": {"limit": settings["limit"]}}}}]})
+            {"weights_sha256": weights_sha256(tmp_path / "model"),
+             "tasks": {"problems": {"figures": {"limit": settings["limit"]}}}}]})
 
     monkeypatch.setattr(arms, "run_process", run_process)
-    asked = ["--tasks=problems", "--limit=1_000", "--chat"], ["--tasks=problems"]
+    write_model(tmp_path / "model", b"1")
+    model = f"--model={tmp_path / 'model'}"
+    asked = [model, "--tasks=problems", "--limit=1_000", "--chat"], [model, "--tasks=problems"]
     for argv in (asked[0], asked[0], asked[1]):
         found = arms.run_eval(argv, tmp_path)
     assert len(ran) == 2 and found == {"problems": {"limit": 500}}
+    write_model(tmp_path / "model", b"2")
+    arms.run_eval(asked[1], tmp_path)
+    assert len(ran) == 3
 
 
 def test_after_an_error_no_other_run_starts():
