@@ -60,10 +60,10 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
     """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
 
     A run is finished if an earlier call with these arguments, and with the same weights in the models that
-    they name, returned its log. Else the script is started: it
-    continues its run, or refuses other settings. The last event of the log must have the metric, at step
-    `steps` unless that is None; so evaluate at the end only (--eval_interval=0). threads: OpenMP threads of
-    the process. Raises UserError if the process fails or logs no such metric.
+    they name, returned its log. Else the script is started: it continues its run, or refuses other settings.
+    The last event of the log must have the metric, at step `steps` unless that is None; so evaluate at the
+    end only (--eval_interval=0). threads: OpenMP threads of the process. Raises UserError if the process
+    fails or logs no such metric.
     """
     models = [weights_sha256(hf.find_folder(word.partition("=")[2])) for word in argv
               if word.startswith(("--init_from=", "--teacher="))]
