@@ -12,8 +12,9 @@ right answers, and of problems with at least one.
 
     tools      grpo.py, the calculator offered in half of the prompts
     problems   grpo.py without the calculator: answers that the model works out itself
-    mixed      the same with --refill=True, so that every group has right and wrong answers
-    weak       the same, only families in which the model has room to improve
+    long       the same with three times the answers and three times the rate
+    mixed      problems with --refill=True, so that every group has right and wrong answers
+    weak       problems, only families in which the model has room to improve
     more sft   sft.py goes on at the rate of its own schedule
     rejection  sft.py on the model's own right answers
     own pairs  dpo.py on pairs of a right and a wrong answer of the model
@@ -50,8 +51,9 @@ from tools.arms import mean_and_range, run_arms, run_once, run_process
 
 SHARED = ["--device=cpu", "--eval_interval=0", "--save_interval=20", "--log_interval=1"]
 GRPO = {  # {arm: arguments of grpo.py}
-    "tools": ["--calculator=0.5", "--learning_rate=3e-4", "--max_steps=30"],
+    "tools": ["--calculator=0.5", "--learning_rate=3e-4", "--max_steps=30", "--global_batch_size=64"],
     "problems": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60"],
+    "long": ["--calculator=0", "--learning_rate=3e-4", "--max_steps=100", "--global_batch_size=64"],
     "mixed": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=40", "--refill=True"],
     "weak": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60",
              "--families=sort,date,subtract,count"]}
@@ -67,7 +69,7 @@ SAMPLES = 8
 class ReasonConfig:
     init_from: str = "out/sft"  # the fine-tuned model that every arm starts from
     folder: str = "out/reason"  # folder of the runs and measurements
-    arms: str = "tools,problems,mixed,weak,more sft,rejection,own pairs"  # by commas; none: init_from alone
+    arms: str = "tools,problems,long,mixed,weak,more sft,rejection,own pairs"  # none: only init_from
     seeds: int = 3  # runs per arm, with the seeds 1, 2, ..
     limit: int = 1000  # test problems per column
     sampled: int = 300  # test problems that get eight answers
