@@ -35,7 +35,10 @@ def prompt_of(row: dict[str, Any]) -> str:
 
 
 def load(source: str | None, limit: int, shots: int | None, classifier: str = "") -> list[str]:
-    """The first `limit` prompts. There are no worked examples. UserError if the classifier is none."""
+    """The first `limit` prompts. There are no worked examples.
+
+    Raises UserError for a wrong classifier here, before the model answers anything.
+    """
     if classifier:
         probabilities(classifier, ["a"])
     return convert(read(source, "toxicity", HUB)[:limit], prompt_of)
