@@ -130,10 +130,9 @@ class DistillConfig(RunConfig, GPTConfig):
                 if is_set and getattr(self, key) != getattr(DistillConfig, key):
                     raise UserError(f"{key}={getattr(self, key)}: {need}")
 
-    # The cross-entropy has no weight, and needs none: AdamW and Muon ignore the size of a gradient, so only
-    # ratios count. With hidden_weight=100 and alpha=0, the text hardly matters.
     @property
     def uses_layer_losses(self) -> bool:
+        """Whether a loss between layers is part of the loss."""
         return self.hidden_weight > 0 or self.attention_weight > 0
 
 
@@ -158,9 +157,11 @@ def row_kind(cfg: DistillConfig) -> type[Rows] | type[ChatRows]:
 def open_cache(cfg: DistillConfig, rows: Rows | ChatRows, teacher_hash: str) -> TeacherCache:
     """The cache of these rows. Raises UserError, with the command that makes the cache, if there is none."""
     # The command must have the settings of this run.
-    same = {key: getattr(cfg, key) for key in ("teacher", "temperature", "packing", "document_mask", "align")}
-    settings = same | {"dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache}
-    hint = " ".join(["python -m tools.cache_teacher", *(f"--{key}={settings[key]}" for key in settings)])
+    keys = ("teacher", "temperature", "packing", "document_mask", "align")
+    settings = {key: getattr(cfg, key) for key in keys} | {
+        "dataset": rows.data.folder, "block_size": rows.T, "method": cfg.cache}
+    hint = shlex.join(["python", "-m", "tools.cache_teacher",
+                       *(f"--{key}={value}" for key, value in settings.items())])
     identity = identity_of(rows, teacher_hash, cfg.document_mask, cfg.align)
     return TeacherCache(rows, identity, cfg.cache, cfg.temperature, hint)
 
@@ -185,8 +186,8 @@ def cached_predictions(caches: Caches, places: list[tuple[Any, int]],
                        batch: dict[str, Any]) -> dict[str, Any]:
     """The teacher's predictions for the targets of a batch. places: its rows, as (rows of a folder, number).
 
-    Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,); for a teacher with
-    another tokenizer, of the targets that are compared, with the keys of `compared_first`.
+    Returns {"teacher_ids", "teacher_probs": (N, k)} and, for topk, "teacher_tail": (N,). With --align=bytes,
+    N counts only the targets that are compared, and the keys of `compared_first` are added.
     """
     # A cache has a record for each position of a whole row. Chat batches are cut after their last target, and
     # compute logits at the targets only.
@@ -300,6 +301,8 @@ class Distillation:
         loss, ce, kd, features = forward(
             batch["input_ids"], document_ids=batch.get("document_ids"),
             head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
+        # AdamW and Muon ignore the size of a gradient, so only the ratios of the weights count: with
+        # hidden_weight=100 and alpha=0, the cross-entropy hardly matters.
         layers = cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
         # On its own text, the student's cross-entropy estimates its entropy; it says nothing about the data.
         metrics = {"entropy": ce, "own_divergence": kd} if is_on_policy else {"loss": ce, "divergence": kd}
@@ -352,13 +355,14 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
                           {"block_size", *WIDTHS, *CHOICES})
     else:
         require_free_keys(provenance, f"init_from={cfg.init_from}", {"block_size"})
-    fields, layers = hf.read_config(hf.find_folder(cfg.init_from or cfg.teacher)), []
+    folder = hf.find_folder(cfg.init_from or cfg.teacher)
+    config, fields, layers = GPTConfig.read(folder), hf.read_config(folder), []
     if cfg.student_layers:
-        # Here `fields` is the architecture of the teacher, which pruned_config makes smaller.
-        layers = kept_layers(cfg.student_layers, fields["n_layer"])
+        # Here the folder is the teacher, whose architecture pruned_config makes smaller.
+        layers = kept_layers(cfg.student_layers, config.n_layer)
         # The defaults of n_embd and so on are for a student from scratch: only what the user set counts here.
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
-        fields = dataclasses.asdict(pruned_config(GPTConfig(**fields), layers, widths))
+        fields = dataclasses.asdict(pruned_config(config, layers, widths))
         fields |= {key: getattr(cfg, key) for key in CHOICES if key in provenance}
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
 
@@ -484,7 +488,7 @@ def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
 def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(DistillConfig, argv, usage=__doc__)
     cfg, layers = with_architecture(cfg, provenance)
-    with start_run(cfg, provenance) as run:
+    with start_run(cfg) as run:
         distill(cfg, layers, run)
 
 

@@ -40,7 +40,7 @@ from dataset.chat_rows import PairRows, pair_batch
 from dataset.dataloader import Mix, rank_batches, validation_rows
 from evals.all_tasks import with_tasks
 from formats.files import content_errors, file_sha256, write_bytes
-from generation.samples import log_text, sample_answers
+from generation.samples import print_answers
 from loop import Run, fit, start_run
 from model import GPT
 from modeling.devices import pick_dtype, to_device
@@ -50,6 +50,8 @@ from training.losses import preference_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.staged_data import MixEvaluation, StagedData, prepare_default
 from training.stages import configure_run
+
+Source = Literal["precomputed", "device", "cpu", "adapter_off"]  # see Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +70,7 @@ class DPOConfig(PostTrainingConfig):
     beta: float = 0.1  # strength of the pull towards the reference
     nll_weight: float = 10.0  # weight of the chosen answer's per-token NLL, added to the loss; 0 is plain DPO
     label_smoothing: float = 0.0  # assumed share of pairs with swapped answers; only with loss=dpo
-    reference: Literal["precomputed", "device", "cpu", "adapter_off"] = "precomputed"  # see Reference
+    reference: Source = "precomputed"  # its log-probabilities: from disk, a second model, or the base alone
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}
@@ -228,10 +230,7 @@ class PreferenceEvaluation(MixEvaluation[DPOConfig]):
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
         """{"val_loss": ..., "val_loss/dpo": ...}: means over the folders, by their weights in the mix."""
-        rows = self.rows[0]
-        prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
-        for text in sample_answers(model, self.mix.tokenizer, prompts):
-            self.run.print(log_text("sample    ", text))
+        print_answers(self.run, model, self.mix.tokenizer, self.rows[0], self.cfg.sample_answers)
         return self.means(lambda rows: self.values(model, rows))
 
     def values(self, model: nn.Module, rows: PairRows) -> dict[str, float]:
@@ -248,8 +247,8 @@ class PreferenceEvaluation(MixEvaluation[DPOConfig]):
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
-    cfg, provenance = configure_run(DPOConfig, argv, usage=__doc__)
-    with start_run(cfg, provenance) as run:
+    cfg, _ = configure_run(DPOConfig, argv, usage=__doc__)
+    with start_run(cfg) as run:
         # Data: the embedded pairs are tokenized for this model.
         require_context(cfg)
         prepare_default(cfg, run, "problems_preference",

@@ -167,10 +167,13 @@ WRITERS = {"hf": write_hf, "gguf": write_gguf, "ternary": write_ternary}
 
 # ---- Output folder ----------------------------------------------------------------------------------------
 
-def inputs_of(cfg: ExportConfig, source: Source, card: str) -> dict[str, Any]:
-    """Everything that decides the content of an export. It is stored in manifest.json and compared there."""
+def inputs_of(cfg: ExportConfig, source: Source, text: str) -> dict[str, Any]:
+    """Everything that decides the content of an export. It is stored in manifest.json and compared there.
+
+    text: the model card.
+    """
     # The section "Origin" names the commit and the versions of packages. They are no reason to export again.
-    content = card.rpartition("## Origin")[0]
+    content = text.rpartition("## Origin")[0]
     inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "license")}
     inputs["quantize"] = ",".join(cfg.kinds)
     # manifest.json and README.md say what the model is; they are not the model.

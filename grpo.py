@@ -26,7 +26,7 @@ trained on. With updates_per_rollout above 1 the answers serve several steps, wi
 Prompts are a function of the step. Answers are a function of the weights and of seeds that depend on the
 step, so a resumed run repeats them. A reward of your own is a function score(prompt, answer, row) that
 returns a number (evals/rewards.py). Another micro-batch size or number of ranks changes a step by rounding;
-rounding may, rarely, change a sampled token. In the log, `tokens` counts prompts only.
+rounding may, rarely, change a sampled token. In the log, `tokens` counts the tokens of the prompts only.
 
 Left out: a value function, rewards from a model, sampling on other machines, parallel=fsdp.
 """
@@ -61,6 +61,7 @@ from training.losses import group_advantages, kl_estimate, policy_loss
 from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.stages import Stage, configure_run, with_steps
 
+Advantage = Literal["mean", "grpo", "rloo", "reinforce"]  # see group_advantages
 MOST_REFILLS = 3  # times that other prompts are sampled in place of even groups
 REFILL_STRIDE = 2**40  # prompt numbers of a refill: far from those of all steps
 
@@ -96,7 +97,7 @@ class GRPOConfig(PostTrainingConfig):
     length_weight: float = 0.0  # subtracted for an answer of max_new_tokens; less for shorter ones
     reward_seconds: float = 10.0  # the reward of an answer that takes longer ends the run
     # ---- Policy gradient
-    advantage: Literal["mean", "grpo", "rloo", "reinforce"] = "mean"  # see group_advantages
+    advantage: Advantage = "mean"  # the reward minus a baseline; grpo also divides by the standard deviation
     updates_per_rollout: int = 1  # optimizer steps per sampled answer
     clip: float = 0.2  # with several updates, no gradient where the ratio has left 1 +- clip
     kl_weight: float = 0.0  # weight of the KL divergence from the start model
@@ -328,8 +329,8 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
-    cfg, provenance = configure_run(GRPOConfig, argv, usage=__doc__)
-    with start_run(cfg, provenance) as run:
+    cfg, _ = configure_run(GRPOConfig, argv, usage=__doc__)
+    with start_run(cfg) as run:
         # Data: the prompts, in the chat format of the model. Stages may count epochs; fit counts steps.
         tokenizer = run.tokenizer = Tokenizer.load(hf.find_folder(cfg.init_from))
         require_chat(tokenizer, f"init_from={cfg.init_from}")

@@ -1,6 +1,6 @@
 """The training loop: one `fit` for every kind of training, on one process or many.
 
-    with start_run(cfg, provenance) as run:
+    with start_run(cfg) as run:
         fit(cfg, model, batches_at, loss_fn, evaluate, run)
 
 A script brings three functions. `batches_at(step)` returns this rank's micro-batches and depends on the step
@@ -426,7 +426,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
 
 # ---- Logging and evaluation -------------------------------------------------------------------------------
 
-def log_interval(state: TrainState, context: int) -> None:
+def log_metrics(state: TrainState, context: int) -> None:
     """Log and print the metrics since the last log line. context: tokens per sequence, for the MFU."""
     rate = scheduled_rate(state, state.progress.step - 1)  # of the step that has just ended
     event = state.metrics.read(state.progress, rate, context)
@@ -531,7 +531,7 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
             bar.update()
             # Report: reading the metrics is the only time that the CPU waits for the device.
             if is_due(progress.step, cfg.log_interval, stages):
-                log_interval(state, data.batches[0]["context"])
+                log_metrics(state, data.batches[0]["context"])
             # Save before evaluating: an evaluation that fails must not cost the steps that led to it.
             if is_due(progress.step, cfg.save_interval, stages):
                 save(state)

@@ -251,7 +251,7 @@ def main(argv: list[str]) -> None:
         if sys.stdin.isatty():  # questions from a file or a pipe need no editor
             edit_lines()
         if isinstance(sys.stdin, io.TextIOWrapper):
-            # Refuse a line that is not UTF-8 alone; a strict stream drops all lines that it has read with it.
+            # Refuse only the line that is not UTF-8. A strict stream would also drop the lines read with it.
             sys.stdin.reconfigure(errors="surrogateescape")
         write = partial(print, end="", flush=True)
         converse(sampler.assistant, cfg.system, input, write, sys.stdout.isatty())

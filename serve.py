@@ -55,8 +55,8 @@ POLICY = ("default-src 'none'; script-src 'nonce-{0}'; style-src 'nonce-{0}'; co
           "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
           "require-trusted-types-for 'script'")
 LOCAL = ("127.0.0.1", "localhost", "::1")  # hosts that no other computer can reach
-# The status of an answer to an error. UnicodeEncodeError is half of a surrogate pair, RecursionError
-# JSON of nearly 1,000 levels; 499 is read by nobody.
+# The status of an answer to an error. UnicodeEncodeError: half of a surrogate pair in the JSON.
+# RecursionError: JSON of nearly 1,000 levels. 499: the client has gone, so nobody reads the answer.
 STATUS: dict[type[Exception], int] = {
     UserError: 400, Skip: 400, UnicodeEncodeError: 400, RecursionError: 400, TimeoutError: 408,
     ClientDisconnect: 499, Exception: 500}
@@ -89,6 +89,7 @@ class ServeConfig(Sampling):
         require(self, "best_of", self.best_of == 1 or self.verifier is not None, "1 without a verifier")
         if not self.api_key and self.host not in LOCAL:
             raise UserError(f"host={self.host}: other computers could use the model; set --api_key=")
+        require(self, "api_key", self.api_key.isascii(), "ASCII, as HTTP headers are")
 
 
 # ---- Who may ask ------------------------------------------------------------------------------------------
@@ -229,7 +230,8 @@ class Server:
             job.end()
 
     async def events(self, job: Job) -> AsyncIterator[str]:
-        """The pieces of an answer as server-sent events. An error is an event, too: the status is sent."""
+        """The pieces of an answer as server-sent events. An error is an event, because the status is already
+        sent."""
         def event(content: Any) -> str:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 

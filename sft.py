@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from configurator import run_script
 from dataset.chat_rows import ChatRows, UnpackedChatRows, chat_batch
 from evals.all_tasks import with_tasks
-from generation.samples import log_text, sample_answers
+from generation.samples import print_answers
 from loop import fit, start_run
 from model import GPT
 from prepare import prepare_problems
@@ -83,10 +83,7 @@ class ChatEvaluation(MixEvaluation[SFTConfig]):
     """Loss and perplexity of the validation conversations: the weighted mean over a mix's folders."""
 
     def __call__(self, model: GPT, last: bool) -> dict[str, float]:
-        rows = self.rows[0]
-        prompts = [rows.documents.prompt(number) for number in rows.usable[:self.cfg.sample_answers]]
-        for text in sample_answers(model, self.mix.tokenizer, prompts):
-            self.run.print(log_text("sample    ", text))
+        print_answers(self.run, model, self.mix.tokenizer, self.rows[0], self.cfg.sample_answers)
         means = self.means(lambda rows: self.values(model, rows))
         return means | {"val_perplexity": math.exp(min(means["val_loss"], 700))}
 
@@ -102,8 +99,8 @@ class ChatEvaluation(MixEvaluation[SFTConfig]):
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
-    cfg, provenance = configure_run(SFTConfig, argv, usage=__doc__)
-    with start_run(cfg, provenance) as run:
+    cfg, _ = configure_run(SFTConfig, argv, usage=__doc__)
+    with start_run(cfg) as run:
         # Data: the embedded problems are tokenized for this model.
         require_context(cfg)
         prepare_default(cfg, run, "problems_chat", lambda: prepare_problems("chat", cfg.init_from))

@@ -175,7 +175,9 @@ def with_architecture_of(source: str, cfg: TrainConfig, provenance: dict[str, st
 
     Only block_size may be set: rows may be shorter than the model's context or, with RoPE, longer.
     """
-    fields = hf.read_config(hf.find_folder(source))
+    folder = hf.find_folder(source)
+    GPTConfig.read(folder)  # raises UserError for a key that GPTConfig does not have
+    fields = hf.read_config(folder)
     require_free_keys(provenance, f"init_from={source}", {"block_size"})
     if "block_size" in provenance:
         fields["block_size"] = cfg.block_size
@@ -200,7 +202,7 @@ def print_summary(cfg: TrainConfig, model: GPT, data: StagedData, results: dict[
                   run: Run) -> None:
     """Print the run's size and speed, its loss compared with compressors, a sample, and the next command."""
     tokenizer, folder, sample = data.tokenizer, data.last_mix.folders[0], ""
-    if cfg.sample_tokens:  # before any rank returns: a sharded model needs them all
+    if cfg.sample_tokens and results:  # before any rank returns: a sharded model needs them all
         sample = "\n" + log_text("sample      ", sample_text(model, tokenizer, 128))
     if run.rank > 0 or not results:
         return
@@ -223,7 +225,7 @@ def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(TrainConfig, argv, usage=__doc__)
     if cfg.init_from:
         cfg = with_architecture_of(cfg.init_from, cfg, provenance)
-    with start_run(cfg, provenance) as run:
+    with start_run(cfg) as run:
         # Data: the default set is made on the spot.
         prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
         data = StagedData(cfg, partial(Rows, sink_tokens=cfg.sink_tokens), run.rank, run.world_size)

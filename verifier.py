@@ -14,17 +14,19 @@ ones (arXiv 2110.14168):
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 20; 40 + 20 = 60 / 60 <end>     ->  right
     <user> 15 * 4? <assistant> 10 * 4 = 40; 5 * 4 = 24; 40 + 24 = 64 / 64 <end>     ->  wrong
 
-Every right answer is trained on together with a wrong one of the same family of problems, so neither the
-family nor the share of right answers helps to guess. To undo this balance, the loss subtracts the log-odds of
-a right answer among all samples from the head's output: the output itself is the log-odds among all samples.
+A right answer is trained on together with a wrong one of the same family of problems, so neither the family
+nor the share of right answers helps to guess. Answers without such a partner are left out. To undo this
+balance, the loss subtracts the log-odds of a right answer among all samples from the head's output. So the
+output itself is the log-odds among all samples.
 
-One problem in eight is held out. Its answers, in their natural shares, are the validation: ROC-AUC, also
-among answers of the same family and length, which a verifier that knows only the length does not pass; the
-calibration error; false accepts and false rejects at a threshold of one half. Writes out_dir as train.py
-does.
+One problem in eight is held out. Its answers are the validation set, in their natural shares. The metrics are
+the ROC-AUC; the ROC-AUC among answers of the same family and length, where knowing the length hardly helps;
+the calibration error; and false accepts and false rejects at a threshold of one half. Writes out_dir as
+train.py does.
 """
 
 import math
+import shlex
 import zlib
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass
@@ -89,7 +91,7 @@ class VerifierConfig(AnswerKeys, PostTrainingConfig):
 
 # ---- Model and loss ---------------------------------------------------------------------------------------
 
-class ScoringGPT(AdaptedGPT):
+class AdaptedScoredGPT(AdaptedGPT):
     """A frozen model with an adapter and the head `score`, which starts as the answer's log-probability."""
 
     def __init__(self, config: GPTConfig, spec: peft.AdapterSpec, base: dict[str, str], seed: int,
@@ -106,17 +108,17 @@ class ScoringGPT(AdaptedGPT):
         yield "score.weight", torch.tensor([[0.0] * self.config.n_embd + [1, self.log_odds]])  # (1, C + 2)
 
 
-def with_score(cfg: VerifierConfig, plain: GPT, base: dict[str, str], log_odds: float) -> ScoringGPT:
+def with_score(cfg: VerifierConfig, plain: GPT, base: dict[str, str], log_odds: float) -> AdaptedScoredGPT:
     """The model with the head and, if cfg.lora_rank is set, an adapter."""
     targets = targets_of(plain, cfg.lora_targets) if cfg.lora_rank else ()
     # Without targets there is no adapter, whatever its rank; PEFT's files want a positive one.
     spec = peft.AdapterSpec(max(cfg.lora_rank, 1), cfg.lora_alpha, cfg.lora_dropout, targets, cfg.rslora,
                             ("score",))
-    return ScoringGPT(plain.config, spec, base, cfg.seed, log_odds)
+    return AdaptedScoredGPT(plain.config, spec, base, cfg.seed, log_odds)
 
 
 def loss_fn(forward: nn.Module, batch: dict[str, Any],
-            model: ScoringGPT) -> tuple[Tensor, dict[str, Tensor]]:
+            model: AdaptedScoredGPT) -> tuple[Tensor, dict[str, Tensor]]:
     """Binary cross-entropy summed over the answers, whose shares are balanced, and the number of answers on
     the right side of one half. forward: model, or DDP's wrapper."""
     # Half of a batch is right, where the log-odds are 0: take those of the natural shares off.
@@ -226,7 +228,8 @@ def report(logits: list[float], answers: list[Answer]) -> dict[str, float]:
             "val_false_rejects": float((scores[right] < 0.5).mean())}
 
 
-def evaluate(model: ScoringGPT, answers: list[Answer], cfg: VerifierConfig, run: Run) -> dict[str, float]:
+def evaluate(model: AdaptedScoredGPT, answers: list[Answer], cfg: VerifierConfig,
+             run: Run) -> dict[str, float]:
     """`report` of the held-out answers. The ranks share the work."""
     # Every world_size-th answer, so that all ranks have about as much to do.
     mine, logits = answers[run.rank::run.world_size], list[float]()
@@ -241,8 +244,8 @@ def evaluate(model: ScoringGPT, answers: list[Answer], cfg: VerifierConfig, run:
 # ---- Main -------------------------------------------------------------------------------------------------
 
 def main(argv: list[str]) -> None:
-    cfg, provenance = configure_run(VerifierConfig, argv, usage=__doc__)
-    with start_run(cfg, provenance) as run:
+    cfg, _ = configure_run(VerifierConfig, argv, usage=__doc__)
+    with start_run(cfg) as run:
         folder = hf.find_folder(cfg.init_from)
         run.tokenizer = Tokenizer.load(folder)  # saved with every checkpoint
         require_no_adapter(cfg, folder)
@@ -250,7 +253,7 @@ def main(argv: list[str]) -> None:
             Path("data/judged"), cfg, cfg.init_from, cfg.dataset, cfg.seed, run.device, cfg.task)))
         model, identity = chat_model(cfg, run.tokenizer, run, partial(with_score, log_odds=answers.log_odds),
                                      dropout=0.0)
-        assert isinstance(model, ScoringGPT)
+        assert isinstance(model, AdaptedScoredGPT)
         run.write_run_json(cfg, {}, **identity)
         right = sum(answer["right"] for answer in answers.val)
         run.print(f"data      {2 * len(answers.pairs):,} answers, half of them right; held out: "
@@ -265,7 +268,7 @@ def main(argv: list[str]) -> None:
         finish(cfg, run, results, "ROC-AUC {val_auc:.3f}, within family and length {val_auc_within:.3f}; "
                                   "accepts {val_false_accepts:.1%} of wrong answers, rejects "
                                   "{val_false_rejects:.1%} of right ones",
-               f"python eval.py --model={cfg.init_from} --num_samples=8 --verifier={run.quoted}")
+               f"python eval.py --model={shlex.quote(cfg.init_from)} --num_samples=8 --verifier={run.quoted}")
 
 
 if __name__ == "__main__":

@@ -12,10 +12,11 @@ right answers, and of problems with at least one.
 
     tools      grpo.py, the calculator offered in half of the prompts
     problems   grpo.py without the calculator: answers that the model works out itself
-    long       the same with three times the answers and three times the rate
+    long       the same with 6.7 times the answers and three times the rate
     mixed      problems with --refill=True, so that every group has right and wrong answers
     weak       problems, only families in which the model has room to improve
     more sft   sft.py goes on at the rate of its own schedule
+    after sft  long, from the model of "more sft"
     rejection  sft.py on the model's own right answers
     own pairs  dpo.py on pairs of a right and a wrong answer of the model
 
@@ -53,7 +54,7 @@ SHARED = ["--device=cpu", "--eval_interval=0", "--save_interval=20", "--log_inte
 GRPO = {  # {arm: arguments of grpo.py}
     "tools": ["--calculator=0.5", "--learning_rate=3e-4", "--max_steps=30", "--global_batch_size=64"],
     "problems": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60"],
-    "long": ["--calculator=0", "--learning_rate=3e-4", "--max_steps=100", "--global_batch_size=64"],
+    "long": ["--calculator=0", "--learning_rate=3e-4", "--max_steps=200", "--global_batch_size=64"],
     "mixed": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=40", "--refill=True"],
     "weak": ["--calculator=0", "--learning_rate=1e-4", "--max_steps=60",
              "--families=sort,date,subtract,count"]}
@@ -69,7 +70,7 @@ SAMPLES = 8
 class ReasonConfig:
     init_from: str = "out/sft"  # the fine-tuned model that every arm starts from
     folder: str = "out/reason"  # folder of the runs and measurements
-    arms: str = "tools,problems,long,mixed,weak,more sft,rejection,own pairs"  # none: only init_from
+    arms: str = "tools,problems,long,mixed,weak,more sft,after sft,rejection,own pairs"  # or none
     seeds: int = 3  # runs per arm, with the seeds 1, 2, ..
     limit: int = 1000  # test problems per column
     sampled: int = 300  # test problems that get eight answers
@@ -105,6 +106,12 @@ def more_sft(cfg: ReasonConfig, folder: Path, seed: int) -> None:
     run_once("sft.py", [f"--init_from={cfg.init_from}", f"--seed={seed}", *SFT, *SHARED], folder, threads=1)
 
 
+def after_sft(cfg: ReasonConfig, folder: Path, seed: int) -> None:
+    start = folder.with_name(f"more_sft_{seed}")
+    more_sft(cfg, start, seed)
+    run_once("grpo.py", [f"--init_from={start}", f"--seed={seed}", *SHARED, *GRPO["long"]], folder, threads=1)
+
+
 def rejection(cfg: ReasonConfig, folder: Path, seed: int) -> None:
     """Fine-tune on the right answers of the pairs, for one pass of 100 steps."""
     rows, path = judged_pairs(cfg, folder, seed), folder.with_name(f"right_{seed}.jsonl")
@@ -126,7 +133,7 @@ def own_pairs(cfg: ReasonConfig, folder: Path, seed: int) -> None:
 
 
 OTHERS: dict[str, Callable[[ReasonConfig, Path, int], None]] = {
-    "more sft": more_sft, "rejection": rejection, "own pairs": own_pairs}
+    "more sft": more_sft, "after sft": after_sft, "rejection": rejection, "own pairs": own_pairs}
 
 
 # ---- Measuring --------------------------------------------------------------------------------------------

@@ -22,7 +22,6 @@ from torch import Tensor
 from configurator import UserError
 from dataset.dataloader import IGNORE, Rows, more_rows_hint, text_batch
 from dataset.shards import SEPARATOR, DataFolder
-from formats.tokenizer import Tokenizer
 
 # ---- Rows -------------------------------------------------------------------------------------------------
 
@@ -37,12 +36,9 @@ class Documents:
         """last: the mask value of the answer that ends a document: 1 in chats, 2 in preferences. The tokens
         after it are not trained on."""
         self.data, self.shards, self.masks = data, data.shards[split], data.masks[split]
-        eot_id = Tokenizer.load(data.folder).eot_id
         tables = [np.empty((5, 0), np.int64)]
         for number, (ids, mask) in enumerate(zip(self.shards, self.masks, strict=True)):
             ends = np.flatnonzero(mask == SEPARATOR)  # (documents of this shard,)
-            if not len(ends):  # a folder of an earlier version
-                ends = np.flatnonzero(ids == eot_id)
             begins = np.append(0, ends[:-1] + 1)
             at = np.arange(len(ids))  # (tokens,) positions; reduceat then takes one document at a time
             tables.append(np.stack((np.full(len(ends), number), begins,
@@ -90,9 +86,10 @@ def pack_rows(lengths: np.ndarray, size: int) -> list[list[int]]:
 
 
 class ChatRows:
-    """One split of a chat folder as rows of T tokens, each of which holds one or more whole conversations.
+    """One split of a chat folder as rows of T tokens.
 
-    Conversations are packed into rows once, by `pack_rows`. Two conversations a and b in a row of T = 8:
+    A row holds one or more conversations, none of them split: they are packed into rows once, by `pack_rows`,
+    and one that is longer than T is cut (see `overlong`). Two conversations a and b in a row of T = 8:
 
         inputs      a0  a1  a2  a3  b0  b1   0   0
         targets      -  a2   -  a4   -  b2   -   -      "-" is IGNORE; a2, a4 and b2 are the assistant's

@@ -131,7 +131,7 @@ class Mix:
         return {str(data.folder): file_sha256(data.folder / "meta.json") for data in self.folders}
 
     def epoch_samples(self) -> int:
-        """The number of samples after which the first folder has been read once."""
+        """The number of samples after which one of the folders has been read once, the earliest of them."""
         ends = [len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)]
         return math.ceil(min(ends))
 

@@ -14,7 +14,7 @@ What is read, and what a row of it is:
                    the whole file, if it holds one object                  a.json:1
                    a line, if it holds JSON lines                          a.json:7
     .parquet       a value of the text column, or all columns as a dict    a.parquet:7
-    .tsv           a line {1: cell, 2: cell, ..}; only evaluation sets     a.tsv:7
+    .tsv           a line {1: cell, 2: cell, ..}; benchmarks only          a.tsv:7
     hf:NAME        a row that the package `datasets` streams               hf:NAME:7
 
 Every file may be packed as .gz, .xz or .zst. Lines end at \\n only; U+2028 and the like are text. Left out:

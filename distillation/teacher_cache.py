@@ -64,7 +64,7 @@ def identity_of(rows: Any, teacher_hash: str, document_mask: bool, align: str = 
     identity = {"version": VERSION, "teacher": teacher_hash,
                 "data": file_sha256(rows.data.folder / "meta.json"),
                 "rows": type(rows).__name__, "block_size": rows.T, "document_mask": document_mask}
-    # Older caches of align=bytes have spans, or groups without parts, and those of align=ids no such key.
+    # The value names the format of the records, so that older caches of align=bytes do not match.
     return identity | ({} if align == "ids" else {"align": f"{align}, parts"})
 
 
@@ -83,8 +83,7 @@ def record_type(identity: dict[str, Any], vocab_size: int) -> np.dtype:
     return np.dtype(fields)
 
 
-def encode(log_probs: Tensor, dtype: np.dtype, vocab_size: int,
-           generator: torch.Generator | None = None) -> np.ndarray:
+def encode(log_probs: Tensor, dtype: np.dtype, generator: torch.Generator | None = None) -> np.ndarray:
     """The teacher's log-probabilities, (n, V) float32 at the cache's temperature -> n records, "kind" 0."""
     records = np.zeros(len(log_probs), dtype)
     k = dtype["ids"].shape[0]
@@ -116,7 +115,8 @@ def rows_done(meta: dict[str, Any]) -> int:
 
 
 def read_meta(folder: Path) -> dict[str, Any]:
-    """The meta.json of a cache. Raises UserError if it is damaged, or if a shard has not the size it says."""
+    """The meta.json of a cache. Raises UserError if it is damaged, or if a shard has another size than it
+    states."""
     with content_errors(folder / "meta.json", f"damaged; delete {folder} and cache again"):
         meta = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
         record_type(meta["identity"], 2)
@@ -219,7 +219,7 @@ class CacheWriter:
         for start in range(place * self.rows.T, end, step):
             chunk = slice(start, min(start + step, end))
             log_probs = teacher.log_probs(chunk, self.V, self.spec.temperature)  # (n, V), never (B T, V)
-            records = encode(log_probs, self.dtype, self.V, generator)
+            records = encode(log_probs, self.dtype, generator)
             if isinstance(teacher, AlignedRows):
                 records["kind"] = teacher.kinds[chunk]
             yield records

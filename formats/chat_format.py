@@ -74,6 +74,13 @@ def end_of_turn(tokenizer: Tokenizer) -> int | None:
         return None
 
 
+def answer_ends(tokenizer: Tokenizer) -> set[int]:
+    """The ids that end an answer: those that end a text, and the one that ends a turn."""
+    ends = tokenizer.end_ids
+    ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)}
+    return {each for each in ids if each is not None}
+
+
 def require_chat(tokenizer: Tokenizer, place: str) -> None:
     """Raise UserError unless the tokenizer has a chat template that works."""
     if not template_of(tokenizer):

@@ -136,9 +136,10 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_jsonl(path: Path) -> list[dict[str, Any]]:
-    """The JSON objects of a log, one per line, or [] if the file is missing.
+    """The JSON objects of a file with one per line, or [] if the file is missing.
 
-    Skips a line that is no JSON object with an integer "step": a kill or a power cut may leave half a line.
+    Skips a line that is not a JSON object, or whose "step" is not an integer: a kill or a power cut may leave
+    half a line in a log.
     """
     events = []
     for line in path.read_bytes().split(b"\n") if path.is_file() else []:

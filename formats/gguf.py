@@ -13,8 +13,9 @@ and formats/kquants.py the types of 4 to 6 bits.
     q4_k_m                        Q4_K; Q6_K for the table that makes the logits and for half of the layers'
                                   attn_v and ffn_down
 
-Norms and biases are float32. If a row's length is not a multiple of a type's block (256, or 32), the matrix
-takes the next larger type with shorter blocks, as in llama.cpp's own quantiser, and float16 if none fits.
+Norms, biases and GPT-2's position table are float32. If a row's length is not a multiple of a type's block
+(256, or 32), the matrix takes the next larger type with shorter blocks, as in llama.cpp's own quantiser, and
+float16 if none fits.
 Left out: importance matrices, and models split into several files.
 """
 

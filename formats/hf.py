@@ -5,10 +5,11 @@
     for name, tensor in read_tensors(folder):   # our parameter names, one tensor at a time
     save_folder(folder, config, state, ids)     # what transformers' from_pretrained reads
 
-In memory all parameters have Llama's names. Only GPT-2 needs renaming, and its matrices are transposed. A
-model that no architecture of transformers computes is saved under our own model_type, with a note that says
-why; only this project loads it. The same is true of a ternary model that is packed to 2 bits per weight
-(export.py): its matrices are uint8, and each has a scale in a tensor of its own.
+In memory all parameters have Llama's names. Files of GPT-2 and Mixtral have other names (formats/names.py),
+and GPT-2's matrices are transposed. A model that no architecture of transformers computes is saved under our
+own model_type, with a note that says why; only this project loads it. The same is true of a ternary model
+that is packed to 2 bits per weight (export.py): its matrices are uint8, and each has a scale in a tensor of
+its own.
 """
 
 import dataclasses
@@ -189,7 +190,7 @@ def refuse_unsupported(config: dict[str, Any], path: Path) -> None:
 
 
 def llama_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """GPTConfig's fields for a Llama, Mistral, Qwen2 or Qwen3."""
+    """GPTConfig's fields for Llama, Mistral, Qwen2, Qwen3, Mixtral and Qwen3-MoE."""
     kind = config["model_type"]
     # Qwen's own files say num_experts; transformers 5 writes num_local_experts in its place.
     config = config | {"num_experts": config.get("num_local_experts", config.get("num_experts"))}

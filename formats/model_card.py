@@ -31,7 +31,8 @@ from formats.hf import GPTConfig, model_sha256
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 
-# {a key that only this stage's script has: the name of the stage}
+# {a key of a stage's script: the name of the stage}. The first key that a run has decides: distill.py has
+# "packing" too, and grpo.py has "reference" too.
 STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "num_problems": "verifier",
           "group_size": "reinforcement learning", "packing": "fine-tuning", "reference": "preferences"}
 # The settings of a run in the table of main settings.

@@ -14,7 +14,7 @@ A tool is looked up by its name in TOOLS. Nothing that a model writes is run as 
 from collections.abc import Callable
 from typing import Any
 
-from formats.chat_format import encode_prompt, end_of_turn, read_answer
+from formats.chat_format import answer_ends, encode_prompt, read_answer
 from formats.tokenizer import Tokenizer
 from generation.calculator import calculate
 from generation.constraints import Constraint, Guide
@@ -66,8 +66,7 @@ class Assistant:
         self.max_new_tokens, self.tokens, self.constraint = max_new_tokens, 0, constraint
         self.rows: list[list[int]] = []
         self.sampled: list[list[bool]] = []
-        ends = tokenizer.end_ids
-        self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
+        self.end_ids = answer_ends(tokenizer)
 
     def reply(self, conversations: list[list[Message]], show: Callable[[int], None] | None = None,
               prefix: PrefixCache | None = None, first: int = 0, most_calls: int = MOST_CALLS,

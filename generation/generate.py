@@ -44,7 +44,10 @@ MIN_TEMPERATURE = 1e-5  # below, logits / temperature may overflow: like 0, it t
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How the next token is chosen. The filters apply in this order, as in transformers."""
+    """How the next token is chosen.
+
+    The order is that of transformers: repetition_penalty, temperature, top_k, top_p, min_p.
+    """
 
     temperature: float = 0.8  # divides the logits; below 1e-5 the most likely token (ties: the lowest id)
     top_k: int | None = None  # keep only the k most likely tokens; None or 0 keeps all

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from configurator import UserError
 from dataset.chat_rows import prefix_batch
-from formats.chat_format import encode_chat, encode_prompt, end_of_turn
+from formats.chat_format import answer_ends, encode_chat, encode_prompt, end_of_turn
 from formats.tokenizer import Tokenizer
 from generation.assistant import MOST_CALLS, Message, read_turn
 from generation.generate import MIN_TEMPERATURE, NO_TOKEN, forward_last, uniform_numbers
@@ -131,8 +131,7 @@ class RolloutSampler:
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, limits: Limits):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
-        ends = tokenizer.end_ids
-        self.end_ids = {*(ends if isinstance(ends, list) else [ends]), end_of_turn(tokenizer)} - {None}
+        self.end_ids = answer_ends(tokenizer)
 
     @torch.no_grad()
     def sample(self, prompts: list[list[int]], row_numbers: Sequence[int], group_size: int,

@@ -5,6 +5,7 @@
 """
 
 import re
+from typing import Any
 
 from formats.chat_format import CHAT_TOKENS, START, THOUGHT_END
 from formats.tokenizer import Tokenizer
@@ -49,3 +50,10 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -
             question = f"... {question[-PROMPT_CHARACTERS:]}"
         texts.append(transcript(question + tokenizer.decode(answer, inside=True)))
     return texts
+
+
+def print_answers(run: Any, model: GPT, tokenizer: Tokenizer, rows: Any, count: int) -> None:
+    """Print greedy answers to the first `count` prompts of ChatRows or PairRows. All ranks call it."""
+    prompts = [rows.documents.prompt(number) for number in rows.usable[:count]]
+    for text in sample_answers(model, tokenizer, prompts):
+        run.print(log_text("sample    ", text))

@@ -66,7 +66,7 @@ def answer_rows(rows: Sequence[Sequence[int]], sampled: Sequence[Sequence[bool]]
             "positions": owners * ids.shape[1] + places, "targets": ids[owners, places + 1]}
 
 
-def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
+def chunked_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """log p(target) for hidden (N, C) and the output matrix (P, C): (N,) float32, a chunk at a time."""
     chunks = [F.cross_entropy((h @ weight[:vocab_size].T.to(h.dtype)).float(), t, reduction="none")
               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
@@ -74,7 +74,7 @@ def token_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size:
 
 
 def answer_logits(forward: nn.Module, model: Any, batch: dict[str, Any],
-                  log_probs: Callable[..., Tensor] = token_log_probs) -> Tensor:
+                  log_probs: Callable[..., Tensor] = chunked_log_probs) -> Tensor:
     """The log-odds of "right" for each row of an `answer_rows` batch: (n,) float32.
 
     model: a GPT with the head `score`. forward: the model, or DDP's wrapper around it. log_probs: training

@@ -34,6 +34,7 @@ class Paths(NamedTuple):
 
 
 # None: causal. Tensor: bool (B, 1, T, S), True where a query may see a key. BlockMask: FlexAttention's.
+# Paths: shared prefixes, causal along each path.
 Mask = None | Tensor | BlockMask | Paths
 Positions = slice | Tensor  # one slice for all rows, or (B, T) int64
 

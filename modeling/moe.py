@@ -3,9 +3,9 @@
     python train.py --n_expert=8 --n_expert_per_token=2 --intermediate_size=384     # files are Mixtral's
     python train.py --n_expert=8 --qk_norm=True --dense_layers=[0]                  # files are Qwen3-MoE's
 
-    mlp = MoE(config, [MLP(config) for _ in range(8)])     # Block.mlp
-    begin_step(model, scale, load)                         # loop.py, before the forward passes of a step
-    load, metrics = end_step(model)                        # after its update: the share of each expert
+    mlp = MoE(config, [MLP(config, config.expert_size) for _ in range(8)])     # Block.mlp
+    begin_step(model, scale, load)             # loop.py, before the forward passes of a step
+    load, metrics = end_step(model)            # after its update: the share of each expert
 
 The router is a linear layer in float32. A token's output is the sum of its experts' outputs, weighted by the
 router's probabilities (Mixtral, arXiv 2401.04088). Ties go to the lower index.

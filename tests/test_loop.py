@@ -110,7 +110,7 @@ def ragged_run(data, out, parallel, micro):
         "--keep_checkpoints=9",
     ]
     cfg = configure(train.TrainConfig, words)[0]
-    process = start_run(cfg, {})
+    process = start_run(cfg)
     mix = Mix(cfg.dataset, 64, seed=0)
     share = 8 // process.world_size
 

@@ -328,6 +328,7 @@ def test_headers_of_other_sites(server, start, chat_folder):
     (["--host=0.0.0.0"], "host=0.0.0.0: other computers could use the model; set --api_key="),
     (["--host=example.org"], "set --api_key="), (["--port=70000"], "port=70000: must be from 0"),
     (["--slots=0"], "slots=0: must be positive"), (["--timeout=0"], "timeout=0.0: must be positive"),
+    (["--api_key=caf\u00e9"], "api_key=caf\u00e9: must be ASCII"),
 ])
 def test_wrong_settings(argv, words):
     with pytest.raises(UserError, match=re.escape(words)):
@@ -591,6 +592,7 @@ class Browser:
 
 HOSTILE = """<img src=x onerror=alert(1)> <script>alert(1)</script> **bold** `a < b`
 
+```one line```
 ```py
 print('<b>')
 ```
@@ -737,8 +739,9 @@ async def mishaps(server, script):
         # The server's values stay the server's: the settings are also where the page asks for the key.
         await page.call("Page.bringToFront")
         await page.js("state.server = null; openSettings()")
+        await page.js("document.querySelector('#key').value = 'a\\u200bb'")  # copied with an invisible space
         await page.click("Done")
-        await page.until("!!state.server")
+        await page.until("!!state.server && state.key === 'ab'")
         await page.js("openSettings()")
         await page.click("Done")
         await page.until("!document.querySelector('#settings').open && state.choices.calculator === false")

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import torch
 
+import distill
 import dpo
 import sft
+import train
 from configurator import UserError, configure
 from dataset.chat_rows import ChatRows, UnpackedChatRows
 from dataset.dataloader import IGNORE
@@ -227,6 +229,18 @@ def test_an_adapter_cannot_be_the_base_of_another(trained, chats, tmp_path):
     run(trained, chats, tmp_path / "a", "--lora_rank=2", "--max_steps=1")
     with pytest.raises(UserError, match="is an adapter itself; run its command again with --merge=True"):
         run(tmp_path / "a", chats, tmp_path / "b", "--lora_rank=2")
+
+
+def test_a_setting_that_no_model_has_is_named(trained, chats, tmp_path):
+    shutil.copytree(hf.find_folder(trained), tmp_path / "newer")
+    fields = hf.read_config(tmp_path / "newer") | {"dreams": 3}
+    (tmp_path / "newer" / "config.json").write_text(
+        json.dumps({"model_type": "nanollama", "gpt_config": fields}))
+    words = [f"--dataset={chats}", f"--out_dir={tmp_path / 'out'}", "--device=cpu", "--block_size=32",
+             f"--init_from={tmp_path / 'newer'}"]
+    for script in (sft, train, distill):
+        with pytest.raises(UserError, match="config.json: .*unexpected keyword argument 'dreams'"):
+            script.main(words)
 
 
 def test_only_the_adapter_is_trained_whatever_the_multipliers(trained, chats, tmp_path):

@@ -7,9 +7,9 @@ A wrong answer has the first of these kinds that fits:
 
     stopped early               the limit of tokens cut the answer
     malformed                   not the form that is asked for: no number, a thought or a call that is broken
+    wrong tool                  calls another function, or any function where none is right
+    wrong tool argument         a call is right but for its arguments
     refused                     says that it cannot, or is empty, or does not call the function that it should
-    wrong tool argument         a call is right but for its arguments; "wrong tool": another function, or any
-                                function where none is right
     right answer in wrong form  the right answer, with more or other words around it
     missing step                all steps are right ones, but some are left out
     slipped digit               the first mistake is one digit, wrong, left out or added; or a wrong day

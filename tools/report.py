@@ -97,7 +97,7 @@ def numbered(text: str) -> str:
 def architectures(runs: dict[Path, RunSummary]) -> str:
     names = defaultdict(list)
     for folder, run in runs.items():
-        config = GPTConfig(**hf.read_config(hf.find_folder(folder)))
+        config = GPTConfig.read(hf.find_folder(folder))
         with torch.device("meta"):  # without memory for the weights
             names[summary(config, GPT(config).num_parameters())].append(run.name)
     return "\n\n".join(f"**{', '.join(each)}.** {text}" for text, each in names.items())

@@ -18,7 +18,6 @@ cut at --length is not the teacher's choice. Evaluate the student on real text.
 """
 
 import dataclasses
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,9 +26,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from tqdm import tqdm
 
-from configurator import UserError, configure, require, require_not_negative, require_positive, run_script
+from configurator import (
+    ProgressBar,
+    UserError,
+    configure,
+    require,
+    require_not_negative,
+    require_positive,
+    run_script,
+)
 from dataset.encoding import text_hash
 from dataset.shards import ShardWriter, describe, open_writers
 from formats import hf
@@ -118,7 +124,7 @@ def write_documents(cfg: SynthesizeConfig, documents: Iterable[list[int]], token
     """
     table, seen, skipped = tokenizer.token_bytes(), set(), Counter()
     tokens, last_new = 0, 0
-    with tqdm(total=cfg.tokens, unit="token", leave=False, disable=not sys.stderr.isatty()) as bar:
+    with ProgressBar(total=cfg.tokens, unit="token") as bar:
         for number, ids in enumerate(documents, 1):
             data = b"".join(table[i] for i in ids)
             digest = text_hash(data)

@@ -1,8 +1,8 @@
 """The keys that every training script has: RunConfig.
 
     @dataclass(frozen=True, kw_only=True)
-    class SFTConfig(RunConfig): ...          # a script adds its own keys
-    cfg, provenance = configure(SFTConfig, argv)
+    class TrainConfig(RunConfig, GPTConfig): ...          # a script adds its own keys
+    cfg, provenance = configure_run(TrainConfig, argv, usage=__doc__)
 
 The comment after each field is its --help text, and `# ---- Name` begins a section of --help
 (configurator.py). What a stage may change during a run is in training/stages.py.

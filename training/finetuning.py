@@ -1,6 +1,6 @@
 """What the stages after pre-training share: a start from a model, an adapter, and the end of a run.
 
-    cfg, provenance = configure(SFTConfig, argv)             # SFTConfig is a PostTrainingConfig
+    cfg, _ = configure_run(SFTConfig, argv, usage=__doc__)  # SFTConfig is a PostTrainingConfig
     model, identity = chat_model(cfg, tokenizer, run)       # on the meta device, with the chat tokens
     results = fit(cfg, model, ...)                          # trains the adapter alone, if there is one
     finish(cfg, run, results, "loss {val_loss:.4f}", "python sample.py --model=out/sft")
@@ -9,7 +9,7 @@ The adapter itself is in training/lora.py, the frozen reference of DPO and GRPO 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -114,13 +114,13 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
         raise UserError(f"dataset={cfg.dataset}: made with another tokenizer than that of "
                         f"init_from={cfg.init_from} (prepare.py --tokenizer={cfg.init_from})")
     require_context(cfg)
-    fields = hf.read_config(folder)
-    fields |= {"vocab_size": max(fields["vocab_size"], tokenizer.vocab_size)} | changes
+    config = GPTConfig.read(folder)
+    config = replace(config, vocab_size=max(config.vocab_size, tokenizer.vocab_size), **changes)
     base = run.run_on_rank0(lambda: {
         "path": str(folder.resolve()), "sha256": peft.weights_sha256(folder),
         "config_sha256": hf.config_sha256(folder)})
     with torch.device("meta"):
-        model = adapt(cfg, GPT(GPTConfig(**fields)), base)
+        model = adapt(cfg, GPT(config), base)
     require_multipliers(cfg, model)
     is_adapted = isinstance(model, AdaptedGPT)
     text = f"; {model.num_saved():,} of them are trained" if is_adapted else ""

@@ -140,8 +140,10 @@ class AdaptedGPT(GPT):
 
     def flops_per_token(self, T: int) -> float:
         """GPT's count, with 4 FLOPs per frozen weight: only the gradient of its input is computed."""
-        frozen = sum(module.weight.numel() for module in self.modules()
-                     if isinstance(module, LoRALinear) and module.weight is not None)
+        tied = self.config.tie_embeddings  # then the token table is also the output matrix, which counts
+        frozen = sum(parameter.numel() for name, parameter in self.named_parameters()
+                     if parameter.ndim == 2 and not self.is_trained(name)
+                     and ("embed_" not in name or tied and "embed_tokens" in name))
         return super().flops_per_token(T) - 2 * frozen + 4 * self.num_quantized()
 
     def use_adapter(self, on: bool) -> None:

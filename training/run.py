@@ -1,6 +1,6 @@
 """One run: its processes, its folder and its log.
 
-    with start_run(cfg, provenance) as run:      # joins torchrun's group, locks out_dir, refuses changed keys
+    with start_run(cfg) as run:      # joins torchrun's group, locks out_dir, refuses changed keys
         run.write_run_json(cfg, data.tokens(), data=data.hashes())     # ... and refuses changed data
         run.print("text"); run.log({"step": 10, "loss": 3.2}); run.sum([count])
 
@@ -343,11 +343,11 @@ def start_wandb(cfg: RunConfig, old: dict[str, Any]) -> Any:
     return run
 
 
-def start_run(cfg: RunConfig, provenance: dict[str, str]) -> Run:
+def start_run(cfg: RunConfig) -> Run:
     """Join the process group, lock out_dir, and print which keys differ from their defaults.
 
-    provenance: where each explicit key comes from (`configure`). Raises UserError if out_dir is in use or
-    holds another run, if the device is missing, or if keys contradict each other or the number of ranks.
+    Raises UserError if out_dir is in use or holds another run, if the device is missing, or if keys
+    contradict each other or the number of ranks.
     """
     run = Run(Path(cfg.out_dir), pick_device(cfg.device), on_end=cfg.on_end)
     if "RANK" in os.environ:  # set by torchrun

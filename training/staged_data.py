@@ -85,10 +85,10 @@ class StagedData(Generic[Config]):
 
 
 class MixEvaluation(Generic[Config]):
-    """What the evaluations of all stages share: the validation rows of a mix, sums and means over them.
+    """What the evaluations of train.py, sft.py, dpo.py and distill.py share: validation rows, sums and means.
 
-    A run has one evaluation, made from its last stage: the same rows at every step. So the results of
-    different stages can be compared, also to decide which checkpoint is the best.
+    A run has one evaluation, made from the last entry of `stages`: the same rows at every step. So results
+    before and after a change of stage can be compared, also to decide which checkpoint is the best.
     """
 
     def __init__(self, cfg: Config, mix: Mix, kind: Callable[..., Any], run: Run):

@@ -92,9 +92,9 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
     shared = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
     if forbidden := (shared - STAGE_OVERRIDABLE | cfg.stage_fixed) & changes.keys():
         raise UserError(f"{place}: {min(forbidden)} cannot change during a run")
-    learned = isinstance(cfg, GPTConfig) and cfg.position == "learned"
-    if learned and {"rope_theta", "rope_scaling"} & changes.keys():
-        raise UserError(f"{place}: position=learned has no rotary base to change")
+    if isinstance(cfg, GPTConfig) and cfg.position != "rope" and \
+            {"rope_theta", "rope_scaling"} & changes.keys():
+        raise UserError(f"{place}: position={cfg.position} has no rotary base to change")
     values, theta = dict(changes), changes.get("rope_theta")
     if isinstance(theta, tuple | list):
         if len(theta) != 2 or not all(type(end) in (int, float) and 0 < end < 1e30 for end in theta):

@@ -3,21 +3,22 @@
     {"question": "What is 15 * 24?", "answer": "360"}
 
 The question is a user's message, and the answer is generated greedily. It is right if it has the right answer
-and nothing else; a thought may come before it. It is well formed if it is a number, numbers or a day,
-whatever the problem asks for, and all thoughts are closed. A model without chat tokens reads plain text,
-"What is 15 * 24?\\n", and its answer is the last line of the first paragraph that it generates. With
-calculator=True the system message offers the calculator, and calls of it are answered.
+and nothing else; a thought may come before it. It is well formed if it is a day (for a question about dates)
+or numbers (for all others), right or wrong, and all thoughts are closed. A model without chat tokens reads
+plain text, "What is 15 * 24?\\n", and its answer is the last line of the first paragraph that it generates.
+With calculator=True the system message offers the calculator, and calls of it are answered.
 """
 
 import itertools
 
-from dataset.problems import FAMILIES, Problem, is_right, is_well_formed, problems, prompt_of
+from dataset.problems import Problem, is_right, is_well_formed, problems, prompt_of
+from dataset.prompts import EASY
 from evals.lm import LM
 from evals.results import Result, mean
 from formats.chat_format import end_of_turn
 from generation.assistant import Message
 
-ARITHMETIC = ("add", "subtract", "multiply", "story", "hard")
+WITH_NUMBERS = ("add", "subtract", "multiply", "story", "hard")
 MAX_NEW_TOKENS = 120  # the longest worked answer takes about 100
 
 
@@ -28,8 +29,7 @@ def load(source: str | None, limit: int, shots: int | None, calculator: bool = F
     They are of one family, or of all families but the hard one; with the calculator, of those with
     arithmetic. The problems are generated, so `source` is not read, and there are no worked examples.
     """
-    easy = tuple(name for name in FAMILIES if name != "hard")
-    families = (family,) if family else ARITHMETIC if calculator else easy
+    families = (family,) if family else WITH_NUMBERS if calculator else EASY
     seen: dict[str, Problem] = {}
     for problem in itertools.islice(problems("test", 1, families), 20 * limit):
         seen.setdefault(problem.key, problem)

@@ -444,7 +444,7 @@ def test_a_cache_has_the_same_loss(pair):
     stored = AlignedRows(teacher.predictions, aligned["kinds"])
     values = torch.cat([stored.log_probs(slice(first, first + 16), student.vocab_size, 1.5)
                         for first in range(0, 64, 16)])
-    records = encode(values, record_type(identity, student.vocab_size), student.vocab_size)
+    records = encode(values, record_type(identity, student.vocab_size))
     again = batch | compared_first(batch, aligned["kinds"]) | decode(records[aligned["kinds"] > 0])
     assert all(torch.equal(again[key], aligned[key]) for key in ("positions", "targets", "is_split"))
     cached = aligner.teacher_of(again, SparseTeacher(again["teacher_ids"], again["teacher_probs"],

@@ -34,7 +34,7 @@ def saved_again(source, out, parallel):
     optimizer = "muon" if is_muon else "adamw"
     words = ["--micro_batch_size=2", f"--parallel={parallel}", f"--optimizer={optimizer}"]
     cfg = configure(train.TrainConfig, [*TINY_RUN, *words, f"--out_dir={out}"])[0]
-    with start_run(cfg, {}) as process:
+    with start_run(cfg) as process:
         folder = checkpoint.newest_verified(source, print)
         with torch.device("meta"):
             model = GPT(GPTConfig.from_keys(cfg, vocab_size=500, block_size=64))

@@ -246,6 +246,14 @@ def test_faults_are_named(base, tmp_path):
         read_adapter(tmp_path / "a")
 
 
+def test_a_frozen_weight_costs_four_flops_and_a_trained_one_six(base):
+    """Forward pass and the gradient of the input; a trained weight's own gradient too. The head is tied."""
+    model = adapted(base[1], AdapterSpec(4, 8.0, 0.0, ("q_proj",), False))
+    block = 64 * (64 + 32 + 32 + 64) + 3 * 64 * 128  # q, k, v, o and the MLP
+    adapter, attention = 2 * 4 * (64 + 64), 6 * 2 * 4 * 16 * 64
+    assert model.flops_per_token(64) == 4 * (2 * block + 512 * 64) + 6 * adapter + attention
+
+
 @torch.no_grad()
 def test_four_bits(base, tmp_path):
     """What the quantised base computes, its distance from float32, and its size."""

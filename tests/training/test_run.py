@@ -116,7 +116,7 @@ def test_a_cpu_without_bfloat16_units_is_named(tmp_path, monkeypatch, capsys, fl
         modeling.devices, "Path", lambda path: cpuinfo if path == "/proc/cpuinfo" else Path(path)
     )
     for dtype in ("bfloat16", "float32"):
-        with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype), {}):
+        with start_run(RunConfig(out_dir=str(tmp_path / dtype), device="cpu", dtype=dtype)):
             assert ("no bfloat16 units" in capsys.readouterr().out) == (emulated and dtype == "bfloat16")
     cpuinfo.unlink()
     assert not training.run.emulates_bfloat16(torch.device("cpu"))  # unknown, so no warning
@@ -180,10 +180,10 @@ def test_overwriting_comes_last(data, tmp_path):
 
 def test_two_runs_in_one_folder(data, tmp_path):
     cfg = configure(train.TrainConfig, [f"--out_dir={tmp_path}"])[0]
-    with start_run(cfg, {}):
+    with start_run(cfg):
         with pytest.raises(UserError, match="another process is training here"):
-            start_run(cfg, {})
-    start_run(cfg, {}).__exit__()
+            start_run(cfg)
+    start_run(cfg).__exit__()
 
 
 def test_the_last_line_of_a_killed_log_may_be_incomplete(data, tmp_path):

@@ -217,10 +217,11 @@ def test_ramps_that_make_no_sense(data, tmp_path, theta):
         run(data, tmp_path / "out", str(tmp_path / "c.py"))
 
 
-def test_learned_positions_have_no_rotary_base(data, tmp_path):
+@pytest.mark.parametrize("position", ["learned", "none"])
+def test_other_positions_have_no_rotary_base(data, tmp_path, position):
     (tmp_path / "c.py").write_text("stages = [dict(steps=1), dict(steps=1, rope_theta=5e5)]")
-    with pytest.raises(UserError, match=r"stages\[1\]: position=learned has no rotary base"):
-        run(data, tmp_path / "out", str(tmp_path / "c.py"), "--position=learned")
+    with pytest.raises(UserError, match=rf"stages\[1\]: position={position} has no rotary base"):
+        run(data, tmp_path / "out", str(tmp_path / "c.py"), f"--position={position}")
 
 
 def test_only_a_stage_may_have_a_ramp(data, tmp_path):
