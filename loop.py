@@ -55,7 +55,8 @@ from training.stages import Stage, plan_stages, stage_at, stage_configs
 __all__ = ["Run", "RunConfig", "fit", "plan_stages", "stage_at", "stage_configs", "start_run"]
 
 # A batch has "input_ids", "count" (the units that its loss sums over) and "context" (tokens of its longest
-# sequence). Its other keys are private to batches_at and loss_fn.
+# sequence or, if documents are masked, the mean over tokens of their documents' lengths; for the FLOPs). Its
+# other keys are private to batches_at and loss_fn.
 Batch = dict[str, Any]
 BatchesAt = Callable[[int], list[Batch]]
 LossFn = Callable[[nn.Module, Batch], tuple[Tensor, dict[str, Tensor]]]
@@ -226,8 +227,9 @@ def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
     """
     if cfg.compile is not None:
         return cfg.compile
-    T = model.config.block_size
-    work = plan_stages(cfg)[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
+    stages = plan_stages(cfg)
+    T = max(stage.cfg.block_size for stage in stages)
+    work = stages[-1].last * cfg.global_batch_size * T * model.flops_per_token(T)
     return run.device.type == "cuda" and work > 1e16
 
 
@@ -426,7 +428,7 @@ def roll_back(state: TrainState, step: int, batches_at: BatchesAt) -> Path:
 
 # ---- Logging and evaluation -------------------------------------------------------------------------------
 
-def log_metrics(state: TrainState, context: int) -> None:
+def log_metrics(state: TrainState, context: float) -> None:
     """Log and print the metrics since the last log line. context: tokens per sequence, for the MFU."""
     rate = scheduled_rate(state, state.progress.step - 1)  # of the step that has just ended
     event = state.metrics.read(state.progress, rate, context)

@@ -413,7 +413,7 @@ class GPT(nn.Module):
         """Count the parameters that a checkpoint stores; a LoRA run overrides this."""
         return self.num_parameters()
 
-    def flops_per_token(self, T: int) -> float:
+    def flops_per_token(self, T: float) -> float:
         """Return the FLOPs of the forward and backward pass per token, in a context of T tokens.
 
         6 per weight that is multiplied (PaLM, arXiv 2204.02311, appendix B), and 12 H D per layer and

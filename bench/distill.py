@@ -149,7 +149,8 @@ ARMS = {"ours": (run_ours, "forward_kl"), "ours, jsd": (run_ours, "jsd"), "TRL":
 
 def run_arm(arm: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
     """One arm in this process. keys: the fields of Config."""
-    from trl.experimental.gkd import GKDTrainer  # noqa: F401  (every arm loads every package)
+    if post.has_trl():
+        from trl.experimental.gkd import GKDTrainer  # noqa: F401  (every arm loads every package)
     run, divergence = ARMS[arm]
     cfg = Config(**keys)
     return post.measure_run(cfg, functools.partial(run, cfg, divergence, Path(folder)))
@@ -161,7 +162,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Run every arm once per round. UserError if the losses differ."""
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, Path(scratch))
-        results = children_in_turns(run_arm, ARMS, scratch, asdict(cfg), rounds=cfg.rounds,
+        arms = [name for name in ARMS if "TRL" not in name or post.has_trl()]
+        results = children_in_turns(run_arm, arms, scratch, asdict(cfg), rounds=cfg.rounds,
                                     threads=cfg.threads)
     check(cfg, results)
     return {"subject": "distill", "sizes": asdict(cfg), "arms": results}
@@ -177,8 +179,8 @@ def check(cfg: Config, results: dict[str, list[dict[str, float]]]) -> None:
     formula is larger. On a GPU, bfloat16 makes the errors larger: 5e-2.
     """
     for divergence, (key, limit) in itertools.product(BETA, (("loss", 1e-4), ("last_loss", 1e-3))):
-        losses = {name: [run[key] for run in results[name]]
-                  for name, (_, kind) in ARMS.items() if kind == divergence}
+        losses = {name: [run[key] for run in runs]
+                  for name, runs in results.items() if ARMS[name][1] == divergence}
         values = sum(losses.values(), [])
         limit = limit if cfg.device == "cpu" else 5e-2
         if not max(values) - min(values) <= limit * min(values):

@@ -123,7 +123,7 @@ def train_nanogpt(cfg: Config, data: DataFolder, out: Path) -> dict[str, Any]:
     vocab = data.meta["vocab_size"] if cfg.toy else None  # None: its train.py takes 50,304
     done = out / "run.json"
     if not done.is_file():
-        printed, _ = run_nanogpt(source, data, nanogpt_argv(cfg, 40), vocab)
+        printed, _ = run_nanogpt(source, data, [*nanogpt_argv(cfg, 40), "--eval_interval=40"], vocab)
         times = re.findall(r"time ([\d.]+)ms", printed)[10:]
         step_seconds = statistics.median(float(time) / 1e3 for time in times)
         steps = cfg.steps(step_seconds)

@@ -98,7 +98,8 @@ def measure(cfg: Config) -> dict[str, Any]:
     if cfg.arm == "needle":
         size = ["--context_length=256", "--num_tests=2"] if cfg.toy else ["--context_length=16384",
                                                                           "--num_tests=25"]
-        return {"model": smollm2, "needle": run_eval([f"--model={smollm2}", "--tasks=needle", *size, *ask],
+        return {"model": smollm2, "needle": run_eval([f"--model={smollm2}", "--tasks=needle", *size, *ask,
+                                                      f"--dtype={'float32' if cfg.toy else 'bfloat16'}"],
                                                      cfg.out("needle"))["needle"]}
     if cfg.arm in ("sft", "grpo"):
         model = problem_solver(cfg, smollm2)

@@ -16,6 +16,7 @@ must agree; in fine-tuning only to 10 %, because the trainers begin with differe
 """
 
 import functools
+import importlib.util
 import random
 import statistics
 import tempfile
@@ -175,6 +176,11 @@ def trl_arguments(cfg: Config, folder: Path) -> dict[str, Any]:
 ARMS = {"ours": run_ours, "ours, packed": functools.partial(run_ours, packing=True), "TRL": run_trl}
 
 
+def has_trl() -> bool:
+    """Whether TRL can run. Without it, the benchmark times only the other arms."""
+    return all(importlib.util.find_spec(name) for name in ("datasets", "trl"))
+
+
 def run_arm(arm: str, kind: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
     """One arm in this process. keys: the fields of Config."""
     cfg = Config(**keys)
@@ -190,9 +196,10 @@ def megabytes(cfg: Config, key: str) -> float:
 
 def measure_run(cfg: Config, run: Callable[[], Run]) -> dict[str, float]:
     """Mean seconds per step after the warm-up, first and last loss, and megabytes of memory of a run."""
-    import datasets  # noqa: F401  (every arm loads every package, so that memory compares)
-    from transformers import LlamaForCausalLM  # noqa: F401
-    from trl import DPOTrainer, SFTTrainer  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401  (every arm loads all, so that memory compares)
+    if has_trl():
+        import datasets  # noqa: F401
+        from trl import DPOTrainer, SFTTrainer  # noqa: F401
     before = megabytes(cfg, "VmRSS")
     result = run()
     times = result["times"][WARM_UP:]
@@ -204,14 +211,14 @@ def measure_run(cfg: Config, run: Callable[[], Run]) -> dict[str, float]:
 
 def measure(cfg: Config, kind: str) -> dict[str, Any]:
     """Run every arm once per round. kind: sft or dpo. UserError if the first losses differ."""
-    arms = ["ours", "ours, packed", "TRL"] if kind == "sft" else ["ours", "TRL"]
+    arms = ["ours", *["ours, packed"] * (kind == "sft"), *["TRL"] * has_trl()]
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, kind, Path(scratch))
         results = children_in_turns(run_arm, arms, kind, scratch, asdict(cfg), rounds=cfg.rounds,
                                     threads=cfg.threads)
     first = {name: runs[0]["loss"] for name, runs in results.items()}
     limit = 0.1 if kind == "sft" else 1e-3 if cfg.device == "cpu" else 1e-2  # bfloat16 rounds
-    if any(abs(loss / first["TRL"] - 1) > limit for loss in first.values()):
+    if any(abs(loss / first["ours"] - 1) > limit for loss in first.values()):
         raise UserError(f"the first losses differ, so the arms do not compute the same: {first}")
     return {"subject": kind, "arms": results, "sizes": asdict(cfg)}
 

@@ -88,9 +88,10 @@ class Setup:
                            document_mask=self.cfg.document_mask)
 
     def flops(self, name: str) -> float:
-        """Model FLOPs per step of one of our models."""
-        T = self.shape.block_size
-        return self.models[name].flops_per_token(T) * self.batch_size * T
+        """Model FLOPs per step of one of our models. With document_mask, a token attends to its document."""
+        cfg, T = self.train_config("adamw"), self.shape.block_size
+        context = batches_at(StagedData(cfg), 0)[0]["context"] if cfg.document_mask else T
+        return self.models[name].flops_per_token(context) * self.batch_size * T
 
     def products(self) -> set[tuple[int, int, int]]:
         """The matrix products of a forward pass of our Llama, (rows, in, out)."""

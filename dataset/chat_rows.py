@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from configurator import UserError
-from dataset.dataloader import IGNORE, Rows, more_rows_hint, text_batch
+from dataset.dataloader import IGNORE, Rows, mean_document, more_rows_hint, text_batch
 from dataset.shards import SEPARATOR, DataFolder
 
 # ---- Rows -------------------------------------------------------------------------------------------------
@@ -189,16 +189,17 @@ class PairRows:
 def chat_batch(rows: np.ndarray) -> dict[str, Any]:
     """Rows (n, 3, T) of ChatRows as a batch, cut after the last target of them all, at T' <= T.
 
-    Returns {"input_ids", "document_ids": (n, T'), "positions", "targets": (targets,), "count": number of
-    targets, "context": T'}, all int64. positions: where the targets are in the flattened (n T'), so that
-    logits are computed only there.
+    Returns {"input_ids", "document_ids": (n, T'), "positions", "targets": (targets,)}, all int64, with
+    "count", the number of targets, and "context", `mean_document`. positions: where the targets are in the
+    flattened (n T'), so that logits are computed only there.
     """
     last = int(np.max(np.where(rows[:, 1] != IGNORE, np.arange(1, rows.shape[2] + 1), 1)))  # T', at least 1
     rows = rows[:, :, :last]  # (n, 3, T')
     ids, targets, documents = torch.from_numpy(rows.copy()).unbind(1)  # (n, T') each
     positions = (targets.flatten() != IGNORE).nonzero()[:, 0]  # (targets,)
     return {"input_ids": ids, "document_ids": documents, "positions": positions,
-            "targets": targets.flatten()[positions], "count": len(positions), "context": ids.shape[1]}
+            "targets": targets.flatten()[positions], "count": len(positions),
+            "context": mean_document(rows[:, 2])}
 
 
 def batch_of(rows: np.ndarray, eot_id: int, packing: bool, document_mask: bool) -> dict[str, Any]:

@@ -191,6 +191,14 @@ class Mix:
 
 # ---- Batches ----------------------------------------------------------------------------------------------
 
+def mean_document(document_ids: np.ndarray) -> float:
+    """The mean over all tokens of the length of their document: [[5, 5, 5, 6, 6]] -> (9 + 4) / 5."""
+    is_first = np.ones(document_ids.shape, bool)
+    is_first[:, 1:] = document_ids[:, 1:] != document_ids[:, :-1]
+    lengths = np.diff(np.flatnonzero(is_first), append=is_first.size)
+    return float(lengths @ lengths / is_first.size)
+
+
 def text_batch(rows: np.ndarray, eot_id: int | None = None, sinks: Sequence[int] = ()) -> dict[str, Any]:
     """(B, T + 1) ids -> {"input_ids", "targets": (B, T) int64, "count": number of targets, "context": T}.
 
@@ -199,16 +207,18 @@ def text_batch(rows: np.ndarray, eot_id: int | None = None, sinks: Sequence[int]
 
     With eot_id, the batch also has "document_ids" (B, T), which go up by one at each end-of-text token. That
     token opens the next document: it is the target of the document before it, and the only context of the
-    first token after it.
+    first token after it. "context" is then `mean_document`.
     """
     n = len(sinks)
     rows = np.concatenate((np.tile(np.array(sinks, np.int64), (len(rows), 1)), rows), axis=1)  # (B, T + 1)
     batch = {"input_ids": torch.from_numpy(rows[:, :-1].copy()),  # (B, T)
              "targets": torch.from_numpy(rows[:, 1:].copy())}  # (B, T)
     batch["targets"][:, :n] = IGNORE
+    batch |= {"count": batch["targets"][:, n:].numel(), "context": rows.shape[1] - 1}
     if eot_id is not None:
-        batch["document_ids"] = (batch["input_ids"] == eot_id).cumsum(dim=1)  # (B, T)
-    return batch | {"count": batch["targets"][:, n:].numel(), "context": rows.shape[1] - 1}
+        document_ids = (batch["input_ids"] == eot_id).cumsum(dim=1)  # (B, T)
+        batch |= {"document_ids": document_ids, "context": mean_document(document_ids.numpy())}
+    return batch
 
 
 def rank_batches(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:

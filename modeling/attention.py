@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
+from modeling.devices import autocast_dtype
+
 
 class Paths(NamedTuple):
     """Sequences to attend along, in place of the rows, so that a shared prefix is computed only once.
@@ -68,6 +70,10 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
             return attend_once(queries, k, v, mask).view(q.shape)
         y = F.scaled_dot_product_attention(queries, k, v, attn_mask=mask, dropout_p=dropout)
         return y.reshape(q.shape)  # (B, H, 1, D)
+    # No fused CUDA kernel does GQA in float32; without one, all T^2 scores of a head would be in memory.
+    if grouped and q.is_cuda and autocast_dtype(q) == torch.float32:
+        size, grouped = q.shape[1] // k.shape[1], False
+        k, v = k.repeat_interleave(size, dim=1), v.repeat_interleave(size, dim=1)  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
                                           is_causal=q.shape[2] > 1 and mask is None)
 

@@ -67,6 +67,8 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if (device.index or 0) >= available.get(device.type, 0):
         raise UserError(f"device={device}: not on this machine ({available['cuda']} CUDA devices)")
+    if device.type == "cuda" and device.index is not None:
+        torch.cuda.set_device(device)  # Triton and new streams use the current device
     return device
 
 

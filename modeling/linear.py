@@ -40,6 +40,7 @@ class Linear(nn.Linear):
 def products(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:
     """Return the outputs of the layers for the same input x (..., K), one (..., n) for each layer."""
     linears = [layer for layer in layers if type(layer) is Linear]  # a subclass computes something else
-    if len(linears) == len(layers) and is_single_row(x, linears[0].weight):
+    fits = len(linears) == len(layers) and all(len(layer.weight) % 16 == 0 for layer in linears[:-1])
+    if fits and is_single_row(x, linears[0].weight):
         return row_outputs(x, [layer.weight for layer in linears], [layer.bias for layer in linears])
     return [layer(x) for layer in layers]

@@ -104,7 +104,8 @@ class MoE(nn.Module):
         logits, chosen, weights = self.route(tokens)
         E, k = self.config.n_expert, chosen.shape[1]
         order = chosen.flatten().argsort(stable=True)  # (N k,): the choices, sorted by expert
-        counts = kept = chosen.flatten().bincount(minlength=E)  # (E,)
+        # (E,); bincount would make the CPU wait for a GPU.
+        counts = kept = (chosen.flatten()[:, None] == torch.arange(E, device=x.device)).sum(0)
         trains = self.training and self.scale is not None and torch.is_grad_enabled()
         if trains and self.config.capacity_factor is not None:
             capacity = math.ceil(self.config.capacity_factor * len(order) / E)

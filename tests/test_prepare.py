@@ -655,7 +655,7 @@ def test_text_batch_by_hand():
     assert batch["document_ids"].tolist() == [
         [0, 0, 1, 1, 1, 2]
     ]  # the end-of-text token opens the next document
-    assert batch["count"] == 6
+    assert batch["count"] == 6 and batch["context"] == (4 + 9 + 1) / 6
 
 
 def test_sink_tokens_before_a_row_by_hand(data):

@@ -138,7 +138,7 @@ class AdaptedGPT(GPT):
         """The number of trained parameters, which a checkpoint holds."""
         return sum(parameter.numel() for name, parameter in self.named_parameters() if self.is_trained(name))
 
-    def flops_per_token(self, T: int) -> float:
+    def flops_per_token(self, T: float) -> float:
         """GPT's count, with 4 FLOPs per frozen weight: only the gradient of its input is computed."""
         tied = self.config.tie_embeddings  # then the token table is also the output matrix, which counts
         frozen = sum(parameter.numel() for name, parameter in self.named_parameters()

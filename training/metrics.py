@@ -71,7 +71,7 @@ class Metrics:
         self.bad_step = torch.where((self.bad_step < 0) & ~norm.isfinite(), step, self.bad_step)
         self.tokens, self.norm = self.tokens + tokens, norm
 
-    def read(self, progress: Progress, rate: float, context: int) -> dict[str, Any]:
+    def read(self, progress: Progress, rate: float, context: float) -> dict[str, Any]:
         """The interval's event for metrics.jsonl; starts the next interval. Raises NotFinite."""
         # One copy for all sums, because each copy waits for the device.
         sums = self.run.sum(torch.stack([value.float() for value in self.sums.values()]).cpu().tolist())
@@ -103,7 +103,7 @@ class Metrics:
         if overflows or not all(map(math.isfinite, sums)):
             raise NotFinite(bad_step if bad_step >= 0 else finished - 1)
 
-    def utilization(self, speed: float, context: int) -> float | None:
+    def utilization(self, speed: float, context: float) -> float | None:
         """Model FLOPs utilization, 0 to 1 of the GPUs' peak; None on a CPU and on an unknown GPU.
 
         speed: tokens per second over all ranks. context: tokens that a sequence has.

@@ -87,10 +87,17 @@ class Run:
             self.lock = None
 
     def print(self, text: str = "") -> None:
-        """Print to stdout, above a progress bar if there is one. Other ranks print nothing."""
+        """Print to stdout, above a progress bar if there is one. Other ranks print nothing.
+
+        If nobody reads stdout any more, the run stops as after SIGTERM.
+        """
         if self.rank == 0:
-            tqdm.write(text, file=sys.stdout)
-            sys.stdout.flush()
+            try:
+                tqdm.write(text, file=sys.stdout)
+                sys.stdout.flush()
+            except BrokenPipeError:  # Ctrl-C also ends the reader of `| tee log`: save first, then leave
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+                self.stop_signal = self.stop_signal or signal.SIGTERM
 
     def log(self, event: dict[str, Any]) -> None:
         """Append one event to metrics.jsonl, unrounded, and mirror it to wandb and TensorBoard."""

@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -114,6 +115,34 @@ def test_one_figure_of_a_part(tmp_path, monkeypatch):
                                         "--toy=True", "--device=cpu"]
     with pytest.raises(UserError, match="arm=cat: real has the figures whole, cut, text, teacher, ternary"):
         gpu.main(["real", "--arm=cat", "--toy=True", f"--out={tmp_path}"])
+
+
+def test_a_stopped_part_leaves_nothing_running(tmp_path, monkeypatch):
+    (tmp_path / "endless.py").write_text(
+        "import os, pathlib, time; pathlib.Path('pid').write_text(str(os.getpid())); time.sleep(60)")
+    monkeypatch.chdir(tmp_path)
+
+    def stopped(process, timeout):
+        while not Path("pid").exists() or not Path("pid").read_text():
+            time.sleep(0.01)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(subprocess.Popen, "communicate", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        gpu.run_figure(["endless"], 30)
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(Path("pid").read_text()), 0)
+
+
+def test_what_cannot_go_on_later_starts_only_if_it_fits(tmp_path, monkeypatch):
+    """106 s are left: loss_head (60 s) fits, 124m (110 s) does not; a run of ours goes on later."""
+    monkeypatch.setattr(gpu, "machine", lambda device: {"gpu": "a GPU", "commit": "1"})
+    monkeypatch.setattr(gpu, "run_figure", lambda words, seconds: seconds)
+    arguments = ["--toy=True", f"--out={tmp_path}", "--inputs=in", "--minutes=2.1"]
+    assert gpu.main(["train", *arguments]) == 1
+    assert list(json.loads((tmp_path / "train.json").read_text())["figures"]) == ["loss_head", "1.1b"]
+    assert gpu.main(["real", "--arm=text", *arguments]) == 0
+    assert json.loads((tmp_path / "real.json").read_text())["figures"]["text"]["result"] < 107
 
 
 def test_a_figure_that_takes_too_long_is_stopped_with_its_children(tmp_path, monkeypatch):

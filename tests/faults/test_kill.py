@@ -16,7 +16,7 @@ import distill
 import sft
 from dataset.shards import DataFolder
 from formats import checkpoint
-from tests.conftest import ROOT
+from tests.conftest import ROOT, TINY_RUN
 from tests.runs import assert_same_run, events, kill_in_step
 
 
@@ -29,6 +29,21 @@ def test_thirty_kills_change_no_bit(tmp_path, text_folder):
     assert found.returncode == 0, found.stderr + found.stdout
     counts = json.loads((tmp_path / "j").read_text())
     assert counts["kills"] >= 30 and counts["runs"] >= 1 and counts["runs_that_differ"] == 0
+
+
+def test_a_run_whose_reader_is_gone_saves_and_ends(tmp_path, data):
+    """`python train.py | tee log`: Ctrl-C ends tee too, so the next line of the log cannot be written."""
+    argv = [sys.executable, "train.py", *TINY_RUN, f"--dataset={data}", f"--out_dir={tmp_path}/out",
+            "--max_steps=100000", "--save_interval=0", "--log_interval=1"]
+    process = subprocess.Popen(argv, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+                               env=os.environ | {"OMP_NUM_THREADS": "1"})
+    while process.stdout.readline().split()[:1] != ["step"]:
+        assert process.poll() is None
+    process.stdout.close()
+    assert process.wait(60) == 0 and process.stderr.read() == ""
+    (saved,) = checkpoint.step_folders(tmp_path / "out")
+    assert int(saved.name.removeprefix("step_")) < 1000
+    assert events(tmp_path / "out")[-1]["step"] == int(saved.name.removeprefix("step_"))
 
 
 class Power:
