@@ -177,10 +177,10 @@ class Attention(nn.Module):
         # One more logit per head, without a value: a head may give its attention to it, and add nothing.
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
         self.head_dim, self.dropout = D, config.dropout
-        self.qkv_hook: Callable[[Tensor, Tensor, Tensor], None] | None = None
+        self.qkv_hook: Callable[[nn.Module, Tensor, Tensor, Tensor], None] | None = None
 
-    def register_qkv_hook(self, hook: Callable[[Tensor, Tensor, Tensor], None]) -> None:
-        """Call hook(q, k, v), (B, heads, T, D) each, in every forward pass. Layer losses need these heads."""
+    def register_qkv_hook(self, hook: Callable[[nn.Module, Tensor, Tensor, Tensor], None]) -> None:
+        """Call hook(self, q, k, v), (B, heads, T, D) each, in every forward pass, for layer losses."""
         self.qkv_hook = hook
 
     def forward(self, x: Tensor, rope: Rope | None, mask: Mask, store: Store | None) -> Tensor:
@@ -198,7 +198,7 @@ class Attention(nn.Module):
         if store is not None:
             k, v = store(k, v)  # (B, K, S, D)
         if self.qkv_hook is not None:
-            self.qkv_hook(q, k, v)
+            self.qkv_hook(self, q, k, v)
         # Each query takes a weighted mean of the values: softmax(q k^T / sqrt(D)) v.
         dropout = self.dropout if self.training else 0.0
         y = (attend(q, k, v, mask, dropout) if self.sinks is None else

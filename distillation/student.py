@@ -89,22 +89,31 @@ class Student(GPT):
 class ActivationHooks:
     """Records what chosen blocks of a GPT computed in its latest forward pass.
 
-    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v).
+    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v). A block keeps its own:
+    hooks that knew the layer's number would make torch.compile translate every block anew.
     """
 
     def __init__(self, model: GPT, layers: list[int]):
-        self.hidden: dict[int, Tensor] = {}
-        self.heads: dict[int, Heads] = {}
-        for layer in set(layers):
-            block = model.model["layers"][layer]
-            block.register_forward_hook(partial(self.record_hidden, layer))
-            block.self_attn.register_qkv_hook(partial(self.record_heads, layer))
+        self.blocks = {layer: model.model["layers"][layer] for layer in layers}
+        for block in self.blocks.values():
+            block.register_forward_hook(record_hidden)
+            block.self_attn.register_qkv_hook(record_heads)
 
-    def record_hidden(self, layer: int, module: nn.Module, inputs: tuple, output: Tensor) -> None:
-        self.hidden[layer] = output
+    @property
+    def hidden(self) -> dict[int, Tensor]:
+        return {layer: block.recorded for layer, block in self.blocks.items()}
 
-    def record_heads(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> None:
-        self.heads[layer] = (q, k, v)
+    @property
+    def heads(self) -> dict[int, Heads]:
+        return {layer: block.self_attn.recorded for layer, block in self.blocks.items()}
+
+
+def record_hidden(module: Any, inputs: tuple, output: Tensor) -> None:
+    module.recorded = output
+
+
+def record_heads(module: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
+    module.recorded = (q, k, v)
 
 
 def gradient_cosine(losses: tuple[Tensor, Tensor], parameters: list[nn.Parameter]) -> Tensor:
