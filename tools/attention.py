@@ -19,6 +19,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -51,15 +52,15 @@ def look(model: GPT, ids: list[int], visit: Callable[[int, int, Tensor], None]) 
     T = len(ids)
     future = torch.ones(T, T, dtype=torch.bool).triu(1)
 
-    def hook(layer: int, sinks: Tensor | None, q: Tensor, k: Tensor, v: Tensor) -> None:
+    def hook(layer: int, module: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
         for head in range(q.shape[1]):  # one at a time, because (H, T, T) may not fit into memory
             keys = k[0, head * k.shape[1] // q.shape[1]].float()  # (T, D)
             scores = (q[0, head].float() @ keys.T / math.sqrt(q.shape[-1])).masked_fill(future, -torch.inf)
-            logit = torch.full((T, 1), -torch.inf if sinks is None else float(sinks[head]))
+            logit = torch.full((T, 1), -torch.inf if module.sinks is None else float(module.sinks[head]))
             visit(layer, head, torch.cat((scores, logit), dim=1).softmax(dim=1)[:, :T])
 
     for layer, block in enumerate(model.model["layers"]):
-        block.self_attn.register_qkv_hook(partial(hook, layer, block.self_attn.sinks))
+        block.self_attn.register_qkv_hook(partial(hook, layer))
     model(torch.tensor([ids]), head=lambda hidden, weight: None)
 
 
