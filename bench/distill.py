@@ -162,8 +162,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     """Run every arm once per round. UserError if the losses differ."""
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, Path(scratch))
-        arms = [name for name in ARMS if "TRL" not in name or post.has_trl()]
-        results = children_in_turns(run_arm, arms, scratch, asdict(cfg), rounds=cfg.rounds,
+        results = children_in_turns(run_arm, post.installed(ARMS), scratch, asdict(cfg), rounds=cfg.rounds,
                                     threads=cfg.threads)
     check(cfg, results)
     return {"subject": "distill", "sizes": asdict(cfg), "arms": results}

@@ -20,7 +20,7 @@ import importlib.util
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -177,8 +177,15 @@ ARMS = {"ours": run_ours, "ours, packed": functools.partial(run_ours, packing=Tr
 
 
 def has_trl() -> bool:
-    """Whether TRL can run. Without it, the benchmark times only the other arms."""
     return all(importlib.util.find_spec(name) for name in ("datasets", "trl"))
+
+
+def installed(arms: Iterable[str]) -> list[str]:
+    """The arms whose packages are installed. Prints a note if TRL is left out."""
+    if has_trl():
+        return list(arms)
+    print("note: trl or datasets is not installed, so nothing is compared with TRL")
+    return [name for name in arms if "TRL" not in name]
 
 
 def run_arm(arm: str, kind: str, folder: str, keys: dict[str, Any]) -> dict[str, float]:
@@ -211,7 +218,7 @@ def measure_run(cfg: Config, run: Callable[[], Run]) -> dict[str, float]:
 
 def measure(cfg: Config, kind: str) -> dict[str, Any]:
     """Run every arm once per round. kind: sft or dpo. UserError if the first losses differ."""
-    arms = ["ours", *["ours, packed"] * (kind == "sft"), *["TRL"] * has_trl()]
+    arms = installed(["ours", "ours, packed", "TRL"] if kind == "sft" else ["ours", "TRL"])
     with tempfile.TemporaryDirectory() as scratch:
         write_inputs(cfg, kind, Path(scratch))
         results = children_in_turns(run_arm, arms, kind, scratch, asdict(cfg), rounds=cfg.rounds,

@@ -89,8 +89,8 @@ class Student(GPT):
 class ActivationHooks:
     """Records what chosen blocks of a GPT computed in its latest forward pass.
 
-    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v). A block keeps its own:
-    hooks that knew the layer's number would make torch.compile translate every block anew.
+    hidden[layer] is the output of a block, (B, T, C). heads[layer] is its (q, k, v). Each block stores its
+    own record: torch.compile would compile a hook that knows the number of its layer once per block.
     """
 
     def __init__(self, model: GPT, layers: list[int]):

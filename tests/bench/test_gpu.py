@@ -141,6 +141,7 @@ def test_what_cannot_go_on_later_starts_only_if_it_fits(tmp_path, monkeypatch):
     arguments = ["--toy=True", f"--out={tmp_path}", "--inputs=in", "--minutes=2.1"]
     assert gpu.main(["train", *arguments]) == 1
     assert list(json.loads((tmp_path / "train.json").read_text())["figures"]) == ["loss_head", "1.1b"]
+    assert gpu.main(["run", "--arm=nanoGPT", *arguments]) == 1  # it starts again each time
     assert gpu.main(["real", "--arm=text", *arguments]) == 0
     assert json.loads((tmp_path / "real.json").read_text())["figures"]["text"]["result"] < 107
 
