@@ -1,6 +1,7 @@
 """Linear layers, and products of several layers with the same input.
 
     q, k, v = products(x, (self.q_proj, self.k_proj, self.v_proj))     # model.py
+    cast_frozen(model, torch.bfloat16)                                 # a model whose layers are not trained
 
 A decoding step on a GPU multiplies every matrix by a single row, so its time is that of reading the weights.
 cuBLAS reads small matrices slowly. `row_products` (modeling/kernels.py) reads them faster, and needs one
@@ -35,6 +36,17 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         return linear(x, self.weight, self.bias)
+
+
+def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
+    """Keep the weights of the linear layers in the dtype that autocast casts them to for every product.
+
+    The products stay the same. It saves memory, and the casts: autocast keeps those of trained weights only.
+    Left alone: embedding tables, MoE's router and ternary layers, which compute with float32 weights.
+    """
+    for module in model.modules():
+        if isinstance(module, Linear) and module.weight is not None:  # None: in 4 bits
+            module.weight.data = module.weight.data.to(dtype)
 
 
 def products(x: Tensor, layers: Sequence[nn.Module]) -> list[Tensor]:

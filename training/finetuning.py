@@ -21,6 +21,7 @@ from formats.chat_format import with_chat_tokens
 from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from modeling.devices import pick_device, pick_dtype
 from training.config import RunConfig
 from training.curves import print_end
 from training.lora import AdaptedGPT, targets_of
@@ -96,7 +97,8 @@ def with_adapter(cfg: PostTrainingConfig, plain: GPT, base: dict[str, str]) -> G
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
     spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
                             targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
-    return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
+    return AdaptedGPT(plain.config, spec, base, cfg.seed, cfg.quantize_base == "nf4",
+                      pick_dtype(cfg.dtype, pick_device(cfg.device)))
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,

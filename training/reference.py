@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from configurator import UserError
 from formats import hf
 from model import GPT
+from modeling.linear import cast_frozen
 from training.finetuning import PostTrainingConfig
 from training.lora import AdaptedGPT
 from training.losses import linear_log_probs
@@ -62,6 +63,7 @@ class ReferenceModel:
         if self.model is None:
             with torch.device("meta"):
                 model = GPT(self.policy.config)
+            cast_frozen(model, self.dtype)
             model.to_empty(device=self.device)
             model.load(hf.find_folder(self.source))
             self.model = model.eval().requires_grad_(False)

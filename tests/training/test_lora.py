@@ -25,13 +25,14 @@ def base(tmp_path):
     return model, folder
 
 
-def adapted(folder, spec=SPEC, vocab_size=500, seed=0):
+def adapted(folder, spec=SPEC, vocab_size=500, seed=0, dtype=torch.float32):
     with torch.device("meta"):
         model = AdaptedGPT(
             tiny_config(vocab_size=vocab_size),
             spec,
             {"path": str(folder), "sha256": weights_sha256(folder)},
             seed,
+            dtype=dtype,
         )
     model.to_empty(device="cpu")
     model.load(folder)
@@ -52,6 +53,23 @@ def busy(model):
 def test_a_new_adapter_is_a_no_op(base):
     model, folder = base
     assert torch.equal(adapted(folder)(IDS), model(IDS))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_dtype_of_the_frozen_matrices_changes_no_bit(base, dtype):
+    """autocast rounds float32 matrices to the same numbers, in every product again."""
+    _, folder = base
+    results = []
+    for each in (torch.float32, dtype):
+        model = busy(adapted(folder, dtype=each))
+        with torch.autocast("cpu", dtype):
+            logits = model(IDS)
+        logits.float().square().mean().backward()
+        grads = [p.grad for name, p in model.named_parameters() if model.is_trained(name)]
+        results.append([logits, *grads])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    halved = {name for name, parameter in model.named_parameters() if parameter.dtype == dtype}
+    assert halved == {name for name in GPT(tiny_config()).state_dict() if name.endswith("_proj.weight")}
 
 
 @pytest.mark.parametrize("rslora", [False, True])
