@@ -75,6 +75,11 @@ PROBE = "It's a naïve 日本 test: x = 10;\n\tA  b"  # accents, capitals, digit
 NO_RULE = -1
 
 
+def copy_to(array: np.ndarray, device: torch.device) -> Tensor:
+    """An array as a tensor on `device`, without waiting for what a GPU computes."""
+    return torch.from_numpy(array).to(device, non_blocking=True)
+
+
 class Rule(NamedTuple):
     """Which tokens of the teacher count, and each for which token of the student."""
 
@@ -92,12 +97,13 @@ class TranslatedTeacher(NamedTuple):
     aligner: "Aligner"
     teacher: DenseTeacher  # at its B T' positions
     slots: Tensor  # (E,) int64, which of the B T' positions predicts the target
-    rule: Tensor  # (E,) int64, number of the rule for this prediction
-    split: Tensor  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     group: Tensor  # (E,) int64, of the target
-    exclusion: Tensor  # (E,) int64, number in the aligner's `excluded`
+    # On the CPU, so that looking for the targets of a rule does not wait for a GPU.
+    rule: np.ndarray  # (E,) int64, number of the rule for this prediction
+    split: np.ndarray  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
+    exclusion: np.ndarray  # (E,) int64, number in the aligner's `excluded`
 
-    def translated(self, slots: Tensor, numbers: Tensor, vocab_size: int, temperature: float,
+    def translated(self, slots: Tensor, numbers: np.ndarray, vocab_size: int, temperature: float,
                    exclusion: Sequence[int] = ()) -> Tensor:
         """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
 
@@ -108,10 +114,10 @@ class TranslatedTeacher(NamedTuple):
         if exclusion:
             tokens = [self.aligner.excluded[number] for number in exclusion]
             pairs = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), np.concatenate(tokens)
-            q[tuple(torch.from_numpy(each).to(q.device) for each in pairs)] = 0
+            q[tuple(copy_to(each, q.device) for each in pairs)] = 0
         out = q.new_zeros(len(q), vocab_size)
-        for number in numbers.unique().tolist():
-            rows = (numbers == number).nonzero()[:, 0]
+        for number in np.unique(numbers).tolist():
+            rows = copy_to(np.flatnonzero(numbers == number), q.device)
             out[rows] = self.aligner.rules[number].translate(q[rows], vocab_size)
         return out
 
@@ -121,10 +127,11 @@ class TranslatedTeacher(NamedTuple):
                               self.exclusion[chunk].tolist())
         # Given that a token of the teacher counts at all.
         out /= out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
-        group, rows = self.group[chunk], (self.split[chunk] != NO_RULE).nonzero()[:, 0]  # (n,), (m,)
+        is_split, group = self.split[chunk] != NO_RULE, self.group[chunk]  # (n,) both
+        rows = copy_to(np.flatnonzero(is_split), out.device)  # (m,)
         if len(rows):
             base = group[rows, None]  # (m, 1)
-            within = self.translated(self.slots[chunk][rows] + 1, self.split[chunk][rows], vocab_size,
+            within = self.translated(self.slots[chunk][rows] + 1, self.split[chunk][is_split], vocab_size,
                                      temperature)  # (m, V)
             # What begins no other token of the group leaves the text where the group's own token ends.
             within.scatter_(1, base, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
@@ -269,8 +276,8 @@ class Aligner:
         if not rule:
             return NO_RULE
         self.maps[len(self.rules)] = rule
-        self.rules.append(Rule(*(torch.tensor([*ids], dtype=torch.int64, device=self.device)
-                                 for ids in (rule.keys(), rule.values()))))
+        arrays = (np.fromiter(ids, np.int64) for ids in (rule.keys(), rule.values()))
+        self.rules.append(Rule(*(copy_to(array, self.device) for array in arrays)))
         return len(self.rules) - 1
 
     def text_rule(self, places: range, prefix: bytes) -> dict[int, int]:
@@ -394,7 +401,7 @@ class Aligner:
         return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 5)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
-        """The batch with the keys of `compared_first` and of the teacher, all on the CPU.
+        """The batch with the keys of `compared_first` and of the teacher, tensors and arrays on the CPU.
 
         "teacher_input_ids" (B, T') and, for documents, "teacher_document_ids" (B, T'). For the targets that
         are compared, the last five fields of TranslatedTeacher, (E,) int64 each. "kinds": the argument of
@@ -425,10 +432,10 @@ class Aligner:
         split = np.where(slot + 1 < width, split, NO_RULE)
         kinds = np.zeros(B * T, dtype=np.int64)
         kinds[place] = np.where(split == NO_RULE, 1, 2)
-        arrays = {"slots": row * width + slot, "rule": rule, "split": split,
-                  "group": self.groups[targets[place]], "exclusion": exclusion}
-        batch |= {key: torch.from_numpy(array) for key, array in arrays.items()}
-        batch |= {"teacher_input_ids": table[:, :-1, 0], "kinds": kinds}
+        batch |= {"slots": torch.from_numpy(row * width + slot),
+                  "group": torch.from_numpy(self.groups[targets[place]]),
+                  "rule": rule, "split": split, "exclusion": exclusion, "kinds": kinds,
+                  "teacher_input_ids": table[:, :-1, 0]}
         if "document_ids" in batch:
             batch["teacher_document_ids"] = table[:, :-1, 1].cummax(1).values  # padding: of the last one
         return batch | compared_first(batch, kinds)
@@ -439,7 +446,7 @@ class Aligner:
         hidden, weight: what the teacher's head is called with, (B, T', C) and its output matrix or None.
         """
         dense = DenseTeacher(hidden.flatten(0, 1), weight)
-        arrays = {key: batch[key] for key in ("slots", "rule", "split", "group", "exclusion")}
+        arrays = {key: batch[key] for key in ("slots", "group", "rule", "split", "exclusion")}
         return TranslatedTeacher(self, dense, **arrays)
 
     def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
