@@ -7,9 +7,9 @@
     ids = model.eval().generate(ids, 20)               # (B, T) -> (B, T + 20)
 
 Read it from top to bottom: GPTConfig, norms and rotary positions, attention, MLP, block, GPT. Parameters have
-the names of Hugging Face's Llama in every architecture, as `model.layers.0.self_attn.q_proj.weight`. Other
-files have the masks (modeling/attention.py), the cache for generation (modeling/kv_cache.py), and the files
-of a model (formats/weights.py). The model knows no loss, no optimizer and no tokenizer.
+the names of Hugging Face's Llama in every architecture, as `model.layers.0.self_attn.q_proj.weight`. The
+masks are in modeling/attention.py, the cache for generation is in modeling/kv_cache.py, and loading and
+saving are in formats/weights.py. The model knows no loss, no optimizer and no tokenizer.
 
 Llama: arXiv 2302.13971. GPT-2: Radford et al., 2019.
 
@@ -59,7 +59,7 @@ class GPTConfig:
     n_kv_head: Derived = None  # number of key/value heads (grouped-query attention); None is n_head
     n_embd: int = 256  # width of the residual stream
     head_dim: Derived = None  # width of one head; None is n_embd / n_head
-    intermediate_size: Derived = None  # MLP width; None is 8/3 n_embd (gelu: 4), up to a multiple of 256
+    intermediate_size: Derived = None  # MLP width; None is 8/3 n_embd (gelu: 4), the next multiple of 256
     block_size: int = 128  # longest context, in tokens
     rope_theta: float = 10000.0  # base of the rotary frequencies
     rope_scaling: dict | None = None  # {"rope_type": "llama3"|"yarn", "factor": .., ..}, Hugging Face's keys
@@ -67,19 +67,19 @@ class GPTConfig:
     dropout: float = 0.0  # on embeddings, attention weights and both residual branches
     tie_embeddings: bool = True  # use one table for input and output
     qk_norm: bool = False  # normalise every query and key head with RMSNorm (Qwen3)
-    position: Literal["rope", "learned", "none"] = "rope"  # learned is GPT-2's table; none: the mask alone
+    position: Literal["rope", "learned", "none"] = "rope"  # learned is GPT-2's table; none is the mask alone
     norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"  # layernorm, with a bias, is GPT-2's
     mlp: Literal["swiglu", "gelu"] = "swiglu"  # gelu, in its tanh form, is GPT-2's
     bias: Literal["none", "qkv", "all"] = "none"  # linear layers with a bias: qkv is Qwen2's, all is GPT-2's
     ternary: bool = False  # 1.58-bit weights in the blocks' linear layers: -1, 0 or 1 times a scale
     sink_logits: bool = False  # a learned logit per head for attending to nothing (modeling/sinks.py)
-    n_expert: int = 0  # MLPs per block, of which a token uses a few (modeling/moe.py); 0 is one MLP, dense
+    n_expert: int = 0  # experts per block: MLPs of which a token uses a few (modeling/moe.py); 0 is one MLP
     n_expert_per_token: int = 2  # experts that a token uses
     expert_size: Derived = None  # width of an expert; None is intermediate_size
     dense_layers: list = field(default_factory=list)  # blocks (from 0) with one MLP in place of experts
-    capacity_factor: float | None = None  # limit of an expert's load in training, over the mean; None: none
+    capacity_factor: float | None = None  # in training, limit on an expert's load / mean load; None: no limit
     norm_topk: bool = True  # divide the weights of a token's experts by their sum
-    balance: Literal["aux", "bias"] = "aux"  # equal load of the experts by a loss, or by a bias when choosing
+    balance: Literal["aux", "bias"] = "aux"  # how to balance the experts: by a loss, or a bias when choosing
     balance_weight: float = 0.01  # weight of that loss, or step of the bias
     router_z_loss: float = 0.001  # weight of the router's logsumexp^2
 
@@ -94,7 +94,7 @@ class GPTConfig:
                           ("block_size", 2**24)):
             require(self, key, getattr(self, key) <= most, f"at most {most:,}")
         require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
-        # Without a head_dim of their own, the heads divide the width among them.
+        # If head_dim is not given, the heads divide the width among them.
         fits = self.head_dim is not None or self.n_embd % self.n_head == 0
         require(self, "n_embd", fits, f"divisible by n_head={self.n_head} (or set head_dim)")
         # SwiGLU has three matrices and GELU has two: at 8/3 and 4 times the width both have 8 C^2 weights.
@@ -144,7 +144,8 @@ def make_linear(config: GPTConfig, n_in: int, n_out: int, bias: bool) -> nn.Line
 
 
 def make_norm(config: GPTConfig) -> nn.Module:
-    """RMSNorm divides x by its root mean square and multiplies by a learned weight; no mean, no bias."""
+    """RMSNorm divides x by its root mean square and multiplies by a learned weight. LayerNorm also subtracts
+    the mean first and adds a learned bias."""
     kind = nn.RMSNorm if config.norm == "rmsnorm" else nn.LayerNorm
     return kind(config.n_embd, eps=config.norm_eps)
 
@@ -174,7 +175,7 @@ class Attention(nn.Module):
         # Normalised heads keep q . k small, so the softmax does not saturate in large models.
         self.q_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(D, config.norm_eps) if config.qk_norm else nn.Identity()
-        # One more logit per head, without a value: a head may give its attention to it, and add nothing.
+        # One more logit per head, without a value: attention that goes to it adds nothing to the stream.
         self.sinks = nn.Parameter(torch.zeros(H)) if config.sink_logits else None
         self.head_dim, self.dropout = D, config.dropout
         self.qkv_hook: Callable[[nn.Module, Tensor, Tensor, Tensor], None] | None = None
@@ -222,8 +223,8 @@ class MLP(nn.Module):
         if self.gate_proj is not None:
             # The gate decides, element by element, how much of `up` passes.
             gate, up = products(x, (self.gate_proj, self.up_proj))  # (B, T, inner) each
-            return self.down_proj(F.silu(gate) * up)
-        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))
+            return self.down_proj(F.silu(gate) * up)  # (B, T, C)
+        return self.down_proj(F.gelu(self.up_proj(x), approximate="tanh"))  # (B, T, C)
 
 
 class Block(nn.Module):
@@ -256,7 +257,7 @@ class GPT(nn.Module):
     model: Any  # an nn.ModuleDict: embed_tokens, layers, norm, and embed_positions if they are learned
 
     def __init__(self, config: GPTConfig, seed: int = 0):
-        """Random weights from `seed`; under `with torch.device("meta")` none, until `materialize`."""
+        """Draw random weights from `seed`; on the meta device there are none until `materialize`."""
         super().__init__()
         self.config = config
         self.checkpoint_activations = False  # recompute blocks in the backward pass, to save memory
@@ -396,14 +397,13 @@ class GPT(nn.Module):
         self.rebuild_rope()
 
     def num_parameters(self, active: bool = False) -> int:
-        """Count all weights: a tied table once, padding rows not at all. active: without the experts that a
+        """Count all weights: a tied table once, padding rows not at all. active: leave out the experts that a
         token does not use."""
         c, experts = self.config, sum(p.numel() for n, p in self.named_parameters() if ".experts." in n)
         # All experts have the same size, and a token uses n_expert_per_token of n_expert.
         idle = experts - experts * c.n_expert_per_token // max(c.n_expert, 1) if active else 0
-        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        tables = 1 if self.config.tie_embeddings else 2
-        return sum(parameter.numel() for parameter in self.parameters()) - tables * padding - idle
+        padding = (c.padded_vocab_size - c.vocab_size) * c.n_embd * (1 if c.tie_embeddings else 2)
+        return sum(parameter.numel() for parameter in self.parameters()) - padding - idle
 
     def is_trained(self, name: str) -> bool:
         """Whether an optimizer may train this parameter. modeling/moe.py moves the bias of the experts."""

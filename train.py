@@ -69,7 +69,7 @@ class TrainConfig(RunConfig, GPTConfig):
 # ---- Data -------------------------------------------------------------------------------------------------
 
 def make_batch(rows: np.ndarray, tokenizer: Tokenizer, cfg: TrainConfig) -> dict[str, Any]:
-    """The batch of rows of text, (B, T + 1) ids without the sink tokens."""
+    """The batch of rows of ids, (B, T + 1); they are n shorter if n sink tokens come before each row."""
     # Without a mask, a token also attends to the documents that are packed before its own in the row.
     return text_batch(rows, tokenizer.eot_id if cfg.document_mask else None,
                       [tokenizer.eot_id] * cfg.sink_tokens)
@@ -102,7 +102,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any],
 
 def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
     """At most `length` tokens sampled from the model, starting from the end-of-text token alone."""
-    # As between packed documents: end-of-text is what a new document follows.
+    # In packed training data, a new document follows an end-of-text token.
     eot_id = tokenizer.eot_id
     start = tokenizer.prefix_ids or [eot_id]
     # Every rank samples, because a sharded model needs them all, and with the same seed they sample the same.
@@ -160,7 +160,7 @@ def compressed_bits(folder: DataFolder, tokenizer: Tokenizer) -> dict[str, float
     """Bits per byte of file compressors on the validation text; {} if it has more than 16 MB."""
     if folder.meta["bytes"]["val"] > 16e6:  # xz -9e takes too long
         return {}
-    # Decode the ids: the compressors get the text as the model sees it, and the bytes are counted alike.
+    # Decode the ids, so that the compressors get the text that the model sees, with the same number of bytes.
     table = tokenizer.token_bytes()
     text = b"".join(table[i] for shard in folder.shards["val"] for i in shard.tolist())
     sizes = {"gzip -9": len(gzip.compress(text, 9)),
@@ -206,7 +206,7 @@ def print_summary(cfg: TrainConfig, model: GPT, data: StagedData, results: dict[
         sample = "\n" + log_text("sample      ", sample_text(model, tokenizer, 128))
     if run.rank > 0 or not results:
         return
-    # From the log, because the run may have been resumed. The log may be lost, too.
+    # Read the totals from the log, because the run may have been resumed. The log may be missing.
     event = run.last_event("tokens_per_second") or {"tokens": 0, "seconds": 0.0}
     # A mix is more than one text; compressing its folders one by one would compare with something else.
     compressors = compressed_bits(folder, tokenizer) if len(data.last_mix.folders) == 1 else {}
