@@ -70,9 +70,9 @@ def other_name(key: str, names: list[str]) -> str:
 
 
 def close_names(key: str, names: list[str]) -> list[str]:
-    """[the name that `key` is a misspelling of], or []. Every word must be close: min_lr is no max_lr."""
+    """[the name that `key` misspells], or []. Every word must be close: min_lr is not taken for max_lr."""
     if any(key in others.split() for others in other_names().values()):
-        return []  # another tool's key that this script has no counterpart of
+        return []  # another tool's key, for which this script has no counterpart
     similar = [name for name in names if all(difflib.get_close_matches(word, [name, *name.split("_")], 1, 0.7)
                                              for word in key.split("_"))]
     return difflib.get_close_matches(key, similar, n=1, cutoff=0.75)
@@ -219,7 +219,7 @@ def help_text(schema: type, usage: str) -> str:
         sections[section] = sections.get(section, f"\n{section}:") + f"\n{line}"
     pages = list(sections.values())
     if len(pages) == 1:  # a single section needs no name
-        pages = [pages[0].partition("\n")[2].partition("\n")[2]]
+        pages = pages[0].split("\n", 2)[2:]  # without the empty line and the line of the name
     return f"{usage.strip()}\n\nkeys (--key=value, or `key = value` in a config file):\n" + "\n".join(pages)
 
 
@@ -253,7 +253,7 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
     if "--version" in argv:
         print(f"nanollama {version()}")
         raise SystemExit(0)
-    # provenance tells what the user has set, which a value equal to the default does not show.
+    # provenance records what the user has set, even if the value equals the default.
     values, provenance = {}, {}
     for arg in argv:  # in order, so that a file after an option overrides the option
         if arg.startswith("--"):
@@ -273,7 +273,7 @@ def configure(schema: type, argv: list[str], usage: str = "") -> tuple[Any, dict
     try:
         return schema(**values), provenance  # __post_init__ checks ranges and combinations
     except UserError as error:
-        # "max_steps=0: must be positive" of a config file needs the file's name, too.
+        # If a config file set the key, "max_steps=0: must be positive" needs the file's name, too.
         place = provenance.get(str(error).partition("=")[0], "command line")
         raise UserError(str(error) if place == "command line" else f"{place}: {error}") from None
 
@@ -366,7 +366,7 @@ def run_script(main: typing.Callable[[list[str]], int | None]) -> None:
             time.sleep(10)
         print(f"{Path(sys.argv[0]).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except (MemoryError, RuntimeError) as error:  # torch raises a RuntimeError, whose text tells
+    except (MemoryError, RuntimeError) as error:  # torch's RuntimeError: only its text names the memory
         reason = str(error).split("\n")[0]
         if isinstance(error, RuntimeError) and not re.search("out of memory|can't allocate memory", reason):
             raise

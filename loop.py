@@ -104,7 +104,7 @@ class StepData:
 # ---- One step ---------------------------------------------------------------------------------------------
 
 def prefetch(pool: ThreadPoolExecutor, batches_at: BatchesAt, step: int, total: int) -> Future:
-    """Let a thread make the batches of `step`. After the last step: an empty Future that nobody waits for."""
+    """Let a thread make the batches of `step`. After the last step, the Future is empty and never read."""
     return pool.submit(batches_at, step) if step < total else Future()
 
 
@@ -223,7 +223,8 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
 def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
     """Whether to compile the model's blocks: cfg.compile, or by default on a GPU if it pays.
 
-    Compiling takes about a minute. It pays in a run of more than 1e16 FLOPs, half a minute of a fast GPU.
+    Compiling takes about a minute, so short runs are not compiled. The limit, 1e16 FLOPs, is 25 s at the 4e14
+    FLOP/s of a fast GPU, and minutes at the lower speed of a small model.
     """
     if cfg.compile is not None:
         return cfg.compile
@@ -321,7 +322,7 @@ def newest_checkpoint(run: Run) -> Path | None:
     return run.run_on_rank0(lambda: checkpoint.newest_verified(run.out_dir, run.print))
 
 
-def write_checkpoint(state: TrainState, parameters: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
+def save_on_rank0(state: TrainState, parameters: dict[str, Tensor], trainer_state: dict[str, Any]) -> None:
     """Rank 0's part of `save`: write the folder, then point to it."""
     model, run, step = state.model, state.run, state.progress.step
 
@@ -359,7 +360,7 @@ def save(state: TrainState) -> None:
         parameters: dict[str, Any] = {name: tensor.cpu() if writes else None for name, tensor in gathered}
         trainer_state = {"progress": dataclasses.asdict(state.progress), "scaler": state.scaler.state_dict(),
                          "optimizer": optim.optimizer_state(model, state.optimizers, keep=writes)}
-        run.run_on_rank0(lambda: write_checkpoint(state, parameters, trainer_state))
+        run.run_on_rank0(lambda: save_on_rank0(state, parameters, trainer_state))
     state.saved_step = step
 
 
@@ -440,7 +441,7 @@ def note_best(state: TrainState, results: dict[str, float]) -> None:
     """Point "best" to this step's checkpoint, if there is one and its val_loss is the lowest so far."""
     # eval_interval may be shorter than save_interval; an evaluation without a checkpoint cannot be the best.
     run, name, loss = state.run, f"step_{state.progress.step:06d}", results.get("val_loss", math.inf)
-    # From the file, because an earlier process of the same run may have found the best.
+    # Read it from the file, because an earlier process of the same run may have made the best checkpoint.
     best = checkpoint.read_pointers(run.out_dir).get("best_val_loss", math.inf)
     if run.rank == 0 and loss < best and (run.out_dir / name).is_dir():
         checkpoint.update_pointers(run.out_dir, state.cfg.keep_checkpoints, best=name, best_val_loss=loss)
@@ -496,7 +497,7 @@ def missed_evaluation(state: TrainState) -> bool:
 # ---- The loop ---------------------------------------------------------------------------------------------
 
 def catch_up(state: TrainState, evaluate: Evaluate) -> dict[str, float]:
-    """Before the first step: do what a stopped run has missed, or say that there is nothing to do."""
+    """Before the first step, do what a stopped run has missed, or print that the run is finished."""
     results: dict[str, float] = {}
     if state.total == 0 and state.saved_step < 0:  # max_steps=0: the model as it starts
         save(state)
@@ -512,10 +513,10 @@ def train(state: TrainState, batches_at: BatchesAt, loss_fn: LossFn, evaluate: E
     """Train from `state` to the last step. Returns the last evaluation. Raises NotFinite."""
     cfg, run, progress, stages = state.cfg, state.run, state.progress, state.stages
     results = catch_up(state, evaluate)
-    is_over = is_out_of_patience(state)  # a run that has ended early, started again
-    hidden = run.rank > 0 or not sys.stderr.isatty()  # the bar
+    is_over = is_out_of_patience(state)  # True at once if a run that stopped early is started again
+    hide_bar = run.rank > 0 or not sys.stderr.isatty()
     with run.signals(), ThreadPoolExecutor(1) as pool, tqdm(
-            total=state.total, initial=progress.step, unit="step", disable=hidden, leave=False) as bar:
+            total=state.total, initial=progress.step, unit="step", disable=hide_bar, leave=False) as bar:
         upcoming = prefetch(pool, batches_at, progress.step, state.total)
         state.model.train()
         while progress.step < state.total and not is_over:

@@ -118,7 +118,7 @@ class Run:
         if self.writer_class is not None:  # purge_step makes TensorBoard hide what an earlier writer wrote
             self.tensorboard = self.writer_class(str(self.out_dir / "tensorboard"), purge_step=step + 1)
         path = self.out_dir / "metrics.jsonl"
-        if self.rank == 0 and path.is_file():
+        if path.is_file():
             write_text(path, "".join(json.dumps(event) + "\n" for event in self.events()
                                      if event["step"] <= step))
 
