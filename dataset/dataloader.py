@@ -131,7 +131,7 @@ class Mix:
         return {str(data.folder): file_sha256(data.folder / "meta.json") for data in self.folders}
 
     def epoch_samples(self) -> int:
-        """The number of samples after which one of the folders has been read once, the earliest of them."""
+        """The number of samples after which the first of the folders has been read completely."""
         ends = [len(rows) / weight for rows, weight in zip(self.rows, self.weights, strict=True)]
         return math.ceil(min(ends))
 
@@ -222,7 +222,10 @@ def text_batch(rows: np.ndarray, eot_id: int | None = None, sinks: Sequence[int]
 
 
 def rank_batches(total: int, batch_size: int, rank: int, world_size: int) -> Iterator[np.ndarray]:
-    """This rank's batches of the numbers 0 ... total - 1. Each rank gets equally many; some may be empty."""
+    """This rank's batches of the numbers 0 ... total - 1.
+
+    Each rank gets the same number of batches. The last one may be smaller, or empty.
+    """
     for begin in range(0, total, batch_size * world_size):
         yield np.arange(begin + rank * batch_size, min(begin + (rank + 1) * batch_size, total))
 

@@ -123,20 +123,20 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_
     with torch.no_grad(), torch.autocast(hidden.device.type, enabled=False):
         matrix = weight.to(dtype)  # (P, C)
         for chunk in chunks(hidden, vocab_size):
-            wanted = targets[chunk] != IGNORE  # (n,)
-            h = torch.where(wanted[:, None], hidden[chunk].to(dtype), 0)  # (n, C), 0 adds no gradient
-            target = torch.where(wanted, targets[chunk], 0)  # (n,)
+            is_target = targets[chunk] != IGNORE  # (n,)
+            h = torch.where(is_target[:, None], hidden[chunk].to(dtype), 0)  # (n, C), 0 adds no gradient
+            target = torch.where(is_target, targets[chunk], 0)  # (n,)
             logits = h @ matrix.T  # (n, P)
             target_logits = logits.gather(1, target[:, None])[:, 0]  # (n,), before they are overwritten
             if grad_hidden is None:
                 log_z = log_sum_exp(logits, vocab_size)
             else:
                 d_logits, log_z = softmax_gradient(logits, target, None, vocab_size, z_loss)
-                grad_hidden[chunk] = torch.where(wanted[:, None], d_logits @ matrix, 0)  # (n, C)
+                grad_hidden[chunk] = torch.where(is_target[:, None], d_logits @ matrix, 0)  # (n, C)
                 if grad_weight is not None:
                     grad_weight = add_product(grad_weight, d_logits, h)
-            nll += torch.where(wanted, log_z - target_logits, 0.0).sum()
-            z_term += z_loss * torch.where(wanted, log_z.square(), 0.0).sum()
+            nll += torch.where(is_target, log_z - target_logits, 0.0).sum()
+            z_term += z_loss * torch.where(is_target, log_z.square(), 0.0).sum()
     loss = nll + z_term
     if with_grad:
         loss = KnownGradients.apply(hidden, weight, loss, grad_hidden, grad_weight)
@@ -207,7 +207,8 @@ def preference_loss(log_ratios: Tensor, lengths: Tensor, beta: float, label_smoo
 
 def group_advantages(rewards: Tensor, kind: Literal["mean", "grpo", "rloo", "reinforce"],
                      batch_mean: float) -> Tensor:
-    """How much better each answer is than the others to its prompt: rewards (P, G) -> (P, G).
+    """How much better each answer is than the others to its prompt: (P, G) -> (P, G), for P prompts with G
+    answers each.
 
     mean: minus the group's mean, without dividing by the standard deviation (Dr. GRPO, arXiv 2503.20783).
     grpo: divided by it, plus 1e-4 (arXiv 2402.03300). rloo: minus the mean of the other answers (arXiv
@@ -227,7 +228,7 @@ def policy_loss(log_probs: Tensor, old: Tensor, advantages: Tensor, clip: float)
     """PPO's clipped loss of each token (arXiv 1707.06347, equation 7), and whether it is clipped: (N,) each.
 
     log_probs, old: log-probabilities of the sampled tokens now and when they were sampled, (N,) each.
-    advantages: of the answer that each token is in, (N,). A clipped token has no gradient.
+    advantages: for each token, the advantage of its answer, (N,). A clipped token has no gradient.
     """
     ratio = (log_probs - old).exp()
     clipped = ratio.clamp(1 - clip, 1 + clip)

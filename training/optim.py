@@ -67,7 +67,7 @@ class Muon(torch.optim.Optimizer):
             assert grad is not None
             if found_inf is not None:
                 grad = torch.where(found_inf > 0, 0.0, grad)  # 0 * nan would be nan
-            momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))
+            momentum.add_((grad - momentum) * (go * (1 - group["momentum"])))  # the running mean of gradients
             directions.append(gather_full(grad.lerp(momentum, group["momentum"])))  # Nesterov
         orthogonal = orthogonalize(torch.stack(directions))  # (n, rows, columns)
         # An orthogonal matrix has an RMS of 1 / sqrt(longer side); scale it to 0.2.
@@ -148,10 +148,10 @@ def make_optimizers(model: GPT, cfg: RunConfig) -> list[torch.optim.Optimizer]:
         for_muon = cfg.optimizer == "muon" and is_matrix and ".layers." in name
         if table[name] > 0:
             groups.setdefault((for_muon, is_matrix, table[name]), []).append(parameter)
-    muon, adamw = ([{"params": parameters, "lr_multiplier": factor,
-                     "weight_decay": cfg.weight_decay if is_matrix else 0.0}
-                    for (in_muon, is_matrix, factor), parameters in groups.items() if in_muon == wanted]
-                   for wanted in (True, False))
+    muon, adamw = list[dict[str, Any]](), list[dict[str, Any]]()  # the groups of each optimizer
+    for (for_muon, is_matrix, factor), parameters in groups.items():
+        (muon if for_muon else adamw).append({"params": parameters, "lr_multiplier": factor,
+                                              "weight_decay": cfg.weight_decay if is_matrix else 0.0})
     optimizers: list[torch.optim.Optimizer] = []
     if muon:
         optimizers.append(Muon(muon, lr=cfg.learning_rate, momentum=cfg.beta1))
@@ -213,7 +213,7 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
         dist.all_reduce(total, group=grads[0].device_mesh.get_group())
     norm = total.sqrt().float()
     if limit:
-        torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))
+        torch._foreach_mul_(shards, (limit / (norm + 1e-6)).clamp(max=1.0))  # 1e-6 as in torch's function
     return norm
 
 

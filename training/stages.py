@@ -30,8 +30,8 @@ STAGE_OVERRIDABLE = {"dataset", "global_batch_size", "micro_batch_size", "learni
 
 @dataclass(frozen=True)
 class Stage(Generic[Config]):
-    """Steps `first` to `last` - 1 under `cfg`. Its learning-rate schedule spans steps `begin` to `end` - 1.
-    """
+    """Steps `first` to `last` - 1 run under `cfg`. The learning-rate schedule that they belong to spans steps
+    `begin` to `end` - 1."""
 
     cfg: Config
     changes: dict[str, Any]  # the keys that the stage lists, with their values
@@ -49,35 +49,10 @@ class Stage(Generic[Config]):
         ramp_ends = self.changes.get("rope_theta")
         if not isinstance(ramp_ends, tuple | list):
             return self.cfg.rope_theta
-        # So the last step has exactly `end`, where the next stage continues. start (end / start)^x would miss
-        # it by rounding.
+        # With this form the last step has exactly `end`, where the next stage continues. The equal form
+        # start (end / start)^x would miss it by rounding.
         x = (step + 1 - self.first) / (self.last - self.first)
         return ramp_ends[0] ** (1 - x) * ramp_ends[1] ** x
-
-
-def plan_stages(cfg: Config) -> list[Stage[Config]]:
-    """The stages of a run; a single stage of max_steps if none are listed. Raises UserError for a bad one."""
-    if not cfg.stages:
-        return [Stage(cfg, {}, 0, cfg.max_steps, 0, cfg.max_steps)]
-    stages, begins, first = [], [0], 0
-    for number, entry in enumerate(cfg.stages):
-        stage_cfg, changes = stage_config(cfg, number)
-        # None, which configure_run sets, is max_steps. That makes sense for a single stage only.
-        steps = cfg.max_steps if entry["steps"] is None and len(cfg.stages) == 1 else entry["steps"]
-        if type(steps) is not int or not 0 < steps < 2**63:
-            raise UserError(f"stages[{number}]: steps={steps}: must be a positive whole number")
-        if entry.get("restart") and first:
-            begins.append(first)
-        # The end of the schedule is known only after the last stage.
-        stages.append(Stage(stage_cfg, changes, first, first + steps, begins[-1], 0))
-        first += steps
-    ends = [*begins[1:], first]  # a schedule ends where the next one begins
-    return [dataclasses.replace(stage, end=ends[begins.index(stage.begin)]) for stage in stages]
-
-
-def stage_configs(cfg: Config) -> list[Config]:
-    """The configuration of each stage; [cfg] if none are listed."""
-    return [stage_config(cfg, number)[0] for number in range(len(cfg.stages))] or [cfg]
 
 
 def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
@@ -103,29 +78,34 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
     return override(cfg, values, place), changes
 
 
-def require_multipliers(cfg: RunConfig, model: GPT) -> None:
-    """Raise UserError if the lr_multipliers of a stage do not fit the model."""
-    for stage in stage_configs(cfg):
-        multipliers(model, stage.lr_multipliers)
+def stage_configs(cfg: Config) -> list[Config]:
+    """The configuration of each stage; [cfg] if none are listed."""
+    return [stage_config(cfg, number)[0] for number in range(len(cfg.stages))] or [cfg]
 
 
-def require_free_keys(provenance: dict[str, str], source: str, free: set[str]) -> None:
-    """Raise UserError if the user set a key of the architecture, which the model folder of `source` brings.
+def plan_stages(cfg: Config) -> list[Stage[Config]]:
+    """The stages of a run; a single stage of max_steps if none are listed. Raises UserError for a bad one."""
+    if not cfg.stages:
+        return [Stage(cfg, {}, 0, cfg.max_steps, 0, cfg.max_steps)]
+    stages, begins, first = [], [0], 0
+    for number, entry in enumerate(cfg.stages):
+        stage_cfg, changes = stage_config(cfg, number)
+        # None, which configure_run sets, is max_steps. That makes sense for a single stage only.
+        steps = cfg.max_steps if entry["steps"] is None and len(cfg.stages) == 1 else entry["steps"]
+        if type(steps) is not int or not 0 < steps < 2**63:
+            raise UserError(f"stages[{number}]: steps={steps}: must be a positive whole number")
+        if entry.get("restart") and first:
+            begins.append(first)
+        # The end of the schedule is known only after the last stage.
+        stages.append(Stage(stage_cfg, changes, first, first + steps, begins[-1], 0))
+        first += steps
+    ends = [*begins[1:], first]  # a schedule ends where the next one begins
+    return [dataclasses.replace(stage, end=ends[begins.index(stage.begin)]) for stage in stages]
 
-    free: the keys that may be set nevertheless. A user's n_layer could contradict the weights in the folder.
-    """
-    architecture = {field.name for field in dataclasses.fields(GPTConfig)}
-    if user_keys := sorted(architecture & provenance.keys() - free):
-        key = user_keys[0]
-        raise UserError(f"{provenance[key]}: {key} comes with {source} and cannot be given")
 
-
-def context_length(cfg: RunConfig, source: str | None) -> int:
-    """The block_size of a run's model: the longest rows of any stage, and at least that of a model folder."""
-    lengths = [stage.block_size for stage in stage_configs(cfg)]
-    if source:
-        lengths.append(hf.read_config(hf.find_folder(source))["block_size"])
-    return max(lengths)
+def stage_at(stages: list[Stage[Config]], step: int) -> Stage[Config]:
+    """The stage of step `step`, counted from 0; the last stage after the end."""
+    return next((stage for stage in stages if step < stage.last), stages[-1])
 
 
 def with_steps(cfg: Config, steps_in_epoch: Callable[[Config], float]) -> Config:
@@ -155,6 +135,26 @@ def configure_run(schema: type[Config], argv: list[str], usage: str) -> tuple[Co
     return dataclasses.replace(cfg, stages=[entry]), provenance
 
 
-def stage_at(stages: list[Stage[Config]], step: int) -> Stage[Config]:
-    """The stage of step `step`, counted from 0; the last stage after the end."""
-    return next((stage for stage in stages if step < stage.last), stages[-1])
+def require_multipliers(cfg: RunConfig, model: GPT) -> None:
+    """Raise UserError if the lr_multipliers of a stage do not fit the model."""
+    for stage in stage_configs(cfg):
+        multipliers(model, stage.lr_multipliers)
+
+
+def require_free_keys(provenance: dict[str, str], source: str, free: set[str]) -> None:
+    """Raise UserError if the user set a key of the architecture, which the model folder of `source` brings.
+
+    free: the keys that may be set nevertheless. A user's n_layer could contradict the weights in the folder.
+    """
+    architecture = {field.name for field in dataclasses.fields(GPTConfig)}
+    if user_keys := sorted(architecture & provenance.keys() - free):
+        key = user_keys[0]
+        raise UserError(f"{provenance[key]}: {key} comes with {source} and cannot be given")
+
+
+def context_length(cfg: RunConfig, source: str | None) -> int:
+    """The block_size of a run's model: the longest rows of any stage, and at least that of a model folder."""
+    lengths = [stage.block_size for stage in stage_configs(cfg)]
+    if source:
+        lengths.append(hf.read_config(hf.find_folder(source))["block_size"])
+    return max(lengths)
