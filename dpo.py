@@ -51,7 +51,7 @@ from training.reference import ReferenceModel, check_reference, token_log_probs
 from training.staged_data import MixEvaluation, StagedData, prepare_default
 from training.stages import configure_run
 
-Source = Literal["precomputed", "device", "cpu", "adapter_off"]  # see Reference
+ReferenceKind = Literal["precomputed", "device", "cpu", "adapter_off"]  # see Reference
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +70,7 @@ class DPOConfig(PostTrainingConfig):
     beta: float = 0.1  # strength of the pull towards the reference
     nll_weight: float = 10.0  # weight of the chosen answer's per-token NLL, added to the loss; 0 is plain DPO
     label_smoothing: float = 0.0  # assumed share of pairs with swapped answers; only with loss=dpo
-    reference: Source = "precomputed"  # its log-probabilities: from disk, a second model, or the base alone
+    reference: ReferenceKind = "precomputed"  # its log-probabilities: from disk, a second model, or the base
 
     stage_fixed = PostTrainingConfig.stage_fixed | {"loss", "beta", "nll_weight", "label_smoothing",
                                                     "reference"}
@@ -142,7 +142,7 @@ def save_array(path: Path, table: np.ndarray) -> None:
 
 
 class Reference:
-    """log p_reference of every answer: looked up in a table, or computed for each batch.
+    """Looks up log p_reference of every answer in a table, or computes it for each batch.
 
     cfg.reference decides: precomputed fills the table before training; device and cpu keep a second model in
     memory; adapter_off switches the policy's own adapter off, which needs no second model.
@@ -210,7 +210,7 @@ def pair_loss(model: nn.Module, batch: dict[str, Any], reference: Reference,
 def batches_at(data: StagedData[DPOConfig], reference: Reference, step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step."""
     cfg, mix, first, count = data.shard_for_step(step)
-    # A pair is not a row of fixed length, so the mix only says which pairs they are.
+    # Pairs have no fixed length, so the mix only gives their numbers.
     pairs = [(mix.rows[folder], number) for folder, number in zip(*mix.locate(first, count), strict=True)]
     size = cfg.micro_batch_size
     return [reference.batch(pairs[start:start + size]) for start in range(0, count, size)]

@@ -148,7 +148,7 @@ def loss_fn(log_probs: Tensor, batch: dict[str, Any], reference: Tensor | None,
 def batches_at(stages: list[Stage[GRPOConfig]], source: PromptSource, run: Run,
                step: int) -> list[dict[str, Any]]:
     """This rank's micro-batches of a step. The answers are sampled in the loss, with the current weights."""
-    # The step in which the answers are sampled. If a stage ended since, the keys are those of that step.
+    # The step in which the answers were sampled. Its stage has the keys, even if another has begun since.
     begin = step - step % stages[0].cfg.updates_per_rollout
     cfg = stage_at(stages, begin).cfg
     # Prompts are numbered through the whole run. Stages may differ in their batch size, so add theirs up.
@@ -191,7 +191,7 @@ class PolicyGradient:
         if batch["part"] == 0 and batch["step"] == batch["begin"]:
             metrics = self.roll_out(cfg, batch)
         elif self.begin != batch["begin"]:  # resumed between two updates: the answers are in a file
-            self.read(batch["begin"])
+            self.load_answers(batch["begin"])
         # Equal rewards have no advantage and so no gradient. Only a KL term still learns from such answers.
         groups = [group for group in self.groups if any(each.advantage for each in group) or cfg.kl_weight]
         part = [groups[i] for i in np.array_split(np.arange(len(groups)), batch["parts"])[batch["part"]]]
@@ -217,12 +217,12 @@ class PolicyGradient:
 
         # The reward is the sum of its terms, and each of them is logged under its own name.
         def terms(prompt: Prompt, rollout: Rollout) -> dict[str, float]:
-            found = self.reward.terms(prompt, rollout.messages[-1])
+            result = self.reward.terms(prompt, rollout.messages[-1])
             if cfg.format_weight:
-                found["format"] = cfg.format_weight * is_well_formed(rollout.messages[-1])
+                result["format"] = cfg.format_weight * is_well_formed(rollout.messages[-1])
             if cfg.length_weight:
-                found["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
-            return found
+                result["length"] = -cfg.length_weight * rollout.num_sampled / cfg.max_new_tokens
+            return result
 
         prompts = [self.source.prompt(number, cfg.families, cfg.calculator) for number in numbers]
         return judge(RolloutSampler(self.model, self.source.tokenizer, limits), prompts, numbers, size, terms)
@@ -231,7 +231,7 @@ class PolicyGradient:
         """Sample this rank's answers of a step, and compute their advantages. Returns `sampling_metrics`."""
         start, numbers, replaced = time.perf_counter(), batch["numbers"], list[list[Rollout]]()
         groups = self.sample(cfg, numbers, cfg.group_size, cfg.temperature)
-        # Other prompts in place of those that teach nothing, with the numbers of an attempt of their own.
+        # Refill: sample other prompts in place of the even groups. Each attempt has its own prompt numbers.
         for attempt in range(1, MOST_REFILLS + 1 if cfg.refill else 1):
             even = [place for place, group in enumerate(groups) if is_even(group)]
             replaced += [groups[place] for place in even]
@@ -249,10 +249,10 @@ class PolicyGradient:
         for rollout, value in zip(sum(groups, []), advantages.flatten().tolist(), strict=True):
             rollout.advantage = value
         if cfg.updates_per_rollout > 1:  # after the first update these weights are gone
-            self.write(cfg.updates_per_rollout)
+            self.save_answers(cfg.updates_per_rollout)
         return self.sampling_metrics(groups + replaced, seconds)
 
-    def write(self, updates: int) -> None:
+    def save_answers(self, updates: int) -> None:
         """Write the answers for a run that is resumed between two updates, and delete files of older steps.
 
         Such a run no longer has the weights that sampled the answers.
@@ -271,8 +271,8 @@ class PolicyGradient:
 
         self.run.run_on_rank0(write)
 
-    def read(self, begin: int) -> None:
-        """Read the answers that `write` wrote."""
+    def load_answers(self, begin: int) -> None:
+        """Load what `save_answers` wrote. Raises UserError if the file does not fit this run."""
         path = self.run.out_dir / "rollouts" / f"{begin:06d}.json"
         content = self.run.run_on_rank0(lambda: read_json(path))
         if len(content.get("ranks", [])) != self.run.world_size:
@@ -287,7 +287,7 @@ class PolicyGradient:
         sampled: the groups that are learned from, and those that a refill has replaced.
         """
         answers = [rollout for group in self.groups for rollout in group]
-        n, written = len(answers), sum(each.num_sampled for group in sampled for each in group)
+        n, tokens = len(answers), sum(each.num_sampled for group in sampled for each in group)
         # All ranks log the same names: a term of a user's reward may be missing on one of them.
         names = set().union(*sum(self.run.gather([[*each.terms] for each in answers]), []))
         terms = {f"reward/{name}": sum(each.terms.get(name, 0.0) for each in answers)
@@ -299,7 +299,7 @@ class PolicyGradient:
                 "calls": sum(message["role"] == "tool" for each in answers for message in each.messages),
                 # The mean of -log p over samples from p is an unbiased estimate of the entropy per token.
                 "entropy": -self.scale * sum(sum(each.log_probs) for each in answers),
-                "sampling_seconds": n * seconds, "sampled_per_second": n * written / seconds}
+                "sampling_seconds": n * seconds, "sampled_per_second": n * tokens / seconds}
 
 
 def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, float]:
@@ -308,7 +308,7 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     {"val_loss": minus the reward, "val_reward", "val_length", "val_reward/answer", ..}.
     """
     source = learner.source
-    # The embedded problems have no end, so all eval_prompts are asked; a file may have fewer.
+    # The embedded problems have no end, so eval_prompts of them are used; a file may have fewer.
     count = min(cfg.eval_prompts, len(source.val) or cfg.eval_prompts)
     # Validation prompts have numbers that no training step reaches.
     mine = [VALIDATION + number for number in range(run.rank, count, run.world_size)]
@@ -316,9 +316,9 @@ def evaluate(cfg: GRPOConfig, learner: PolicyGradient, run: Run) -> dict[str, fl
     answers = [group[0] for group in learner.sample(cfg, mine, 1, 0.0)]
     for answer in answers[:cfg.sample_answers]:
         run.print(log_text("sample    ", transcript(source.tokenizer.decode(answer.prompt + answer.ids))))
-    found = [{"val_reward": each.reward, "val_length": each.num_sampled}
-             | {f"val_reward/{name}": value for name, value in each.terms.items()} for each in answers]
-    rows: list[dict[str, float]] = sum(run.gather(found), [])
+    own_rows = [{"val_reward": each.reward, "val_length": each.num_sampled}
+                | {f"val_reward/{name}": value for name, value in each.terms.items()} for each in answers]
+    rows: list[dict[str, float]] = sum(run.gather(own_rows), [])
     # A term of a user's reward may be missing in some answers.
     means = {name: sum(row.get(name, 0.0) for row in rows) / count
              for name in dict.fromkeys(name for row in rows for name in row)}

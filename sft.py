@@ -11,7 +11,7 @@ here. Writes out_dir as train.py does; its checkpoints carry the chat template. 
 are trained on. Several conversations are packed into a row, and none of them sees another:
 
     row       <user> 2+2? <assistant> 4 <end>   <user> Capital of France? <assistant> Paris <end>
-    target    .      .    .           4 <end>   .      .       .  .       .           Paris <end>
+    trained   .      .    .           4 <end>   .      .       .  .       .           Paris <end>
 
 With --lora_rank the model's weights are frozen, and a checkpoint is an adapter in PEFT's format
 (training/lora.py). With --quantize_base=nf4 the frozen weights are kept in 4 bits (QLoRA).
