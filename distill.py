@@ -56,7 +56,7 @@ from training.curves import print_end
 from training.staged_data import StagedData, chat_rows_text, check_vocabulary, prepare_default
 from training.stages import configure_run, context_length, require_free_keys, require_multipliers
 
-CHOICES = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
+FREE_KEYS = ("dropout", "ternary")  # keys that a pruned student may change: they change no tensor shape
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +67,7 @@ class DistillConfig(RunConfig, GPTConfig):
     n_layer: int = 2  # blocks
     n_head: int = 2  # query heads
     n_embd: int = 128  # width of the residual stream
-    intermediate_size: int | None = 256  # width of the MLP; None is 8/3 n_embd (gelu: 4), rounded up to 256s
+    intermediate_size: int | None = 256  # MLP width; None is 8/3 n_embd (gelu: 4), the next multiple of 256
     out_dir: str = "out/distilled"  # checkpoints and logs go here; the same command again continues the run
     teacher: str = "out/base"  # model folder, out_dir (its best checkpoint, else the last) or hub id
     teacher_dtype: Literal["float32", "bfloat16"] | None = None  # of its weights; None is the run's dtype
@@ -75,7 +75,7 @@ class DistillConfig(RunConfig, GPTConfig):
     student_layers: str | None = None  # prune the student from the teacher: every:2, first:3, last:3 or 0,2,5
     alpha: float = 0.9  # weight of the divergence; the cross-entropy with the text has the weight 1 - alpha
     temperature: float = 1.0  # of student and teacher in the divergence
-    divergence: divergences.Kind = "forward_kl"  # student and teacher; mse compares logits
+    divergence: divergences.Kind = "forward_kl"  # between teacher and student; mse compares logits
     jsd_beta: float = 0.5  # weight of the teacher in the mixture of divergence=jsd
     cache: Literal["none", "topk", "sample"] = "none"  # read predictions that tools.cache_teacher wrote
     new_weights: bool = False  # with student_layers, keep the architecture only and draw random weights
@@ -107,7 +107,7 @@ class DistillConfig(RunConfig, GPTConfig):
         require(self, "jsd_beta", 0 < self.jsd_beta < 1, "between 0 and 1")
         require(self, "on_policy", 0 <= self.on_policy <= 1, "from 0 to 1")
         require_not_negative(self, "hidden_weight", "attention_weight", "gradient_noise")
-        explicit_pairs(self.layer_map)
+        explicit_pairs(self.layer_map)  # raises UserError
         has_weights = self.init_from or (self.student_layers and not self.new_weights)
         for is_set, keys, need in (  # if is_set, the keys must have their defaults
                 # A cache has the teacher's probabilities of the data, and nothing else.
@@ -300,7 +300,7 @@ class Distillation:
         # Through `forward`, and not self.student: DDP's wrapper must see the pass to average the gradients.
         loss, ce, kd, features = forward(
             batch["input_ids"], document_ids=batch.get("document_ids"),
-            head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))
+            head=lambda hidden, weight: self.student_head(batch, teacher, hidden, weight))  # scalars, (2,)
         # AdamW and Muon ignore the size of a gradient, so only the ratios of the weights count: with
         # hidden_weight=100 and alpha=0, the cross-entropy hardly matters.
         layers = cfg.hidden_weight * features[0] + cfg.attention_weight * features[1]
@@ -352,7 +352,7 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
     # may be narrower than its teacher.
     if cfg.student_layers:
         require_free_keys(provenance, f"student_layers={cfg.student_layers}",
-                          {"block_size", *WIDTHS, *CHOICES})
+                          {"block_size", *WIDTHS, *FREE_KEYS})
     else:
         require_free_keys(provenance, f"init_from={cfg.init_from}", {"block_size"})
     folder = hf.find_folder(cfg.init_from or cfg.teacher)
@@ -363,13 +363,13 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
         # The defaults of n_embd and so on are for a student from scratch: only what the user set counts here.
         widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
         fields = dataclasses.asdict(pruned_config(config, layers, widths))
-        fields |= {key: getattr(cfg, key) for key in CHOICES if key in provenance}
+        fields |= {key: getattr(cfg, key) for key in FREE_KEYS if key in provenance}
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers
 
 
 def make_teacher(cfg: DistillConfig, tokenizer: Tokenizer, run: Run) -> nn.Module:
     """The frozen teacher, in shards with parallel=fsdp."""
-    # Nothing is accumulated in the teacher's weights, so the dtype of the run's matrix products is enough.
+    # The teacher is not trained, so its weights need no more precision than the run's matrix products.
     # It has no backward pass, so gathered weights are always freed.
     cfg = dataclasses.replace(cfg, dtype=cfg.teacher_dtype or cfg.dtype, reshard_after_forward=True)
     if cfg.align == "bytes":  # it reads its own ids
@@ -418,7 +418,7 @@ def make_student(cfg: DistillConfig, layers: list[int], data: StagedData, run: R
     return student
 
 
-# ---- main -------------------------------------------------------------------------------------------------
+# ---- Main -------------------------------------------------------------------------------------------------
 
 def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float], run: Run,
                   kind: str) -> None:
@@ -442,9 +442,7 @@ def print_summary(cfg: DistillConfig, student: Student, results: dict[str, float
 
 
 def distill(cfg: DistillConfig, layers: list[int], run: Run) -> None:
-    """Prepare data, teacher and student, and train. layers: what with_architecture returned."""
-    # Data: the default set is made here if it is missing.
-    prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
+    """Open the data, make teacher and student, and train. layers: what with_architecture returned."""
     kind = row_kind(cfg)
     data = StagedData(cfg, kind, run.rank, run.world_size)
     tokenizer = run.tokenizer = data.tokenizer if kind is not Rows else data.tokenizer.with_sinks(0)
@@ -489,6 +487,8 @@ def main(argv: list[str]) -> None:
     cfg, provenance = configure_run(DistillConfig, argv, usage=__doc__)
     cfg, layers = with_architecture(cfg, provenance)
     with start_run(cfg) as run:
+        # The default data set is made here if it is missing.
+        prepare_default(cfg, run, "pystdlib", lambda: prepare(PrepareConfig()))
         distill(cfg, layers, run)
 
 

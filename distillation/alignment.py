@@ -72,7 +72,7 @@ from formats.tokenizer import Tokenizer
 from modeling.devices import to_device
 
 PROBE = "It's a naïve 日本 test: x = 10;\n\tA  b"  # accents, capitals, digits and blanks must survive
-NO_RULE = -1
+NO_RULE = -1  # in place of a rule's number, where no rule applies
 
 
 def copy_to(array: np.ndarray, device: torch.device) -> Tensor:
@@ -103,19 +103,19 @@ class TranslatedTeacher(NamedTuple):
     split: np.ndarray  # (E,) int64, number of the rule for the next prediction, within the group; or NO_RULE
     exclusion: np.ndarray  # (E,) int64, number in the aligner's `excluded`
 
-    def translated(self, slots: Tensor, numbers: np.ndarray, vocab_size: int, temperature: float,
-                   exclusion: Sequence[int] = ()) -> Tensor:
+    def probabilities(self, slots: Tensor, numbers: np.ndarray, vocab_size: int, temperature: float,
+                      exclusion: Sequence[int] = ()) -> Tensor:
         """The predictions at `slots` (n,), each by the rule of its number: probabilities (n, V).
 
         exclusion: for each slot, the number in the aligner's `excluded` of the tokens that do not count.
         """
         logits = self.teacher.logits(slots, self.aligner.teacher.vocab_size)  # (n, V')
-        q = (logits / temperature).softmax(-1)
+        q = (logits / temperature).softmax(-1)  # (n, V')
         if exclusion:
             tokens = [self.aligner.excluded[number] for number in exclusion]
             pairs = np.repeat(np.arange(len(tokens)), [*map(len, tokens)]), np.concatenate(tokens)
             q[tuple(copy_to(each, q.device) for each in pairs)] = 0
-        out = q.new_zeros(len(q), vocab_size)
+        out = q.new_zeros(len(q), vocab_size)  # (n, V)
         for number in np.unique(numbers).tolist():
             rows = copy_to(np.flatnonzero(numbers == number), q.device)
             out[rows] = self.aligner.rules[number].translate(q[rows], vocab_size)
@@ -123,17 +123,17 @@ class TranslatedTeacher(NamedTuple):
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
         """The log-probabilities of groups at a chunk of targets, as in Groups.sum: (n, V)."""
-        out = self.translated(self.slots[chunk], self.rule[chunk], vocab_size, temperature,
-                              self.exclusion[chunk].tolist())
-        # Given that a token of the teacher counts at all.
+        out = self.probabilities(self.slots[chunk], self.rule[chunk], vocab_size, temperature,
+                                 self.exclusion[chunk].tolist())  # (n, V)
+        # Divide by the sum: the probabilities are those given that a token of the teacher counts at all.
         out /= out.sum(-1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         is_split, group = self.split[chunk] != NO_RULE, self.group[chunk]  # (n,) both
         rows = copy_to(np.flatnonzero(is_split), out.device)  # (m,)
         if len(rows):
             base = group[rows, None]  # (m, 1)
-            within = self.translated(self.slots[chunk][rows] + 1, self.split[chunk][is_split], vocab_size,
-                                     temperature)  # (m, V)
-            # What begins no other token of the group leaves the text where the group's own token ends.
+            within = self.probabilities(self.slots[chunk][rows] + 1, self.split[chunk][is_split], vocab_size,
+                                        temperature)  # (m, V)
+            # The group's own token gets the rest: next tokens that begin no other token of the group.
             within.scatter_(1, base, (1 - within.sum(-1, keepdim=True)).clamp(min=0))
             whole = out[rows].gather(1, base)  # (m, 1)
             out[rows] = out[rows].scatter(1, base, 0) + whole * within
@@ -149,6 +149,7 @@ class AlignedRows(NamedTuple):
 
     @property
     def hidden(self) -> Tensor:
+        """The teacher's hidden states, as in DenseTeacher."""
         return self.teacher.teacher.hidden
 
     def log_probs(self, chunk: slice, vocab_size: int, temperature: float) -> Tensor:
@@ -173,7 +174,7 @@ def compared_first(batch: dict[str, Any], kinds: np.ndarray) -> dict[str, Any]:
 
     kinds: (B T,), for the target of each position: 0 not compared, 1 by groups, 2 also within its group.
     """
-    targets = full_targets(batch).flatten()
+    targets = full_targets(batch).flatten()  # (B T,)
     compared = np.flatnonzero(kinds)
     rest = np.setdiff1d(np.flatnonzero(targets.numpy() != IGNORE), compared)
     positions = torch.from_numpy(np.append(compared, rest))
@@ -190,15 +191,16 @@ class Aligner:
         teacher = Tokenizer.load(folder)
         self.student, self.teacher, self.context, self.device = student, teacher, context, device
         self.same = student.definition == teacher.definition
-        self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()
+        self.ours, self.theirs = student.token_bytes(), teacher.token_bytes()  # the bytes of each token
         self.lock = threading.Lock()
         names, vocab = student.hf.get_vocab(), teacher.hf.get_vocab()
+        # The student's special tokens: {id: the teacher's id}, and those that the teacher does not have.
         self.special: dict[int, int] = {student.eot_id: teacher.eot_id}
         self.special |= {index: vocab[name] for name, index in names.items()
                          if index in student.special_ids and vocab.get(name) in teacher.special_ids}
         self.unknown = {index for index in names.values()
                         if index in student.special_ids and index not in self.special}
-        self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"
+        self.adds_space = self.bytes_of(teacher.encode("a", inside=True)) == b" a"  # as sentencepiece does
         self.make_groups()
         several = np.flatnonzero(np.bincount(self.groups)[self.groups] > 1)
         arrays = self.groups, self.parts, several
@@ -216,38 +218,39 @@ class Aligner:
     def bytes_of(self, ids: list[int]) -> bytes:
         return b"".join(self.theirs[index] for index in ids)
 
+    def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
+        """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
+        tokens: list[tuple[int, int, int]] = []
+        text = data.decode("utf-8", "surrogateescape")
+        for part in re.finditer("[^\udc80-\udcff]+", text):
+            ids, known = self.teacher.encode(part[0], inside=True), part[0].encode()
+            read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
+            first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
+            if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
+                ends -= 1
+            elif read != known:  # the tokenizer changes the text, of one line perhaps
+                lines = known.splitlines(keepends=True)
+                if len(lines) > 1:
+                    for line in lines:
+                        tokens += self.encode(line, first)
+                        first += len(line)
+                    continue
+                ends[:] = 0  # the teacher reads this text, and predicts nothing
+            edges = [first, *(first + ends).tolist()]
+            tokens += zip(ids, edges, edges[1:], strict=False)
+        return tokens
+
     # ---- Groups and rules ---------------------------------------------------------------------------------
 
-    def make_groups(self) -> None:
-        """Put each token of the student into a group and a part of it, and make the rule for targets that
-        begin with a token of the teacher."""
-        # The teacher's tokens in the order of their bytes: those that begin with a text are neighbours.
-        self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
-        self.texts = [self.theirs[index] for index in self.order]
-        self.index_of = {text: index for index, text in enumerate(self.ours) if text}
-        self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
-        self.rules, self.numbers = list[Rule](), dict[Any, int]()
-        self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
-        self.our_texts = sorted(self.index_of)
-        self.excluded = list[np.ndarray]()  # (n,) int64 each, tokens of the teacher that do not count
-        self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
-        self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
-        if self.same:
-            self.numbers[b""] = self.add_rule({index: index for index in range(len(self.ours))})
-            return
-        for index in sorted(range(len(self.ours)), key=lambda index: len(self.ours[index])):
-            pieces = self.pieces(self.ours[index])
-            first = self.first_token(pieces[0]) if pieces else None
-            if first is None or first == index:
-                continue
-            self.groups[index] = self.parts[index] = group = int(self.groups[first])
-            self.members[group].append(index)
-            if len(pieces) > 1 and pieces[0] == self.ours[group]:
-                part = self.first_token(pieces[0] + pieces[1])
-                if part is not None and self.groups[part] == group:
-                    self.parts[index] = part if part == index else self.parts[part]
-        rule = self.text_rule(range(len(self.order)), b"") | {b: a for a, b in self.special.items()}
-        self.numbers[b""] = self.add_rule(rule)
+    def first_token(self, text: bytes) -> int | None:
+        """The student's first token of a text; None if the bytes are no text, as the end of a character."""
+        if text in self.index_of:
+            return self.index_of[text]
+        ids = []
+        if text.decode(errors="ignore").encode() == text:
+            ids = self.student.encode(text.decode(), inside=True)[:1]
+        # A tokenizer may change the text, or put a space before it.
+        return next((index for index in ids if self.ours[index] and text.startswith(self.ours[index])), None)
 
     def pieces(self, text: bytes) -> list[bytes]:
         """A text as the teacher's tokens cut it inside a longer one; [] if it does not begin with a token."""
@@ -260,16 +263,6 @@ class Aligner:
             return []
         cuts = [0, *(end for _, _, end in tokens)]
         return [piece for piece in (text[a:b] for a, b in pairwise(cuts)) if piece]
-
-    def first_token(self, text: bytes) -> int | None:
-        """The student's first token of a text; None if the text is none, as the end of a character."""
-        if text in self.index_of:
-            return self.index_of[text]
-        ids = []
-        if text.decode(errors="ignore").encode() == text:
-            ids = self.student.encode(text.decode(), inside=True)[:1]
-        # A tokenizer may change the text, or put a space before it.
-        return next((index for index in ids if self.ours[index] and text.startswith(self.ours[index])), None)
 
     def add_rule(self, rule: dict[int, int]) -> int:
         """Add the rule {token of the teacher: token of the student}, and return its number."""
@@ -288,6 +281,39 @@ class Aligner:
     def beginning_with(self, text: bytes) -> range:
         """Where in `order` the teacher's tokens are that begin with a text. UTF-8 has no byte 255."""
         return range(bisect_left(self.texts, text), bisect_left(self.texts, text + b"\xff"))
+
+    def make_groups(self) -> None:
+        """Put each token of the student into a group and a part of it, and make the rule for targets that
+        begin with a token of the teacher."""
+        # The teacher's tokens in the order of their bytes: those that begin with a text are neighbours.
+        self.order = sorted((i for i, text in enumerate(self.theirs) if text), key=self.theirs.__getitem__)
+        self.texts = [self.theirs[index] for index in self.order]
+        self.index_of = {text: index for index, text in enumerate(self.ours) if text}  # the student's tokens
+        self.groups, self.parts = np.arange(len(self.ours)), np.arange(len(self.ours))  # (V,) each
+        # numbers: of a rule, by its prefix or its group; of an exclusion, by (prefix, token before).
+        self.rules, self.numbers = list[Rule](), dict[Any, int]()
+        self.maps: dict[int, dict[int, int]] = {NO_RULE: {}}  # the rules again, for lookups
+        self.our_texts = sorted(self.index_of)
+        self.excluded = list[np.ndarray]()  # (n,) int64 each, tokens of the teacher that do not count
+        self.same_texts = sorted(self.ours) == sorted(self.theirs)  # then it is ordinary distillation
+        self.members = defaultdict[int, list[int]](list)  # of each group, without its own token
+        if self.same:
+            self.numbers[b""] = self.add_rule({index: index for index in range(len(self.ours))})
+            return
+        # From short to long: a text's first token is shorter than the text, so it has its group already.
+        for index in sorted(range(len(self.ours)), key=lambda index: len(self.ours[index])):
+            pieces = self.pieces(self.ours[index])
+            first = self.first_token(pieces[0]) if pieces else None
+            if first is None or first == index:
+                continue
+            self.groups[index] = self.parts[index] = group = int(self.groups[first])
+            self.members[group].append(index)
+            if len(pieces) > 1 and pieces[0] == self.ours[group]:
+                part = self.first_token(pieces[0] + pieces[1])
+                if part is not None and self.groups[part] == group:
+                    self.parts[index] = part if part == index else self.parts[part]
+        rule = self.text_rule(range(len(self.order)), b"") | {b: a for a, b in self.special.items()}
+        self.numbers[b""] = self.add_rule(rule)
 
     def prefix_rule(self, prefix: bytes) -> int:
         """The number of the rule for targets that follow `prefix` within a token of the teacher."""
@@ -324,29 +350,7 @@ class Aligner:
             self.numbers[group] = self.add_rule(rule)
         return self.numbers[group]
 
-    # ---- Texts --------------------------------------------------------------------------------------------
-
-    def encode(self, data: bytes, begin: int) -> list[tuple[int, int, int]]:
-        """The teacher's tokens of a text that begins at byte `begin`. Bytes that are no UTF-8 have none."""
-        tokens: list[tuple[int, int, int]] = []
-        text = data.decode("utf-8", "surrogateescape")
-        for part in re.finditer("[^\udc80-\udcff]+", text):
-            ids, known = self.teacher.encode(part[0], inside=True), part[0].encode()
-            read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
-            first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
-            if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
-                ends -= 1
-            elif read != known:  # the tokenizer changes the text, of one line perhaps
-                lines = known.splitlines(keepends=True)
-                if len(lines) > 1:
-                    for line in lines:
-                        tokens += self.encode(line, first)
-                        first += len(line)
-                    continue
-                ends[:] = 0  # the teacher reads this text, and predicts nothing
-            edges = [first, *(first + ends).tolist()]
-            tokens += zip(ids, edges, edges[1:], strict=False)
-        return tokens
+    # ---- Documents and batches ----------------------------------------------------------------------------
 
     def tokens(self, ids: list[int]) -> tuple[np.ndarray, np.ndarray]:
         """The student's and the teacher's tokens of one document, (n, 3) each: id, first byte and end.
@@ -377,7 +381,7 @@ class Aligner:
         ids: the document's inputs and its last target, (n,). trained: which of them are targets, (n,) bool.
         """
         ours, theirs = self.tokens(ids.tolist())
-        found = []
+        compared = []
         covering = np.searchsorted(theirs[:, 2], ours[:, 1], "right")  # the token where each of ours begins
         for place in np.flatnonzero(trained & (covering > 0) & (covering < len(theirs))):
             (index, begin, end), before = ours[place].tolist(), int(ours[place - 1, 0])
@@ -397,8 +401,8 @@ class Aligner:
                 split = self.split_rule(group)
                 if self.parts[self.maps[split].get(int(theirs[slot + 1, 0]), group)] != self.parts[index]:
                     split = NO_RULE
-            found.append((place - 1, slot - 1, rule, split, exclusion))
-        return theirs[:, 0].tolist(), np.array(found, dtype=np.int64).reshape(-1, 5)
+            compared.append((place - 1, slot - 1, rule, split, exclusion))
+        return theirs[:, 0].tolist(), np.array(compared, dtype=np.int64).reshape(-1, 5)
 
     def align(self, batch: dict[str, Any]) -> dict[str, Any]:
         """The batch with the keys of `compared_first` and of the teacher, tensors and arrays on the CPU.
@@ -419,16 +423,16 @@ class Aligner:
             if is_target.any():  # else it is padding
                 row, first, last = places[0] // T, places[0], places[is_target][-1]
                 with self.lock:  # a thread aligns the next batch while the student's own text is aligned
-                    ids, found = self.document(np.append(inputs[first:last + 1], targets[last]),
-                                               np.append(False, is_target[:last + 1 - first]))
-                parts.append(np.insert(found + [first, len(rows[row]), 0, 0, 0], 0, row, axis=1))
+                    ids, compared = self.document(np.append(inputs[first:last + 1], targets[last]),
+                                                  np.append(False, is_target[:last + 1 - first]))
+                parts.append(np.insert(compared + [first, len(rows[row]), 0, 0, 0], 0, row, axis=1))
                 rows[row] += [(index, int(documents.flat[first])) for index in ids]
         # Each row is padded with two zeros at least, so that the teacher has an input. Nothing sees padding.
         table = pad_sequence([torch.tensor([*row, (0, 0), (0, 0)]) for row in rows], batch_first=True)
         table = table[:, :self.context + 1]  # (B, T' + 1, 2)
         width = table.shape[1] - 1  # T'
-        found = np.concatenate(parts)
-        row, place, slot, rule, split, exclusion = found[found[:, 2] < width].T
+        compared = np.concatenate(parts)  # (e, 6)
+        row, place, slot, rule, split, exclusion = compared[compared[:, 2] < width].T  # (E,) each
         split = np.where(slot + 1 < width, split, NO_RULE)
         kinds = np.zeros(B * T, dtype=np.int64)
         kinds[place] = np.where(split == NO_RULE, 1, 2)
@@ -450,5 +454,5 @@ class Aligner:
         return TranslatedTeacher(self, dense, **arrays)
 
     def teacher_of(self, batch: dict[str, Any], predictions: Any) -> AlignedTeacher:
-        """predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
+        """The teacher of a batch. predictions: a TranslatedTeacher, or a SparseTeacher from a cache."""
         return AlignedTeacher(predictions, self.student_groups, batch["is_split"])

@@ -81,8 +81,10 @@ class Groups(NamedTuple):
     def members(self, group: Tensor) -> tuple[Tensor, Tensor]:
         """(row, token), (m,) each: every row of `group` (n,) with each token of that group."""
         sizes = self.group.bincount(minlength=len(self.group))  # (V,)
+        # The tokens sorted by group: those of one group are neighbours.
         order, counts = self.group.argsort(stable=True), sizes[group]  # (V,), (n,)
-        row = torch.arange(len(group), device=group.device).repeat_interleave(counts)
+        row = torch.arange(len(group), device=group.device).repeat_interleave(counts)  # (m,)
+        # Where each row's group begins in `order`, minus where the row's part of the result begins.
         first = (sizes.cumsum(0) - sizes)[group] - (counts.cumsum(0) - counts)  # (n,)
         return row, order[first[row] + torch.arange(len(row), device=group.device)]
 
@@ -91,9 +93,9 @@ class Groups(NamedTuple):
 
         row, token: (m,) each, the members of the one group of a row that is split.
         """
-        out = p.index_fill(1, self.several, 0)
+        out = p.index_fill(1, self.several, 0)  # (n, V): a group of one token keeps its probability
         out.index_add_(1, self.group[self.several], p.index_select(1, self.several))
-        out[row, self.group[token]] = 0
+        out[row, self.group[token]] = 0  # the split group: its parts get columns of their own
         return out.index_put_((row, self.part[token]), p[row, token], accumulate=True)
 
 
@@ -206,18 +208,19 @@ def group_loss(logits: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: 
     cross-entropy has no temperature, and is left out if alpha is 1: then nothing is learned from the text.
     """
     T, tiny = objective.temperature, torch.finfo(torch.float32).tiny
-    groups, is_split = teacher.groups, teacher.is_split[chunk]
-    row, token = groups.members(groups.group[targets])
-    apart = row[is_split[row]], token[is_split[row]]
-    p = (logits / T).softmax(-1)
-    whole = groups.sum(p, *apart)  # (n, V)
+    groups, is_split = teacher.groups, teacher.is_split[chunk]  # is_split: (n,)
+    row, token = groups.members(groups.group[targets])  # (m,) each, of the targets' groups
+    apart = row[is_split[row]], token[is_split[row]]  # of those that are split
+    p = (logits / T).softmax(-1)  # (n, V), of tokens
+    whole = groups.sum(p, *apart)  # (n, V), of groups and parts
     log_p = whole.clamp(min=1e-35).log_()  # columns without a group have 0, and smaller numbers are slow
-    loss, by_group = chunk_divergence(log_p, teacher.predictions, chunk, objective)
+    loss, by_group = chunk_divergence(log_p, teacher.predictions, chunk, objective)  # (n,), (n, V)
     whole.clamp_(min=tiny)
+    # From groups to tokens: a token's share of its group, or of its part where the group is split.
     column, several = (apart[0], groups.part[apart[1]]), groups.group[groups.several]
-    split = by_group[column] * p[apart] / whole[column]
+    split = by_group[column] * p[apart] / whole[column]  # one entry per member of a split group
     gradient = by_group.index_copy(1, groups.several, by_group.index_select(1, several).mul_(
-        p.index_select(1, groups.several)).div_(whole.index_select(1, several)))
+        p.index_select(1, groups.several)).div_(whole.index_select(1, several)))  # (n, V)
     gradient[apart] = split
     loss, gradient = T**2 * loss, gradient.mul_(T)
     if objective.alpha < 1:
@@ -225,7 +228,7 @@ def group_loss(logits: Tensor, targets: Tensor, teacher: AlignedTeacher, chunk: 
         together = ~is_split[row] | (groups.part[token] == groups.part[targets][row])
         row, token = row[together], token[together]
         p = p if T == 1 else logits.softmax(-1)
-        own = p[row, token]
+        own = p[row, token]  # (m,)
         total = torch.zeros_like(loss).index_add_(0, row, own).clamp_(min=tiny)  # (n,)
         gradient[row, token] += own / total[row]
         here = torch.arange(len(targets), device=targets.device), targets
