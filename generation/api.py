@@ -183,9 +183,9 @@ class Served:
         """The grammar that an answer must fit: a JSON schema, or calls. UserError without llguidance."""
         shape = request.response_format or {"type": "text"}
         if shape.get("type") != "text":
-            described = shape.get("json_schema")
-            schema = {"type": "object"} if shape.get("type") == "json_object" else \
-                described.get("schema") if isinstance(described, dict) else None
+            any_object = {"schema": {"type": "object"}}
+            described = any_object if shape.get("type") == "json_object" else shape.get("json_schema")
+            schema = described.get("schema") if isinstance(described, dict) else None
             if not isinstance(schema, dict):
                 raise UserError('response_format: must be text, json_object, or json_schema with a "schema"')
             rules = grammar("json", dict(schema))
@@ -203,7 +203,7 @@ def added(old: Any, new: Any) -> Any:
     A text may become shorter for a while: a run of byte tokens ("<0xE4>") that ends within a character
     decodes to replacement characters as a whole.
     """
-    old = old or new[:0]
+    old = old or new[:0]  # None: an empty text, or an empty list
     return new[len(old) if new[:len(old)] == old else len(os.path.commonprefix((old, new))):]
 
 
@@ -271,7 +271,8 @@ class Job:
         yield
 
     def is_done(self, new: list[int]) -> bool:
-        content = self.read(new, False)["content"] if self.request.stops else ""  # may begin within a token
+        """Whether the generated ids have reached an end token or a stop text, which may begin in a token."""
+        content = self.read(new, False)["content"] if self.request.stops else ""
         return new[-1] in self.ends or any(stop in content for stop in self.request.stops)
 
     def read(self, new: list[int], finished: bool) -> Message:
@@ -297,7 +298,7 @@ class Job:
         finished = row.ended and row.error is None
         may_go_on = self.request.is_chat and not finished
 
-        def shown(text: str, stops: list[str], marks: tuple[str, ...]) -> str:
+        def settled(text: str, stops: list[str], marks: tuple[str, ...]) -> str:
             """The text without its end, if that may still change: white space, or the start of a mark."""
             text = visible_text(text, [*stops, *marks] if may_go_on else stops, finished)
             return text.rstrip() if may_go_on else text
@@ -305,9 +306,9 @@ class Job:
         read = self.read(row.new, finished)
         echo = self.tokenizer.decode(row.prompt) if self.request.echo else ""
         message: Message = {"role": "assistant",
-                            "content": echo + shown(read["content"], self.request.stops, MARKS)}
+                            "content": echo + settled(read["content"], self.request.stops, MARKS)}
         if read.get("thought"):
-            message["reasoning_content"] = shown(read["thought"], [], MARKS[1:2])
+            message["reasoning_content"] = settled(read["thought"], [], MARKS[1:2])
         if calls := read.get("tool_calls"):
             message["tool_calls"] = [
                 {"index": number, "id": f"call_{self.head['id']}_{row.number}_{number}", "type": "function",
@@ -316,7 +317,8 @@ class Job:
                 for number, call in enumerate(calls)]
         if not finished:
             return message, None
-        return message, "length" if not self.is_done(row.new) else "tool_calls" if calls else "stop"
+        reason = "tool_calls" if calls else "stop"
+        return message, reason if self.is_done(row.new) else "length"
 
     def logprobs(self, row: Row) -> dict[str, Any] | None:
         """The log-probabilities of a completion's tokens; with echo also those of the prompt."""
@@ -336,11 +338,13 @@ class Job:
                 "logprobs": self.logprobs(row) if reason else None}
 
     def envelope(self, choices: list[dict[str, Any]], suffix: str = "") -> dict[str, Any]:
+        """The body of an answer, or of a chunk with the suffix ".chunk"."""
         kind = f"chat.completion{suffix}" if self.request.is_chat else "text_completion"
         return {**self.head, "object": kind, "choices": choices}
 
     @property
     def usage(self) -> dict[str, Any]:
+        """Counts of tokens. Each prompt counts once, and all of its generated answers count."""
         prompts, new = self.rows[::self.size], sum(len(row.new) for row in self.rows)
         read = sum(len(row.prompt) for row in prompts)
         return {"prompt_tokens": read, "completion_tokens": new, "total_tokens": read + new,

@@ -116,26 +116,26 @@ def choose(logits: Tensor, uniform: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k:
         probabilities[:, sampling.top_k:] = 0
         probabilities /= probabilities.sum(dim=-1, keepdim=True)
-    before = probabilities.cumsum(dim=-1) - probabilities  # probability of all likelier tokens
-    drop = (before >= sampling.top_p) & (sampling.top_p < 1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # (B, V): probability of all likelier tokens
+    drop = (before >= sampling.top_p) & (sampling.top_p < 1)  # rounding may bring `before` to 1
     drop |= probabilities < sampling.min_p * probabilities[:, :1]
     drop[:, 0] = False  # whatever the filters say, the most likely token stays
     # The dropped tokens have no mass. The first token whose cumulative mass exceeds the target is chosen.
-    mass = probabilities.masked_fill(drop, 0).cumsum(dim=-1)
+    mass = probabilities.masked_fill(drop, 0).cumsum(dim=-1)  # (B, V)
     place = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)  # (B, 1)
     return order.gather(-1, place.clamp(max=mass.shape[-1] - 1))[:, 0]
 
 
 def next_ids(logits: Tensor, uniform: Tensor, sampling: Sampling, rows: Sequence[list[int]] = (),
              guide: Guide | None = None) -> Tensor:
-    """`choose`, with NO_TOKEN for a row whose logits are not finite: NaN, or an infinity.
+    """`choose`, with NO_TOKEN for a row whose logits are not finite.
 
-    rows: their tokens, for the repetition penalty, which changes the logits in place. guide: masks what its
-    grammar does not allow.
+    rows: the tokens of each row, for the repetition penalty, which changes the logits in place. guide: masks
+    the tokens that its grammar does not allow.
     """
     logits = penalize(logits, rows, sampling.repetition_penalty)
     logits = logits if guide is None else guide.mask(logits)
-    broken = ~logits.amax(dim=-1).isfinite()  # (B,): the maximum passes both on
+    broken = ~logits.amax(dim=-1).isfinite()  # (B,): NaN or an infinity reaches the maximum
     return choose(logits, uniform, sampling).masked_fill(broken, NO_TOKEN)
 
 
@@ -377,7 +377,7 @@ class TextEnd:
         for more in range(4):  # one of these windows begins with a whole character
             tail = self.tokenizer.decode(new[-self.window - more:], inside=True)
             # A tokenizer with byte tokens ("<0xE4>") may read a cut character and all bytes after it as
-            # replacement characters; another window may tell more.
+            # replacement characters. A longer window may begin with a whole character.
             if "\N{REPLACEMENT CHARACTER}" not in tail or any(stop in tail for stop in self.stops):
                 break
         return any(stop in tail for stop in self.stops)
@@ -392,9 +392,8 @@ def complete(model: GPT, tokenizer: Tokenizer, prompts: list[str], max_new_token
              sampling: Sampling = Sampling(), end_ids: set[int] | None = None) -> list[str]:
     """Continue each text, all in one batch; return what follows each, up to a token of end_ids.
 
-    end_ids: None takes the tokenizer's. An empty prompt starts after the end-of-text token, as in sample.py,
-    which returns the same texts for the same seed and the same numbers of rows. Raises UserError as
-    `generate` does.
+    end_ids: None takes the tokenizer's. An empty prompt starts after the end-of-text token. sample.py prints
+    the same texts for the same seed and the same row numbers. Raises UserError as `generate` does.
     """
     if end_ids is None:
         end_ids = {*(tokenizer.end_ids if isinstance(tokenizer.end_ids, list) else [tokenizer.end_ids])}

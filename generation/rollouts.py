@@ -7,8 +7,8 @@ It is faster than `generate` for this purpose. Each prompt is read once for its 
 ended leave the batch, and a token is chosen by inverting the cumulative distribution without sorting it.
 There are no filters such as top_k: the log-probabilities are those of the distribution that was sampled from.
 
-Calls of a tool are executed, and the answer goes on after the result. The result is not the policy's own
-writing, so `sampled` is False for its tokens:
+Calls of a tool are executed, and the answer goes on after the result. The policy did not sample the result,
+so `sampled` is False for its tokens:
 
     ids        <call> {"name": ...} <end> \\n <tool> 56088 <end> \\n <assistant>   56088 <end>
     sampled      1         1          1     0    0     0     0    0       0           1     1
@@ -40,6 +40,8 @@ TOOL_STRIDE = 2**48  # row numbers after a tool call, for other random numbers
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
+    """The limits of a rollout, and how its tokens are sampled."""
+
     max_new_tokens: int  # tokens that a rollout may sample
     block_size: int  # tokens of the prompt and the rollout, without the last one
     temperature: float = 1.0  # divides the logits; below 1e-5 the most likely token is chosen
@@ -48,7 +50,7 @@ class Limits:
 
 @dataclass
 class Rollout:
-    """An answer to a prompt: three lists of the same length, the messages that the ids are, and its worth."""
+    """An answer to a prompt: its tokens in three lists of one length, its messages, reward and advantage."""
 
     prompt: list[int]
     ids: list[int] = field(default_factory=list)  # after the prompt
@@ -82,7 +84,7 @@ def group_batch(groups: list[list[Rollout]]) -> dict[str, Tensor]:
     """Groups of answers as a `prefix_batch`, whose targets are the sampled tokens alone.
 
     Adds "old" and "advantages", (targets,) float32: the tokens' log-probabilities when they were sampled, and
-    what their answers are worth. One prompt p with the answers a, where a tool writes t after a0, and b:
+    the advantages of their answers. One prompt p with two answers: a, where a tool writes t after a0, and b:
 
         slot         0   1   2   3   4   5
         input_ids   p0  p1  a0  t0  t1  b0      an answer's last token is no input
@@ -127,7 +129,7 @@ def tool_turns(tokenizer: Tokenizer, results: list[Message]) -> list[int]:
 
 
 class RolloutSampler:
-    """A model, its tokenizer and the limits of a rollout."""
+    """Samples rollouts from a model within the limits."""
 
     def __init__(self, model: GPT, tokenizer: Tokenizer, limits: Limits):
         self.model, self.tokenizer, self.limits = model, tokenizer, limits
@@ -145,8 +147,8 @@ class RolloutSampler:
         training, open_rows = self.model.training, list(range(len(rollouts)))
         self.model.eval()
         for turn in range(MOST_CALLS + 1):
-            self.write([rollouts[row] for row in open_rows], 1 if turn else group_size,
-                       [row_numbers[row] + turn * TOOL_STRIDE for row in open_rows])
+            self.sample_turns([rollouts[row] for row in open_rows], 1 if turn else group_size,
+                              [row_numbers[row] + turn * TOOL_STRIDE for row in open_rows])
             open_rows = [row for row in open_rows if self.goes_on(
                 rollouts[row], with_tools[row // group_size] and turn < MOST_CALLS)]
             if not open_rows:
@@ -174,7 +176,7 @@ class RolloutSampler:
         rollout.messages.append({"role": "assistant", "content": "", "cut": True})
         return False
 
-    def write(self, rollouts: list[Rollout], copies: int, row_numbers: list[int]) -> None:
+    def sample_turns(self, rollouts: list[Rollout], copies: int, row_numbers: list[int]) -> None:
         """Sample each rollout to the end of its turn. `copies` rollouts in a row have the same context."""
         contexts = [rollout.prompt + rollout.ids for rollout in rollouts[::copies]]
         rooms = [self.room(rollout) for rollout in rollouts]
