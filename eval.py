@@ -12,8 +12,8 @@ prompts and the sources of the protocols. load() reads the questions, score() ru
 --data the benchmarks come from the Hugging Face hub. A task of --tasks=all that cannot be run is listed with
 the reason.
 
---target=needle:0.85,perplexity:12 names the least that --model has to reach in the first figure of a task
-(for a perplexity: the most). The table then has a column "target", and a missed target is exit code 3.
+--target=needle:0.85,perplexity:12 sets what --model has to reach in the first figure of a task: at least
+0.85, and for a perplexity at most 12. The table then has a column "target". A missed target is exit code 3.
 
 --num_samples=8 also samples answers to questions that are answered in text, and measures votes and choices by
 a --verifier (evals/votes.py): a second table and a picture of accuracy against tokens.
@@ -204,14 +204,14 @@ def measure(path: str, questions: dict[str, Any], cfg: EvalConfig,
             "details": result.details, "seconds": seconds, "questions": len(result.answers),
             "tokens_written": lm.tokens - tokens}
         headline = next(iter(result.figures))  # the first figure is the one that a task is known by
-        print(f"{path}: {name}  {headline} {shown(result.figures[headline])}  {seconds:,.1f} s",
+        print(f"{path}: {name}  {headline} {figure_text(result.figures[headline])}  {seconds:,.1f} s",
               file=sys.stderr)
         yield name, result
 
 
 # ---- The table --------------------------------------------------------------------------------------------
 
-def shown(figure: Figure) -> str:
+def figure_text(figure: Figure) -> str:
     return f"{figure.value:.4f} +- {figure.stderr:.4f}"
 
 
@@ -251,7 +251,7 @@ def table_rows(models: list[dict[str, Any]], absent: dict[str, str],
         # Models may differ in their figures: "truncated" is only there if a prompt lost its beginning.
         for key in dict.fromkeys(itertools.chain(*figures)):
             n = next(each[key]["n"] for each in figures if key in each)
-            cells = [shown(Figure(**each[key])) if key in each else "-" for each in figures]
+            cells = [figure_text(Figure(**each[key])) if key in each else "-" for each in figures]
             rows.append([task, key, f"{n:,}", *cells])
         if not any(figures) and (task in absent or any(task in model["not_run"] for model in models)):
             rows.append([task, "not run", "-", *("-" for _ in models)])
@@ -275,7 +275,7 @@ def reference_rows(model: dict[str, Any]) -> list[list[str]]:
             # A figure of another name (exact match) stands next to the task's first one.
             own = figures.get(each["figure"], next(iter(figures.values())))
             rows.append([each["model"], each["task"], each["figure"], f"{each['value']:.4f}",
-                         shown(Figure(**own)), each["settings"]])
+                         figure_text(Figure(**own)), each["settings"]])
     return rows
 
 
@@ -330,7 +330,7 @@ def save_picture(out: Path, task: str, models: list[dict[str, Any]]) -> None:
         write_bytes(out / f"{task}.png", content.getvalue())
 
 
-# ---- main -------------------------------------------------------------------------------------------------
+# ---- Main -------------------------------------------------------------------------------------------------
 
 def empty_results(cfg: EvalConfig, questions: dict[str, Any], absent: dict[str, str]) -> dict[str, Any]:
     """The content of results.json before the first model."""

@@ -121,6 +121,7 @@ class Source:
 # ---- Model card -------------------------------------------------------------------------------------------
 
 def card_text(cfg: ExportConfig, source: Source) -> str:
+    """The content of README.md."""
     with torch.device("meta"):  # counts parameters without allocating them
         parameters = GPT(source.config).num_parameters()
     return card(Exported(cfg.model, source.folder, source.config, source.tokenizer, parameters, cfg.title,
@@ -176,7 +177,7 @@ def inputs_of(cfg: ExportConfig, source: Source, text: str) -> dict[str, Any]:
     content = text.rpartition("## Origin")[0]
     inputs = {key: getattr(cfg, key) for key in ("format", "dtype", "license")}
     inputs["quantize"] = ",".join(cfg.kinds)
-    # manifest.json and README.md say what the model is; they are not the model.
+    # manifest.json and README.md describe the model; they are no part of it.
     files = [source.folder] if source.folder.is_file() else [
         path for path in sorted(source.folder.iterdir())
         if path.is_file() and path.name not in ("manifest.json", "README.md")]

@@ -92,7 +92,7 @@ class ServeConfig(Sampling):
         require(self, "api_key", self.api_key.isascii(), "ASCII, as HTTP headers are")
 
 
-# ---- Who may ask ------------------------------------------------------------------------------------------
+# ---- Access and errors ------------------------------------------------------------------------------------
 
 def check_headers(cfg: ServeConfig, request: Request) -> None:
     """Raise HTTPException for a request that comes from elsewhere, or without the key.
@@ -123,13 +123,13 @@ def error_body(error: Exception) -> dict[str, Any]:
     return {"error": {"message": message, "type": kind, "param": None, "code": str(status)}}
 
 
-async def failed(request: Request, error: Exception) -> Response:
+async def on_error(request: Request, error: Exception) -> Response:
     """The answer to a request that raised an error."""
     body = error_body(error)
     return JSONResponse(body, int(body["error"]["code"]))
 
 
-class Protocol(H11Protocol):
+class Connection(H11Protocol):
     """uvicorn's connection, which also ends if no request arrives on it."""
 
     def connection_made(self, transport: Any) -> None:
@@ -162,7 +162,7 @@ class Server:
         async with asyncio.timeout(BODY_SECONDS):
             async for chunk in request.stream():
                 size += len(chunk)
-                data += chunk if size <= MOST_BODY else b""  # read on: who sends does not listen yet
+                data += chunk if size <= MOST_BODY else b""  # read on: a client that sends reads no answer
         if size > MOST_BODY:
             raise HTTPException(413, f"the body has {size:,} bytes; at most {MOST_BODY:,} are read")
         try:
@@ -183,7 +183,7 @@ class Server:
     async def list_models(self, request: Request) -> Response:
         """The models, and under "page" what the page has to know."""
         check_headers(self.cfg, request)
-        # The page asks for this list first, so it needs no settings of its own.
+        # The page requests this list first, so its settings can come with it.
         page: dict[str, Any] = {key: getattr(self.cfg, key)
                                 for key in ("system", "max_new_tokens", "temperature", "top_p")}
         models = [{"id": name, "object": "model", "created": 0, "owned_by": "nanollama",
@@ -235,11 +235,11 @@ class Server:
         def event(content: Any) -> str:
             return f"data: {json.dumps(content, ensure_ascii=False)}\n\n"
 
-        # Each piece is sent as soon as it is sure: the beginning of a stop text waits.
+        # Each piece is sent as soon as later tokens cannot change it: what may begin a stop text waits.
         try:
             async for chunk in job.chunks():
                 yield event(chunk)
-        except Exception as error:  # such as no memory
+        except Exception as error:  # such as memory that ran out
             yield event(error_body(error))
         finally:  # also when the client has gone
             job.end()
@@ -250,7 +250,7 @@ class Server:
                  "/vote": self.vote}
         routes = [Route("/", self.page), Route("/v1/models", self.list_models),
                   *(Route(path, handler, methods=["POST"]) for path, handler in posts.items())]
-        return Starlette(routes=routes, exception_handlers=dict.fromkeys((*STATUS, HTTPException), failed))
+        return Starlette(routes=routes, exception_handlers=dict.fromkeys((*STATUS, HTTPException), on_error))
 
 
 # ---- Main -------------------------------------------------------------------------------------------------
@@ -261,7 +261,7 @@ def main(argv: list[str]) -> None:
     family = socket.AF_INET6 if ":" in cfg.host else socket.AF_INET
     listening = socket.create_server((cfg.host, cfg.port), family=family)  # a busy port fails at once
     # Without log_config: uvicorn's own would close the log handlers of everybody in this process.
-    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Protocol, log_config=None,
+    server = uvicorn.Server(uvicorn.Config(Server(cfg).app(), http=Connection, log_config=None,
                                            log_level="warning"))
     host = f"[{cfg.host}]" if family == socket.AF_INET6 else cfg.host
     print(f"http://{host}:{listening.getsockname()[1]}", flush=True)
