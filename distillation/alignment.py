@@ -226,16 +226,16 @@ class Aligner:
             ids, known = self.teacher.encode(part[0], inside=True), part[0].encode()
             read, ends = self.bytes_of(ids), np.cumsum([len(self.theirs[index]) for index in ids])
             first = begin + len(text[:part.start()].encode("utf-8", "surrogateescape"))
+            lines = known.splitlines(keepends=True)
+            if read not in (known, b" " + known) and len(lines) > 1:  # changed, but perhaps in one line only
+                for line in lines:
+                    tokens += self.encode(line, first)
+                    first += len(line)
+                continue
             if read == b" " + known:  # a sentencepiece tokenizer may put a space before every text
                 ends -= 1
-            elif read != known:  # the tokenizer changes the text, of one line perhaps
-                lines = known.splitlines(keepends=True)
-                if len(lines) > 1:
-                    for line in lines:
-                        tokens += self.encode(line, first)
-                        first += len(line)
-                    continue
-                ends[:] = 0  # the teacher reads this text, and predicts nothing
+            elif read != known:  # the tokenizer changes this line: the teacher reads it, and predicts nothing
+                ends[:] = 0
             edges = [first, *(first + ends).tolist()]
             tokens += zip(ids, edges, edges[1:], strict=False)
         return tokens
@@ -341,12 +341,11 @@ class Aligner:
         """The number of the rule for the token of the teacher that follows the text of a group."""
         if group not in self.numbers:
             base, rule = self.ours[group], dict[int, int]()
-            for index in self.members[group]:
-                if self.parts[index] == index:
-                    for place in self.beginning_with(self.ours[index].removeprefix(base)):
-                        first = self.first_token(base + self.texts[place])
-                        if first not in (None, group) and self.groups[first] == group:
-                            rule[self.order[place]] = first
+            heads = [self.ours[index] for index in self.members[group] if self.parts[index] == index]
+            for place in (each for head in heads for each in self.beginning_with(head.removeprefix(base))):
+                first = self.first_token(base + self.texts[place])
+                if first not in (None, group) and self.groups[first] == group:
+                    rule[self.order[place]] = first
             self.numbers[group] = self.add_rule(rule)
         return self.numbers[group]
 
