@@ -146,7 +146,7 @@ def load_all(cfg: EvalConfig) -> tuple[dict[str, Any], dict[str, str]]:
     user named it, or if no task is left.
     """
     places, loaded, absent = places_of("data", cfg.data), {}, {}
-    # A group such as "all" may bring in tasks whose files are not there; a task by name was wanted.
+    # A group such as "all" may bring in tasks whose files are not there; a task that was named must run.
     for name in cfg.task_names:
         try:
             loaded[name] = load(name, places[name], cfg.limit, cfg.shots, **cfg.arguments(name))

@@ -101,7 +101,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Any],
 # ---- Evaluation -------------------------------------------------------------------------------------------
 
 def sample_text(model: GPT, tokenizer: Tokenizer, length: int) -> str:
-    """At most `length` tokens sampled from the model, starting from the end-of-text token alone."""
+    """A text of at most `length` tokens, sampled from an empty prompt."""
     # In packed training data, a new document follows an end-of-text token.
     eot_id = tokenizer.eot_id
     start = tokenizer.prefix_ids or [eot_id]

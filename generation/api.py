@@ -95,7 +95,7 @@ class CompletionRequest(TextSampling):
 
 
 def parse(body: dict[str, Any], defaults: CompletionRequest) -> CompletionRequest:
-    """Check the body of a request. Raises UserError that names the key."""
+    """The body of a request, checked. Raises UserError that names the key."""
     keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
     if "max_completion_tokens" in keys:  # OpenAI's newer name
         keys["max_tokens"] = keys.pop("max_completion_tokens")
@@ -119,7 +119,8 @@ def read_messages(request: CompletionRequest, tokenizer: Tokenizer) -> list[Mess
 
 
 def tools_text(tools: list) -> str:
-    """The text that offers the tools: in one line each, as in our training data, if that says everything."""
+    """The text that offers the tools: as in our training data, one line for a tool that has no description
+    and only string parameters. Raises UserError for a tool in another form."""
     texts = []
     try:
         for function in ({"parameters": {"properties": {}}} | tool["function"] for tool in tools):
@@ -169,7 +170,7 @@ class Served:
         self.batcher = Batcher(model, self.tokenizer.vocab_size, slots, self.context_length, self.limits)
         self.thread = ThreadPoolExecutor(1)
         self.running: asyncio.Task | None = None
-        self.stepped = asyncio.Event()  # another one for each step
+        self.stepped = asyncio.Event()  # replaced after each step
 
     async def run(self) -> None:
         """Generate until no row is left."""
