@@ -194,9 +194,9 @@ class PolicyGradient:
             self.load_answers(batch["begin"])
         # Equal rewards have no advantage and so no gradient. Only a KL term still learns from such answers.
         groups = [group for group in self.groups if any(each.advantage for each in group) or cfg.kl_weight]
-        part = [groups[i] for i in np.array_split(np.arange(len(groups)), batch["parts"])[batch["part"]]]
-        # Every micro-batch needs a backward pass (DDP), also one that has nothing to learn from.
-        learned = to_device(group_batch(part or self.groups[:1]), batch["input_ids"].device)
+        # This micro-batch's share of them, which may be empty. DDP needs a backward pass even then.
+        share = [groups[i] for i in np.array_split(np.arange(len(groups)), batch["parts"])[batch["part"]]]
+        learned = to_device(group_batch(share or self.groups[:1]), batch["input_ids"].device)
         vocab_size = self.source.tokenizer.vocab_size
         log_probs, reference = token_log_probs(forward, learned, vocab_size, cfg.temperature), None
         if cfg.kl_weight:
@@ -204,8 +204,8 @@ class PolicyGradient:
                 model, to_device(learned, model.head_weight.device), vocab_size, cfg.temperature))
             reference = reference.to(log_probs.device)  # it may be on the CPU
         loss, sums = loss_fn(log_probs, learned, reference, cfg)
-        # The backward pass of a part without groups must add nothing: its answers are those of another part.
-        scale = self.scale if part else 0.0
+        # With an empty share the answers are those of another micro-batch, so they must not count twice.
+        scale = self.scale if share else 0.0
         sampling = {name: torch.tensor(float(value), device=loss.device) for name, value in metrics.items()}
         return loss * scale, sampling | {name: value.detach() * scale for name, value in sums.items()}
 

@@ -223,8 +223,8 @@ def train_step(state: TrainState, data: StepData, loss_fn: LossFn) -> None:
 def compiles(cfg: RunConfig, model: GPT, run: Run) -> bool:
     """Whether to compile the model's blocks: cfg.compile, or by default on a GPU if it pays.
 
-    Compiling takes about a minute, so short runs are not compiled. The limit, 1e16 FLOPs, is 25 s at the 4e14
-    FLOP/s of a fast GPU, and minutes at the lower speed of a small model.
+    Compiling takes about a minute, so short runs are not compiled. The limit, 1e16 FLOPs, is 25 s at 40 % of
+    an H200's peak (989 TFLOP/s), and minutes for a small model, which does not reach this speed.
     """
     if cfg.compile is not None:
         return cfg.compile

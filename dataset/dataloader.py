@@ -58,7 +58,8 @@ def dataset_folder(name: str) -> Path:
             " (chats and preferences: add --kind= and --tokenizer=MODEL)")
         raise UserError(f"dataset={name}: is a file; first run: python prepare.py "
                         f"--source={shlex.quote(name)} --out={shlex.quote(str(folder))}{rows}")
-    return Path("data") / name if (Path("data") / name).is_dir() or not Path(name).is_dir() else Path(name)
+    folder = Path("data") / name
+    return folder if folder.is_dir() or not Path(name).is_dir() else Path(name)
 
 
 # ---- Rows -------------------------------------------------------------------------------------------------

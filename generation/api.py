@@ -264,6 +264,7 @@ class Job:
             yield
         if errors := [row.error for row in self.rows if row.error is not None]:
             raise errors[0]
+        # best_of: the verifier now chooses among the answers to each prompt.
         for first in range(0, len(self.rows) if not self.shown else 0, self.size):
             group = self.rows[first:first + self.size]
             answers = [row.new for row in group]

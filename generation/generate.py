@@ -217,7 +217,7 @@ class Reader:
         if not prompts or not all(prompts):
             raise ValueError("every prompt needs at least one token")
         self.model, self.prefix = model, prefix
-        self.limits = cache_limits(model.config, sampling.sinks, sampling.window)  # raises UserError
+        self.limits = cache_limits(model.config, sampling.sinks, sampling.window)  # (sinks, window) or None
         if model.compiled_steps and (self.limits or model.config.n_expert):
             raise UserError("compile=True does not work with experts, sinks or window")
         sinks, size = (self.limits[0], sum(self.limits)) if self.limits else (0, model.config.block_size)

@@ -188,8 +188,8 @@ class RolloutSampler:
         cache.set_lengths(list(map(len, contexts)))
         rows = list(range(len(rollouts)))  # the rollout in each row of the batch
         places = [row // copies for row in rows]
-        cache.select_rows(places)
-        logits = logits[places]  # (B, V)
+        cache.select_rows(places)  # each context once per rollout: P rows become B
+        logits = logits[places]  # (P, V) -> (B, V)
         live = [True] * len(rows)
         for step in range(max(rooms)):
             chosen, log_probs = choose_tokens(logits[:, :self.tokenizer.vocab_size], uniform[rows, step],

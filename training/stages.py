@@ -65,7 +65,7 @@ def stage_config(cfg: Config, number: int) -> tuple[Config, dict[str, Any]]:
         raise UserError(f"{place}: restart={entry['restart']!r}: must be True or False")
     changes = {key: value for key, value in entry.items() if key not in ("steps", "epochs", "restart")}
     shared = {each.name for schema in (RunConfig, GPTConfig) for each in dataclasses.fields(schema)}
-    if forbidden := (shared - STAGE_OVERRIDABLE | cfg.stage_fixed) & changes.keys():
+    if forbidden := ((shared - STAGE_OVERRIDABLE) | cfg.stage_fixed) & changes.keys():
         raise UserError(f"{place}: {min(forbidden)} cannot change during a run")
     if isinstance(cfg, GPTConfig) and cfg.position != "rope" and \
             {"rope_theta", "rope_scaling"} & changes.keys():
@@ -147,7 +147,7 @@ def require_free_keys(provenance: dict[str, str], source: str, free: set[str]) -
     free: the keys that may be set nevertheless. A user's n_layer could contradict the weights in the folder.
     """
     architecture = {field.name for field in dataclasses.fields(GPTConfig)}
-    if user_keys := sorted(architecture & provenance.keys() - free):
+    if user_keys := sorted(architecture & (provenance.keys() - free)):
         key = user_keys[0]
         raise UserError(f"{provenance[key]}: {key} comes with {source} and cannot be given")
 
