@@ -234,9 +234,8 @@ def next_step(sampler: Sampler) -> str:
 
 def main(argv: list[str]) -> None:
     cfg, _ = configure(SampleConfig, argv, usage=__doc__)
-    prompts = [Prompt("prompt", {"prompt": cfg.prompt}, None)]
-    if cfg.prompt_file:
-        prompts = read_prompts(cfg.prompt_file)
+    prompts = (read_prompts(cfg.prompt_file) if cfg.prompt_file else
+               [Prompt("prompt", {"prompt": cfg.prompt}, None)])
     # What can be wrong is checked before the model is loaded, as far as that is possible.
     if cfg.chat and sys.stdin is None:
         raise UserError("--chat=True reads questions from stdin, which is closed")

@@ -87,9 +87,9 @@ class Assistant:
             numbers = [first + row + turn * ROUND_STRIDE for row in open_rows]
             guide = self.constraint and self.constraint.guide([conversations[row] + replies[row]
                                                                for row in open_rows])
-            written = self.write(prompts, numbers, show if open_rows[0] == 0 else None, prefix, guide)
+            turns = self.generate_turns(prompts, numbers, show if open_rows[0] == 0 else None, prefix, guide)
             still_open = []
-            for row, prompt, ids in zip(open_rows, prompts, written, strict=True):
+            for row, prompt, ids in zip(open_rows, prompts, turns, strict=True):
                 before = (self.sampled[row] + [False] * len(prompt))[:len(prompt)]
                 self.rows[row], self.sampled[row] = prompt + ids, before + [True] * len(ids)
                 message, *results = read_turn(self.tokenizer, ids, self.end_ids,
@@ -104,8 +104,9 @@ class Assistant:
                 break
         return replies
 
-    def write(self, prompts: list[list[int]], row_numbers: list[int], show: Callable[[int], None] | None,
-              prefix: PrefixCache | None, guide: Guide | None = None) -> list[list[int]]:
+    def generate_turns(self, prompts: list[list[int]], row_numbers: list[int],
+                       show: Callable[[int], None] | None, prefix: PrefixCache | None,
+                       guide: Guide | None = None) -> list[list[int]]:
         """Generate until every row has ended its turn; return the new ids of each row."""
         options = Options(vocab_size=self.tokenizer.vocab_size, row_numbers=row_numbers, prefix=prefix,
                           guide=guide)

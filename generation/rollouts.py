@@ -177,7 +177,7 @@ class RolloutSampler:
         return False
 
     def sample_turns(self, rollouts: list[Rollout], copies: int, row_numbers: list[int]) -> None:
-        """Sample each rollout to the end of its turn. `copies` rollouts in a row have the same context."""
+        """Sample each rollout to the end of its turn. Every `copies` rollouts have the same context."""
         contexts = [rollout.prompt + rollout.ids for rollout in rollouts[::copies]]
         rooms = [self.room(rollout) for rollout in rollouts]
         weight = self.model.head_weight

@@ -42,7 +42,7 @@ def sample_answers(model: GPT, tokenizer: Tokenizer, prompts: list[list[int]]) -
     if not prompts:
         return []
     assistant = Assistant(model, tokenizer, Sampling(temperature=0), ANSWER_TOKENS)
-    answers = assistant.write(prompts, list(range(len(prompts))), None, None)
+    answers = assistant.generate_turns(prompts, list(range(len(prompts))), None, None)
     texts = []
     for prompt, answer in zip(prompts, answers, strict=True):
         question = tokenizer.decode(prompt)
