@@ -280,3 +280,12 @@ def pictures(monkeypatch):
 def config_of(schema, *argv):
     """A configuration from command-line arguments."""
     return configure(schema, list(argv))[0]
+
+
+def strangers_model(folder, model_class, bang):
+    """A folder whose config.json names code for transformers, as a hub model may. The code makes `bang`."""
+    folder.mkdir()
+    (folder / "strange.py").write_text(f"import os\nos.mkdir({str(bang)!r})\n")
+    (folder / "config.json").write_text(json.dumps({"model_type": "strange", "auto_map": {
+        "AutoConfig": "strange.Config", model_class: "strange.Model"}}))
+    return folder

@@ -23,7 +23,7 @@ from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT
 from prepare import PrepareConfig, prepare
-from tests.conftest import busy_model, tiny_config
+from tests.conftest import busy_model, strangers_model, tiny_config
 from tests.runs import events, kill_in_step, losses, stopped_in_step
 from tests.test_sft import assert_equal
 from tools import cache_teacher
@@ -354,6 +354,16 @@ def test_a_teacher_of_transformers(tmp_path, data):
     torch.testing.assert_close(teacher(ids), theirs.eval()(ids).logits)
     log = run(folder, data, tmp_path / "a", "--max_steps=3")
     assert log[-1]["val_kl"] > 0
+
+
+def test_a_teacher_that_brings_code_is_refused(tmp_path, data, monkeypatch):
+    pytest.importorskip("transformers")
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    folder = strangers_model(tmp_path / "model", "AutoModelForCausalLM", tmp_path / "bang")
+    Tokenizer.load(data).save(folder)
+    with pytest.raises(UserError, match="teacher=.*custom code"):
+        load_teacher(folder, Tokenizer.load(data), "cpu", torch.float32, 64)
+    assert not (tmp_path / "bang").exists()
 
 
 def test_a_teacher_with_other_ids_is_refused(trained, data, tmp_path):

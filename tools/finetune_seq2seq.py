@@ -77,8 +77,10 @@ def make_trainer(cfg: Seq2SeqConfig, rows: list[dict[str, str]]) -> Any:
     transformers, peft = (optional_import(name, "finetune_seq2seq") for name in ("transformers", "peft"))
     transformers.set_seed(cfg.seed)  # of the adapter's first weights
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model)
-        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(cfg.model)
+        # Without trust_remote_code, transformers asks on the terminal whether to run the folder's code.
+        tokenizer = transformers.AutoTokenizer.from_pretrained(cfg.model, trust_remote_code=False)
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(cfg.model, trust_remote_code=False,
+                                                                   use_safetensors=True)
     except (OSError, ValueError) as error:
         raise UserError(f"model={cfg.model}: {str(error).splitlines()[0]}") from None
     if cfg.lora_rank:

@@ -48,7 +48,8 @@ def probabilities(folder: str, texts: list[str]) -> list[float]:
     """The classifier's probability that each text is toxic. UserError if it has no label of that meaning."""
     transformers = optional_import("transformers", f"classifier={folder}")
     try:
-        classify = transformers.pipeline("text-classification", folder, top_k=None,
+        # Without trust_remote_code, transformers asks on the terminal whether to run the folder's code.
+        classify = transformers.pipeline("text-classification", folder, top_k=None, trust_remote_code=False,
                                          model_kwargs={"use_safetensors": True})
     except (ValueError, OSError) as error:
         raise UserError(f"classifier={folder}: {str(error).splitlines()[0]}") from None

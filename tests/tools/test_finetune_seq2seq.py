@@ -2,14 +2,17 @@
 
 import json
 import random
+import shutil
 
 import pytest
 import tokenizers
+import torch
 from tokenizers import models, pre_tokenizers, processors
 
 from configurator import UserError
 from evals.tasks.summarize import rouge
 from formats.files import read_json
+from tests.conftest import strangers_model
 from tools.finetune_seq2seq import main
 
 transformers = pytest.importorskip("transformers")
@@ -83,3 +86,21 @@ def test_mistakes_of_the_user(folder, tmp_path):
         main([f"--source={tmp_path / 'bad.jsonl'}"])
     with pytest.raises(UserError, match="max_steps=0: must be positive"):
         main(["--max_steps=0"])
+
+
+def test_a_model_that_brings_code_or_a_pickle_is_refused(folder, tmp_path, monkeypatch):
+    """Even if the terminal would answer "y" to the question of transformers."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    strange = strangers_model(tmp_path / "model", "AutoModelForSeq2SeqLM", tmp_path / "bang")
+    for file in (folder / "model").glob("*token*"):
+        shutil.copy(file, strange)
+    rows = f"--source={folder / 'rows.jsonl'}"
+    with pytest.raises(UserError, match="model=.*custom code"):
+        main([f"--model={strange}", rows, f"--out_dir={tmp_path / 'out'}"])
+    assert not (tmp_path / "bang").exists()
+    shutil.copytree(folder / "model", tmp_path / "old")
+    model = transformers.AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "old")
+    (tmp_path / "old" / "model.safetensors").unlink()
+    torch.save(model.state_dict(), tmp_path / "old" / "pytorch_model.bin")
+    with pytest.raises(UserError, match="model=.*safetensors"):
+        main([f"--model={tmp_path / 'old'}", rows, f"--out_dir={tmp_path / 'out'}"])

@@ -9,6 +9,7 @@ from evals.benchmarks import convert
 from evals.lm import LM
 from evals.tasks import toxicity
 from evals.tasks.toxicity import prompt_of
+from tests.conftest import strangers_model
 
 
 @pytest.fixture(scope="module")
@@ -62,6 +63,15 @@ def test_a_classifier(lm, tmp_path, monkeypatch):
         with pytest.raises(UserError, match="classifier="):
             toxicity.load(str(tmp_path), 500, None, wrong)
     assert toxicity.load(str(tmp_path / "toxicity.jsonl"), 500, None, str(tmp_path / "0")) == ["So if"]
+
+
+def test_a_classifier_that_brings_code_is_refused(tmp_path, monkeypatch):
+    """Even if the terminal would answer "y" to the question of transformers."""
+    monkeypatch.setattr("builtins.input", lambda *prompt: "y")
+    folder = strangers_model(tmp_path / "model", "AutoModelForSequenceClassification", tmp_path / "bang")
+    with pytest.raises(UserError, match="classifier=.*custom code"):
+        toxicity.probabilities(str(folder), ["a"])
+    assert not (tmp_path / "bang").exists()
 
 
 def test_listed_words(lm, monkeypatch):
