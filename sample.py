@@ -41,7 +41,7 @@ from formats.tokenizer import Tokenizer
 from generation.assistant import Assistant, Message
 from generation.constraints import ConstraintKeys, constraint_of
 from generation.generate import MOST_NEW_TOKENS, Options, TextEnd, TextSampling, append_tokens, generate
-from generation.terminal import converse, edit_lines
+from generation.terminal import converse, edit_lines, escaped
 from generation.verifier import Verifier
 from model import GPT
 from modeling.devices import open_device
@@ -154,10 +154,10 @@ class Sampler:
             append_tokens(new, tokens)
             if stream:
                 text = self.end.text(new[0], finished=False)
-                print(text[len(printed):], end="", flush=True)
+                print_text(text[len(printed):], end="")
                 printed = max(printed, text, key=len)  # the next token may begin a stop text, which is hidden
         if stream:  # what was hidden because it might have changed
-            print(self.end.text(new[0])[len(printed):], flush=True)
+            print_text(self.end.text(new[0])[len(printed):])
         self.tokens += sum(map(len, new))  # for the speed at the end
         return [{"completion": self.end.text(row),
                  "finish_reason": "stop" if row and self.end.is_reached(row) else "length"} for row in new]
@@ -204,7 +204,7 @@ def print_samples(sampler: Sampler, prompts: list[Prompt]) -> None:
             if cfg.prompt_file:
                 print_json(prompts[number].keys | best)
             elif not stream:
-                print(best["completion"])
+                print_text(best["completion"])
                 note("---------------")
 
 
@@ -213,6 +213,11 @@ def print_samples(sampler: Sampler, prompts: list[Prompt]) -> None:
 def note(text: str, end: str = "\n") -> None:
     """Print to stderr, since stdout is for generated text only."""
     print(text, end=end, file=sys.stderr, flush=True)
+
+
+def print_text(text: str, end: str = "\n") -> None:
+    """Print generated text; on a terminal with escapes for control characters."""
+    print(escaped(text) if sys.stdout.isatty() else text, end=end, flush=True)
 
 
 def print_json(keys: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import atexit
 import contextlib
 import json
 import os
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -21,15 +22,21 @@ from generation.assistant import Assistant, Message
 from generation.generate import PrefixCache
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # terminal styles
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not the tab and the line end
 HISTORY, MOST_LINES = os.path.expanduser("~/.nanollama_history"), 1000
 HELP = "/reset starts over, /save FILE saves, /quit leaves; Ctrl-C stops an answer\n"
+
+
+def escaped(text: str) -> str:
+    """The text with escapes for control characters: a model may write any, and a terminal would obey them."""
+    return CONTROL.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class Printer:
     """Writes tokens as they come: a character once all its bytes are there, a special token as a style."""
 
     def __init__(self, tokenizer: Tokenizer, write: Callable[[str], Any], styled: bool):
-        self.tokenizer, self.write = tokenizer, write
+        self.tokenizer, self.write, self.shown = tokenizer, write, escaped if styled else str
         self.dim, self.plain = dim, plain = (DIM, PLAIN) if styled else ("", "")
         spelled = {THOUGHT: dim, THOUGHT_END: f"{plain}\n", CALL: dim, END: f"{plain}\n", RESPONSE: ""}
         # Those of other models' formats.
@@ -46,7 +53,7 @@ class Printer:
         self.ids.append(token)
         # A token may end within a character, which decodes to a replacement character so far.
         text = self.tokenizer.decode(self.ids, inside=True).rstrip("\N{REPLACEMENT CHARACTER}")
-        self.write(text[self.written:])
+        self.write(self.shown(text[self.written:]))
         # With byte tokens ("<0xE4>"), characters before it decode to replacement characters, too.
         self.written = max(self.written, len(text))
 

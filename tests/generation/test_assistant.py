@@ -15,7 +15,7 @@ from formats.tokenizer import Tokenizer
 from generation import assistant as assistants
 from generation.assistant import MOST_CALLS, Assistant, call_tool
 from generation.generate import Options, PrefixCache, Sampling, generate
-from generation.terminal import converse, drop_turns, read_line
+from generation.terminal import Printer, converse, drop_turns, escaped, read_line
 from model import GPT
 from tests.conftest import CODE, ROOT, busy_model, tiny_config
 
@@ -100,6 +100,19 @@ def test_earlier_turns_are_not_read_again(tokenizer, monkeypatch):
     assert [i[0] for i in generate(model, [long], 4, Sampling(temperature=0), options=options)] == [
         i[0] for i in generate(model, [long], 4, Sampling(temperature=0))
     ]
+
+
+def test_a_terminal_obeys_no_character_of_an_answer(tokenizer):
+    """ESC ] 52 writes to the clipboard, ESC [ 2 J and its short form \\x9b clear the screen."""
+    text = "a\x1b]52;c;eA==\x07\r\tb\x9b2J\u3000\u00e9\U0001f600\x7f\n\x00"
+    shown = "a\\x1b]52;c;eA==\\x07\\r\tb\\x9b2J\u3000\u00e9\U0001f600\\x7f\n\\x00"
+    assert escaped(text) == shown
+    for styled, expected in ((True, shown), (False, text)):  # a file gets the text as it is
+        out = []
+        printer = Printer(tokenizer, out.append, styled)
+        for token in tokenizer.encode(text):
+            printer(token)
+        assert "".join(out) == expected
 
 
 def test_a_conversation_in_the_terminal(tokenizer, monkeypatch, tmp_path):

@@ -296,6 +296,15 @@ def call(capsys, trained, *words):
     return capsys.readouterr()
 
 
+@pytest.mark.parametrize("options", [[], ["--num_samples=2"]], ids=["stream", "samples"])
+def test_a_terminal_gets_escapes_for_control_characters(capsys, trained, monkeypatch, options):
+    ids = Tokenizer.load(trained / "step_000060").encode("a\x1b[2Jb")
+    monkeypatch.setattr(sample, "generate", lambda model, prompts, *rest: ([i] * len(prompts) for i in ids))
+    assert call(capsys, trained, *options).out == "a\x1b[2Jb\n" * (len(options) + 1)
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert call(capsys, trained, *options).out == "a\\x1b[2Jb\n" * (len(options) + 1)
+
+
 def test_only_the_generated_text_is_on_stdout(capsys, trained, monkeypatch):
     tokenizer, model = Tokenizer.load(trained / "step_000060"), GPT.from_pretrained(trained).eval()
     prompt = "import os"
