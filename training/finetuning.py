@@ -88,8 +88,8 @@ def with_adapter(cfg: PostTrainingConfig, plain: GPT, base: dict[str, str]) -> G
     if not cfg.lora_rank:
         return plain
     if hf.architecture(plain.config) in ("nanollama", *hf.EXPERT_KEYS):
-        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for this architecture "
-                        "(ternary weights, or experts); without lora_rank all weights are trained")
+        raise UserError(f"lora_rank={cfg.lora_rank}: PEFT cannot represent an adapter for a model with "
+                        f"{hf.unusual(plain.config)}; without lora_rank all weights are trained")
     folder = Path(base["path"])
     require_no_adapter(cfg, folder)
     # New tokens have rows in the tables that the base does not have, so the tables are trained and saved too.
