@@ -46,9 +46,9 @@ from typing import Any
 from dataset.sources import Skip, require_utf8
 from formats.chat_format import ROLES, read_call
 
-ROLE_NAMES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant",
-              "chatgpt": "assistant", "function_call": "assistant", "observation": "tool",
-              "function": "tool", "ipython": "tool", "developer": "system"}
+ROLE_NAMES = {"human": "user", "prompter": "user", "gpt": "assistant", "bot": "assistant",
+              "model": "assistant", "chatgpt": "assistant", "function_call": "assistant",
+              "observation": "tool", "function": "tool", "ipython": "tool", "developer": "system"}
 QUESTIONS = ("instruction", "prompt", "question")
 ANSWERS = ("output", "response", "completion", "answer")
 

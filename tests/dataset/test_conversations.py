@@ -2,6 +2,9 @@
 
 import json
 import math
+import re
+import sys
+import types
 from datetime import datetime
 from itertools import product
 
@@ -12,6 +15,7 @@ from dataset.conversations import conversation, preference
 from dataset.encoding import Recipe, parse_content, parse_rows
 from dataset.sources import Row, Skip, read_rows
 from prepare import main as prepare_main
+from tests.conftest import ROOT
 
 NUMBERS = [(0, "0"), (0.0, "0"), (-0.0, "0"), (2.0, "2"), (0.5, "0.5"), (10**30, "1" + "0" * 30),
            (1e16, "1e+16"), (1e308, "1e+308")]  # fmt: skip
@@ -156,3 +160,20 @@ def test_a_key_that_is_half_a_character(tmp_path, kind, capsys):
     (tmp_path / "a.jsonl").write_text("\n".join(lines[1:]))
     with pytest.raises(UserError, match=r"one of \\ud800"):
         prepare_main([*args, "--overwrite=True"])
+
+
+def test_a_tree_of_messages_becomes_chats_by_the_program_in_the_docs(tmp_path, monkeypatch):
+    """a - b - c - d, and a - e: the chats a b c d and a e. f is a question without an answer."""
+    rows = [{"message_id": name, "parent_id": parent, "role": role, "text": name.upper()}
+            for name, parent, role in (
+                ("d", "c", "assistant"), ("a", None, "prompter"), ("b", "a", "assistant"),
+                ("c", "b", "prompter"), ("e", "a", "assistant"), ("f", None, "prompter"))]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=lambda *_, **__: rows))
+    monkeypatch.chdir(tmp_path)
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    [program] = re.findall(r"```python\n(import json\nfrom datasets.*?)```", text, re.DOTALL)
+    exec(program, {})
+    chats = [conversation(json.loads(line)) for line in (tmp_path / "oasst2.jsonl").open(encoding="utf-8")]
+    assert [[(each["role"], each["content"]) for each in chat] for chat in chats] == [
+        [("user", "A"), ("assistant", "B"), ("user", "C"), ("assistant", "D")],
+        [("user", "A"), ("assistant", "E")]]
