@@ -130,6 +130,33 @@ def test_an_answer_that_is_no_http_or_is_cut_off(answer):
             mt_bench.from_api(address, "wise", "hello")
 
 
+def test_a_redirect_does_not_get_the_key(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    got = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self):
+            got.append(("POST", self.headers["Authorization"]))
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")  # urllib treats another server's address alike
+            self.end_headers()
+
+        def do_GET(self):
+            got.append((self.path, self.headers["Authorization"]))
+            self.send_error(404)
+
+        def log_message(self, *arguments):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+        with pytest.raises(UserError, match="HTTP Error 404"):
+            mt_bench.from_api(f"http://127.0.0.1:{server.server_port}/v1", "wise", "hello")
+        server.shutdown()
+    assert got == [("POST", "Bearer secret"), ("/elsewhere", None)]
+
+
 def test_a_model_folder_judges(chat_folder, trained, monkeypatch):
     """The most likely verdict after the prompt, which is the same in both orders of equal answers."""
     monkeypatch.setattr(mt_bench, "MAX_NEW_TOKENS", 4)
