@@ -55,6 +55,8 @@ from modeling.sinks import cache_limits
 # Keys of a request that change no answer.
 IGNORED = {"user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier",
            "prompt_cache_key"}
+# Keys that are not supported, with the values that clients send to leave them out.
+NEUTRAL = {"frequency_penalty": 0, "presence_penalty": 0, "logit_bias": {}, "top_logprobs": 0}
 # Around thoughts and before calls, in other models' chat formats.
 MARKS = ("<think>", "</think>", "<tool_call>")
 
@@ -96,7 +98,10 @@ class CompletionRequest(TextSampling):
 
 def parse(body: dict[str, Any], defaults: CompletionRequest) -> CompletionRequest:
     """The body of a request, checked. Raises UserError that names the key."""
-    keys = {key: value for key, value in body.items() if key not in IGNORED and value is not None}
+    keys = {key: value for key, value in body.items()
+            if key not in IGNORED and value not in (None, NEUTRAL.get(key))}
+    if keys.get("logprobs") is False:  # in chats it is no number
+        del keys["logprobs"]
     if "max_completion_tokens" in keys:  # OpenAI's newer name
         keys["max_tokens"] = keys.pop("max_completion_tokens")
     if fixed := {"sinks", "window"} & keys.keys():

@@ -279,6 +279,20 @@ def test_a_wrong_request_is_answered_with_its_reason(server, status, words, chan
     assert found == status and words in answer["error"]["message"] and "\n" not in answer["error"]["message"]
 
 
+def test_keys_at_values_that_change_nothing(server):
+    """Some clients always send these; other values of them are refused."""
+    body = {"messages": QUESTION, "temperature": 0}
+    neutral = {"frequency_penalty": 0.0, "presence_penalty": 0, "logit_bias": {}, "logprobs": False,
+               "top_logprobs": 0, "user": "me", "stop": None}
+    (status, plain), (same_status, same) = (server.ask("/v1/chat/completions", body | more)
+                                            for more in ({}, neutral))
+    assert status == same_status == 200 and same["choices"] == plain["choices"]
+    for key, value in [("presence_penalty", 1), ("logit_bias", {"5": 1}), ("top_logprobs", 2),
+                       ("logprobs", True)]:
+        status, answer = server.ask("/v1/chat/completions", body | {key: value})
+        assert status == 400 and key in answer["error"]["message"]
+
+
 def test_a_text_outgrows_the_context_with_sinks(start, chat_folder):
     """A prompt of 300 ids, 44 more than the context, and 30 new ones: those of sample.py."""
     small = start(f"--model={chat_folder}", "--sinks=2", "--window=18", "--slots=2", "--temperature=0")
