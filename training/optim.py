@@ -181,7 +181,8 @@ def learning_rate_at(cfg: RunConfig, step: int, total: int) -> float:
     """The learning rate of step 0 to total - 1: linear warmup to learning_rate, then cfg.schedule to min_lr.
 
     warmup_steps and decay_steps default to 2 % and 30 % of total. wsd (arXiv 2404.06395) stays constant, then
-    falls linearly over decay_steps. linear and cosine fall from the end of the warmup.
+    falls linearly over decay_steps, or fewer if the warmup has left no more. linear and cosine fall from the
+    end of the warmup.
     """
     warmup = cfg.warmup_steps if cfg.warmup_steps is not None else total // 50
     if step < warmup:
@@ -190,6 +191,7 @@ def learning_rate_at(cfg: RunConfig, step: int, total: int) -> float:
         decay = cfg.decay_steps if cfg.decay_steps is not None else int(0.3 * total)
     else:
         decay = 0 if cfg.schedule == "constant" else total - warmup
+    decay = min(decay, total - warmup)
     done = (step - (total - decay)) / decay if step >= total - decay else 0.0  # share of the decay, 0 to 1
     shape = (1 + math.cos(math.pi * done)) / 2 if cfg.schedule == "cosine" else 1 - done
     return cfg.min_lr + (cfg.learning_rate - cfg.min_lr) * shape

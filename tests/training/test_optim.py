@@ -160,6 +160,13 @@ def test_schedule_defaults_and_single_step():
     assert learning_rate_at(cfg, 0, 1) == 1.0
 
 
+def test_a_decay_that_is_longer_than_the_run_begins_after_the_warmup():
+    """A short trial of a long run: 4 steps of warmup, then a decay of 8 steps instead of 1,000."""
+    cfg = RunConfig(learning_rate=1.0, schedule="wsd", warmup_steps=4, decay_steps=1000)
+    rates = [learning_rate_at(cfg, step, 12) for step in range(12)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1, 1, 0.875, 0.75, 0.625, 0.5, 0.375, 0.25, 0.125])
+
+
 # ---- Clipping ---------------------------------------------------------------------------------------------
 
 
