@@ -296,6 +296,10 @@ def unusual(config: GPTConfig) -> str:
     usual = USUAL | {"sink_logits": False, "n_expert": 0}
     if config.position == "learned":  # GPT-2 has no choice of heads
         usual |= {"n_kv_head": config.n_head, "head_dim": config.n_embd // config.n_head}
+    if config.n_expert:
+        usual["balance"] = "aux"
+        if not config.qk_norm:  # Mixtral has no choice of these; Qwen3-MoE has
+            usual |= {"expert_size": config.intermediate_size, "dense_layers": [], "norm_topk": True}
     return ", ".join(f"{key}={getattr(config, key)}" for key, value in usual.items()
                      if getattr(config, key) != value)
 

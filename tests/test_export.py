@@ -351,6 +351,9 @@ def test_mistakes_of_a_user(args, message, chat_model, tmp_path):
 @pytest.mark.parametrize("changes, format, message", [
     (dict(ternary=True), "hf", "transformers has no .* with ternary=True; use --format=ternary"),
     (dict(position="learned", n_kv_head=4), "hf", "transformers has no .* with position=learned$"),
+    (dict(n_expert=4, expert_size=32), "hf", "no model with n_expert=4, expert_size=32$"),
+    (dict(n_expert=4, qk_norm=True, expert_size=32, balance="bias"), "hf",
+     "no model with qk_norm=True, n_expert=4, balance=bias$"),
     (dict(ternary=True), "gguf", "llama.cpp has no architecture with ternary=True"),
 ])  # fmt: skip
 def test_models_that_a_format_cannot_hold(changes, format, message, tokenizer, tmp_path):
