@@ -60,17 +60,17 @@ def pieces(tokenizer: Tokenizer) -> dict[int, str]:
     return {i: piece for piece, i in tokenizer.hf.get_vocab().items()}
 
 
-def check_teacher_ids(folder: Path, tokenizer: Tokenizer) -> None:
+def check_teacher_ids(folder: Path, tokenizer: Tokenizer, key: str = "teacher") -> None:
     """Raises UserError, with up to three examples, if an id means another token to the teacher than in the
-    data."""
+    data. key: the name of the setting, for messages."""
     theirs, ours = pieces(Tokenizer.load(folder)), pieces(tokenizer)
     different = [i for i in sorted(ours) if ours[i] != theirs.get(i)]  # more ids on their side do no harm
     if different and set(different) <= tokenizer.special_ids and not theirs.keys() & set(different):
-        raise UserError(f"teacher={folder}: does not know the chat tokens; fine-tune it with sft.py first")
+        raise UserError(f"{key}={folder}: does not know the chat tokens; fine-tune it with sft.py first")
     if different:
         shown = "; ".join(f"{i} is {theirs.get(i)!r} there and {ours[i]!r} in the data"
                           for i in different[:3])
-        raise UserError(f"teacher={folder}: {len(different):,} token ids mean something else: {shown} "
+        raise UserError(f"{key}={folder}: {len(different):,} token ids mean something else: {shown} "
                         f"(prepare.py --tokenizer={folder} makes data with its ids; with --align=bytes they "
                         "may differ)")
 
@@ -82,21 +82,22 @@ def context_of(teacher: Any) -> int:
 
 
 def load_teacher(source: str, tokenizer: Tokenizer, device: torch.device | str, dtype: torch.dtype,
-                 block_size: int) -> nn.Module:
+                 block_size: int, key: str = "teacher") -> nn.Module:
     """Load a model folder, an out_dir or a hub id, in eval mode and without gradients; weights in `dtype`.
 
-    block_size: length of the longest rows that the teacher will read. Raises UserError if they are longer
-    than its context, or if its vocabulary is not the tokenizer's.
+    block_size: length of the longest rows that the teacher will read. key: the setting that holds `source`,
+    for messages. Raises UserError if they are longer than its context, or if its vocabulary is not the
+    tokenizer's.
     """
     folder = hf.find_folder(source)
-    check_teacher_ids(folder, tokenizer)
+    check_teacher_ids(folder, tokenizer, key)
     load = GPT.from_pretrained if is_ours(folder) else ForeignTeacher
     teacher: nn.Module = load(folder, device, dtype)
     config: Any = teacher.config  # a GPTConfig, or one of transformers
     if config.vocab_size < tokenizer.vocab_size:
-        raise UserError(f"teacher={source}: the model has {config.vocab_size:,} token ids, its tokenizer "
+        raise UserError(f"{key}={source}: the model has {config.vocab_size:,} token ids, its tokenizer "
                         f"{tokenizer.vocab_size:,}")
     if context_of(teacher) < block_size:
-        raise UserError(f"block_size={block_size}: teacher={source} has a context of {context_of(teacher)} "
+        raise UserError(f"block_size={block_size}: {key}={source} has a context of {context_of(teacher)} "
                         "tokens")
     return teacher.eval().requires_grad_(False)

@@ -83,8 +83,8 @@ def short_run(cfg: SearchConfig, name: str, pairs: str) -> float:
 def main(argv: list[str]) -> None:
     cfg, _ = configure(SearchConfig, argv, usage=__doc__)
     mix, device = Mix(cfg.dataset, cfg.block_size, 0, Rows), pick_device(None)
-    student, teacher = (load_teacher(name, mix.tokenizer, device, torch.float32, cfg.block_size)
-                        for name in (cfg.student, cfg.teacher))
+    student, teacher = (load_teacher(name, mix.tokenizer, device, torch.float32, cfg.block_size, key)
+                        for key, name in (("student", cfg.student), ("teacher", cfg.teacher)))
     if not (isinstance(student, GPT) and isinstance(teacher, GPT)):
         raise UserError("search_layers: model.py must have both architectures")
     table = similarities(student, teacher, text_batch(mix.samples(0, ROWS))["input_ids"].to(device))

@@ -7,6 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from configurator import UserError
 from formats import hf
 from model import GPT
 from tools import search_layers
@@ -65,3 +66,9 @@ def test_short_runs_choose_the_map(monkeypatch, trained, data, tmp_path, capsys)
     search_layers.main([f"--teacher={trained}", f"--student={trained}", f"--dataset={data}",
                         "--block_size=64"])
     assert capsys.readouterr().out.endswith("--layer_map=last\n")
+
+
+def test_a_student_with_other_token_ids_is_named(trained, data, chat_folder):
+    argv = [f"--teacher={trained}", f"--student={chat_folder}", f"--dataset={data}", "--block_size=64"]
+    with pytest.raises(UserError, match=f"^student={chat_folder}: .* token ids mean something else"):
+        search_layers.main(argv)
