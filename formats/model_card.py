@@ -37,8 +37,8 @@ STAGES = {"sample_tokens": "pre-training", "student_layers": "distillation", "nu
           "group_size": "reinforcement learning", "packing": "fine-tuning", "reference": "preferences"}
 # The settings of a run in the table of main settings.
 SHOWN = ("optimizer", "learning_rate", "min_lr", "schedule", "warmup_steps", "weight_decay", "beta1", "beta2",
-         "grad_clip", "global_batch_size", "block_size", "dtype", "seed", "lora_rank", "teacher", "alpha",
-         "temperature", "divergence", "loss", "beta", "nll_weight")
+         "grad_clip", "global_batch_size", "block_size", "stages", "dtype", "seed", "lora_rank", "teacher",
+         "alpha", "temperature", "divergence", "loss", "beta", "nll_weight")
 ROOT = Path(__file__).parent.parent
 
 
@@ -63,8 +63,12 @@ def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
 def summary(c: GPTConfig, parameters: int) -> str:
     """One sentence on an architecture."""
     kind = "ternary" if c.ternary else hf.architecture(c)
+    mlp = f"MLP width {c.intermediate_size:,}"
+    if c.n_expert:
+        experts = f"{c.n_expert} experts of width {c.expert_size:,}, {c.n_expert_per_token} per token"
+        mlp = f"{experts} ({mlp} in the blocks {c.dense_layers})" if c.dense_layers else experts
     return (f"A {kind} model with {parameters:,} parameters: {c.n_layer} layers, width {c.n_embd}, "
-            f"{c.n_head} query heads, {c.n_kv_head} key/value heads, MLP width {c.intermediate_size:,}, "
+            f"{c.n_head} query heads, {c.n_kv_head} key/value heads, {mlp}, "
             f"{c.vocab_size:,} token ids, and a context of {c.block_size:,} tokens.")
 
 
@@ -135,7 +139,7 @@ def run_tables(runs: list[RunSummary]) -> str:
     """The result of each run, and its main settings."""
     rows = [[f"{run.stage} ({run.name})", run.config.get("dataset"), run.step, run.tokens, run.val_loss]
             for run in runs]
-    keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0) for run in runs)]
+    keys = [key for key in SHOWN if any(run.config.get(key) not in (None, 0, []) for run in runs)]
     settings = [[key, *(run.config.get(key, "") for run in runs)] for key in keys]
     return (table(["run", "data", "steps", "tokens", "validation loss"], rows) + "\n\n"
             + table(["setting", *(run.name for run in runs)], settings))

@@ -11,10 +11,11 @@ import sft
 from configurator import UserError
 from formats import checkpoint, hf
 from formats.hf import model_sha256
-from formats.model_card import Exported, card, commit, lineage, shown
+from formats.model_card import Exported, card, commit, lineage, shown, summary
 from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
+from tests.conftest import tiny_config
 from tests.test_export import run
 
 
@@ -82,6 +83,22 @@ def test_every_number_is_in_its_file(copied, trained, chats, data):
     assert "Measured by `eval.py` with limit=300, dtype=float32." in text
     assert weights_sha256(hf.find_folder(copied)) in text and commit() in text
     assert "A llama model with 1,234,567 parameters: 2 layers, width 64, 4 query heads, 2 key/value" in text
+
+
+def test_experts_are_counted_in_the_summary():
+    config = tiny_config(n_expert=4, n_expert_per_token=2, expert_size=32)
+    assert "2 key/value heads, 4 experts of width 32, 2 per token, 500 token ids" in summary(config, 1)
+    config = tiny_config(n_expert=4, n_expert_per_token=2, expert_size=32, dense_layers=[0])
+    assert "2 per token (MLP width 128 in the blocks [0]), 500 token ids" in summary(config, 1)
+
+
+def test_settings_that_change_in_stages_are_in_the_table(copied):
+    assert "| stages |" not in card_of(copied)
+    run = json.loads((copied / "run.json").read_text())
+    run["config"]["stages"] = [{"steps": 2, "block_size": 32}, {"steps": 2, "dataset": "/data/a"}]
+    (copied / "run.json").write_text(json.dumps(run))
+    stages = "[{'steps': 2, 'block_size': 32}, {'steps': 2, 'dataset': 'a'}]"
+    assert f"| stages | [] | {stages} |" in card_of(copied)
 
 
 def test_an_earlier_checkpoint_has_its_own_numbers(copied):
