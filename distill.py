@@ -316,9 +316,6 @@ class Distillation:
         loss = loss + layers
         if cfg.gradient_noise:  # the loop divides by the count of the whole step: all parts of it add up to 1
             loss = loss + batch["count"] * noise_term(trained, cfg.gradient_noise, batch["noise_seed"])
-        # DDP waits for a gradient of every parameter, also in a stage that does not use the projections.
-        if not cfg.hidden_weight:
-            loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
         return loss, metrics
 
     def student_head(self, batch: dict[str, Any], teacher: divergences.Teacher | None, hidden: Tensor,
@@ -327,7 +324,7 @@ class Distillation:
         cfg = self.configs[batch["stage"]]
         # The student's own tokens are not right answers, so on-policy there is no cross-entropy.
         alpha = 1.0 if "prompts" in batch else cfg.alpha
-        losses = divergences.linear_distillation(
+        loss, ce, kd = divergences.linear_distillation(
             select_targets(hidden, batch), weight, batch["targets"].flatten(), teacher, self.vocab_size,
             Objective(alpha, cfg.temperature, cfg.divergence, cfg.jsd_beta))
         # The teacher's forward pass has filled its hooks, and the student's blocks have just filled theirs.
@@ -336,7 +333,11 @@ class Distillation:
             features = feature_loss(self.student, *self.hooks, batch,
                                     cfg.hidden_loss if cfg.hidden_weight else None,
                                     cfg.attention_loss if cfg.attention_weight else None)
-        return (*losses, features)
+        # DDP waits for a gradient of every parameter, also in a stage that does not use the projections. With
+        # FSDP they are whole only inside this forward pass.
+        if not cfg.hidden_weight:
+            loss = loss + 0.0 * sum(matrix.sum() for matrix in self.student.projections.parameters())
+        return loss, ce, kd, features
 
 
 # ---- Models -----------------------------------------------------------------------------------------------

@@ -332,6 +332,11 @@ def test_two_ranks_pass_from_one_stage_to_the_next(trained, data, tmp_path, two_
     argv = [word for word in arguments(trained, data, tmp_path / "a") if "max_steps" not in word]
     two_ranks(staged, str(config), *map(str, argv))
     assert len(losses(events(tmp_path / "a"))) == 5
+    staged(config, *map(str, argv), f"--out_dir={tmp_path / 'one'}")
+    two_ranks(staged, str(config), *map(str, argv), f"--out_dir={tmp_path / 'fsdp'}", "--parallel=fsdp")
+    expected = losses(events(tmp_path / "one"))
+    for name in ("a", "fsdp"):
+        np.testing.assert_allclose(losses(events(tmp_path / name)), expected, rtol=1e-5)
 
 
 # ---- Teachers ---------------------------------------------------------------------------------------------
