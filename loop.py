@@ -381,7 +381,7 @@ def resume(cfg: RunConfig, model: GPT, run: Run, folder: Path | None, before: Pr
     state.progress.bad_step = max(state.progress.bad_step, before.bad_step)
     set_rope(model, state.stages, max(state.progress.step - 1, 0))
     # The log may be ahead of the checkpoint: those steps are computed and logged again.
-    run.run_on_rank0(lambda: run.truncate_log(state.progress.step))
+    run.run_on_rank0(lambda: run.truncate_log(state.saved_step))  # -1 without a checkpoint: all of it
     if folder:
         # A kill may come between writing the folder and its pointers.
         run.run_on_rank0(lambda: point_to(state, folder))

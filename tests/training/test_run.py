@@ -142,6 +142,16 @@ def test_changed_settings_and_data_are_refused_with_the_difference(data, tmp_pat
     assert len(losses(run(copy, out, "--max_steps=3", "--overwrite=True", "--seed=5"))) == 3
 
 
+def test_a_new_run_has_no_event_of_the_old_one(data, tmp_path):
+    """Also none at step 0, which a run of max_steps=0 has: it would be taken for the new run's evaluation."""
+    (old,) = run(data, tmp_path / "out", "--max_steps=0")
+    (new,) = run(data, tmp_path / "out", "--max_steps=0", "--overwrite=True", "--seed=5")
+    (expected,) = run(data, tmp_path / "other", "--max_steps=0", "--seed=5")
+    assert new["val_loss"] == expected["val_loss"] != old["val_loss"]
+    log = run(data, tmp_path / "out", "--max_steps=1", "--overwrite=True", "--seed=5")
+    assert [event["step"] for event in log] == [1, 1]
+
+
 def test_a_run_without_a_checkpoint_may_still_change(data, tmp_path, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(MemoryError):
         patch.setattr("loop.place", Mock(side_effect=MemoryError))
@@ -335,7 +345,7 @@ def test_tensorboard_mirrors_the_log(data, tmp_path, monkeypatch):
                                   for key, value in event.items() if key != "step" and value is not None]
     run(data, tmp_path, "--max_steps=3", "--schedule=constant", "--tensorboard=True")
     assert [(writer.folder, writer.purge_step) for writer in writers] == [
-        (str(tmp_path / "tensorboard"), 1), (str(tmp_path / "tensorboard"), 3)]
+        (str(tmp_path / "tensorboard"), 0), (str(tmp_path / "tensorboard"), 3)]
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(UserError, match="pip install tensorboard"):
         run(data, tmp_path / "b", "--max_steps=2", "--tensorboard=True")
