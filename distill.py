@@ -362,7 +362,9 @@ def with_architecture(cfg: DistillConfig, provenance: dict[str, str]) -> tuple[D
         # Here the folder is the teacher, whose architecture pruned_config makes smaller.
         layers = kept_layers(cfg.student_layers, config.n_layer)
         # The defaults of n_embd and so on are for a student from scratch: only what the user set counts here.
-        widths = {key: getattr(cfg, key) for key in WIDTHS if key in provenance}
+        # None is the teacher's width.
+        widths = {key: getattr(cfg, key) for key in WIDTHS
+                  if key in provenance and getattr(cfg, key) is not None}
         fields = dataclasses.asdict(pruned_config(config, layers, widths))
         fields |= {key: getattr(cfg, key) for key in FREE_KEYS if key in provenance}
     return dataclasses.replace(cfg, **fields | {"block_size": cfg.block_size}), layers

@@ -105,6 +105,10 @@ def test_a_pruned_student_starts_better(trained, data, tmp_path):
     assert losses(log)[-1] < losses(log)[0]
     config = GPT.from_pretrained(tmp_path / "c").config
     assert (config.n_layer, config.n_embd, config.n_head, config.head_dim) == (1, 32, 4, 16)
+    run(trained, data, tmp_path / "d", "--n_head=2", "--n_kv_head=None", "--intermediate_size=None",
+        "--max_steps=0", sizes=PRUNED)  # None: the teacher's width, or its number of query heads per key head
+    config = GPT.from_pretrained(tmp_path / "d").config
+    assert (config.n_head, config.n_kv_head, config.intermediate_size) == (2, 1, 128)
 
 
 def test_the_teacher_itself_has_nothing_to_learn(trained, data, tmp_path):
