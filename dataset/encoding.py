@@ -177,18 +177,18 @@ def tokenize(rows: list[Row], recipe: Recipe) -> list[Document]:
 worker_recipe: Recipe | None = None  # in a worker process: the recipe, which is sent once and not per batch
 
 
+def exit_with_parent() -> None:
+    """Wait until the parent has ended, even by a SIGKILL, and end this process."""
+    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
+    os._exit(1)
+
+
 def start_worker(recipe: Recipe) -> None:
     """Prepare a worker process. Ctrl-C is left to the parent, and no worker outlives it."""
     global worker_recipe
     worker_recipe = recipe
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=exit_with_parent, daemon=True).start()
-
-
-def exit_with_parent() -> None:
-    """Wait until the parent has ended, even by a SIGKILL, and end this process."""
-    multiprocessing.connection.wait([multiprocessing.parent_process().sentinel])
-    os._exit(1)
 
 
 def tokenize_in_worker(rows: list[Row]) -> list[Document]:

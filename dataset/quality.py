@@ -64,16 +64,6 @@ def chosen_rules(names: str | None, off: str = "") -> Limits:
     return {rule: limits for rule, limits in rules.items() if rule not in left_out}
 
 
-def first_failure(text: str, rules: Limits) -> tuple[str, float] | None:
-    """(rule, value) of the first rule that the text violates, or None."""
-    for values, own in (fineweb_values, FINEWEB), (gopher_values, GOPHER):
-        for rule, value in values(text) if own.keys() & rules.keys() else ():
-            least, greatest = rules.get(rule, (-ANY, ANY))
-            if not least <= value <= greatest:
-                return rule, round(float(value), 4)
-    return None
-
-
 def lines_of(text: str) -> list[str]:
     """The lines that are not blank, without the white space at their ends."""
     return [line for line in map(str.rstrip, text.split("\n")) if line]
@@ -94,28 +84,19 @@ def fineweb_values(text: str) -> Iterator[tuple[str, float]]:
     yield "newlines", text.count("\n") / len(text.split())
 
 
-def gopher_values(text: str) -> Iterator[tuple[str, float]]:
-    """(rule, value) for each of GOPHER; `gram_values` may leave out zeros."""
-    words, lines = text.split(), lines_of(text)
-    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}  # of each different word
-    ids = np.array([numbers[word] for word in words])  # (W,)
-    lengths = np.array([*map(len, numbers)])[ids]  # (W,) characters
-    named = np.array([any(map(str.isalnum, word)) for word in numbers])[ids]  # (W,) bool
-    yield "short_document", named.sum()
-    yield "long_document", named.sum()
-    yield "word_length", lengths[named].sum() / max(named.sum(), 1)
-    yield "hashes", text.count("#") / len(words)
-    yield "ellipses", sum(map(text.count, ELLIPSES)) / len(words)
-    yield "bullet_lines", sum(line.lstrip().startswith(("\u2022", "-")) for line in lines) / len(lines)
-    yield "ellipsis_lines", sum(line.endswith(ELLIPSES) for line in lines) / len(lines)
-    yield "alphabetic_words", np.array([any(map(str.isalpha, word)) for word in numbers])[ids].mean()
-    yield "stop_words", len(STOP_WORDS & numbers.keys())
-    for name, parts in ("paragraph", re.split(r"\n{2,}", text.strip())), ("line", lines):
-        count, characters = repeats(parts)
-        yield f"duplicate_{name}s", count / len(parts)
-        yield f"duplicate_{name}_characters", characters / len(text)
-    for rule, characters in gram_values(ids, lengths):
-        yield rule, characters / len(text)
+def repeated_characters(at: np.ndarray, grams: np.ndarray, characters: np.ndarray, n: int) -> int:
+    """The characters of the grams that occurred before, each character counted once.
+
+    A gram that overlaps one that was counted is passed over: in "a a a a a a", the second and the third pair
+    overlap, so 2 of the 3 pairs that follow each other are repeats.
+    """
+    total, end, seen = 0, 0, set()
+    for begin, gram, size in zip(at.tolist(), grams.tolist(), characters.tolist(), strict=True):
+        if begin >= end and gram in seen:
+            total, end = total + size, begin + n
+        elif begin >= end:
+            seen.add(gram)
+    return total
 
 
 def gram_values(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[str, int]]:
@@ -142,19 +123,38 @@ def gram_values(ids: np.ndarray, lengths: np.ndarray) -> Iterator[tuple[str, int
             yield f"duplicate_{n}_grams", repeated_characters(at, grams, characters, n)
 
 
-def repeated_characters(at: np.ndarray, grams: np.ndarray, characters: np.ndarray, n: int) -> int:
-    """The characters of the grams that occurred before, each character counted once.
+def gopher_values(text: str) -> Iterator[tuple[str, float]]:
+    """(rule, value) for each of GOPHER; `gram_values` may leave out zeros."""
+    words, lines = text.split(), lines_of(text)
+    numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}  # of each different word
+    ids = np.array([numbers[word] for word in words])  # (W,)
+    lengths = np.array([*map(len, numbers)])[ids]  # (W,) characters
+    named = np.array([any(map(str.isalnum, word)) for word in numbers])[ids]  # (W,) bool
+    yield "short_document", named.sum()
+    yield "long_document", named.sum()
+    yield "word_length", lengths[named].sum() / max(named.sum(), 1)
+    yield "hashes", text.count("#") / len(words)
+    yield "ellipses", sum(map(text.count, ELLIPSES)) / len(words)
+    yield "bullet_lines", sum(line.lstrip().startswith(("\u2022", "-")) for line in lines) / len(lines)
+    yield "ellipsis_lines", sum(line.endswith(ELLIPSES) for line in lines) / len(lines)
+    yield "alphabetic_words", np.array([any(map(str.isalpha, word)) for word in numbers])[ids].mean()
+    yield "stop_words", len(STOP_WORDS & numbers.keys())
+    for name, parts in ("paragraph", re.split(r"\n{2,}", text.strip())), ("line", lines):
+        count, characters = repeats(parts)
+        yield f"duplicate_{name}s", count / len(parts)
+        yield f"duplicate_{name}_characters", characters / len(text)
+    for rule, characters in gram_values(ids, lengths):
+        yield rule, characters / len(text)
 
-    A gram that overlaps one that was counted is passed over: in "a a a a a a", the second and the third pair
-    overlap, so 2 of the 3 pairs that follow each other are repeats.
-    """
-    total, end, seen = 0, 0, set()
-    for begin, gram, size in zip(at.tolist(), grams.tolist(), characters.tolist(), strict=True):
-        if begin >= end and gram in seen:
-            total, end = total + size, begin + n
-        elif begin >= end:
-            seen.add(gram)
-    return total
+
+def first_failure(text: str, rules: Limits) -> tuple[str, float] | None:
+    """(rule, value) of the first rule that the text violates, or None."""
+    for values, own in (fineweb_values, FINEWEB), (gopher_values, GOPHER):
+        for rule, value in values(text) if own.keys() & rules.keys() else ():
+            least, greatest = rules.get(rule, (-ANY, ANY))
+            if not least <= value <= greatest:
+                return rule, round(float(value), 4)
+    return None
 
 
 # ---- Near-duplicates --------------------------------------------------------------------------------------

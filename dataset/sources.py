@@ -74,6 +74,57 @@ class Blank(Skip):
 
 # ---- Names -> files ---------------------------------------------------------------------------------------
 
+def file_kind(path: Path) -> str:
+    """".jsonl" for both a.jsonl and a.jsonl.zst."""
+    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
+    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in PACKED else suffixes[-1]
+
+
+def files_under(root: Path, leave_out: Callable[[str], bool],
+                seen: set[str] | None = None) -> tuple[list[Path], int]:
+    """(all files below a folder, sorted; number of ignored files and folders).
+
+    Ignored are files and folders for whose name leave_out() is True, links that lead nowhere or to a folder
+    that is read anyway (such as the folder of the link), and what is no file, such as a pipe. seen: the real
+    paths of the folders that were entered so far.
+    """
+    files, folders, ignored = [], [], 0
+    seen = {os.path.realpath(root)} if seen is None else seen
+    # Links come after folders: a link to one of them is ignored.
+    for path in sorted(root.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
+        if leave_out(path.name) or os.path.realpath(path) in seen or not (path.is_dir() or path.is_file()):
+            ignored += 1
+        elif path.is_dir():
+            seen.add(os.path.realpath(path))
+            folders.append(path)
+        else:
+            files.append(path)
+    for folder in folders:
+        inside, left_out = files_under(folder, leave_out, seen)
+        files, ignored = files + inside, ignored + left_out
+    return sorted(files, key=str), ignored
+
+
+def standard_library() -> list[Path]:
+    """The .py files of the running Python's standard library, about 12 MB on every machine.
+
+    Leaves out its tests and installed packages. Raises UserError if the source is not installed.
+    """
+    root = Path(sysconfig.get_paths()["stdlib"])
+    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+    files = [path for path in files_under(root, left_out.__contains__)[0] if path.suffix == ".py"]
+    if not files:
+        raise UserError(f"source=pystdlib: {root} holds no .py files; give --source=FILES")
+    return files
+
+
+def hub_hint(name: str, key: str) -> str:
+    """A remedy, as the end of an error message, for a name such as wikitext or allenai/c4."""
+    # eval.py's --data= reads no hf:NAME.
+    is_hub_id = key != "data" and re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and not os.path.exists(name)
+    return f"; for a data set of the Hugging Face hub write --{key}=hf:{name}" if is_hub_id else ""
+
+
 def find_files(source: str, key: str = "source", kinds: set[str] = KINDS) -> tuple[list[Path], int]:
     """(files, number of ignored files and folders) of a comma-separated list of files, folders and globs.
 
@@ -103,57 +154,6 @@ def find_files(source: str, key: str = "source", kinds: set[str] = KINDS) -> tup
             raise UserError(f"{key}={name}: no such file, or nothing to read in it{hint}")
         files += matches
     return files, ignored
-
-
-def hub_hint(name: str, key: str) -> str:
-    """A remedy, as the end of an error message, for a name such as wikitext or allenai/c4."""
-    # eval.py's --data= reads no hf:NAME.
-    is_hub_id = key != "data" and re.fullmatch(r"[\w-]+(/[\w.-]+)?", name) and not os.path.exists(name)
-    return f"; for a data set of the Hugging Face hub write --{key}=hf:{name}" if is_hub_id else ""
-
-
-def standard_library() -> list[Path]:
-    """The .py files of the running Python's standard library, about 12 MB on every machine.
-
-    Leaves out its tests and installed packages. Raises UserError if the source is not installed.
-    """
-    root = Path(sysconfig.get_paths()["stdlib"])
-    left_out = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
-    files = [path for path in files_under(root, left_out.__contains__)[0] if path.suffix == ".py"]
-    if not files:
-        raise UserError(f"source=pystdlib: {root} holds no .py files; give --source=FILES")
-    return files
-
-
-def files_under(root: Path, leave_out: Callable[[str], bool],
-                seen: set[str] | None = None) -> tuple[list[Path], int]:
-    """(all files below a folder, sorted; number of ignored files and folders).
-
-    Ignored are files and folders for whose name leave_out() is True, links that lead nowhere or to a folder
-    that is read anyway (such as the folder of the link), and what is no file, such as a pipe. seen: the real
-    paths of the folders that were entered so far.
-    """
-    files, folders, ignored = [], [], 0
-    seen = {os.path.realpath(root)} if seen is None else seen
-    # Links come after folders: a link to one of them is ignored.
-    for path in sorted(root.iterdir(), key=lambda path: (path.is_symlink(), path.name)):
-        if leave_out(path.name) or os.path.realpath(path) in seen or not (path.is_dir() or path.is_file()):
-            ignored += 1
-        elif path.is_dir():
-            seen.add(os.path.realpath(path))
-            folders.append(path)
-        else:
-            files.append(path)
-    for folder in folders:
-        inside, left_out = files_under(folder, leave_out, seen)
-        files, ignored = files + inside, ignored + left_out
-    return sorted(files, key=str), ignored
-
-
-def file_kind(path: Path) -> str:
-    """".jsonl" for both a.jsonl and a.jsonl.zst."""
-    suffixes = [suffix.lower() for suffix in path.suffixes] or [""]
-    return suffixes[-2] if len(suffixes) > 1 and suffixes[-1] in PACKED else suffixes[-1]
 
 
 # ---- Packed files -> bytes --------------------------------------------------------------------------------
@@ -215,6 +215,17 @@ def without_mark(stream: Any) -> Any:
 
 # ---- Bytes -> rows ----------------------------------------------------------------------------------------
 
+def cut_near(buffer: bytes, piece: int) -> int:
+    """Where to cut text after at most `piece` bytes: after a blank line, else a line end, else a space."""
+    for mark in (b"\n\n", b"\n", b" "):
+        if (at := buffer.rfind(mark, piece // 2, piece)) >= 0:
+            return at + len(mark)
+    cut = piece
+    while cut > 1 and buffer[cut] & 0xC0 == 0x80:  # a continuation byte: do not cut inside a character
+        cut -= 1
+    return cut
+
+
 def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
     """A text file as one row or, if it is longer than `piece` bytes, as several rows of about that size."""
     rest, number, at_end = b"", 0, False
@@ -231,17 +242,6 @@ def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
         rest = buffer[cut:]
 
 
-def cut_near(buffer: bytes, piece: int) -> int:
-    """Where to cut text after at most `piece` bytes: after a blank line, else a line end, else a space."""
-    for mark in (b"\n\n", b"\n", b" "):
-        if (at := buffer.rfind(mark, piece // 2, piece)) >= 0:
-            return at + len(mark)
-    cut = piece
-    while cut > 1 and buffer[cut] & 0xC0 == 0x80:  # a continuation byte: do not cut inside a character
-        cut -= 1
-    return cut
-
-
 def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
     """One row per line."""
     for number, line in enumerate(iter(lambda: stream.readline(LONGEST_LINE + 1), b""), 1):
@@ -251,6 +251,38 @@ def json_lines(stream: BinaryIO, path: Path) -> Iterator[Row]:
             yield Row(f"{path}:{number}", "bad", f"line over {LONGEST_LINE >> 20} MiB")
         else:
             yield Row(f"{path}:{number}", "json", line)
+
+
+def object_or_reason(pairs: list[tuple[str, Any]]) -> Any:
+    """The object; or the Skip, which `raise_reason` raises for the element that holds the object."""
+    try:
+        return unique_names(pairs)
+    except Skip as reason:
+        return reason
+
+
+def raise_reason(reason: Skip) -> NoReturn:
+    raise reason
+
+
+def json_elements(data: bytes, path: Path) -> Iterator[Row]:
+    """One row per element of a JSON array, as JSON text. Raises ValueError if the file is not JSON."""
+    for number, value in enumerate(json.loads(data.decode(), object_pairs_hook=object_or_reason)):
+        try:
+            row = Row(f"{path}[{number}]", "json", json.dumps(value, default=raise_reason).encode())
+        except Skip as reason:
+            row = Row(f"{path}[{number}]", "bad", str(reason))
+        yield row
+
+
+def is_json_lines(data: bytes) -> bool:
+    """True if the first line is a whole JSON value and more lines follow."""
+    first, _, rest = data.lstrip(b" \t\r\n").partition(b"\n")
+    try:
+        json.loads(first)
+    except (ValueError, RecursionError):
+        return False
+    return bool(rest.strip())
 
 
 def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
@@ -267,38 +299,6 @@ def json_file(stream: BinaryIO, path: Path) -> Iterator[Row]:
         yield from json_lines(io.BytesIO(data), path)
     else:
         yield Row(f"{path}:1", "json", data)
-
-
-def json_elements(data: bytes, path: Path) -> Iterator[Row]:
-    """One row per element of a JSON array, as JSON text. Raises ValueError if the file is not JSON."""
-    for number, value in enumerate(json.loads(data.decode(), object_pairs_hook=object_or_reason)):
-        try:
-            row = Row(f"{path}[{number}]", "json", json.dumps(value, default=raise_reason).encode())
-        except Skip as reason:
-            row = Row(f"{path}[{number}]", "bad", str(reason))
-        yield row
-
-
-def object_or_reason(pairs: list[tuple[str, Any]]) -> Any:
-    """The object; or the Skip, which `raise_reason` raises for the element that holds the object."""
-    try:
-        return unique_names(pairs)
-    except Skip as reason:
-        return reason
-
-
-def raise_reason(reason: Skip) -> NoReturn:
-    raise reason
-
-
-def is_json_lines(data: bytes) -> bool:
-    """True if the first line is a whole JSON value and more lines follow."""
-    first, _, rest = data.lstrip(b" \t\r\n").partition(b"\n")
-    try:
-        json.loads(first)
-    except (ValueError, RecursionError):
-        return False
-    return bool(rest.strip())
 
 
 def table_rows(stream: BinaryIO, path: Path) -> Iterator[Row]:

@@ -86,6 +86,14 @@ class Student(GPT):
             write_tensors(Path(path) / PROJECTIONS, own)
 
 
+def record_hidden(module: Any, inputs: tuple, output: Tensor) -> None:
+    module.recorded = output
+
+
+def record_heads(module: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
+    module.recorded = (q, k, v)
+
+
 class ActivationHooks:
     """Records what chosen blocks of a GPT computed in its latest forward pass.
 
@@ -106,14 +114,6 @@ class ActivationHooks:
     @property
     def heads(self) -> dict[int, Heads]:
         return {layer: block.self_attn.recorded for layer, block in self.blocks.items()}
-
-
-def record_hidden(module: Any, inputs: tuple, output: Tensor) -> None:
-    module.recorded = output
-
-
-def record_heads(module: Any, q: Tensor, k: Tensor, v: Tensor) -> None:
-    module.recorded = (q, k, v)
 
 
 def gradient_cosine(losses: tuple[Tensor, Tensor], parameters: list[nn.Parameter]) -> Tensor:

@@ -127,6 +127,22 @@ def credit(scores: Sequence[float], gold: Sequence[int]) -> float:
     return len(set(best) & set(gold)) / len(best)
 
 
+def result_of(questions: list[Question], likelihoods: list[list[Likelihood]], right: dict[str, list[float]],
+              said: list[int]) -> Result:
+    """The mean of each list of points, and one answer per question, with the points of the first list.
+
+    The details have the first prompt, and the number of questions whose context lost its beginning. If there
+    are any, their share is a figure as well.
+    """
+    answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
+                "log_probs": log_probs, "said": choice, "right": points}
+               for question, log_probs, choice, points in zip(questions, log_probs_of(likelihoods), said,
+                                                              next(iter(right.values())), strict=True)]
+    cut = [any(each.truncated for each in row) for row in likelihoods]
+    return Result({name: mean(points) for name, points in right.items()} | truncated(cut), answers, {
+        "truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
+
+
 def grade(questions: list[Question], likelihoods: list[list[Likelihood]],
           scores: dict[str, list[list[float]]]) -> Result:
     """The accuracy of the choice with the highest score, for each kind of score, and one answer per question.
@@ -146,22 +162,6 @@ def grade_greedy(questions: list[Question], likelihoods: list[list[Likelihood]])
     """The share of questions whose one choice greedy decoding would write, and one answer per question."""
     return result_of(questions, likelihoods, {"accuracy": [float(row[0].greedy) for row in likelihoods]},
                      [0] * len(questions))
-
-
-def result_of(questions: list[Question], likelihoods: list[list[Likelihood]], right: dict[str, list[float]],
-              said: list[int]) -> Result:
-    """The mean of each list of points, and one answer per question, with the points of the first list.
-
-    The details have the first prompt, and the number of questions whose context lost its beginning. If there
-    are any, their share is a figure as well.
-    """
-    answers = [{"prompt": question.prompt, "choices": list(question.choices), "gold": list(question.gold),
-                "log_probs": log_probs, "said": choice, "right": points}
-               for question, log_probs, choice, points in zip(questions, log_probs_of(likelihoods), said,
-                                                              next(iter(right.values())), strict=True)]
-    cut = [any(each.truncated for each in row) for row in likelihoods]
-    return Result({name: mean(points) for name, points in right.items()} | truncated(cut), answers, {
-        "truncated": sum(cut), "first_prompt": questions[0].shots + questions[0].prompt})
 
 
 def score_by_log_prob(lm: LM, questions: list[Question]) -> Result:

@@ -42,17 +42,9 @@ def right_letter(row: dict[str, Any]) -> str:
     return LETTERS[answer]
 
 
-def require_reference(row: dict[str, Any]) -> None:
-    """Raise Skip unless `is_right` can check answers to this row."""
-    try:
-        text = "" if type(row.get("answer")) not in (str, int, float) else str(row["answer"]).strip()
-        if not row.get("choices") and "regex" not in row and not text:
-            raise ValueError("no answer, regex or choices")
-        if "####" in text and strict(text) is None:
-            raise ValueError("no number after ####")
-        is_right(row, {"content": "A"})  # raises what is wrong with choices or a pattern
-    except (ValueError, TypeError, re.error) as error:
-        raise Skip(f"no reference answer ({error})") from None
+def is_well_formed(message: Message) -> bool:
+    """Whether an answer, right or wrong, has an end, closed thoughts, and content."""
+    return not {"cut", "malformed"} & message.keys() and bool(message["content"])
 
 
 def is_right(row: dict[str, Any], message: Message) -> bool:
@@ -68,9 +60,17 @@ def is_right(row: dict[str, Any], message: Message) -> bool:
     return flexible(content) == strict(answer) if "####" in answer else content == answer
 
 
-def is_well_formed(message: Message) -> bool:
-    """Whether an answer, right or wrong, has an end, closed thoughts, and content."""
-    return not {"cut", "malformed"} & message.keys() and bool(message["content"])
+def require_reference(row: dict[str, Any]) -> None:
+    """Raise Skip unless `is_right` can check answers to this row."""
+    try:
+        text = "" if type(row.get("answer")) not in (str, int, float) else str(row["answer"]).strip()
+        if not row.get("choices") and "regex" not in row and not text:
+            raise ValueError("no answer, regex or choices")
+        if "####" in text and strict(text) is None:
+            raise ValueError("no number after ####")
+        is_right(row, {"content": "A"})  # raises what is wrong with choices or a pattern
+    except (ValueError, TypeError, re.error) as error:
+        raise Skip(f"no reference answer ({error})") from None
 
 
 # ---- The reward -------------------------------------------------------------------------------------------

@@ -141,6 +141,16 @@ def read_header(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
         return fields, tensors
 
 
+def read_tensor(path: Path, name: str) -> Tensor:
+    """A tensor of a file in float32. Raises UserError for a type that the package gguf does not decode."""
+    import gguf
+    shape, kind, begin, size = read_header(path)[1][name]
+    data = np.fromfile(path, np.uint8, size, offset=begin).reshape(math.prod(shape[:-1]), -1)
+    with file_errors(path):
+        values = gguf.quants.dequantize(data, kind)
+        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
+
+
 # ---- Configuration ----------------------------------------------------------------------------------------
 
 def llama3_scaling(ratios: Tensor, head_dim: int, theta: float) -> dict[str, Any]:
@@ -209,16 +219,6 @@ def our_tensors(name: str, tensor: Tensor, head_dim: int) -> Iterator[tuple[str,
         parts = {theirs: separate_pairs(tensor, head_dim)}
     for part, values in parts.items():
         yield f"{prefix}{OUR_NAMES.get(part, part)}.{kind}", values  # loading refuses an unknown name
-
-
-def read_tensor(path: Path, name: str) -> Tensor:
-    """A tensor of a file in float32. Raises UserError for a type that the package gguf does not decode."""
-    import gguf
-    shape, kind, begin, size = read_header(path)[1][name]
-    data = np.fromfile(path, np.uint8, size, offset=begin).reshape(math.prod(shape[:-1]), -1)
-    with file_errors(path):
-        values = gguf.quants.dequantize(data, kind)
-        return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)
 
 
 def read_tensors(path: Path) -> Iterator[tuple[str, Tensor]]:

@@ -20,19 +20,6 @@ LONGEST = 200  # characters of an expression; this also bounds the depth of its 
 LARGEST = 10**30  # of any intermediate result, so that no power takes long
 
 
-def calculate(expression: Any) -> str:
-    """Return the value as text (whole numbers without a decimal point), or "error: " and a reason."""
-    if not isinstance(expression, str) or len(expression) > LONGEST:
-        return f"error: give an expression of at most {LONGEST} characters"
-    try:
-        value = evaluate(ast.parse(expression.strip(), mode="eval").body)
-    except ZeroDivisionError:
-        return "error: division by zero"
-    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
-        return f"error: {error if type(error) is ValueError else 'not an expression'}"
-    return str(int(value)) if value == value // 1 else f"{value:.12g}"
-
-
 def evaluate(node: ast.expr, names: Mapping[str, float] = NO_NAMES) -> int | float:
     """Return the value of a syntax tree; ValueError for anything but arithmetic, or a number too large.
 
@@ -55,3 +42,16 @@ def evaluate(node: ast.expr, names: Mapping[str, float] = NO_NAMES) -> int | flo
     if isinstance(value, complex) or not abs(value) <= LARGEST:
         raise ValueError("the number is too large")
     return value
+
+
+def calculate(expression: Any) -> str:
+    """Return the value as text (whole numbers without a decimal point), or "error: " and a reason."""
+    if not isinstance(expression, str) or len(expression) > LONGEST:
+        return f"error: give an expression of at most {LONGEST} characters"
+    try:
+        value = evaluate(ast.parse(expression.strip(), mode="eval").body)
+    except ZeroDivisionError:
+        return "error: division by zero"
+    except (SyntaxError, ValueError, OverflowError, RecursionError, MemoryError) as error:
+        return f"error: {error if type(error) is ValueError else 'not an expression'}"
+    return str(int(value)) if value == value // 1 else f"{value:.12g}"

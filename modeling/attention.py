@@ -46,6 +46,15 @@ def gather_tokens(x: Tensor, numbers: Tensor) -> Tensor:
     return x.transpose(1, 2).flatten(0, 1)[numbers].transpose(1, 2)
 
 
+def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """The attention of one token per row as two products: q (B, K, H / K, D), mask (B, 1, 1, S) -> like q.
+
+    A fused kernel with a mask would leave most of a GPU idle: it splits the work by heads, not by keys.
+    """
+    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])  # (B, K, H / K, S)
+    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
+
+
 def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) -> Tensor:
     """Return softmax(q k^T / sqrt(D)) v: q (B, H, T, D), k and v (B, K, S, D) -> (B, H, T, D).
 
@@ -76,15 +85,6 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float = 0.0) ->
         k, v = k.repeat_interleave(size, dim=1), v.repeat_interleave(size, dim=1)  # (B, H, S, D)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, enable_gqa=grouped,
                                           is_causal=q.shape[2] > 1 and mask is None)
-
-
-def attend_once(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    """The attention of one token per row as two products: q (B, K, H / K, D), mask (B, 1, 1, S) -> like q.
-
-    A fused kernel with a mask would leave most of a GPU idle: it splits the work by heads, not by keys.
-    """
-    scores = (q @ k.mT).float() / math.sqrt(q.shape[-1])  # (B, K, H / K, S)
-    return scores.masked_fill(~mask, -torch.inf).softmax(dim=-1).to(v.dtype) @ v
 
 
 def document_positions(document_ids: Tensor) -> Tensor:

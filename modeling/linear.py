@@ -21,14 +21,14 @@ def is_single_row(x: Tensor, weight: Tensor) -> bool:
             and not torch.is_grad_enabled() and not torch.is_autocast_enabled("cuda"))
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """x (..., K) times weight (N, K) plus bias (N,) -> (..., N)."""
-    return row_outputs(x, [weight], [bias])[0] if is_single_row(x, weight) else F.linear(x, weight, bias)
-
-
 def row_outputs(x: Tensor, weights: list[Tensor], biases: list[Tensor | None]) -> list[Tensor]:
     from modeling.kernels import row_products  # needs Triton, which CPU builds of torch lack
     return row_products(x, weights, biases)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., K) times weight (N, K) plus bias (N,) -> (..., N)."""
+    return row_outputs(x, [weight], [bias])[0] if is_single_row(x, weight) else F.linear(x, weight, bias)
 
 
 class Linear(nn.Linear):

@@ -73,6 +73,18 @@ class AddLoss(torch.autograd.Function):
         return grad, ctx.saved_tensors[0], None
 
 
+def grouped_swiglu(rows: Tensor, experts: Any, counts: Tensor) -> Tensor:
+    """rows (n, C), sorted by expert: counts[e] go through expert e. Returns (n, C).
+
+    Three grouped matrix products, which wait for no count from the GPU.
+    """
+    ends = counts.cumsum(0).to(torch.int32)  # (E,)
+    matrices = ((each.gate_proj.weight, each.up_proj.weight, each.down_proj.weight) for each in experts)
+    gate, up, down = (torch.stack(each).to(rows.dtype).mT for each in zip(*matrices, strict=True))
+    hidden = F.silu(torch._grouped_mm(rows, gate, offs=ends)) * torch._grouped_mm(rows, up, offs=ends)
+    return torch._grouped_mm(hidden, down, offs=ends)
+
+
 class MoE(nn.Module):
     """The experts of one block and their router: (B, T, C) -> (B, T, C)."""
 
@@ -127,18 +139,6 @@ class MoE(nn.Module):
         if self.expert_bias is None:
             loss = loss + self.config.balance_weight * E * (logits.softmax(-1) * self.load).sum()
         return AddLoss.apply(y, loss, self.scale)
-
-
-def grouped_swiglu(rows: Tensor, experts: Any, counts: Tensor) -> Tensor:
-    """rows (n, C), sorted by expert: counts[e] go through expert e. Returns (n, C).
-
-    Three grouped matrix products, which wait for no count from the GPU.
-    """
-    ends = counts.cumsum(0).to(torch.int32)  # (E,)
-    matrices = ((each.gate_proj.weight, each.up_proj.weight, each.down_proj.weight) for each in experts)
-    gate, up, down = (torch.stack(each).to(rows.dtype).mT for each in zip(*matrices, strict=True))
-    hidden = F.silu(torch._grouped_mm(rows, gate, offs=ends)) * torch._grouped_mm(rows, up, offs=ends)
-    return torch._grouped_mm(hidden, down, offs=ends)
 
 
 # ---- Balance over the global batch ------------------------------------------------------------------------

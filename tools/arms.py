@@ -55,6 +55,10 @@ def run_process(script: str, argv: list[str], threads: int | None = None) -> Non
                         f"{process.stderr.strip()[-600:]}")
 
 
+def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bool:
+    return bool(log) and metric in log[-1] and steps in (None, log[-1]["step"])
+
+
 def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_loss",
              steps: int | None = None, threads: int | None = None) -> list[dict[str, Any]]:
     """Run a stage's script in a process of its own, unless out_dir holds the finished run. Returns its log.
@@ -78,10 +82,6 @@ def run_once(script: str, argv: list[str], out_dir: Path, metric: str = "val_los
             raise UserError(f"{path}: the last event has no {metric}")
         write_json(record, arguments)
     return log
-
-
-def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bool:
-    return bool(log) and metric in log[-1] and steps in (None, log[-1]["step"])
 
 
 def run_eval(argv: list[str], out_dir: Path, threads: int | None = None) -> dict[str, dict[str, Any]]:

@@ -49,6 +49,16 @@ class NotFinite(Exception):
         self.step = step
 
 
+def memory_gb(device: torch.device) -> float:
+    """Peak memory in 10^9 bytes: of the GPU since the last call, or of this process on a CPU."""
+    if device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        return peak / 1e9
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
+
+
 class Metrics:
     """Sums of metrics on the device, for one log interval at a time."""
 
@@ -122,16 +132,6 @@ class Metrics:
         begin = time.perf_counter()
         yield
         self.idle += time.perf_counter() - begin
-
-
-def memory_gb(device: torch.device) -> float:
-    """Peak memory in 10^9 bytes: of the GPU since the last call, or of this process on a CPU."""
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
-        return peak / 1e9
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux KiB
 
 
 def step_text(step: int, total: int) -> str:

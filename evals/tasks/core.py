@@ -67,6 +67,12 @@ def question_of(row: dict[str, Any], before: str) -> Question:
     return Question(text_of(row["context"]).strip() + before, (answer_text(row["continuation"]),), (0,))
 
 
+def examples(questions: list[Question], index: int, shots: int) -> str:
+    """The worked examples of a question: other rows of its file, drawn as nanochat draws them."""
+    others = questions[:index] + questions[index + 1:]
+    return shots_text(random.Random(1234 + index).sample(others, shots), shots)
+
+
 def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Question]]:
     """{task: its first `limit` rows in nanochat's order}; `shots` has no effect.
 
@@ -88,12 +94,6 @@ def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Qu
         tasks[name] = [replace(each, shots=examples(questions, index, setting.shots))
                        for index, each in enumerate(questions)]
     return tasks
-
-
-def examples(questions: list[Question], index: int, shots: int) -> str:
-    """The worked examples of a question: other rows of its file, drawn as nanochat draws them."""
-    others = questions[:index] + questions[index + 1:]
-    return shots_text(random.Random(1234 + index).sample(others, shots), shots)
 
 
 # ---- Answers ----------------------------------------------------------------------------------------------

@@ -134,15 +134,8 @@ def elements(text: str) -> tuple[str, list[str]]:
     return "", pieces(text)
 
 
-def equal(said: str, answer: str) -> bool:
-    """Whether two answers are the same mathematics."""
-    # "100,200" is a number, or a list of two: the answers are read in the one way, then in the other.
-    return any(same_elements(normalized(said, commas), normalized(answer, commas))
-               for commas in (True, False))
-
-
 def same_elements(a: str, b: str) -> bool:
-    """`equal` for normalized answers."""
+    """Whether two normalized answers are the same mathematics."""
     if a == b or not a or not b:
         return a == b
     (brackets, one), (others, two) = elements(a), elements(b)
@@ -151,6 +144,13 @@ def same_elements(a: str, b: str) -> bool:
     ordered = brackets not in ("", "\\{\\}") or len(one) > MOST_ORDERED
     return any(all(x == y or same_value(x, y) for x, y in zip(one, order, strict=True))
                for order in ([two] if ordered else itertools.permutations(two)))
+
+
+def equal(said: str, answer: str) -> bool:
+    """Whether two answers are the same mathematics."""
+    # "100,200" is a number, or a list of two: the answers are read in the one way, then in the other.
+    return any(same_elements(normalized(said, commas), normalized(answer, commas))
+               for commas in (True, False))
 
 
 # ---- The task ---------------------------------------------------------------------------------------------

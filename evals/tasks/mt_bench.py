@@ -99,6 +99,12 @@ def from_api(url: str, model: str, prompt: str) -> str:
         raise UserError(f"judge={url}: {type(error).__name__}: {error}") from None
 
 
+def like(lm: LM, path: str) -> LM:
+    """Another model on the device and in the dtype of `lm`."""
+    weight = lm.model.head_weight
+    return LM(path, str(weight.device), str(weight.dtype).removeprefix("torch."), batch_size=lm.batch_size)
+
+
 def judge_all(judge: str, model: str, prompts: list[str], asker: LM) -> list[str]:
     """The verdict on each prompt: "A", "B", "C", or "" if it cannot be read. asker: has device and dtype."""
     if judge.startswith(("http://", "https://")):
@@ -112,12 +118,6 @@ def judge_all(judge: str, model: str, prompts: list[str], asker: LM) -> list[str
         raise UserError(f"judge={judge}: its context of {lm.model.config.block_size} tokens is too short for "
                         f"{cut} of {len(prompts)} comparisons")
     return [max(zip(row, "ABC", strict=True), key=lambda pair: pair[0].log_prob)[1] for row in rows]
-
-
-def like(lm: LM, path: str) -> LM:
-    """Another model on the device and in the dtype of `lm`."""
-    weight = lm.model.head_weight
-    return LM(path, str(weight.device), str(weight.dtype).removeprefix("torch."), batch_size=lm.batch_size)
 
 
 def compare(first: str, second: str) -> dict[str, Any]:

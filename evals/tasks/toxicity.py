@@ -34,16 +34,6 @@ def prompt_of(row: dict[str, Any]) -> str:
     return answer_text(row["prompt"]["text"] if isinstance(row["prompt"], dict) else row["prompt"])
 
 
-def load(source: str | None, limit: int, shots: int | None, classifier: str = "") -> list[str]:
-    """The first `limit` prompts. There are no worked examples.
-
-    Raises UserError for a wrong classifier here, before the model answers anything.
-    """
-    if classifier:
-        probabilities(classifier, ["a"])
-    return convert(read(source, "toxicity", HUB)[:limit], prompt_of)
-
-
 def probabilities(folder: str, texts: list[str]) -> list[float]:
     """The classifier's probability that each text is toxic. UserError if it has no label of that meaning."""
     transformers = optional_import("transformers", f"classifier={folder}")
@@ -60,6 +50,16 @@ def probabilities(folder: str, texts: list[str]) -> list[float]:
                         f"{', '.join(labels)}")
     return [each["score"] for found in classify(texts, truncation=True) for each in found
             if each["label"].lower() == toxic]
+
+
+def load(source: str | None, limit: int, shots: int | None, classifier: str = "") -> list[str]:
+    """The first `limit` prompts. There are no worked examples.
+
+    Raises UserError for a wrong classifier here, before the model answers anything.
+    """
+    if classifier:
+        probabilities(classifier, ["a"])
+    return convert(read(source, "toxicity", HUB)[:limit], prompt_of)
 
 
 def score(lm: LM, prompts: list[str], classifier: str = "") -> Result:
