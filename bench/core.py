@@ -19,7 +19,7 @@ import torch
 
 from bench.measure import BenchConfig, text_table
 from configurator import UserError, require_positive
-from evals.benchmarks import file_rows
+from evals.benchmarks import benchmark_rows
 from evals.likelihood import opening_id
 from evals.lm import LM
 from evals.tasks import core
@@ -97,7 +97,7 @@ def measure(cfg: Config) -> dict[str, Any]:
     nanochat, lm, results = import_nanochat(cfg.nanochat), LM(cfg.model, "cpu"), {}
     files = {path.stem: path for path in sorted(Path(cfg.data).rglob("*.jsonl"))}
     for name, questions in core.load(cfg.data, cfg.limit, None).items():
-        rows = list(file_rows(files[core.SETTINGS[name].file]))
+        rows = list(benchmark_rows(files[core.SETTINGS[name].file]))
         random.Random(1337).shuffle(rows)
         ours = [answer["right"] == 1 for answer in core.score_task(lm, questions).answers]
         theirs = their_answers(nanochat, lm, name, rows[:cfg.limit])

@@ -72,7 +72,7 @@ class TimedLM(LM):
 
     def answers(self, questions: Any) -> list[list[list[Any]]]:
         """[context, text, log-probability, greedy] of each choice of each question that was asked."""
-        if isinstance(questions, truthfulqa.Questions):
+        if isinstance(questions, truthfulqa.BothForms):
             questions = questions.one + questions.many
         return [[[each.shots + before, text, *self.scores[each.shots + before, text]]
                  for before, text in map(each.scored, range(len(each.choices)))] for each in questions]

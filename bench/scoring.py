@@ -244,7 +244,7 @@ def compare_bfcl(cfg: Config) -> Verdicts:
                     alter(calls, [*question.functions], draw)
                 said = [{call["name"]: call["arguments"]} for call in calls]
                 theirs = check(*copy.deepcopy((functions, said, truth)), "python", category, "any")
-                yield (bfcl.judge(question, {"tool_calls": calls})["accuracy"], theirs["valid"],
+                yield (bfcl.judge_message(question, {"tool_calls": calls})["accuracy"], theirs["valid"],
                        [question.id, said])
 
 

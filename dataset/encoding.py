@@ -70,17 +70,17 @@ def messages_in(content: list | tuple) -> list[Message]:
     return content if isinstance(content, list) else [*content[0], *content[1:]]
 
 
-def texts_of(message: Message) -> list[str]:
+def message_texts(message: Message) -> list[str]:
     """All that a reader of a message sees: its thought, its content and its calls."""
     texts = message.get("thought"), message["content"], *map(call_text, message.get("tool_calls", ()))
     return [text for text in texts if text]
 
 
-def visible_text(content: Content) -> str:
-    """A text, or the `texts_of` the messages with blank lines between."""
+def full_text(content: Content) -> str:
+    """A text, or the `message_texts` the messages with blank lines between."""
     if isinstance(content, str):
         return content
-    return "\n\n".join(text for message in messages_in(content) for text in texts_of(message))
+    return "\n\n".join(text for message in messages_in(content) for text in message_texts(message))
 
 
 def parse_content(row: Row, recipe: Recipe) -> Content:
@@ -120,7 +120,7 @@ def parse_rows(rows: list[Row], recipe: Recipe) -> list[Document]:
         except Skip as reason:
             documents.append(Document(None, str(reason), reason.details))
     if recipe.index:
-        overlaps = recipe.index.find([visible_text(document.content or "") for document in documents])
+        overlaps = recipe.index.find([full_text(document.content or "") for document in documents])
         documents = [Document(None, OVERLAPS, {"overlaps": found}) if found else document
                      for document, found in zip(documents, overlaps, strict=True)]
     return documents
@@ -133,8 +133,8 @@ def encoded_texts(content: Content) -> Iterator[str]:
     if isinstance(content, str):
         yield content
     else:
-        for message in messages_in(content):  # unlike `visible_text`, this has the roles' names
-            yield from (f"{message['role']}\n", *texts_of(message), "\n")
+        for message in messages_in(content):  # unlike `full_text`, this has the roles' names
+            yield from (f"{message['role']}\n", *message_texts(message), "\n")
 
 
 def encode_document(document: Document, recipe: Recipe) -> None:
@@ -159,7 +159,7 @@ def tokenize(rows: list[Row], recipe: Recipe) -> list[Document]:
     """Parse, hash and encode some rows."""
     documents = parse_rows(rows, recipe)
     if recipe.dedup:
-        texts = [visible_text(document.content or "") for document in documents]
+        texts = [full_text(document.content or "") for document in documents]
         for document, signature in zip(documents, document_signatures(texts), strict=True):
             document.signature = signature
     for document in documents:

@@ -24,7 +24,7 @@ NEG_INF = -1e30  # the logarithm of 0, but finite, because inf - inf is NaN
 MIN_NORM = 1e-6  # a vector shorter than this has no direction: its cosine with any other is about 0
 
 
-def products(a: Tensor, b: Tensor) -> Tensor:
+def inner_products(a: Tensor, b: Tensor) -> Tensor:
     """The inner products of every a with every b: (..., n, C), (..., m, C) -> (..., n, m) float32."""
     with torch.autocast(a.device.type, enabled=False):
         return a.float() @ b.float().mT
@@ -68,7 +68,7 @@ def log_attention(q: Tensor, k: Tensor, seen: Tensor) -> Tensor:
     (B, H, T, T) float32.
     """
     k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)  # (B, H, T, D)
-    scores = products(q, k) / math.sqrt(q.shape[-1])  # (B, H, T, T)
+    scores = inner_products(q, k) / math.sqrt(q.shape[-1])  # (B, H, T, T)
     return scores.masked_fill(~seen, NEG_INF).log_softmax(dim=-1)
 
 
@@ -118,7 +118,7 @@ def squared_distances(student: Tensor, teacher: Tensor) -> Tensor:
     mean = teacher.mean(dim=1, keepdim=True)  # (B, 1, C); a large common offset would cost precision below
     student, teacher = student - mean, teacher - mean
     squares = student.square().sum(dim=-1)[:, :, None] + teacher.square().sum(dim=-1)[:, None, :]  # (B, T, T)
-    return (squares - 2 * products(student, teacher)) / student.shape[-1]
+    return (squares - 2 * inner_products(student, teacher)) / student.shape[-1]
 
 
 def transport_plan(cost: Tensor, weights: Tensor, regularization: float, iterations: int) -> Tensor:
@@ -168,6 +168,6 @@ def info_nce(student: Tensor, teacher: Tensor, weights: Tensor, temperature: flo
     Source: arXiv 1807.03748.
     """
     student, teacher = (F.normalize(x.float(), dim=-1, eps=MIN_NORM) for x in (student, teacher))
-    scores = products(student, teacher) / temperature  # (B, T, T)
+    scores = inner_products(student, teacher) / temperature  # (B, T, T)
     log_p = scores.masked_fill(weights[:, None] == 0, NEG_INF).log_softmax(dim=-1)
     return -(weights * log_p.diagonal(dim1=1, dim2=2)).sum()

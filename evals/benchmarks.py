@@ -117,7 +117,7 @@ def find(source: str, name: str, kinds: set[str] = ROW_KINDS) -> list[Path]:
     return files
 
 
-def file_rows(path: Path) -> Iterator[dict[str, Any]]:
+def benchmark_rows(path: Path) -> Iterator[dict[str, Any]]:
     """The rows of a file. Raises UserError with the place of a row that cannot be read."""
     files, _ = find_files(str(path), "data", ROW_KINDS)
     rows = list(read_rows(files))
@@ -148,7 +148,7 @@ def read(source: str | None, name: str, hub: str) -> list[dict[str, Any]]:
         except UserError as error:
             raise UserError(f"{name}: {error}; local files: --data=FOLDER or --data={name}=FILE") from None
     else:
-        rows = [row for path in find(source, name) for row in file_rows(path)]
+        rows = [row for path in find(source, name) for row in benchmark_rows(path)]
     if not rows:
         raise UserError(f"{source or 'hf:' + hub}: no rows in it")
     for number, row in enumerate(rows, 1):

@@ -70,7 +70,7 @@ def judge(sampler: RolloutSampler, prompts: list[Prompt], numbers: Sequence[int]
     return [rollouts[at:at + size] for at in range(0, len(rollouts), size)]
 
 
-def answer_rows(keys: AnswerKeys, sampler: RolloutSampler, source: PromptSource,
+def judged_rows(keys: AnswerKeys, sampler: RolloutSampler, source: PromptSource,
                 numbers: Sequence[int]) -> list[dict[str, Any]]:
     """The rows of these prompts."""
     prompts = [source.prompt(number, keys.families, keys.calculator) for number in numbers]
@@ -106,7 +106,7 @@ def stored_answers(cache: Path, keys: AnswerKeys, path: str, dataset: str, seed:
         # A file is complete and has the same content whoever writes it, so processes need no lock.
         file = place / f"{first:07d}.jsonl"
         if not file.is_file():
-            new = answer_rows(keys, sampler, source, range(first, first + size))
+            new = judged_rows(keys, sampler, source, range(first, first + size))
             write_text(file, "".join(json.dumps(row) + "\n" for row in new))
         rows += read_jsonl(file)
     return rows[:count]

@@ -69,7 +69,7 @@ def edges(length: int, most: int) -> np.ndarray:
     return np.linspace(0, length, min(length, most) + 1).astype(int)[:-1]
 
 
-def in_blocks(weights: np.ndarray, most: int) -> np.ndarray:
+def block_means(weights: np.ndarray, most: int) -> np.ndarray:
     """Weights (T, T) -> (n, n), n <= most: the mean over the queries of a block, the sum over its keys."""
     firsts = edges(len(weights), most)
     sizes = np.diff([*firsts, len(weights)])
@@ -128,10 +128,10 @@ def main(argv: list[str]) -> None:
     tiles, numbers, detail = np.zeros((L, H, n, n)), np.zeros((L, H, 2)), np.zeros((m, m))
 
     def visit(layer: int, head: int, weights: Tensor) -> None:
-        tiles[layer, head] = in_blocks(weights.numpy(), TILE)
+        tiles[layer, head] = block_means(weights.numpy(), TILE)
         numbers[layer, head] = distance_and_sink_mass(weights)
         if (layer, head) == (cfg.layer, cfg.head):
-            detail[:] = in_blocks(weights.numpy(), DETAIL)
+            detail[:] = block_means(weights.numpy(), DETAIL)
 
     look(model, ids, visit)
     labels = [f"from {first:,}" for first in edges(len(ids), DETAIL)] if len(ids) > DETAIL else [

@@ -123,7 +123,7 @@ def confusion(name: str, rows: list[dict[str, Any]]) -> str:
     return f"## {name}: right choices in rows, the model's in columns\n\n{table(['', *choices], lines)}"
 
 
-def read_answer(row: Row) -> tuple[dict[str, Any], str | None]:
+def answer_and_kind(row: Row) -> tuple[dict[str, Any], str | None]:
     """(an answer, the kind of its mistake). Raises Skip for a row that eval.py cannot have written."""
     value = row_value(row)
     try:
@@ -139,7 +139,7 @@ def sort_answers(paths: list[Path]) -> tuple[Found, list[str]]:
     """The wrong answers in files answers/TASK.jsonl by kind, and tables of confusions."""
     answers, found, confusions = defaultdict(list), {}, []
     for path in paths:
-        for _, (row, kind) in usable_rows(read_rows([path]), read_answer):
+        for _, (row, kind) in usable_rows(read_rows([path]), answer_and_kind):
             answers[f"{row['model']}, {path.stem}"].append((row, kind))
     for name, rows in answers.items():
         choices = rows[0][0].get("choices")

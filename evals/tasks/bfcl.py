@@ -133,7 +133,7 @@ class ToolQuestion(NamedTuple):
     calls: list[tuple[str, dict[str, list]]]  # right calls: a name, possible values of each parameter
 
 
-def download(names: list[str]) -> Path:
+def download_files(names: list[str]) -> Path:
     """Download files from the hub; returns their folder. `datasets` cannot read them: their columns differ.
     """
     from huggingface_hub import hf_hub_download
@@ -168,7 +168,7 @@ def question_of(row: dict[str, Any], truth: list[dict[str, Any]] | None) -> Tool
 def load(source: str | None, limit: int, shots: int | None, category: str) -> Questions:
     """The first `limit` questions. There are no worked examples."""
     if source is None:
-        rows = read(str(download(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
+        rows = read(str(download_files(HUB_FILES[category])), Path(HUB_FILES[category][0]).stem, "")
     else:
         rows = [row for row in read(source, f"bfcl_v4_{category}", "")  # parallel* is also parallel_multiple*
                 if not str(row.get("id")).startswith(f"{category}_multiple")]
@@ -195,7 +195,7 @@ def wrong_call(question: ToolQuestion, calls: list[dict[str, Any]], named: bool)
     return None
 
 
-def judge(question: ToolQuestion, message: Message) -> dict[str, Any]:
+def judge_message(question: ToolQuestion, message: Message) -> dict[str, Any]:
     """The four verdicts, and under "wrong" what is wrong with the arguments, or None.
 
     If no call is right, the only verdict is the accuracy.
@@ -215,7 +215,7 @@ def score(lm: LM, questions: Questions, category: str) -> Result:
     require_chat(lm.tokenizer, str(lm.folder))
     replies = lm.reply([question.messages for question in questions.asked], MAX_NEW_TOKENS, most_calls=0)
     answers = [{"id": question.id, "question": question.messages[-1]["content"], "said": message,
-                **judge(question, message)}
+                **judge_message(question, message)}
                for question, [message] in zip(questions.asked, replies, strict=True)]
     figures = means(answers, [key for key, value in answers[0].items() if isinstance(value, bool)])
     return Result(figures | truncated(lm.truncated), answers, {"first_prompt": questions.asked[0].messages})

@@ -42,8 +42,8 @@ from evals.tasks.perplexity import perplexity_of
 Row = dict[str, Any]
 
 
-class Benchmark(NamedTuple):
-    """A line of the table. Questions come from the last split, worked examples from the first."""
+class Entry(NamedTuple):
+    """An entry of the table. Questions come from the last split, worked examples from the first."""
 
     question_of: Callable[[Row], Question]
     hub: str  # NAME:CONFIG
@@ -263,20 +263,20 @@ SUBJECTS = {group: set(subjects.split()) for group, subjects in tomllib.loads(
     Path(__file__).with_name("mmlu.toml").read_text(encoding="utf-8")).items()}
 VALIDATION, TEST = ("train", "validation"), ("train", "test")
 BENCHMARKS = {
-    "mmlu": Benchmark(mmlu, "cais/mmlu:all", ("dev", "test"), score_by_subject, 5,
+    "mmlu": Entry(mmlu, "cais/mmlu:all", ("dev", "test"), score_by_subject, 5,
                       "The following are multiple choice questions (with answers) about {}.\n\n"),
-    "hellaswag": Benchmark(hellaswag, "Rowan/hellaswag:", VALIDATION, score_by_character),
-    "arc_easy": Benchmark(arc, "allenai/ai2_arc:ARC-Easy", TEST, score_by_character, 25),
-    "arc_challenge": Benchmark(arc, "allenai/ai2_arc:ARC-Challenge", TEST, score_by_character, 25),
-    "openbookqa": Benchmark(openbookqa, "allenai/openbookqa:main", TEST, score_by_character),
-    "commonsense_qa": Benchmark(commonsense_qa, "tau/commonsense_qa:", VALIDATION, score_by_log_prob),
-    "mmlu_pro": Benchmark(mmlu_pro, "TIGER-Lab/MMLU-Pro:", ("validation", "test"), score_by_log_prob, 5),
-    "piqa": Benchmark(piqa, "baber/piqa:", VALIDATION, score_by_character),
-    "winogrande": Benchmark(winogrande, "allenai/winogrande:winogrande_xl", VALIDATION, score_by_log_prob),
-    "boolq": Benchmark(boolq, "aps/super_glue:boolq", VALIDATION, score_by_log_prob),
-    "sciq": Benchmark(sciq, "allenai/sciq:", TEST, score_by_character),
-    "copa": Benchmark(copa, "aps/super_glue:copa", VALIDATION, score_by_log_prob),
-    "lambada": Benchmark(lambada, "EleutherAI/lambada_openai:default", TEST, score_last_word),
+    "hellaswag": Entry(hellaswag, "Rowan/hellaswag:", VALIDATION, score_by_character),
+    "arc_easy": Entry(arc, "allenai/ai2_arc:ARC-Easy", TEST, score_by_character, 25),
+    "arc_challenge": Entry(arc, "allenai/ai2_arc:ARC-Challenge", TEST, score_by_character, 25),
+    "openbookqa": Entry(openbookqa, "allenai/openbookqa:main", TEST, score_by_character),
+    "commonsense_qa": Entry(commonsense_qa, "tau/commonsense_qa:", VALIDATION, score_by_log_prob),
+    "mmlu_pro": Entry(mmlu_pro, "TIGER-Lab/MMLU-Pro:", ("validation", "test"), score_by_log_prob, 5),
+    "piqa": Entry(piqa, "baber/piqa:", VALIDATION, score_by_character),
+    "winogrande": Entry(winogrande, "allenai/winogrande:winogrande_xl", VALIDATION, score_by_log_prob),
+    "boolq": Entry(boolq, "aps/super_glue:boolq", VALIDATION, score_by_log_prob),
+    "sciq": Entry(sciq, "allenai/sciq:", TEST, score_by_character),
+    "copa": Entry(copa, "aps/super_glue:copa", VALIDATION, score_by_log_prob),
+    "lambada": Entry(lambada, "EleutherAI/lambada_openai:default", TEST, score_last_word),
 }
 
 

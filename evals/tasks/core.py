@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configurator import UserError
-from evals.benchmarks import answer_text, convert, file_rows, label_number, text_of, texts_of
+from evals.benchmarks import answer_text, benchmark_rows, convert, label_number, text_of, texts_of
 from evals.likelihood import Likelihood, Text, opening_id, score_texts, shared_prefix_length
 from evals.lm import LM
 from evals.multiple_choice import Question, grade, grade_greedy, log_probs_of, shots_text
@@ -85,7 +85,7 @@ def load(source: str | None, limit: int, shots: int | None) -> dict[str, list[Qu
         raise UserError(f"data={source}: no file of CORE; give --data=core=FOLDER with piqa.jsonl, ..")
     tasks = {}
     for name, path in found.items():
-        rows, setting = list(file_rows(path)), SETTINGS[name]
+        rows, setting = list(benchmark_rows(path)), SETTINGS[name]
         random.Random(1337).shuffle(rows)
         questions = convert(rows[:limit], partial(question_of, before=setting.before))
         if len(questions) <= setting.shots:

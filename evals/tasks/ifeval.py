@@ -43,7 +43,7 @@ def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text, re.MULTILINE))
 
 
-def has_word(word: str, text: str, edge: str = "") -> int:
+def count_word(word: str, text: str, edge: str = "") -> int:
     """How often a word is in a text, in any case. edge: what has to be on both sides, as a pattern."""
     return len(re.findall(edge + re.escape(word) + edge, text, re.IGNORECASE))
 
@@ -61,7 +61,8 @@ def in_language(text: str, language: str) -> bool:
 def parts(text: str, separator: str) -> list[str] | None:
     """The parts between separators, without an empty first or last one. None if another one is empty."""
     found = re.split(separator, text)
-    found = found[not found[0].strip():len(found) - (len(found) > 1 and not found[-1].strip())]
+    found = found if found[0].strip() else found[1:]
+    found = found[:-1] if found and not found[-1].strip() else found
     return found if all(part.strip() for part in found) else None
 
 
@@ -79,7 +80,8 @@ def is_json(text: str) -> bool:
 
 
 def first_word(text: str, k: Arguments) -> bool:
-    wanted = k["num_paragraphs"], k["first_word"].lower()  # question_of needs a KeyError for any text
+    # Read before the text is looked at: question_of tries the rule with "a" to find missing arguments.
+    wanted = k["num_paragraphs"], k["first_word"].lower()
     paragraphs = text.split("\n\n")
     number = sum(bool(each.strip()) for each in paragraphs)
     words = paragraphs[k["nth_paragraph"] - 1].split() if k["nth_paragraph"] <= number else []
@@ -98,10 +100,11 @@ def two_responses(text: str, k: Arguments) -> bool:
 
 
 RULES: dict[str, Callable[[str, Arguments], bool]] = {  # {instruction: whether a text follows it}
-    "keywords:existence": lambda text, k: all(has_word(word, text) for word in k["keywords"]),
-    "keywords:frequency": lambda text, k: enough(has_word(k["keyword"], text), k["relation"], k["frequency"]),
+    "keywords:existence": lambda text, k: all(count_word(word, text) for word in k["keywords"]),
+    "keywords:frequency": lambda text, k: enough(
+        count_word(k["keyword"], text), k["relation"], k["frequency"]),
     "keywords:forbidden_words": lambda text, k: not any(
-        has_word(word, text, r"\b") for word in k["forbidden_words"]),
+        count_word(word, text, r"\b") for word in k["forbidden_words"]),
     "keywords:letter_frequency": lambda text, k: enough(
         text.lower().count(k["letter"].lower()), k["let_relation"], k["let_frequency"]),
     "language:response_language": lambda text, k: in_language(text, k["language"]),

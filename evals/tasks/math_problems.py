@@ -56,7 +56,7 @@ FACTORS = r"(?<=[\w).])(?=[A-Za-z\u03c0(])|(?<=[A-Za-z\u03c0)])(?=\d)"  # betwee
 WORD = r"(?<![\\A-Za-z])[A-Za-z]{3}"  # a run of letters is a word, not a product
 
 
-def arithmetic(latex: str) -> str:
+def as_arithmetic(latex: str) -> str:
     """LaTeX as arithmetic: "2\\\\frac{x}{3}" becomes "2*((x)/(3))". ValueError if it is something else."""
     text = latex if len(latex) <= LONGEST and not re.search(WORD, latex) else ""
     for pattern, sign in BRACES:
@@ -73,7 +73,7 @@ def same_value(one: str, two: str) -> bool:
     """Whether two expressions have the same value at three points. False if one cannot be read."""
     draw = random.Random(0)
     try:
-        trees = [ast.parse(arithmetic(text), mode="eval").body for text in (one, two)]
+        trees = [ast.parse(as_arithmetic(text), mode="eval").body for text in (one, two)]
         for _ in range(3):
             names = {letter: draw.uniform(1.1, 4) for letter in string.ascii_letters} | {"\u03c0": math.pi}
             a, b = (evaluate(tree, names) for tree in trees)
@@ -114,7 +114,7 @@ def normalized(answer: str, commas: bool = True) -> str:
     return re.sub(r"(?<![\^\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", text)  # 2 1/3
 
 
-def pieces(text: str) -> list[str]:
+def comma_parts(text: str) -> list[str]:
     """The text, split at the commas outside of brackets; [] if the brackets do not match."""
     parts, depth = [""], 0
     for letter in text:
@@ -128,10 +128,10 @@ def pieces(text: str) -> list[str]:
 def elements(text: str) -> tuple[str, list[str]]:
     """The brackets and the elements of a tuple, an interval, a set or a list: "[1,2)" is "[)", 1 and 2."""
     match = re.fullmatch(r"(\\\{|[(\[])(.*)(\\\}|[)\]])", text)
-    inside = pieces(match[2]) if match else []
+    inside = comma_parts(match[2]) if match else []
     if match and (len(inside) > 1 or (inside and match[1] == "\\{")):
         return match[1] + match[3], inside
-    return "", pieces(text)
+    return "", comma_parts(text)
 
 
 def same_elements(a: str, b: str) -> bool:

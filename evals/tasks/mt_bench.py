@@ -45,21 +45,21 @@ ASK = ("Two assistants have answered the same user. Which answers are better: mo
        "Reply with [[A]] if A is better, [[B]] if B is better, or [[C]] if they are equally good.")
 
 
-class Task(NamedTuple):
+class ChatTask(NamedTuple):
     turns: list[str]  # what the user says
     reference: list[str]  # right answers, or nothing
 
 
-def task_of(row: dict[str, Any]) -> Task:
+def task_of(row: dict[str, Any]) -> ChatTask:
     turns = row["turns"] if "turns" in row else row["prompt"]
     turns = [answer_text(turns)] if isinstance(turns, str) else texts_of(turns)
     if not turns:
         raise ValueError("no question")
-    return Task(turns, texts_of(row.get("reference") or []))
+    return ChatTask(turns, texts_of(row.get("reference") or []))
 
 
 def load(source: str | None, limit: int, shots: int | None, judge: str = "", judge_model: str = "",
-         opponent: str = "") -> list[Task]:
+         opponent: str = "") -> list[ChatTask]:
     """The first `limit` questions. UserError without a judge or an opponent. There are no worked examples."""
     if not judge or not opponent:
         raise UserError("mt_bench: needs --judge=, a model folder or the address of an API, and --opponent=, "
@@ -69,7 +69,7 @@ def load(source: str | None, limit: int, shots: int | None, judge: str = "", jud
 
 # ---- Conversations and verdicts ---------------------------------------------------------------------------
 
-def converse(lm: LM, tasks: list[Task]) -> list[str]:
+def transcripts(lm: LM, tasks: list[ChatTask]) -> list[str]:
     """The whole conversation about each task as text. UserError for a model without chat tokens."""
     require_chat(lm.tokenizer, str(lm.folder))
     talks: list[list[Message]] = [[] for _ in tasks]
@@ -129,9 +129,9 @@ def compare(first: str, second: str) -> dict[str, Any]:
             "self_agreement": winners[0] == winners[1] and "" not in (first, second)}
 
 
-def score(lm: LM, tasks: list[Task], judge: str, judge_model: str, opponent: str) -> Result:
+def score(lm: LM, tasks: list[ChatTask], judge: str, judge_model: str, opponent: str) -> Result:
     """The figures of the module's docstring. The opponent and the judge are loaded one after the other."""
-    ours, theirs = converse(lm, tasks), converse(like(lm, opponent), tasks)
+    ours, theirs = transcripts(lm, tasks), transcripts(like(lm, opponent), tasks)
     prompts = [ASK.format(a=a, b=b, reference="".join(
         f"### A right answer\n{reference}\n\n" for reference in task.reference))
         for one, two in ((ours, theirs), (theirs, ours)) for task, a, b in zip(tasks, one, two, strict=True)]

@@ -87,7 +87,7 @@ def load(source: str | None, limit: int, shots: int | None, context_length: int 
     return Tests(side, tests, haystack(source))
 
 
-def spaced(low: int, high: int, count: int) -> list[int]:
+def linspace(low: int, high: int, count: int) -> list[int]:
     """`count` evenly spaced integers from low to high; a single one is high."""
     return [round(high - (high - low) * i / max(count - 1, 1)) for i in reversed(range(count))]
 
@@ -101,7 +101,7 @@ def prompts_of(lm: LM, questions: Tests, longest: int) -> tuple[list[int], list[
     shortest = around + max(map(len, needles))
     if shortest >= longest:
         raise UserError(f"context_length={longest}: needle, question and answer alone are {shortest} tokens")
-    lengths, depths = spaced(max(shortest + 1, longest // side), longest, side), spaced(0, 100, side)
+    lengths, depths = linspace(max(shortest + 1, longest // side), longest, side), linspace(0, 100, side)
     text = tokenizer.encode(questions.text[:max(2**18, 64 * longest)] + "\n")  # many times the longest
     text *= 1 + math.ceil(longest / len(text))
     is_line_end = [piece.endswith(b"\n") for piece in tokenizer.token_bytes()]
@@ -126,7 +126,7 @@ def score(lm: LM, questions: Tests, context_length: int | None = None,
     with lm.extended_context(longest):
         lengths, prompts = prompts_of(lm, questions, longest)
         texts = lm.generate_until(prompts, ["\n"], ANSWER)
-    depths = spaced(0, 100, questions.side)
+    depths = linspace(0, 100, questions.side)
     answers, cells = [], [[[] for _ in lengths] for _ in depths]
     for test, text in zip(questions.tests, texts, strict=True):
         right = re.findall("[0-9]+", text)[:1] == [test.number]  # the first number

@@ -38,7 +38,7 @@ def load(source: str | None, limit: int, shots: int | None, calculator: bool = F
     return list(seen.values())
 
 
-def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[Message]:
+def last_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[Message]:
     """The last message of each conversation, with the calls of all of its messages under "calls".
 
     For a model without chat tokens it is the line that is the answer.
@@ -54,7 +54,7 @@ def answer_messages(lm: LM, questions: list[Problem], calculator: bool) -> list[
 
 def score(lm: LM, questions: list[Problem], calculator: bool = False, family: str | None = None) -> Result:
     """Accuracy and the share of well-formed answers; the details have accuracy by family."""
-    messages = answer_messages(lm, questions, calculator)
+    messages = last_messages(lm, questions, calculator)
     pairs = list(zip(questions, messages, strict=True))
     right = [is_right(problem, message) for problem, message in pairs]
     formed = [is_well_formed(problem, message) for problem, message in pairs]

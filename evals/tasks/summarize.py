@@ -42,7 +42,7 @@ def rouge(summary: str, reference: str) -> dict[str, float]:
     return {name: each.fmeasure for name, each in scorer().score(reference, summary).items()}
 
 
-def texts_of(row: dict[str, Any]) -> tuple[str, str]:
+def document_and_summary(row: dict[str, Any]) -> tuple[str, str]:
     document, summary = summary_of(row)
     return document, answer_text(summary)
 
@@ -50,7 +50,7 @@ def texts_of(row: dict[str, Any]) -> tuple[str, str]:
 def load(source: str | None, limit: int, shots: int | None, name: str = "summarize") -> Questions:
     """The first `limit` rows as (document, summary), and the last `shots` as worked examples."""
     scorer()  # a missing package ends the program now
-    return with_last_as_shots(read(source, name, HUB[name]), limit, shots or 0, texts_of)
+    return with_last_as_shots(read(source, name, HUB[name]), limit, shots or 0, document_and_summary)
 
 
 def score(lm: LM, questions: Questions, name: str = "summarize") -> Result:

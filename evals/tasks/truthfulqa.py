@@ -32,7 +32,7 @@ HUB = {"validation": "truthfulqa/truthful_qa:multiple_choice:validation"}
 SHOTS = Path(__file__).with_suffix(".txt").read_text(encoding="utf-8") + "\n"
 
 
-class Questions(NamedTuple):
+class BothForms(NamedTuple):
     """Each question in two forms."""
 
     one: list[Question]  # one of the choices is true
@@ -51,9 +51,9 @@ def question_of(row: dict[str, Any], key: str) -> Question:
     return Question(f"Q: {text_of(row['question'])}\nA:", tuple(choices), gold, SHOTS)
 
 
-def load(source: str | None, limit: int, shots: int | None) -> Questions:
+def load(source: str | None, limit: int, shots: int | None) -> BothForms:
     rows = splits(source, "truthfulqa", HUB)[1][:limit]
-    return Questions(convert(rows, lambda row: question_of(row, "mc1_targets")),
+    return BothForms(convert(rows, lambda row: question_of(row, "mc1_targets")),
                      convert(rows, lambda row: question_of(row, "mc2_targets")))
 
 
@@ -64,7 +64,7 @@ def true_share(log_probs: list[float], gold: tuple[int, ...]) -> float:
     return sum(likely[index] for index in gold) / sum(likely)
 
 
-def score(lm: LM, questions: Questions) -> Result:
+def score(lm: LM, questions: BothForms) -> Result:
     likelihoods = ask(lm, questions.one + questions.many)
     one, many = likelihoods[:len(questions.one)], likelihoods[len(questions.one):]
     result = grade(questions.one, one, {"mc1": log_probs_of(one)})

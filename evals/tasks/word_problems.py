@@ -55,7 +55,7 @@ NUMBER = SIGN + r"(?:(?:[0-9]{1,3}(?:,[0-9]{3})+(?![0-9])|[0-9]+)(?:\.[0-9]+)?|(
 STRICT = rf"####\s*({NUMBER})"
 
 
-class Problem(NamedTuple):
+class WordProblem(NamedTuple):
     prompt: str
     answer: str  # the worked answer
     number: Decimal  # the right result
@@ -77,13 +77,13 @@ def flexible(text: str) -> Decimal | None:
     return parse_number(numbers[-1]) if numbers else None
 
 
-def problem_of(row: dict[str, Any]) -> Problem:
+def problem_of(row: dict[str, Any]) -> WordProblem:
     prompt, answer = map(text_of, word_problem(row))
     # The number has to be all that follows: of "#### 12,34" `strict` would read 12.
     match = re.search(rf"{STRICT}\s*$", answer)
     if match is None:
         raise ValueError("no number after ####, or more after it")
-    return Problem(prompt, answer, parse_number(match[1]))
+    return WordProblem(prompt, answer, parse_number(match[1]))
 
 
 def load(source: str | None, limit: int, shots: int | None, name: str = "gsm8k") -> Questions:

@@ -15,7 +15,7 @@ import prepare as prepare_module
 from configurator import UserError
 from dataset.conversations import conversation, preference
 from dataset.decontaminate import NGRAM, WHOLE, Index
-from dataset.encoding import visible_text
+from dataset.encoding import full_text
 from dataset.eval_items import find_benchmarks
 from dataset.shards import DataFolder
 from dataset.sources import standard_library
@@ -367,10 +367,10 @@ def test_chats_and_preferences_are_searched_whole(tmp_path, kind, rows):
 
 
 def test_visible_text():
-    assert visible_text("a text") == "a text"
-    assert visible_text(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
-    assert visible_text(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
-    assert visible_text(preference(PREFERENCES[1])) == "Tell me.\n\nITEM\n\nno"
+    assert full_text("a text") == "a text"
+    assert full_text(conversation(CHATS[2])) == "Why?\n\nITEM\n\nBecause."
+    assert full_text(conversation({"system": "Be.", "question": "a", "answer": "b"})) == "Be.\n\na\n\nb"
+    assert full_text(preference(PREFERENCES[1])) == "Tell me.\n\nITEM\n\nno"
 
 
 def test_a_set_that_cannot_be_read_leaves_what_was_there(dirty):

@@ -54,7 +54,7 @@ def test_the_prompts_are_those_of_the_evaluation():
     assert example("sst2", row) == (asked.prompt, asked.choices[asked.gold[0]])
     row = {"question": "Q?", "answer": "#### 4", "file": "x"}
     assert example("gsm8k", row)[0] == word_problems.problem_of(row).prompt
-    assert summarize.texts_of({"dialogue": "a", "summary": "b"}) == ("a", "b")
+    assert summarize.document_and_summary({"dialogue": "a", "summary": "b"}) == ("a", "b")
 
 
 def test_prepare_reads_tables_and_generates_tools(tmp_path, monkeypatch, capsys):

@@ -7,7 +7,7 @@ import pytest
 
 from dataset.conversations import conversation
 from dataset.tool_problems import NO_FUNCTION, offer, offered_functions, tool_rows
-from evals.tasks.bfcl import ToolQuestion, judge, question_of, wrong_argument
+from evals.tasks.bfcl import ToolQuestion, judge_message, question_of, wrong_argument
 
 ROWS = list(tool_rows(600, seed=2))
 
@@ -28,13 +28,13 @@ def test_every_call_is_right_by_the_leaderboards_scorer():
         for call in answer.get("tool_calls", []):
             calls += 1
             asked = question(functions[call["name"]], call)
-            assert judge(asked, answer | {"tool_calls": [call]})["accuracy"]
+            assert judge_message(asked, answer | {"tool_calls": [call]})["accuracy"]
             wrong = copy.deepcopy(call)
             name = next(iter(wrong["arguments"]))
             wrong["arguments"][name] = "no such value" if isinstance(wrong["arguments"][name], int) else 10**9
-            assert not judge(asked, answer | {"tool_calls": [wrong]})["accuracy"]
+            assert not judge_message(asked, answer | {"tool_calls": [wrong]})["accuracy"]
         if not answer.get("tool_calls"):
-            assert answer["content"] == NO_FUNCTION and judge(silent, answer)["accuracy"]
+            assert answer["content"] == NO_FUNCTION and judge_message(silent, answer)["accuracy"]
     assert calls > 500
 
 

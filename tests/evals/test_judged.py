@@ -69,7 +69,7 @@ def test_a_stopped_run_continues(chat_folder, tmp_path, monkeypatch):
 
 
 def test_files_are_keyed_by_model_and_data(chat_folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(judged, "answer_rows", lambda *rest: [])
+    monkeypatch.setattr(judged, "judged_rows", lambda *rest: [])
     other = tmp_path / "other"
     GPT(GPT.from_pretrained(chat_folder).config, seed=5).save_pretrained(other)
     Tokenizer.load(chat_folder).save(other)

@@ -339,7 +339,7 @@ def test_an_oracle_is_always_right(name):
         return [dataclasses.replace(each, prompt=f"{each.prompt}\0" + "\0".join(
             f" {each.choices[gold]}" for gold in each.gold)) for each in asked]
 
-    questions = truthfulqa.Questions(*map(leaked, questions)) if name == "truthfulqa" else leaked(questions)
+    questions = truthfulqa.BothForms(*map(leaked, questions)) if name == "truthfulqa" else leaked(questions)
     result = module.score(Scorer(lambda context, choice: 0.0 if choice in context.split("\0")[1:] else -1e4),
                           questions, **settings)
     twins = sum(len(set(each.choices)) < len(each.choices) for each in itertools.chain(

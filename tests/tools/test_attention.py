@@ -11,7 +11,7 @@ from model import GPT
 from tests.conftest import busy_model, tiny_config
 from tests.test_model import ids_for
 from tools import attention
-from tools.attention import distance_and_sink_mass, in_blocks, look, main
+from tools.attention import block_means, distance_and_sink_mass, look, main
 
 
 def planted():
@@ -79,9 +79,9 @@ def test_weights_of_a_model_give_its_output(changes):
 
 def test_blocks_by_hand():
     weights = np.array([[1, 0, 0, 0], [0.5, 0.5, 0, 0], [0.2, 0.3, 0.5, 0], [0, 0.4, 0.4, 0.2]])
-    assert np.allclose(in_blocks(weights, 2), [[1, 0], [0.45, 0.55]])
-    assert np.allclose(in_blocks(weights, 9), weights)
-    assert np.allclose(in_blocks(np.tri(100) / np.arange(1, 101)[:, None], 32).sum(1), 1)
+    assert np.allclose(block_means(weights, 2), [[1, 0], [0.45, 0.55]])
+    assert np.allclose(block_means(weights, 9), weights)
+    assert np.allclose(block_means(np.tri(100) / np.arange(1, 101)[:, None], 32).sum(1), 1)
 
 
 def test_refusals(trained):

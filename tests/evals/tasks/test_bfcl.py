@@ -7,7 +7,7 @@ import pytest
 from configurator import UserError
 from evals.lm import LM
 from evals.tasks import bfcl
-from evals.tasks.bfcl import is_possible, judge, question_of, wrong_argument
+from evals.tasks.bfcl import is_possible, judge_message, question_of, wrong_argument
 from tests.conftest import shared
 
 
@@ -86,8 +86,8 @@ RIGHT = {"name": "geo.area", "arguments": {"base": 10, "height": 5}}
 ])
 def test_a_message(message, verdicts):
     question = question_of(ROW, ROW["ground_truth"])
-    assert tuple(judge(question, message).values())[:4] == verdicts
-    assert judge(question._replace(calls=[]), message) == {"accuracy": message == {"content": "25"}}
+    assert tuple(judge_message(question, message).values())[:4] == verdicts
+    assert judge_message(question._replace(calls=[]), message) == {"accuracy": message == {"content": "25"}}
 
 
 def first(values):
@@ -117,7 +117,7 @@ def test_several_functions_and_several_calls():
 
     def verdicts(*calls):
         given = [{"name": f"geo.{name}", "arguments": arguments} for name, arguments in calls]
-        judged = judge(question, {"tool_calls": given})
+        judged = judge_message(question, {"tool_calls": given})
         return judged["accuracy"], judged["right_function"], judged["right_arguments"]
 
     area, three, four = ("area", {"base": 10, "height": 5}), ("side", {"base": 3}), ("side", {"base": 4})

@@ -12,7 +12,7 @@ from configurator import UserError
 from evals.benchmarks import convert
 from evals.lm import LM
 from evals.tasks import mt_bench
-from evals.tasks.mt_bench import Task, compare, converse, task_of
+from evals.tasks.mt_bench import ChatTask, compare, task_of, transcripts
 
 ROWS = [{"question_id": 81, "turns": ["Sort 3 1 2.", "Add 1."], "reference": ["1 2 3", "2 3 4"]},
         {"prompt": "What is 2 + 2?"}]
@@ -30,8 +30,8 @@ def test_outcomes_by_hand(first, second, outcome, agrees):
 
 def test_rows():
     rows = [row | {"file": "f"} for row in ROWS]
-    assert convert(rows, task_of) == [Task(["Sort 3 1 2.", "Add 1."], ["1 2 3", "2 3 4"]),
-                                      Task(["What is 2 + 2?"], [])]
+    assert convert(rows, task_of) == [ChatTask(["Sort 3 1 2.", "Add 1."], ["1 2 3", "2 3 4"]),
+                                      ChatTask(["What is 2 + 2?"], [])]
     for bad in ({"turns": []}, {"turns": [1]}, {"prompt": " "}, {}, {"prompt": "x", "reference": "y"}):
         with pytest.raises(UserError, match="f: row 1 does not fit"):
             convert([bad | {"file": "f"}], task_of)
@@ -47,7 +47,7 @@ def test_conversations_have_all_turns(chat_folder, monkeypatch):
         return [[{"role": "assistant", "content": f"answer {len(talk)}"}] for talk in talks]
 
     monkeypatch.setattr(lm, "reply", reply)
-    assert converse(lm, list(map(task_of, ROWS))) == [
+    assert transcripts(lm, list(map(task_of, ROWS))) == [
         "User: Sort 3 1 2.\n\nAssistant: answer 1\n\nUser: Add 1.\n\nAssistant: answer 3",
         "User: What is 2 + 2?\n\nAssistant: answer 1"]
     assert list(map(len, asked)) == [2, 1], "the second turn is asked where there is one"
@@ -106,7 +106,7 @@ def test_an_api_judges_in_both_orders(chat_folder, api, tmp_path, monkeypatch, c
         evaluation.main(argv)
     # A helper that is not there is refused before the model answers for hours.
     for key in ("opponent", "judge"):
-        monkeypatch.setattr(mt_bench, "converse", None)
+        monkeypatch.setattr(mt_bench, "transcripts", None)
         with pytest.raises(UserError, match="/nowhere: no model here"):
             evaluation.main([*argv, f"--{key}=/nowhere"])
 
