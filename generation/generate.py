@@ -29,10 +29,10 @@ from torch import Tensor
 from configurator import UserError, require, require_not_negative, require_positive
 from formats.tokenizer import Tokenizer
 from generation.constraints import Guide
-from generation.step_graph import SPARE_SLOTS, StepGraph
+from generation.step_graph import StepGraph
 from model import GPT
 from modeling.devices import autocast_dtype
-from modeling.kv_cache import KVCache, StepCache
+from modeling.kv_cache import SPARE_SLOTS, KVCache, StepCache
 from modeling.sinks import SinkCache, cache_limits
 
 MIN_SHARED_PREFIX = 64  # tokens: a shorter prefix of all rows is not worth a forward pass of its own

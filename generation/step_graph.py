@@ -22,11 +22,10 @@ from torch import Tensor
 
 from model import GPT, Block
 from modeling.attention import Mask
-from modeling.kv_cache import KVCache
+from modeling.kv_cache import SPARE_SLOTS, KVCache
 from modeling.rope import Rope
 
 FIRST_SLOTS = 128  # visible slots of the smallest graph
-SPARE_SLOTS = 8  # more slots than are ever visible: torch would compile two equal sizes as one and the same
 
 
 def run_block(block: Block, x: Tensor, rope: Rope | None, mask: Mask, slots: tuple[Tensor, ...]) -> Tensor:

@@ -30,6 +30,7 @@ from modeling.attention import Positions
 Store = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 STEP_SLOTS = 128  # StepCache: the visible slots are a multiple of this number
+SPARE_SLOTS = 8  # slots that are never visible: torch would compile two equal sizes as one and the same
 
 
 class KVCache:
@@ -102,8 +103,7 @@ class StepCache(KVCache):
                  dtype: torch.dtype | None = None):
         self.all_slots = torch.arange(STEP_SLOTS * math.ceil(max_length / STEP_SLOTS), device=device)
         self.seen = self.all_slots[:0]
-        # 8 slots more than are ever seen: torch would compile two equal sizes as one and the same.
-        super().__init__(config, batch_size, len(self.all_slots) + 8, device, dtype)
+        super().__init__(config, batch_size, len(self.all_slots) + SPARE_SLOTS, device, dtype)
         for tensor in (*self.k, *self.v):
             torch._dynamo.mark_static_address(tensor, guard=False)  # else a CUDA graph may not write to it
             torch._dynamo.mark_dynamic(tensor, 2)
