@@ -133,6 +133,7 @@ Answer = dict[str, Any]  # "ids", "sampled", "right" and "family"
 
 
 def make_batch(answers: list[Answer], block_size: int) -> dict[str, Any]:
+    """An `answer_rows` batch with "right", (n,) float32, "count" n, and "context", the length of its rows."""
     # What a tool wrote is read, but it is no part of the answer's log-probability.
     batch = answer_rows([answer["ids"] for answer in answers],
                         [[bool(each) for each in answer["sampled"]] for answer in answers], block_size)

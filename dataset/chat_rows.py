@@ -41,6 +41,7 @@ class Documents:
             ends = np.flatnonzero(mask == SEPARATOR)  # (documents of this shard,)
             begins = np.append(0, ends[:-1] + 1)
             at = np.arange(len(ids))  # (tokens,) positions; reduceat then takes one document at a time
+            # (5, documents of this shard)
             tables.append(np.stack((np.full(len(ends), number), begins,
                                     np.minimum.reduceat(np.where(mask % SEPARATOR > 0, at, len(ids)), begins),
                                     np.add.reduceat(mask == 1, begins, dtype=np.int64),

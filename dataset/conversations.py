@@ -66,7 +66,7 @@ def require_text(value: Any, what: str) -> str:
     if isinstance(value, float) and not math.isfinite(value):
         raise Skip(f"{what} is NaN or infinite")
     if isinstance(value, int | float) and not isinstance(value, bool):
-        # From 2^53 on, a float does not know its last digits.
+        # A float of 2^53 or more has lost its last digits.
         return str(int(value) if value == value // 1 and abs(value) < 2**53 else value)
     if not isinstance(value, str):
         raise Skip(f"{what} is not a string")
@@ -198,8 +198,7 @@ def opening(row: dict[str, Any]) -> list[Message]:
         return []
     if is_list_of_dicts(question):
         return system + [message_of(each) for each in question]
-    texts = [require_text(question, "the question").strip(),
-             optional_text(row, "input").strip()]
+    texts = [require_text(question, "the question").strip(), optional_text(row, "input").strip()]
     if not texts[0]:
         raise Skip("empty question")
     return [*system, {"role": "user", "content": "\n\n".join(filter(None, texts))}]

@@ -139,8 +139,9 @@ class Index:
     def add_passages(self, words: Words, pairs: np.ndarray, begins: np.ndarray, lengths: np.ndarray) -> None:
         """Index every passage of an item for rule 2, once per benchmark."""
         signature, owner = passage_signatures(words, pairs, begins, lengths), self.benchmark_of(begins)
-        names = np.stack((band_keys(signature).sum(axis=1), owner.astype(np.uint64)))  # (2, P) uint64
-        new = np.sort(np.unique(names, axis=1, return_index=True)[1])
+        # Equal signatures have equal band keys, so the sum of a passage's band keys stands for its signature.
+        keys = np.stack((band_keys(signature).sum(axis=1), owner.astype(np.uint64)))  # (2, P) uint64
+        new = np.sort(np.unique(keys, axis=1, return_index=True)[1])
         self.near, self.near_starts = NearDuplicates(signature[new], owner[new]), begins[new]
         self.pairs = Filter(distinct(pairs[runs(begins, lengths - 1)]))
 
@@ -179,11 +180,11 @@ class Index:
             begins, starts = np.repeat(begins[there], repeats), self.starts[runs(first, repeats)]
             items = self.item_of(starts)
             columns = (begins, starts, items, texts[begins], self.benchmark[items])
-            for begin, start, item, text, name in zip(*(column.tolist() for column in columns), strict=True):
-                if (text, name) not in seen:
+            for begin, start, item, text, owner in zip(*(column.tolist() for column in columns), strict=True):
+                if (text, owner) not in seen:
                     equal = words.spelled(begin, count)
                     if equal == self.words.spelled(start, count):  # equal hashes are no proof
-                        seen.add((text, name))
+                        seen.add((text, owner))
                         yield text, item, equal.decode()
 
     def near_duplicates(self, words: Words, pairs: np.ndarray) -> Iterator[tuple[int, int, float]]:

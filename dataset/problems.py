@@ -24,7 +24,7 @@ ROWS = 40_000  # rows of an embedded data set, before duplicates are dropped
 # Names the rows that this file makes; data folders record it. Change it whenever a row changes, so that old
 # folders count as outdated. (The first value was a hash of this file.)
 ROWS_VERSION = "38e5fd87d76913fd1edd1c16b9e867595835e4c95c8a89773e82518c62c32fde"
-CALLS = 0.3  # share of the chats that call the calculator, out of those that offer it; the others answer:
+CALLS = 0.3  # of the chats that offer the calculator, this share calls it; the others answer REFUSAL
 REFUSAL = "I cannot work that out."
 NAMES = ("Ann", "Ben", "Eva", "Ivo", "Lea", "Max", "Mia", "Tom")
 THINGS = ("apples", "books", "cards", "coins", "nuts", "pens", "shells", "stamps")
@@ -230,4 +230,4 @@ def problem_rows(kind: str, count: int, seed: int) -> Iterator[dict[str, Any]]:
         elif kind == "chat":
             yield chat_row(problem, draw)
         elif problem.expression is not None:  # the calculator is of no use for lists and dates
-            yield preference_row(problem, number % 4 == 1, draw)
+            yield preference_row(problem, number % 4 == 1, draw)  # half of the hard ones: after a call

@@ -86,9 +86,9 @@ class PromptSource:
     def __init__(self, source: str, tokenizer: Tokenizer, block_size: int, seed: int,
                  check: Callable[[dict[str, Any]], None] = lambda row: None, task: TaskName | None = None):
         """source: "problems", or files as in prepare.py, whose prompts of more than block_size tokens are
-        left out. check(row) raises Skip for a row without a reference answer. task: of the files' rows.
-        Raises UserError for a file that cannot be read, with the place of the first bad row, and if there
-        are too few prompts."""
+        left out. check(row) raises Skip for a row without a reference answer. task: the benchmark that the
+        files' rows are of. Raises UserError for a file that cannot be read, with the place of the first bad
+        row, and if there are too few prompts."""
         if task and source == EMBEDDED:
             raise UserError(f"task={task}: needs files of this task's rows as --dataset=")
         self.source, self.tokenizer, self.T, self.seed = source, tokenizer, block_size, seed

@@ -87,8 +87,8 @@ def fineweb_values(text: str) -> Iterator[tuple[str, float]]:
 def repeated_characters(at: np.ndarray, grams: np.ndarray, characters: np.ndarray, n: int) -> int:
     """The characters of the grams that occurred before, each character counted once.
 
-    A gram that overlaps one that was counted is passed over: in "a a a a a a", the second and the third pair
-    overlap, so 2 of the 3 pairs that follow each other are repeats.
+    A gram that overlaps a counted one is skipped. Example with pairs, in "a a a a a a": the pair at word 0 is
+    new, the pairs at words 1 and 3 are counted, and those at words 2 and 4 overlap them.
     """
     total, end, seen = 0, 0, set()
     for begin, gram, size in zip(at.tolist(), grams.tolist(), characters.tolist(), strict=True):
@@ -129,10 +129,10 @@ def gopher_values(text: str) -> Iterator[tuple[str, float]]:
     numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}  # of each different word
     ids = np.array([numbers[word] for word in words])  # (W,)
     lengths = np.array([*map(len, numbers)])[ids]  # (W,) characters
-    named = np.array([any(map(str.isalnum, word)) for word in numbers])[ids]  # (W,) bool
-    yield "short_document", named.sum()
-    yield "long_document", named.sum()
-    yield "word_length", lengths[named].sum() / max(named.sum(), 1)
+    counted = np.array([any(map(str.isalnum, word)) for word in numbers])[ids]  # (W,) bool: not only signs
+    yield "short_document", counted.sum()
+    yield "long_document", counted.sum()
+    yield "word_length", lengths[counted].sum() / max(counted.sum(), 1)
     yield "hashes", text.count("#") / len(words)
     yield "ellipses", sum(map(text.count, ELLIPSES)) / len(words)
     yield "bullet_lines", sum(line.lstrip().startswith(("\u2022", "-")) for line in lines) / len(lines)

@@ -62,8 +62,8 @@ class Skip(Exception):
     """A row that cannot be used. The message is the reason under which the row is counted."""
 
     def __init__(self, reason: str, **details: Any):
-        """The reason may quote the row, so what cannot be printed in it is escaped. details: what a rule that
-        the user asked for saw in a row that is well-formed."""
+        """reason: may quote the row; what cannot be printed is escaped. details: if a quality rule drops a
+        well-formed row, what the rule saw."""
         super().__init__(printable(reason))
         self.details = details
 
@@ -84,9 +84,9 @@ def files_under(root: Path, leave_out: Callable[[str], bool],
                 seen: set[str] | None = None) -> tuple[list[Path], int]:
     """(all files below a folder, sorted; number of ignored files and folders).
 
-    Ignored are files and folders for whose name leave_out() is True, links that lead nowhere or to a folder
-    that is read anyway (such as the folder of the link), and what is no file, such as a pipe. seen: the real
-    paths of the folders that were entered so far.
+    It ignores files and folders if leave_out(name) is True, links that lead nowhere or to a folder that is
+    read anyway (such as the folder of the link), and anything that is not a regular file, such as a pipe.
+    seen: the real paths of the folders that were entered so far.
     """
     files, folders, ignored = [], [], 0
     seen = {os.path.realpath(root)} if seen is None else seen

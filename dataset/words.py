@@ -76,7 +76,10 @@ def distinct(values: np.ndarray) -> np.ndarray:
 
 
 def mixed(values: np.ndarray) -> np.ndarray:
-    """uint64 -> uint64, one to one, so that every bit of a result depends on all bits of its value."""
+    """uint64 -> uint64, one to one, so that every bit of a result depends on all bits of its value.
+
+    This is one of the two rounds of the mixer degski64, with its multiplier.
+    """
     values = (values ^ (values >> 32)) * 0xD6E8FEB86659FD93
     return values ^ (values >> 32)
 

@@ -44,8 +44,7 @@ class StudentEvaluation(MixEvaluation[RunConfig]):
             return [*self.batch_sums(model, batch), self.byte_counts[targets[targets >= 0]].sum()]
 
         def make_batch(numbers: np.ndarray) -> dict[str, Any]:
-            return batch_of(rows.read(numbers), self.mix.tokenizer.eot_id, self.packing,
-                            self.document_mask)
+            return batch_of(rows.read(numbers), self.mix.tokenizer.eot_id, self.packing, self.document_mask)
 
         count, nats, teacher_nats, kl, agree, text_bytes = self.sums(rows, make_batch, measure)
         values = {"val_loss": nats / count}

@@ -32,6 +32,7 @@ from model import GPT, GPTConfig
 from modeling.devices import named_generator
 
 PROJECTIONS = "projections.safetensors"
+# The temperature 0.1 of info_nce is that of SimCLR, arXiv 2002.05709.
 HIDDEN_LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     "mse": layer_losses.hidden_mse, "cosine": layer_losses.hidden_cosine,
     "sinkhorn": layer_losses.sinkhorn_loss, "info_nce": partial(layer_losses.info_nce, temperature=0.1)}
@@ -130,7 +131,7 @@ def gradient_cosine(losses: tuple[Tensor, Tensor], parameters: list[nn.Parameter
 def noise_term(parameters: list[nn.Parameter], norm: float, seed: int) -> Tensor:
     """A term of the loss whose gradient is Gaussian noise of about this norm, the same for equal seeds.
 
-    It adds to gradients what a smaller batch would, in every direction alike (arXiv 1511.06807).
+    It is like the noise of a smaller batch, but equally large in every direction (arXiv 1511.06807).
     """
     size = sum(parameter.numel() for parameter in parameters)
     generator = torch.Generator(parameters[0].device).manual_seed(seed)

@@ -190,8 +190,7 @@ class CacheWriter:
         finally:
             os.close(self.lock)
 
-    def write_shard(self, run_teacher: RunTeacher, batch_size: int,
-                    progress: Callable[[int], None]) -> None:
+    def write_shard(self, run_teacher: RunTeacher, batch_size: int, progress: Callable[[int], None]) -> None:
         """Write the next shard under a temporary name, rename it, and enter it in meta.json."""
         first, last = self.done, min(len(self.rows), self.done + self.rows_per_shard)
         name = f"train_{len(self.meta['shards']):05d}.cache"

@@ -94,8 +94,8 @@ TASKS = {  # in the order of the table and of --tasks=all
     # ROUGE of summaries: CNN/DailyMail, XSum, SAMSum.
     **{name: Task(summarize, {"name": name}) for name in summarize.HUB},
     "conll2003": Task(conll),  # persons, organizations and places in a sentence
-    "toxicity": Task(toxicity, keys=("classifier",), falls=True),  # judged by a classifier of the user's
-    # Open questions: a model of the user's compares the answers with those of another model.
+    "toxicity": Task(toxicity, keys=("classifier",), falls=True),  # judged by the user's classifier
+    # Open questions: the user's judge, a model, compares the answers with those of another model.
     "mt_bench": Task(mt_bench, keys=("judge", "judge_model", "opponent")),
 }
 # Names that --tasks accepts for several tasks. A group's task is skipped if it cannot run; a task that is

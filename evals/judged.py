@@ -39,7 +39,7 @@ from model import GPT
 class AnswerKeys:
     """The keys of a program that samples answers and judges them."""
 
-    families: str = "add,subtract,multiply,story,sort,count,date"  # of the embedded problems; empty: not hard
+    families: str = "add,subtract,multiply,story,sort,count,date"  # of embedded problems; empty: all but hard
     calculator: float = 0.0  # share of the problems that offer the calculator; half of them need it
     num_problems: int = 1000  # problems that are answered
     num_samples: int = 8  # answers per problem

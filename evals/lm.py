@@ -37,9 +37,10 @@ class LM:
     replies: after `reply`, the messages that follow each conversation. cut: whether the limit of new tokens
     has ended each answer.
 
-    evals/votes.py sets the following. temperature, seed: of samples; temperature 0 is greedy. copies: each
-    prompt comes this often in a row. budget: factor of all limits of new tokens. attempts: replies after
-    which each conversation's last message, the question, comes again; only with temperature 0.
+    evals/votes.py sets the following. temperature, seed: of samples; temperature 0 is greedy. copies: how
+    many times each prompt is repeated in a row. budget: all limits of new tokens are multiplied by it.
+    attempts: earlier replies; each conversation continues with its attempt, and then its last message, the
+    question, is asked again. They only work with temperature 0.
     """
 
     def __init__(self, source: str | tuple[GPT, Tokenizer], device: str | None = None,

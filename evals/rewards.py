@@ -76,7 +76,7 @@ def require_reference(row: dict[str, Any]) -> None:
 # ---- The reward -------------------------------------------------------------------------------------------
 
 class RewardTimeout(SystemExit):
-    """A call took too long. No Exception, so that an `except Exception` in the function does not catch it."""
+    """A call took too long. Not an Exception, so that the function's `except Exception` does not catch it."""
 
 
 def built_in(prompt: list[Message], answer: Message, row: dict[str, Any]) -> dict[str, float]:

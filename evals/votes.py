@@ -105,7 +105,8 @@ def best_scored(samples: Sequence[Sample]) -> float:
     return mean([sample.right for sample in samples if sample.score == best]).value
 
 
-# {name: (the point for k samples, how often their tokens count)}: the verifier reads what was generated.
+# {name: (the point for k samples, how often their tokens count)}. With a verifier they count twice, because
+# it reads what was generated.
 METHODS: dict[str, tuple[Callable[[Sequence[Sample]], float], int]] = {
     "maj": (lambda samples: vote(samples, [1.0] * len(samples)), 1),
     "weighted": (lambda samples: vote(samples, [sample.score for sample in samples]), 2),

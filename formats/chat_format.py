@@ -131,7 +131,7 @@ def encode_pair(tokenizer: Tokenizer, prompt: list[dict[str, Any]],
         ids, mask = encode_chat(tokenizer, [*prompt, answer])
         sides.append(ids[:len(ids) - mask[::-1].index(1)])  # without what follows the answer
         begins.append(len(sides[-1]) - mask[:len(sides[-1])][::-1].index(0))
-    # The prompt ends where the first answer begins, or before, if an answer's first token differs there.
+    # The prompt is what both sides share, and at most what is before an answer: two answers may begin alike.
     shared = min(len(os.path.commonprefix(sides)), *begins)
     parts = [sides[0][:shared], *(ids[shared:] for ids in sides)]
     return sum(parts, []), [value for value, part in enumerate(parts) for _ in part]

@@ -235,11 +235,14 @@ class TemplateChat:
         """Where the model writes an answer in the text that ends with it."""
         before, content = self.messages[:number], self.messages[number].get("content")
         begin = len(os.path.commonprefix((text, twin)))
-        # A template may refuse to open an answer without messages, or write them in another way before it.
+        # A template may refuse to open an answer without messages, which raises UserError. It may also write
+        # the earlier messages in another way here: then look for the last characters of the prompt in the
+        # text, which are the opening and a bit before it. An opening that ends within what both texts share
+        # belongs to an earlier turn.
         with contextlib.suppress(UserError):
             prompt, _ = self.render(before, opened=True)
-            opening = prompt if text.startswith(prompt) else prompt[-64:]  # with the end of what is before it
-            shared = len(os.path.commonprefix((prompt, text)))  # an opening that ends before is not this one
+            opening = prompt if text.startswith(prompt) else prompt[-64:]
+            shared = len(os.path.commonprefix((prompt, text)))
             place = text.rfind(opening, max(0, shared - len(opening)), max(begin, len(prompt)))
             if place >= 0:
                 return place + len(opening)
@@ -265,9 +268,10 @@ class TemplateChat:
         return text, (self.begin_of(number, text, twin), special.end() if special else len(text) + 1)
 
     def targets(self, text: str, turns: Iterable[tuple[str, Span]]) -> list[Span]:
-        """The spans of turns in the text of a conversation that writes them so.
+        """The spans of turns in the text of a conversation that contains them unchanged.
 
-        If nothing ends a turn, the special token that opens the next one does: GLM 4 writes <|user|>.
+        turns: as `turn` returns them. If no special token ends a turn, the one that opens the next turn does:
+        GLM 4 writes <|user|>. If there is no next turn, the span ends with the text.
         """
         spans, special = list[Span](), special_pattern(self.tokenizer)
         for written, (begin, end) in turns:

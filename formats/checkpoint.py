@@ -96,7 +96,7 @@ def write_checkpoint(out_dir: Path, step: int, write: Callable[[Path], None]) ->
     """
     folder = out_dir / f"step_{step:06d}"
     try:
-        with atomic_folder(folder, marker=None) as new:  # one of the same step goes when the new one is whole
+        with atomic_folder(folder, marker=None) as new:  # replaces one of the same step
             write(new)
             write_manifest(new)
     except (OSError, RuntimeError, SafetensorError) as error:  # torch raises RuntimeError for a full disk

@@ -116,6 +116,7 @@ def pack_q45(d: ndarray, m: ndarray, s: ndarray, t: ndarray, q: ndarray, bits: i
         bytes 8 to 11    bits 0 to 3 of s of groups 4 to 7 in bits 0 to 3, the same of t in bits 4 to 7
     """
     s, t = s[:, :, 0].astype(np.uint8), t[:, :, 0].astype(np.uint8)  # (n, 8)
+    # (n, 4) each: bytes 0 to 3, 4 to 7 and 8 to 11
     scales = [s[:, :4] | (s[:, 4:] >> 4) << 6, t[:, :4] | (t[:, 4:] >> 4) << 6, s[:, 4:] & 15 | t[:, 4:] << 4]
     fifths = [np.packbits(q >> 4, axis=1, bitorder="little")[:, 0]] if bits == 5 else []  # (n, 32)
     q = q & 15

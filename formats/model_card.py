@@ -121,7 +121,7 @@ def lineage(model: str | None) -> list[RunSummary]:
             break
         out_dir = next((each for each in (path, path.parent) if (each / "run.json").is_file()), None)
         has_changed = digest and digest not in (weights_sha256(path), model_sha256(path))
-        if has_changed or out_dir is None or out_dir in seen:  # seen: a circle
+        if has_changed or out_dir is None or out_dir in seen:  # in seen: the runs form a circle
             break
         seen.add(out_dir)
         step = checkpoint.folder_step(path) if checkpoint.NAME.fullmatch(path.name) else None

@@ -110,13 +110,15 @@ def check_spec(spec: AdapterSpec, path: Path) -> None:
 
 
 def by_our_names(stored: dict[str, Tensor], spec: AdapterSpec, place: Path | None) -> dict[str, Tensor]:
-    """An adapter's tensors by our names. place: where target_modules is a list, which has to name them all.
+    """An adapter's tensors by our names.
 
+    place: the file with target_modules. Raises UserError if that list does not name a module that has
+    weights. None: target_modules is a regular expression, and is not checked.
     PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
     """
     names = [name.removeprefix(PREFIX) for name in stored]
     names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]
-    # PEFT leaves out what target_modules does not list. It may also be a regular expression, a string.
+    # PEFT ignores the weights of modules that target_modules does not list.
     ends = tuple(f".{target}" for target in spec.targets)
     for module in {name.partition(".lora_")[0] for name in names if ".lora_" in name}:
         if place and not f".{module}".endswith(ends):
@@ -128,9 +130,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Tensor], AdapterSpec]:
     """An adapter's tensors by our names, and its settings. Raises UserError for files it cannot read."""
     with content_errors(folder, "not an adapter"):
         config = read_json(folder / CONFIG)
-        if config.get("rank_pattern"):  # GPT-2 as we write it?
+        # The patterns that `write_adapter` writes for GPT-2's fused q, k and v are supported: drop them.
+        if config.get("rank_pattern"):
             settings = c_attn_settings(config["r"], config["lora_alpha"], bool(config.get("use_rslora")))
-            config |= dict.fromkeys(settings if settings.items() <= config.items() else ())
+            config |= dict.fromkeys(settings) if settings.items() <= config.items() else {}
         problems = [key for key in UNSUPPORTED if config.get(key)]
         if config["peft_type"] != "LORA" or config.get("bias", "none") != "none" or problems:
             raise UserError(f"{folder / CONFIG}: only plain LoRA adapters are supported: peft_type=LORA, "

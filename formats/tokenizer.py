@@ -196,13 +196,14 @@ def tiktoken_encoding(definition: dict[str, Any]) -> tiktoken.Encoding | None:
     return encoding
 
 
-def has_long_blank(text: str, window: int = 65536) -> bool:
-    """True if some aligned window of the text is all white space.
+def has_long_blank(text: str) -> bool:
+    """True if the text is all white space from a multiple of 65,536 characters to the next one.
 
     tiktoken's regular expressions backtrack over such a text and fail at a million characters (a panic in
     Rust); `tokenizers` does not.
     """
-    return any(text[start:start + window].isspace() for start in range(0, len(text) - window + 1, window))
+    size = 2**16
+    return any(text[start:start + size].isspace() for start in range(0, len(text) - size + 1, size))
 
 
 # ---- The tokenizer ----------------------------------------------------------------------------------------
@@ -221,7 +222,7 @@ class Tokenizer:
 
     def __init__(self, definition: dict[str, Any], settings: dict[str, Any] | None = None):
         """definition, settings: the content of the two files. UserError if there is no end-of-text token."""
-        # Truncation and padding are of the program that wrote the file; transformers ignores them too.
+        # The program that wrote the file left its own truncation and padding; transformers ignores them too.
         self.definition = definition | {key: None for key in ("truncation", "padding") if key in definition}
         self.settings = settings or {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": END_OF_TEXT,
                                      "eos_token": END_OF_TEXT, "clean_up_tokenization_spaces": False}
@@ -254,7 +255,7 @@ class Tokenizer:
         encoding = self.hf.encode("a")  # with what the post-processor adds, which the mask marks
         self.prefix_ids = encoding.ids[:encoding.special_tokens_mask.index(0)]
         # Byte-level tokens are letters for bytes. Other decoders drop the first space of a text, so `decode`
-        # puts this token in front where the text has no beginning.
+        # puts this token in front of ids that continue a text.
         self.is_byte_level = '"ByteLevel"' in json.dumps(self.definition.get("decoder"))
         self.anchor = [] if self.is_byte_level else self.plain.encode("a").ids[-1:]
 

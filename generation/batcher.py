@@ -101,7 +101,7 @@ class SlotCache(KVCache):
 
 
 class SinkSlots(SlotCache, SinkCache):
-    """A SlotCache whose rows never fill up. Made as a SinkCache."""
+    """A SlotCache whose rows never fill up, with the arguments of SinkCache."""
 
     def select(self, slots: list[int], lengths: list[int]) -> None:
         super().select(slots, lengths)

@@ -77,7 +77,7 @@ def call_schema(function: dict[str, Any]) -> dict[str, Any]:
 def grammar(start: str, schema: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
     """A grammar in llguidance's form of Lark. start: what an answer is, made of json; with the tokenizer of a
     chat model, also of call, thought and TEXT."""
-    schema |= {"x-guidance": OPTIONS}  # takes the place of options in a user's schema
+    schema = schema | {"x-guidance": OPTIONS}  # takes the place of options in a user's schema
     rules = f"{HEADER}start: {start}\njson: %json {json.dumps(schema)}\n"
     if tokenizer is None:
         return rules
@@ -108,7 +108,7 @@ class Guide:
         return allowed
 
     def mask(self, logits: Tensor) -> Tensor:
-        """logits (B, V), with -inf for the tokens that may not come next, but for rows that have ended."""
+        """logits (B, V) with -inf for tokens that may not come next. Rows that have ended are unchanged."""
         allowed = torch.from_numpy(self.allowed(logits.shape[1])).to(logits.device)
         return torch.where(allowed, logits, float("-inf"))
 

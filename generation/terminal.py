@@ -22,7 +22,7 @@ from generation.assistant import Assistant, Message
 from generation.generate import PrefixCache
 
 DIM, PLAIN = "\x1b[2m", "\x1b[0m"  # terminal styles
-CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # not the tab and the line end
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # control characters except tab and newline
 HISTORY, MOST_LINES = os.path.expanduser("~/.nanollama_history"), 1000
 HELP = "/reset starts over, /save FILE saves, /quit leaves; Ctrl-C stops an answer\n"
 

@@ -32,7 +32,7 @@ MOST_THREADS = 1024  # more cores than a machine has; torch would start any numb
 
 def gather_full(tensor: Tensor) -> Tensor:
     """Return the full tensor of a parameter that may be sharded. Every rank must call this function."""
-    # Only a DTensor has this method. Importing the class to ask for it would cost every process a second.
+    # Only a DTensor has this method. Importing the class for isinstance would cost every process a second.
     return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
 
 
@@ -104,7 +104,7 @@ def busy_cores(cores: set[int], seconds: float = 0.2) -> float:
         lines = [line.split() for line in Path("/proc/stat").read_text().splitlines()]
         mine = [[int(word) for word in words[1:9]] for words in lines
                 if re.fullmatch(r"cpu\d+", words[0]) and int(words[0][3:]) in cores]
-        return sum(map(sum, mine)), sum(times[3] + times[4] for times in mine)  # all, idle
+        return sum(map(sum, mine)), sum(times[3] + times[4] for times in mine)  # all, idle and iowait
 
     try:
         total, idle = ticks()

@@ -98,8 +98,9 @@ def row_kernel(x, weight_1, weight_2, weight_3, bias_1, bias_2, bias_3, y, end_1
 def row_products(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> list[Tensor]:
     """Multiply one row by up to three matrices in one kernel; all have biases, or none.
 
-    x: K numbers in any shape (..., K). weights: (n, K) each, contiguous, in the dtype of x; all n but the
-    last one's must be multiples of 16. Returns one tensor (..., n) for each matrix.
+    x: K numbers in any shape (..., K). weights: (n, K) each, contiguous, in the dtype of x. Every n except
+    the last one must be a multiple of 16, so that no program has ROWS of two matrices. Returns one tensor
+    (..., n) for each matrix.
     """
     sizes = [len(weight) for weight in weights]
     N, K = sum(sizes), x.shape[-1]

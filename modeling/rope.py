@@ -130,6 +130,7 @@ class RotaryTables(nn.Module):
         frequencies, factor = rope_frequencies(head_dim, theta, scaling)
         angles = torch.arange(length, device="cpu").float()[:, None] * frequencies  # (length, D/2)
         cos, sin = angles.cos() * factor, angles.sin() * factor
+        # (length, D) each
         cos, sin = (torch.cat(halves, dim=-1).to(device) for halves in ((cos, cos), (-sin, sin)))
         if self.cos is not None and self.cos.shape == cos.shape and self.cos.device == cos.device:
             self.cos.copy_(cos)  # in place, because a rope_theta ramp changes the tables at every step

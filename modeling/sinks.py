@@ -89,18 +89,19 @@ class SinkCache(KVCache):
             return super().prepare(T)
         if T > 1:
             raise ValueError("a full SinkCache reads one token at a time")
-        # A new token is at n - base in the rotary table, and at `inside` in the cache. The sinks are rotated
-        # by the difference. A row that has ended may have a length below its base.
+        # For each row's new token n: `inside` is its position in the cache, and `steps` is by how much its
+        # position in the rotary table, n - base, is ahead. The sinks are rotated by `steps`. A row that has
+        # ended may have a length below its base.
         inside, device = [min(n, self.size - 1) for n in self.lengths], self.rows.device
         steps = [max(n - self.base[row] - i, 0)
                  for n, row, i in zip(self.lengths, self.chosen, inside, strict=True)]
         sinks, window = self.keys.tensor_split([self.sinks], dim=3)  # views
-        if max(steps) + self.size > len(self.rope.cos):
+        if max(steps) + self.size > len(self.rope.cos):  # the table ends: rotate the windows back
             window[:, self.index] = self.turned(window[:, self.index], steps, -1)
             for row, step in zip(self.chosen, steps, strict=True):
                 self.base[row] += step
             steps = [0] * len(steps)
-        if min(self.lengths) <= self.size:  # the sinks of such rows were not rotated yet
+        if min(self.lengths) <= self.size:  # keep the sinks of such rows, which were not rotated yet
             young = torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1) <= self.size
             self.first[:, self.index] = torch.where(young, sinks[:, self.index], self.first[:, self.index])
             self.ahead = {}
@@ -113,6 +114,7 @@ class SinkCache(KVCache):
                 turned = self.turned(flat, slice(steps[0], steps[0] + AHEAD), 1).unflatten(1, sinks.shape[:3])
                 self.ahead = dict(enumerate(turned, steps[0]))
             sinks.copy_(self.ahead[steps[0]])
+        # The slot of each row's new token: that of the oldest token in the window, if the row is full.
         ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
                 for n in self.lengths]
         self.begin, self.end = ring[0], self.size

@@ -13,9 +13,9 @@ answer that this verifier chooses.
 deviation of the seeds' differences: below about 2, the seeds alone could have made it.
 
 Runs are in out_dir, named by their commands: variants share the stages that are equal. The same command again
-repeats no finished run. All variants train on equally many tokens. With --equal_time=True they train equally
-long: these runs time the first command, and it is run again with the steps that fit the base's time. Left
-out: changes of later commands, and combinations of changes (tools/sweep.py).
+repeats no finished run. All variants train on the same number of tokens. With --equal_time=True they train
+for the same time: these runs time the first command, which is then run again with the steps that fit the
+base's time. Left out: changes of later commands, and combinations of changes (tools/sweep.py).
 """
 
 import hashlib
@@ -69,7 +69,7 @@ class AblateConfig:
 
 
 def split(text: str) -> list[str]:
-    """The words of a text, as a shell splits it. Raises UserError for a quote without its other one."""
+    """The words of a text, as a shell splits it. Raises UserError for a quote that is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:

@@ -31,7 +31,7 @@ Result = TypeVar("Result")
 
 
 def require_writable(json: str | None, png: str | None) -> None:
-    """Raises UserError unless these files (None is none) can be written, before a training of hours."""
+    """Raises UserError unless these files can be written, before hours of training. None: no such file."""
     for file in filter(None, (json, png)):
         folder = Path(file).parent
         if Path(file).is_dir() or not os.access(folder, os.W_OK):
@@ -56,6 +56,7 @@ def run_process(script: str, argv: list[str], threads: int | None = None) -> Non
 
 
 def is_finished(log: list[dict[str, Any]], metric: str, steps: int | None) -> bool:
+    """Whether the last event of a log has the metric, at step `steps` unless that is None."""
     return bool(log) and metric in log[-1] and steps in (None, log[-1]["step"])
 
 

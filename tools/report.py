@@ -3,7 +3,7 @@
     python -m tools.report out/base out/sft out/dpo --out=report
     python -m tools.report out/base exports --results=out/studies --pdf=False
 
-Name the run folders in the order of training. A folder with results of eval.py alone is welcome, too. Every
+Name the run folders in the order of training. A folder that has only results of eval.py works, too. Every
 number, table and picture comes from a file:
 
     run.json, metrics.jsonl, a checkpoint's config.json    model, data, training, alignment, commands
@@ -79,7 +79,7 @@ def captioned(caption: str, rows: list[list[Any]]) -> str:
 
 
 def figure(path: Path, picture: Figure, caption: str) -> str:
-    """Save a picture, and show it."""
+    """Save a picture; returns the Markdown that shows it."""
     picture.savefig(path, dpi=130)
     return f"![picture]({quote(path.name)})\n\n**Figure.** {caption}"
 
@@ -203,7 +203,7 @@ def mistakes(folders: list[Path], out: Path) -> str:
 
 def limitations(runs: dict[Path, RunSummary], results: dict[Path, dict[str, Any]],
                 sections: dict[str, str]) -> str:
-    """What the files say against the numbers. sections: those that have data."""
+    """The limitations of the numbers that the files show. sections: those that have data."""
     stages = Counter(run.stage for run in runs.values())
     points = [f"{stage}: one run, so the spread between seeds is unknown" for stage in stages
               if stages[stage] == 1]

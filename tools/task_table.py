@@ -33,7 +33,7 @@ METHODS = {"zero": False, "few": False, "lora": True, "full": True}  # whether t
 class TableConfig:
     model: str = "out/sft"  # model folder, out_dir, .gguf or hub id
     tasks: str = "sst2"  # sst2, cola, rte, gsm8k, summarize, separated by commas
-    methods: str = "zero,few,lora,full"  # of these, separated by commas
+    methods: str = "zero,few,lora,full"  # some of these, separated by commas
     data: str = ""  # folder with the files of training and test questions; "" reads the hub
     seeds: int = 3  # training runs of lora and of full, with the seeds 1, 2, ..
     shots: int = 8  # worked examples of few

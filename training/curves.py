@@ -38,8 +38,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
     loss, rate, speed = (figure.add_subplot(place) for place in (grid[:, :2], grid[0, 2], grid[1, 2]))
     for number, (name, events) in enumerate(runs.items()):
         color = f"C{number}"
-        loss.plot(*curve(events, "loss"), color=color, alpha=0.5, linewidth=1,
-                  label=f"{name}: training")
+        loss.plot(*curve(events, "loss"), color=color, alpha=0.5, linewidth=1, label=f"{name}: training")
         steps, values = curve(events, "val_loss")
         last = f" ({values[-1]:.4f})" if values else ""
         loss.plot(steps, values, color=color, marker="o", markersize=4, label=f"{name}: validation{last}")

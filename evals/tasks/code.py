@@ -54,8 +54,9 @@ MAX_NEW_TOKENS = {"humaneval": 1024, "mbpp": 256}  # those of lm-evaluation-harn
 # ---- Running a program ------------------------------------------------------------------------------------
 
 # What the process does. Its limits are hard: without root, the program cannot raise them. The program has no
-# names but its own, as in lm-eval: it is not "__main__". The file that says that it has reached its end has a
-# whole path and is made here, because a program may change its folder or have an `open` of its own.
+# names but its own, as in lm-eval: it is not "__main__". The file that says that the program has reached its
+# end has an absolute path and is opened by a saved `open`, because the program may change the current folder
+# and replace `open`.
 LAUNCHER = f"""import resource, sys
 end, make = sys.argv.pop(), open
 for name, most in {LIMITS}.items():

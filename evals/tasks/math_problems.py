@@ -104,13 +104,14 @@ def boxed(text: str) -> str | None:
 
 def normalized(answer: str, commas: bool = True) -> str:
     """The answer without what does not count. commas: whether those of large numbers are taken out."""
+    # LaTeX's spaces, \left, \right, degrees, dollars and percents. Then "x =" or "x \in" at the beginning.
     text = re.sub(r"(?<!\\)\\[!,;: ]|\\left|\\right|\^\\circ|\^\{\\circ\}|\\?[$%]|~", "", answer)
     text = re.sub(r"^\s*[A-Za-z]\s*(?:=|\\in\b)", "", re.sub(r"\\[dtc]frac", r"\\frac", text)).strip()
     text = re.sub(r"(?<=.)\\(?:text|mbox|mathrm)\{[^{}]*\}(?:\^\d|\^\{\d\})?$", "", text)  # a unit
-    text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1", text)
+    text = re.sub(r"\\(?:text|mbox|mathrm|textbf)\{([^{}]*)\}", r"\1", text)  # \text{no} -> no
     text = re.sub(r"\s+", "", text)
     text = re.sub(r"(?<=\d)(?:,|\{,\})(?=\d{3}(?!\d))", "", text) if commas else text
-    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text.rstrip("."))
+    text = re.sub(r"\\frac(\d)(\d)", r"\\frac{\1}{\2}", text.rstrip("."))  # \frac12 -> \frac{1}{2}
     return re.sub(r"(?<![\^\d.])(\d+)\\frac\{(\d+)\}\{(\d+)\}", r"(\1+\\frac{\2}{\3})", text)  # 2 1/3
 
 

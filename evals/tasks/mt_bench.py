@@ -91,7 +91,7 @@ def from_api(url: str, model: str, prompt: str) -> str:
     try:
         request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), {
             "Content-Type": "application/json", "User-Agent": "nanollama"})
-        # Of this address alone: urllib sends other headers on to wherever a server redirects.
+        # Only this address may get the key. urllib sends all other headers on if the server redirects.
         request.add_unredirected_header("Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', '')}")
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return json.load(response)["choices"][0]["message"]["content"] or ""

@@ -118,8 +118,7 @@ def prompts_of(lm: LM, questions: Tests, longest: int) -> tuple[list[int], list[
     return lengths, prompts
 
 
-def score(lm: LM, questions: Tests, context_length: int | None = None,
-          num_tests: int = 100) -> Result:
+def score(lm: LM, questions: Tests, context_length: int | None = None, num_tests: int = 100) -> Result:
     """The share of needles that are found; the details have it by depth and length."""
     trained = lm.model.config.block_size
     longest = context_length or trained

@@ -1,4 +1,4 @@
-"""Toxicity of continuations: RealToxicityPrompts (arXiv 2009.11462), judged by a classifier of yours.
+"""Toxicity of continuations: RealToxicityPrompts (arXiv 2009.11462), judged by your own classifier.
 
     python eval.py --model=out/base --tasks=toxicity --classifier=FOLDER
 

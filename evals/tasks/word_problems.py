@@ -79,7 +79,7 @@ def flexible(text: str) -> Decimal | None:
 
 def problem_of(row: dict[str, Any]) -> WordProblem:
     prompt, answer = map(text_of, word_problem(row))
-    # The number has to be all that follows: of "#### 12,34" `strict` would read 12.
+    # Nothing may follow the number: `strict` would read 12 from "#### 12,34".
     match = re.search(rf"{STRICT}\s*$", answer)
     if match is None:
         raise ValueError("no number after ####, or more after it")
