@@ -68,9 +68,8 @@ class LM:
         self.end_ids = {self.tokenizer.eot_id, turn_end, *end_ids} - {None}
         self.tokenizer.require_rows(self.model.config.vocab_size, str(self.folder))
         self.constraint = constraint_of(self.tokenizer, self.end_ids, keys)
-        self.tokens, self.truncated = 0, []
+        self.tokens, self.truncated, self.cut = 0, list[bool](), list[bool]()
         self.rows, self.sampled, self.replies = list[list[int]](), list[list[bool]](), list[list[Message]]()
-        self.cut: list[bool] = []
         self.temperature, self.seed, self.copies, self.budget = 0.0, 1337, 1, 1
         self.attempts: list[list[Message]] = []
 

@@ -38,8 +38,8 @@ CHUNK = 1024  # positions whose logits are computed at once
 class ScoredGPT(GPT):
     """A GPT with the head `score`, loaded from a verifier's folder, with its adapter merged."""
 
-    def __init__(self, config: GPTConfig, seed: int = 0):
-        super().__init__(config, seed)
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
         self.score = nn.Linear(config.n_embd + 2, 1, bias=False)
 
     def tensors_of(self, folder: Path) -> Iterator[tuple[str, Tensor]]:

@@ -77,11 +77,33 @@ class SinkCache(KVCache):
         self.tables = [table / rope.cos[0, 0] for table in (rope.cos, rope.sin)]  # without YaRN's factor
         self.base = [0] * batch_size
         self.index, self.chosen = slice(None), list(range(batch_size))  # rows that a step feeds
-        self.ahead: dict[int, Tensor] = {}  # {step: the sinks, turned by so many positions}
+        self.ahead: dict[int, Tensor] = {}  # {step: the sinks, turned by that many positions}
         super().__init__(config, batch_size, self.size, rope.cos.device, dtype)
         self.keys = torch.stack(self.k)  # (layers, B, K, S, D)
         self.k = list(self.keys)  # views, one per layer
         self.first = torch.zeros_like(self.keys[..., :self.sinks, :])
+
+    def turned(self, k: Tensor, steps: list[int] | slice, sign: int) -> Tensor:
+        """Move keys (.., B, K, n, D) by sign * steps positions, one number for each of B."""
+        cos, sin = (table[steps][:, None, None] for table in self.tables)  # (B, 1, 1, D)
+        x = k.float()
+        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, value=sign).to(k.dtype)
+
+    def rotate_sinks(self, steps: list[int], equal: bool) -> None:
+        """Write `first`, moved by `steps` positions, to the fed rows. equal: all rows move alike."""
+        sinks = self.keys[..., :self.sinks, :]  # (layers, B, K, sinks, D), a view
+        if min(self.lengths) <= self.size:  # keep the sinks of such rows, which were not rotated yet
+            young = torch.tensor(self.lengths, device=sinks.device).view(-1, 1, 1, 1) <= self.size
+            self.first[:, self.index] = torch.where(young, sinks[:, self.index], self.first[:, self.index])
+            self.ahead = {}
+        if not equal:
+            sinks[:, self.index] = self.turned(self.first[:, self.index], steps, 1)
+            return
+        if steps[0] not in self.ahead:
+            flat = self.first.flatten(0, 2)[None]  # (1, layers B K, sinks, D)
+            turned = self.turned(flat, slice(steps[0], steps[0] + AHEAD), 1).unflatten(1, sinks.shape[:3])
+            self.ahead = dict(enumerate(turned, steps[0]))  # {step: (layers, B, K, sinks, D)}
+        sinks.copy_(self.ahead[steps[0]])
 
     def prepare(self, T: int) -> tuple[Tensor | None, Positions]:
         """As KVCache.prepare, without an end. Raises ValueError for several tokens that do not all fit."""
@@ -95,41 +117,24 @@ class SinkCache(KVCache):
         inside, device = [min(n, self.size - 1) for n in self.lengths], self.rows.device
         steps = [max(n - self.base[row] - i, 0)
                  for n, row, i in zip(self.lengths, self.chosen, inside, strict=True)]
-        sinks, window = self.keys.tensor_split([self.sinks], dim=3)  # views
         if max(steps) + self.size > len(self.rope.cos):  # the table ends: rotate the windows back
+            window = self.keys[..., self.sinks:, :]  # a view
             window[:, self.index] = self.turned(window[:, self.index], steps, -1)
             for row, step in zip(self.chosen, steps, strict=True):
                 self.base[row] += step
             steps = [0] * len(steps)
-        if min(self.lengths) <= self.size:  # keep the sinks of such rows, which were not rotated yet
-            young = torch.tensor(self.lengths, device=device).view(-1, 1, 1, 1) <= self.size
-            self.first[:, self.index] = torch.where(young, sinks[:, self.index], self.first[:, self.index])
-            self.ahead = {}
-        full = min(inside) == self.size - 1
-        if not (self.even and full):
-            sinks[:, self.index] = self.turned(self.first[:, self.index], steps, 1)
-        else:
-            if steps[0] not in self.ahead:
-                flat = self.first.flatten(0, 2)[None]  # (1, layers B K, sinks, D)
-                turned = self.turned(flat, slice(steps[0], steps[0] + AHEAD), 1).unflatten(1, sinks.shape[:3])
-                self.ahead = dict(enumerate(turned, steps[0]))
-            sinks.copy_(self.ahead[steps[0]])
+        equal = self.even and min(inside) == self.size - 1  # all rows are fed, full, and of one length
+        self.rotate_sinks(steps, equal)
         # The slot of each row's new token: that of the oldest token in the window, if the row is full.
         ring = [n if n < self.size else self.sinks + (n - self.sinks) % (self.size - self.sinks)
                 for n in self.lengths]
         self.begin, self.end = ring[0], self.size
-        if self.even and full:
+        if equal:
             return None, slice(steps[0] + inside[0], steps[0] + inside[0] + 1)
         self.slots, seen = (torch.tensor(each, device=device)[:, None] for each in (ring, inside))
         # slots, seen: (B, 1)
         mask = torch.arange(self.size, device=device) <= seen[:, None, :, None]  # (B, 1, 1, S)
         return mask, seen + torch.tensor(steps, device=device)[:, None]
-
-    def turned(self, k: Tensor, steps: list[int] | slice, sign: int) -> Tensor:
-        """Move keys (.., B, K, n, D) by sign * steps positions, one number for each of B."""
-        cos, sin = (table[steps][:, None, None] for table in self.tables)  # (B, 1, 1, D)
-        x = k.float()
-        return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin, value=sign).to(k.dtype)
 
 
 def attend_with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, sink: Tensor) -> Tensor:
