@@ -117,6 +117,7 @@ def copy_tables(student: GPT, tensors: dict[str, Tensor]) -> None:
     C, width = student.config.n_embd, table.shape[1]
     if C > width:
         raise UserError(f"student_embeddings=teacher: n_embd={C} is wider than the teacher's {width}")
+    # (C of the teacher, C): the eigenvectors with the largest eigenvalues, which eigh lists last
     basis = torch.linalg.eigh(table.T @ table).eigenvectors.flip(1)[:, :C] if C < width else torch.eye(C)
     scale = table.norm() / (table @ basis).norm() * math.sqrt(C / width)
     for name, parameter in student.named_parameters():

@@ -124,6 +124,7 @@ def gradient_cosine(losses: tuple[Tensor, Tensor], parameters: list[nn.Parameter
     """
     gradients = [torch.autograd.grad(loss, parameters, retain_graph=True, materialize_grads=True)
                  for loss in losses]
+    # (all parameters,) both
     a, b = (torch.cat([gradient.flatten() for gradient in each]).double() for each in gradients)
     return a @ b / (a.norm() * b.norm()).clamp(min=1e-30)
 
@@ -165,7 +166,7 @@ def feature_loss(student: Student, ours: ActivationHooks, theirs: ActivationHook
     B, T = batch["input_ids"].shape
     if "positions" in batch:
         weights = torch.zeros(B * T, device=batch["input_ids"].device)
-        weights = weights.index_fill(0, batch["positions"], 1.0).view(B, T)
+        weights = weights.index_fill(0, batch["positions"], 1.0).view(B, T)  # 1 at the targets
     else:
         weights = (batch["targets"] != IGNORE).float()  # (B, T)
     hidden = attention = weights.new_zeros(())

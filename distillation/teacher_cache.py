@@ -90,7 +90,7 @@ def encode(log_probs: Tensor, dtype: np.dtype, generator: torch.Generator | None
     if "values" in (dtype.names or ()):
         top, ids = log_probs.topk(k, dim=-1)  # (n, k) each
         tail = log_probs.exp().scatter(1, ids, 0.0).sum(-1, keepdim=True).log()  # (n, 1), -inf if k = V
-        records["values"] = torch.cat((top, tail), dim=1).cpu().numpy()
+        records["values"] = torch.cat((top, tail), dim=1).cpu().numpy()  # (n, k + 1)
     else:
         ids = torch.multinomial(log_probs.exp(), k, replacement=True, generator=generator)  # (n, k)
     records["ids"] = ids.cpu().numpy()
@@ -266,6 +266,7 @@ class TeacherCache:
         wanted = identity | {"method": method, "temperature": temperature}
         self.folder, meta = find_cache(rows, wanted, hint)
         self.dtype = record_type(meta["identity"], rows.data.meta["vocab_size"])
+        # (rows of the shard, T) each
         self.shards = [np.memmap(self.folder / shard["name"], self.dtype, "r").reshape(-1, rows.T)
                        for shard in meta["shards"]]
         self.ends = np.cumsum([len(shard) for shard in self.shards])  # rows up to the end of each shard

@@ -83,6 +83,7 @@ def interleave_pairs(tensor: Tensor, head_dim: int) -> Tensor:
 
     With D = 4, rows 0 1 2 3 | 4 5 6 7 of two heads become 0 2 1 3 | 4 6 5 7.
     """
+    # (heads D, ..) -> (heads, 2, D/2, ..) -> (heads, D/2, 2, ..) -> (heads D, ..)
     return tensor.unflatten(0, (-1, 2, head_dim // 2)).transpose(1, 2).reshape(tensor.shape)
 
 

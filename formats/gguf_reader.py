@@ -145,7 +145,7 @@ def read_tensor(path: Path, name: str) -> Tensor:
     """A tensor of a file in float32. Raises UserError for a type that the package gguf does not decode."""
     import gguf
     shape, kind, begin, size = read_header(path)[1][name]
-    data = np.fromfile(path, np.uint8, size, offset=begin).reshape(math.prod(shape[:-1]), -1)
+    data = np.fromfile(path, np.uint8, size, offset=begin).reshape(math.prod(shape[:-1]), -1)  # (rows, bytes)
     with file_errors(path):
         values = gguf.quants.dequantize(data, kind)
         return torch.from_numpy(np.array(values, dtype=np.float32)).reshape(shape)

@@ -99,7 +99,7 @@ class Guide:
         masks = [matcher and matcher.compute_bitmask() for matcher in self.matchers]
         every = b"\xff" * max(map(len, filter(None, masks)), default=vocab_size)  # of a row that has ended
         bits = np.frombuffer(b"".join(mask or every for mask in masks), np.uint8).reshape(len(masks), -1)
-        # One call for all rows, because the time is in the calls.
+        # (B, bytes of a mask) -> (B, vocab_size), in one call for all rows, because the time is in the calls.
         allowed = np.unpackbits(bits, axis=1, count=vocab_size, bitorder="little").view(bool)
         allowed[:, self.end_ids] = [[matcher is None or matcher.is_accepting()] for matcher in self.matchers]
         if not (has_token := allowed.any(axis=1)).all():

@@ -70,7 +70,7 @@ def chunked_log_probs(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_siz
     """log p(target) for hidden (N, C) and the output matrix (P, C): (N,) float32, a chunk at a time."""
     chunks = [F.cross_entropy((h @ weight[:vocab_size].T.to(h.dtype)).float(), t, reduction="none")
               for h, t in zip(hidden.split(CHUNK), targets.split(CHUNK), strict=True)]
-    return -torch.cat(chunks)
+    return -torch.cat(chunks)  # (N,)
 
 
 def answer_logits(forward: nn.Module, model: Any, batch: dict[str, Any],

@@ -80,6 +80,7 @@ def grouped_swiglu(rows: Tensor, experts: Any, counts: Tensor) -> Tensor:
     """
     ends = counts.cumsum(0).to(torch.int32)  # (E,)
     matrices = ((each.gate_proj.weight, each.up_proj.weight, each.down_proj.weight) for each in experts)
+    # (E, C, inner), (E, C, inner), (E, inner, C)
     gate, up, down = (torch.stack(each).to(rows.dtype).mT for each in zip(*matrices, strict=True))
     hidden = F.silu(torch._grouped_mm(rows, gate, offs=ends)) * torch._grouped_mm(rows, up, offs=ends)
     return torch._grouped_mm(hidden, down, offs=ends)
@@ -129,12 +130,13 @@ class MoE(nn.Module):
         else:  # An expert without rows is called, too: its gradient has to be 0, not None, on every rank.
             y = torch.cat([expert(part) for expert, part in
                            zip(self.experts, rows.split(kept.tolist()), strict=True)])  # (n, C)
-        # Back to the order of the tokens. A sum over k, unlike index_add, has one result on a GPU, too.
+        # Back to the order of the tokens, (N, k, C), with 0 for a dropped choice. A sum over k, unlike
+        # index_add, has one result on a GPU, too.
         y = y.new_zeros(chosen.numel(), x.shape[-1]).index_copy(0, order, y).view(-1, k, x.shape[-1])
         y = (y * weights[..., None].to(y.dtype)).sum(1).view(x.shape)  # (N, k, C) -> (B, T, C)
         if not trains:
             return y
-        self.counts += torch.cat((counts, (counts - kept).sum(0, keepdim=True)))
+        self.counts += torch.cat((counts, (counts - kept).sum(0, keepdim=True)))  # (E + 1,)
         loss = self.config.router_z_loss * logits.logsumexp(-1).square().sum()
         if self.expert_bias is None:
             loss = loss + self.config.balance_weight * E * (logits.softmax(-1) * self.load).sum()

@@ -93,6 +93,7 @@ class SinkCache(KVCache):
         """Write `first`, moved by `steps` positions, to the fed rows. equal: all rows move alike."""
         sinks = self.keys[..., :self.sinks, :]  # (layers, B, K, sinks, D), a view
         if min(self.lengths) <= self.size:  # keep the sinks of such rows, which were not rotated yet
+            # (B, 1, 1, 1)
             young = torch.tensor(self.lengths, device=sinks.device).view(-1, 1, 1, 1) <= self.size
             self.first[:, self.index] = torch.where(young, sinks[:, self.index], self.first[:, self.index])
             self.ahead = {}
@@ -131,10 +132,10 @@ class SinkCache(KVCache):
         self.begin, self.end = ring[0], self.size
         if equal:
             return None, slice(steps[0] + inside[0], steps[0] + inside[0] + 1)
+        # (B, 1) both
         self.slots, seen = (torch.tensor(each, device=device)[:, None] for each in (ring, inside))
-        # slots, seen: (B, 1)
         mask = torch.arange(self.size, device=device) <= seen[:, None, :, None]  # (B, 1, 1, S)
-        return mask, seen + torch.tensor(steps, device=device)[:, None]
+        return mask, seen + torch.tensor(steps, device=device)[:, None]  # positions (B, 1)
 
 
 def attend_with_sink(q: Tensor, k: Tensor, v: Tensor, mask: Mask, dropout: float, sink: Tensor) -> Tensor:

@@ -68,15 +68,15 @@ def streamed_losses(model: GPT, rows: list[np.ndarray], limits: tuple[int, int])
     V, size, losses = model.config.vocab_size, min(sum(limits), ids.shape[1] - 1), []
     for part in ids.split(STREAMED_ROWS):
         cache = SinkCache(model.config, len(part), limits, model.rope, autocast_dtype(model.head_weight))
-        row = []
+        row = []  # (B, tokens of a step) each
         # The first tokens fit the cache and are read at once, the others one at a time.
         for begin, end in [(0, size), *((n, n + 1) for n in range(size, ids.shape[1] - 1))]:
-            targets = part[:, begin + 1:end + 1]
+            targets = part[:, begin + 1:end + 1]  # (B, tokens of the step)
             values = model(part[:, begin:end], cache=cache, head=lambda hidden, weight, targets=targets:
                            linear_log_probs(hidden.flatten(0, 1), weight, targets.flatten(), V))
             row.append(-values.view(targets.shape))
             cache.set_lengths([end] * len(part))
-        losses.append(torch.cat(row, dim=1).double().cpu().numpy())
+        losses.append(torch.cat(row, dim=1).double().cpu().numpy())  # (B, T)
     return np.concatenate(losses)
 
 
