@@ -83,7 +83,8 @@ class VerifierConfig(AnswerKeys, PostTrainingConfig):
     def __post_init__(self) -> None:
         PostTrainingConfig.__post_init__(self)
         AnswerKeys.__post_init__(self)
-        # A merged model has no place for the head, and tasks measure texts, not scores. The rest is left out.
+        # A merged model has no place for the head, and tasks measure texts, not scores. The other keys are
+        # not implemented here.
         for key, only in (("parallel", ("none", "ddp")), ("quantize_base", (None,)), ("merge", (False,)),
                           ("stages", ([],)), ("eval_tasks", ("",))):
             require(self, key, getattr(self, key) in only, f"{only[-1]!r} in verifier.py")
@@ -134,7 +135,7 @@ Answer = dict[str, Any]  # "ids", "sampled", "right" and "family"
 
 def make_batch(answers: list[Answer], block_size: int) -> dict[str, Any]:
     """An `answer_rows` batch with "right", (n,) float32, "count" n, and "context", the length of its rows."""
-    # What a tool wrote is read, but it is no part of the answer's log-probability.
+    # The model reads what a tool wrote, but only sampled tokens count in the answer's log-probability.
     batch = answer_rows([answer["ids"] for answer in answers],
                         [[bool(each) for each in answer["sampled"]] for answer in answers], block_size)
     right = torch.tensor([float(answer["right"]) for answer in answers])
@@ -148,7 +149,7 @@ class Answers:
         """Raises UserError if either part has no right or no wrong answer."""
         self.cfg, parts = cfg, dict[bool, list[Answer]]({True: [], False: []})
         for row in rows:
-            # A hash of the problem: its answers are on one side, also those of other wordings.
+            # A hash of the problem without its wording decides, so all its answers are on one side.
             key = row["row"].get("key", row["prompt"][-1]["content"])
             held_out = zlib.crc32(f"verifier/{key}".encode()) % HELD_OUT == 0
             family = row["row"].get("family", "")

@@ -41,7 +41,7 @@ estimate misses a quarter. Sets of single words find more, but also any text of 
 
 What is not found: an edited copy inside a longer line, if the edits leave no 13 words in a row (in 27 words
 or more, that takes more than 2 %); translations; paraphrases. GPT-3 cut matches out of a text, and ignored 13
-words that many texts share. Here the whole row goes, so one quotation costs a book.
+words that many texts share. Here the whole row is dropped, so one quotation costs a book.
 """
 
 from collections.abc import Iterator

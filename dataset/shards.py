@@ -15,7 +15,7 @@ that ends in .mask, with one uint8 per token:
     chat          not trained on     an assistant's token                       after a document
     preference    prompt             chosen answer          rejected answer     after a document
 
-meta.json is written last, by rename. A folder without it is no data set, whatever else it holds.
+meta.json is written last, by rename. A folder without it is not a data set.
 """
 
 import json

@@ -10,7 +10,7 @@ are not cut: there, a phrase is one word.
 
 Everything is a numpy array over all words of all texts, because a Python loop over words would be ten times
 slower. Positions are int64 and hashes are uint64; a product or sum of uint64 arrays wraps around modulo 2^64,
-which is what a hash wants. One text of three words:
+as hashes need. One text of three words:
 
     position   0  1  2  3  4  5  6  7  8  9
     data       i  t  s  _  3  5  _  _  2  \\n     _ is a space

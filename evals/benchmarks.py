@@ -40,7 +40,7 @@ def text_of(value: Any) -> str:
 
 
 def texts_of(values: Any) -> list[str]:
-    """A list of texts. Raises TypeError for anything else; a single text is no list of its letters."""
+    """A list of texts. Raises TypeError for anything else; a single text is not a list of letters."""
     if not isinstance(values, list):
         raise TypeError(f"{values!r} is not a list")
     return [text_of(value) for value in values]

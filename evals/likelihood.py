@@ -96,9 +96,9 @@ def context_ids(tokenizer: Tokenizer, context: str, chat: bool) -> list[int]:
 def encode_plain(tokenizer: Tokenizer, context: str, continuation: str) -> Request:
     """Encode a context and its continuation as HFLM does.
 
-    Context and continuation are encoded as one text, which is split after as many ids as the context alone
-    has. Trailing spaces of the context move to the continuation. An empty context becomes the token that
-    opens a text. Raises UserError if the continuation has no token of its own.
+    Context and continuation are encoded as one text, which is split at the number of ids that the context
+    alone has. Trailing spaces of the context move to the continuation. An empty context becomes the token
+    that opens a text. Raises UserError if the continuation has no token of its own.
     """
     before = context_ids(tokenizer, context.rstrip(), chat=False)
     ids = tokenizer.encode(context + continuation)
@@ -120,8 +120,8 @@ def encode_turn(tokenizer: Tokenizer, context: str, continuation: str) -> Reques
 def fit_context(request: Request, block_size: int) -> tuple[list[Text], int]:
     """Cut a context and a continuation to what the model can read; returns (texts, dropped context tokens).
 
-    The context is cut at its beginning. A continuation longer than block_size becomes several texts, each
-    with as many tokens before it as fit.
+    The context is cut at its beginning. A continuation longer than block_size becomes several texts. Each
+    begins with the tokens before it that still fit.
     """
     context, continuation, prefix, suffix = request
     assert continuation, "a continuation has at least one token"

@@ -5,7 +5,7 @@
     ids = chat.encode_prompt()            # with add_generation_prompt
 
 formats/chat_format.py calls this for every conversation, also for those in our format. A template is a Jinja
-program, perhaps of a stranger. jinja2's sandbox lets it reach nothing but its variables, and it may not take
+program, perhaps a stranger's. jinja2's sandbox lets it reach nothing but its variables, and it may not take
 long, print much, or multiply its way to a huge value. Left out: limits on time and memory in the middle of
 one operation (a filter of a huge text), and images.
 

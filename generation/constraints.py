@@ -75,8 +75,8 @@ def call_schema(function: dict[str, Any]) -> dict[str, Any]:
 
 
 def grammar(start: str, schema: dict[str, Any], tokenizer: Tokenizer | None = None) -> str:
-    """A grammar in llguidance's form of Lark. start: what an answer is, made of json; with the tokenizer of a
-    chat model, also of call, thought and TEXT."""
+    """A grammar in llguidance's form of Lark. start: the rule of an answer, which may use json and, with the
+    tokenizer of a chat model, call, thought and TEXT."""
     schema = schema | {"x-guidance": OPTIONS}  # takes the place of options in a user's schema
     rules = f"{HEADER}start: {start}\njson: %json {json.dumps(schema)}\n"
     if tokenizer is None:

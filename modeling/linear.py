@@ -41,8 +41,9 @@ class Linear(nn.Linear):
 def cast_frozen(model: nn.Module, dtype: torch.dtype) -> None:
     """Keep the weights of the linear layers in the dtype that autocast casts them to for every product.
 
-    The products stay the same. It saves memory, and the casts: autocast keeps those of trained weights only.
-    Left alone: embedding tables, MoE's router and ternary layers, which compute with float32 weights.
+    The products do not change. This saves memory and the casts: autocast repeats the cast of a frozen weight
+    for every product, and keeps only those of trained weights. Left alone: embedding tables, MoE's router and
+    ternary layers, which compute with float32 weights.
     """
     for module in model.modules():
         if isinstance(module, Linear) and module.weight is not None:  # None: in 4 bits

@@ -24,9 +24,9 @@ The router z-loss, router_z_loss * logsumexp(logits)^2, keeps logits small (ST-M
 Without a capacity_factor no token is dropped: an expert takes all tokens that choose it. With one, in a
 forward pass of training, it takes the first capacity_factor * N k / E choices, rounded up, in the order of
 the tokens. (GShard, arXiv 2006.16668, takes all first choices before the second ones. Then tokens depend on
-later ones.) A choice that is dropped adds nothing, so a token that loses all goes on by the residual alone.
-N is that of a micro-batch on one process, so what is dropped depends on both. Left out: shared experts and
-expert parallelism.
+later ones.) A dropped choice adds nothing: a token that loses all its choices keeps only its residual. N is
+that of a micro-batch on one process, so what is dropped depends on both. Left out: shared experts and expert
+parallelism.
 
 Shapes: B rows, T tokens of a row, N = B T tokens, C n_embd, E experts, k experts per token.
 """

@@ -54,7 +54,7 @@ def draw(runs: dict[str, list[dict[str, Any]]]) -> Any:
 
 
 def redraw(run: Run) -> None:
-    """Rank 0 draws out_dir/loss.png again. A picture is no reason to stop a run: a failure is one line."""
+    """Rank 0 draws out_dir/loss.png again. A failure prints one line, and does not stop the run."""
     if run.rank > 0:
         return
     try:

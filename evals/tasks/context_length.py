@@ -63,7 +63,7 @@ def cut_rows(lm: LM, texts: Texts, length: int) -> list[np.ndarray]:
 
 @torch.inference_mode()
 def streamed_losses(model: GPT, rows: list[np.ndarray], limits: tuple[int, int]) -> np.ndarray:
-    """As `token_losses`, of all targets of equally long rows, through a SinkCache: (rows, T) float64."""
+    """As `token_losses`, but for all targets of rows of one length, with a SinkCache: (rows, T) float64."""
     ids = torch.from_numpy(np.stack(rows)).long().to(model.head_weight.device)  # (rows, T + 1)
     V, size, losses = model.config.vocab_size, min(sum(limits), ids.shape[1] - 1), []
     for part in ids.split(STREAMED_ROWS):
