@@ -131,6 +131,7 @@ class Index:
         keys, owner = gram_keys(eights, starts, counts), self.benchmark_of(starts)
         order = np.lexsort((starts, owner, keys))
         keys, owner, starts = keys[order], owner[order], starts[order]
+        # (G,) bool: the first gram with this key in this benchmark
         new = np.append(True, (np.diff(keys) != 0) | (np.diff(owner) != 0))[:len(keys)]
         self.keys, self.starts = keys[new], starts[new]  # sorted uint64; the first word of each gram
         self.counts = np.unique(counts)[::-1].tolist()  # the lengths that occur, longest first

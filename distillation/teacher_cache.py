@@ -45,7 +45,7 @@ from training.losses import chunk_rows
 VERSION = 1
 SHARD_BYTES = 2**28  # about 256 MiB
 
-
+# Row numbers (n,) -> the teacher at the n T positions of these rows.
 RunTeacher = Callable[[np.ndarray], DenseTeacher | AlignedRows]
 
 

@@ -62,7 +62,7 @@ class LM:
         if chat:
             chat_format.require_chat(self.tokenizer, str(self.folder))
             self.prefix, self.suffix = chat_format.turn_frame(self.tokenizer)
-        if isinstance(source, str):
+        if isinstance(source, str):  # after the checks, because loading takes long
             self.model = GPT.from_pretrained(self.folder, pick_device(device), DTYPES[dtype]).eval()
         turn_end = chat_format.end_of_turn(self.tokenizer)
         self.end_ids = {self.tokenizer.eot_id, turn_end, *end_ids} - {None}

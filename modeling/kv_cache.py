@@ -56,7 +56,7 @@ class KVCache:
         """
         if self.used + T > self.block_size:
             raise ValueError(f"{self.used + T} tokens do not fit block_size={self.block_size}")
-        self.begin, self.end = self.used, self.used + T  # of even rows' new slots; of the visible slots
+        self.begin, self.end = self.used, self.used + T  # first new slot of even rows; visible slots
         # Equal rows need no mask if the cache is empty (causal) or if one query sees all that there is.
         if self.even and (self.used == 0 or T == 1):
             return None, slice(self.used, self.used + T)

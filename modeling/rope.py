@@ -26,7 +26,6 @@ from modeling.attention import Positions
 
 Rope = tuple[Tensor, Tensor]  # rows of the two tables: (T, D) each, or (B, 1, T, D)
 
-
 # {rope_type: (required keys, optional keys)}, all of them positive numbers. An optional key may also be None
 # or, except for attention_factor, 0: both mean its default.
 KEYS = {"llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),

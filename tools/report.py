@@ -64,6 +64,7 @@ SOURCES = {"Abstract": "eval.py", "Model": "train.py", "Data": "prepare.py", "Tr
            "Test-time compute": "eval.py --num_samples=8", "Ablations": "python -m tools.ablate --json=FILE",
            "Long context": "eval.py --tasks=context_length,needle", "Errors": "eval.py"}
 
+
 @dataclass(frozen=True, kw_only=True)
 class ReportConfig:
     out: str = "report"  # folder for report.md, its pictures and report.pdf

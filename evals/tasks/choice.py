@@ -298,11 +298,11 @@ def load(source: str | None, limit: int, shots: int | None, name: str) -> list[Q
         examples, rows = rows[:shots], rows[shots:]
     shown, asked = (by_subject(convert(each, benchmark.question_of))
                     for each in (examples if shots else [], rows))
-    before = {name: benchmark.opening.format(name.replace("_", " ")) + shots_text(shown.get(name, []), shots)
-              for name in asked or [""]}
-    turns = sorted((turn, name, each) for name, group in asked.items()
+    before = {key: benchmark.opening.format(key.replace("_", " ")) + shots_text(shown.get(key, []), shots)
+              for key in asked or [""]}  # by subject
+    turns = sorted((turn, key, each) for key, group in asked.items()
                    for turn, each in enumerate(group[:limit]))[:limit]
-    return [replace(each, shots=before[name]) for _, name, each in turns]
+    return [replace(each, shots=before[key]) for _, key, each in turns]
 
 
 def score(lm: LM, questions: list[Question], name: str) -> Result:
