@@ -388,6 +388,7 @@ def hub_rows(name: str, text_key: str | None = None, key: str = "source") -> Ite
 # ---- Rows -> values ---------------------------------------------------------------------------------------
 
 def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The dict of a JSON object. Raises Skip if a name occurs twice; json.loads would keep the last one."""
     result = dict(pairs)
     if len(result) < len(pairs):
         raise Skip("JSON object with a name twice")
@@ -395,6 +396,7 @@ def unique_names(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def no_constant(name: str) -> None:
+    """Raises Skip for NaN and Infinity, which Python's parser accepts."""
     raise Skip(f"{name} is not JSON")
 
 

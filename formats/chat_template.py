@@ -58,6 +58,7 @@ GENERATION = re.compile(r"(\{%[-+]?\s*)(end)?generation(\s*[-+]?%\})")  # marks 
 # ---- Jinja ------------------------------------------------------------------------------------------------
 
 def check_time(context: Context) -> None:
+    """Raises TimeoutError after the deadline of a rendering."""
     if time.thread_time() > context.parent["deadline"]:
         raise TimeoutError(f"takes more than {SECONDS} s")
 
@@ -232,7 +233,7 @@ class TemplateChat:
         return "".join(parts), list(zip(ends[::2], ends[1::2], strict=False))
 
     def begin_of(self, number: int, text: str, twin: str) -> int:
-        """Where the model writes an answer in the text that ends with it."""
+        """Where answer `number` begins in the text that ends with it. text and twin are those of `turn`."""
         before, content = self.messages[:number], self.messages[number].get("content")
         begin = len(os.path.commonprefix((text, twin)))
         # A template may refuse to open an answer without messages, which raises UserError. It may also write

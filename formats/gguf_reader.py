@@ -72,6 +72,7 @@ file_errors = functools.partial(content_errors, what="not a GGUF file that can b
 # ---- Header -----------------------------------------------------------------------------------------------
 
 def read_bytes(data: mmap.mmap, size: int) -> bytes:
+    """The next `size` bytes. Raises ValueError if the file is shorter."""
     content = data.read(size)
     if len(content) < size:
         raise ValueError("cut: it ends within its header")
@@ -83,6 +84,7 @@ def read_scalar(data: mmap.mmap, code: str) -> Any:
 
 
 def read_value(data: mmap.mmap, kind: int) -> Any:
+    """The next value: a text, a list of values of one kind, or one of SCALARS. KeyError for another kind."""
     if kind == TEXT:
         return read_bytes(data, read_scalar(data, "Q")).decode()
     if kind == LIST:

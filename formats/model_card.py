@@ -57,6 +57,7 @@ def shown(value: Any) -> str:
 
 
 def table(headers: Iterable[Any], rows: Iterable[Iterable[Any]]) -> str:
+    """A Markdown table of `shown` values."""
     return markdown.table(map(shown, headers), [map(shown, row) for row in rows])
 
 
@@ -224,6 +225,7 @@ def front_matter(export: Exported, rows: list[dict[str, Any]]) -> str:
 
 
 def origin(folder: Path, digest: str) -> str:
+    """Where the export comes from: folder, hash of its weights, commit of this code, versions of packages."""
     versions = [f"Python {platform.python_version()}",
                 *(f"{package} {version(package)}" for package in ("torch", "safetensors", "tokenizers"))]
     rows = [["exported from", str(folder)], ["sha256 of its weights", f"`{digest}`"],

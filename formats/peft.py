@@ -112,9 +112,9 @@ def check_spec(spec: AdapterSpec, path: Path) -> None:
 def by_our_names(stored: dict[str, Tensor], spec: AdapterSpec, place: Path | None) -> dict[str, Tensor]:
     """An adapter's tensors by our names.
 
-    place: the file with target_modules. Raises UserError if that list does not name a module that has
-    weights. None: target_modules is a regular expression, and is not checked.
     PEFT's "base_model.model.model.layers.0..q_proj.lora_A.weight" is our "model.layers.0..q_proj.lora_A".
+    place: the file whose target_modules is a list. Raises UserError if the list leaves out a module that has
+    weights. None if target_modules is a regular expression, which is not checked.
     """
     names = [name.removeprefix(PREFIX) for name in stored]
     names = [name.removesuffix(".weight") if ".lora_" in name else name for name in names]

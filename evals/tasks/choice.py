@@ -281,6 +281,7 @@ BENCHMARKS = {
 
 
 def by_subject(questions: list[Question]) -> dict[str, list[Question]]:
+    """{subject: its questions}, in order; "" is the subject of questions without one."""
     return {subject: [each for each in questions if each.group == subject]
             for subject in dict.fromkeys(each.group for each in questions)}
 

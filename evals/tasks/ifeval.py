@@ -36,6 +36,7 @@ Arguments = dict[str, Any]
 # ---- The instructions -------------------------------------------------------------------------------------
 
 def enough(count: int, most_or_least: str, number: int) -> bool:
+    """count < number for "less than", else count >= number ("at least")."""
     return count < number if most_or_least == "less than" else count >= number
 
 
@@ -67,6 +68,7 @@ def parts(text: str, separator: str) -> list[str] | None:
 
 
 def highlights(text: str) -> int:
+    """The number of *highlighted* and **highlighted** passages that are not blank."""
     found = re.findall(r"\*[^\n*]*\*", text) + re.findall(r"\*\*[^\n*]*\*\*", text)
     return sum(bool(each.strip("*").strip()) for each in found)
 
@@ -80,6 +82,7 @@ def is_json(text: str) -> bool:
 
 
 def first_word(text: str, k: Arguments) -> bool:
+    """Whether there are num_paragraphs paragraphs, and paragraph nth_paragraph begins with first_word."""
     # Read before the text is looked at: question_of tries the rule with "a" to find missing arguments.
     wanted = k["num_paragraphs"], k["first_word"].lower()
     paragraphs = text.split("\n\n")
@@ -90,11 +93,13 @@ def first_word(text: str, k: Arguments) -> bool:
 
 
 def postscript(text: str, k: Arguments) -> bool:
+    """Whether the text has the postscript_marker, such as P.S., in any case."""
     marker = {"P.P.S": r"p\.\s?p\.\s?s", "P.S.": r"p\.\s?s\."}.get(k["postscript_marker"])
     return bool(count(marker or re.escape(k["postscript_marker"].lower()), text.lower()))
 
 
 def two_responses(text: str, k: Arguments) -> bool:
+    """Whether ****** separates exactly two different answers."""
     found = parts(text, re.escape("******")) or []
     return len(found) == 2 and found[0].strip() != found[1].strip()
 
