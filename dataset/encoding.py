@@ -77,7 +77,7 @@ def message_texts(message: Message) -> list[str]:
 
 
 def full_text(content: Content) -> str:
-    """A text, or the `message_texts` the messages with blank lines between."""
+    """A text, or the texts of all messages with blank lines between."""
     if isinstance(content, str):
         return content
     return "\n\n".join(text for message in messages_in(content) for text in message_texts(message))
