@@ -139,7 +139,8 @@ def gopher_values(text: str) -> Iterator[tuple[str, float]]:
     yield "ellipsis_lines", sum(line.endswith(ELLIPSES) for line in lines) / len(lines)
     yield "alphabetic_words", np.array([any(map(str.isalpha, word)) for word in numbers])[ids].mean()
     yield "stop_words", len(STOP_WORDS & numbers.keys())
-    for name, parts in ("paragraph", re.split(r"\n{2,}", text.strip())), ("line", lines):
+    paragraphs = re.split(r"(?:\r?\n){2,}", text.strip())  # Windows ends lines with \r\n
+    for name, parts in ("paragraph", paragraphs), ("line", lines):
         count, characters = repeats(parts)
         yield f"duplicate_{name}s", count / len(parts)
         yield f"duplicate_{name}_characters", characters / len(text)

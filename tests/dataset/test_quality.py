@@ -59,6 +59,12 @@ def test_each_rule_on_a_text_made_for_it(rule, text):
     assert len(kept_by_others) >= 4  # the other rules were measured, too
 
 
+def test_paragraphs_of_a_text_with_windows_line_ends():
+    paragraphs = [prose(1), *["The end."] * 20]
+    values = dict(quality.gopher_values("\r\n\r\n".join(paragraphs)))
+    assert values["duplicate_paragraphs"] == 19 / 21  # 20 are equal, and the first of them is no repeat
+
+
 def repeated_by_definition(words, n):
     """Walk through the text; a gram that was walked over before is a repeat, and is left as a whole."""
     at, total, seen = 0, 0, set()
