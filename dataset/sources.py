@@ -43,6 +43,7 @@ PACKED = {".gz", ".xz", ".zst"}
 LONGEST_LINE = 32 * 2**20  # bytes; a longer line of JSON is skipped and counted, and never held in memory
 LARGEST_JSON = 512 * 2**20  # bytes; a .json is read whole, a .jsonl line by line
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"  # some editors write it at the start of a file; it is no text
+UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")  # the first two bytes of a text in UTF-16
 
 
 def printable(text: str) -> str:
@@ -232,6 +233,10 @@ def text_pieces(stream: BinaryIO, path: Path, piece: int) -> Iterator[Row]:
     while rest or not at_end:
         wanted = 2 * piece - len(rest)
         new = stream.read(wanted)
+        if not number and new.startswith(UTF16_MARKS):
+            # Only the mark is bad UTF-8. The pieces after it would be read as letters with NULs between.
+            yield Row(str(path), "bad", "not UTF-8")
+            return
         at_end = len(new) < wanted
         buffer = rest + new
         cut = cut_near(buffer, piece) if len(buffer) > piece else len(buffer)

@@ -258,6 +258,9 @@ def test_a_large_text_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     assert read(path) == ([], [("a.txt", "empty text")])
     path.write_bytes(b"caf\xe9")
     assert read(path) == ([], [("a.txt", "not UTF-8")])
+    for codec in ("utf-16-le", "utf-16-be"):  # as Notepad and PowerShell write it, larger than a piece
+        path.write_bytes(("\ufeff" + "a line\r\n" * 5000).encode(codec))
+        assert read(path) == ([], [("a.txt", "not UTF-8")])
 
 
 def test_files_folders_and_globs(tmp_path):
