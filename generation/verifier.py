@@ -105,9 +105,11 @@ class Verifier:
 
     def __init__(self, path: str | Path, tokenizer: Tokenizer, device: Any = "cpu"):
         """tokenizer: that of the model whose answers are scored. Raises UserError if the folder is no
-        verifier, or if its tokenizer is another one."""
+        verifier, or if its token ids have another meaning."""
         folder = find_verifier(path)
-        if Tokenizer.load(folder).definition != tokenizer.definition:
+        # Only ids are read here, so they must have the same meaning. The files may differ: a .gguf file lists
+        # the special tokens in another place than the tokenizer.json that it was made from.
+        if Tokenizer.load(folder).hf.get_vocab() != tokenizer.hf.get_vocab():
             raise UserError(f"{path}: this verifier was trained with another tokenizer than the model's")
         self.model = ScoredGPT.from_pretrained(folder, device).eval()
 

@@ -117,6 +117,16 @@ def test_folders_that_are_no_verifier(folder, chat_folder):
         GPT.from_pretrained(folder)  # a verifier is no language model
 
 
+def test_a_tokenizer_with_equal_ids_and_another_file_is_accepted(folder, verifier):
+    """A .gguf export has the special tokens in the vocabulary, too."""
+    own = Tokenizer.load(folder)
+    vocab = own.definition["model"]["vocab"] | own.hf.get_vocab()
+    other = Tokenizer(own.definition | {"model": own.definition["model"] | {"vocab": vocab}}, own.settings)
+    assert other.definition != own.definition
+    answers = [[3, 4], [5]]
+    assert torch.equal(Verifier(folder, other).score([1, 2], answers), verifier.score([1, 2], answers))
+
+
 def test_a_changed_base_is_refused(folder, chat_folder, tmp_path):
     model = busy_model(tiny_config(vocab_size=GPT.from_pretrained(chat_folder).config.vocab_size), seed=9)
     model.save_pretrained(tmp_path / "base")
