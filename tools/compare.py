@@ -63,8 +63,9 @@ def comparison(folders: list[Path], models: list[GPT], cfg: DistillConfig, mix: 
         results = [
             StudentEvaluation(cfg, mix, kind, judge, run, cfg.packing, cfg.document_mask)(model, last=True)
             for model, judge in ((teacher, None), (student, teacher))]
-    sizes = [sum(path.stat().st_size for path in folder.glob("*.safetensors") if path.name != PROJECTIONS)
-             for folder in folders]
+    # A .gguf file is a model, too.
+    files = [[folder] if folder.is_file() else folder.glob("*.safetensors") for folder in folders]
+    sizes = [sum(path.stat().st_size for path in paths if path.name != PROJECTIONS) for paths in files]
     start, tokens = mix.tokenizer.prefix_ids or [mix.tokenizer.eot_id], min(128, cfg.block_size)
     rows = [["parameters", *(f"{model.num_parameters():,}" for model in models)],
             ["weights on disk, MB", *(f"{size / 1e6:,.2f}" for size in sizes)],

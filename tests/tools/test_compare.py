@@ -5,6 +5,7 @@ import re
 
 import pytest
 
+import export
 from configurator import UserError
 from formats import files, hf
 from formats.tokenizer import Tokenizer
@@ -54,6 +55,14 @@ def test_numbers_are_those_of_the_run(trained, data, distilled, capsys):
     assert all(float(speed.replace(",", "")) > 0 for speed in rows["greedy tokens/s"])
     printed = capsys.readouterr().out
     assert "| perplexity |" in printed and printed.endswith(f"{out / 'compare.md'}: written\n")
+
+
+def test_the_size_of_a_gguf_file(trained, data, tmp_path):
+    export.main([f"--model={trained}", "--format=gguf", "--quantize=f16", f"--out={tmp_path / 'gguf'}"])
+    file, = (tmp_path / "gguf").glob("*.gguf")
+    compare.main([str(trained), str(file), f"--dataset={data}", *MORE, f"--out={tmp_path / 'page.md'}"])
+    shown = cells((tmp_path / "page.md").read_text(encoding="utf-8"))["weights on disk, MB"]
+    assert shown[1] == f"{file.stat().st_size / 1e6:,.2f}" != "0.00"
 
 
 def test_chats_have_no_bits_per_byte(trained, chats, data, tmp_path):
