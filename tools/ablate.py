@@ -32,7 +32,7 @@ from configurator import UserError, configure, require_positive, run_script
 from formats.files import write_json
 from formats.markdown import table
 from model import GPT
-from tools.arms import mean_and_range, require_writable, run_arms, run_eval, run_once
+from tools.arms import mean_and_range, require_writable, run_arms, run_eval, run_once, split
 from tools.plot import bar_chart
 
 Runs = dict[str, list[dict[str, Any]]]  # {variant: one result of `train_variant` per seed}
@@ -66,14 +66,6 @@ class AblateConfig:
         if "base" in named or not all(isinstance(change, str) for change in named.values()):
             raise UserError(f"changes={named}: must be texts, and none is named base")
         return {name: variant(self.base, change) for name, change in {"base": "", **named}.items()}
-
-
-def split(text: str) -> list[str]:
-    """The words of a text, as a shell splits it. Raises UserError for a quote that is not closed."""
-    try:
-        return shlex.split(text)
-    except ValueError as error:
-        raise UserError(f"{text}: {error}") from None
 
 
 def variant(base: list[str], change: str) -> list[str]:

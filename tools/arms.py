@@ -11,6 +11,7 @@ run that was killed. Used by tools/ablate.py, sweep.py, task_table.py, search_la
 
 import dataclasses
 import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -38,6 +39,14 @@ def require_writable(json: str | None, png: str | None) -> None:
             raise UserError(f"{file}: cannot be written; name a file in a folder that exists")
     if png and not png.endswith(".png"):
         raise UserError(f"{png}: must be the name of a .png file")
+
+
+def split(text: str) -> list[str]:
+    """The words of a text, as a shell splits it. Raises UserError for a quote without its other one."""
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise UserError(f"{text}: {error}") from None
 
 
 def run_process(script: str, argv: list[str], threads: int | None = None) -> None:

@@ -24,7 +24,7 @@ from distillation.student import ActivationHooks
 from distillation.teacher import load_teacher
 from model import GPT
 from modeling.devices import pick_device
-from tools.arms import run_once
+from tools.arms import run_once, split
 
 ROWS = 16  # rows on which layers are compared
 
@@ -76,7 +76,7 @@ def short_run(cfg: SearchConfig, name: str, pairs: str) -> float:
     """The validation loss after cfg.steps steps with a layer map."""
     argv = [f"--teacher={cfg.teacher}", f"--init_from={cfg.student}", f"--dataset={cfg.dataset}",
             f"--block_size={cfg.block_size}", f"--layer_map={pairs}", f"--max_steps={cfg.steps}",
-            "--eval_interval=0", "--save_interval=0", *cfg.words.split()]
+            "--eval_interval=0", "--save_interval=0", *split(cfg.words)]
     return run_once("distill.py", argv, Path(cfg.out_dir) / name, steps=cfg.steps)[-1]["val_loss"]
 
 

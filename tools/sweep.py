@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 
 from configurator import UserError, configure, run_script
 from formats.files import write_json
-from tools.arms import require_writable, run_once
+from tools.arms import require_writable, run_once, split
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,7 +44,7 @@ class SweepConfig:
 def run_point(cfg: SweepConfig, point: dict[str, str]) -> float:
     """Train one point of the grid, unless its run is finished. Returns its metric."""
     settings = [f"{key}={value}" for key, value in point.items()]
-    argv = [*cfg.words.split(), *(f"--{setting}" for setting in settings), "--eval_interval=0"]
+    argv = [*split(cfg.words), *(f"--{setting}" for setting in settings), "--eval_interval=0"]
     value = run_once(cfg.script, argv, Path(cfg.out_dir) / "_".join(settings), cfg.metric)[-1][cfg.metric]
     print(f"{'  '.join(settings)}  {cfg.metric} {value:.4f}", flush=True)
     return value

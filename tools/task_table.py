@@ -22,7 +22,7 @@ from configurator import configure, require, require_positive, run_script
 from evals.benchmarks import find
 from formats.files import write_json, write_text
 from formats.markdown import table
-from tools.arms import mean_and_range, run_arms, run_eval, run_once, run_process
+from tools.arms import mean_and_range, run_arms, run_eval, run_once, run_process, split
 
 HUB = {**{name: f"hf:nyu-mll/glue:{name}:train" for name in ("sst2", "cola", "rte")},
        "gsm8k": "hf:openai/gsm8k:main:train", "summarize": "hf:abisee/cnn_dailymail:3.0.0:train"}
@@ -57,7 +57,7 @@ def run_method(cfg: TableConfig, task: str, method: str, seed: int) -> dict[str,
     if METHODS[method]:
         more = cfg.lora if method == "lora" else cfg.full
         run_once("sft.py", [f"--init_from={model}", f"--dataset={folder.parent / 'data'}", f"--seed={seed}",
-                            "--eval_interval=0", *cfg.sft.split(), *more.split()],
+                            "--eval_interval=0", *split(cfg.sft), *split(more)],
                  folder, threads=cfg.threads)
         model = str(folder)
     shots = cfg.shots if method == "few" else 0

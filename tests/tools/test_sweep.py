@@ -29,6 +29,20 @@ def test_a_grid_is_run_once_and_drawn(trained, data, tmp_path, capsys, monkeypat
     assert "alpha=0  temperature=2  val_loss" in capsys.readouterr().out
 
 
+def test_words_are_split_as_by_a_shell(tmp_path, monkeypatch):
+    """A value may have spaces, as in --base of tools/ablate.py."""
+    def run_once(script, argv, out_dir, metric):
+        seen.append(argv)
+        return [{metric: 1.0}]
+
+    seen = []
+    monkeypatch.setattr(sweep, "run_once", run_once)
+    sweep.main(["--grid=seed=1", "--words=--dataset='my data' --max_steps=2", f"--out_dir={tmp_path}"])
+    assert seen == [["--dataset=my data", "--max_steps=2", "--seed=1", "--eval_interval=0"]]
+    with pytest.raises(UserError, match="--dataset='my: No closing quotation"):
+        sweep.main(["--grid=seed=1", "--words=--dataset='my", f"--out_dir={tmp_path}"])
+
+
 def test_a_line_for_each_choice_of_the_other_keys():
     [axes] = sweep.draw({"a": ["1", "2"], "b": ["x", "y"], "c": ["z"]}, [3.0, 4.0, 5.0, 6.0], "val_loss").axes
     assert {line.get_label(): line.get_ydata().tolist() for line in axes.lines} == {
