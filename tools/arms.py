@@ -42,7 +42,7 @@ def require_writable(json: str | None, png: str | None) -> None:
 
 
 def split(text: str) -> list[str]:
-    """The words of a text, as a shell splits it. Raises UserError for a quote without its other one."""
+    """The words of a text, as a shell splits it. Raises UserError for a quote that is not closed."""
     try:
         return shlex.split(text)
     except ValueError as error:
