@@ -100,7 +100,7 @@ def parse(body: dict[str, Any], defaults: CompletionRequest) -> CompletionReques
     """The body of a request, checked. Raises UserError that names the key."""
     keys = {key: value for key, value in body.items()
             if key not in IGNORED and value not in (None, NEUTRAL.get(key))}
-    if keys.get("logprobs") is False:  # in chats it is no number
+    if keys.get("logprobs") is False:  # in chats it is True or False, not a number
         del keys["logprobs"]
     if "max_completion_tokens" in keys:  # OpenAI's newer name
         keys["max_tokens"] = keys.pop("max_completion_tokens")

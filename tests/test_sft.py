@@ -20,6 +20,7 @@ from formats.peft import weights_sha256
 from formats.tokenizer import Tokenizer
 from model import GPT
 from tests.runs import events, kill_in_step, losses, stopped_in_step
+from training import finetuning
 from training.staged_data import StagedData
 
 TINY = """--block_size=64 --global_batch_size=8 --micro_batch_size=4 --max_steps=12 --learning_rate=3e-3
@@ -55,6 +56,18 @@ def assert_equal(one, two):
 def test_config_files_describe_runs(name, schema):
     cfg = configure(schema, [f"config/{name}.py"])[0]
     assert cfg.lora_rank and cfg.stages[0]["epochs"] and cfg.optimizer == "adamw"
+
+
+def test_frozen_matrices_have_the_dtype_of_the_run(trained, chats, tmp_path, monkeypatch):
+    """They are stored in bfloat16, and the run is that of float32 matrices, which autocast rounds."""
+    words, cast = ["--lora_rank=2", "--dtype=bfloat16", "--max_steps=4"], finetuning.cast_frozen
+    asked = []
+    monkeypatch.setattr(finetuning, "cast_frozen", lambda model, dtype: asked.append(dtype))
+    run(trained, chats, tmp_path / "a", *words)
+    monkeypatch.setattr(finetuning, "cast_frozen", cast)
+    run(trained, chats, tmp_path / "b", *words)
+    assert_equal(tmp_path / "a", tmp_path / "b")
+    assert asked == [torch.bfloat16]
 
 
 def test_it_learns_and_leaves_a_chat_model(trained, chats, tmp_path):

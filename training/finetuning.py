@@ -21,7 +21,8 @@ from formats.chat_format import with_chat_tokens
 from formats.files import atomic_folder
 from formats.tokenizer import Tokenizer
 from model import GPT, GPTConfig
-from modeling.devices import pick_device, pick_dtype
+from modeling.devices import pick_dtype
+from modeling.linear import cast_frozen
 from training.config import RunConfig
 from training.curves import print_end
 from training.lora import AdaptedGPT, targets_of
@@ -97,8 +98,7 @@ def with_adapter(cfg: PostTrainingConfig, plain: GPT, base: dict[str, str]) -> G
     tables = ("embed_tokens",) if plain.config.tie_embeddings else ("embed_tokens", "lm_head")
     spec = peft.AdapterSpec(cfg.lora_rank, cfg.lora_alpha, cfg.lora_dropout,
                             targets_of(plain, cfg.lora_targets), cfg.rslora, tables if grown else ())
-    return AdaptedGPT(plain.config, spec, base, cfg.seed, cfg.quantize_base == "nf4",
-                      pick_dtype(cfg.dtype, pick_device(cfg.device)))
+    return AdaptedGPT(plain.config, spec, base, cfg.seed, quantize=cfg.quantize_base == "nf4")
 
 
 def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
@@ -124,8 +124,10 @@ def chat_model(cfg: PostTrainingConfig, tokenizer: Tokenizer, run: Run,
     with torch.device("meta"):
         model = adapt(cfg, GPT(config), base)
     require_multipliers(cfg, model)
-    is_adapted = isinstance(model, AdaptedGPT)
-    text = f"; {model.num_saved():,} of them are trained" if is_adapted else ""
+    text = ""
+    if isinstance(model, AdaptedGPT):  # trains the adapter and perhaps tables, but no linear layer
+        cast_frozen(model, pick_dtype(cfg.dtype, run.device))
+        text = f"; {model.num_saved():,} of them are trained"
     run.print(f"model     {model.num_parameters():,} parameters, from {folder}{text}")
     return model, {"base": base["sha256"], "base_config": base["config_sha256"]}
 

@@ -28,7 +28,7 @@ from formats.peft import AdapterSpec, is_adapter, read_adapter, write_adapter
 from formats.weights import state_of
 from model import GPT, GPTConfig
 from modeling.devices import named_generator
-from modeling.linear import Linear, cast_frozen
+from modeling.linear import Linear
 
 
 class LoRALinear(Linear):
@@ -76,9 +76,8 @@ class AdaptedGPT(GPT):
     """A GPT with an adapter. Its parameters have the same names as without the adapter."""
 
     def __init__(self, config: GPTConfig, spec: AdapterSpec, base: dict[str, str], seed: int = 0,
-                 quantize: bool = False, dtype: torch.dtype = torch.float32):
-        """quantize: keep the adapted matrices in 4 bits, from the moment they are loaded. dtype: of the run's
-        matrix products, and of the frozen matrices of the blocks."""
+                 quantize: bool = False):
+        """quantize: keep the adapted matrices in 4 bits, from the moment they are loaded."""
         super().__init__(config)
         self.spec, self.base, self.seed = spec, base, seed
         self.quantized: dict[str, QuantizedLoRALinear] = {}  # by the name of the weight that it has in 4 bits
@@ -89,7 +88,6 @@ class AdaptedGPT(GPT):
                 setattr(self.get_submodule(parent), last, adapted)
                 if isinstance(adapted, QuantizedLoRALinear):
                     self.quantized[f"{name}.weight"] = adapted
-        cast_frozen(self, dtype)
 
     def is_trained(self, name: str) -> bool:
         """Whether the parameter of this name belongs to the adapter, which is trained and saved."""

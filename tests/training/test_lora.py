@@ -10,6 +10,7 @@ from configurator import UserError
 from formats import hf
 from formats.peft import AdapterSpec, read_adapter, weights_sha256
 from model import GPT
+from modeling.linear import cast_frozen
 from tests.conftest import busy_model, tiny_config
 from training.lora import AdaptedGPT, targets_of
 
@@ -32,8 +33,8 @@ def adapted(folder, spec=SPEC, vocab_size=500, seed=0, dtype=torch.float32):
             spec,
             {"path": str(folder), "sha256": weights_sha256(folder)},
             seed,
-            dtype=dtype,
         )
+        cast_frozen(model, dtype)
     model.to_empty(device="cpu")
     model.load(folder)
     return model.eval()
